@@ -1,0 +1,1 @@
+"""What touches vLLM's internals: version differences, quantisation hooks, platform patches."""

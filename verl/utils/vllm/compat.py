@@ -1,0 +1,200 @@
+"""Where vLLM releases differ, and what the rollout needs from their insides.
+
+Everything that reaches into vLLM for loading weights into a live engine is here, so that a new release is one file to read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+class LayerwiseLoadSession:
+    """Loads checkpoint tensors into a running model through vLLM's layer-wise reload.
+
+    The reload puts each layer back into its load layout, re-runs its post-processing once all its weights have come, and
+    copies the result into the tensors the engine runs on, so their addresses never change. Three things it leaves to us: a
+    tied output head keeps the GEMM it packed from the old weights; experts on a CPU are not packed again, so that plain
+    weights are read as packed ones; and a layer that was loaded in part is not an error.
+
+    Args:
+        model: the engine's model.
+        vllm_config: its `VllmConfig`.
+        device: where its parameters live.
+    """
+
+    def __init__(self, model: nn.Module, vllm_config, device: torch.device):
+        self._model = model
+        self._vllm_config = vllm_config
+        self._device = device
+
+    def begin(self) -> None:
+        """Put every layer back into its load layout."""
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+        _roll_back(self._model)
+        # Parameters before the reload: afterwards the layers hold stand-ins on the meta device.
+        self._owners = {name: layer for name, layer in self._model.named_modules() if layer._parameters}
+        self._parameter_ids = {
+            name: {key: id(p) for key, p in layer._parameters.items() if p is not None}
+            for name, layer in self._owners.items()
+        }
+        self._written: set[int] = set()
+        with self._context():
+            _forget_packed_experts(self._model)
+            initialize_layerwise_reload(self._model)
+        self._open = dict(self._owners)
+
+    @torch.no_grad()
+    def load(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Load views of shared memory: what a layer still waits with is copied, so that the memory may be reused."""
+        tensors = list(named_tensors)
+        borrowed = {tensor.untyped_storage().data_ptr() for _, tensor in tensors}
+        with self._context():
+            self._model.load_weights(iter(tensors))
+        self._settle(borrowed)
+
+    def _settle(self, borrowed: set[int]) -> None:
+        for name in list(self._open):
+            info = _layer_info(self._open[name])
+            if not info.can_load():
+                self._written.update(self._parameter_ids[name].values())
+                del self._open[name]
+                continue
+            for _, arguments in info.loaded_weights:
+                for key, value in arguments.arguments.items():
+                    if isinstance(value, torch.Tensor) and not value.is_meta:
+                        if value.untyped_storage().data_ptr() in borrowed:
+                            arguments.arguments[key] = value.clone()
+
+    def unwritten(self) -> list[str]:
+        """Names of parameters (engine names) that hold less than a whole new value."""
+        names = []
+        for name, layer in self._open.items():
+            info = _layer_info(layer)
+            expected = _expected_numel(layer)
+            if info.load_numel >= expected:
+                self._written.update(self._parameter_ids[name].values())
+        for name, layer in self._open.items():
+            loaded = {key for key, _ in _layer_info(layer).loaded_weights}
+            for key, identity in self._parameter_ids[name].items():
+                if identity in self._written or key in _never_loaded():
+                    continue
+                part = " (in part)" if key in loaded else ""
+                names.append(f"{name}.{key}{part}")
+        return names
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Bring what is left to the run-time layout, and rebuild what was derived from a shared weight."""
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        with self._context():
+            tied = [layer for layer in self._open.values() if _layer_info(layer).load_numel <= 0]
+            finalize_layerwise_reload(self._model, self._vllm_config.model_config)
+            for layer in tied:
+                quant_method = getattr(layer, "quant_method", None)
+                if quant_method is not None and any(p is not None for p in layer._parameters.values()):
+                    quant_method.process_weights_after_loading(layer)
+        self._owners, self._open = {}, {}
+
+    @contextmanager
+    def _context(self) -> Iterator[None]:
+        from vllm.config import set_current_vllm_config
+
+        with set_current_vllm_config(self._vllm_config), self._device:
+            yield
+
+
+def _roll_back(model: nn.Module) -> None:
+    """Close a reload that was given up: its layers get their run-time tensors back, what they had buffered is dropped."""
+    from vllm.model_executor.model_loader.reload.layerwise import _place_kernel_tensors
+
+    for layer in model.modules():
+        info = _layer_info(layer)
+        if info.can_load():
+            if info.kernel_tensors is not None:
+                _place_kernel_tensors(layer, info)
+            info.reset()
+
+
+def _forget_packed_experts(model: nn.Module) -> None:
+    """Make unquantised experts on a CPU pack their weights again.
+
+    Their method takes an existing kernel as a sign that weights need no more than copying (vLLM 0.32), which holds for
+    layouts that a copy preserves, not for the CPU's packed one.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    for layer in model.modules():
+        if getattr(getattr(layer, "quant_method", None), "moe_kernel", None) is not None:
+            layer.quant_method.moe_kernel = None
+
+
+def _layer_info(layer: nn.Module):
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    return get_layerwise_info(layer)
+
+
+def _never_loaded() -> set[str]:
+    from vllm.model_executor.model_loader.reload.meta import SKIP_LOAD_TENSORS
+
+    return SKIP_LOAD_TENSORS
+
+
+def _expected_numel(layer: nn.Module) -> int:
+    """Elements a whole checkpoint writes into this layer's own parameters, padding and buffers left out."""
+    total = 0
+    for key, parameter in layer._parameters.items():
+        if parameter is None or key in _never_loaded():
+            continue
+        rows = getattr(getattr(layer, "shard_indices", None), "num_org_elements", None)
+        if rows is not None and parameter.ndim:
+            # A vocabulary is padded up to a multiple of 64 rows, which no checkpoint fills.
+            total += rows * parameter[0].numel()
+        else:
+            total += getattr(parameter, "weight_loader_numel", parameter.numel())
+    return total
+
+
+def load_session(model: nn.Module, vllm_config, device: torch.device) -> LayerwiseLoadSession:
+    """The way this vLLM takes new weights while it runs.
+
+    Raises:
+        NotImplementedError: a release without the layer-wise reload.
+    """
+    try:
+        import vllm.model_executor.model_loader.reload  # noqa: F401
+    except ImportError as error:
+        import vllm
+
+        raise NotImplementedError(
+            f"vLLM {vllm.__version__} has no layer-wise weight reload (vllm.model_executor.model_loader.reload): "
+            "use a release that has it, 0.23 or newer"
+        ) from error
+    return LayerwiseLoadSession(model, vllm_config, device)
+
+
+async def openai_app(engine, model: str, *, api_key: str):
+    """vLLM's FastAPI application in front of `engine`; requests to `/v1` need `Authorization: Bearer <api_key>`."""
+    try:
+        from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+        from vllm.entrypoints.launchers.app import build_app
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    except ImportError:  # before 0.31
+        from vllm.entrypoints.openai.api_server import build_app, init_app_state
+        from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", model, "--disable-uvicorn-access-log"])
+    arguments.api_key = [api_key]
+    tasks = await engine.get_supported_tasks()
+    app = build_app(arguments, tasks, engine.model_config)
+    await init_app_state(engine, app.state, arguments, tasks)
+    return app

@@ -1,0 +1,81 @@
+"""vLLM's own OpenAI-compatible HTTP endpoint in front of a replica's engine."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from verl.trainer.config import ServerConfig
+
+logger = logging.getLogger(__name__)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one.
+
+    Raises:
+        OSError: the port is in use or not ours to bind, saying which key to change.
+    """
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise OSError(
+            error.errno,
+            f"actor_rollout_ref.rollout.server.port={port} on {host}: {error.strerror}; "
+            "choose another port, or 0 for a free one",
+        ) from error
+    return listener
+
+
+class HttpEndpoint:
+    """Serves an engine over HTTP on the actor's event loop.
+
+    Args:
+        config: `actor_rollout_ref.rollout.server`; without `api_key` a random one is made and logged only as a path.
+        replica_rank: added to a fixed port, so that replicas of one host do not collide.
+        refusal: says why requests are refused now, or None.
+    """
+
+    def __init__(self, config: ServerConfig, replica_rank: int, *, refusal: Callable[[], str | None]):
+        self._config = config
+        self._refusal = refusal
+        self._socket = bind(config.host, config.port + replica_rank if config.port else 0)
+        self.api_key = config.api_key or secrets.token_urlsafe(24)
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self, engine: Any, engine_arguments: Any) -> str:
+        """Start serving; the base address, such as `http://127.0.0.1:34567`."""
+        import uvicorn
+        from fastapi.responses import JSONResponse
+
+        from verl.utils.vllm.compat import openai_app
+
+        app = await openai_app(engine, engine_arguments.model, api_key=self.api_key)
+
+        @app.middleware("http")
+        async def refuse_without_weights(request: Any, call_next: Any) -> Any:
+            reason = self._refusal()
+            if reason is not None and request.url.path.startswith("/v1/") and request.method == "POST":
+                return JSONResponse({"error": {"message": f"the replica serves nothing: {reason}"}}, status_code=503)
+            return await call_next(request)
+
+        self._server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+        # The actor owns the process's signals.
+        self._server.install_signal_handlers = lambda: None
+        self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]))
+        host, port = self._socket.getsockname()[:2]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    async def stop(self) -> None:
+        """Stop serving and free the port."""
+        if self._task is not None:
+            self._server.should_exit = True
+            await asyncio.wait([self._task], timeout=5)
+        self._socket.close()

@@ -1,0 +1,271 @@
+"""The rollout server: one actor that hosts a vLLM engine, tokens in and tokens out.
+
+State of a replica, as far as weights go:
+
+    starting --(weights from the checkpoint)--> serving(v)
+    starting --(load_format=dummy)------------> waiting for the first update
+    serving(v) --begin_update--> updating --finish_update--> serving(v + 1)
+    updating --any error--> refusing, until a whole update succeeds
+
+Requests that come while it is updating wait; requests that come while it is refusing get `ReplicaUnavailable`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from typing import Any
+
+from verl.trainer.config import ModelConfig, RolloutConfig
+from verl.workers.rollout.types import ReplicaUnavailable, TokenOutput
+from verl.workers.rollout.vllm_rollout.engine_args import engine_args
+from verl.workers.rollout.weight_sync.manifest import WeightUpdateError
+
+logger = logging.getLogger(__name__)
+
+_SUPPORTED_QUANTIZATION = ["fp8", "torchao", "ascend"]
+
+
+class vLLMHttpServer:
+    """Hosts vLLM's `AsyncLLM`; becomes a Ray actor through `vLLMReplica`.
+
+    Args:
+        rollout, model: the config sections `actor_rollout_ref.rollout` and `.model`.
+        replica_rank: index of this replica, from 0.
+        device: `cpu`, `cuda` or `npu`.
+        dtype: torch dtype name the engine computes in.
+        prompt_length, response_length: caps in tokens.
+        seed: of the engine's sampler; each replica adds its rank.
+    """
+
+    def __init__(
+        self,
+        rollout: RolloutConfig,
+        model: ModelConfig,
+        *,
+        replica_rank: int,
+        device: str,
+        dtype: str,
+        prompt_length: int,
+        response_length: int,
+        seed: int = 0,
+    ):
+        if rollout.quantization is not None:
+            if rollout.quantization not in _SUPPORTED_QUANTIZATION:
+                raise ValueError(
+                    f"actor_rollout_ref.rollout.quantization={rollout.quantization!r}: use null or one of "
+                    f"{_SUPPORTED_QUANTIZATION}"
+                )
+            raise NotImplementedError(
+                f"actor_rollout_ref.rollout.quantization={rollout.quantization!r} is not supported yet: use null"
+            )
+        self._rollout = rollout
+        self._model = model
+        self._rank = replica_rank
+        self._device = device
+        self._response_length = response_length
+        self._args = engine_args(
+            rollout,
+            model,
+            device=device,
+            dtype=dtype,
+            prompt_length=prompt_length,
+            response_length=response_length,
+            seed=seed + replica_rank,
+        )
+        self._version: int | None = None
+        self._refusal: str | None = None
+        self._serving = asyncio.Event()
+        self._engine: Any = None
+        self._http: Any = None
+
+    async def start(self) -> dict[str, Any]:
+        """Start the engine, and the HTTP endpoint where it is enabled.
+
+        Returns:
+            `seconds` it took, `pid`, and `http`: the endpoint's base address or None.
+        """
+        from vllm import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        started = time.perf_counter()
+        arguments = AsyncEngineArgs(**self._args)
+        # Starting blocks for many seconds; the actor must answer health checks meanwhile.
+        config = await asyncio.to_thread(arguments.create_engine_config)
+        self._engine = AsyncLLM.from_vllm_config(config, disable_log_stats=self._rollout.disable_log_stats)
+        self._max_len = config.model_config.max_model_len
+        if self._rollout.load_format != "dummy":
+            self._commit(0)
+        address = await self._start_http(arguments) if self._rollout.server.enable_http else None
+        return {"seconds": time.perf_counter() - started, "pid": os.getpid(), "http": address}
+
+    async def _start_http(self, arguments: Any) -> str:
+        from verl.workers.rollout.vllm_rollout.http_endpoint import HttpEndpoint
+
+        self._http = HttpEndpoint(self._rollout.server, self._rank, refusal=self._http_refusal)
+        return await self._http.start(self._engine, arguments)
+
+    def _http_refusal(self) -> str | None:
+        if self._serving.is_set():
+            return None
+        return self._refusal or "the engine is taking new weights"
+
+    async def generate(self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str) -> TokenOutput:
+        """Generate one answer.
+
+        Args:
+            prompt_ids: prompt tokens.
+            sampling_params: vLLM's sampling parameters by name; `max_tokens` defaults to the response cap.
+            request_id: unique among the requests in flight.
+
+        Raises:
+            ReplicaUnavailable: the replica refuses to serve, or its engine died.
+            ValueError: a prompt that leaves no room for an answer, or an unknown sampling parameter.
+        """
+        from vllm.inputs import TokensPrompt
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        parameters = self._sampling_params(len(prompt_ids), sampling_params)
+        await self._wait_until_serving()
+        version, final = self._version, None
+        try:
+            async for output in self._engine.generate(TokensPrompt(prompt_token_ids=prompt_ids), parameters, request_id):
+                final = output.outputs[0]
+        except EngineDeadError as error:
+            self._refuse(f"its engine died: {error}")
+            raise ReplicaUnavailable(f"replica {self._rank}: {self._refusal}") from error
+        assert final is not None and version is not None
+        # An update drains what is in flight before it begins, so one request never sees two versions.
+        assert version == self._version
+        return TokenOutput(
+            token_ids=list(final.token_ids),
+            log_probs=_sampled_log_probs(final),
+            stop_reason=final.finish_reason or "abort",
+            weight_versions=[version] * len(final.token_ids),
+        )
+
+    def _sampling_params(self, prompt_length: int, given: dict[str, Any]) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        room = self._max_len - prompt_length
+        if room < 1:
+            raise ValueError(
+                f"a prompt of {prompt_length} tokens leaves no room in max_model_len={self._max_len}: "
+                "shorten data.max_prompt_length or raise actor_rollout_ref.rollout.max_model_len"
+            )
+        merged = {"max_tokens": self._response_length} | given
+        merged["max_tokens"] = min(merged["max_tokens"], room)
+        try:
+            return SamplingParams(**merged, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
+        except TypeError as error:
+            raise ValueError(f"sampling parameters {sorted(given)}: {error}") from error
+
+    async def _wait_until_serving(self) -> None:
+        while not self._serving.is_set():
+            if self._refusal is not None:
+                raise ReplicaUnavailable(f"replica {self._rank} serves nothing: {self._refusal}")
+            waiting = asyncio.create_task(self._serving.wait())
+            await asyncio.wait([waiting], timeout=0.5)
+            waiting.cancel()
+
+    # ---- the weight update ----
+
+    async def begin_update(self, version: int) -> None:
+        """Drain what is in flight and bring the engine to its load layout."""
+        self._serving.clear()
+        self._refusal = None
+        try:
+            await self._engine.pause_generation(mode="wait", clear_cache=False)
+            await self._workers("verl_begin_update", version)
+        except BaseException as error:
+            self._refuse(str(error))
+            raise
+
+    async def load_bucket(self, bucket: dict[str, Any]) -> None:
+        """Load one bucket in every worker of this replica."""
+        try:
+            await self._workers("verl_load_bucket", bucket)
+        except BaseException as error:
+            self._refuse(str(error))
+            raise
+
+    async def finish_update(self, manifest: dict[str, Any]) -> dict[str, float]:
+        """Check what arrived, bring the engine to its run-time layout, commit the version, and serve again.
+
+        Returns:
+            The slowest worker's seconds for `load` and `finish`, and the `bytes` each received.
+        """
+        try:
+            statistics = await self._workers("verl_finish_update", manifest)
+            # Keys and values under the old weights must not answer prompts under the new ones.
+            if not await self._engine.reset_prefix_cache():
+                raise WeightUpdateError("the engine kept its prefix cache: requests are still in flight")
+            await self._engine.resume_generation()
+        except BaseException as error:
+            self._refuse(str(error))
+            raise
+        self._commit(int(manifest["version"]))
+        return {key: max(worker[key] for worker in statistics) for key in statistics[0]}
+
+    async def abort_update(self, reason: str) -> None:
+        """Give an update up. The replica refuses every request until a whole update succeeds."""
+        self._refuse(reason)
+
+    async def parameter_hashes(self) -> list[dict[str, str]]:
+        """SHA-256 of every parameter, by engine name, for each worker."""
+        return await self._engine.collective_rpc("verl_parameter_hashes")
+
+    async def parameter_addresses(self) -> list[dict[str, int]]:
+        """Address of every parameter, by engine name, for each worker."""
+        return await self._engine.collective_rpc("verl_parameter_addresses")
+
+    async def _workers(self, method: str, *arguments: Any) -> list[Any]:
+        outcomes = await self._engine.collective_rpc(method, args=arguments)
+        for rank, outcome in enumerate(outcomes):
+            if outcome["error"] is not None:
+                raise WeightUpdateError(f"replica {self._rank}, worker {rank}: {outcome['error']}")
+        return [outcome["result"] for outcome in outcomes]
+
+    def _refuse(self, reason: str) -> None:
+        self._serving.clear()
+        self._version, self._refusal = None, reason
+
+    def _commit(self, version: int) -> None:
+        self._version, self._refusal = version, None
+        self._serving.set()
+
+    # ---- life ----
+
+    async def health(self) -> dict[str, Any]:
+        """`version` being served (None: none) and `refusal` (None: no reason to refuse). Raises where the engine is dead."""
+        await self._engine.check_health()
+        return {"version": self._version, "refusal": self._refusal}
+
+    async def sleep(self) -> None:
+        """Free the key-value cache and set the weights aside (level 1 on an NPU, 2 elsewhere); nothing on a CPU."""
+        if self._device != "cpu" and self._rollout.free_cache_engine:
+            self._serving.clear()
+            await self._engine.sleep(level=1 if self._device == "npu" else 2)
+
+    async def wake_up(self, tags: list[str]) -> None:
+        """Take memory back: `["weights"]` before an update, `["kv_cache"]` after it; nothing on a CPU."""
+        if self._device != "cpu" and self._rollout.free_cache_engine:
+            await self._engine.wake_up(tags=tags)
+
+    async def stop(self) -> None:
+        """End the endpoint and the engine with all its processes."""
+        self._refuse("it was stopped")
+        if self._http is not None:
+            await self._http.stop()
+        if self._engine is not None:
+            engine, self._engine = self._engine, None
+            await asyncio.to_thread(engine.shutdown)
+
+
+def _sampled_log_probs(output: Any) -> list[float]:
+    if output.logprobs is None:
+        return []
+    return [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs, strict=True)]

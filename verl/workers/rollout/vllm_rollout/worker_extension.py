@@ -1,0 +1,59 @@
+"""Methods that vLLM mixes into each of its workers (`worker_extension_cls`): the engine's end of a weight update.
+
+They are called by name through `collective_rpc`, so their arguments and results are plain strings and numbers. Errors are
+returned, not raised: an exception inside a worker would take the whole engine down, and a refused update must not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from verl.utils.vllm.compat import load_session
+from verl.workers.rollout.weight_sync.manifest import WeightUpdateError
+from verl.workers.rollout.weight_sync.receiver import WeightReceiver
+
+
+class WeightUpdateExtension:
+    """Mixed into vLLM's worker class, which brings `model_runner`, `vllm_config` and `device`."""
+
+    _verl_receiver: WeightReceiver | None = None
+
+    def verl_begin_update(self, version: int) -> dict[str, Any]:
+        """Put the model into its load layout."""
+        if self._verl_receiver is None:
+            session = load_session(self.model_runner.model, self.vllm_config, torch.device(self.device))
+            self._verl_receiver = WeightReceiver(session)
+        return _reported(self._verl_receiver.begin, version)
+
+    def verl_load_bucket(self, bucket: dict[str, Any]) -> dict[str, Any]:
+        """Load one bucket out of shared memory."""
+        assert self._verl_receiver is not None, "verl_begin_update first"
+        return _reported(self._verl_receiver.load_bucket, bucket)
+
+    def verl_finish_update(self, manifest: dict[str, Any]) -> dict[str, Any]:
+        """Check, bring the model to its run-time layout, commit; the result holds the receiver's statistics."""
+        assert self._verl_receiver is not None, "verl_begin_update first"
+        return _reported(self._verl_receiver.finish, manifest)
+
+    def verl_parameter_hashes(self) -> dict[str, str]:
+        """SHA-256 of every parameter's bytes on this worker, by engine name."""
+        hashes = {}
+        for name, parameter in self.model_runner.model.named_parameters():
+            data = parameter.detach().contiguous().cpu().flatten().view(torch.uint8)
+            hashes[name] = hashlib.sha256(data.numpy().tobytes()).hexdigest()
+        return hashes
+
+    def verl_parameter_addresses(self) -> dict[str, int]:
+        """Address of every parameter on this worker, by engine name: captured graphs rely on these never changing."""
+        return {name: parameter.data_ptr() for name, parameter in self.model_runner.model.named_parameters()}
+
+
+def _reported(call: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
+    try:
+        return {"error": None, "result": call(*arguments)}
+    except (WeightUpdateError, ValueError, KeyError, RuntimeError, AssertionError, AttributeError, OSError, TypeError) as error:
+        return {"error": f"{type(error).__name__}: {error}", "result": None}
