@@ -37,7 +37,7 @@ class SampleGenerator:
         tokenizer: the model's tokenizer.
         rewards: scores one sample; runs off the event loop.
         default_agent_loop: the loop for rows without the column `agent_name`.
-        prompt_length, response_length: caps in tokens.
+        response_length: cap in tokens.
     """
 
     def __init__(
@@ -47,7 +47,6 @@ class SampleGenerator:
         rewards: RewardLoop,
         *,
         default_agent_loop: str,
-        prompt_length: int,
         response_length: int,
     ):
         self._client = client
@@ -56,27 +55,36 @@ class SampleGenerator:
         self._default_agent_loop = default_agent_loop
         self._response_length = response_length
 
-    async def generate(self, rows: Sequence[dict[str, Any]], sampling_params: dict[str, Any]) -> list[ScoredSample]:
-        """One sample for each row, in the rows' order; a row that should give `n` samples comes `n` times."""
+    async def generate(
+        self, rows: Sequence[dict[str, Any]], sampling_params: dict[str, Any]
+    ) -> tuple[list[ScoredSample], dict[str, float]]:
+        """One sample for each row, in the rows' order; a row that should give `n` samples comes `n` times.
+
+        Returns:
+            The samples; and seconds: `gen` until the last answer, `reward` from there until the last score.
+        """
+        started = time.perf_counter()
+        self._answered_at = started
         tasks = [asyncio.create_task(self._sample(row, sampling_params)) for row in rows]
         try:
-            return list(await asyncio.gather(*tasks))
+            samples = list(await asyncio.gather(*tasks))
         finally:
             for task in tasks:
                 task.cancel()
+        ended = time.perf_counter()
+        return samples, {"gen": self._answered_at - started, "reward": ended - self._answered_at}
 
     async def _sample(self, row: dict[str, Any], sampling_params: dict[str, Any]) -> ScoredSample:
         loop_class = get_agent_loop(row.get("agent_name") or self._default_agent_loop)
         loop = loop_class(self._client, self._tokenizer, self._response_length)
         output = await loop.run(sampling_params, **row)
-        started = time.perf_counter()
+        self._answered_at = time.perf_counter()
         reward = await self._rewards.score(
             row["data_source"],
             self._tokenizer.decode(output.response_ids, skip_special_tokens=True),
             row["reward_model"].get("ground_truth"),
             row.get("extra_info") or {},
         )
-        output.extra_fields["reward_wait_s"] = time.perf_counter() - started
         return ScoredSample(row, output, reward)
 
 

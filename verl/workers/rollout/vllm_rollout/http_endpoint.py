@@ -38,7 +38,7 @@ class HttpEndpoint:
     """Serves an engine over HTTP on the actor's event loop.
 
     Args:
-        config: `actor_rollout_ref.rollout.server`; without `api_key` a random one is made and logged only as a path.
+        config: `actor_rollout_ref.rollout.server`; without `api_key` a random one is made.
         replica_rank: added to a fixed port, so that replicas of one host do not collide.
         refusal: says why requests are refused now, or None.
     """

@@ -85,7 +85,7 @@ class vLLMHttpServer:
         """Start the engine, and the HTTP endpoint where it is enabled.
 
         Returns:
-            `seconds` it took, `pid`, and `http`: the endpoint's base address or None.
+            `seconds` it took, `pid`; `http` and `api_key`: the endpoint's base address and key, or None.
         """
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -99,7 +99,8 @@ class vLLMHttpServer:
         if self._rollout.load_format != "dummy":
             self._commit(0)
         address = await self._start_http(arguments) if self._rollout.server.enable_http else None
-        return {"seconds": time.perf_counter() - started, "pid": os.getpid(), "http": address}
+        key = self._http.api_key if self._http is not None else None
+        return {"seconds": time.perf_counter() - started, "pid": os.getpid(), "http": address, "api_key": key}
 
     async def _start_http(self, arguments: Any) -> str:
         from verl.workers.rollout.vllm_rollout.http_endpoint import HttpEndpoint

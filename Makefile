@@ -1,0 +1,36 @@
+# `make help` lists what there is. Every target sets .venv up first, which takes no time once it fits the lock.
+SHELL := bash
+.DEFAULT_GOAL := help
+python := .venv/bin/python
+
+.PHONY: help setup quickstart test test-slow lint format bench lock
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+setup: ## make .venv from the lock
+	@scripts/setup.sh
+
+quickstart: setup ## train a tiny language model with GRPO, a few minutes on two cores
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" examples/quickstart/run.sh $(ARGS)
+
+test: setup lint ## lint and all tests but the slow ones
+	$(python) -m pytest -q $(ARGS)
+
+test-slow: setup ## the tests that are too slow for `make test`
+	$(python) -m pytest -q -m slow $(ARGS)
+
+lint: setup ## ruff and the import contracts
+	$(python) -m ruff check .
+	$(python) -m ruff format --check .
+	.venv/bin/lint-imports
+
+format: setup ## let ruff mend what it can
+	$(python) -m ruff check --fix .
+	$(python) -m ruff format .
+
+bench: setup ## benchmarks; each prints a table
+	@for benchmark in benchmarks/bench_*.py; do $(python) $$benchmark || exit 1; done
+
+lock: setup ## resolve requirements/cpu.lock anew
+	@scripts/lock.sh

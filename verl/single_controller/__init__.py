@@ -1,0 +1,1 @@
+"""Ray: where processes run, and calling the same method on all trainer ranks."""

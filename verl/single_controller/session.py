@@ -1,0 +1,47 @@
+"""The Ray session of a run: joined where there is a cluster, started and ended here where there is none."""
+
+from __future__ import annotations
+
+import logging
+import os
+from types import TracebackType
+from typing import Any
+
+import ray
+
+from verl.trainer.config import PPOConfig
+
+logger = logging.getLogger(__name__)
+
+
+class RaySession:
+    """A context manager around `ray.init` and `ray.shutdown`; `ray_kwargs.ray_init.*` are passed on to `ray.init`."""
+
+    def __init__(self, config: PPOConfig):
+        self._options: dict[str, Any] = {
+            "include_dashboard": False,
+            # Workers report through the values and errors they return; their own output goes to Ray's log directory.
+            "log_to_driver": False,
+            "logging_level": logging.ERROR,
+            **{key: value for key, value in dict(config.ray_kwargs.ray_init or {}).items() if value is not None},
+        }
+        self._joined = ray.is_initialized()
+
+    def __enter__(self) -> RaySession:
+        if not self._joined:
+            if "address" in self._options or "RAY_ADDRESS" in os.environ:
+                # Only a session that we start takes these.
+                for key in ("num_cpus", "num_gpus", "include_dashboard"):
+                    self._options.pop(key, None)
+            ray.init(**self._options)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None and isinstance(error, Exception):
+            logger.error("logs of all processes: %s", os.path.join(_session_directory(), "logs"))
+        if not self._joined:
+            ray.shutdown()
+
+
+def _session_directory() -> str:
+    return ray._private.worker._global_node.get_session_dir_path() if ray.is_initialized() else "Ray's session directory"

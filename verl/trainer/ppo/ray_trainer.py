@@ -1,0 +1,197 @@
+"""The training loop.
+
+One step, and for each stage the columns it reads and adds (`DataProto`, B samples, P and T padded widths):
+
+    stage            reads                                           adds
+    generate         rows: prompt_token_ids                          prompts, responses, input_ids, attention_mask,
+                                                                     position_ids, response_mask, rollout_log_probs,
+                                                                     weight_versions
+      (and rewards)  text, ground truth, as each sample finishes     token_level_scores
+    old_log_probs    input_ids, response_mask                        old_log_probs, entropys
+    ref_log_prob     input_ids, response_mask                        ref_log_prob
+    advantages       token_level_scores, uid                         token_level_rewards, advantages, returns
+    update_actor     all of the above                                -
+    update_weights   -                                               the replicas serve version `step`
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+from verl.protocol import DataProto
+from verl.single_controller.session import RaySession
+from verl.trainer.config import Plan, PPOConfig
+from verl.trainer.ppo.checkpoint import CheckpointStore
+from verl.trainer.ppo.metrics import (
+    compute_data_metrics,
+    compute_mismatch_metrics,
+    compute_seqlen_metrics,
+    compute_throughput_metrics,
+    compute_timing_metrics,
+)
+from verl.trainer.ppo.rewards import apply_advantages
+from verl.trainer.ppo.runtime import Runtime
+from verl.trainer.ppo.validation_run import ValidationRun
+from verl.utils.timing import marked_timer
+from verl.utils.tracking import Progress, Tracking
+
+logger = logging.getLogger(__name__)
+
+
+class RayPPOTrainer:
+    """Runs the loop over a `Runtime`, which holds the processes.
+
+    Args:
+        config: checked.
+        runtime: trainer ranks, replicas, rewards and data, all running.
+        store: where checkpoints go.
+    """
+
+    def __init__(self, config: PPOConfig, runtime: Runtime, store: CheckpointStore):
+        self.config, self.runtime, self.store = config, runtime, store
+        self.validation = ValidationRun(config, runtime)
+        self.step = 0
+
+    async def fit(self) -> None:
+        """Train to the last step; validate before, during and after; save; log."""
+        trainer, runtime = self.config.trainer, self.runtime
+        await self.restore()
+        with self.tracking() as tracking, self.progress() as progress:
+            await runtime.update_weights(self.step)
+            if trainer.val_only or (trainer.val_before_train and self.step == 0):
+                tracking.log(await self.validate(tracking), self.step)
+            if trainer.val_only:
+                return
+            for rows in self.batches():
+                self.step += 1
+                timing: dict[str, float] = {}
+                with marked_timer("step", timing):
+                    batch = await runtime.generate(rows, self.step, timing)
+                    with marked_timer("old_log_prob", timing):
+                        batch = await runtime.old_log_probs(batch)
+                    if runtime.with_ref:
+                        with marked_timer("ref", timing):
+                            batch = await runtime.ref_log_prob(batch)
+                    with marked_timer("adv", timing):
+                        batch = apply_advantages(batch, self.config.algorithm)
+                    with marked_timer("update_actor", timing):
+                        metrics = await runtime.update_actor(batch)
+                    with marked_timer("update_weights", timing):
+                        metrics |= await runtime.update_weights(self.step)
+                    if self.due(trainer.save_freq):
+                        with marked_timer("save_checkpoint", timing):
+                            await self.save()
+                    if self.due(trainer.test_freq):
+                        with marked_timer("testing", timing):
+                            metrics |= await self.validate(tracking)
+                metrics |= self.describe(batch, timing)
+                tracking.log(metrics, self.step)
+                progress.update(self.step, metrics)
+
+    # ---- stages that are more than one call ----
+
+    def batches(self) -> Iterator[list[dict[str, Any]]]:
+        """Batches of rows up to the last step, over as many epochs as that takes."""
+        while self.step < self.runtime.total_steps:
+            for rows in self.runtime.train_loader:
+                if self.step >= self.runtime.total_steps:
+                    return
+                yield self.runtime.rows(rows, self.step + 1)
+
+    def due(self, every: int) -> bool:
+        """Whether something that happens every `every` steps happens now; the last step always counts."""
+        return every > 0 and (self.step % every == 0 or self.step == self.runtime.total_steps)
+
+    async def validate(self, tracking: Tracking) -> dict[str, float]:
+        metrics, table = await self.validation.run(self.step)
+        if table:
+            tracking.log_generations(table, self.step)
+        return metrics
+
+    async def restore(self) -> None:
+        """Go on from a checkpoint where there is one to go on from."""
+        trainer = self.config.trainer
+        checkpoint = self.store.resolve(trainer.resume_mode, trainer.resume_from_path)
+        if checkpoint is not None:
+            self.step = await self.runtime.load(checkpoint)
+            logger.info("resumed from %s at step %d", checkpoint, self.step)
+        self.resumed = checkpoint is not None
+
+    async def save(self) -> None:
+        with self.store.writing(self.step) as directory:
+            await self.runtime.save(directory, self.step)
+
+    def describe(self, batch: DataProto, timing: dict[str, float]) -> dict[str, Any]:
+        """What can be read off a finished step."""
+        data, n_devices = self.config.data, self.config.trainer.n_gpus_per_node * self.config.trainer.nnodes
+        return {
+            "training/global_step": self.step,
+            "training/epoch": (self.step - 1) // self.runtime.steps_per_epoch,
+            **compute_data_metrics(batch, data.max_prompt_length, data.max_response_length),
+            **(compute_mismatch_metrics(batch) if "rollout_log_probs" in batch.batch else {}),
+            **compute_timing_metrics(batch, timing),
+            **compute_throughput_metrics(batch, timing, n_devices),
+            **compute_seqlen_metrics(self.runtime.shard_lengths(batch)),
+            **self.runtime.reward_metrics(),
+        }
+
+    def tracking(self) -> Tracking:
+        trainer = self.config.trainer
+        return Tracking(
+            trainer.project_name,
+            trainer.experiment_name,
+            trainer.logger,
+            config=self.config,
+            default_local_dir=trainer.default_local_dir,
+            resume_step=self.step if self.resumed else None,
+            total_steps=self.runtime.total_steps,
+        )
+
+    def progress(self) -> Progress:
+        return Progress(self.runtime.total_steps, self.step, lines="console" not in self.config.trainer.logger)
+
+
+async def train(config: PPOConfig, plan: Plan) -> None:
+    """Start everything, train, stop everything, whatever happens in between."""
+    store = CheckpointStore(config.trainer.default_local_dir, config.trainer.max_actor_ckpt_to_keep)
+    runtime = Runtime(config, plan)
+    try:
+        await runtime.start()
+        await RayPPOTrainer(config, runtime, store).fit()
+    finally:
+        await runtime.stop()
+
+
+def run(config: PPOConfig, plan: Plan) -> None:
+    """Train, from a plain thread. Ctrl-C and SIGTERM end in a clean stop: no process and no shared memory stays behind.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C, once everything is stopped.
+        SystemExit: after SIGTERM, likewise, with status 143.
+    """
+    terminated = False
+
+    async def main() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+
+        def terminate() -> None:
+            nonlocal terminated
+            terminated = True
+            task.cancel()
+
+        with RaySession(config):
+            # After Ray, which puts a handler of its own in place.
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, terminate)
+            await train(config, plan)
+
+    try:
+        asyncio.run(main())
+    except asyncio.CancelledError:
+        if not terminated:
+            raise
+        raise SystemExit(128 + signal.SIGTERM) from None

@@ -1,0 +1,297 @@
+"""Everything that runs during training: trainer ranks, replicas, rewards, data. The loop calls it stage by stage."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from verl.agent_loop.generation import SampleGenerator, ScoredSample, to_batch
+from verl.protocol import DataProto
+from verl.single_controller.placement import Placement, place, replica_count, visible_devices
+from verl.single_controller.worker_group import WorkerGroup
+from verl.trainer.config import Plan, PPOConfig
+from verl.trainer.ppo.checkpoint import load_driver_state, save_driver_state
+from verl.trainer.ppo.validation import dump_generations
+from verl.utils.dataset import build_dataloader, collate_fn, make_dataset
+from verl.utils.seqlen_balancing import split_even, split_mini_batches
+from verl.utils.tokenizer import hf_tokenizer
+from verl.workers.reward import RewardLoop
+from verl.workers.rollout.client import LLMServerClient
+from verl.workers.rollout.replica import ReplicaSet, vLLMReplica
+from verl.workers.rollout.vllm_rollout.engine_args import engine_environment
+from verl.workers.rollout.weight_sync.update import update_weights
+from verl.workers.train_worker import TrainWorker
+
+logger = logging.getLogger(__name__)
+
+
+class GroupSender:
+    """The trainer's ranks as the sending end of a weight update: rank 0 sends, the others take part in gathering."""
+
+    def __init__(self, group: WorkerGroup):
+        self._group = group
+        self._others: list[asyncio.Future[Any]] = []
+
+    async def begin_export(self, version: int) -> None:
+        self._others = [
+            asyncio.ensure_future(self._group.rank(rank, "join_export")) for rank in range(1, len(self._group))
+        ]
+        await self._group.rank(0, "begin_export", version)
+
+    async def next_bucket(self) -> dict[str, Any]:
+        return await self._group.rank(0, "next_bucket")
+
+    async def finish_export(self) -> dict[str, Any]:
+        await asyncio.gather(*self._others)
+        return await self._group.rank(0, "finish_export")
+
+
+class Runtime:
+    """Made from a checked config; `start` before anything else, `stop` in any case.
+
+    Args:
+        config, plan: checked together; the plan holds device and dtypes that were chosen.
+    """
+
+    def __init__(self, config: PPOConfig, plan: Plan):
+        self.config, self.plan = config, plan
+        actor = config.actor_rollout_ref.actor
+        self.with_ref = actor.use_kl_loss or config.algorithm.use_kl_in_reward
+        self._placement: Placement | None = None
+        self._group: WorkerGroup | None = None
+        self._replicas: ReplicaSet | None = None
+        self._rewards: RewardLoop | None = None
+
+    # ---- life ----
+
+    async def start(self) -> None:
+        """Load the data, then start trainer ranks and replicas at the same time."""
+        self._load_data()
+        self._rewards = RewardLoop(self.config.reward)
+        self._placement = place(self.config, self.plan.device)
+        self._replicas = self._make_replicas(self._placement)
+        self._group = self._make_trainers(self._placement)
+        starting = [asyncio.ensure_future(self._replicas.start()), asyncio.ensure_future(self._start_trainers())]
+        try:
+            await asyncio.gather(*starting)
+        finally:
+            for task in starting:
+                task.cancel()
+        self._generator = SampleGenerator(
+            LLMServerClient(self._replicas),
+            self.tokenizer,
+            self._rewards,
+            default_agent_loop=self.config.actor_rollout_ref.rollout.agent.default_agent_loop,
+            response_length=self.config.data.max_response_length,
+        )
+
+    def _load_data(self) -> None:
+        data, model = self.config.data, self.config.actor_rollout_ref.model
+        self.tokenizer = hf_tokenizer(model.tokenizer_path or model.path, trust_remote_code=model.trust_remote_code)
+        train = make_dataset(data.train_files, self.tokenizer, data, max_samples=data.train_max_samples)
+        seed = data.seed if data.seed is not None else self.config.trainer.seed
+        self.train_loader = build_dataloader(
+            train, batch_size=data.train_batch_size, shuffle=data.shuffle, seed=seed, drop_last=True
+        )
+        validation = make_dataset(data.val_files, self.tokenizer, data, max_samples=data.val_max_samples)
+        self.val_loader = build_dataloader(
+            validation,
+            batch_size=data.val_batch_size or len(validation),
+            shuffle=False,
+            seed=seed,
+            drop_last=False,
+        )
+        self.steps_per_epoch = len(self.train_loader)
+        trainer = self.config.trainer
+        self.total_steps = trainer.total_training_steps or self.steps_per_epoch * trainer.total_epochs
+
+    def _make_replicas(self, placement: Placement) -> ReplicaSet:
+        config, count = self.config, replica_count(self.config)
+        rollout = config.actor_rollout_ref.rollout
+        arguments = {
+            "rollout": rollout,
+            "model": config.actor_rollout_ref.model,
+            "device": self.plan.device,
+            "dtype": self.plan.rollout_dtype,
+            "prompt_length": config.data.max_prompt_length,
+            "response_length": config.data.max_response_length,
+            "seed": config.trainer.seed,
+        }
+        environment = engine_environment(
+            device=self.plan.device,
+            threads=max(1, (os.cpu_count() or 1) // count),
+            tensor_parallel_size=rollout.tensor_model_parallel_size,
+        )
+        replicas = []
+        for rank, options in enumerate(placement.replicas):
+            variables = environment | visible_devices(config, self.plan.device, rank)
+            replicas.append(vLLMReplica(rank, arguments, {**options, "runtime_env": {"env_vars": variables}}))
+        return ReplicaSet(replicas, on_start=self._note_endpoint)
+
+    def _note_endpoint(self, rank: int, report: dict[str, Any]) -> None:
+        logger.info("replica %d is up after %.1f s (pid %d)", rank, report["seconds"], report["pid"])
+        if report["http"] is None:
+            return
+        # The key is a secret: it goes into a file that only this user reads, never into a log.
+        path = Path(self.config.trainer.default_local_dir) / f"http_replica_{rank}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            json.dump({"base_url": report["http"] + "/v1", "api_key": report["api_key"]}, file)
+        logger.info("replica %d serves %s/v1; its key is in %s", rank, report["http"], path)
+
+    def _make_trainers(self, placement: Placement) -> WorkerGroup:
+        ranks = len(placement.trainers)
+        threads = str(max(1, (os.cpu_count() or 1) // ranks))
+        environment = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+        options = [{**option, "runtime_env": {"env_vars": environment}} for option in placement.trainers]
+        return WorkerGroup(
+            TrainWorker,
+            options if self.plan.device == "cpu" else placement.trainers,
+            {
+                "world_size": ranks,
+                "config": self.config.actor_rollout_ref,
+                "device": self.plan.device,
+                "total_training_steps": self.total_steps,
+                "with_ref": self.with_ref,
+                "seed": self.config.trainer.seed,
+                "rollout_dtype": self.plan.rollout_dtype,
+            },
+        )
+
+    async def _start_trainers(self) -> None:
+        started = time.perf_counter()
+        host, port = await self.trainers.rank(0, "rendezvous", self.config.trainer.nnodes == 1)
+        await self.trainers.all("setup", host, port)
+        logger.info("%d trainer ranks are up after %.1f s", len(self.trainers), time.perf_counter() - started)
+
+    async def stop(self) -> None:
+        """End every process that `start` started; harmless where it did not get that far."""
+        if self._group is not None:
+            self._group.stop()
+        if self._replicas is not None:
+            await self._replicas.stop()
+        if self._rewards is not None:
+            self._rewards.close()
+        if self._placement is not None:
+            self._placement.release()
+
+    @property
+    def trainers(self) -> WorkerGroup:
+        assert self._group is not None, "start() first"
+        return self._group
+
+    @property
+    def replicas(self) -> ReplicaSet:
+        assert self._replicas is not None, "start() first"
+        return self._replicas
+
+    @property
+    def rewards(self) -> RewardLoop:
+        assert self._rewards is not None, "start() first"
+        return self._rewards
+
+    # ---- stages ----
+
+    def rows(self, batch: Mapping[str, Sequence[Any]], step: int) -> list[dict[str, Any]]:
+        """A collated batch as one dict a prompt, each with a `uid` of its own."""
+        size = len(next(iter(batch.values())))
+        return [{**{key: column[i] for key, column in batch.items()}, "uid": f"{step}.{i}"} for i in range(size)]
+
+    async def generate(self, rows: Sequence[dict[str, Any]], step: int, timing: dict[str, float]) -> DataProto:
+        """`rollout.n` scored samples for each row, next to each other; times go into `timing["gen"]`, `["reward"]`."""
+        rollout = self.config.actor_rollout_ref.rollout
+        sampling = {"temperature": rollout.temperature, "top_p": rollout.top_p, "top_k": rollout.top_k}
+        if rollout.calculate_log_probs:
+            sampling["logprobs"] = 0
+        self.rewards.begin_step()
+        samples, seconds = await self._generator.generate([row for row in rows for _ in range(rollout.n)], sampling)
+        timing |= seconds
+        self.rewards.check_step()
+        await self.replicas.sleep()
+        batch = to_batch(
+            samples, pad_token_id=self.tokenizer.pad_token_id, with_log_probs=rollout.calculate_log_probs
+        )
+        batch.meta_info |= {"temperature": rollout.temperature, "global_step": step}
+        if self.config.trainer.rollout_data_dir:
+            rows_out = [self.describe_sample(sample) for sample in samples]
+            dump_generations(self.config.trainer.rollout_data_dir, step, rows_out)
+        return batch
+
+    async def generate_validation(self, rows: Sequence[dict[str, Any]]) -> list[ScoredSample]:
+        """`val_kwargs.n` scored samples for each row; greedy unless `val_kwargs.do_sample`."""
+        kwargs = self.config.actor_rollout_ref.rollout.val_kwargs
+        temperature = kwargs.temperature if kwargs.do_sample else 0.0
+        sampling = {"temperature": temperature, "top_p": kwargs.top_p, "top_k": kwargs.top_k}
+        self.rewards.begin_step()
+        samples, _ = await self._generator.generate([row for row in rows for _ in range(kwargs.n)], sampling)
+        self.rewards.check_step()
+        return samples
+
+    async def old_log_probs(self, batch: DataProto) -> DataProto:
+        """Add `old_log_probs` and `entropys`."""
+        return batch.union(await self._on_shards("compute_log_prob", batch))
+
+    async def ref_log_prob(self, batch: DataProto) -> DataProto:
+        """Add `ref_log_prob`."""
+        return batch.union(await self._on_shards("compute_ref_log_prob", batch))
+
+    async def _on_shards(self, method: str, batch: DataProto) -> DataProto:
+        shards, inverse = split_even(batch, len(self.trainers), balance=self.config.trainer.balance_batch)
+        parts = await self.trainers.each("call", [(method, shard) for shard in shards])
+        result = DataProto.concat(parts)
+        result.reorder(torch.as_tensor(inverse))
+        return result
+
+    async def update_actor(self, batch: DataProto) -> dict[str, float]:
+        """One pass of optimizer steps over the batch; metrics `actor/*`."""
+        config = self.config.actor_rollout_ref
+        shards = split_mini_batches(
+            batch,
+            config.actor.ppo_mini_batch_size * config.rollout.n,
+            len(self.trainers),
+            balance=self.config.trainer.balance_batch,
+        )
+        return (await self.trainers.each("call", [("update_actor", shard) for shard in shards]))[0]
+
+    async def update_weights(self, version: int) -> dict[str, float]:
+        """Bring every replica, restarted ones included, to the trainer's weights as `version`."""
+        await self.replicas.restart_dead()
+        return await update_weights(GroupSender(self.trainers), self.replicas.alive, version)
+
+    # ---- what is read off ----
+
+    def describe_sample(self, sample: ScoredSample) -> dict[str, Any]:
+        """One sample as text, for dumps and tables."""
+        return {
+            "input": self.tokenizer.decode(sample.output.prompt_ids, skip_special_tokens=False),
+            "output": self.tokenizer.decode(sample.output.response_ids, skip_special_tokens=True),
+            "gts": sample.row["reward_model"].get("ground_truth"),
+            "score": sample.reward.score,
+            **sample.reward.extra,
+        }
+
+    def reward_metrics(self) -> dict[str, float]:
+        return self.rewards.step_metrics()
+
+    # ---- checkpoints ----
+
+    async def save(self, directory: Path, step: int) -> None:
+        """Write everything a run needs to go on into `directory`."""
+        await self.trainers.all("call", "save_checkpoint", str(directory / "actor"))
+        save_driver_state(directory, {"step": step, "train_loader": self.train_loader.state_dict()})
+
+    async def load(self, directory: Path) -> int:
+        """Take the state of a checkpoint; the step it was written at."""
+        state = load_driver_state(directory)
+        await self.trainers.all("call", "load_checkpoint", str(directory / "actor"))
+        self.train_loader.load_state_dict(state["train_loader"])
+        return int(state["step"])

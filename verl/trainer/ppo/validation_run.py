@@ -1,0 +1,53 @@
+"""One validation: sample answers to the held-out prompts, score them, sum them up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from verl.agent_loop.generation import ScoredSample
+from verl.trainer.config import PPOConfig
+from verl.trainer.ppo.runtime import Runtime
+from verl.trainer.ppo.validation import (
+    dump_generations,
+    flatten_validation_metrics,
+    process_validation_metrics,
+    samples_table,
+    validation_variables,
+)
+
+
+class ValidationRun:
+    """Validates with `rollout.val_kwargs` on `data.val_files`.
+
+    Args:
+        config: the whole config.
+        runtime: running.
+    """
+
+    def __init__(self, config: PPOConfig, runtime: Runtime):
+        self._config, self._runtime = config, runtime
+
+    async def run(self, step: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Metrics `val-core/...` and `val-aux/...`, and at most `trainer.log_val_generations` samples to show."""
+        trainer = self._config.trainer
+        samples: list[ScoredSample] = []
+        for batch in self._runtime.val_loader:
+            rows = self._runtime.rows(batch, step)
+            samples += await self._runtime.generate_validation(rows)
+        sources = [sample.row["data_source"] for sample in samples]
+        variables = validation_variables(
+            sources, [s.reward.score for s in samples], [s.reward.extra for s in samples]
+        )
+        # A prompt is known by its place in the validation set, not by its batch.
+        prompts = [f"{s.row['data_source']}/{s.row['raw_prompt']}" for s in samples]
+        metrics = flatten_validation_metrics(process_validation_metrics(sources, prompts, variables))
+        if trainer.validation_data_dir:
+            dump_generations(trainer.validation_data_dir, step, [self._runtime.describe_sample(s) for s in samples])
+        texts = [self._runtime.describe_sample(s) for s in samples] if trainer.log_val_generations > 0 else []
+        table = samples_table(
+            [text["input"] for text in texts],
+            [text["output"] for text in texts],
+            [text["score"] for text in texts],
+            trainer.log_val_generations,
+        )
+        return metrics, table

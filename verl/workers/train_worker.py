@@ -1,0 +1,102 @@
+"""One trainer rank as it runs in its own process: an `ActorWorker`, and the sending end of the weight update."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import torch
+
+from verl.trainer.config import ActorRolloutRefConfig
+from verl.workers.actor import ActorWorker
+from verl.workers.rollout.weight_sync.manifest import dtype_from_name
+from verl.workers.rollout.weight_sync.sender import WeightSender
+
+_MIB = 1 << 20
+
+
+class TrainWorker:
+    """Made bare, then `setup` once all ranks know where to meet.
+
+    Args:
+        rank, world_size: of the trainer's process group.
+        config: the section `actor_rollout_ref`.
+        device: `cpu`, `cuda` or `npu`.
+        total_training_steps: optimizer schedule length in training steps.
+        with_ref: load the reference model too.
+        seed: of this run; ranks derive theirs from it.
+        rollout_dtype: dtype name the weights are sent in.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        *,
+        world_size: int,
+        config: ActorRolloutRefConfig,
+        device: str,
+        total_training_steps: int,
+        with_ref: bool,
+        seed: int,
+        rollout_dtype: str,
+    ):
+        self._rank, self._world_size, self._config, self._device = rank, world_size, config, device
+        self._total_training_steps, self._with_ref, self._seed = total_training_steps, with_ref, seed
+        self._send_dtype = dtype_from_name(rollout_dtype)
+        self._sender: WeightSender | None = None
+
+    def rendezvous(self, loopback: bool) -> tuple[str, int]:
+        """Address and free port where the ranks can meet this one."""
+        host = "127.0.0.1" if loopback else socket.gethostbyname(socket.gethostname())
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+            return host, probe.getsockname()[1]
+
+    def setup(self, host: str, port: int) -> None:
+        """Join the process group and load the model."""
+        self._actor = ActorWorker(
+            self._rank,
+            self._world_size,
+            host,
+            port,
+            self._config,
+            total_training_steps=self._total_training_steps,
+            with_ref=self._with_ref,
+            device=self._device,
+            seed=self._seed,
+        )
+        self._actor.init_model()
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the `ActorWorker`."""
+        return getattr(self._actor, method)(*arguments)
+
+    def begin_export(self, version: int) -> None:
+        """Start sending the weights as `version`; on the other ranks `join_export` must run at the same time."""
+        if self._sender is None:
+            megabytes = self._config.rollout.checkpoint_engine.update_weights_bucket_megabytes
+            self._sender = WeightSender(megabytes * _MIB)
+        self._sender.begin(version, self._weights())
+
+    def next_bucket(self) -> dict[str, Any]:
+        """Fill and describe the next bucket."""
+        assert self._sender is not None, "begin_export first"
+        return self._sender.next_bucket()
+
+    def finish_export(self) -> dict[str, Any]:
+        """`manifest` of everything sent, and the `seconds` it took to gather and pack."""
+        assert self._sender is not None, "begin_export first"
+        return {"manifest": self._sender.manifest(), "seconds": self._sender.seconds}
+
+    def join_export(self) -> None:
+        """Take part in gathering the shards that rank 0 sends."""
+        for _ in self._weights():
+            pass
+
+    def _weights(self) -> Any:
+        for name, tensor in self._actor.export_weights():
+            yield name, tensor.to(self._send_dtype) if tensor.is_floating_point() else tensor
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self._device)
