@@ -1,6 +1,6 @@
 """Where vLLM releases differ, and what the rollout needs from their insides.
 
-Everything that reaches into vLLM for loading weights into a live engine is here, so that a new release is one file to read.
+Everything that reaches into vLLM for loading weights into a live engine is here: a new release is one file to read.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import nn
 class LayerwiseLoadSession:
     """Loads checkpoint tensors into a running model through vLLM's layer-wise reload.
 
-    The reload puts each layer back into its load layout, re-runs its post-processing once all its weights have come, and
-    copies the result into the tensors the engine runs on, so their addresses never change. Three things it leaves to us: a
-    tied output head keeps the GEMM it packed from the old weights; experts on a CPU are not packed again, so that plain
-    weights are read as packed ones; and a layer that was loaded in part is not an error.
+    The reload puts each layer back into its load layout, re-runs its post-processing once all its weights have come,
+    and copies the result into the tensors the engine runs on, so their addresses never change. Three things it leaves
+    to us: a tied output head keeps the GEMM it packed from the old weights; experts on a CPU are not packed again, so
+    that plain weights are read as packed ones; and a layer that was loaded in part is not an error.
 
     Args:
         model: the engine's model.
@@ -66,9 +66,10 @@ class LayerwiseLoadSession:
                 continue
             for _, arguments in info.loaded_weights:
                 for key, value in arguments.arguments.items():
-                    if isinstance(value, torch.Tensor) and not value.is_meta:
-                        if value.untyped_storage().data_ptr() in borrowed:
-                            arguments.arguments[key] = value.clone()
+                    if not isinstance(value, torch.Tensor) or value.is_meta:
+                        continue
+                    if value.untyped_storage().data_ptr() in borrowed:
+                        arguments.arguments[key] = value.clone()
 
     def unwritten(self) -> list[str]:
         """Names of parameters (engine names) that hold less than a whole new value."""
@@ -110,7 +111,7 @@ class LayerwiseLoadSession:
 
 
 def _roll_back(model: nn.Module) -> None:
-    """Close a reload that was given up: its layers get their run-time tensors back, what they had buffered is dropped."""
+    """Close a reload that was given up: layers get their run-time tensors back, what they had buffered is dropped."""
     from vllm.model_executor.model_loader.reload.layerwise import _place_kernel_tensors
 
     for layer in model.modules():
@@ -170,7 +171,7 @@ def load_session(model: nn.Module, vllm_config, device: torch.device) -> Layerwi
         NotImplementedError: a release without the layer-wise reload.
     """
     try:
-        import vllm.model_executor.model_loader.reload  # noqa: F401
+        import vllm.model_executor.model_loader.reload
     except ImportError as error:
         import vllm
 

@@ -132,7 +132,9 @@ class vLLMHttpServer:
         await self._wait_until_serving()
         version, final = self._version, None
         try:
-            async for output in self._engine.generate(TokensPrompt(prompt_token_ids=prompt_ids), parameters, request_id):
+            async for output in self._engine.generate(
+                TokensPrompt(prompt_token_ids=prompt_ids), parameters, request_id
+            ):
                 final = output.outputs[0]
         except EngineDeadError as error:
             self._refuse(f"its engine died: {error}")
@@ -241,7 +243,7 @@ class vLLMHttpServer:
     # ---- life ----
 
     async def health(self) -> dict[str, Any]:
-        """`version` being served (None: none) and `refusal` (None: no reason to refuse). Raises where the engine is dead."""
+        """`version` being served, `refusal` (why none is served), each None or set. Raises where the engine is dead."""
         await self._engine.check_health()
         return {"version": self._version, "refusal": self._refusal}
 

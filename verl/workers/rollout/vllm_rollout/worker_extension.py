@@ -1,7 +1,7 @@
 """Methods that vLLM mixes into each of its workers (`worker_extension_cls`): the engine's end of a weight update.
 
-They are called by name through `collective_rpc`, so their arguments and results are plain strings and numbers. Errors are
-returned, not raised: an exception inside a worker would take the whole engine down, and a refused update must not.
+They are called by name through `collective_rpc`, so their arguments and results are plain strings and numbers. Errors
+are returned, not raised: an exception inside a worker would take the whole engine down, and a refused update must not.
 """
 
 from __future__ import annotations
@@ -55,5 +55,14 @@ class WeightUpdateExtension:
 def _reported(call: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
     try:
         return {"error": None, "result": call(*arguments)}
-    except (WeightUpdateError, ValueError, KeyError, RuntimeError, AssertionError, AttributeError, OSError, TypeError) as error:
+    except (
+        WeightUpdateError,
+        ValueError,
+        KeyError,
+        RuntimeError,
+        AssertionError,
+        AttributeError,
+        OSError,
+        TypeError,
+    ) as error:
         return {"error": f"{type(error).__name__}: {error}", "result": None}

@@ -1,4 +1,4 @@
-"""The weight update: a transaction that carries named tensors from the trainer into a running engine, whole or not at all.
+"""The weight update: a transaction that carries named tensors from the trainer into a running engine, whole or not.
 
     pause -> begin -> buckets -> finish -> check -> commit(version) -> reset prefix cache -> resume
 

@@ -39,7 +39,7 @@ class BucketWriter:
         """Copy `tensor` in and return True, or return False (nothing copied) where it belongs in the next bucket."""
         if self._entries and self._end + tensor.nbytes > self.capacity:
             return False
-        self._require(self._end + tensor.nbytes)
+        self._require(align(self._end + tensor.nbytes))
         assert self._segment is not None
         target = self._segment.bytes[self._end : self._end + tensor.nbytes]
         # Through a typed view the copy converts layout and device in one pass; an empty tensor has nothing to view.
@@ -51,7 +51,7 @@ class BucketWriter:
 
     def _require(self, nbytes: int) -> None:
         if self._segment is None:
-            self._segment = SharedSegment(max(nbytes, 1))
+            self._segment = SharedSegment(max(nbytes, ALIGNMENT))
         elif nbytes > self._segment.nbytes:
             # Doubling keeps the number of remaps small while a small model never pays for a large bucket.
             self._segment.reserve(max(nbytes, min(2 * self._segment.nbytes, self.capacity)))

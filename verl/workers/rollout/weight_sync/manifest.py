@@ -14,7 +14,7 @@ import torch
 
 
 class WeightUpdateError(RuntimeError):
-    """A weight update was refused. The message names the parameter; the replica serves nothing until a whole update succeeds."""
+    """A weight update was refused, naming the parameter; the replica serves nothing until a whole one succeeds."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:

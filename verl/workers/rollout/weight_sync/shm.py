@@ -78,8 +78,8 @@ class SegmentReader:
             fd = os.open(path, os.O_RDWR)
         except OSError as error:
             raise WeightUpdateError(
-                f"the weight bucket in process {key.pid} cannot be opened ({error.strerror}): the sender ended, or it runs "
-                "on another host, in another container or as another user"
+                f"the weight bucket in process {key.pid} cannot be opened ({error.strerror}): the sender ended, or it "
+                "runs on another host, in another container or as another user"
             ) from error
         try:
             size = os.fstat(fd).st_size
