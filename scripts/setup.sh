@@ -56,7 +56,7 @@ grep -v '^torch==' "$lock" > "$rest"
     "$python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 
 say "compiling bytecode (each process of a run starts seconds faster)"
-"$python" - <<'PYTHON'
+PYTHONWARNINGS=ignore "$python" - <<'PYTHON'
 import compileall, sysconfig, re
 compileall.compile_dir(sysconfig.get_path("purelib"), quiet=2, workers=0, rx=re.compile(r"/(tests?|lib2to3)/"))
 PYTHON

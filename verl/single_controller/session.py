@@ -36,7 +36,9 @@ class RaySession:
             ray.init(**self._options)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if error is not None and isinstance(error, Exception):
             logger.error("logs of all processes: %s", os.path.join(_session_directory(), "logs"))
         if not self._joined:
@@ -44,4 +46,6 @@ class RaySession:
 
 
 def _session_directory() -> str:
-    return ray._private.worker._global_node.get_session_dir_path() if ray.is_initialized() else "Ray's session directory"
+    return (
+        ray._private.worker._global_node.get_session_dir_path() if ray.is_initialized() else "Ray's session directory"
+    )

@@ -63,8 +63,8 @@ class TrainWorker:
             total_training_steps=self._total_training_steps,
             with_ref=self._with_ref,
             device=self._device,
-            seed=self._seed,
         )
+        torch.manual_seed(self._seed + self._rank)
         self._actor.init_model()
 
     def call(self, method: str, *arguments: Any) -> Any:
@@ -96,7 +96,3 @@ class TrainWorker:
     def _weights(self) -> Any:
         for name, tensor in self._actor.export_weights():
             yield name, tensor.to(self._send_dtype) if tensor.is_floating_point() else tensor
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device(self._device)

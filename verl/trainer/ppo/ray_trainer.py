@@ -29,7 +29,6 @@ from verl.trainer.ppo.checkpoint import CheckpointStore
 from verl.trainer.ppo.metrics import (
     compute_data_metrics,
     compute_mismatch_metrics,
-    compute_seqlen_metrics,
     compute_throughput_metrics,
     compute_timing_metrics,
 )
@@ -135,7 +134,7 @@ class RayPPOTrainer:
             **(compute_mismatch_metrics(batch) if "rollout_log_probs" in batch.batch else {}),
             **compute_timing_metrics(batch, timing),
             **compute_throughput_metrics(batch, timing, n_devices),
-            **compute_seqlen_metrics(self.runtime.shard_lengths(batch)),
+            **self.runtime.seqlen_metrics(batch),
             **self.runtime.reward_metrics(),
         }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from verl.protocol import DataProto
 from verl.trainer.config import AlgorithmConfig
-from verl.trainer.ppo.core_algos import get_adv_estimator_fn
+from verl.trainer.ppo.core_algos import compute_advantage
 
 
 def apply_advantages(batch: DataProto, algorithm: AlgorithmConfig) -> DataProto:
@@ -13,12 +13,8 @@ def apply_advantages(batch: DataProto, algorithm: AlgorithmConfig) -> DataProto:
     Reads `token_level_scores`, `response_mask` and `uid`.
     """
     rewards = batch.batch["token_level_scores"]
-    estimate = get_adv_estimator_fn(algorithm.adv_estimator)
-    advantages, returns = estimate(
-        token_level_rewards=rewards,
-        response_mask=batch.batch["response_mask"],
-        index=batch.non_tensor_batch["uid"],
-        norm_adv_by_std_in_grpo=algorithm.norm_adv_by_std_in_grpo,
+    advantages, returns = compute_advantage(
+        algorithm.adv_estimator, rewards, batch.batch["response_mask"], batch.non_tensor_batch["uid"], algorithm
     )
     columns = {"token_level_rewards": rewards, "advantages": advantages, "returns": returns}
     return batch.union(DataProto.from_dict(tensors=columns))

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from verl.agent_loop.generation import SampleGenerator, ScoredSample, to_batch
 from verl.protocol import DataProto
@@ -19,10 +19,12 @@ from verl.single_controller.placement import Placement, place, replica_count, vi
 from verl.single_controller.worker_group import WorkerGroup
 from verl.trainer.config import Plan, PPOConfig
 from verl.trainer.ppo.checkpoint import load_driver_state, save_driver_state
+from verl.trainer.ppo.metrics import compute_seqlen_metrics
 from verl.trainer.ppo.validation import dump_generations
-from verl.utils.dataset import build_dataloader, collate_fn, make_dataset
-from verl.utils.seqlen_balancing import split_even, split_mini_batches
+from verl.utils.dataset.loader import build_dataloader
+from verl.utils.dataset.rl_dataset import create_rl_dataset
 from verl.utils.tokenizer import hf_tokenizer
+from verl.workers.engine.batching import split_even, split_mini_batches
 from verl.workers.reward import RewardLoop
 from verl.workers.rollout.client import LLMServerClient
 from verl.workers.rollout.replica import ReplicaSet, vLLMReplica
@@ -96,12 +98,12 @@ class Runtime:
     def _load_data(self) -> None:
         data, model = self.config.data, self.config.actor_rollout_ref.model
         self.tokenizer = hf_tokenizer(model.tokenizer_path or model.path, trust_remote_code=model.trust_remote_code)
-        train = make_dataset(data.train_files, self.tokenizer, data, max_samples=data.train_max_samples)
+        train = create_rl_dataset(data.train_files, self.tokenizer, data, max_samples=data.train_max_samples)
         seed = data.seed if data.seed is not None else self.config.trainer.seed
         self.train_loader = build_dataloader(
             train, batch_size=data.train_batch_size, shuffle=data.shuffle, seed=seed, drop_last=True
         )
-        validation = make_dataset(data.val_files, self.tokenizer, data, max_samples=data.val_max_samples)
+        validation = create_rl_dataset(data.val_files, self.tokenizer, data, max_samples=data.val_max_samples)
         self.val_loader = build_dataloader(
             validation,
             batch_size=data.val_batch_size or len(validation),
@@ -217,9 +219,7 @@ class Runtime:
         timing |= seconds
         self.rewards.check_step()
         await self.replicas.sleep()
-        batch = to_batch(
-            samples, pad_token_id=self.tokenizer.pad_token_id, with_log_probs=rollout.calculate_log_probs
-        )
+        batch = to_batch(samples, pad_token_id=self.tokenizer.pad_token_id, with_log_probs=rollout.calculate_log_probs)
         batch.meta_info |= {"temperature": rollout.temperature, "global_step": step}
         if self.config.trainer.rollout_data_dir:
             rows_out = [self.describe_sample(sample) for sample in samples]
@@ -247,9 +247,8 @@ class Runtime:
     async def _on_shards(self, method: str, batch: DataProto) -> DataProto:
         shards, inverse = split_even(batch, len(self.trainers), balance=self.config.trainer.balance_batch)
         parts = await self.trainers.each("call", [(method, shard) for shard in shards])
-        result = DataProto.concat(parts)
-        result.reorder(torch.as_tensor(inverse))
-        return result
+        self._partitions = np.split(np.argsort(inverse), np.cumsum([len(shard) for shard in shards])[:-1])
+        return DataProto.concat(parts)[inverse]
 
     async def update_actor(self, batch: DataProto) -> dict[str, float]:
         """One pass of optimizer steps over the batch; metrics `actor/*`."""
@@ -259,6 +258,7 @@ class Runtime:
             config.actor.ppo_mini_batch_size * config.rollout.n,
             len(self.trainers),
             balance=self.config.trainer.balance_batch,
+            loss_scale_factor=config.actor.loss_scale_factor or self.config.data.max_response_length,
         )
         return (await self.trainers.each("call", [("update_actor", shard) for shard in shards]))[0]
 
@@ -278,6 +278,10 @@ class Runtime:
             "score": sample.reward.score,
             **sample.reward.extra,
         }
+
+    def seqlen_metrics(self, batch: DataProto) -> dict[str, float]:
+        """How evenly the tokens of the last forward pass lay on the ranks."""
+        return compute_seqlen_metrics(batch.batch["attention_mask"].sum(dim=-1).tolist(), self._partitions)
 
     def reward_metrics(self) -> dict[str, float]:
         return self.rewards.step_metrics()

@@ -35,9 +35,7 @@ class ValidationRun:
             rows = self._runtime.rows(batch, step)
             samples += await self._runtime.generate_validation(rows)
         sources = [sample.row["data_source"] for sample in samples]
-        variables = validation_variables(
-            sources, [s.reward.score for s in samples], [s.reward.extra for s in samples]
-        )
+        variables = validation_variables(sources, [s.reward.score for s in samples], [s.reward.extra for s in samples])
         # A prompt is known by its place in the validation set, not by its batch.
         prompts = [f"{s.row['data_source']}/{s.row['raw_prompt']}" for s in samples]
         metrics = flatten_validation_metrics(process_validation_metrics(sources, prompts, variables))

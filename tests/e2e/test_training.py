@@ -1,0 +1,147 @@
+"""The whole framework through its command line: Ray, vLLM, FSDP2, files."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fixtures.training import TinyRun, alive, descendants
+
+pytestmark = pytest.mark.e2e
+
+
+def shared_memory():
+    return set(os.listdir("/dev/shm"))
+
+
+def prompts_of(directory):
+    return {
+        int(path.stem): [json.loads(line)["input"] for line in path.read_text().splitlines()]
+        for path in directory.glob("*.jsonl")
+    }
+
+
+def test_a_run_leaves_log_checkpoint_and_model_and_nothing_else(tmp_path):
+    run = TinyRun(tmp_path)
+    before = shared_memory()
+    text = run.run(
+        trainer__val_before_train=True,
+        trainer__test_freq=2,
+        trainer__save_freq=2,
+        trainer__rollout_data_dir=tmp_path / "dumps",
+        actor_rollout_ref__actor__use_kl_loss=True,
+        actor_rollout_ref__actor__checkpoint__save_contents="[model,optimizer,extra,hf_model]",
+    )
+    metrics = run.metrics()
+    assert sorted(metrics) == [0, 1, 2]
+    assert "val-core/letters/acc/mean@1" in metrics[0] or "val-core/letters/reward/mean@1" in metrics[0]
+    assert any(name.startswith("val-core/") for name in metrics[2])
+    for step in (1, 2):
+        data = metrics[step]
+        assert data["training/rollout_probs_diff_max"] < 1e-4
+        assert data["training/global_step"] == step
+        for name in (
+            "actor/pg_loss",
+            "actor/grad_norm",
+            "actor/kl_loss",
+            "critic/rewards/mean",
+            "response_length/mean",
+            "timing_s/gen",
+            "timing_s/update_weights",
+            "perf/throughput",
+            "rollout_corr/kl",
+        ):
+            assert name in data, name
+        assert data["actor/grad_norm"] > 0
+    assert "prompts" in text and "step" in text
+    model_dir = run.out / "global_step_2" / "actor" / "huggingface"
+    trained = AutoModelForCausalLM.from_pretrained(model_dir)
+    AutoTokenizer.from_pretrained(model_dir)
+    initial = AutoModelForCausalLM.from_pretrained(run.model)
+    moved = [not torch.equal(a, b) for a, b in zip(trained.parameters(), initial.parameters(), strict=True)]
+    assert all(moved)
+    assert (run.out / "latest_checkpointed_iteration.txt").read_text().strip() == "2"
+    dumped = prompts_of(tmp_path / "dumps")
+    assert sorted(dumped) == [1, 2] and all(len(set(rows)) == 8 and len(rows) == 32 for rows in dumped.values())
+    assert shared_memory() <= before
+
+
+def test_two_ranks_and_two_replicas_train_like_one(tmp_path):
+    two = TinyRun(tmp_path)
+    two.run(trainer__n_gpus_per_node=2, trainer__total_training_steps=2)
+    data = two.metrics()
+    assert sorted(data) == [1, 2]
+    assert all(data[step]["training/rollout_probs_diff_max"] < 1e-4 for step in data)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe"])
+def test_mixture_of_experts_trains(tmp_path, kind):
+    run = TinyRun(tmp_path, kind=kind, tied=False)
+    run.run()
+    assert all(data["training/rollout_probs_diff_max"] < 1e-4 for data in run.metrics().values())
+
+
+def test_killed_at_any_moment_it_goes_on_from_the_last_whole_checkpoint_with_the_same_prompts(tmp_path):
+    whole, broken = TinyRun(tmp_path / "whole"), TinyRun(tmp_path / "broken")
+    common = dict(trainer__save_freq=1, trainer__total_training_steps=10, trainer__max_actor_ckpt_to_keep=2)
+    whole.run(**common, trainer__rollout_data_dir=whole.root / "dumps")
+
+    process = broken.start(**common, trainer__rollout_data_dir=broken.root / "dumps")
+    broken.wait_for(lambda: (broken.out / "global_step_3").exists(), process)
+    family = descendants(process.pid)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert alive(family, within=30) == []
+    saved = int((broken.out / "latest_checkpointed_iteration.txt").read_text())
+    assert saved >= 3
+
+    text = broken.run(**common, trainer__rollout_data_dir=broken.root / "dumps")
+    assert f"at step {saved}" in text
+    metrics = broken.metrics()
+    assert sorted(metrics) == list(range(1, 11))
+    assert prompts_of(broken.root / "dumps") == prompts_of(whole.root / "dumps")
+    kept = sorted(path.name for path in broken.out.glob("global_step_*"))
+    assert kept == ["global_step_10", "global_step_9"]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_end_cleanly(tmp_path, number, status):
+    run = TinyRun(tmp_path)
+    before = shared_memory()
+    process = run.start(trainer__total_training_steps=1000)
+    run.wait_for(lambda: (run.out / "metrics.jsonl").exists() and len(run.metrics()) >= 2, process)
+    family = descendants(process.pid)
+    assert len(family) > 3
+    os.kill(process.pid, number)
+    assert process.wait(60) == status, run.log.read_text()[-3000:]
+    assert alive(family) == []
+    assert shared_memory() <= before
+    assert "Traceback" not in run.log.read_text()
+
+
+def test_an_error_in_a_process_ends_the_run_with_that_error(tmp_path):
+    run = TinyRun(tmp_path)
+    run.reward.write_text(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info):\n    return 'good'\n"
+    )
+    process = run.start()
+    family = set()
+
+    def ended():
+        if process.poll() is None:
+            family.update(descendants(process.pid))
+        return process.poll() is not None
+
+    import time
+
+    deadline = time.monotonic() + 240
+    while not ended() and time.monotonic() < deadline:
+        time.sleep(0.3)
+    assert process.poll() == 1
+    text = run.log.read_text()
+    assert "every sample" in text or "all" in text
+    assert "good" in text
+    assert alive(family) == []
