@@ -81,15 +81,15 @@ class RayPPOTrainer:
                         metrics = await runtime.update_actor(batch)
                     with marked_timer("update_weights", timing):
                         metrics |= await runtime.update_weights(self.step)
-                    if self.due(trainer.save_freq):
-                        with marked_timer("save_checkpoint", timing):
-                            await self.save()
                     if self.due(trainer.test_freq):
                         with marked_timer("testing", timing):
                             metrics |= await self.validate(tracking)
                 metrics |= self.describe(batch, timing)
                 tracking.log(metrics, self.step)
                 progress.update(self.step, metrics)
+                if self.due(trainer.save_freq):
+                    # After the log: a kill in between repeats a step, it never loses a line.
+                    await self.save(tracking)
 
     # ---- stages that are more than one call ----
 
@@ -120,9 +120,12 @@ class RayPPOTrainer:
             logger.info("resumed from %s at step %d", checkpoint, self.step)
         self.resumed = checkpoint is not None
 
-    async def save(self) -> None:
-        with self.store.writing(self.step) as directory:
+    async def save(self, tracking: Tracking) -> None:
+        timing: dict[str, float] = {}
+        with marked_timer("save_checkpoint", timing), self.store.writing(self.step) as directory:
             await self.runtime.save(directory, self.step)
+        quiet = [name for name in self.config.trainer.logger if name != "console"]
+        tracking.log({"timing_s/save_checkpoint": timing["save_checkpoint"]}, self.step, backend=quiet)
 
     def describe(self, batch: DataProto, timing: dict[str, float]) -> dict[str, Any]:
         """What can be read off a finished step."""

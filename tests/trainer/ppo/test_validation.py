@@ -1,0 +1,196 @@
+"""Validation statistics against a slow reference: Python loops over dicts, one bootstrap draw at a time."""
+
+import json
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from verl.trainer.ppo.validation import (
+    dump_generations,
+    flatten_validation_metrics,
+    process_validation_metrics,
+    samples_table,
+    subset_sizes,
+    validation_variables,
+)
+
+
+def slow_bootstrap(items, k, reduce, seed):
+    np.random.seed(seed)
+    outcomes = [reduce([items[i] for i in np.random.choice(len(items), size=k, replace=True)]) for _ in range(1000)]
+    mean = sum(outcomes) / 1000
+    return mean, (sum((x - mean) ** 2 for x in outcomes) / 1000) ** 0.5
+
+
+def slow_majority(items):
+    counts = Counter(vote for _, vote in items)
+    top = max(counts.values())
+    winner = next(vote for _, vote in items if counts[vote] == top)
+    return next(value for value, vote in items if vote == winner)
+
+
+def slow_prompt(values, votes, seed):
+    n = len(values)
+    mean = sum(values) / n
+    result = {f"mean@{n}": mean}
+    if n > 1:
+        result[f"std@{n}"] = (sum((v - mean) ** 2 for v in values) / n) ** 0.5
+    for k in sorted({2**i for i in range(1, 20) if 2**i < n} | ({n} if n > 1 else set())):
+        for name, reduce in (("best", max), ("worst", min)):
+            result[f"{name}@{k}/mean"], result[f"{name}@{k}/std"] = slow_bootstrap(values, k, reduce, seed)
+        if votes is not None:
+            pairs = list(zip(values, votes, strict=True))
+            result[f"maj@{k}/mean"], result[f"maj@{k}/std"] = slow_bootstrap(pairs, k, slow_majority, seed)
+    return result
+
+
+def slow_process(sources, uids, infos, seed):
+    result = {}
+    for source in set(sources):
+        result[source] = {}
+        for name in (name for name in infos if name != "pred"):
+            per_prompt = []
+            for uid in {u for u, s in zip(uids, sources, strict=True) if s == source}:
+                rows = [i for i in range(len(uids)) if uids[i] == uid and sources[i] == source]
+                votes = [infos["pred"][i] for i in rows] if "pred" in infos else None
+                per_prompt.append(slow_prompt([float(infos[name][i]) for i in rows], votes, seed))
+            names = {metric for metrics in per_prompt for metric in metrics}
+            result[source][name] = {}
+            for metric in names:
+                values = [metrics[metric] for metrics in per_prompt if metric in metrics]
+                result[source][name][metric] = sum(values) / len(values)
+    return result
+
+
+def make_set(counts, seed=0, with_pred=True):
+    """counts: {source: [samples of each prompt]}; rows are shuffled, as samples finish in any order."""
+    rng = random.Random(seed)
+    rows = []
+    for source, samples in counts.items():
+        for prompt, n in enumerate(samples):
+            for _ in range(n):
+                rows.append((source, f"{source}-{prompt}", rng.random(), rng.random() < 0.5, rng.choice("ABC")))
+    rng.shuffle(rows)
+    sources, uids, rewards, accs, preds = (list(column) for column in zip(*rows, strict=True))
+    return sources, uids, {"reward": rewards, "acc": accs} | ({"pred": preds} if with_pred else {})
+
+
+@pytest.mark.parametrize(
+    ("counts", "seed", "with_pred"),
+    [
+        ({"a": [5, 5, 5], "b": [8, 8]}, 42, True),
+        ({"a": [1, 1, 1]}, 42, True),
+        ({"a": [2], "b": [3, 6]}, 7, False),
+    ],
+)
+def test_against_the_slow_reference(counts, seed, with_pred):
+    sources, uids, infos = make_set(counts, with_pred=with_pred)
+    fast = process_validation_metrics(sources, uids, infos, seed=seed)
+    slow = slow_process(sources, uids, infos, seed)
+    assert fast.keys() == slow.keys()
+    for source in slow:
+        assert fast[source].keys() == slow[source].keys()
+        for name in slow[source]:
+            assert fast[source][name] == pytest.approx(slow[source][name], rel=1e-12, abs=1e-12)
+
+
+def test_best_of_n_is_close_to_its_expectation():
+    # one success among 4: P(at least one in 4 draws with replacement) = 1 - 0.75^4
+    result = process_validation_metrics(["d"] * 4, ["u"] * 4, {"acc": [1, 0, 0, 0]})["d"]["acc"]
+    assert result["best@4/mean"] == pytest.approx(1 - 0.75**4, abs=0.04)
+    assert result["worst@4/mean"] == pytest.approx(0.25**4, abs=0.02)
+
+
+def test_majority_ties_go_to_the_vote_drawn_first():
+    result = process_validation_metrics(["d"] * 2, ["u"] * 2, {"acc": [1.0, 0.0], "pred": ["A", "B"]})["d"]["acc"]
+    # AA, AB -> A is worth 1; BA, BB -> B is worth 0
+    assert result["maj@2/mean"] == pytest.approx(0.5, abs=0.06)
+
+
+def test_subset_sizes():
+    sizes = {1: [], 2: [2], 3: [2, 3], 4: [2, 4], 5: [2, 4, 5], 8: [2, 4, 8], 9: [2, 4, 8, 9]}
+    assert {n: subset_sizes(n) for n in sizes} == sizes
+
+
+def test_text_is_left_out_none_drops_its_sample_and_odd_predictions_vote():
+    infos = {"acc": [1, None, 0, 1], "note": list("wxyz"), "gone": [None] * 4, "pred": [["x"], None, ["x"], ["y"]]}
+    result = process_validation_metrics(["d"] * 4, ["u", "u", "u", "v"], infos)
+    assert set(result["d"]) == {"acc"}
+    assert result["d"]["acc"]["mean@2"] == 0.5 and result["d"]["acc"]["mean@1"] == 1.0
+    assert "maj@2/mean" in result["d"]["acc"]
+
+
+def test_an_empty_set_and_a_short_column():
+    assert process_validation_metrics([], [], {"reward": []}) == {}
+    with pytest.raises(ValueError, match="acc: 1 values for 2 samples"):
+        process_validation_metrics(["d", "d"], ["u", "u"], {"acc": [1]})
+
+
+def test_names():
+    sources, uids, infos = make_set({"gsm8k": [4, 4]})
+    flat = flatten_validation_metrics(process_validation_metrics(sources, uids, infos))
+    core = {name for name in flat if name.startswith("val-core/")}
+    assert core == {f"val-core/gsm8k/acc/{m}" for m in ("mean@4", "best@4/mean", "maj@4/mean")}
+    aux = {"acc/std@4", "acc/best@2/mean", "acc/best@4/std", "acc/worst@4/mean", "reward/mean@4", "reward/maj@4/mean"}
+    assert {f"val-aux/gsm8k/{m}" for m in aux} <= flat.keys()
+    assert all(name in core or name.startswith("val-aux/gsm8k/") for name in flat)
+
+
+def test_reward_is_the_core_variable_where_there_is_no_acc():
+    nested = process_validation_metrics(["d"] * 16, ["u"] * 16, {"reward": list(range(16))})
+    core = {name for name in flatten_validation_metrics(nested) if name.startswith("val-core/")}
+    assert core == {"val-core/d/reward/mean@16", "val-core/d/reward/best@16/mean"}
+
+
+def test_validation_variables():
+    # a: plain numbers, one scorer failed; b: dicts with acc, one failed; c: dicts without acc, one failed
+    sources = ["a", "a", "b", "b", "c", "c"]
+    extras = [{}, {}, {"acc": True, "pred": "7"}, {}, {"format": 1.0}, {}]
+    variables = validation_variables(sources, [0.5, 0.0, 1.0, 0.0, 0.25, 0.0], extras)
+    assert variables == {
+        "reward": [0.5, 0.0, 1.0, 0.0, 0.25, 0.0],
+        "acc": [0.5, 0.0, True, 0.0, None, None],
+        "pred": [None, None, "7", None, None, None],
+        "format": [None, None, None, None, 1.0, None],
+    }
+    assert "acc" not in validation_variables(["c"], [1.0], [{"format": 1.0}])
+    with pytest.raises(ValueError, match="1 entries for 2 scores"):
+        validation_variables(["a", "a"], [1.0, 2.0], [{}])
+
+
+def test_dump_generations(tmp_path):
+    rows = [
+        {
+            "input": "cat",
+            "output": "t\u00e4c\n",
+            "gts": {"a": np.int64(3)},
+            "score": np.float32(0.5),
+            "acc": float("nan"),
+        },
+        {"acc": True, "score": 1, "gts": None, "output": "", "input": "dog"},
+    ]
+    path = dump_generations(tmp_path / "val", 7, rows)
+    assert path == tmp_path / "val" / "7.jsonl"
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert lines == [
+        {"input": "cat", "output": "t\u00e4c\n", "gts": {"a": 3}, "score": 0.5, "step": 7, "acc": None},
+        {"input": "dog", "output": "", "gts": None, "score": 1, "step": 7, "acc": True},
+    ]
+    assert all(list(line)[:5] == ["input", "output", "gts", "score", "step"] for line in lines)
+    with pytest.raises(ValueError, match=r"rows\[0\]: lacks \['gts'\]"):
+        dump_generations(tmp_path / "val", 7, [{"input": "", "output": "", "score": 0}])
+    assert len(path.read_text().splitlines()) == 2
+    assert [p.name for p in path.parent.iterdir()] == ["7.jsonl"]
+
+
+def test_samples_table_does_not_depend_on_the_order_of_the_samples():
+    inputs = [f"q{i}" for i in range(10)]
+    order = list(range(10))
+    random.Random(3).shuffle(order)
+    table = samples_table(inputs, [f"a{i}" for i in range(10)], list(range(10)), n=3)
+    other = samples_table([inputs[i] for i in order], [f"a{i}" for i in order], order, n=3)
+    assert table == other and len(table) == 3 and set(table[0]) == {"input", "output", "score"}
+    assert samples_table(inputs, inputs, list(range(10)), n=0) == []
+    assert len(samples_table(inputs, inputs, list(range(10)), n=99)) == 10

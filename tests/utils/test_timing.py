@@ -1,0 +1,26 @@
+"""Stage timers."""
+
+import time
+
+import pytest
+
+from verl.utils.timing import marked_timer
+
+
+def test_a_name_accumulates_and_others_stay_apart():
+    timings = {}
+    for _ in range(2):
+        with marked_timer("gen", timings):
+            time.sleep(0.02)
+    with marked_timer("adv", timings):
+        pass
+    assert 0.04 <= timings["gen"] < 1.0
+    assert 0.0 <= timings["adv"] < 0.02
+
+
+def test_a_block_that_raises_is_timed():
+    timings = {}
+    with pytest.raises(KeyError), marked_timer("gen", timings):
+        time.sleep(0.01)
+        raise KeyError("x")
+    assert timings["gen"] >= 0.01

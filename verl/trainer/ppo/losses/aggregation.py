@@ -1,0 +1,69 @@
+"""From a loss on each token to one number, such that the parts of a split mini-batch add up to the whole's loss."""
+
+from __future__ import annotations
+
+import torch
+
+LOSS_AGG_MODES = (
+    "token-mean",
+    "token-sum",
+    "seq-mean-token-sum",
+    "seq-mean-token-sum-norm",
+    "seq-mean-token-mean",
+)
+
+
+def masked_sum(values: torch.Tensor, mask: torch.Tensor, dim: int | None = None) -> torch.Tensor:
+    """Sum of `values` where `mask` is not 0; what stands elsewhere, NaN included, does not matter."""
+    kept = torch.where(mask.bool(), values, torch.zeros((), dtype=values.dtype, device=values.device))
+    return kept.sum() if dim is None else kept.sum(dim=dim)
+
+
+def agg_loss(
+    loss_mat: torch.Tensor,
+    loss_mask: torch.Tensor,
+    loss_agg_mode: str,
+    *,
+    global_tokens: float | None = None,
+    global_sequences: float | None = None,
+    loss_scale_factor: float | None = None,
+) -> torch.Tensor:
+    """Aggregate a loss [B, T] over the tokens where `loss_mask` [B, T] is not 0.
+
+    - `token-mean`: sum over all tokens / number of tokens
+    - `token-sum`: sum over all tokens
+    - `seq-mean-token-sum`: mean over sequences of the sum over their tokens
+    - `seq-mean-token-sum-norm`: the same / `loss_scale_factor`
+    - `seq-mean-token-mean`: mean over sequences of the mean over their tokens
+
+    Sequences without a token count nowhere. When `loss_mat` is a part of a mini-batch, pass the whole's denominators:
+    the parts' results then add up to the result of the whole.
+
+    Args:
+        global_tokens: tokens in the whole mini-batch; by default those of `loss_mask`.
+        global_sequences: sequences with a token in the whole mini-batch; by default those of `loss_mask`.
+        loss_scale_factor: divisor of `seq-mean-token-sum-norm` in tokens; by default the padded width T.
+
+    Raises:
+        ValueError: an unknown mode.
+    """
+    if loss_agg_mode not in LOSS_AGG_MODES:
+        raise ValueError(f"loss_agg_mode={loss_agg_mode!r} is unknown: use one of {', '.join(LOSS_AGG_MODES)}")
+    if loss_agg_mode == "token-sum":
+        return masked_sum(loss_mat, loss_mask)
+    tokens_per_sequence = loss_mask.bool().sum(dim=-1)
+    if loss_agg_mode == "token-mean":
+        tokens = tokens_per_sequence.sum() if global_tokens is None else global_tokens
+        return masked_sum(loss_mat, loss_mask) / _at_least_one(tokens)
+    per_sequence = masked_sum(loss_mat, loss_mask, dim=-1)
+    if loss_agg_mode == "seq-mean-token-mean":
+        per_sequence = per_sequence / tokens_per_sequence.clamp(min=1)
+    if loss_agg_mode == "seq-mean-token-sum-norm":
+        per_sequence = per_sequence / (loss_mat.shape[-1] if loss_scale_factor is None else loss_scale_factor)
+    sequences = (tokens_per_sequence > 0).sum() if global_sequences is None else global_sequences
+    return per_sequence.sum() / _at_least_one(sequences)
+
+
+def _at_least_one(count: torch.Tensor | float) -> torch.Tensor | float:
+    """So that a batch without a single token has loss 0."""
+    return count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1)

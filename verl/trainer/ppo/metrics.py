@@ -1,0 +1,275 @@
+"""Numbers of one training step under verl's metric names, as pure functions of the batch.
+
+All sums run in float64. A mean, maximum, minimum or spread over nothing is 0 and the spread of one value is 0, so a
+step with empty responses, masked-out samples or a single sample gives finite numbers; `response/aborted_ratio` and
+`training/rollout_probs_diff_valid` tell such a step from a good one. A NaN inside the data stays a NaN.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from verl.protocol import DataProto
+
+# exp() of a log-ratio is limited to exp(+-20), as in verl: beyond it the number only says "far apart".
+LOG_RATIO_BOUND = 20.0
+# Which stages work on every token; generation makes the response tokens only.
+ALL_TOKEN_STAGES = ("old_log_prob", "ref", "values", "adv", "update_critic", "update_actor")
+
+
+def _summary(values: torch.Tensor, prefix: str) -> dict[str, float]:
+    if values.numel() == 0:
+        return {f"{prefix}/mean": 0.0, f"{prefix}/max": 0.0, f"{prefix}/min": 0.0}
+    values = values.double()
+    return {
+        f"{prefix}/mean": values.mean().item(),
+        f"{prefix}/max": values.max().item(),
+        f"{prefix}/min": values.min().item(),
+    }
+
+
+def _variance(values: torch.Tensor) -> float:
+    """Unbiased variance; 0 for fewer than two values."""
+    return values.double().var().item() if values.numel() > 1 else 0.0
+
+
+def _ratio(flags: torch.Tensor) -> float:
+    return flags.double().mean().item() if flags.numel() else 0.0
+
+
+def _lengths(batch: DataProto) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompt and response lengths, float64 [B], from the attention mask; a tool's tokens count as response."""
+    width = batch.batch["responses"].shape[-1]
+    mask = batch.batch["attention_mask"]
+    split = mask.shape[-1] - width
+    return mask[:, :split].sum(-1).double(), mask[:, split:].sum(-1).double()
+
+
+def compute_data_metrics(batch: DataProto, max_prompt_length: int, max_response_length: int) -> dict[str, float]:
+    """Scores, rewards, advantages, returns, values and lengths of a batch.
+
+    Scores and rewards are sums over a sample's tokens, taken over the samples that have a response (over all of them if
+    none has). Advantages, returns and values are taken over the tokens with response_mask 1. `clip_ratio` is the share
+    of samples that reach the given limit, not the padded width of this batch.
+
+    Args:
+        batch: columns responses [B,T], attention_mask [B,P+T], response_mask [B,T], token_level_scores [B,T],
+            token_level_rewards [B,T], advantages [B,T], returns [B,T]; values [B,T] if there is a critic.
+        max_prompt_length: cap of a prompt, tokens.
+        max_response_length: cap of a response, tokens.
+
+    Returns:
+        critic/{score,rewards,advantages,returns}/{mean,max,min}; with a critic critic/values/{mean,max,min} and
+        critic/vf_explained_var = 1 - var(returns - values) / (var(returns) + 1e-5);
+        {prompt_length,response_length,response_length_non_aborted}/{mean,max,min,clip_ratio}; response/aborted_ratio.
+    """
+    columns = batch.batch
+    prompt_length, response_length = _lengths(batch)
+    aborted = response_length == 0
+    answered = ~aborted if not bool(aborted.all()) else torch.ones_like(aborted)
+    mask = columns["response_mask"].bool()
+
+    metrics = {
+        **_summary(columns["token_level_scores"].double().sum(-1)[answered], "critic/score"),
+        **_summary(columns["token_level_rewards"].double().sum(-1)[answered], "critic/rewards"),
+        **_summary(columns["advantages"][mask], "critic/advantages"),
+        **_summary(columns["returns"][mask], "critic/returns"),
+    }
+    if "values" in columns:
+        returns, values = columns["returns"][mask].double(), columns["values"][mask].double()
+        metrics |= _summary(values, "critic/values")
+        metrics["critic/vf_explained_var"] = 1.0 - _variance(returns - values) / (_variance(returns) + 1e-5)
+    for name, lengths, limit in (
+        ("response_length", response_length, max_response_length),
+        ("response_length_non_aborted", response_length[~aborted], max_response_length),
+        ("prompt_length", prompt_length, max_prompt_length),
+    ):
+        metrics |= _summary(lengths, name)
+        metrics[f"{name}/clip_ratio"] = _ratio(lengths >= limit)
+    metrics["response/aborted_ratio"] = _ratio(aborted)
+    return metrics
+
+
+def compute_timing_metrics(batch: DataProto, timing: Mapping[str, float]) -> dict[str, float]:
+    """Seconds of each stage and milliseconds per token of the stages whose work grows with the tokens.
+
+    Args:
+        batch: columns responses [B,T] and attention_mask [B,P+T].
+        timing: seconds by stage name.
+
+    Returns:
+        timing_s/NAME for every stage; timing_per_token_ms/NAME for `gen` (over response tokens) and for
+        `ALL_TOKEN_STAGES` (over prompt and response tokens), left out where there is no token.
+    """
+    prompt_length, response_length = _lengths(batch)
+    response_tokens = response_length.sum().item()
+    tokens = {"gen": response_tokens, **dict.fromkeys(ALL_TOKEN_STAGES, response_tokens + prompt_length.sum().item())}
+    metrics = {f"timing_s/{name}": float(seconds) for name, seconds in timing.items()}
+    for name, seconds in timing.items():
+        if tokens.get(name, 0) > 0:
+            metrics[f"timing_per_token_ms/{name}"] = 1000.0 * seconds / tokens[name]
+    return metrics
+
+
+def compute_throughput_metrics(batch: DataProto, timing: Mapping[str, float], n_devices: int) -> dict[str, float]:
+    """Tokens of the step and how fast they went through.
+
+    Args:
+        batch: column attention_mask [B,P+T].
+        timing: seconds by stage name; `step` is the whole step.
+        n_devices: devices (or CPU processes) that the run uses.
+
+    Returns:
+        perf/total_num_tokens (prompt and response tokens), perf/time_per_step (seconds) and perf/throughput
+        (tokens per second per device; 0 for a step that took no time).
+    """
+    tokens, seconds = int(batch.batch["attention_mask"].sum()), float(timing["step"])
+    return {
+        "perf/total_num_tokens": tokens,
+        "perf/time_per_step": seconds,
+        "perf/throughput": tokens / (seconds * n_devices) if seconds > 0 else 0.0,
+    }
+
+
+def compute_mismatch_metrics(batch: DataProto) -> dict[str, float]:
+    """How far the policy that generated (rollout engine) is from the policy that is trained (training engine).
+
+    Args:
+        batch: columns rollout_log_probs, old_log_probs [B,T] float and response_mask [B,T].
+
+    Returns:
+        `probability_metrics` and `off_policy_metrics` of those columns.
+    """
+    columns = batch.batch
+    arguments = columns["old_log_probs"], columns["rollout_log_probs"], columns["response_mask"]
+    return {**probability_metrics(*arguments), **off_policy_metrics(*arguments)}
+
+
+def probability_metrics(
+    old_log_probs: torch.Tensor, rollout_log_probs: torch.Tensor, response_mask: torch.Tensor
+) -> dict[str, float]:
+    """Differences between the two engines' probabilities of the tokens that were generated.
+
+    With p = exp(rollout_log_probs) and q = exp(old_log_probs) over the tokens with response_mask 1:
+
+    - training/rollout_probs_diff_{mean,max,std}: of |p - q|; std is unbiased;
+    - training/rollout_actor_probs_pearson_corr: Pearson correlation of p and q (MiniMax-M1, arXiv:2506.13585,
+      section 3.2). Where it is undefined (fewer than two tokens, or one side constant) it is 1 if p equals q, else 0;
+    - training/rollout_probs_diff_valid: 1, or 0 if no token was generated; the others are 0 then.
+
+    Args:
+        old_log_probs, rollout_log_probs: [B,T] float.
+        response_mask: [B,T], non-zero for a generated token.
+    """
+    mask = response_mask.bool()
+    p, q = rollout_log_probs[mask].double().exp(), old_log_probs[mask].double().exp()
+    difference = (p - q).abs()
+    summary = _summary(difference, "diff")
+    return {
+        "training/rollout_probs_diff_valid": int(difference.numel() > 0),
+        "training/rollout_probs_diff_mean": summary["diff/mean"],
+        "training/rollout_probs_diff_max": summary["diff/max"],
+        "training/rollout_probs_diff_std": _variance(difference) ** 0.5,
+        "training/rollout_actor_probs_pearson_corr": _pearson(p, q),
+    }
+
+
+def _pearson(p: torch.Tensor, q: torch.Tensor) -> float:
+    if p.numel() == 0:
+        return 0.0
+    a, b = p - p.mean(), q - q.mean()
+    norms = (a.square().sum().sqrt() * b.square().sum().sqrt()).item()
+    if norms == 0.0:
+        return 1.0 if torch.equal(p, q) else 0.0
+    return (a * b).sum().item() / norms
+
+
+def off_policy_metrics(
+    old_log_probs: torch.Tensor, rollout_log_probs: torch.Tensor, response_mask: torch.Tensor
+) -> dict[str, float]:
+    """Divergences and perplexities of training policy pi and rollout policy mu on the generated tokens.
+
+    With d = old_log_probs - rollout_log_probs = log(pi/mu); E_token over tokens with response_mask 1, E_seq over the
+    samples that have such a token, <x> the mean over one sample's tokens:
+
+    - rollout_corr/kl = E_token[-d], the k1 estimate of KL(mu || pi);
+    - rollout_corr/k3_kl = E_token[exp(d) - d - 1], its k3 estimate: never negative, low variance
+      (J. Schulman, "Approximating KL Divergence", 2020, joschu.net/blog/kl-approx.html);
+    - rollout_corr/{training,rollout}_log_ppl = E_seq[-<log p>], {training,rollout}_ppl = E_seq[exp(-<log p>)];
+    - rollout_corr/log_ppl_diff = E_seq[<-d>], with _abs_diff, _diff_max, _diff_min over the samples, and
+      rollout_corr/ppl_ratio = E_seq[exp(<-d>)], above 1 where training finds the text less likely;
+    - rollout_corr/chi2_token = E_token[exp(2d)] - 1 and chi2_seq = E_seq[exp(2 sum d)] - 1, the chi-squared divergence
+      of pi from mu, i.e. the variance of the importance weights (A. B. Owen, "Monte Carlo theory, methods and
+      examples", section 9.3); d and sum d are limited to +-20 here.
+
+    Without any token all of them are what identical policies give: 0, and 1 for the ratios and perplexities.
+
+    Args:
+        old_log_probs, rollout_log_probs: [B,T] float.
+        response_mask: [B,T], non-zero for a generated token.
+    """
+    mask = response_mask.bool()
+    if not bool(mask.any()):
+        # One token of probability one, alike in both engines, is the neutral sample.
+        mask = torch.ones(1, 1, dtype=torch.bool)
+        old_log_probs = rollout_log_probs = torch.zeros(1, 1)
+    rows = mask.any(-1)
+    mask = mask[rows]
+    count = mask.sum(-1)
+    # masked_fill, not a product: padding may hold -inf or NaN.
+    old, rollout = (x[rows].double().masked_fill(~mask, 0.0) for x in (old_log_probs, rollout_log_probs))
+    d = old - rollout
+    d_token, d_sum = d[mask], d.sum(-1)
+    old_mean, rollout_mean = old.sum(-1) / count, rollout.sum(-1) / count
+    gap = -d_sum / count
+    values = {
+        "kl": -d_token.mean(),
+        "k3_kl": (d_token.exp() - d_token - 1.0).mean(),
+        "training_ppl": (-old_mean).exp().mean(),
+        "training_log_ppl": -old_mean.mean(),
+        "rollout_ppl": (-rollout_mean).exp().mean(),
+        "rollout_log_ppl": -rollout_mean.mean(),
+        "log_ppl_diff": gap.mean(),
+        "log_ppl_abs_diff": gap.abs().mean(),
+        "log_ppl_diff_max": gap.max(),
+        "log_ppl_diff_min": gap.min(),
+        "ppl_ratio": gap.exp().mean(),
+        "chi2_token": (2.0 * d_token.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)).exp().mean() - 1.0,
+        "chi2_seq": (2.0 * d_sum.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)).exp().mean() - 1.0,
+    }
+    return {f"rollout_corr/{name}": value.item() for name, value in values.items()}
+
+
+def compute_seqlen_metrics(
+    lengths: Sequence[int], partitions: Sequence[Sequence[int]], prefix: str = "global_seqlen"
+) -> dict[str, float]:
+    """How evenly the tokens lie on the ranks, before and after balancing.
+
+    Args:
+        lengths: tokens of each sample, in batch order.
+        partitions: for each rank, the indices into `lengths` that it was given.
+        prefix: start of the metric names.
+
+    Returns:
+        PREFIX/{min,max,minmax_diff}: tokens of the ranks if the batch were cut into contiguous runs of samples;
+        PREFIX/{balanced_min,balanced_max}: tokens of the ranks as partitioned; PREFIX/mean: tokens per rank.
+
+    Raises:
+        ValueError: there is no partition, or the partitions do not hold every sample exactly once.
+    """
+    held = sorted(index for part in partitions for index in part)
+    if not partitions or held != list(range(len(lengths))):
+        raise ValueError(
+            f"partitions={[list(part) for part in partitions]}: expected every index 0..{len(lengths) - 1} exactly once"
+        )
+    before = [int(part.sum()) for part in np.array_split(np.asarray(lengths, dtype=np.int64), len(partitions))]
+    after = [sum(int(lengths[index]) for index in part) for part in partitions]
+    return {
+        f"{prefix}/min": min(before),
+        f"{prefix}/max": max(before),
+        f"{prefix}/minmax_diff": max(before) - min(before),
+        f"{prefix}/balanced_min": min(after),
+        f"{prefix}/balanced_max": max(after),
+        f"{prefix}/mean": sum(after) / len(partitions),
+    }
