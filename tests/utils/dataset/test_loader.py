@@ -1,0 +1,209 @@
+"""The loader: seeded orders, and a resumed run that sees exactly the prompts an uninterrupted one would have seen."""
+
+import itertools
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import Dataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from verl.utils.dataset.loader import build_dataloader
+
+
+class Numbers(Dataset):
+    """Row i is {"index": i}; also tells which process read it."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, item: int) -> dict:
+        return {"index": int(item), "pid": os.getpid()}
+
+
+EPOCHS = 3
+
+
+def loader(rows=11, batch_size=3, shuffle=True, seed=5, drop_last=True, num_workers=0):
+    return build_dataloader(
+        Numbers(rows),
+        batch_size=batch_size,
+        shuffle=shuffle,
+        seed=seed,
+        drop_last=drop_last,
+        num_workers=num_workers,
+    )
+
+
+def stream(source, upto=EPOCHS):
+    """(epoch, rows) of every batch, as a training loop sees them; `epoch` is counted by the loop, not by the loader."""
+    for epoch in range(source.epoch, upto):
+        for batch in source:
+            yield epoch, batch["index"].tolist()
+
+
+def test_is_the_torchdata_loader_and_batches_are_object_columns():
+    source = loader()
+    assert isinstance(source, StatefulDataLoader)
+    batch = next(iter(source))
+    assert set(batch) == {"index", "pid"} and batch["index"].dtype == object and batch["index"].shape == (3,)
+
+
+@pytest.mark.parametrize(
+    ("rows", "drop_last", "sizes"), [(11, True, [3, 3, 3]), (11, False, [3, 3, 3, 2]), (9, False, [3] * 3)]
+)
+def test_an_epoch_has_every_row_at_most_once(rows, drop_last, sizes):
+    source = loader(rows=rows, drop_last=drop_last)
+    assert len(source) == len(sizes)
+    for _, batches in itertools.groupby(stream(source), key=lambda pair: pair[0]):
+        batches = [indices for _, indices in batches]
+        assert [len(batch) for batch in batches] == sizes
+        seen = list(itertools.chain(*batches))
+        assert len(set(seen)) == len(seen) == sum(sizes) and set(seen) <= set(range(rows))
+
+
+def test_orders_depend_on_the_seed_and_on_the_epoch_alone():
+    first, again, other = (list(stream(loader(rows=32, batch_size=8, seed=seed))) for seed in (1, 1, 2))
+    assert first == again and first != other
+    orders = [[row for e, rows in first if e == epoch for row in rows] for epoch in range(EPOCHS)]
+    assert len({tuple(order) for order in orders}) == EPOCHS
+    torch.manual_seed(123)
+    np.random.seed(7)
+    assert list(stream(loader(rows=32, batch_size=8, seed=1))) == first
+    assert list(stream(loader(seed=None))) == list(stream(loader(seed=0)))
+    plain = list(stream(loader(rows=6, shuffle=False)))
+    assert plain == [(epoch, rows) for epoch in range(EPOCHS) for rows in ([0, 1, 2], [3, 4, 5])]
+
+
+def test_the_order_of_a_seed_is_pinned():
+    """A checkpoint of one release has to mean the same prompts in the next."""
+    assert loader(rows=8, seed=1).sampler.order(0).tolist() == [1, 6, 0, 3, 7, 4, 2, 5]
+    assert loader(rows=8, seed=1).sampler.order(1).tolist() == [3, 2, 4, 0, 7, 1, 5, 6]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize(("rows", "drop_last"), [(11, True), (11, False), (9, True), (9, False)])
+def test_resuming_at_every_cut_gives_the_prompts_of_an_uninterrupted_run(rows, drop_last, shuffle):
+    whole = list(stream(loader(rows=rows, drop_last=drop_last, shuffle=shuffle)))
+    assert len(whole) == EPOCHS * len(loader(rows=rows, drop_last=drop_last))
+    for cut in range(len(whole) + 1):
+        before = loader(rows=rows, drop_last=drop_last, shuffle=shuffle)
+        head = list(itertools.islice(stream(before), cut))
+        state = json.loads(json.dumps(before.state_dict()))
+        after = loader(rows=rows, drop_last=drop_last, shuffle=shuffle)
+        after.load_state_dict(state)
+        assert head + list(stream(after)) == whole, f"cut after {cut} batches"
+
+
+def test_an_epoch_boundary_is_the_start_of_the_next_epoch():
+    before = loader()
+    batches = iter(before)
+    for _ in range(len(before)):
+        next(batches)
+    at_the_last_batch = before.state_dict()
+    assert list(batches) == []  # the pass ends here
+    assert before.state_dict() == at_the_last_batch
+    assert at_the_last_batch["epoch"] == 1 and at_the_last_batch["samples"] == 0
+    assert before.epoch == 1
+
+
+def test_a_chain_of_interruptions():
+    whole = list(stream(loader()))
+    seen, state = [], None
+    while len(seen) < len(whole):
+        source = loader()
+        if state is not None:
+            source.load_state_dict(state)
+        seen += list(itertools.islice(stream(source), 2))
+        state = source.state_dict()
+    assert seen[: len(whole)] == whole
+
+
+@pytest.mark.parametrize("workers", [(1, 0), (0, 1), (2, 2)])
+def test_worker_processes_read_ahead_but_the_state_counts_what_was_delivered(workers):
+    whole = list(stream(loader(), upto=2))
+    for cut in (1, 3, 4):
+        before = loader(num_workers=workers[0])
+        head = list(itertools.islice(stream(before, upto=2), cut))
+        after = loader(num_workers=workers[1])
+        after.load_state_dict(before.state_dict())
+        assert head + list(stream(after, upto=2)) == whole, f"cut after {cut} batches"
+    if workers[0]:
+        assert os.getpid() not in next(iter(loader(num_workers=workers[0])))["pid"]
+
+
+def test_a_pass_left_early_goes_on_with_the_next_pass():
+    source, whole = loader(), list(stream(loader()))
+    for batch in source:
+        first = batch["index"].tolist()
+        break
+    assert [(0, first), *stream(source)] == whole
+
+
+def test_loading_a_state_ends_the_pass_under_way():
+    source, whole = loader(), list(stream(loader()))
+    state = source.state_dict()
+    batches = iter(source)
+    next(batches)
+    source.load_state_dict(state)
+    assert list(batches) == []
+    assert list(stream(source)) == whole
+
+
+def test_the_batch_size_may_change_on_resume():
+    before = loader(rows=12, batch_size=3)
+    head = [rows for _, rows in itertools.islice(stream(before), 2)]
+    after = loader(rows=12, batch_size=2)
+    after.load_state_dict(before.state_dict())
+    rest = [rows for _, rows in stream(after, upto=1)]
+    assert list(itertools.chain(*head, *rest)) == loader(rows=12).sampler.order(0).tolist()
+    too_large = loader(rows=12, batch_size=7)
+    too_large.load_state_dict(before.state_dict())  # six rows are left: not a batch
+    assert too_large.epoch == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"rows": 12}, r"rows that are left .*: 11 in the checkpoint, 12 now"),
+        ({"seed": 6}, r"data\.seed: 5 in the checkpoint, 6 now"),
+        ({"shuffle": False}, r"data\.shuffle: True in the checkpoint, False now"),
+    ],
+)
+def test_a_state_of_other_data_is_refused(change, words):
+    with pytest.raises(ValueError, match=words) as error:
+        loader(**change).load_state_dict(loader().state_dict())
+    assert "trainer.resume_mode=disable" in str(error.value)
+    with pytest.raises(ValueError, match="written by something else"):
+        loader().load_state_dict({"_num_yielded": 3})
+
+
+def test_the_global_random_state_is_left_alone():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    list(stream(loader()))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+class WithState(Numbers):
+    def state_dict(self) -> dict:
+        return {}
+
+
+def test_what_cannot_work_is_refused():
+    with pytest.raises(
+        ValueError, match=r"11 prompts, fewer than one batch of 12: set data\.train_batch_size to at most 11"
+    ):
+        loader(batch_size=12)
+    assert len(loader(batch_size=12, drop_last=False)) == 1
+    with pytest.raises(ValueError, match="batch_size=0"):
+        loader(batch_size=0)
+    with pytest.raises(ValueError, match=r"data\.seed=-1"):
+        loader(seed=-1)
+    with pytest.raises(NotImplementedError, match="WithState"):
+        build_dataloader(WithState(4), batch_size=2, shuffle=True, seed=0, drop_last=True)

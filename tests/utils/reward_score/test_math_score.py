@@ -1,0 +1,100 @@
+"""Mathematical answers that are equal, and ones that only look so."""
+
+import threading
+
+import pytest
+
+from verl.utils.reward_score import default_compute_score
+from verl.utils.reward_score.math_score import compute_score
+from verl.utils.reward_score.text import last_boxed
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth"),
+    [
+        (r"so \boxed{\frac{1}{2}}", "0.5"),
+        (r"\boxed{0.5}", r"\frac{1}{2}"),
+        (r"\boxed{\dfrac12}", r"\frac{1}{2}"),
+        (r"\boxed{2\sqrt{3}}", r"\sqrt{12}"),
+        (r"\boxed{x^2+2x+1}", "(x+1)^2"),
+        (r"\boxed{\{2, 1\}}", r"\{1, 2\}"),
+        (r"\boxed{(1, 2)}", "(1,2)"),
+        (r"\boxed{[0, \infty)}", r"[0,\infty)"),
+        (r"\boxed{1,000}", "1000"),
+        (r"\boxed{42}", 42),
+        (r"\boxed {7}", "7"),
+        (r"\boxed{1} or rather \boxed{2}", "2"),
+        (r"<think>\boxed{1}</think> \boxed{2}", "2"),
+        ("Answer: 42", "42"),
+        (r"Answer: $\frac{3}{4}$.", "0.75"),
+        (r"Answer: \frac{3}{4}", "0.75"),
+        ("Answer: x + 1", "1 + x"),
+        ("Answer: 42\nI first had $7$.", "42"),
+        ("We get $x = 5$.", "5"),
+        (r"\boxed{5}", r"\boxed{5}"),
+        (r"\boxed{5}", ["4", "5"]),
+    ],
+)
+def test_equal_answers(answer, truth):
+    assert compute_score(answer, truth) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth"),
+    [
+        (r"\boxed{0.49}", r"\frac{1}{2}"),
+        (r"\boxed{2} or rather \boxed{1}", "2"),
+        (r"\boxed{2", "2a"),
+        (r"<think>\boxed{2}</think> I do not know", "2"),
+        (r"\boxed{(2, 1)}", "(1,2)"),
+        (r"\boxed{-\sqrt{3}}", r"\sqrt{3}"),
+        (r"\boxed{x+1}", "x-1"),
+        (r"\boxed{}", "2"),
+        (r"\boxed{\frac{}{}}", "2"),
+        ("", "2"),
+        (r"\boxed{4, 5}", ["4", "5"]),
+    ],
+)
+def test_unequal_answers(answer, truth):
+    assert compute_score(answer, truth) == 0.0
+
+
+@pytest.mark.parametrize("source", ["lighteval/MATH", "DigitalLearningGmbH/MATH-lighteval", "HuggingFaceH4/MATH-500"])
+def test_math_sources(source):
+    assert default_compute_score(source, r"\boxed{\frac12}", "0.5") == 1.0
+    assert default_compute_score(source, r"\boxed{\frac13}", "0.5") == 0.0
+
+
+@pytest.mark.parametrize("source", ["math_dapo", "math", "math_dapo_reasoning", "aime2024", "aime_2025"])
+def test_dapo_sources_score_plus_and_minus_one(source):
+    assert default_compute_score(source, "Answer: 42", "42") == {"score": 1.0, "acc": True, "pred": "42"}
+    assert default_compute_score(source, "Answer: 41", "42") == {"score": -1.0, "acc": False, "pred": "41"}
+    assert default_compute_score(source, "", "42") == {"score": -1.0, "acc": False, "pred": ""}
+
+
+def test_a_ground_truth_that_does_not_parse_is_an_error_not_a_zero():
+    with pytest.raises(ValueError, match="ground_truth=''"):
+        compute_score(r"\boxed{1}", "")
+
+
+def test_works_outside_the_main_thread():
+    scores = []
+    thread = threading.Thread(target=lambda: scores.append(compute_score(r"\boxed{\frac12}", "0.5")))
+    thread.start()
+    thread.join()
+    assert scores == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (r"\boxed{a{b}c} d", "a{b}c"),
+        (r"\boxed{a} \boxed{b", "a"),
+        (r"\boxed{\{1\}}", r"\{1\}"),
+        (r"\boxed{\left\{1\right.}", r"\left\{1\right."),
+        (r"\boxed 5", None),
+        ("none", None),
+    ],
+)
+def test_last_boxed(text, expected):
+    assert last_boxed(text) == expected

@@ -1,0 +1,32 @@
+"""Files that are whole or absent."""
+
+import os
+
+import pytest
+
+from verl.utils.atomic_io import atomic_write_text, fsync_path
+
+
+def test_content_is_replaced_and_no_temporary_file_stays(tmp_path):
+    path = tmp_path / "tracker.txt"
+    atomic_write_text(path, "1")
+    atomic_write_text(path, "zwei \u2603")
+    assert path.read_text(encoding="utf-8") == "zwei \u2603"
+    assert os.listdir(tmp_path) == ["tracker.txt"]
+
+
+def test_a_failed_write_leaves_the_old_content(tmp_path):
+    path = tmp_path / "tracker.txt"
+    atomic_write_text(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        atomic_write_text(path, "x" * 10_000 + "\ud800")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["tracker.txt"]
+
+
+def test_fsync_takes_files_and_directories(tmp_path):
+    (tmp_path / "a").write_text("a")
+    fsync_path(tmp_path / "a")
+    fsync_path(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        fsync_path(tmp_path / "b")

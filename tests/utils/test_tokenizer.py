@@ -1,0 +1,82 @@
+"""hf_tokenizer: loads, pads, and says what is wrong with a model directory."""
+
+import json
+import pickle
+
+import pytest
+
+from fixtures.tiny import write_char_tokenizer, write_tiny_model
+from verl.utils.tokenizer import hf_tokenizer
+
+
+def edit_config(directory, **changes):
+    path = directory / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def test_loads_a_directory_also_under_home(tmp_path, monkeypatch):
+    write_char_tokenizer(tmp_path / "model")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for path in (tmp_path / "model", str(tmp_path / "model"), "~/model"):
+        tokenizer = hf_tokenizer(path)
+        assert tokenizer.pad_token_id == 0 and tokenizer.encode("ab") == [4, 5]
+
+
+def test_a_missing_pad_token_becomes_the_eos_token(tmp_path):
+    write_char_tokenizer(tmp_path)
+    edit_config(tmp_path, pad_token=None)
+    tokenizer = hf_tokenizer(tmp_path)
+    assert tokenizer.pad_token == "</s>" and tokenizer.pad_token_id == tokenizer.eos_token_id == 2
+    edit_config(tmp_path, eos_token=None)
+    with pytest.raises(ValueError, match=r"neither a pad_token nor an eos_token; set one.*tokenizer_config\.json"):
+        hf_tokenizer(tmp_path)
+
+
+def test_paths_that_are_no_model(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist: give a model directory"):
+        hf_tokenizer(tmp_path / "absent")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileNotFoundError, match="is a file"):
+        hf_tokenizer(tmp_path / "file")
+
+
+def test_a_directory_without_a_tokenizer(tmp_path):
+    with pytest.raises(ValueError, match=r"does not load .*check that tokenizer\.json"):
+        hf_tokenizer(tmp_path)
+
+
+def test_a_model_whose_tokenizer_files_are_missing_is_not_an_empty_tokenizer(tmp_path):
+    write_tiny_model(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match="vocabulary is empty"):
+        hf_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{trunc", '{"version": "1.0", "model": {"type": "WordLevel"}}'])
+def test_a_damaged_tokenizer_file_is_named(tmp_path, content):
+    write_char_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match="does not load") as error:
+        hf_tokenizer(tmp_path)
+    assert str(tmp_path) in str(error.value)
+    assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
+
+
+def test_remote_code_is_refused_without_a_question(tmp_path, monkeypatch):
+    write_char_tokenizer(tmp_path)
+    edit_config(tmp_path, auto_map={"AutoTokenizer": ["tok.Tok", None]}, tokenizer_class="Tok")
+    (tmp_path / "tok.py").write_text("raise SystemExit('the code was run')\n")
+
+    questions = []
+    monkeypatch.setattr("builtins.input", lambda *words: questions.append(words) or "n")
+    with pytest.raises(ValueError, match=r"data\.trust_remote_code=True"):
+        hf_tokenizer(tmp_path)
+    assert questions == []
+
+
+def test_a_model_id_that_cannot_be_fetched(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="no directory here, and its tokenizer cannot be fetched"):
+        hf_tokenizer("nobody/no-such-model")

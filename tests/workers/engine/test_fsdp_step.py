@@ -1,0 +1,301 @@
+"""The engine's log-probabilities and steps against plain transformers and torch; independence of the split."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from fixtures.engine_cases import (
+    actor_config,
+    export_program,
+    fsdp_config,
+    log_prob_program,
+    make_batch,
+    make_engine,
+    optim_config,
+    step_program,
+    train,
+)
+from fixtures.ranks import run_ranks
+from fixtures.tiny import write_tiny_model
+from verl.protocol import DataProto
+from verl.trainer.ppo.core_algos import LOSS_AGG_MODES, get_policy_loss_fn
+from verl.workers.engine import MicroBatching
+from verl.workers.engine.batching import split_even, split_mini_batches
+from verl.workers.policy_objective import PolicyObjective
+
+KINDS = ["qwen3", "llama", "qwen3_moe"]
+ALL = MicroBatching(size=100)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {kind: str(write_tiny_model(root / kind, kind=kind)) for kind in KINDS}
+
+
+def plain_log_probs(model, data):
+    """[B, T] log-probabilities and entropies by the ordinary way: left padding, attention mask, all logits."""
+    ids, width = data.batch["input_ids"], data.batch["responses"].shape[1]
+    logits = model(
+        input_ids=ids, attention_mask=data.batch["attention_mask"], position_ids=data.batch["position_ids"]
+    ).logits
+    log_p = (logits[:, -width - 1 : -1].float() / data.meta_info["temperature"]).log_softmax(-1)
+    mask = data.batch["response_mask"]
+    chosen = log_p.gather(-1, data.batch["responses"].unsqueeze(-1)).squeeze(-1) * mask
+    return chosen, -(log_p.exp() * log_p).sum(-1) * mask
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("limits", "options"),
+    [
+        (ALL, {}),
+        (MicroBatching(size=5), {"use_remove_padding": False}),
+        (MicroBatching(max_tokens=33), {"enable_gradient_checkpointing": True}),
+    ],
+)
+def test_log_probs_against_transformers(models, kind, limits, options):
+    data = make_batch()
+    model = AutoModelForCausalLM.from_pretrained(models[kind])
+    with torch.no_grad():
+        expected, expected_entropy = plain_log_probs(model, data)
+    [(log_probs, entropy)] = run_ranks(1, log_prob_program, models[kind], [data], limits, options)
+    assert log_probs.dtype == entropy.dtype == torch.float32
+    torch.testing.assert_close(log_probs, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(entropy, expected_entropy, rtol=0, atol=1e-5)
+    assert not log_probs[data.batch["response_mask"] == 0].any()
+    assert not entropy[data.batch["response_mask"] == 0].any()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "over"),
+    [
+        ("Gemma2", {"sliding_window": 4, "final_logit_softcapping": 2.0}),  # acts on logits behind the head
+        ("Granite", {"logits_scaling": 4.0}),
+        ("Mistral", {"sliding_window": 4}),  # shorter than the sequences
+        ("GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4}),  # eager attention, sinks
+        ("Glm4Moe", {"n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1}),  # saved buffers
+    ],
+)
+def test_other_architectures(tmp_path, architecture, over):
+    """Log-probabilities, and the exported weights against the saved ones."""
+    common = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.1}
+    config = getattr(transformers, f"{architecture}Config")(**common, **heads, pad_token_id=0, **over)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    data = make_batch()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        expected, _ = plain_log_probs(model, data)
+    for ranks in (1, 2):
+        shards = [data] * ranks
+        for log_probs, _ in run_ranks(ranks, log_prob_program, str(tmp_path), shards, MicroBatching(size=5), {}):
+            torch.testing.assert_close(log_probs, expected, rtol=0, atol=1e-5)
+        saved = load_file(tmp_path / "model.safetensors")
+        for weights in run_ranks(ranks, export_program, str(tmp_path), None):
+            assert set(weights) == set(saved)
+            assert all(torch.equal(weights[name], tensor) for name, tensor in saved.items())
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("size", [12, 13, 1])
+def test_log_probs_on_two_ranks(models, kind, size):
+    """One of two ranks has no sample where there is only one."""
+    data = make_batch(13)[:size]
+    limits = MicroBatching(max_tokens=40)
+    [(expected, expected_entropy)] = run_ranks(1, log_prob_program, models[kind], [data], limits, {})
+    shards, inverse = split_even(data, 2, balance=True)
+    parts = run_ranks(2, log_prob_program, models[kind], shards, limits, {})
+    results = [DataProto.from_dict(tensors={"log_probs": a, "entropy": b}) for a, b in parts]
+    joined = DataProto.concat(results)[inverse]
+    torch.testing.assert_close(joined.batch["log_probs"], expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(joined.batch["entropy"], expected_entropy, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_three_steps_against_plain_torch(models, kind):
+    """Loss, gradient norm and weights of clipped AdamW steps on an unsharded model."""
+    data, actor = make_batch(12), actor_config(loss_agg_mode="seq-mean-token-mean")
+    model = AutoModelForCausalLM.from_pretrained(models[kind])
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.999), weight_decay=0.01, foreach=False)
+    expected = []
+    for mini_batch in (data[:5], data[5:10], data[10:]):
+        tokens = mini_batch.batch["response_mask"].sum(1)
+        info = {
+            "global_tokens": int(tokens.sum()),
+            "global_sequences": int((tokens > 0).sum()),
+            "loss_scale_factor": 7,
+        }
+        log_probs, entropy = plain_log_probs(model, mini_batch)
+        objective = PolicyObjective(get_policy_loss_fn("vanilla"), actor, info)
+        loss, _ = objective(log_probs, entropy, dict(mini_batch.batch.items()))
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append((loss.item(), norm.item()))
+
+    def program(rank):
+        engine = make_engine(models[kind], actor=actor)
+        history = train(engine, split_mini_batches(data, 5, 1)[0], MicroBatching(size=2), actor)
+        return history, {name: tensor.clone() for name, tensor in engine.model.state_dict().items()}
+
+    [(history, weights)] = run_ranks(1, program)
+    for (loss, norm), metrics in zip(expected, history, strict=True):
+        assert metrics["loss"] == pytest.approx(loss, rel=1e-4)
+        assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    for name, tensor in model.state_dict().items():
+        # Adam divides by the gradient's size: where that is rounding, so is the step's direction
+        difference = (weights[name].full_tensor() - tensor).abs()
+        assert difference.mean() < 1e-6, name
+    assert history[0]["loss"] == pytest.approx(expected[0][0], rel=1e-5)
+    assert history[0]["grad_norm"] == pytest.approx(expected[0][1], rel=1e-5)
+
+
+def invariance_cases(data, ranks):
+    """Every aggregation with several cuts; learning rate 0, so that all start from the same weights."""
+    cuts = [MicroBatching(size=2), MicroBatching(max_tokens=40)] + ([ALL, MicroBatching(size=1)] if ranks == 1 else [])
+    cases = []
+    for mode in LOSS_AGG_MODES:
+        actor = actor_config(loss_agg_mode=mode, optim=optim_config(lr=0.0))
+        for limits in cuts:
+            shards = split_mini_batches(data, 13, ranks, balance=limits.size is None)
+            cases.append((actor, limits, shards))
+    return cases
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
+def test_the_split_does_not_matter(models, kind):
+    data = make_batch(13)
+    reference = {}
+    for ranks in (1, 2):
+        cases = invariance_cases(data, ranks)
+        results, *others = run_ranks(ranks, step_program, models[kind], cases, {})
+        assert all(other == results for other in others), "ranks disagree"
+        for (actor, limits, _), [metrics] in zip(cases, results, strict=True):
+            expected = reference.setdefault(actor.loss_agg_mode, metrics)
+            assert metrics["grad_norm"] > 0
+            for name, value in expected.items():
+                context = f"{name} with {actor.loss_agg_mode}, {ranks} ranks, {limits}"
+                assert metrics[name] == pytest.approx(value, rel=1e-5, abs=1e-9), context
+
+
+def test_aggregations_differ(models):
+    """The test above would also pass if the mode were ignored."""
+    cases = [case for case in invariance_cases(make_batch(13), 1) if case[1] == ALL]
+    losses = [history[0]["actor/pg_loss"] for history in run_ranks(1, step_program, models["qwen3"], cases, {})[0]]
+    assert len({round(loss, 6) for loss in losses}) == len(LOSS_AGG_MODES)
+
+
+@pytest.mark.parametrize(
+    "options", [{"enable_gradient_checkpointing": True}, {"use_remove_padding": False}, {"reshard": False}]
+)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_memory_options_do_not_change_the_step(models, options, ranks):
+    data, options = make_batch(12), dict(options)
+    plain = actor_config(optim=optim_config(lr=0.0))
+    other = actor_config(
+        optim=optim_config(lr=0.0), fsdp_config=fsdp_config(reshard_after_forward=options.pop("reshard", True))
+    )
+    limits, shards = MicroBatching(size=4), split_mini_batches(data, 12, ranks)
+    expected = run_ranks(ranks, step_program, models["qwen3"], [(plain, limits, shards)], {})[0]
+    found = run_ranks(ranks, step_program, models["qwen3"], [(other, limits, shards)], options)[0]
+    for name, value in expected[0][0].items():
+        assert found[0][0][name] == pytest.approx(value, rel=1e-5, abs=1e-9), name
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_mini_batches_of_odd_sizes_and_empty_responses(models, ranks):
+    """A rank without samples, and a mini-batch without a single response token."""
+    data = make_batch(4)
+    data.batch["response_mask"][3] = 0
+    actor = actor_config(optim=optim_config(lr=0.0))
+    cases = [(actor, MicroBatching(size=1), split_mini_batches(data[rows], 4, ranks)) for rows in ([0], [1], [1, 3])]
+    one, empty, two_empty = run_ranks(ranks, step_program, models["qwen3_moe"], cases, {})[0]
+    assert one[0]["grad_norm"] > 0
+    assert empty[0]["grad_norm"] == two_empty[0]["grad_norm"] == 0
+    assert empty[0]["loss"] == two_empty[0]["loss"] == 0
+
+
+def test_bfloat16_compute_stays_close_and_masters_stay_float32(models):
+    data = make_batch(12)
+    actor = actor_config(fsdp_config=fsdp_config(dtype="bfloat16"), optim=optim_config(lr=0.0))
+    exact = actor_config(optim=optim_config(lr=0.0))
+    limits, shards = MicroBatching(size=4), split_mini_batches(data, 12, 2)
+    expected = run_ranks(2, step_program, models["qwen3"], [(exact, limits, shards)], {})[0][0][0]
+    found = run_ranks(2, step_program, models["qwen3"], [(actor, limits, shards)], {})[0][0][0]
+    assert found["loss"] != expected["loss"]
+    assert found["loss"] == pytest.approx(expected["loss"], rel=0.05)
+    assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=0.1)
+    for weights in run_ranks(2, export_program, models["qwen3"], None, actor):
+        assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+def test_bfloat16_masters(models):
+    actor = actor_config(fsdp_config=fsdp_config(model_dtype="bf16", dtype="bfloat16"), optim=optim_config(lr=1e-2))
+    shards = split_mini_batches(make_batch(12), 6, 2)
+    history = run_ranks(2, step_program, models["qwen3"], [(actor, MicroBatching(size=4), shards)], {})[0][0]
+    assert all(math.isfinite(metrics["grad_norm"]) for metrics in history)
+    for weights in run_ranks(2, export_program, models["qwen3"], None, actor):
+        assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+
+
+def test_log_probs_follow_the_weights(models):
+    """FSDP keeps gathered parameters after a forward pass without a backward: the next one must not use them."""
+    data, actor = make_batch(12), actor_config(optim=optim_config(lr=1e-2))
+
+    def program(rank):
+        engine = make_engine(models["qwen3"], actor=actor)
+        before, _ = engine.log_probs(data, ALL, calculate_entropy=False)
+        train(engine, split_mini_batches(data, 12, 1)[0], ALL, actor)
+        after, _ = engine.log_probs(data, ALL, calculate_entropy=False)
+        plain = AutoModelForCausalLM.from_pretrained(models["qwen3"])
+        missing, unexpected = plain.load_state_dict(dict(engine.export_weights()), strict=False)
+        assert missing == ["lm_head.weight"] and not unexpected
+        plain.eval()
+        with torch.no_grad():
+            expected, _ = plain_log_probs(plain, data)
+        return before, after, expected
+
+    [(before, after, expected)] = run_ranks(1, program)
+    torch.testing.assert_close(after, expected, rtol=0, atol=1e-5)
+    assert (after - before).abs().max() > 1e-2
+
+
+def test_schedule_and_learning_rate(models):
+    optim = optim_config(lr=2e-3, lr_warmup_steps=2, lr_scheduler_type="cosine", min_lr_ratio=0.5)
+    actor = actor_config(optim=optim)
+    shards = split_mini_batches(make_batch(12), 2, 1)
+    history = run_ranks(1, step_program, models["qwen3"], [(actor, ALL, shards)], {"steps": 6})[0][0]
+    expected = [0.0, 0.5, 1.0] + [0.5 + 0.25 * (1 + math.cos(math.pi * k / 4)) for k in (1, 2, 3)]
+    assert [metrics["lr"] for metrics in history] == pytest.approx([2e-3 * factor for factor in expected])
+
+
+def test_temperature_must_be_positive(models):
+    data = make_batch(4, temperature=0.0)
+    with pytest.raises(ValueError, match=r"temperature=0\.0"):
+        run_ranks(1, log_prob_program, models["qwen3"], [data], ALL, {})
+
+
+def test_a_head_that_cannot_be_restricted_is_refused():
+    from verl.workers.engine.fsdp import _SelectRows
+
+    class Wide(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = torch.nn.Linear(4, 8)
+
+        def forward(self, input_ids, **_):
+            self.head(torch.zeros(*input_ids.shape, 4))
+            return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 8))
+
+    model = Wide()
+    with pytest.raises(NotImplementedError, match="Wide made logits of shape"):
+        _SelectRows(model.head).logits(model, torch.zeros(2, 5, dtype=torch.int64), torch.tensor([1]))

@@ -1,0 +1,86 @@
+"""Micro-batches: what the model sees, and how samples are grouped."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fixtures.engine_cases import make_batch
+from verl.workers.engine.micro_batch import AlignedBatch, MicroBatching, equalise, plan_micro_batches
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("pad_to_width", [False, True])
+@pytest.mark.parametrize("limits", [MicroBatching(size=5), MicroBatching(max_tokens=40), MicroBatching(size=100)])
+def test_contents_against_loops(pad_to_width, limits):
+    data = make_batch(12)
+    aligned = AlignedBatch(data, CPU, pad_to_width=pad_to_width)
+    seen = []
+    for micro_batch in aligned.micro_batches(limits, None):
+        expected = []
+        for b, row in enumerate(micro_batch.rows.tolist()):
+            seen.append(row)
+            mask = data.batch["attention_mask"][row].bool()
+            tokens = data.batch["input_ids"][row][mask].tolist()
+            assert micro_batch.input_ids[b, : len(tokens)].tolist() == tokens
+            assert not micro_batch.input_ids[b, len(tokens) :].any()
+            prompt = int(data.batch["attention_mask"][row, :9].sum())
+            for t in range(7):
+                if data.batch["response_mask"][row, t]:
+                    place = prompt + t
+                    expected.append((b, place - 1, tokens[place], b * 7 + t))
+        width = micro_batch.input_ids.shape[1]
+        found = zip(
+            (micro_batch.predictors // width).tolist(),
+            (micro_batch.predictors % width).tolist(),
+            micro_batch.targets.tolist(),
+            micro_batch.slots.tolist(),
+            strict=True,
+        )
+        assert list(found) == expected
+        assert width == (16 if pad_to_width else int(aligned.lengths[micro_batch.rows.numpy()].max()))
+    assert sorted(seen) == list(range(12))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 50), max_size=30), st.integers(50, 300))
+def test_token_budget_counts_the_padding(lengths, budget):
+    lengths = np.array(lengths, dtype=np.int64)
+    plan = plan_micro_batches(lengths, MicroBatching(max_tokens=budget))
+    assert sorted(i for part in plan for i in part.tolist()) == list(range(len(lengths)))
+    for number, part in enumerate(plan):
+        assert len(part) * lengths[part].max() <= budget
+        if number + 1 < len(plan):
+            assert (len(part) + 1) * lengths[part].max() > budget
+
+
+def test_like_lengths_go_together():
+    plan = plan_micro_batches(np.array([3, 50, 4, 48, 5, 49]), MicroBatching(size=3))
+    assert [sorted(part.tolist()) for part in plan] == [[1, 3, 5], [0, 2, 4]]
+
+
+def test_a_sequence_above_the_budget_is_named():
+    with pytest.raises(ValueError, match=r"a sequence of 51 tokens does not fit into .*max_token_len_per_gpu=50"):
+        plan_micro_batches(np.array([3, 51]), MicroBatching(max_tokens=50))
+
+
+@pytest.mark.parametrize("limits", [{}, {"size": 2, "max_tokens": 5}, {"size": 0}, {"max_tokens": -1}])
+def test_limits_are_checked(limits):
+    with pytest.raises(ValueError, match="micro-batching"):
+        MicroBatching(**limits)
+
+
+def test_equalise_leaves_one_rank_alone():
+    plan = [np.array([1, 0])]
+    assert equalise(plan, None, CPU) is plan
+
+
+def test_a_response_needs_something_before_it():
+    data = make_batch(4)
+    data.batch["attention_mask"][0, :9] = 0
+    data.batch["response_mask"][0, 0] = 1
+    data.batch["attention_mask"][0, 9] = 1
+    with pytest.raises(ValueError, match="response_mask"):
+        AlignedBatch(data, CPU)

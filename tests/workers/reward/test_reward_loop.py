@@ -1,0 +1,727 @@
+"""The reward loop with real worker processes: what a reward function may return, and every way in which it may fail."""
+
+import asyncio
+import logging
+import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from verl.workers.reward import RewardError, RewardFunctionError, RewardLoop, RewardResult, extra_columns
+
+SIGNATURE = "compute_score(data_source, solution_str, ground_truth, extra_info)"
+
+
+def config(path=None, **over):
+    """The attributes of the `reward` config section."""
+    values = {"name": "compute_score", "manager": "naive", "num_workers": 2, "timeout": 0.3, "reward_kwargs": {}}
+    values |= over
+    return SimpleNamespace(
+        custom_reward_function=SimpleNamespace(path=None if path is None else str(path), name=values.pop("name")),
+        reward_manager=SimpleNamespace(name=values.pop("manager")),
+        **values,
+    )
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Give it the source of a reward function (None: the built-in scorers); loops are closed and checked at the end."""
+    loops = []
+
+    def build(source=None, *, data_sources=(), **over):
+        path = None
+        if source is not None:
+            path = tmp_path / f"reward_{len(loops)}.py"
+            path.write_text(textwrap.dedent(source))
+        loops.append(RewardLoop(config(path, **over), data_sources=data_sources))
+        return loops[-1]
+
+    yield build
+    for loop in loops:
+        pids = loop.worker_pids()
+        loop.close()
+        assert not [pid for pid in pids if alive(pid)]
+
+
+def alive(pid):
+    """Whether the process exists and is not a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until_gone(pids, seconds=5.0):
+    end = time.monotonic() + seconds
+    while (left := [pid for pid in pids if alive(pid)]) and time.monotonic() < end:
+        time.sleep(0.02)
+    return left
+
+
+def wait_until_ready(loop, seconds=20.0):
+    """The constructor waits for the first worker only; tests that measure how work is shared need all of them."""
+    end = time.monotonic() + seconds
+    while not all(worker.ready for worker in loop._pool._workers):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def score(loop, *answers):
+    """Score the answers at the same time, in order."""
+
+    async def gather():
+        return await asyncio.gather(*(loop.score("d", answer, "truth", {"i": i}) for i, answer in enumerate(answers)))
+
+    return asyncio.run(gather())
+
+
+def test_a_sync_function_gets_its_arguments_by_keyword(start):
+    loop = start(
+        """
+        def compute_score(extra_info, ground_truth, solution_str, data_source, bonus):
+            return {"score": len(solution_str) + bonus, "seen": [data_source, ground_truth, extra_info["i"]]}
+        """,
+        reward_kwargs={"bonus": 0.5},
+    )
+    results = score(loop, "ab", "abc")
+    assert [result.score for result in results] == [2.5, 3.5]
+    assert [result.extra for result in results] == [{"seen": ["d", "truth", 0]}, {"seen": ["d", "truth", 1]}]
+    assert all(result.error is None and 0 <= result.seconds < 0.3 for result in results)
+
+
+def test_an_async_function_runs_many_samples_at_once(start):
+    loop = start(
+        f"""
+        import asyncio
+        async def {SIGNATURE}:
+            await asyncio.sleep(0.1)
+            return float(solution_str)
+        """,
+        num_workers=1,
+        timeout=5.0,
+    )
+    begin = time.monotonic()
+    results = score(loop, *map(str, range(50)))
+    assert [result.score for result in results] == [float(i) for i in range(50)]
+    assert time.monotonic() - begin < 2.0  # one after the other takes 5 s
+
+
+@pytest.mark.parametrize("keyword", ["def", "async def"])
+def test_what_counts_as_a_score(start, keyword):
+    loop = start(
+        f"""
+        import numpy as np
+        {keyword} {SIGNATURE}:
+            return eval(solution_str)
+        """,
+        timeout=5.0,
+    )
+    good = {
+        "1": 1.0,
+        "True": 1.0,
+        "0.25": 0.25,
+        "np.float32(0.5)": 0.5,
+        "np.array(2)": 2.0,
+        "np.int64(3)": 3.0,
+        "{'score': 4}": 4.0,
+        "{'score': np.float64(5)}": 5.0,
+    }
+    bad = ["'1.0'", "None", "float('nan')", "float('inf')", "{'acc': 1}", "[1.0]", "1j", "10**400", "np.ones(2)"]
+    bad += ["{'score': '1'}", "{'score': 1, 'x': object()}", "np.array('1')"]
+    results = score(loop, *good, *bad)
+    for (source, expected), result in zip(good.items(), results, strict=False):
+        assert (result.score, result.error) == (expected, None), source
+        assert type(result.score) is float
+    for source, result in zip(bad, results[len(good) :], strict=True):
+        assert (result.score, result.extra) == (0.0, {}), source
+        assert result.error == ("exception" if source == "np.ones(2)" else "bad_return"), (source, result)
+    assert loop.step_metrics()["reward/num_errors"] == len(bad)
+
+
+def test_extra_values_arrive_as_built_in_types(start):
+    loop = start(
+        f"""
+        import dataclasses, enum
+        import numpy as np
+        class Level(enum.IntEnum):
+            HIGH = 3
+        class Text(str):
+            pass
+        def {SIGNATURE}:
+            return dict(score=1, a=np.float32(0.5), b=np.arange(3), c=(1, {{"d": None}}), e=Text("t"), f=Level.HIGH,
+                        g=np.bool_(True))
+        """,
+        timeout=5.0,
+    )
+    (result,) = score(loop, "x")
+    assert result.extra == {"a": 0.5, "b": [0, 1, 2], "c": [1, {"d": None}], "e": "t", "f": 3, "g": True}
+    assert [type(result.extra[key]) for key in "abcefg"] == [float, list, list, str, int, bool]
+
+
+def test_a_bare_number_is_reported_as_acc_too(start):
+    loop = start(f"def {SIGNATURE}: return 1")
+    assert score(loop, "x")[0].extra == {"acc": 1.0}
+
+
+@pytest.mark.parametrize("keyword", ["def", "async def"])
+def test_a_raise_scores_zero_and_only_the_first_traceback_is_logged(start, caplog, keyword):
+    loop = start(
+        f"""
+        def helper(text):
+            raise KeyError("lost " + text)
+        {keyword} {SIGNATURE}:
+            return 1.0 if solution_str == "good" else helper(solution_str)
+        """
+    )
+    with caplog.at_level(logging.WARNING):
+        first = score(loop, "bad1")[0]
+        others = score(loop, "good", "bad2", "bad3")
+    assert (first.score, first.error) == (0.0, "exception")
+    assert [result.score for result in others] == [1.0, 0.0, 0.0]
+    assert loop.step_metrics()["reward/num_errors"] == 3
+    loop.check_step()
+    (record,) = caplog.records
+    for part in ("in compute_score", "in helper", "KeyError: 'lost bad1'", "data_source=d"):
+        assert part in record.getMessage()
+    assert "worker.py" not in record.getMessage()
+
+
+HANGS = {
+    "sleep": "time.sleep(1000)",
+    "loop": "while True: pass",
+    "swallow": """
+                while True:
+                    try:
+                        time.sleep(1000)
+                    except BaseException:
+                        pass""",
+    "regex": "re.match('(a+)+$', 'a' * 60 + 'b')",
+    "sigterm": "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(1000)",
+}
+
+
+@pytest.mark.parametrize(
+    ("keyword", "how"), [*(("def", how) for how in HANGS), ("async def", "loop"), ("async def", "regex")]
+)
+def test_a_hang_costs_its_own_sample_and_nothing_else(start, keyword, how):
+    loop = start(
+        f"""
+        import re, signal, time
+        {keyword} {SIGNATURE}:
+            if solution_str == "hang":
+                {HANGS[how]}
+            return 1.0
+        """
+    )
+    before = loop.worker_pids()
+    begin = time.monotonic()
+    results = score(loop, *["good"] * 40, "hang", *["good"] * 40)
+    took = time.monotonic() - begin
+    assert [i for i, result in enumerate(results) if result.error] == [40]
+    assert (results[40].error, results[40].score) == ("timeout", 0.0)
+    assert results[40].seconds >= 0.3
+    assert 0.3 <= took < 3.0
+    assert loop.step_metrics()["reward/num_timeouts"] == 1
+    assert loop.step_metrics()["reward/seconds_max"] >= 0.3
+    assert len([pid for pid in before if alive(pid)]) == 1  # the hung one is gone
+    assert score(loop, "good")[0].score == 1.0
+    assert len(loop.worker_pids()) == 2  # and replaced
+
+
+def test_an_await_that_never_ends_is_cancelled_without_a_new_worker(start):
+    loop = start(
+        f"""
+        import asyncio
+        async def {SIGNATURE}:
+            try:
+                await asyncio.sleep(1000 if solution_str == "hang" else 0)
+            except asyncio.CancelledError:
+                await asyncio.sleep(1000)  # even one that does not obey
+            return 1.0
+        """
+    )
+    before = loop.worker_pids()
+    results = score(loop, "good", "hang", "good")
+    assert [result.error for result in results] == [None, "timeout", None]
+    assert loop.worker_pids() == before
+
+
+def test_a_blocked_event_loop_fails_the_blocking_sample_and_repeats_the_waiting_ones(start):
+    loop = start(
+        f"""
+        import asyncio, time
+        async def {SIGNATURE}:
+            await asyncio.sleep(0.05)
+            if solution_str == "block":
+                time.sleep(1000)
+            await asyncio.sleep(0.05)
+            return 1.0
+        """,
+        num_workers=1,
+    )
+    results = score(loop, *["good"] * 5, "block", *["good"] * 5)
+    assert [result.error for result in results] == [None] * 5 + ["timeout"] + [None] * 5
+
+
+def test_time_in_the_queue_is_not_charged(start):
+    for keyword in ("def", "async def"):  # an async function that never awaits is a queue as well
+        loop = start(
+            f"""
+            import time
+            {keyword} {SIGNATURE}:
+                time.sleep(0.05)
+                return 1.0
+            """,
+            num_workers=1,
+        )
+        assert all(result.error is None for result in score(loop, *["x"] * 20))  # 1 s in all, 0.3 s each allowed
+
+
+@pytest.mark.parametrize("keyword", ["def", "async def"])
+@pytest.mark.parametrize("how", ["os._exit(3)", "os.kill(os.getpid(), 11)", "sys.exit(3)"])
+def test_a_function_that_ends_its_process(start, keyword, how):
+    loop = start(
+        f"""
+        import os, sys
+        {keyword} {SIGNATURE}:
+            if solution_str == "die":
+                {how}
+            return 1.0
+        """
+    )
+    results = score(loop, *["good"] * 10, "die", *["good"] * 10)
+    assert [i for i, result in enumerate(results) if result.error] == [10]
+    assert results[10].error == "exception"
+    assert any(part in results[10].detail for part in ("exit code 3", "SIGSEGV", "SystemExit: 3"))
+
+
+def test_what_a_hung_function_started_ends_with_it(start, tmp_path):
+    loop = start(
+        f"""
+        import subprocess
+        def {SIGNATURE}:
+            child = subprocess.Popen(["sleep", "1000"])
+            open(solution_str, "w").write(str(child.pid))
+            child.wait()
+        """
+    )
+    note = tmp_path / "pid"
+    assert score(loop, str(note))[0].error == "timeout"
+    assert not wait_until_gone([int(note.read_text())])
+
+
+def test_megabytes_of_extra_pass_and_far_too_many_are_refused(start):
+    loop = start(
+        f"""
+        def {SIGNATURE}:
+            return {{"score": 1.0, "log": "x" * int(solution_str)}}
+        """,
+        timeout=5.0,
+    )
+    small, large, huge = score(loop, "3", str(5 * 2**20), str(40 * 2**20))
+    assert (small.score, large.score) == (1.0, 1.0)
+    assert len(large.extra["log"]) == 5 * 2**20
+    assert (huge.score, huge.extra, huge.error) == (0.0, {}, "bad_return")
+    assert "40 MiB" in huge.detail
+
+
+def test_the_callers_event_loop_is_never_blocked(start):
+    loop = start(
+        f"""
+        import time
+        def {SIGNATURE}:
+            time.sleep(1000 if solution_str == "hang" else 0.02)
+            return 1.0
+        """
+    )
+
+    async def watch():
+        gaps, running = [], True
+
+        async def tick():
+            while running:
+                begin = time.monotonic()
+                await asyncio.sleep(0.005)
+                gaps.append(time.monotonic() - begin)
+
+        ticker = asyncio.create_task(tick())
+        await asyncio.gather(*(loop.score("d", "hang" if i == 3 else "x", "t", {}) for i in range(20)))
+        running = False
+        await ticker
+        return max(gaps)
+
+    assert asyncio.run(watch()) < 0.2
+
+
+def test_scoring_starts_with_the_first_sample_not_with_the_last(start):
+    loop = start(f"def {SIGNATURE}: return 1.0")
+
+    async def trickle():
+        first = await asyncio.wait_for(loop.score("d", "x", "t", {}), 5)  # nothing else is coming
+        second = await asyncio.wait_for(loop.score("d", "y", "t", {}), 5)
+        return first, second
+
+    assert [result.score for result in asyncio.run(trickle())] == [1.0, 1.0]
+
+
+def test_a_cancelled_caller_is_not_counted_and_its_sample_not_scored(start, tmp_path):
+    loop = start(
+        f"""
+        import time
+        def {SIGNATURE}:
+            open(ground_truth + "/" + solution_str, "w").close()
+            time.sleep(0.1)
+            return 1.0
+        """,
+        num_workers=1,
+    )
+    (tmp_path / "seen").mkdir()
+
+    async def cancel():
+        tasks = [asyncio.create_task(loop.score("d", name, str(tmp_path / "seen"), {})) for name in "abcd"]
+        await asyncio.sleep(0.05)
+        for task in tasks[:3]:
+            task.cancel()
+        return await tasks[3]
+
+    assert asyncio.run(cancel()).score == 1.0
+    assert loop._num_samples == 1
+    assert sorted(path.name for path in (tmp_path / "seen").iterdir()) == ["a", "d"]
+
+
+def test_every_sample_of_a_step_failing_stops_the_run(start):
+    loop = start(f"def {SIGNATURE}: return 1.0 if solution_str == 'good' else 1 / 0", timeout=1.0)
+    loop.check_step()  # no sample yet
+    score(loop, "bad", "good")
+    loop.check_step()
+    loop.begin_step()
+    score(loop, "bad", "bad")
+    with pytest.raises(RewardError, match=r"(?s)all 2 samples of this step.*2 errors.*ZeroDivisionError") as caught:
+        loop.check_step()
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+    loop.begin_step()
+    assert loop.step_metrics() == dict.fromkeys(
+        ["reward/num_errors", "reward/num_timeouts", "reward/seconds_mean", "reward/seconds_max"], 0.0
+    )
+    loop.check_step()
+
+
+def test_seconds_are_those_of_scoring(start):
+    loop = start(
+        f"""
+        import time
+        def {SIGNATURE}:
+            time.sleep(float(solution_str))
+            return 1.0
+        """,
+        timeout=5.0,
+    )
+    score(loop, "0.1", "0.2")
+    metrics = loop.step_metrics()
+    assert metrics["reward/seconds_max"] == pytest.approx(0.2, abs=0.05)
+    assert metrics["reward/seconds_mean"] == pytest.approx(0.15, abs=0.05)
+
+
+def test_a_plain_function_may_hand_back_a_coroutine(start):
+    loop = start(
+        f"""
+        async def work(text):
+            return len(text)
+        def {SIGNATURE}:
+            return work(solution_str)
+        """
+    )
+    assert score(loop, "abc")[0].score == 3.0
+
+
+def test_a_callable_object_and_a_file_beside_it(start, tmp_path):
+    (tmp_path / "beside_the_reward.py").write_text("FACTOR = 2")
+    loop = start(
+        """
+        from beside_the_reward import FACTOR
+        class Score:
+            async def __call__(self, solution_str, **rest):
+                return FACTOR * len(solution_str)
+        best = Score()
+        """,
+        name="best",
+    )
+    assert score(loop, "abc")[0].score == 6.0
+
+
+@pytest.mark.parametrize(
+    ("source", "over", "message"),
+    [
+        (
+            "def other(): pass\ndef _hidden(): pass",
+            {},
+            r"compute_score does not exist in .*: it has other; set",
+        ),
+        ("compute_score = 3", {}, "compute_score is not a function in .*: it has no function at all"),
+        ("import not_there_at_all", {}, r"does not import \(reward_0.py, line 1\): ModuleNotFoundError: No module"),
+        ("x = 1\ndef compute_score(:", {}, r"does not import \(reward_0.py.*SyntaxError: invalid syntax"),
+        ("import sys\nsys.exit(3)", {}, r"does not import \(reward_0.py, line 2\): SystemExit: 3"),
+        ("import os\nos._exit(3)", {}, r"a reward worker ended \(exit code 3\) while loading .*reward_0.py"),
+        ("def compute_score(solution_str): pass", {}, "cannot be called with the keywords data_source, solution_str"),
+        (f"def {SIGNATURE}: pass", {"reward_kwargs": {"bonus": 1}}, "bonus.*reward.reward_kwargs"),
+        (f"def {SIGNATURE}: pass", {"reward_kwargs": {"extra_info": 1}}, "extra_info is set for every sample"),
+        (f"def {SIGNATURE}: pass", {"name": "compute"}, "compute does not exist.*it has compute_score"),
+    ],
+)
+def test_a_function_that_does_not_load_is_named_at_once(start, source, over, message):
+    begin = time.monotonic()
+    with pytest.raises(RewardFunctionError, match=message) as caught:
+        start(source, **over)
+    assert time.monotonic() - begin < 10
+    assert isinstance(caught.value, ValueError)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
+def test_a_file_that_does_not_exist(tmp_path):
+    with pytest.raises(RewardFunctionError, match=r"reward.custom_reward_function.path=.*none.py: no such file"):
+        RewardLoop(config(tmp_path / "none.py"))
+    with pytest.raises(RewardFunctionError, match="no such file"):
+        RewardLoop(config(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("over", "error", "message"),
+    [
+        ({"manager": "dapo"}, NotImplementedError, "reward.reward_manager.name=dapo is not supported yet.*use naive"),
+        ({"manager": "gdpo"}, NotImplementedError, "gdpo is not supported yet"),
+        ({"manager": "batch"}, ValueError, "batch is unknown; use naive .*dapo, gdpo"),
+        ({"timeout": 0}, ValueError, "reward.timeout=0"),
+        ({"timeout": math.inf}, ValueError, "reward.timeout=inf"),
+        ({"num_workers": 0}, ValueError, "reward.num_workers=0"),
+        ({"reward_kwargs": {"f": lambda: 1}}, ValueError, "reward.reward_kwargs must hold plain values"),
+    ],
+)
+def test_settings_out_of_range(over, error, message):
+    with pytest.raises(error, match=message):
+        RewardLoop(config(**over))
+
+
+def test_a_function_that_stops_loading_during_the_run_ends_it(start, tmp_path):
+    loop = start(
+        f"""
+        import os
+        def {SIGNATURE}:
+            os._exit(0) if solution_str == "die" else None
+            return 1.0
+        """,
+        num_workers=1,
+    )
+    (tmp_path / "reward_0.py").write_text("raise OSError('gone')")
+    with pytest.raises(RewardError, match="OSError: gone"):
+        score(loop, "die", "good", "good")
+    with pytest.raises(RewardError, match="OSError: gone"):
+        score(loop, "good")
+
+
+def test_built_in_scorers_take_the_same_path(start):
+    sources = ["openai/gsm8k", "math_dapo"]  # the others are prepared when their first sample comes
+    loop = start(data_sources=sources, timeout=5.0)
+
+    async def gather():
+        return await asyncio.gather(
+            loop.score("openai/gsm8k", "#### 42", "42", {"index": np.int64(1)}),
+            loop.score("math_dapo", "Answer: 41", "42", None),
+            loop.score("reasoning_gym/spell_backward", "tac", "tac", {}),
+            loop.score("lighteval/MATH", r"\boxed{\frac12}", "0.5", {}),
+            loop.score("who/knows", "", "", {}),
+        )
+
+    gsm8k, dapo, gym, latex, unknown = asyncio.run(gather())
+    assert (gsm8k.score, gsm8k.extra) == (1.0, {"acc": 1.0})
+    assert (dapo.score, dapo.extra) == (-1.0, {"acc": False, "pred": "41"})
+    assert (gym.score, latex.score) == (1.0, 1.0)
+    assert gym.seconds < 0.1  # the import is not charged to the sample
+    assert unknown.error == "exception"
+    assert "who/knows has no built-in scorer" in unknown.detail
+
+
+def test_a_source_without_a_scorer_is_found_at_the_start():
+    with pytest.raises(RewardFunctionError, match="data_source=who/knows has no built-in scorer"):
+        RewardLoop(config(), data_sources=["openai/gsm8k", "who/knows"])
+
+
+@pytest.mark.parametrize("keyword", ["def", "async def"])
+def test_512_trivial_samples_take_well_below_half_a_second(start, keyword):
+    loop = start(f"{keyword} {SIGNATURE}: return float(len(solution_str))", timeout=5.0)
+    answers = ["x" * (i % 7) for i in range(512)]
+    taken = []
+    while len(taken) < 10 and min(taken, default=1.0) > 0.4:  # other programs may take the processor for a while
+        begin = time.monotonic()
+        results = score(loop, *answers)
+        taken.append(time.monotonic() - begin)
+        assert [result.score for result in results] == [float(i % 7) for i in range(512)]
+    assert min(taken) < 0.4, taken
+
+
+SLEEP = f"""
+import time
+def {SIGNATURE}:
+    time.sleep(float(solution_str))
+    return 1.0
+"""
+
+
+def test_samples_that_travel_together_are_shared_fairly_and_timed_one_by_one(start):
+    loop = start(SLEEP, timeout=0.5)
+    wait_until_ready(loop)
+    score(loop, *["0"] * 100)  # now the loop sends samples in groups
+    begin = time.monotonic()
+    results = score(loop, *["0.05"] * 40)
+    assert time.monotonic() - begin < 1.6  # 1 s when shared by two workers; 2 s on one
+    assert [result.error for result in results] == [None] * 40
+
+
+def test_a_slow_sample_does_not_hold_up_the_ones_behind_it(start):
+    loop = start(SLEEP, timeout=5.0)
+    wait_until_ready(loop)
+    score(loop, "0.03", "0.03")
+    finished = []
+
+    async def follow(text):
+        await loop.score("d", text, "t", {})
+        finished.append(text)
+
+    async def gather():
+        await asyncio.gather(*map(follow, ["0.03", "0.03", "1.0", *["0.03"] * 11]))
+
+    asyncio.run(gather())
+    assert finished == ["0.03"] * 13 + ["1.0"]
+
+
+def test_async_samples_are_spread_over_the_workers(start):
+    loop = start(
+        f"""
+        import asyncio, os
+        async def {SIGNATURE}:
+            await asyncio.sleep(1.0)
+            return {{"score": 1.0, "pid": os.getpid()}}
+        """,
+        timeout=5.0,
+    )
+    wait_until_ready(loop)
+
+    async def trickle():
+        tasks = []
+        for _ in range(20):
+            tasks.append(asyncio.create_task(loop.score("d", "x", "t", {})))
+            await asyncio.sleep(0.01)
+        return [(await task).extra["pid"] for task in tasks]
+
+    pids = asyncio.run(trickle())
+    assert [pids.count(pid) for pid in loop.worker_pids()] == pytest.approx([10, 10], abs=3)
+
+
+@pytest.mark.parametrize("keyword", ["def", "async def"])
+def test_close_ends_busy_and_idle_workers_and_says_so_to_waiting_samples(start, keyword):
+    loop = start(
+        f"""
+        import time
+        {keyword} {SIGNATURE}:
+            time.sleep(1000)
+        """,
+        timeout=100,
+        num_workers=2,
+    )
+    pids = loop.worker_pids()
+
+    async def close_while_scoring():
+        tasks = [asyncio.create_task(loop.score("d", "x", "t", {})) for _ in range(3)]
+        await asyncio.sleep(0.2)
+        begin = time.monotonic()
+        await asyncio.to_thread(loop.close)
+        return time.monotonic() - begin, await asyncio.gather(*tasks, return_exceptions=True)
+
+    took, results = asyncio.run(close_while_scoring())
+    assert took < 3
+    assert [type(result) for result in results] == [RewardError] * 3
+    assert not [pid for pid in pids if alive(pid)]
+    loop.close()
+    with pytest.raises(RewardError, match="closed"):
+        score(loop, "x")
+
+
+DRIVER = """
+import asyncio, sys
+from types import SimpleNamespace as N
+from verl.workers.reward import RewardLoop
+
+async def main(path):
+    loop = RewardLoop(N(custom_reward_function=N(path=path, name="compute_score"), reward_manager=N(name="naive"),
+                        num_workers=2, timeout=1000, reward_kwargs={}))
+    tasks = [asyncio.create_task(loop.score("d", "x", "t", {})) for _ in range(1)]
+    await asyncio.sleep(0.3)
+    print(*loop.worker_pids(), flush=True)
+    await asyncio.sleep(1000 if sys.argv[2] == "wait" else 0)
+    if sys.argv[2] == "leave":
+        sys.exit(0)
+
+asyncio.run(main(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, "leave"])
+@pytest.mark.parametrize("body", ["while True: pass", "re.match('(a+)+$', 'a' * 60 + 'b')"])
+def test_no_worker_outlives_the_driver(tmp_path, how, body):
+    reward = tmp_path / "reward.py"
+    reward.write_text(f"import re\ndef {SIGNATURE}:\n    {body}\n")
+    mode = how if how == "leave" else "wait"
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(reward), mode],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    pids = []
+    try:
+        pids = [int(pid) for pid in driver.stdout.readline().split()]
+        assert len(pids) == 2
+        assert all(alive(pid) for pid in pids) or mode == "leave"
+        if mode == "wait":
+            driver.send_signal(how)
+        driver.wait(timeout=10)
+        assert not wait_until_gone(pids)
+    finally:
+        driver.kill()
+        driver.wait()
+        driver.stdout.close()
+        for pid in pids:
+            if alive(pid):
+                os.kill(pid, signal.SIGKILL)
+
+
+def test_a_driver_without_a_main_guard_is_not_run_again(tmp_path):
+    """A worker is a fresh interpreter: it must not import the script that started it."""
+    reward = tmp_path / "reward.py"
+    reward.write_text(f"def {SIGNATURE}: return 1.0\n")
+    script = tmp_path / "script.py"
+    script.write_text("print('started', flush=True)\n" + DRIVER)
+    done = subprocess.run(
+        [sys.executable, str(script), str(reward), "leave"], capture_output=True, text=True, timeout=30
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("started") == 1
+
+
+def test_extra_columns_have_one_value_a_sample():
+    results = [
+        RewardResult(1.0, {"acc": 1.0, "pred": "a"}, None, 0.0),
+        RewardResult(0.0, {}, "timeout", 0.3),
+        RewardResult(1.0, {"acc": True, "note": [1]}, None, 0.0),
+    ]
+    assert extra_columns(results) == {"acc": [1.0, 0.0, True], "pred": ["a", None, None], "note": [None, None, [1]]}
+    assert extra_columns([]) == {}

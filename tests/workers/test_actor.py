@@ -1,0 +1,197 @@
+"""The actor worker: columns, metrics, epochs, checkpoints; on one rank and on two."""
+
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM
+
+from fixtures.engine_cases import (
+    actor_config,
+    make_batch,
+    make_worker,
+    optim_config,
+    worker_checkpoint_program,
+    worker_config,
+    worker_program,
+)
+from fixtures.ranks import run_ranks
+from fixtures.tiny import write_tiny_model
+from verl.protocol import DataProto
+from verl.workers.actor import ActorWorker, micro_batching
+from verl.workers.engine import MicroBatching
+from verl.workers.engine.batching import split_even, split_mini_batches
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return str(write_tiny_model(tmp_path_factory.mktemp("model")))
+
+
+def run(ranks, config, data, mini_batch=6):
+    """The joined columns before and after one update, and its metrics."""
+    shards, inverse = split_even(data, ranks)
+    outcomes = run_ranks(ranks, worker_program, config, shards, split_mini_batches(data, mini_batch, ranks))
+    before, metrics, after = zip(*outcomes, strict=True)
+    return DataProto.concat(before)[inverse], metrics, DataProto.concat(after)[inverse]
+
+
+def test_columns_metrics_and_the_frozen_reference(model_dir):
+    data = make_batch(12)
+    reference = None
+    for ranks in (1, 2):
+        before, metrics, after = run(ranks, worker_config(model_dir), data)
+        mask = data.batch["response_mask"] == 0
+        for column in ("old_log_probs", "entropys", "ref_log_prob"):
+            assert before.batch[column].shape == (12, 7)
+            assert before.batch[column].dtype == torch.float32
+            assert not before.batch[column][mask].any()
+        torch.testing.assert_close(before.batch["ref_log_prob"], before.batch["old_log_probs"])
+        torch.testing.assert_close(after.batch["ref_log_prob"], before.batch["ref_log_prob"])
+        assert (after.batch["old_log_probs"] - before.batch["old_log_probs"]).abs().max() > 1e-3
+        assert all(other == metrics[0] for other in metrics)
+        assert set(metrics[0]) == {
+            "actor/pg_loss",
+            "actor/pg_clipfrac",
+            "actor/pg_clipfrac_lower",
+            "actor/ppo_kl",
+            "actor/entropy",
+            "actor/kl_loss",
+            "actor/kl_coef",
+            "actor/grad_norm",
+            "actor/lr",
+            "actor/loss",
+            "actor/perf/max_memory_allocated_gb",
+        }
+        assert all(type(value) is float for value in metrics[0].values())
+        reference = reference or metrics[0]
+        for name, value in reference.items():
+            if name != "actor/perf/max_memory_allocated_gb":
+                assert metrics[0][name] == pytest.approx(value, rel=1e-4, abs=1e-8), name
+        parts = metrics[0]["actor/pg_loss"] - 0.01 * metrics[0]["actor/entropy"] + 0.1 * metrics[0]["actor/kl_loss"]
+        assert metrics[0]["actor/loss"] == pytest.approx(parts, rel=1e-5)
+        assert 0.05 < metrics[0]["actor/perf/max_memory_allocated_gb"] < 100
+
+
+def test_entropy_and_kl_act_on_the_gradient(model_dir):
+    data = make_batch(12)
+    data.batch["advantages"].zero_()
+    norms = {}
+    for name, over in {
+        "nothing": {"entropy_coeff": 0.0, "use_kl_loss": False},
+        "entropy": {"entropy_coeff": 0.5, "use_kl_loss": False},
+        "kl": {"entropy_coeff": 0.0, "use_kl_loss": True},
+    }.items():
+        _, metrics, _ = run(1, worker_config(model_dir, actor=actor_config(**over)), data)
+        norms[name] = metrics[0]["actor/grad_norm"]
+        assert metrics[0]["actor/entropy"] > 0
+        assert ("actor/kl_loss" in metrics[0]) == (name == "kl")
+    assert norms["nothing"] == 0 and norms["entropy"] > 0.01 and norms["kl"] > 0.01
+
+
+def test_the_entropy_bonus_raises_the_entropy(model_dir):
+    data = make_batch(12)
+    data.batch["advantages"].zero_()
+    actor = actor_config(entropy_coeff=1.0, use_kl_loss=False, optim=optim_config(lr=3e-3))
+    before, _, after = run(1, worker_config(model_dir, actor=actor), data)
+    assert after.batch["entropys"].sum() > before.batch["entropys"].sum()
+
+
+def test_a_positive_advantage_raises_the_probability(model_dir):
+    data = make_batch(12)
+    data.batch["advantages"] = torch.ones_like(data.batch["advantages"])
+
+    def program(rank):
+        worker = make_worker(rank, worker_config(model_dir, actor=actor_config(use_kl_loss=False, entropy_coeff=0.0)))
+        data.batch["old_log_probs"] = worker.compute_log_prob(data).batch["old_log_probs"]
+        metrics = worker.update_actor(split_mini_batches(data, 12, 1)[0])
+        return metrics, data.batch["old_log_probs"], worker.compute_log_prob(data).batch["old_log_probs"]
+
+    [(metrics, before, after)] = run_ranks(1, program)
+    assert after.sum() > before.sum()
+    # on policy: ratio 1, nothing clipped, the loss is minus the mean advantage
+    assert metrics["actor/pg_loss"] == pytest.approx(-1.0, rel=1e-5)
+    assert metrics["actor/ppo_kl"] == pytest.approx(0.0, abs=1e-6)
+    assert metrics["actor/pg_clipfrac"] == 0.0
+
+
+def test_epochs_repeat_the_mini_batches_and_the_schedule_counts_updates(model_dir):
+    data = make_batch(12)
+    optim = optim_config(lr=1e-3, lr_warmup_steps=4)
+
+    def program(rank):
+        lr, weights = [], []
+        for epochs, repeats in ((2, 1), (1, 2)):
+            worker = make_worker(rank, worker_config(model_dir, actor=actor_config(ppo_epochs=epochs, optim=optim)))
+            shards = split_mini_batches(data, 6, 1)[0] * repeats
+            lr.append([worker.update_actor(shards)["actor/lr"] for _ in range(3)])
+            weights.append(dict(worker.export_weights()))
+        return lr, weights
+
+    [(lr, (twice, doubled))] = run_ranks(1, program)
+    assert lr[0] == lr[1] == pytest.approx([0.0, 2.5e-4, 5e-4])
+    assert all(torch.equal(twice[name], doubled[name]) for name in twice)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_checkpoint_with_a_hugging_face_directory(tmp_path, model_dir, ranks):
+    actor = actor_config(optim=optim_config(lr_warmup_steps=4))
+    actor.checkpoint.save_contents = ["model", "optimizer", "extra", "hf_model"]
+    updates = split_mini_batches(make_batch(12), 6, ranks)
+    path = str(tmp_path / "actor")
+    config = worker_config(model_dir, actor=actor)
+    for first, second, lr in run_ranks(ranks, worker_checkpoint_program, config, updates, path):
+        assert all(torch.equal(first[name], second[name]) for name in first)
+        assert lr == pytest.approx([2.5e-4, 2.5e-4])
+    AutoModelForCausalLM.from_pretrained(tmp_path / "actor" / "huggingface")
+
+
+def test_limits_of_log_probs_fall_back_to_the_actors(model_dir):
+    config = worker_config(model_dir, rollout={"log_prob_micro_batch_size_per_gpu": 3})
+    config.ref.log_prob_use_dynamic_bsz = True
+    worker = ActorWorker(0, 1, "127.0.0.1", 0, config, total_training_steps=1, with_ref=False, device="cpu")
+    assert worker._log_prob_limits(config.rollout) == MicroBatching(size=3)
+    assert worker._log_prob_limits(config.ref) == MicroBatching(max_tokens=64)
+    with pytest.raises(ValueError, match="micro_batch_size_per_gpu"):
+        micro_batching(False, None, 100)
+
+
+def test_a_reference_that_was_not_asked_for(model_dir):
+    def program(rank):
+        return make_worker(rank, worker_config(model_dir)).compute_ref_log_prob(make_batch(2))
+
+    with pytest.raises(RuntimeError, match="with_ref=True"):
+        run_ranks(1, program)
+
+
+def test_an_unknown_policy_loss_fails_before_the_model_is_read():
+    actor = actor_config()
+    actor.policy_loss.loss_mode = "vanila"
+    worker = ActorWorker(
+        0,
+        1,
+        "127.0.0.1",
+        0,
+        worker_config("nowhere", actor=actor),
+        total_training_steps=1,
+        with_ref=False,
+        device="cpu",
+    )
+    with pytest.raises(RuntimeError, match=r"init_model\(\) first"):
+        list(worker.export_weights())
+    with pytest.raises(ValueError, match=r"loss_mode='vanila'.*vanilla"):
+        worker.init_model()
+
+
+def test_it_joins_by_address_and_leaves(model_dir):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    worker = ActorWorker(
+        0, 1, "127.0.0.1", port, worker_config(model_dir), total_training_steps=1, with_ref=False, device="cpu"
+    )
+    worker.init_model()
+    assert dist.is_initialized()
+    worker.close()
+    assert not dist.is_initialized()

@@ -1,0 +1,61 @@
+"""The actor's loss is put together from its parts, and a user's policy loss gets what it is promised."""
+
+import pytest
+import torch
+
+from fixtures.engine_cases import actor_config, make_batch
+from verl.trainer.ppo.core_algos import agg_loss, compute_policy_loss_vanilla, kl_penalty
+from verl.workers.policy_objective import PolicyObjective
+
+
+@pytest.fixture
+def case():
+    data = make_batch(8)
+    mask = data.batch["response_mask"]
+    info = {"global_tokens": int(mask.sum()) * 2, "global_sequences": 14, "loss_scale_factor": 7, "temperature": 1.0}
+    generator = torch.Generator().manual_seed(0)
+    log_probs = torch.randn(mask.shape, generator=generator) - 3
+    entropy = torch.rand(mask.shape, generator=generator)
+    return log_probs, entropy, dict(data.batch.items()), info
+
+
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-sum-norm"])
+def test_sum_of_the_parts(case, mode):
+    log_probs, entropy, columns, info = case
+    mask = columns["response_mask"]
+    actor = actor_config(loss_agg_mode=mode, entropy_coeff=0.3, kl_loss_coef=0.2, kl_loss_type="mse")
+    loss, metrics = PolicyObjective(compute_policy_loss_vanilla, actor, info)(log_probs, entropy, columns)
+    denominators = {k: info[k] for k in ("global_tokens", "global_sequences", "loss_scale_factor")}
+    kl = agg_loss(kl_penalty(log_probs, columns["ref_log_prob"], "mse"), mask, mode, **denominators)
+    bonus = agg_loss(entropy, mask, mode, **denominators)
+    expected = metrics["actor/pg_loss"] - 0.3 * bonus + 0.2 * kl
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(metrics["actor/kl_loss"], kl)
+    torch.testing.assert_close(metrics["actor/entropy"], agg_loss(entropy, mask, "token-mean", **denominators))
+
+
+def test_what_a_registered_loss_is_called_with(case):
+    log_probs, entropy, columns, info = case
+    columns = {**columns, "rollout_is_weights": torch.ones_like(log_probs)}
+    seen = {}
+
+    def custom(**arguments):
+        seen.update(arguments)
+        value = agg_loss(arguments["log_prob"], arguments["response_mask"], "token-sum")
+        return value, {"actor/custom": value}
+
+    loss, metrics = PolicyObjective(custom, actor_config(use_kl_loss=False, entropy_coeff=0.0), info)(
+        log_probs, entropy, columns
+    )
+    assert set(seen) == {
+        "old_log_prob",
+        "log_prob",
+        "advantages",
+        "response_mask",
+        "loss_agg_mode",
+        "config",
+        "rollout_is_weights",
+    }
+    assert seen["config"].clip_ratio_high == 0.28
+    assert seen["config"].global_batch_info == {k: info[k] for k in info if k != "temperature"}
+    assert loss == metrics["actor/custom"] == metrics["actor/pg_loss"]

@@ -1,0 +1,221 @@
+"""From plain nested dicts to the dataclasses: unknown keys and wrong types are found here, values are not judged."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import os
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from verl.trainer.config.errors import ConfigError
+from verl.trainer.config.schema import key_of, show
+
+_TYPE_NAMES = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
+
+
+class _Mismatch(Exception):
+    """A value does not have the type; the message says which was expected."""
+
+
+def build(cls: type, values: Mapping[str, Any]) -> Any:
+    """An instance of the dataclass `cls`; keys that `values` lacks keep their defaults.
+
+    Raises:
+        ConfigError: lists every unknown key, with the nearest known one, and every value of a wrong type.
+    """
+    problems: list[str] = []
+    config = _build(cls, values, "", tuple(key_types(cls)), problems)
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def _build(cls: type, values: Mapping[str, Any], prefix: str, known: tuple[str, ...], problems: list[str]) -> Any:
+    hints = _hints(cls)
+    arguments = {}
+    for name, value in values.items():
+        path = f"{prefix}{name}"
+        hint = hints.get(str(name))
+        if hint is None:
+            problems += [unknown_key(key, known) for key in _leaves(path, value)]
+        elif dataclasses.is_dataclass(hint):
+            if isinstance(value, Mapping):
+                arguments[name] = _build(typing.cast(type, hint), value, f"{path}.", known, problems)
+            elif value is not None:
+                problems.append(
+                    f"{path}={show(value)}: this is a section; set one of its keys, {_some_keys(hint, path)}"
+                )
+        else:
+            try:
+                arguments[name] = _absolute(convert(value, hint)) if name in _paths(cls) else convert(value, hint)
+            except _Mismatch as error:
+                problems.append(f"{path}={show(value)}: give {error}")
+    return cls(**arguments)
+
+
+def convert(value: Any, hint: Any) -> Any:
+    """`value` as an instance of a type hint (bool, int, float, str, list, dict, unions with None); raises `_Mismatch`.
+
+    A whole number stands for a float, "1e-6" in text for the number, and a number or truth value for text.
+    """
+    options = _union(hint)
+    if value is None:
+        if type(None) in options:
+            return None
+        raise _Mismatch(f"{describe(hint)}, not null")
+    options = [option for option in options if option is not type(None)]
+    # The exact type first, so that `float | str` keeps text as text.
+    for option in sorted(options, key=lambda option: (typing.get_origin(option) or option) is not type(value)):
+        try:
+            return _convert_one(value, option)
+        except _Mismatch:
+            continue
+    raise _Mismatch(describe(hint))
+
+
+def _convert_one(value: Any, hint: Any) -> Any:
+    origin = typing.get_origin(hint) or hint
+    if origin is Any:
+        return value
+    if origin is list:
+        item = typing.get_args(hint)[0]
+        if item is str and isinstance(value, str):
+            value = [value]
+        if not isinstance(value, list | tuple):
+            raise _Mismatch
+        return [convert(element, item) for element in value]
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise _Mismatch
+        return {str(name): element for name, element in value.items()}
+    if origin is bool:
+        return _to_bool(value)
+    if isinstance(value, bool):
+        if origin is str:
+            return str(value)
+        raise _Mismatch
+    if origin is str and isinstance(value, str | int | float):
+        return str(value)
+    if origin is int:
+        return _to_int(value)
+    if origin is float and isinstance(value, int | float | str):
+        return _to_float(value)
+    raise _Mismatch
+
+
+def _to_bool(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    raise _Mismatch
+
+
+def _to_int(value: Any) -> int:
+    number = _to_float(value) if isinstance(value, str | float) else value
+    if not isinstance(number, int | float) or number != int(number):
+        raise _Mismatch
+    return int(number)
+
+
+def _to_float(value: Any) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        raise _Mismatch from None
+    if number != number or number in (float("inf"), float("-inf")):
+        raise _Mismatch
+    return number
+
+
+def describe(hint: Any) -> str:
+    """A type hint in words."""
+    parts = []
+    for option in _union(hint):
+        origin = typing.get_origin(option) or option
+        if origin is type(None):
+            parts.append("null")
+        elif origin is list:
+            parts.append(f"a list such as [{'a,b' if typing.get_args(option)[0] is str else '1,2'}]")
+        elif origin is dict:
+            parts.append("a mapping such as {name: value}")
+        else:
+            parts.append(_TYPE_NAMES.get(origin, str(origin)))
+    return " or ".join(parts)
+
+
+def unknown_key(key: str, known: tuple[str, ...]) -> str:
+    """What is wrong with an unknown key, and which known one is nearest."""
+    near = nearest(key, known)
+    return f"{key}: there is no such key{f'; did you mean {near}?' if near else ', and none like it'}"
+
+
+def nearest(key: str, known: tuple[str, ...]) -> str | None:
+    """The known key that `key` most probably stands for: like it as a whole, or with the same last part elsewhere."""
+    last = key.rsplit(".", 1)[-1]
+    same_last = [name for name in known if name.rsplit(".", 1)[-1] == last]
+    section = key.rsplit(".", 1)[0] + "."
+    siblings = [name for name in known if name.startswith(section)]
+    for candidates, cutoff in ((siblings, 0.8), (same_last, 0.0), (list(known), 0.6)):
+        found = difflib.get_close_matches(key, candidates, n=1, cutoff=cutoff)
+        if found:
+            return found[0]
+    return None
+
+
+@functools.cache
+def key_types(cls: type, prefix: str = "") -> dict[str, Any]:
+    """Type hint of every key below a dataclass, by dotted name."""
+    found: dict[str, Any] = {}
+    for name, hint in _hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            found |= key_types(typing.cast(type, hint), f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = hint
+    return found
+
+
+@functools.cache
+def sections(cls: type, prefix: str = "") -> frozenset[str]:
+    """Dotted names of the dataclasses below a dataclass."""
+    found: set[str] = set()
+    for name, hint in _hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            found |= {f"{prefix}{name}"} | sections(typing.cast(type, hint), f"{prefix}{name}.")
+    return frozenset(found)
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+@functools.cache
+def _paths(cls: type) -> frozenset[str]:
+    return frozenset(field.name for field in dataclasses.fields(cls) if key_of(field).path)
+
+
+def _absolute(path: str | None) -> str | None:
+    return path and os.path.abspath(os.path.expanduser(path))
+
+
+def _union(hint: Any) -> list[Any]:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return list(typing.get_args(hint))
+    return [hint]
+
+
+def _leaves(path: str, value: Any) -> list[str]:
+    if isinstance(value, Mapping) and value:
+        return [leaf for name, item in value.items() for leaf in _leaves(f"{path}.{name}", item)]
+    return [path]
+
+
+def _some_keys(hint: Any, path: str) -> str:
+    names = [field.name for field in dataclasses.fields(hint)]
+    return ", ".join(f"{path}.{name}" for name in names[:3]) + (", ..." if len(names) > 3 else "")

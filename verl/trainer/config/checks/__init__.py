@@ -1,0 +1,144 @@
+"""`check`: a config against the model, the data and the machine, before any process starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from verl.trainer.config.checks.batches import check_batches, check_replicas, rollout_devices, trainer_ranks
+from verl.trainer.config.checks.data import DataInfo, check_data
+from verl.trainer.config.checks.idle import idle_notes
+from verl.trainer.config.checks.machine import (
+    check_device,
+    check_directories,
+    check_loggers,
+    check_memory,
+    check_ports,
+)
+from verl.trainer.config.checks.model import check_model
+from verl.trainer.config.checks.reward import check_reward
+from verl.trainer.config.errors import ConfigError
+from verl.trainer.config.estimate import estimate_memory
+from verl.trainer.config.findings import Findings
+from verl.trainer.config.model_files import ModelFiles
+from verl.trainer.config.plan import Plan
+from verl.trainer.config.ppo import PPOConfig
+from verl.trainer.config.schema import walk
+from verl.trainer.config.values import value_problems
+from verl.utils.platform import available_memory_bytes, choose_dtype, cpu_cores
+
+_MIB = 1 << 20
+_MOST_REWARD_WORKERS = 8
+_ENGINE_KWARGS = ("vllm", "sglang", "trtllm")
+
+
+def check(config: PPOConfig) -> Plan:
+    """Check everything that can be checked without starting a process, and derive the plan.
+
+    Raises:
+        ConfigError: lists every problem: field, value, what to do.
+    """
+    wrong = value_problems(config)
+    found = Findings(errors=list(wrong.values()))
+    _check_engine_kwargs(config, found)
+    # Arithmetic on sizes that are out of bounds would only add noise, or divide by zero.
+    sizes_hold = all(
+        not isinstance(value, int) or isinstance(value, bool) for n, _, value in walk(config) if n in wrong
+    )
+    if sizes_hold:
+        check_batches(config, found)
+        check_replicas(config, found)
+        check_ports(config, found)
+    model = check_model(config, found) if sizes_hold else None
+    data = check_data(config, found)
+    check_reward(config, found)
+    check_loggers(config, found)
+    check_directories(config, found)
+    device = check_device(config, found)
+    if found.errors:
+        raise ConfigError(found.errors)
+    assert device is not None and model is not None
+    plan = _derive(config, device, model, data)
+    check_memory(plan.memory, plan.available_bytes, found)
+    plan.warnings, plan.notes = found.warnings, found.notes + idle_notes(config, device)
+    return plan
+
+
+def _check_engine_kwargs(config: PPOConfig, found: Findings) -> None:
+    kwargs = config.actor_rollout_ref.rollout.engine_kwargs
+    for name, value in kwargs.items():
+        field = f"actor_rollout_ref.rollout.engine_kwargs.{name}"
+        if name not in _ENGINE_KWARGS:
+            found.errors.append(f"{field}: there is no such key; use actor_rollout_ref.rollout.engine_kwargs.vllm")
+        elif not isinstance(value, dict | None):
+            found.errors.append(f"{field}={value}: give a mapping of arguments")
+        elif name != "vllm" and value:
+            found.errors.append(f"{field} is not supported yet: use actor_rollout_ref.rollout.engine_kwargs.vllm")
+
+
+def _derive(config: PPOConfig, device: str, model: ModelFiles, data: DataInfo) -> Plan:
+    roles, trainer = config.actor_rollout_ref, config.trainer
+    actor, rollout = roles.actor, roles.rollout
+    ranks, samples = trainer_ranks(config), config.data.train_batch_size * rollout.n
+    replicas = rollout_devices(config) // rollout.tensor_model_parallel_size
+    mini = actor.ppo_mini_batch_size * rollout.n
+    micro = None if actor.use_dynamic_bsz else mini // ranks // (actor.ppo_micro_batch_size_per_gpu or 1)
+    compute, engine = choose_dtype(device, actor.fsdp_config.dtype), choose_dtype(device, rollout.dtype)
+    workers = config.reward.num_workers or min(_MOST_REWARD_WORKERS, cpu_cores())
+    steps = None if data.train is None else data.train // config.data.train_batch_size
+    update = None if model.parameters is None else model.parameters * (4 if engine.name == "float32" else 2)
+    bucket = rollout.checkpoint_engine.update_weights_bucket_megabytes * _MIB
+    return Plan(
+        device=device,
+        compute_dtype=compute.name,
+        compute_why=compute.why,
+        rollout_dtype=engine.name,
+        rollout_why=engine.why,
+        master_dtype=choose_dtype(device, actor.fsdp_config.model_dtype).name,
+        prompts_per_step=config.data.train_batch_size,
+        samples_per_step=samples,
+        optimizer_steps_per_step=samples // mini * actor.ppo_epochs,
+        samples_per_mini_batch=mini,
+        samples_per_rank=mini // ranks,
+        micro_batches_per_rank=micro,
+        micro_batch_tokens=actor.ppo_max_token_len_per_gpu if actor.use_dynamic_bsz else None,
+        prompt_tokens=config.data.max_prompt_length,
+        response_tokens=config.data.max_response_length,
+        train_prompts=data.train,
+        val_prompts=data.val,
+        at_most=config.data.filter_overlong_prompts,
+        steps_per_epoch=steps,
+        total_steps=trainer.total_training_steps or (steps and steps * trainer.total_epochs),
+        trainer_ranks=ranks,
+        replicas=replicas,
+        tensor_parallel=rollout.tensor_model_parallel_size,
+        reward_workers=workers,
+        parameters=model.parameters,
+        update_bytes=update,
+        update_buckets=None if update is None else -(-update // bucket),
+        memory=estimate_memory(
+            config,
+            model,
+            device=device,
+            compute_dtype=compute.name,
+            rollout_dtype=engine.name,
+            ranks=ranks,
+            replicas=replicas,
+            reward_workers=workers,
+        ),
+        available_bytes=available_memory_bytes(),
+        checkpoints=_checkpoints(config),
+        logs=_logs(config),
+    )
+
+
+def _checkpoints(config: PPOConfig) -> str:
+    trainer = config.trainer
+    if trainer.save_freq <= 0:
+        return "none (trainer.save_freq)"
+    kept = "all" if trainer.max_actor_ckpt_to_keep is None else f"the last {trainer.max_actor_ckpt_to_keep}"
+    return f"{trainer.default_local_dir}, every {trainer.save_freq} steps, {kept} kept"
+
+
+def _logs(config: PPOConfig) -> str:
+    places = {"file": Path(config.trainer.default_local_dir) / "metrics.jsonl"}
+    return ", ".join(f"{name} ({places[name]})" if name in places else name for name in config.trainer.logger) or "none"

@@ -1,0 +1,135 @@
+"""The machine: device, ports, directories, packages, memory."""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import os
+import re
+import socket
+from pathlib import Path
+
+from verl.trainer.config import names
+from verl.trainer.config.checks.batches import rollout_devices
+from verl.trainer.config.estimate import MemoryEstimate
+from verl.trainer.config.findings import Findings
+from verl.trainer.config.plan import size
+from verl.trainer.config.ppo import PPOConfig
+from verl.utils.platform import count_devices, cpu_cores, detect_device
+
+
+def check_device(config: PPOConfig, found: Findings) -> str | None:
+    """The device, or None where it is not there."""
+    try:
+        device = detect_device(config.trainer.device)
+    except ValueError as error:
+        found.errors.append(str(error))
+        return None
+    ranks, rollout = config.trainer.n_gpus_per_node, config.actor_rollout_ref.rollout
+    if device == "cpu":
+        if ranks > cpu_cores():
+            found.warnings.append(
+                f"trainer.n_gpus_per_node={ranks}: as many processes on {cpu_cores()} cores are slower than fewer; "
+                f"use at most {cpu_cores()}"
+            )
+        return device
+    if rollout.nnodes:
+        found.errors.append(
+            f"actor_rollout_ref.rollout.nnodes={rollout.nnodes}: is not supported yet on {device}; use 0, where "
+            "replicas share the trainer's devices"
+        )
+    present = count_devices(device)
+    if ranks > present and "address" not in config.ray_kwargs.ray_init and "RAY_ADDRESS" not in os.environ:
+        found.errors.append(
+            f"trainer.n_gpus_per_node={ranks}: this machine shows {present} {device} device(s); use at most {present}"
+        )
+    return device
+
+
+def check_loggers(config: PPOConfig, found: Findings) -> None:
+    """Optional packages have to be there before the run, not at its first log."""
+    if not config.trainer.logger:
+        found.warnings.append("trainer.logger=[]: no metric is written anywhere; use [console,file]")
+    for name in config.trainer.logger:
+        package, install = names.LOGGER_PACKAGES.get(name, ("", ""))
+        if package and importlib.util.find_spec(package) is None:
+            found.errors.append(
+                f"trainer.logger: {name} needs the package {package}, which is not installed; run `pip install "
+                f"{install}`, or take {name} out of the list"
+            )
+
+
+def check_directories(config: PPOConfig, found: Findings) -> None:
+    """Directories that the run writes to, and the checkpoint it goes on from."""
+    trainer = config.trainer
+    folders = ("default_local_dir", "rollout_data_dir", "validation_data_dir")
+    for name in folders:
+        path = getattr(trainer, name)
+        problem = _not_writable(Path(path)) if path else None
+        if problem:
+            found.errors.append(f"trainer.{name}={path}: {problem}; choose another directory")
+    if trainer.resume_mode != "resume_path":
+        return
+    resume = trainer.resume_from_path
+    if not resume:
+        found.errors.append(
+            "trainer.resume_from_path is not set: trainer.resume_mode=resume_path needs a global_step_N directory"
+        )
+    elif not Path(resume).is_dir():
+        found.errors.append(f"trainer.resume_from_path={resume}: no such directory; give a global_step_N directory")
+    elif not re.fullmatch(r"global_step_\d+", Path(resume).name):
+        found.errors.append(f"trainer.resume_from_path={resume}: is not a global_step_N directory; give one")
+
+
+def _not_writable(path: Path) -> str | None:
+    nearest = next(folder for folder in (path, *path.parents) if folder.exists() or folder.is_symlink())
+    if not nearest.is_dir():
+        return f"{nearest} is not a directory"
+    return None if os.access(nearest, os.W_OK | os.X_OK) else f"{nearest} is not writable"
+
+
+def check_ports(config: PPOConfig, found: Findings) -> None:
+    """Fixed ports of the replicas' HTTP endpoints have to be free."""
+    server = config.actor_rollout_ref.rollout.server
+    if not server.enable_http:
+        return
+    field = f"actor_rollout_ref.rollout.server.port={server.port}"
+    replicas = max(1, rollout_devices(config) // config.actor_rollout_ref.rollout.tensor_model_parallel_size)
+    for rank in range(replicas if server.port else 1):
+        port = server.port + rank if server.port else 0
+        if port > 65535:
+            found.errors.append(f"{field}: replica {rank} would need port {port}; use at most {65536 - replicas}")
+            return
+        error = _bind_error(server.host, port)
+        if error is None:
+            continue
+        if error.errno == errno.EADDRINUSE:
+            found.errors.append(f"{field}: port {port} on {server.host} is in use (replica {rank}); use another, or 0")
+        else:
+            found.errors.append(
+                f"actor_rollout_ref.rollout.server.host={server.host}, port={port}: cannot be listened on "
+                f"({error.strerror or error}); use host=127.0.0.1, or another port"
+            )
+        return
+
+
+def _bind_error(host: str, port: int) -> OSError | None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        # As the server binds: a port whose last connection is still closing is free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            return error
+    return None
+
+
+def check_memory(estimate: MemoryEstimate | None, available: int | None, found: Findings) -> None:
+    """The estimate against what is free."""
+    if estimate is None or available is None or estimate.total_bytes <= available:
+        return
+    found.warnings.append(
+        f"about {size(estimate.total_bytes)} of host memory are needed and {size(available)} are available: lower "
+        "trainer.n_gpus_per_node, actor_rollout_ref.rollout.max_num_seqs, the micro-batch size or the token budget"
+    )

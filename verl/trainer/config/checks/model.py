@@ -1,0 +1,87 @@
+"""The model directory: whole, and fit for the lengths and the parallelism asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from verl.trainer.config.findings import Findings
+from verl.trainer.config.model_files import ModelFiles, ModelFilesError, read_model
+from verl.trainer.config.ppo import PPOConfig
+
+_PATH = "actor_rollout_ref.model.path"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def check_model(config: PPOConfig, found: Findings) -> ModelFiles | None:
+    """What the model's files say, or None where they are missing or damaged."""
+    model = config.actor_rollout_ref.model
+    if model.path is None:
+        return None  # reported as not set
+    try:
+        files = read_model(model.path)
+    except ModelFilesError as error:
+        found.errors.append(f"{_PATH}={model.path}: {error}")
+        return None
+    except OSError as error:
+        found.errors.append(f"{_PATH}={model.path}: cannot be read ({error.strerror}: {error.filename})")
+        return None
+    _check_tokenizer(config, found)
+    _check_lengths(config, files, found)
+    _check_heads(config, files, found)
+    return files
+
+
+def _check_tokenizer(config: PPOConfig, found: Findings) -> None:
+    model = config.actor_rollout_ref.model
+    folder = Path(model.tokenizer_path or model.path or "")
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        field = f"actor_rollout_ref.model.tokenizer_path={folder}" if model.tokenizer_path else f"{_PATH}={folder}"
+        found.errors.append(
+            f"{field}: no tokenizer there (none of {', '.join(_TOKENIZER_FILES)}); copy it there, or set "
+            "actor_rollout_ref.model.tokenizer_path"
+        )
+
+
+def _check_lengths(config: PPOConfig, files: ModelFiles, found: Findings) -> None:
+    data, rollout = config.data, config.actor_rollout_ref.rollout
+    longest = data.max_prompt_length + data.max_response_length
+    caps = f"data.max_prompt_length={data.max_prompt_length} + data.max_response_length={data.max_response_length}"
+    if rollout.max_model_len is not None and rollout.max_model_len < longest:
+        found.errors.append(
+            f"actor_rollout_ref.rollout.max_model_len={rollout.max_model_len}: below {caps} = {longest} tokens; use at "
+            f"least {longest}, or lower one of the caps"
+        )
+    positions = files.number("max_position_embeddings", "n_positions")
+    override = config.actor_rollout_ref.model.override_config.get("max_position_embeddings")
+    if isinstance(override, int):
+        positions = override
+    wanted = max(longest, rollout.max_model_len or 0)
+    # Scaled rotary embeddings reach further than the number in the config.
+    if positions is not None and wanted > positions and not _scales_positions(files):
+        what = caps if wanted == longest else f"actor_rollout_ref.rollout.max_model_len={rollout.max_model_len}"
+        found.errors.append(
+            f"{what}: {wanted} tokens, but the model has {positions} positions; lower it to at most {positions}"
+        )
+
+
+def _scales_positions(files: ModelFiles) -> bool:
+    scaling = files.config.get("rope_scaling") or files.config.get("rope_parameters") or {}
+    return isinstance(scaling, dict) and "factor" in scaling
+
+
+def _check_heads(config: PPOConfig, files: ModelFiles, found: Findings) -> None:
+    size = config.actor_rollout_ref.rollout.tensor_model_parallel_size
+    heads, kv_heads = files.heads, files.kv_heads
+    if heads is None or kv_heads is None:
+        return
+
+    def fits(tp: int) -> bool:
+        # Fewer key-value heads than devices are copied, which needs the one number to divide the other.
+        return heads % tp == 0 and (kv_heads % tp == 0 or tp % kv_heads == 0)
+
+    if not fits(size):
+        sizes = ", ".join(str(tp) for tp in range(1, heads + 1) if fits(tp))
+        found.errors.append(
+            f"actor_rollout_ref.rollout.tensor_model_parallel_size={size}: the model has {heads} attention heads and "
+            f"{kv_heads} key-value heads; use one of {sizes}"
+        )

@@ -1,0 +1,63 @@
+"""The user's reward function: its file compiles and has the name. Nothing is imported, so nothing of it runs here."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+from pathlib import Path
+
+from verl.trainer.config.findings import Findings
+from verl.trainer.config.ppo import PPOConfig
+
+_PATH = "reward.custom_reward_function.path"
+_NAME = "reward.custom_reward_function.name"
+
+
+def check_reward(config: PPOConfig, found: Findings) -> None:
+    """Look for the function in the source."""
+    function = config.reward.custom_reward_function
+    if function.path is None:
+        return
+    path = Path(function.path).expanduser()
+    if not path.is_file():
+        problem = "is a directory" if path.is_dir() else "no such file"
+        found.errors.append(f"{_PATH}={function.path}: {problem} (looked for {path.absolute()}); give a Python file")
+        return
+    try:
+        tree = ast.parse(path.read_bytes(), filename=str(path))
+    except (SyntaxError, ValueError) as error:
+        line = f", line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
+        reason = error.msg if isinstance(error, SyntaxError) else str(error)
+        found.errors.append(f"{_PATH}={function.path}: is not valid Python ({path.name}{line}: {reason}); mend it")
+        return
+    names, open_ended = _top_level_names(tree)
+    if function.name in names or open_ended:
+        return
+    near = difflib.get_close_matches(function.name, names, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(names) or 'no function'}"
+    found.errors.append(f"{_NAME}={function.name}: {path} does not define it ({hint}); set {_NAME}")
+
+
+def _top_level_names(tree: ast.Module) -> tuple[list[str], bool]:
+    """Names that the module defines, and whether it may define others (a star import, or `__getattr__`)."""
+    names: list[str] = []
+    open_ended = False
+    pending: list[ast.stmt] = list(tree.body)
+    while pending:
+        node = pending.pop(0)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.append(node.name)
+            open_ended |= node.name == "__getattr__"
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names += [(alias.asname or alias.name).split(".")[0] for alias in node.names]
+            open_ended |= any(alias.name == "*" for alias in node.names)
+        else:
+            names += [
+                inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store)
+            ]
+            pending += [
+                inner
+                for inner in ast.iter_child_nodes(node)
+                if isinstance(inner, ast.stmt) and isinstance(node, ast.If | ast.Try | ast.With)
+            ]
+    return names, open_ended

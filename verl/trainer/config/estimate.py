@@ -1,0 +1,110 @@
+"""How much memory a run will take: the large, predictable parts, and measured sizes of bare processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from verl.trainer.config.model_files import ModelFiles
+from verl.trainer.config.ppo import PPOConfig
+
+_MIB, _GIB = 1 << 20, 1 << 30
+# Resident memory of processes that hold no model yet.
+_TRAINER_BASE = 600 * _MIB
+_REPLICA_BASE = 1100 * _MIB
+_DRIVER_BASE = 1200 * _MIB  # with Ray's own processes
+_REWARD_WORKER = 60 * _MIB
+_LOGITS_CHUNK = 2 * 64 * _MIB
+_CPU_BLOCK_TOKENS = 128
+_ITEMSIZE = {"float32": 4, "bfloat16": 2, "fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of host memory, by process.
+
+    Attributes:
+        trainer_bytes: each trainer rank.
+        replica_bytes: each replica, key-value cache included; `cache_bytes` is that cache.
+        other_bytes: driver, Ray, reward workers and the buckets of a weight update.
+        total_bytes: of the whole run.
+    """
+
+    trainer_bytes: int
+    replica_bytes: int
+    cache_bytes: int
+    other_bytes: int
+    total_bytes: int
+
+    def parts(self, ranks: int, replicas: int) -> list[tuple[str, str]]:
+        """Label and size of each part."""
+        gib = [f"{part / _GIB:.1f} GiB" for part in (self.trainer_bytes, self.replica_bytes, self.other_bytes)]
+        return [("trainer rank", f"{gib[0]} x {ranks}"), ("replica", f"{gib[1]} x {replicas}"), ("the rest", gib[2])]
+
+
+def estimate_memory(
+    config: PPOConfig,
+    model: ModelFiles,
+    *,
+    device: str,
+    compute_dtype: str,
+    rollout_dtype: str,
+    ranks: int,
+    replicas: int,
+    reward_workers: int,
+) -> MemoryEstimate | None:
+    """What the run takes of the host's memory; None where the model's files do not tell its size.
+
+    Models on an accelerator take its memory, so that only bare processes count here.
+    """
+    if model.parameters is None:
+        return None
+    rollout = config.actor_rollout_ref.rollout
+    itemsize = _ITEMSIZE[rollout_dtype]
+    bucket = rollout.checkpoint_engine.update_weights_bucket_megabytes * _MIB
+    others = 2 * min(bucket, model.parameters * itemsize) + _DRIVER_BASE + reward_workers * _REWARD_WORKER
+    trainer, replica, cache = _TRAINER_BASE, _REPLICA_BASE, 0
+    if device == "cpu":
+        trainer += trainer_state_bytes(config, model.parameters, ranks)
+        trainer += activation_bytes(config, model, _ITEMSIZE[compute_dtype], ranks)
+        length = rollout.max_model_len or config.data.max_prompt_length + config.data.max_response_length
+        cache = cpu_cache_bytes(model, itemsize, length, rollout.max_num_seqs)
+        replica += model.parameters * itemsize + cache
+    total = trainer * ranks + replica * replicas + others
+    return MemoryEstimate(trainer, replica, cache, others, total)
+
+
+def trainer_state_bytes(config: PPOConfig, parameters: int, ranks: int) -> int:
+    """Sharded over the ranks: master weights, gradients and AdamW's two moments, and the reference model's weights."""
+    actor, ref = config.actor_rollout_ref.actor, config.actor_rollout_ref.ref
+    per_parameter = 4 * _ITEMSIZE[actor.fsdp_config.model_dtype]
+    if actor.use_kl_loss:
+        per_parameter += _ITEMSIZE[ref.fsdp_config.model_dtype]
+    return parameters * per_parameter // ranks
+
+
+def activation_bytes(config: PPOConfig, model: ModelFiles, itemsize: int, ranks: int) -> int:
+    """Of one micro-batch: what the layers keep for the backward pass, logits of the response tokens with gradient."""
+    data, actor = config.data, config.actor_rollout_ref.actor
+    longest = data.max_prompt_length + data.max_response_length
+    samples = max(1, actor.ppo_mini_batch_size * config.actor_rollout_ref.rollout.n // ranks)
+    if not actor.use_dynamic_bsz:
+        samples = min(samples, actor.ppo_micro_batch_size_per_gpu or samples)
+    tokens = samples * longest
+    if actor.use_dynamic_bsz:
+        tokens = min(tokens, actor.ppo_max_token_len_per_gpu)
+    hidden, layers = model.hidden or 0, model.layers or 0
+    inner = model.number("intermediate_size") or 4 * hidden
+    one_layer = tokens * (8 * hidden + 4 * inner) * itemsize
+    recomputed = config.actor_rollout_ref.model.enable_gradient_checkpointing
+    kept = tokens * hidden * layers * itemsize + one_layer if recomputed else one_layer * layers
+    logits = 2 * tokens * data.max_response_length // longest * (model.number("vocab_size") or 0) * itemsize
+    return kept + logits + min(_LOGITS_CHUNK, 2 * logits)
+
+
+def cpu_cache_bytes(model: ModelFiles, itemsize: int, tokens_per_request: int, max_requests: int) -> int:
+    """The key-value cache a replica reserves on a CPU: room for `max_requests` requests, from 64 MiB to 4 GiB."""
+    if not (model.layers and model.kv_heads and model.head_dim):
+        return _GIB // 16
+    blocks = -(-tokens_per_request // _CPU_BLOCK_TOKENS) * max_requests + 1
+    wanted = blocks * _CPU_BLOCK_TOKENS * model.layers * 2 * model.kv_heads * model.head_dim * itemsize
+    return min(max(wanted, _GIB // 16), 4 * _GIB)

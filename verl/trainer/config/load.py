@@ -1,0 +1,76 @@
+"""Composes YAML files and overrides with Hydra into a `PPOConfig`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from verl.trainer.config import legacy, searchpath
+from verl.trainer.config.build import build
+from verl.trainer.config.errors import ConfigError
+from verl.trainer.config.overrides import prepare
+from verl.trainer.config.ppo import PPOConfig
+
+
+def load_config(
+    overrides: Sequence[str] = (), config_path: str | Path | None = None, config_name: str = "ppo_trainer"
+) -> PPOConfig:
+    """The config that `python3 -m verl.trainer.main_ppo` would run with.
+
+    Args:
+        overrides: `key=value` as on the command line.
+        config_path: directory of a YAML file of your own; null for the framework's.
+        config_name: that file, without `.yaml`.
+
+    Raises:
+        ConfigError: an unknown key, a value of a wrong type, or a file that cannot be composed.
+    """
+    prepared = prepare(overrides)
+    searchpath.register()
+    # The caller may itself be a Hydra program.
+    outer = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        if config_path is None:
+            context = initialize_config_module("verl.trainer.config", version_base="1.3")
+        else:
+            context = initialize_config_dir(str(Path(config_path).expanduser().absolute()), version_base="1.3")
+        with context:
+            composed = compose(config_name, overrides=prepared.overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError([f"{config_name}: {error}"]) from error
+    finally:
+        GlobalHydra.instance().hydra = outer
+    return from_hydra(composed, prepared.given)
+
+
+def from_hydra(composed: DictConfig, given: Collection[str] = ()) -> PPOConfig:
+    """The dataclasses of a composed config, interpolations resolved.
+
+    Args:
+        given: keys that overrides set; they win over old spellings in files.
+
+    Raises:
+        ConfigError: an unknown key, a value of a wrong type, or an interpolation that leads nowhere.
+    """
+    # A file may use another's keys through interpolation, old spellings included: resolve first, move then.
+    try:
+        values: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)
+    except OmegaConfBaseException as error:
+        raise ConfigError([f"{getattr(error, 'full_key', None) or 'config'}: {str(error).splitlines()[0]}"]) from error
+    values.pop("hydra", None)
+    return build(PPOConfig, _without_missing(legacy.migrate(values, given)))
+
+
+def _without_missing(values: Any) -> Any:
+    """Hydra's `???` is a value that is not given."""
+    if isinstance(values, dict):
+        return {name: _without_missing(value) for name, value in values.items() if value != "???"}
+    return values

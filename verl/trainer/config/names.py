@@ -1,0 +1,56 @@
+"""Names that a config value may have. Plain strings: the registries behind some of them import torch."""
+
+# verl.trainer.ppo.core_algos holds the functions; a test compares the two.
+ADV_ESTIMATORS = ("grpo",)
+PLANNED_ADV_ESTIMATORS = (
+    "gae",
+    "gdpo",
+    "gpg",
+    "grpo_passk",
+    "grpo_vectorized",
+    "opo",
+    "optimal_token_baseline",
+    "reinforce_plus_plus",
+    "reinforce_plus_plus_baseline",
+    "remax",
+    "rloo",
+    "rloo_vectorized",
+    "tir_optimal_token_baseline",
+)
+# Estimators whose advantage of a sample depends on the other samples of its prompt.
+GROUP_ESTIMATORS = ("grpo",)
+
+POLICY_LOSSES = ("vanilla",)
+PLANNED_POLICY_LOSSES = (
+    "bypass_mode",
+    "cispo",
+    "clip_cov",
+    "dppo_kl",
+    "dppo_tv",
+    "dro",
+    "geo_mean",
+    "gpg",
+    "gspo",
+    "kl_cov",
+    "sapo",
+)
+LOSS_AGG_MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
+_KL = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")
+KL_TYPES = (*_KL, *(f"{name}+" for name in _KL))
+PLANNED_KL_TYPES = ("full",)
+
+REWARD_MANAGERS = ("naive",)
+PLANNED_REWARD_MANAGERS = ("batch", "dapo", "gdpo", "limit", "prime", "remote")
+
+QUANTIZATIONS = ("fp8", "torchao", "ascend")
+
+LOGGERS = ("console", "file", "swanlab", "tensorboard", "wandb")
+PLANNED_LOGGERS = ("clearml", "mlflow", "rl_insight", "trackio", "vemlp_wandb")
+# Package behind a logger, and what to install for it.
+LOGGER_PACKAGES = {
+    "swanlab": ("swanlab", "'verl[swanlab]'"),
+    "tensorboard": ("tensorboard", "tensorboard"),
+    "wandb": ("wandb", "'verl[wandb]'"),
+}
+
+CHECKPOINT_CONTENTS = ("model", "optimizer", "extra", "hf_model")

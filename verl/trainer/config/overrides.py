@@ -1,0 +1,82 @@
+"""Looks at `key=value` overrides before Hydra does: unknown keys are named, old spellings moved, open ones admitted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+
+from verl.trainer.config import build, legacy
+from verl.trainer.config.errors import ConfigError
+from verl.trainer.config.ppo import PPOConfig
+
+
+@dataclass
+class Prepared:
+    """Overrides that Hydra takes, and the keys (by their present name) that they set."""
+
+    overrides: list[str] = field(default_factory=list)
+    given: set[str] = field(default_factory=set)
+
+
+def prepare(overrides: Sequence[str]) -> Prepared:
+    """Check and rewrite overrides.
+
+    `key=value` and `+key=value` of a known key become `++key=value`, which sets it whether or not a YAML file has it.
+
+    Raises:
+        ConfigError: an override cannot be read, sets an unknown key, deletes a key, or gives several values to try.
+    """
+    prepared, problems = Prepared(), []
+    for text in overrides:
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except HydraException as error:
+            reason = str(error).splitlines()[0]
+            problems.append(f"{text}: cannot be read as key=value ({reason}); quote values that hold , = or spaces")
+            continue
+        name = override.key_or_group
+        if name == "hydra" or name.startswith(("hydra.", "hydra/")):
+            prepared.overrides.append(text)
+            continue
+        problem = _problem(override, legacy.current_name(name))
+        if problem is not None:
+            problems.append(problem)
+            continue
+        current = legacy.current_name(name)
+        prepared.overrides.append(f"++{current}={_value_text(text)}")
+        prepared.given.add(current)
+    if problems:
+        raise ConfigError(problems)
+    return prepared
+
+
+def _problem(override: Override, name: str) -> str | None:
+    if override.is_delete():
+        return f"~{name}: keys cannot be deleted; set it to what it should be, such as {name}=null"
+    if override.is_sweep_override():
+        return (
+            f"{override.input_line}: several values are not supported; start one run for each, or write a list as [a,b]"
+        )
+    if name in build.sections(PPOConfig):
+        value: Any = override.value()
+        if isinstance(value, dict):
+            return None
+        return f"{override.input_line}: {name} is a section; set one of its keys, as in {name}.key=value"
+    known = build.key_types(PPOConfig)
+    if name in known or any(name.startswith(f"{open_key}.") for open_key in _open_keys()):
+        return None
+    return build.unknown_key(name, tuple(known))
+
+
+def _open_keys() -> list[str]:
+    """Keys that hold a mapping with any names."""
+    return [name for name, hint in build.key_types(PPOConfig).items() if "a mapping" in build.describe(hint)]
+
+
+def _value_text(text: str) -> str:
+    return text.split("=", 1)[1]

@@ -1,0 +1,134 @@
+"""What a checked config amounts to, as numbers and as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from verl.trainer.config.estimate import MemoryEstimate
+
+
+@dataclass
+class Plan:
+    """Derived from a config, the model, the data and the machine; the run uses `device` and the dtypes.
+
+    Attributes:
+        device: `cpu`, `cuda` or `npu`.
+        compute_dtype, rollout_dtype: torch dtype names that trainer and engine compute in; `*_why` the reason.
+        master_dtype: of the weights that the optimizer changes.
+        prompts_per_step, samples_per_step: of one training step.
+        optimizer_steps_per_step: mini-batches times `ppo_epochs`.
+        samples_per_mini_batch: over all ranks; `samples_per_rank` the share of one.
+        micro_batches_per_rank: in one mini-batch; None where a token budget decides.
+        micro_batch_tokens: that budget, or None.
+        prompt_tokens, response_tokens: caps.
+        train_prompts, val_prompts: rows, before overlong prompts are dropped.
+        steps_per_epoch, total_steps: training steps; None where a dataset class of the user's decides.
+        trainer_ranks, replicas, tensor_parallel, reward_workers: processes.
+        parameters: of the model; None where its files do not tell.
+        update_bytes, update_buckets: what one weight update moves, at least; None likewise.
+        memory: estimate for the host.
+        available_bytes: host memory that is free now, or None.
+        checkpoints, logs: where they go.
+        warnings, notes: see `Findings`.
+    """
+
+    device: str
+    compute_dtype: str
+    compute_why: str
+    rollout_dtype: str
+    rollout_why: str
+    master_dtype: str
+    prompts_per_step: int
+    samples_per_step: int
+    optimizer_steps_per_step: int
+    samples_per_mini_batch: int
+    samples_per_rank: int
+    micro_batches_per_rank: int | None
+    micro_batch_tokens: int | None
+    prompt_tokens: int
+    response_tokens: int
+    train_prompts: int | None
+    val_prompts: int | None
+    at_most: bool
+    steps_per_epoch: int | None
+    total_steps: int | None
+    trainer_ranks: int
+    replicas: int
+    tensor_parallel: int
+    reward_workers: int
+    parameters: int | None
+    update_bytes: int | None
+    update_buckets: int | None
+    memory: MemoryEstimate | None
+    available_bytes: int | None
+    checkpoints: str
+    logs: str
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def render(self) -> str:
+        """An aligned table in plain text, warnings and notes below it."""
+        rows = [*self._batch_rows(), *self._machine_rows(), ("checkpoints", self.checkpoints), ("logs", self.logs)]
+        width = max(len(label) for label, _ in rows)
+        lines = ["plan", *(f"  {label:<{width}}  {text}" for label, text in rows)]
+        lines += [f"  note: {note}" for note in self.notes]
+        lines += [f"  warning: {warning}" for warning in self.warnings]
+        return "\n".join(lines)
+
+    def _batch_rows(self) -> list[tuple[str, str]]:
+        micro = (
+            f"filled up to {_count(self.micro_batch_tokens)} tokens"
+            if self.micro_batch_tokens is not None
+            else f"{_count(self.micro_batches_per_rank)} for each mini-batch"
+        )
+        most = "at most " if self.at_most else ""
+        steps = "decided by the dataset class"
+        if self.total_steps is not None:
+            per_epoch = "" if self.steps_per_epoch is None else f" ({most}{_count(self.steps_per_epoch)} an epoch)"
+            steps = f"{_count(self.total_steps)}{per_epoch}"
+        return [
+            ("prompts a step", _count(self.prompts_per_step)),
+            ("samples a step", _count(self.samples_per_step)),
+            ("optimizer steps a step", _count(self.optimizer_steps_per_step)),
+            (
+                "samples a mini-batch",
+                f"{_count(self.samples_per_mini_batch)}, {_count(self.samples_per_rank)} on each rank",
+            ),
+            ("micro-batches a rank", micro),
+            ("token caps", f"{_count(self.prompt_tokens)} prompt + {_count(self.response_tokens)} response"),
+            (
+                "prompts",
+                f"{most}{_count(self.train_prompts)} to train on, {most}{_count(self.val_prompts)} to validate on",
+            ),
+            ("training steps", steps),
+        ]
+
+    def _machine_rows(self) -> list[tuple[str, str]]:
+        replicas = f"{self.replicas} replica(s) x {self.tensor_parallel} tensor parallel"
+        rows = [
+            ("device", self.device),
+            ("processes", f"{self.trainer_ranks} trainer rank(s), {replicas}, {self.reward_workers} for rewards"),
+            ("parameters", "unknown" if self.parameters is None else _millions(self.parameters)),
+            ("trainer computes in", f"{self.compute_dtype} ({self.compute_why}); master weights {self.master_dtype}"),
+            ("engine computes in", f"{self.rollout_dtype} ({self.rollout_why})"),
+        ]
+        if self.update_bytes is not None:
+            rows.append(("weight update", f"{size(self.update_bytes)} in {self.update_buckets} bucket(s)"))
+        if self.memory is not None:
+            free = "" if self.available_bytes is None else f", {size(self.available_bytes)} available"
+            rows.append(("host memory", f"about {size(self.memory.total_bytes)}{free}"))
+            rows += [("", f"{name}: {text}") for name, text in self.memory.parts(self.trainer_ranks, self.replicas)]
+        return rows
+
+
+def size(nbytes: int) -> str:
+    """Bytes as GiB, or MiB below one."""
+    return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"
+
+
+def _count(number: int | None) -> str:
+    return "?" if number is None else f"{number:,}"
+
+
+def _millions(number: int) -> str:
+    return f"{number / 1e9:.2f} billion" if number >= 1e9 else f"{number / 1e6:.2f} million"

@@ -1,0 +1,41 @@
+"""`actor_rollout_ref.ref`: the frozen reference model of the KL terms."""
+
+# ruff: noqa: RUF009  (key, planned and section make dataclass fields)
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from verl.trainer.config.actor import FSDPConfig, MegatronConfig
+from verl.trainer.config.schema import key, planned, section
+
+
+@dataclass
+class RefConfig:
+    """The reference model; held only where actor.use_kl_loss asks for it."""
+
+    strategy: str | None = key(
+        None,
+        "engine, null for the actor's",
+        choices=("fsdp", "fsdp2"),
+        planned=("megatron", "veomni", "torchtitan"),
+        use="use null or fsdp2",
+    )
+    log_prob_micro_batch_size_per_gpu: int | None = key(
+        None, "samples a rank runs forward at once, null for the actor's", unit="samples", at_least=1
+    )
+    log_prob_use_dynamic_bsz: bool | None = key(
+        None, "fill micro-batches up to log_prob_max_token_len_per_gpu instead, null as the actor"
+    )
+    log_prob_max_token_len_per_gpu: int | None = key(
+        None, "tokens a rank runs forward at once, null for the actor's", unit="tokens", at_least=1
+    )
+    fsdp_config: FSDPConfig = section(FSDPConfig, "how the model is sharded over the trainer's ranks")
+    megatron: MegatronConfig = section(MegatronConfig, "Megatron: not supported yet")
+    use_torch_compile: bool = planned(False, "torch.compile in training")
+    ulysses_sequence_parallel_size: int = planned(1, "sequence parallelism")
+    entropy_from_logits_with_chunking: bool = planned(
+        False, "a switch for chunked entropy", "use False: entropy is always computed in chunks"
+    )
+    log_prob_micro_batch_size: int | None = planned(
+        None, "a micro-batch size over all ranks", "use log_prob_micro_batch_size_per_gpu, samples per rank"
+    )

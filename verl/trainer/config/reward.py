@@ -1,0 +1,53 @@
+"""`reward`: how a response is scored."""
+
+# ruff: noqa: RUF009  (key, planned and section make dataclass fields)
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from verl.trainer.config import names
+from verl.trainer.config.schema import key, planned, section
+
+
+@dataclass
+class CustomRewardFunctionConfig:
+    """The user's scorer."""
+
+    path: str | None = key(None, "Python file of your scorer; null for the built-in ones, chosen by data source")
+    name: str = key("compute_score", "function in it: (data_source, solution_str, ground_truth, extra_info)")
+
+
+@dataclass
+class RewardManagerConfig:
+    """How scores become rewards."""
+
+    name: str = key(
+        "naive",
+        "naive: the score at the last token",
+        choices=names.REWARD_MANAGERS,
+        planned=names.PLANNED_REWARD_MANAGERS,
+        use="use naive",
+    )
+
+
+@dataclass
+class RewardModelConfig:
+    """A model that scores, known and not supported yet."""
+
+    enable: bool = planned(False, "a reward model", "use reward.custom_reward_function")
+    model_path: str | None = planned(None, "a reward model", "use reward.custom_reward_function")
+
+
+@dataclass
+class RewardConfig:
+    """How a response is scored."""
+
+    custom_reward_function: CustomRewardFunctionConfig = section(CustomRewardFunctionConfig, "your scorer")
+    reward_manager: RewardManagerConfig = section(RewardManagerConfig, "how scores become rewards")
+    reward_kwargs: dict[str, Any] = key({}, "further keywords for the scorer")
+    num_workers: int | None = key(
+        None, "processes that score, null for one a core but at most 8", unit="processes", at_least=1
+    )
+    timeout: float = key(30.0, "time to score one sample, after which its score is 0", unit="seconds", above=0)
+    reward_model: RewardModelConfig = section(RewardModelConfig, "a model that scores: not supported yet")

@@ -1,0 +1,146 @@
+"""`actor_rollout_ref.rollout`: the vLLM replicas, sampling, and how new weights reach them."""
+
+# ruff: noqa: RUF009  (key, planned and section make dataclass fields)
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from verl.trainer.config import names
+from verl.trainer.config.schema import key, planned, section
+
+
+@dataclass
+class ValKwargs:
+    """Sampling in validation."""
+
+    n: int = key(1, "samples of each validation prompt", unit="samples", at_least=1)
+    do_sample: bool = key(False, "sample; otherwise the likeliest token is taken, whatever the temperature")
+    temperature: float = key(0.0, "sampling temperature where do_sample is True", at_least=0)
+    top_p: float = key(1.0, "nucleus sampling where do_sample is True", above=0, at_most=1)
+    top_k: int = key(-1, "likeliest tokens to sample from, -1 for all", at_least=-1)
+
+
+@dataclass
+class CheckpointEngineConfig:
+    """How new weights travel from the trainer to the replicas."""
+
+    backend: str = key(
+        "naive",
+        "transport; naive is shared memory on one host",
+        choices=("naive",),
+        planned=("nccl", "hccl", "nixl", "mooncake", "kimi_ckpt_engine", "delta_sharded"),
+        use="use naive",
+    )
+    update_weights_bucket_megabytes: int = key(
+        2048, "size of a bucket, two are in memory; a larger tensor gets its own", unit="MiB", at_least=1
+    )
+    engine_kwargs: dict[str, Any] = planned({}, "settings of other transports")
+
+
+@dataclass
+class AgentConfig:
+    """Who turns a prompt into a sample."""
+
+    default_agent_loop: str = key("single_turn_agent", "agent loop of rows without the column agent_name")
+    num_workers: int = planned(0, "agent loops in processes of their own", "use 0: they run in the driver's process")
+    agent_loop_config_path: str | None = planned(None, "agent loops from a file", "use verl.agent_loop.register")
+
+
+@dataclass
+class MultiTurnConfig:
+    """Several turns and tools, known and not supported yet."""
+
+    enable: bool = planned(False, "multi-turn rollout")
+    format: str = planned("hermes", "multi-turn rollout")
+    tool_config_path: str | None = planned(None, "tools")
+    interaction_config_path: str | None = planned(None, "multi-turn rollout")
+    max_assistant_turns: int | None = planned(None, "multi-turn rollout")
+    max_user_turns: int | None = planned(None, "multi-turn rollout")
+    max_parallel_calls: int = planned(1, "tools")
+    max_tool_response_length: int = planned(256, "tools")
+
+
+@dataclass
+class ServerConfig:
+    """vLLM's OpenAI-compatible HTTP endpoint in front of each replica."""
+
+    enable_http: bool = key(False, "serve it")
+    host: str = key("127.0.0.1", "address to listen on; other machines can reach it unless it is loopback")
+    port: int = key(0, "port of replica 0, replica r takes port + r; 0 for free ones", at_least=0, at_most=65535)
+    api_key: str | None = key(None, "key that requests must carry, null for a random one")
+
+
+@dataclass
+class RolloutConfig:
+    """The vLLM replicas, sampling, and how new weights reach them."""
+
+    name: str = key("vllm", "inference engine", choices=("vllm",), planned=("sglang", "trtllm", "hf"), use="use vllm")
+    mode: str = key("async", "the engine is a server", choices=("async",), planned=("sync",), use="use async")
+    n: int = key(1, "samples of each training prompt", unit="samples", at_least=1)
+    temperature: float = key(1.0, "sampling temperature in training", above=0)
+    top_p: float = key(1.0, "nucleus sampling", above=0, at_most=1)
+    top_k: int = key(-1, "likeliest tokens to sample from, -1 for all", at_least=-1)
+    val_kwargs: ValKwargs = section(ValKwargs, "sampling in validation")
+    dtype: str = key(
+        "auto",
+        "dtype of the engine; auto: bfloat16 where the device is fast in it, else float32",
+        choices=("auto", "float32", "fp32", "bfloat16", "bf16"),
+        planned=("float16", "half", "fp16"),
+        use="use auto, float32 or bfloat16",
+    )
+    tensor_model_parallel_size: int = key(2, "devices that share one replica's weights", unit="devices", at_least=1)
+    nnodes: int = key(
+        0, "0: replicas share the trainer's devices; 1: they have n_gpus_per_node of their own", at_least=0, at_most=1
+    )
+    n_gpus_per_node: int = key(8, "devices of the replicas where nnodes is 1", unit="devices", at_least=1)
+    gpu_memory_utilization: float = key(0.5, "share of a device's memory for the engine", above=0, at_most=1)
+    free_cache_engine: bool = key(True, "the engine gives its device memory to the trainer while it trains")
+    load_format: str = key("dummy", "what the engine starts with; dummy: random, until the first weight update")
+    enforce_eager: bool = key(False, "no graphs and no compilation in the engine")
+    cudagraph_capture_sizes: list[int] | None = key(None, "batch sizes that graphs are captured for, null for vLLM's")
+    enable_chunked_prefill: bool = key(True, "long prompts are read in pieces between decoding steps")
+    enable_prefix_caching: bool = key(True, "samples of one prompt share its keys and values")
+    max_num_batched_tokens: int = key(8192, "tokens the engine computes at once", unit="tokens", at_least=1)
+    max_num_seqs: int = key(256, "requests a replica runs at once", unit="samples", at_least=1)
+    max_model_len: int | None = key(
+        None, "longest prompt and response together, null for the two caps of data", unit="tokens", at_least=1
+    )
+    disable_log_stats: bool = key(True, "no statistics from the engine")
+    logprobs_mode: str = key(
+        "processed_logprobs",
+        "which log-probabilities the engine returns; processed: of the distribution sampled from",
+        choices=("processed_logprobs", "raw_logprobs"),
+    )
+    calculate_log_probs: bool = key(True, "return the engine's log-probabilities, for training/rollout_probs_diff_*")
+    log_prob_micro_batch_size_per_gpu: int | None = key(
+        None, "samples a rank runs forward at once for old_log_probs, null for the actor's", unit="samples", at_least=1
+    )
+    log_prob_use_dynamic_bsz: bool | None = key(
+        None, "fill micro-batches up to log_prob_max_token_len_per_gpu instead, null as the actor"
+    )
+    log_prob_max_token_len_per_gpu: int | None = key(
+        None, "tokens a rank runs forward at once for old_log_probs, null for the actor's", unit="tokens", at_least=1
+    )
+    checkpoint_engine: CheckpointEngineConfig = section(CheckpointEngineConfig, "how new weights reach the replicas")
+    engine_kwargs: dict[str, Any] = key(
+        {"vllm": {}}, "vllm.*: arguments of vLLM's AsyncEngineArgs, which have the last word"
+    )
+    agent: AgentConfig = section(AgentConfig, "who turns a prompt into a sample")
+    server: ServerConfig = section(ServerConfig, "an OpenAI-compatible HTTP endpoint on each replica")
+    multi_turn: MultiTurnConfig = section(MultiTurnConfig, "several turns and tools: not supported yet")
+    quantization: str | None = key(
+        None, "weights of the engine in fewer bits", choices=(None,), planned=names.QUANTIZATIONS, use="use null"
+    )
+    quantization_config_file: str | None = planned(None, "quantisation")
+    data_parallel_size: int = planned(1, "data parallelism inside a replica", "use 1: replicas are data parallel")
+    pipeline_model_parallel_size: int = planned(1, "pipeline parallelism")
+    expert_parallel_size: int = planned(1, "expert parallelism")
+    layered_summon: bool = planned(False, "gathering by layers", "use False: weights are gathered tensor by tensor")
+    enable_sleep_mode: bool = planned(True, "a second switch for free_cache_engine", "use free_cache_engine")
+    enable_rollout_routing_replay: bool = planned(False, "routing replay")
+    ignore_eos: bool = planned(False, "answers beyond the end token")
+    do_sample: bool = planned(True, "greedy training samples")
+    log_prob_micro_batch_size: int | None = planned(
+        None, "a micro-batch size over all ranks", "use log_prob_micro_batch_size_per_gpu, samples per rank"
+    )

@@ -1,0 +1,76 @@
+"""Checks each value by itself, against what its field says works."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from verl.trainer.config.build import nearest
+from verl.trainer.config.ppo import PPOConfig
+from verl.trainer.config.schema import Key, key_of, show, walk
+
+# Names that a user's own code may have added, and the registry (module, attribute) that then knows them.
+_EXTENSIBLE = {
+    "algorithm.adv_estimator": ("verl.trainer.ppo.advantages.registry", "ADV_ESTIMATORS"),
+    "actor_rollout_ref.actor.policy_loss.loss_mode": ("verl.trainer.ppo.losses.registry", "POLICY_LOSSES"),
+}
+
+
+def value_problems(config: PPOConfig) -> dict[str, str]:
+    """By key: what is wrong with each value that is missing, unknown, out of bounds or not supported yet."""
+    problems = {}
+    for name, field, value in walk(config):
+        key = key_of(field)
+        if value is None and key.required:
+            problems[name] = f"{name} is not set: give a {key.help}"
+            continue
+        problem = _problem(name, key, value)
+        if problem is not None:
+            problems[name] = f"{name}={show(value)}{problem}"
+    return problems
+
+
+def _problem(name: str, key: Key, value: Any) -> str | None:
+    if key.only is not None and not any(_equal(value, only) for only in key.only):
+        return f" is not supported yet ({key.help.split(':')[0]}): {key.use}"
+    if value is None:
+        return None
+    for item in value if isinstance(value, list) else [value]:
+        if key.choices and item not in key.choices and item not in _registered(name):
+            return _no_choice(key, item)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return _out_of_bounds(key, value)
+    return None
+
+
+def _equal(value: Any, other: Any) -> bool:
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
+
+
+def _no_choice(key: Key, item: Any) -> str:
+    if item in key.planned:
+        return f": {item} is not supported yet; {key.use}"
+    choices = [choice for choice in key.choices if choice is not None]
+    near = nearest(str(item), tuple(map(str, [*choices, *key.planned]))) if isinstance(item, str) else None
+    hint = f" (did you mean {near}?)" if near else ""
+    known = f"use one of {', '.join(map(show, choices))}" if choices else key.use
+    return f": {show(item)} is unknown{hint}; {known}"
+
+
+def _out_of_bounds(key: Key, value: float) -> str | None:
+    bounds = (
+        (key.at_least, value < (key.at_least or 0), "at least"),
+        (key.above, value <= (key.above or 0), "above"),
+        (key.at_most, value > (key.at_most or 0), "at most"),
+    )
+    for bound, broken, words in bounds:
+        if bound is not None and broken:
+            unit = f" {key.unit}" if key.unit else ""
+            return f": has to be {words} {bound:g}{unit}"
+    return None
+
+
+def _registered(name: str) -> list[str]:
+    """Names in the registry behind a key, if something imported it already: it holds functions on torch tensors."""
+    module, attribute = _EXTENSIBLE.get(name, ("", ""))
+    return getattr(sys.modules[module], attribute).names() if module in sys.modules else []

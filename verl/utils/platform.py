@@ -1,0 +1,180 @@
+"""The machine a run sees: device, collective backend, dtype that is fast on it, memory. Imports no torch by itself."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+DEVICES = ("cpu", "cuda", "npu")
+_BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
+_DTYPES = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
+# Without one of these a CPU computes bfloat16 by converting, several times slower than float32.
+_CPU_BFLOAT16 = ("avx512_bf16", "amx_bf16")
+
+
+@dataclass(frozen=True)
+class DtypeChoice:
+    """A torch dtype's name (`float32`, `bfloat16`), and why it is that one."""
+
+    name: str
+    why: str
+
+
+def detect_device(requested: str = "auto", *, root: Path = Path("/")) -> str:
+    """`cpu`, `cuda` or `npu`: what was asked for if it is there, or for `auto` the accelerator if there is one.
+
+    Args:
+        requested: `auto` or a device.
+        root: where `dev` lies.
+
+    Raises:
+        ValueError: an unknown device, or one that this machine or this installation lacks.
+    """
+    if requested == "auto":
+        return next((device for device in ("cuda", "npu") if why_not(device, root=root) is None), "cpu")
+    if requested not in DEVICES:
+        raise ValueError(f"trainer.device={requested}: use auto, {', '.join(DEVICES)}")
+    reason = why_not(requested, root=root)
+    if reason is not None:
+        raise ValueError(f"trainer.device={requested}: {reason}; use auto or cpu, or install what is missing")
+    return requested
+
+
+def why_not(device: str, *, root: Path = Path("/")) -> str | None:
+    """Why `device` cannot be used here, or None if it can."""
+    if device == "cpu":
+        return None
+    if count_devices(device, root=root) == 0:
+        name, node = ("NVIDIA", "nvidia0") if device == "cuda" else ("Ascend", "davinci0")
+        return (
+            f"this machine shows no {name} device (no {root / 'dev' / node}, or its visible-devices variable is empty)"
+        )
+    if device == "npu":
+        return None if importlib.util.find_spec("torch_npu") else "the package torch_npu is not installed"
+    version = _torch_version()
+    if version is None:
+        return "torch is not installed"
+    return f"the installed torch {version} is a build for the CPU" if version.endswith("+cpu") else None
+
+
+def count_devices(device: str, *, root: Path = Path("/")) -> int:
+    """How many devices of a kind this machine shows; for `cpu` the cores that this process may use."""
+    if device == "cpu":
+        return cpu_cores()
+    pattern, variable = {
+        "cuda": (r"nvidia\d+", "CUDA_VISIBLE_DEVICES"),
+        "npu": (r"davinci\d+", "ASCEND_RT_VISIBLE_DEVICES"),
+    }[device]
+    folder = root / "dev"
+    nodes = [entry for entry in os.listdir(folder) if re.fullmatch(pattern, entry)] if folder.is_dir() else []
+    visible = os.environ.get(variable)
+    if visible is None:
+        return len(nodes)
+    return min(len(nodes), len([part for part in visible.split(",") if part.strip() not in ("", "-1")]))
+
+
+def dist_backend(device: str) -> str:
+    """The torch.distributed backend of a device."""
+    if device not in _BACKENDS:
+        raise ValueError(f"device={device!r}: use one of {', '.join(_BACKENDS)}")
+    return _BACKENDS[device]
+
+
+def cpu_features(cpuinfo: str | None = None) -> frozenset[str]:
+    """Instruction-set flags of the first core, as `/proc/cpuinfo` (or `cpuinfo`, its text) names them."""
+    if cpuinfo is None:
+        try:
+            cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return frozenset()
+    for line in cpuinfo.splitlines():
+        name, _, flags = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return frozenset(flags.split())
+    return frozenset()
+
+
+def choose_dtype(device: str, requested: str = "auto", *, cpuinfo: str | None = None) -> DtypeChoice:
+    """The dtype to compute in: what was asked for, or for `auto` the one that is fast on the device.
+
+    Args:
+        requested: `auto`, `float32` (`fp32`) or `bfloat16` (`bf16`).
+        cpuinfo: text in the place of `/proc/cpuinfo`.
+
+    Raises:
+        ValueError: another dtype.
+    """
+    if requested != "auto":
+        if requested not in _DTYPES:
+            raise ValueError(f"dtype={requested!r}: use auto, float32 or bfloat16")
+        return DtypeChoice(_DTYPES[requested], "as configured")
+    if device != "cpu":
+        return DtypeChoice("bfloat16", f"auto: {device} computes bfloat16 natively")
+    native = [flag for flag in _CPU_BFLOAT16 if flag in cpu_features(cpuinfo)]
+    if native:
+        return DtypeChoice("bfloat16", f"auto: this CPU has {native[0]}")
+    return DtypeChoice("float32", f"auto: this CPU has neither {' nor '.join(_CPU_BFLOAT16)}, bfloat16 would be slow")
+
+
+def cpu_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def available_memory_bytes(*, root: Path = Path("/")) -> int | None:
+    """Host memory that new processes can take without swapping, the limit of this container included.
+
+    Returns:
+        bytes; None where the system does not tell.
+    """
+    limits = [_meminfo_bytes(root, "MemAvailable"), _cgroup_room_bytes(root)]
+    known = [limit for limit in limits if limit is not None]
+    return min(known) if known else None
+
+
+def _meminfo_bytes(root: Path, name: str) -> int | None:
+    try:
+        text = (root / "proc/meminfo").read_text(encoding="ascii")
+    except OSError:
+        return None
+    found = re.search(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
+
+
+def _cgroup_room_bytes(root: Path) -> int | None:
+    """What cgroup v2 leaves; page cache that can be dropped counts as free."""
+    folder = root / "sys/fs/cgroup"
+    try:
+        limit = (folder / "memory.max").read_text(encoding="ascii").strip()
+        used = int((folder / "memory.current").read_text(encoding="ascii"))
+        stat = (folder / "memory.stat").read_text(encoding="ascii")
+    except (OSError, ValueError):
+        return None
+    if limit == "max":
+        return None
+    cached = re.search(r"^inactive_file (\d+)", stat, re.MULTILINE)
+    return max(0, int(limit) - used + (int(cached[1]) if cached else 0))
+
+
+def _torch_version() -> str | None:
+    try:
+        return importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def torch_device(device: str, index: int | None = None) -> torch.device:
+    """The `torch.device` of a device name; imports torch, and torch_npu for an NPU."""
+    import torch
+
+    if device == "npu":
+        import torch_npu  # noqa: F401  (registers the device)
+    return torch.device(device) if device == "cpu" or index is None else torch.device(device, index)

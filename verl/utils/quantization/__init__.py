@@ -1,0 +1,1 @@
+"""Number formats of the rollout. Nothing here imports vLLM."""

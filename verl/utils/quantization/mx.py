@@ -1,0 +1,419 @@
+"""MXFP8 numerics: blocks of 32 float8 e4m3 values along the last dimension that share one power-of-two scale (E8M0).
+
+The format is that of the "OCP Microscaling Formats (MX) Specification", version 1.0 (OCP MX below): MXFP8 and its
+block of 32 in section 5.2, the e4m3 element in 5.3.1 (no Inf, largest value 448, NaN is S.1111.111), the E8M0 scale
+in 5.4.1 (bias 127, byte 255 is NaN, no zero), conversion to MX in 6.3.
+
+Three ways to the same bits: on a CPU the loops of `mx_kernels.c`, compiled once per machine; on a GPU torch operators
+fused by `torch.compile`; elsewhere, and where no compiler exists, the same torch operators one after the other, in
+pieces. Compared on a CPU before choosing (4096x4096 bf16, processor time of one thread, AVX-512, times a bf16 copy of
+the same tensor): the C loops 1.3 to 2, torch.compile 3 to 4 and seconds of compiling in every process, numba 4, torch
+operators 40 and more. `benchmarks/quantizer.py` prints this for the machine at hand.
+
+Known difference to Ascend's `npu_dynamic_mx_quant` (by its published source, not compared on hardware): with
+scale_alg 0 it writes zeros in a block whose scale byte is 0, that is, where every magnitude is below 2^-118; here
+they keep their value.
+"""
+
+import functools
+import importlib
+import logging
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from verl.utils.quantization import native
+
+logger = logging.getLogger(__name__)
+
+MX_BLOCK_SIZE = 32
+_NATIVE_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+_FLOAT32_INF_BITS = 0x7F800000
+# e4m3: 448 = 1.75 * 2^8. Adding this to float32 bits carries into the exponent exactly where the mantissa exceeds 1.75.
+_ROUND_UP_CARRY = 0x1FFFFF
+# Elements per piece of the uncompiled path on a CPU: bounds its dozen int32 temporaries, and is enough for threads.
+_EAGER_PIECE = 1 << 22
+# Below this a GPU kernel is launch-bound and compiling it would not pay.
+_COMPILE_FROM = 1 << 20
+
+
+def mxfp8_quantize(
+    x: torch.Tensor,
+    *,
+    block_size: int = MX_BLOCK_SIZE,
+    scale_alg: int = 0,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantises to MXFP8 along the last dimension, as OCP MX section 6.3 describes.
+
+    With amax the largest magnitude of a block, the scale is 2^(byte - 127) where
+
+    - scale_alg=0: byte = floor(log2(amax)) - 8 + 127, 8 being e4m3's largest exponent; magnitudes that come out
+      above 448 saturate (OCP MX 6.3);
+    - scale_alg=1: the smallest byte for which amax / scale <= 448, so that nothing saturates (the rule of cuBLAS and of
+      `npu_dynamic_mx_quant`'s scale_alg 1, which both compute amax / 448 in float32 and round its exponent up);
+
+    clamped to 0..254 (OCP MX 5.4.1), a block of zeros having byte 0. Values are x / scale rounded to the nearest e4m3
+    number, ties to even, saturated to +-448, signed zeros kept. A block that holds NaN or Inf gets byte 255, and all
+    its values are NaN (0x7F): OCP MX 5.1 makes every value of a block with a NaN scale NaN. A partial last block is
+    quantised on its own, as if padded with zeros. The division by a power of two is exact wherever it can matter, so
+    the result does not depend on the dtype that it is done in.
+
+    Args:
+        x: float32, bfloat16 or float16, shape [..., K], any strides, K >= 0; not a DTensor. Gradients do not flow.
+        block_size: elements per scale, 1 or more; 32 is MXFP8 and the fast path.
+        scale_alg: 0 or 1, as above.
+        out: (values, scales) to write into instead of new tensors: contiguous, of the shapes and dtypes returned.
+
+    Returns:
+        values float8_e4m3fn [..., K] and scales uint8 [..., ceil(K / block_size)] (E8M0 bytes), contiguous, on x's
+        device.
+
+    Raises:
+        TypeError: x is not a plain floating tensor of those dtypes.
+        ValueError: x has no dimension, block_size or scale_alg is out of range, or `out` does not fit.
+    """
+    _check_source(x, "x")
+    if block_size < 1:
+        raise ValueError(f"block_size={block_size}: must be 1 or more; MXFP8 uses 32")
+    if scale_alg not in (0, 1):
+        raise ValueError(f"scale_alg={scale_alg}: must be 0 (OCP MX, floor) or 1 (round up)")
+    x = x.detach()
+    k = x.shape[-1]
+    scale_shape = (*x.shape[:-1], _ceil_div(k, block_size))
+    if out is None:
+        values = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+        scales = torch.empty(scale_shape, dtype=torch.uint8, device=x.device)
+    else:
+        values, scales = out
+        _check_out(values, "out values", x.shape, torch.float8_e4m3fn, x.device)
+        _check_out(scales, "out scales", scale_shape, torch.uint8, x.device)
+    if x.numel() == 0:
+        return values, scales
+    if block_size == MX_BLOCK_SIZE and (library := _native_library(x.device)) is not None:
+        source, stride, rows, k = _as_rows(x)
+        kernel = getattr(library, f"mx_quantize_{_NATIVE_NAMES[x.dtype]}")
+        pointers = values.data_ptr(), scales.data_ptr()
+        kernel(source.data_ptr(), stride, *pointers, rows, k, scale_alg, torch.get_num_threads())
+    else:
+        _quantize_with_torch(x, values, scales, block_size, scale_alg)
+    return values, scales
+
+
+def mxfp8_dequantize(
+    values: torch.Tensor,
+    scales: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
+    *,
+    block_size: int = MX_BLOCK_SIZE,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """values * 2^(scale byte - 127), block by block (OCP MX sections 5.1 and 5.4.1).
+
+    Args:
+        values: float8_e4m3fn [..., K].
+        scales: uint8 or float8_e8m0fnu [..., ceil(K / block_size)].
+        dtype: float32, bfloat16 or float16. The product is exact in float32, save for Inf beyond its range (bytes 246
+            and up), and is then rounded to nearest even.
+        block_size: elements per scale.
+        out: contiguous [..., K] of `dtype` to write into instead of a new tensor, whose fresh memory costs more time
+            than the work.
+
+    Returns:
+        [..., K] of `dtype`; NaN for NaN values and throughout a block whose byte is 255.
+
+    Raises:
+        TypeError, ValueError: a dtype or a shape that does not fit, naming both.
+    """
+    if dtype not in _NATIVE_NAMES:
+        raise TypeError(f"dtype={dtype}: dequantises to float32, bfloat16 or float16")
+    if block_size < 1:
+        raise ValueError(f"block_size={block_size}: must be 1 or more; MXFP8 uses 32")
+    values, scales = _check_pair(values, scales, block_size)
+    if out is None:
+        out = torch.empty(values.shape, dtype=dtype, device=values.device)
+    else:
+        _check_out(out, "out", values.shape, dtype, values.device)
+    if values.numel() == 0:
+        return out
+    if block_size == MX_BLOCK_SIZE and (library := _native_library(values.device)) is not None:
+        native_dtype = torch.float32 if dtype == torch.float16 else dtype
+        target = out if native_dtype == dtype else torch.empty(values.shape, dtype=native_dtype)
+        values, scales = values.contiguous(), scales.contiguous()
+        _, _, rows, k = _as_rows(values)
+        kernel = getattr(library, f"mx_dequantize_{_NATIVE_NAMES[native_dtype]}")
+        kernel(values.data_ptr(), scales.data_ptr(), target.data_ptr(), rows, k, torch.get_num_threads())
+        return target if target is out else out.copy_(target)
+    codes, factors = _blocks(values.view(torch.uint8), block_size), scales.reshape(-1, 1)
+    decoded = _fused(_dequantize_blocks, codes)(codes, factors)
+    return out.copy_(_unblock(decoded, values.shape, block_size))
+
+
+class QuantizationError(NamedTuple):
+    """How far a quantised tensor is from its source."""
+
+    relative: float  # Euclidean norm of the error over that of the source; 0 for a source of zeros
+    worst_block: float  # largest over blocks of (largest |error| / largest |source|); at most 2^-3 with scale_alg 0
+
+
+def quantization_error(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> QuantizationError:
+    """Relative errors of (values, scales) [..., K], blocks of 32, against their source x of the same shape.
+
+    Both are NaN where source, values or scales hold NaN or Inf. A plain 2^-4 of `worst_block` is e4m3's rounding; up
+    to 2^-3 is saturation (scale_alg 0 only). Waits for the device.
+
+    Raises:
+        TypeError, ValueError: a dtype or a shape that does not fit, naming both.
+    """
+    _check_source(x, "x")
+    values, scales = _check_pair(values, scales, MX_BLOCK_SIZE)
+    if x.shape != values.shape:
+        raise ValueError(f"x has shape {tuple(x.shape)}, values {tuple(values.shape)}: they must be the same")
+    if x.numel() == 0:
+        return QuantizationError(0.0, 0.0)
+    x = x.detach()
+    if (library := _native_library(x.device)) is not None:
+        values, scales = values.contiguous(), scales.contiguous()
+        source, stride, rows, k = _as_rows(x)
+        runs = rows * _ceil_div(_ceil_div(k, MX_BLOCK_SIZE), 64)
+        parts = torch.empty(runs, 3, dtype=torch.float64)
+        kernel = getattr(library, f"mx_error_{_NATIVE_NAMES[x.dtype]}")
+        pointers = values.data_ptr(), scales.data_ptr(), parts.data_ptr()
+        kernel(source.data_ptr(), stride, *pointers, rows, k, torch.get_num_threads())
+        error2, norm2, worst = *parts[:, :2].sum(0).tolist(), math.sqrt(parts[:, 2].max().item())
+    else:
+        source = _blocks(x, MX_BLOCK_SIZE).double()
+        error = _blocks(mxfp8_dequantize(values, scales), MX_BLOCK_SIZE).double() - source
+        top = source.abs().amax(-1)
+        ratio = torch.where(top == 0, 0.0, error.abs().amax(-1) / top)
+        error2, norm2, worst = torch.stack([(error**2).sum(), (source**2).sum(), ratio.max()]).tolist()
+    if math.isnan(error2) or math.isnan(norm2):
+        return QuantizationError(math.nan, math.nan)
+    return QuantizationError(math.sqrt(error2 / norm2) if norm2 else 0.0, worst)
+
+
+def trim_scales(padded: torch.Tensor, k: int, *, block_size: int = MX_BLOCK_SIZE) -> torch.Tensor:
+    """The scales of K values without the padding that `npu_dynamic_mx_quant` adds to reach an even number of blocks.
+
+    Args:
+        padded: uint8 or float8_e8m0fnu [..., ceil(ceil(K / block_size) / 2), 2], as the operator returns it.
+        k: K, the length of the quantised dimension.
+
+    Returns:
+        uint8 [..., ceil(K / block_size)], contiguous.
+
+    Raises:
+        TypeError, ValueError: another dtype, or a shape that K values cannot have.
+    """
+    padded = _scale_bytes(padded, "padded")
+    groups = _ceil_div(k, block_size)
+    expected = (_ceil_div(groups, 2), 2)
+    if tuple(padded.shape[-2:]) != expected:
+        raise ValueError(
+            f"padded scales have shape {tuple(padded.shape)}: {k} values in blocks of {block_size} need "
+            f"[..., {expected[0]}, 2]; were they trimmed already, or do they belong to another tensor?"
+        )
+    return padded.flatten(-2)[..., :groups].contiguous()
+
+
+def npu_mxfp8_quantize(
+    x: torch.Tensor, *, scale_alg: int = 0, operator: Callable | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`mxfp8_quantize` by Ascend's own operator, `torch_npu.npu_dynamic_mx_quant`, with its padded scales trimmed.
+
+    Args:
+        x: float32, bfloat16 or float16 [..., K], on an NPU.
+        scale_alg: 0 or 1, as in `mxfp8_quantize`.
+        operator: used in place of torch_npu's, with its signature.
+
+    Returns:
+        values float8_e4m3fn [..., K], scales uint8 [..., ceil(K / 32)].
+
+    Raises:
+        TypeError, ValueError: as `mxfp8_quantize`, or the operator returned something else.
+        RuntimeError: torch_npu is not installed, or lacks the operator.
+    """
+    _check_source(x, "x")
+    if scale_alg not in (0, 1):
+        raise ValueError(f"scale_alg={scale_alg}: must be 0 (OCP MX, floor) or 1 (round up)")
+    if operator is None:
+        operator = _npu_operator()
+    # The operator's default dst_type is FP4. Older releases do not know scale_alg, and 0 is its default.
+    options = {"scale_alg": scale_alg} if scale_alg else {}
+    values, padded = operator(x.detach(), dst_type=torch.float8_e4m3fn, **options)
+    if values.dtype == torch.uint8:
+        values = values.view(torch.float8_e4m3fn)
+    if values.dtype != torch.float8_e4m3fn or values.shape != x.shape:
+        raise ValueError(
+            f"npu_dynamic_mx_quant returned {values.dtype} of shape {tuple(values.shape)} for an input of shape "
+            f"{tuple(x.shape)}: float8_e4m3fn of the same shape was asked for; this torch_npu is not supported"
+        )
+    return values, trim_scales(padded, x.shape[-1])
+
+
+@functools.cache
+def _npu_operator() -> Callable:
+    try:
+        return importlib.import_module("torch_npu").npu_dynamic_mx_quant
+    except (ImportError, AttributeError) as error:
+        raise RuntimeError(
+            f"npu_dynamic_mx_quant is not available ({error}): MXFP8 on an NPU needs a torch_npu built for Ascend 950"
+        ) from error
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _check_source(x: torch.Tensor, name: str) -> None:
+    if not isinstance(x, torch.Tensor) or hasattr(x, "to_local"):
+        raise TypeError(f"{name} is a {type(x).__name__}: a plain tensor is needed (of a DTensor, pass `.to_local()`)")
+    if x.dtype not in _NATIVE_NAMES:
+        raise TypeError(
+            f"{name} has dtype {x.dtype}, shape {tuple(x.shape)}: MXFP8 is made from float32, bfloat16 or float16"
+        )
+    if x.dim() == 0:
+        raise ValueError(
+            f"{name} has shape () and dtype {x.dtype}: at least one dimension is needed, blocks run along it"
+        )
+
+
+def _check_out(
+    tensor: torch.Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    fits = tensor.shape == tuple(shape) and tensor.dtype == dtype and tensor.device == device
+    if not fits or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name}: {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, strides {tensor.stride()}, given; "
+            f"contiguous {dtype} {tuple(shape)} on {device} is needed"
+        )
+
+
+def _scale_bytes(scales: torch.Tensor, name: str) -> torch.Tensor:
+    if scales.dtype == torch.float8_e8m0fnu:
+        return scales.view(torch.uint8)
+    if scales.dtype != torch.uint8:
+        raise TypeError(
+            f"{name} has dtype {scales.dtype}, shape {tuple(scales.shape)}: E8M0 bytes are uint8 or float8_e8m0fnu"
+        )
+    return scales
+
+
+def _check_pair(values: torch.Tensor, scales: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    if values.dtype != torch.float8_e4m3fn:
+        raise TypeError(f"values has dtype {values.dtype}, shape {tuple(values.shape)}: float8_e4m3fn is needed")
+    scales = _scale_bytes(scales, "scales")
+    if values.dim() == 0:
+        raise ValueError("values has shape (): at least one dimension is needed, blocks run along it")
+    expected = (*values.shape[:-1], _ceil_div(values.shape[-1], block_size))
+    if tuple(scales.shape) != expected:
+        raise ValueError(
+            f"scales has shape {tuple(scales.shape)}: values of shape {tuple(values.shape)} in blocks of {block_size} "
+            f"need {expected}; scales of npu_dynamic_mx_quant are padded, see trim_scales"
+        )
+    if scales.device != values.device:
+        raise ValueError(f"scales is on {scales.device}, values on {values.device}: they must be on one device")
+    return values, scales
+
+
+def _native_library(device: torch.device):
+    """The compiled kernels where they apply: real tensors on a CPU, outside a graph that torch.compile is tracing."""
+    if device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    return native.kernels()
+
+
+def _as_rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int, int]:
+    """(tensor to read, elements from row to row, rows, row length); copies what is not rows of adjacent elements."""
+    k = x.shape[-1]
+    if x.dim() == 2 and x.stride(1) == 1 and not x.is_contiguous():
+        return x, x.stride(0), x.shape[0], k
+    x = x.contiguous()
+    if k % MX_BLOCK_SIZE == 0:
+        # No block crosses a row's end: one long row keeps the kernels' runs long where K is small.
+        return x, x.numel(), 1, x.numel()
+    return x, k, x.numel() // k, k
+
+
+def _blocks(x: torch.Tensor, block_size: int) -> torch.Tensor:
+    """[..., K] as [number of blocks, block_size], the last block of each row padded with zeros."""
+    short = -x.shape[-1] % block_size
+    return (F.pad(x, (0, short)) if short else x).reshape(-1, block_size)
+
+
+def _unblock(blocks: torch.Tensor, shape: torch.Size, block_size: int) -> torch.Tensor:
+    """The inverse of `_blocks`."""
+    groups = _ceil_div(shape[-1], block_size)
+    return blocks.reshape(*shape[:-1], groups * block_size)[..., : shape[-1]].contiguous()
+
+
+def _quantize_with_torch(
+    x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, block_size: int, scale_alg: int
+) -> None:
+    carry = _ROUND_UP_CARRY if scale_alg else 0
+    blocks = _blocks(x, block_size)
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        pieces = [_quantize_blocks(piece, carry) for piece in blocks.split(max(1, _EAGER_PIECE // block_size))]
+        codes, scale_bytes = (torch.cat(part) for part in zip(*pieces, strict=True))
+    else:
+        codes, scale_bytes = _fused(_quantize_blocks, blocks)(blocks, carry)
+    values.view(torch.uint8).copy_(_unblock(codes, x.shape, block_size))
+    scales.copy_(scale_bytes.reshape(scales.shape))
+
+
+def _quantize_blocks(x: torch.Tensor, carry: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [N, block] of any source dtype -> e4m3 codes uint8 [N, block], E8M0 bytes uint8 [N].
+
+    The cast is done on the bits, so that eager, Inductor's C++ and Triton round, saturate and treat NaN alike.
+    """
+    x = x.float()
+    magnitude = x.abs()
+    # amax propagates NaN, but its sign is anyone's guess: the mask keeps the comparison below honest.
+    top = magnitude.amax(-1, keepdim=True).view(torch.int32) & 0x7FFFFFFF
+    special = top >= _FLOAT32_INF_BITS
+    byte = (((top + carry) >> 23) - 8).clamp(0, 254)
+    scaled = magnitude * ((254 - byte) << 23).view(torch.float32)
+    bits = scaled.view(torch.int32)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
+    # Adding 2^14 leaves 2^-9, e4m3's smallest number, as the sum's last bit: the addition rounds, ties to even.
+    subnormal = (scaled + 16384.0).view(torch.int32) - 0x46800000
+    code = torch.where(bits < (121 << 23), subnormal, normal).clamp(max=0x7E)
+    code = torch.where(special, 0x7F, code | ((x.view(torch.int32) >> 24) & 0x80))
+    byte = torch.where(special, 255, byte)
+    return code.to(torch.uint8), byte.squeeze(-1).to(torch.uint8)
+
+
+def _dequantize_blocks(codes: torch.Tensor, scale_bytes: torch.Tensor) -> torch.Tensor:
+    """codes uint8 [N, block], scale_bytes uint8 [N, 1] -> float32 [N, block]."""
+    code, byte = codes.to(torch.int32), scale_bytes.to(torch.int32)
+    magnitude = code & 0x7F
+    normal = ((magnitude << 20) + (120 << 23)).view(torch.float32)
+    decoded = torch.where(magnitude < 8, magnitude.float() * 2.0**-9, normal)
+    decoded = torch.where(magnitude == 0x7F, math.nan, decoded)
+    decoded = torch.where(code >= 0x80, -decoded, decoded)
+    factor = torch.where(byte == 0, 0x00400000, byte << 23).view(torch.float32)
+    return decoded * torch.where(byte == 255, math.nan, factor)
+
+
+def _fused(function: Callable, blocks: torch.Tensor) -> Callable:
+    """`function` compiled, where it runs on a GPU that Triton can compile for and is large enough to pay for it."""
+    if blocks.device.type != "cuda" or blocks.numel() < _COMPILE_FROM or torch.compiler.is_compiling():
+        return function
+    return _compiled(function) if _triton_works() else function
+
+
+@functools.cache
+def _compiled(function: Callable) -> Callable:
+    # Blocks are rows of a matrix whatever the layer's shape, and the one dynamic dimension counts them: no
+    # recompilation from layer to layer.
+    return torch.compile(function, dynamic=True)
+
+
+@functools.cache
+def _triton_works() -> bool:
+    from torch.utils._triton import has_triton
+
+    return has_triton()

@@ -1,0 +1,247 @@
+/* MXFP8 (float8 e4m3 values, one E8M0 byte per 32 values) on a CPU: the loops that mx.py calls through ctypes.
+ *
+ * Plain C without intrinsics or libraries, written so that a compiler turns the 32-wide loops into vector code on x86
+ * and Arm alike. Quantising is integer arithmetic on the bits of the input wherever a subnormal number could matter, so
+ * that the result does not depend on the flush-to-zero mode of the calling thread. mx.py states the arithmetic and the
+ * sections of the OCP MX specification it comes from; tests hold every branch here to it bit for bit.
+ */
+#include <stdint.h>
+#include <string.h>
+
+enum { BLOCK = 32 };
+
+static inline float as_float(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
+static inline uint32_t as_bits(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
+
+/* binary16 to the bits of the binary32 of the same value. */
+static inline uint32_t widen_f16(uint16_t h) {
+    uint32_t a = (uint32_t)(h & 0x7fffu) << 13;
+    uint32_t normal = a + (112u << 23);
+    /* a subnormal is mantissa * 2^-24: put it behind the leading one of 2^-14 and take that one away again */
+    uint32_t subnormal = as_bits(as_float(a + (113u << 23)) - as_float(113u << 23));
+    uint32_t bits = a < (1u << 23) ? subnormal : normal;
+    bits = a >= (0x7c00u << 13) ? (a | 0x7f800000u) : bits;
+    return bits | ((uint32_t)(h & 0x8000u) << 16);
+}
+static inline uint32_t widen_bf16(uint16_t h) { return (uint32_t)h << 16; }
+static inline uint32_t widen_f32(uint32_t w) { return w; }
+
+/* Any block: short, tiny, or holding NaN or Inf. `u` holds binary32 bits; `up` is 0 (floor) or 1 (round up). */
+static void quantize_any(const uint32_t *u, int n, uint8_t *q, uint8_t *scale, int up) {
+    uint32_t top = 0;
+    for (int i = 0; i < n; i++) { uint32_t a = u[i] & 0x7fffffffu; top = a > top ? a : top; }
+    if (top >= 0x7f800000u) { *scale = 255; memset(q, 0x7f, (size_t)n); return; }
+    int byte = (int)((top + (up ? 0x1fffffu : 0u)) >> 23) - 8;
+    if (byte < 0) byte = 0;
+    *scale = (uint8_t)byte;
+    for (int i = 0; i < n; i++) {
+        uint32_t a = u[i] & 0x7fffffffu, mantissa = a & 0x7fffffu, code = 0;
+        int exponent = (int)(a >> 23);
+        if (exponent) mantissa |= 0x800000u;
+        else if (mantissa) for (exponent = 1; mantissa < 0x800000u; exponent--) mantissa <<= 1;
+        int field = exponent - byte + 7; /* exponent field of the e4m3 number, if it is a normal one */
+        int drop = field >= 1 ? 20 : 21 - field;
+        if (mantissa && drop <= 25) {
+            code = (mantissa + (1u << (drop - 1)) - 1u + ((mantissa >> drop) & 1u)) >> drop;
+            if (field > 1) code += (uint32_t)(field - 1) << 3;
+        }
+        if (code > 0x7eu) code = 0x7eu;
+        q[i] = (uint8_t)(code | ((u[i] >> 24) & 0x80u));
+    }
+}
+
+/* Blocks are taken in runs: first every block's largest magnitude, then the values, so that each loop keeps its constants
+ * in registers and nothing is called from it. A block whose byte is below TINY (a subnormal input could then be more than
+ * half of the smallest e4m3 number) or that holds NaN or Inf is done again by quantize_any. */
+enum { RUN = 64, TINY = 12 };
+
+static inline int run_bytes_32(const uint32_t *restrict x, int n, uint8_t *restrict scale, uint32_t carry) {
+    uint32_t low = UINT32_MAX, high = 0;
+    for (int j = 0; j < n; j++) {
+        uint32_t top = 0;
+        for (int i = 0; i < BLOCK; i++) { uint32_t a = x[j * BLOCK + i] & 0x7fffffffu; top = a > top ? a : top; }
+        low = top < low ? top : low;
+        high = top > high ? top : high;
+        scale[j] = (uint8_t)(((top + carry) >> 23) - 8u);
+    }
+    return high >= 0x7f800000u || (low + carry) >> 23 < TINY + 8;
+}
+static inline int run_bytes_16(const uint16_t *restrict x, int n, uint8_t *restrict scale, uint32_t carry) {
+    uint32_t low = UINT32_MAX, high = 0;
+    for (int j = 0; j < n; j++) {
+        uint16_t top = 0;
+        for (int i = 0; i < BLOCK; i++) { uint16_t a = x[j * BLOCK + i] & 0x7fffu; top = a > top ? a : top; }
+        low = top < low ? top : low;
+        high = top > high ? top : high;
+        scale[j] = (uint8_t)(((top + carry) >> 7) - 8u);
+    }
+    return high >= 0x7f80u || (low + carry) >> 7 < TINY + 8;
+}
+
+static inline void redo(const uint32_t *u, uint8_t *q, uint8_t *scale, int up) {
+    uint32_t top = 0;
+    for (int i = 0; i < BLOCK; i++) { uint32_t a = u[i] & 0x7fffffffu; top = a > top ? a : top; }
+    if (top >= 0x7f800000u || (int)((top + (up ? 0x1fffffu : 0u)) >> 23) - 8 < TINY) quantize_any(u, BLOCK, q, scale, up);
+}
+
+static void run_f32(const uint32_t *restrict x, int n, uint8_t *restrict q, uint8_t *restrict scale, int up) {
+    int special = run_bytes_32(x, n, scale, up ? 0x1fffffu : 0u);
+    for (int j = 0; j < n; j++) {
+        float reciprocal = as_float((254u - scale[j]) << 23);
+        for (int i = j * BLOCK; i < j * BLOCK + BLOCK; i++) {
+            float v = as_float(x[i] & 0x7fffffffu) * reciprocal;
+            uint32_t w = as_bits(v);
+            uint32_t normal = ((w + 0x7ffffu + ((w >> 20) & 1u)) >> 20) - (120u << 3);
+            uint32_t subnormal = as_bits(v + 16384.0f) - 0x46800000u; /* the sum's last bit is 2^-9, ties to even */
+            uint32_t code = w < (121u << 23) ? subnormal : normal;
+            code = code > 0x7eu ? 0x7eu : code;
+            q[i] = (uint8_t)(code | ((x[i] >> 24) & 0x80u));
+        }
+    }
+    if (special) for (int j = 0; j < n; j++) redo(x + j * BLOCK, q + j * BLOCK, scale + j, up);
+}
+
+/* bfloat16 has few enough bits to be quantised in 16-bit lanes, twice as many at a time. */
+static void run_bf16(const uint16_t *restrict x, int n, uint8_t *restrict q, uint8_t *restrict scale, int up) {
+    int special = run_bytes_16(x, n, scale, up ? 0x1fu : 0u);
+    for (int j = 0; j < n; j++) {
+        int16_t rebias = (int16_t)((7 - (int)scale[j]) * 128);
+        for (int i = j * BLOCK; i < j * BLOCK + BLOCK; i++) {
+            int16_t t = (int16_t)((int16_t)(x[i] & 0x7fffu) + rebias); /* e4m3's exponent field, then 7 mantissa bits */
+            int16_t normal = (int16_t)((int16_t)(t + 7 + ((t >> 4) & 1)) >> 4);
+            /* subnormal codes 1..8 begin where the value passes 0.5, 1.5, ... 7.5 times 2^-9; ties go to even codes */
+            int16_t subnormal = (int16_t)((t > -384) + (t > -193) + (t > -96) + (t > -33) + (t > 16) + (t > 47)
+                                          + (t > 80) + (t > 111));
+            int16_t code = t < 128 ? subnormal : normal;
+            code = code > 0x7e ? 0x7e : code;
+            q[i] = (uint8_t)(code | ((x[i] >> 8) & 0x80));
+        }
+    }
+    if (special) {
+        for (int j = 0; j < n; j++) {
+            uint32_t u[BLOCK];
+            for (int i = 0; i < BLOCK; i++) u[i] = widen_bf16(x[j * BLOCK + i]);
+            redo(u, q + j * BLOCK, scale + j, up);
+        }
+    }
+}
+
+static void run_f16(const uint16_t *restrict x, int n, uint8_t *restrict q, uint8_t *restrict scale, int up) {
+    uint32_t u[RUN * BLOCK];
+    for (int i = 0; i < n * BLOCK; i++) u[i] = widen_f16(x[i]);
+    run_f32(u, n, q, scale, up);
+}
+
+/* x[rows, k] with `stride` elements from row to row -> q[rows, k], scale[rows, ceil(k / 32)], both contiguous. */
+#define QUANTIZE(NAME, T, WIDEN)                                                                                       \
+    void mx_quantize_##NAME(const T *x, int64_t stride, uint8_t *q, uint8_t *scale, int64_t rows, int64_t k, int up,   \
+                            int threads) {                                                                             \
+        int64_t whole = k / BLOCK, per_row = (k + BLOCK - 1) / BLOCK, runs = (per_row + RUN - 1) / RUN;                \
+        int64_t total = rows * runs;                                                                                   \
+        _Pragma("omp parallel for num_threads(threads) schedule(dynamic, 16) if (total > 16 && threads > 1)")          \
+        for (int64_t r = 0; r < total; r++) {                                                                          \
+            int64_t row = r / runs, block = (r % runs) * RUN, n = whole - block < RUN ? whole - block : RUN;           \
+            const T *in = x + row * stride + block * BLOCK;                                                            \
+            uint8_t *out = q + row * k + block * BLOCK, *bytes = scale + row * per_row + block;                        \
+            run_##NAME(in, (int)n, out, bytes, up);                                                                    \
+            if (block + RUN >= per_row && k % BLOCK) {                                                                 \
+                uint32_t u[BLOCK];                                                                                     \
+                for (int i = 0; i < k % BLOCK; i++) u[i] = WIDEN(in[n * BLOCK + i]);                                   \
+                quantize_any(u, (int)(k % BLOCK), out + n * BLOCK, bytes + n, up);                                     \
+            }                                                                                                          \
+        }                                                                                                              \
+    }
+QUANTIZE(f32, uint32_t, widen_f32)
+QUANTIZE(bf16, uint16_t, widen_bf16)
+QUANTIZE(f16, uint16_t, widen_f16)
+
+static inline uint32_t decode(uint8_t q, float scale) {
+    uint32_t a = q & 0x7fu;
+    float normal = as_float((a << 20) + (120u << 23)), subnormal = (float)(int32_t)a * 0x1p-9f;
+    float v = (a < 8u ? subnormal : normal) * scale;
+    uint32_t bits = a == 0x7fu ? 0x7fc00000u : as_bits(v);
+    return bits | ((uint32_t)(q & 0x80u) << 24);
+}
+static inline uint32_t to_f32(uint32_t bits) { return bits; }
+static inline uint16_t to_bf16(uint32_t bits) { /* round to nearest even; NaN here is always 0x7fc0 and stays NaN */
+    return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+/* q[rows, k], scale[rows, ceil(k / 32)] -> y[rows, k], all contiguous. */
+#define DEQUANTIZE(NAME, T)                                                                                            \
+    void mx_dequantize_##NAME(const uint8_t *q, const uint8_t *scale, T *y, int64_t rows, int64_t k, int threads) {    \
+        int64_t per_row = (k + BLOCK - 1) / BLOCK, runs = (per_row + RUN - 1) / RUN, total = rows * runs;              \
+        _Pragma("omp parallel for num_threads(threads) schedule(dynamic, 16) if (total > 16 && threads > 1)")          \
+        for (int64_t r = 0; r < total; r++) {                                                                          \
+            int64_t row = r / runs, first = (r % runs) * RUN, last = first + RUN < per_row ? first + RUN : per_row;    \
+            for (int64_t b = first; b < last; b++) {                                                                   \
+                const uint8_t *restrict in = q + row * k + b * BLOCK;                                                  \
+                T *restrict out = y + row * k + b * BLOCK;                                                             \
+                uint32_t byte = scale[row * per_row + b];                                                              \
+                float factor = as_float(byte == 255u ? 0x7fc00000u : byte ? byte << 23 : 0x00400000u);                 \
+                if (k - b * BLOCK >= BLOCK)                                                                            \
+                    for (int i = 0; i < BLOCK; i++) out[i] = to_##NAME(decode(in[i], factor));                         \
+                else                                                                                                   \
+                    for (int i = 0; i < k - b * BLOCK; i++) out[i] = to_##NAME(decode(in[i], factor));                 \
+            }                                                                                                          \
+        }                                                                                                              \
+    }
+DEQUANTIZE(f32, uint32_t)
+DEQUANTIZE(bf16, uint16_t)
+
+/* How far q and scale are from x. For every run of RUN blocks three doubles: sum of squared errors, sum of squares of x,
+ * and the largest over its blocks of (max |error| / max |x|) squared. Each block is measured in units of its own scale, so
+ * that squares neither overflow nor vanish; NaN in x, q or scale comes out as NaN. */
+static inline void block_error(const uint32_t *restrict u, const uint8_t *restrict q, uint32_t byte, double *sums) {
+    float error2[BLOCK], norm2[BLOCK];
+    uint32_t far = 0, top = 0;
+    float reciprocal = as_float(byte == 255u ? 0x7fc00000u : byte == 254u ? 0x00400000u : (254u - byte) << 23);
+    for (int i = 0; i < BLOCK; i++) {
+        float v = as_float(u[i]) * reciprocal, d = v - as_float(decode(q[i], 1.0f));
+        error2[i] = d * d;
+        norm2[i] = v * v;
+    }
+    for (int i = 0; i < BLOCK; i++) { /* squares order like their bits, with NaN above all */
+        uint32_t e = as_bits(error2[i]) & 0x7fffffffu, n = as_bits(norm2[i]) & 0x7fffffffu;
+        far = e > far ? e : far;
+        top = n > top ? n : top;
+    }
+    /* pairwise and spelled out: a compiler may not reorder a sum of floats by itself */
+    for (int i = 0; i < 16; i++) { error2[i] += error2[i + 16]; norm2[i] += norm2[i + 16]; }
+    for (int i = 0; i < 8; i++) { error2[i] += error2[i + 8]; norm2[i] += norm2[i + 8]; }
+    for (int i = 0; i < 4; i++) { error2[i] += error2[i + 4]; norm2[i] += norm2[i + 4]; }
+    for (int i = 1; i < 4; i++) { error2[0] += error2[i]; norm2[0] += norm2[i]; }
+    uint64_t unit_bits = (uint64_t)(2 * (int)byte - 254 + 1023) << 52;
+    double unit, ratio = top ? (double)as_float(far) / (double)as_float(top) : (double)as_float(far);
+    memcpy(&unit, &unit_bits, 8);
+    sums[0] += unit * (double)error2[0];
+    sums[1] += unit * (double)norm2[0];
+    if (!(ratio <= sums[2])) sums[2] = ratio; /* a NaN stays: nothing compares below it */
+}
+
+#define ERROR(NAME, T, WIDEN)                                                                                          \
+    void mx_error_##NAME(const T *x, int64_t stride, const uint8_t *q, const uint8_t *scale, double *result,           \
+                         int64_t rows, int64_t k, int threads) {                                                       \
+        int64_t per_row = (k + BLOCK - 1) / BLOCK, runs = (per_row + RUN - 1) / RUN, total = rows * runs;              \
+        _Pragma("omp parallel for num_threads(threads) schedule(dynamic, 16) if (total > 16 && threads > 1)")          \
+        for (int64_t r = 0; r < total; r++) {                                                                          \
+            int64_t row = r / runs, first = (r % runs) * RUN, last = first + RUN < per_row ? first + RUN : per_row;    \
+            double sums[3] = {0.0, 0.0, 0.0};                                                                          \
+            for (int64_t b = first; b < last; b++) {                                                                   \
+                const T *in = x + row * stride + b * BLOCK;                                                            \
+                const uint8_t *codes = q + row * k + b * BLOCK;                                                        \
+                uint32_t u[BLOCK] = {0};                                                                               \
+                uint8_t padded[BLOCK] = {0};                                                                           \
+                if (k - b * BLOCK >= BLOCK) for (int i = 0; i < BLOCK; i++) u[i] = WIDEN(in[i]);                       \
+                else {                                                                                                 \
+                    for (int i = 0; i < k - b * BLOCK; i++) u[i] = WIDEN(in[i]), padded[i] = codes[i];                 \
+                    codes = padded;                                                                                    \
+                }                                                                                                      \
+                block_error(u, codes, scale[row * per_row + b], sums);                                                 \
+            }                                                                                                          \
+            memcpy(result + 3 * r, sums, sizeof sums);                                                                 \
+        }                                                                                                              \
+    }
+ERROR(f32, uint32_t, widen_f32)
+ERROR(bf16, uint16_t, widen_bf16)
+ERROR(f16, uint16_t, widen_f16)

@@ -1,0 +1,61 @@
+"""GSM8K answers: a number after `####` (Cobbe et al. 2021, arXiv:2110.14168), compared by value."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+from verl.utils.reward_score.text import final_part
+
+# Digits with optional thousands commas and decimals; a full stop or comma after the number is punctuation.
+_NUMBER = r"[-+\u2212]?\s?\$?\s?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?"
+_MARKED = re.compile(rf"####\s*({_NUMBER})(?![\d/]|[.,]\d)")
+_ANY = re.compile(r"(?<![\w.])[-+\u2212]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<![\w.])[-+\u2212]?\$?\.\d+")
+
+
+def compute_score(
+    solution_str: str, ground_truth: Any, *, method: str = "strict", format_score: float = 0.0, score: float = 1.0
+) -> float:
+    """`score` for the right number, `format_score` for a wrong one, 0.0 where there is none.
+
+    Args:
+        solution_str: the model's answer; only what follows the last `</think>` counts.
+        ground_truth: a number, or GSM8K's own solution text that ends in `#### <number>`.
+        method: "strict" takes the number behind the last `####`, "flexible" the last number anywhere.
+        format_score: the score of a wrong number.
+        score: the score of the right number.
+
+    Raises:
+        ValueError: the ground truth is not a number, or the method is unknown.
+    """
+    if method not in ("strict", "flexible"):
+        raise ValueError(f"reward.reward_kwargs.method={method} is unknown for GSM8K; use strict or flexible")
+    right = _value(str(ground_truth).rpartition("####")[2])
+    if right is None:
+        raise ValueError(f"ground_truth={str(ground_truth)[-80:]!r} is not a number; GSM8K rows need one")
+    answer = extract_answer(solution_str, method=method)
+    if answer is None:
+        return 0.0
+    return score if answer == right else format_score
+
+
+def extract_answer(solution_str: str, *, method: str = "strict") -> Decimal | None:
+    """The number that the answer gives, or None; see `compute_score` for `method`."""
+    text = final_part(solution_str)
+    if method == "flexible":
+        found = _ANY.findall(text)
+        return _value(found[-1]) if found else None
+    if "####" not in text:
+        return None
+    match = _MARKED.match(text, text.rindex("####"))
+    return _value(match.group(1)) if match else None
+
+
+def _value(text: str) -> Decimal | None:
+    cleaned = re.sub(r"[\s,$]", "", text.strip()).replace("\u2212", "-").rstrip(".%")
+    try:
+        number = Decimal(cleaned)
+    except InvalidOperation:
+        return None
+    return number if number.is_finite() else None

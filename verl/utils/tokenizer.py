@@ -1,0 +1,69 @@
+"""Loading a Hugging Face tokenizer so that what is wrong with it shows at once, not in the middle of a run."""
+
+import logging
+import re
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+_MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+def hf_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory or of a Hugging Face model id, with a padding token.
+
+    A tokenizer without one pads with its end-of-sequence token: attention masks come from lengths, so the choice only
+    has to be a valid id.
+
+    Args:
+        path: a directory (`~` is expanded), or a model id such as "Qwen/Qwen3-0.6B".
+        trust_remote_code: whether Python files of the model may be run; never asked for on the terminal.
+
+    Raises:
+        FileNotFoundError: `path` is no directory and cannot be a model id.
+        ValueError: the tokenizer does not load, has an empty vocabulary, or has neither a pad nor an eos token.
+    """
+    directory = Path(path).expanduser()
+    local = directory.is_dir()
+    if not local and (directory.exists() or not _MODEL_ID.fullmatch(str(path))):
+        problem = "is a file" if directory.exists() else "does not exist"
+        raise FileNotFoundError(
+            f"model path {str(path)!r} {problem}: give a model directory or a Hugging Face model id"
+        )
+    name = str(directory) if local else str(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the tokenizers library raises bare Exception for a damaged tokenizer.json
+        raise ValueError(_load_failure(name, local, error)) from error
+    if len(tokenizer) <= len(tokenizer.get_added_vocab()):
+        raise ValueError(
+            f"model path {name!r}: the tokenizer's vocabulary is empty, so its files (tokenizer.json, or vocab.json "
+            "and merges.txt, or tokenizer.model) are missing; copy them next to the weights"
+        )
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"model path {name!r}: the tokenizer has neither a pad_token nor an eos_token; "
+                "set one of them in tokenizer_config.json"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+        logger.info("the tokenizer of %s has no pad token; padding with its eos token %r", name, tokenizer.eos_token)
+    return tokenizer
+
+
+def _load_failure(name: str, local: bool, error: Exception) -> str:
+    first_line = (str(error).strip().splitlines() or [""])[0]
+    cause = f"{type(error).__name__}: {first_line}"
+    if "trust_remote_code" in str(error):
+        return (
+            f"model path {name!r}: its tokenizer is Python code that comes with the model. If you trust it, set "
+            "data.trust_remote_code=True and actor_rollout_ref.model.trust_remote_code=True"
+        )
+    if local:
+        return (
+            f"model path {name!r}: the tokenizer does not load ({cause}); check that tokenizer.json and "
+            "tokenizer_config.json are there and whole"
+        )
+    return f"model path {name!r} is no directory here, and its tokenizer cannot be fetched as a model id ({cause})"

@@ -1,0 +1,85 @@
+"""What the trainer needs from an engine, whatever shards the model underneath."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from verl.protocol import DataProto
+from verl.workers.engine.micro_batch import MicroBatching
+
+
+class LossFn(Protocol):
+    """The loss of one micro-batch of b samples, responses padded to T.
+
+    Loss and metrics are added up over micro-batches and ranks: divide by the mini-batch's denominators, not by the
+    micro-batch's.
+    """
+
+    def __call__(
+        self, log_probs: torch.Tensor, entropy: torch.Tensor, columns: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss and metrics, from float32 [b, T] that are 0 where response_mask is 0, and the batch's [b, T] columns."""
+        ...
+
+
+class TrainEngine(ABC):
+    """A model spread over the ranks of a process group. Every method is collective: all ranks call it, in one order."""
+
+    @abstractmethod
+    def forward_backward(
+        self, mini_batch: DataProto, loss_fn: LossFn, micro_batching: MicroBatching, *, entropy_grad: bool = False
+    ) -> dict[str, float]:
+        """Accumulate the gradient of `loss_fn` over this rank's share of a mini-batch.
+
+        Args:
+            mini_batch: columns input_ids, attention_mask [B, P+T], responses, response_mask [B, T] and what `loss_fn`
+                reads; meta_info `temperature`. Ranks may hold different numbers of samples, none included.
+            entropy_grad: whether the loss differentiates the entropy.
+
+        Returns:
+            the metrics and `loss`, summed over micro-batches and ranks, equal on all ranks.
+
+        Raises:
+            NonFiniteError: the loss is NaN or infinite, on any rank; raised on all, gradients dropped.
+        """
+
+    @abstractmethod
+    def optimizer_step(self) -> dict[str, float]:
+        """Clip the gradient, step, and clear it. Returns `grad_norm` (before clipping) and `lr`.
+
+        Raises:
+            NonFiniteError: the gradient is NaN or infinite; raised on all ranks, no weight changed.
+        """
+
+    @abstractmethod
+    def schedule_step(self) -> None:
+        """Advance the learning-rate schedule by one training step."""
+
+    @abstractmethod
+    def log_probs(
+        self, data: DataProto, micro_batching: MicroBatching, *, calculate_entropy: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Log-probabilities of the responses and, if asked for, entropies: [B, T] float32 on the CPU, 0 where
+        response_mask is 0, in the order of `data`; columns and meta_info as in `forward_backward`."""
+
+    @abstractmethod
+    def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every weight under its checkpoint name and shape, whole, in the dtype of the master weights, one after the
+        other; a tied weight once. All ranks must exhaust it."""
+
+    @abstractmethod
+    def save(self, path: str | Path, contents: Sequence[str] = ("model", "optimizer", "extra")) -> None:
+        """Write a resumable state into directory `path`."""
+
+    @abstractmethod
+    def load(self, path: str | Path, contents: Sequence[str] = ("model", "optimizer", "extra")) -> None:
+        """Read what `save` wrote, with any number of ranks."""
+
+    @abstractmethod
+    def export_hf(self, path: str | Path) -> None:
+        """Write a Hugging Face model directory: config, generation config, tokenizer, safetensors."""

@@ -1,0 +1,91 @@
+"""Divides a batch among the ranks of a trainer: the driver's side, pure functions.
+
+What makes up a mini-batch depends on the order of the samples alone, never on the number of ranks: each shard carries
+the denominators of its whole mini-batch, so that the loss is the same whatever the split.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from verl.protocol import DataProto
+from verl.utils.seqlen_balancing import balanced_partition
+
+UPDATE_COLUMNS = (
+    "input_ids",
+    "attention_mask",
+    "responses",
+    "response_mask",
+    "old_log_probs",
+    "ref_log_prob",
+    "advantages",
+    "rollout_is_weights",
+)
+LOG_PROB_COLUMNS = ("input_ids", "attention_mask", "responses", "response_mask")
+
+
+def split_mini_batches(
+    data: DataProto,
+    mini_batch_size_samples: int,
+    dp_size: int,
+    *,
+    balance: bool = True,
+    loss_scale_factor: float | None = None,
+) -> list[list[DataProto]]:
+    """Cut into mini-batches of consecutive samples, and each of them among `dp_size` ranks.
+
+    Args:
+        data: a whole batch with the columns of an update; others are left behind, of the non-tensor ones all but `uid`.
+        mini_batch_size_samples: samples in a mini-batch over all ranks; the last may be smaller.
+        balance: even out the tokens of the ranks; otherwise consecutive runs of samples.
+        loss_scale_factor: divisor of `seq-mean-token-sum-norm` in tokens; by default the padded response width.
+
+    Returns:
+        for each rank, its share of each mini-batch. meta_info holds `global_tokens` and `global_sequences`, the
+        response tokens and the sequences with at least one of them in the whole mini-batch, and `loss_scale_factor`.
+    """
+    if mini_batch_size_samples < 1:
+        raise ValueError(f"mini_batch_size_samples={mini_batch_size_samples}: must be at least 1")
+    data = _only(data, UPDATE_COLUMNS)
+    ranks: list[list[DataProto]] = [[] for _ in range(dp_size)]
+    for start in range(0, len(data), mini_batch_size_samples):
+        mini_batch = data[start : start + mini_batch_size_samples]
+        tokens = mini_batch.batch["response_mask"].bool().sum(dim=-1)
+        width = mini_batch.batch["response_mask"].shape[-1]
+        denominators = {
+            "global_tokens": int(tokens.sum()),
+            "global_sequences": int((tokens > 0).sum()),
+            "loss_scale_factor": width if loss_scale_factor is None else loss_scale_factor,
+        }
+        for rank, part in enumerate(_partition(mini_batch, dp_size, balance)):
+            shard = mini_batch[part]
+            shard.meta_info = {**data.meta_info, **denominators}
+            ranks[rank].append(shard)
+    return ranks
+
+
+def split_even(data: DataProto, dp_size: int, balance: bool = True) -> tuple[list[DataProto], np.ndarray]:
+    """Divide a batch among ranks for a forward pass.
+
+    Returns:
+        the shards, holding the columns of a forward pass alone, and `inverse_order` [B] int64:
+        `DataProto.concat(results)[inverse_order]` is in the order of `data`.
+    """
+    parts = _partition(data, dp_size, balance)
+    data = _only(data, LOG_PROB_COLUMNS)
+    return [data[part] for part in parts], np.argsort(np.concatenate(parts), kind="stable")
+
+
+def _partition(data: DataProto, dp_size: int, balance: bool) -> list[np.ndarray]:
+    """Row numbers of each rank's share; sizes differ by at most one."""
+    if dp_size == 1 or not balance:
+        return np.array_split(np.arange(len(data), dtype=np.int64), dp_size)
+    lengths = data.batch["attention_mask"].sum(dim=-1).tolist()
+    return [np.asarray(part, dtype=np.int64) for part in balanced_partition(lengths, dp_size, equal_size=True)]
+
+
+def _only(data: DataProto, columns: tuple[str, ...]) -> DataProto:
+    return data.select(
+        batch_keys=[name for name in columns if name in data.batch.keys()],  # noqa: SIM118 (a TensorDict iterates its rows)
+        non_tensor_batch_keys=[name for name in ("uid",) if name in data.non_tensor_batch],
+    )

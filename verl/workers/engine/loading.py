@@ -1,0 +1,175 @@
+"""Loads a Hugging Face causal language model and shards it over the ranks with FSDP2.
+
+Only the first rank reads the checkpoint. The others build the model without storage and receive their shards, one
+parameter at a time, so that no more than one copy of the model is in a host's memory.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import init_empty_weights
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
+
+
+def parse_dtype(name: str, field: str) -> torch.dtype:
+    """The torch dtype of a config value such as `fp32` or `bfloat16`."""
+    if name not in _DTYPES:
+        raise ValueError(f"{field}={name!r} is not supported: use one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def load_sharded_model(
+    path: str,
+    *,
+    mesh: DeviceMesh,
+    device: torch.device,
+    dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    override_config: Mapping[str, Any] | None = None,
+    gradient_checkpointing: bool = False,
+    reshard_after_forward: bool = True,
+) -> PreTrainedModel:
+    """Read a model and shard it, one FSDP unit a decoder layer and one for the rest.
+
+    Args:
+        path: Hugging Face directory (or hub name).
+        mesh: one dimension, all ranks.
+        dtype: of the sharded parameters that the optimizer changes.
+        compute_dtype: of the gathered parameters and the activations.
+        override_config: replaces fields of the model's config; `attn_implementation` is the attention backend.
+        gradient_checkpointing: recompute a layer's activations in the backward pass.
+        reshard_after_forward: free a layer's gathered parameters between forward and backward.
+
+    Raises:
+        ValueError: the checkpoint lacks weights of the model or holds them in other shapes.
+    """
+    override = dict(override_config or {})
+    attention = override.pop("attn_implementation", None)  # None: the best that transformers finds
+    options = {
+        "config": read_config(path, trust_remote_code, override),
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
+        "attn_implementation": attention,
+    }
+    alone = mesh.size() == 1
+    source = read_checkpoint(path, **options) if mesh.get_rank() == 0 else None
+    if alone:
+        assert source is not None
+        model = source.to(device)
+    else:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(**options)
+        model.tie_weights()  # every parameter was replaced by one without storage
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    names = decoder_layer_names(model)
+    _shard(model, names, mesh, dtype, compute_dtype, reshard_after_forward)
+    if not alone:
+        model.to_empty(device=device)
+        _receive(model, source, mesh, device)
+    return model
+
+
+def read_config(path: str, trust_remote_code: bool, override: Mapping[str, Any]) -> PreTrainedConfig:
+    """The model's config with some fields replaced.
+
+    Raises:
+        ValueError: a field that this config does not have.
+    """
+    config, unused = AutoConfig.from_pretrained(
+        path, trust_remote_code=trust_remote_code, return_unused_kwargs=True, **override
+    )
+    unknown = sorted(set(unused) & set(override))
+    if unknown:
+        raise ValueError(
+            f"actor_rollout_ref.model.override_config: {type(config).__name__} has no {', '.join(unknown)}; see "
+            f"{path}/config.json for its fields"
+        )
+    return config
+
+
+def read_checkpoint(path: str, **options: Any) -> PreTrainedModel:
+    """`from_pretrained` that refuses to invent weights which the checkpoint lacks."""
+    model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
+        found = sorted(map(str, info.get(problem) or ()))
+        if found:
+            shown = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
+            raise ValueError(
+                f"actor_rollout_ref.model.path={path!r} does not fit its own config.json, {problem}: {shown}; "
+                "use a complete checkpoint of this architecture"
+            )
+    if info.get("unexpected_keys"):
+        logger.warning("%s: not used by the model: %s", path, sorted(info["unexpected_keys"])[:5])
+    return model
+
+
+def decoder_layer_names(model: PreTrainedModel) -> list[str]:
+    """Names of the repeated layers, outermost only, in the order of the model."""
+    classes = set(model._no_split_modules or ())
+    names: list[str] = []
+    for name, module in model.named_modules():
+        kind = type(module).__name__.removeprefix("FSDP")
+        if kind in classes and not any(name.startswith(f"{outer}.") for outer in names):
+            names.append(name)
+    return names
+
+
+def _shard(
+    model: PreTrainedModel,
+    layers: list[str],
+    mesh: DeviceMesh,
+    dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+    reshard_after_forward: bool,
+) -> None:
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if compute_dtype == dtype else compute_dtype, reduce_dtype=torch.float32
+    )
+    for name in layers:
+        layer = model.get_submodule(name)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # The loss is divided by the whole mini-batch's counts already: gradients are summed over ranks, not
+            # averaged. A plain sum is exact, which dividing by the ranks and multiplying again is only for powers of 2.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+@torch.no_grad()
+def _receive(model: PreTrainedModel, source: PreTrainedModel | None, mesh: DeviceMesh, device: torch.device) -> None:
+    """Fill the shards of all ranks from the first rank's whole model."""
+    group = mesh.get_group()
+    first = dist.get_global_rank(group, 0)
+    whole = dict(source.named_parameters()) if source is not None else {}
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter, DTensor)
+        if source is not None:
+            full = whole.pop(name).detach().to(device)
+        else:
+            full = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        shard = distribute_tensor(full, mesh, parameter.placements)
+        parameter.to_local().copy_(shard.to_local())
+    buffers = dict(source.named_buffers()) if source is not None else {}
+    for name, buffer in model.named_buffers():
+        if source is not None:
+            buffer.copy_(buffers[name])
+        dist.broadcast(buffer, src=first, group=group)
+    conversions = [getattr(source, "_weight_conversions", None)]
+    dist.broadcast_object_list(conversions, src=first, group=group, device=device)
+    model._weight_conversions = conversions[0]

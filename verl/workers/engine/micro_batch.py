@@ -1,0 +1,158 @@
+"""Cuts a rank's samples into micro-batches whose padding costs little.
+
+A sequence's real tokens are moved to the left and padded on the right to the longest of its micro-batch. Under causal
+attention no real token sees the padding behind it, so no attention mask is needed and positions simply count up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from verl.protocol import DataProto
+
+
+@dataclass(frozen=True)
+class MicroBatching:
+    """How much goes through the model at once; exactly one of the two is set.
+
+    Attributes:
+        size: samples.
+        max_tokens: tokens, padding included.
+    """
+
+    size: int | None = None
+    max_tokens: int | None = None
+
+    def __post_init__(self):
+        if (self.size is None) == (self.max_tokens is None):
+            raise ValueError(
+                f"micro-batching by size={self.size} samples and max_tokens={self.max_tokens}: set exactly one of the "
+                "two (*_micro_batch_size_per_gpu, or use_dynamic_bsz with *_max_token_len_per_gpu)"
+            )
+        limit = self.max_tokens if self.size is None else self.size
+        if limit < 1:
+            raise ValueError(f"micro-batching by size={self.size} or max_tokens={self.max_tokens}: must be positive")
+
+
+@dataclass
+class MicroBatch:
+    """b samples, left-aligned, with N response tokens.
+
+    Attributes:
+        input_ids: [b, S] int64.
+        rows: [b] int64, the samples' places in the rank's batch; empty for a micro-batch of no samples (then b is 1).
+        predictors: [N] int64, places in the flattened [b * S] of the positions that predict response tokens.
+        targets: [N] int64, those response tokens.
+        slots: [N] int64, their places in the flattened [b * T] of the responses.
+    """
+
+    input_ids: torch.Tensor
+    rows: torch.Tensor
+    predictors: torch.Tensor
+    targets: torch.Tensor
+    slots: torch.Tensor
+
+
+class AlignedBatch:
+    """A rank's samples with their real tokens moved to the left; makes micro-batches of them.
+
+    Args:
+        data: input_ids, attention_mask [B, P+T]; responses, response_mask [B, T].
+        device: where the tensors go.
+        pad_to_width: pad every micro-batch to P+T instead of to its longest sequence.
+    """
+
+    def __init__(self, data: DataProto, device: torch.device, *, pad_to_width: bool = False):
+        mask = data.batch["attention_mask"].to(device).bool()
+        self.columns = {}
+        self.response_mask = data.batch["response_mask"].to(device).bool()
+        self.num_samples, self.response_width = self.response_mask.shape
+        for name, column in data.batch.items():
+            if column.shape == self.response_mask.shape:
+                self.columns[name] = column.to(device)
+        self._device = device
+        self._width = mask.shape[1]
+        self._pad_to_width = pad_to_width
+        # stable: real tokens keep their order
+        order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)
+        self._input_ids = data.batch["input_ids"].to(device).gather(1, order)
+        place = mask.cumsum(dim=1) - 1
+        prompt_width = self._width - self.response_width
+        self._place = place[:, prompt_width:]
+        if bool((self.response_mask & ((self._place < 1) | ~mask[:, prompt_width:])).any()):
+            raise ValueError("response_mask marks a token that attention_mask hides or that has no token before it")
+        self.lengths = mask.sum(dim=1).cpu().numpy()
+
+    def micro_batches(self, limits: MicroBatching, group: dist.ProcessGroup | None) -> Iterator[MicroBatch]:
+        """The micro-batches, as many on each rank of `group`: without samples where this rank has too few."""
+        width = self._width if self._pad_to_width else None
+        plan = equalise(plan_micro_batches(self.lengths, limits, width), group, self._device)
+        for rows in plan:
+            yield self._build(rows)
+
+    def _build(self, rows: np.ndarray) -> MicroBatch:
+        if len(rows) == 0:
+            nothing = torch.empty(0, dtype=torch.int64, device=self._device)
+            return MicroBatch(self._input_ids.new_zeros(1, 2), nothing, nothing, nothing, nothing)
+        index = torch.as_tensor(rows, device=self._device)
+        length = self._width if self._pad_to_width else int(self.lengths[rows].max())
+        input_ids = self._input_ids[index, :length]
+        sample, column = self.response_mask[index].nonzero(as_tuple=True)
+        place = sample * length + self._place[index][sample, column]
+        return MicroBatch(
+            input_ids=input_ids,
+            rows=index,
+            predictors=place - 1,
+            targets=input_ids.reshape(-1)[place],
+            slots=sample * self.response_width + column,
+        )
+
+
+def plan_micro_batches(lengths: np.ndarray, limits: MicroBatching, width: int | None = None) -> list[np.ndarray]:
+    """Group samples of like length: a list of index arrays.
+
+    Args:
+        lengths: tokens of each sample.
+        width: tokens each sample is padded to; by default the longest of its micro-batch.
+
+    Raises:
+        ValueError: a sample alone exceeds `limits.max_tokens`.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    if limits.size is not None:
+        return [order[i : i + limits.size] for i in range(0, len(order), limits.size)]
+    plan, start = [], 0
+    while start < len(order):
+        cost = int(width or lengths[order[start]])
+        if cost > limits.max_tokens:
+            raise ValueError(
+                f"a sequence of {cost} tokens does not fit into *_max_token_len_per_gpu={limits.max_tokens} tokens: "
+                "raise that limit to at least data.max_prompt_length + data.max_response_length"
+            )
+        # sorted by length: the first is the longest, all are padded to it
+        count = limits.max_tokens // max(cost, 1)
+        plan.append(order[start : start + count])
+        start += count
+    return plan
+
+
+def equalise(plan: list[np.ndarray], group: dist.ProcessGroup | None, device: torch.device) -> list[np.ndarray]:
+    """The same samples in as many micro-batches as the rank with the most: every one is a collective operation."""
+    if group is None or dist.get_world_size(group) == 1:
+        return plan
+    count = torch.tensor([len(plan)], dtype=torch.int64, device=device)
+    dist.all_reduce(count, op=dist.ReduceOp.MAX, group=group)
+    plan = list(plan)
+    while len(plan) < int(count):
+        largest = max(range(len(plan)), key=lambda i: len(plan[i]), default=None)
+        if largest is None or len(plan[largest]) < 2:
+            plan.append(np.empty(0, dtype=np.int64))
+            continue
+        half = len(plan[largest]) // 2
+        plan[largest : largest + 1] = [plan[largest][:half], plan[largest][half:]]
+    return plan

@@ -1,0 +1,188 @@
+"""The user's reward function: load it from its file, call it, and read what it returns.
+
+Runs inside the reward worker processes, so it imports the standard library only.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import math
+import numbers
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
+PATH_KEY = "reward.custom_reward_function.path"
+NAME_KEY = "reward.custom_reward_function.name"
+KWARGS_KEY = "reward.reward_kwargs"
+
+
+class RewardFunctionError(ValueError):
+    """The configured reward function cannot be used: no such file or function, or it does not import."""
+
+
+class BadReturnError(ValueError):
+    """A reward function returned something that is not a score."""
+
+
+@dataclass(frozen=True)
+class ScoreFunction:
+    """A loaded reward function.
+
+    Attributes:
+        call: takes `ARGUMENTS` by keyword; the reward kwargs are already bound.
+        is_async: calling it gives an awaitable.
+        prepare: called with a data source before its first sample is scored, so that slow imports of the built-in
+            scorers are not charged to a sample's time limit; None for a user's function.
+    """
+
+    call: Callable[..., Any]
+    is_async: bool
+    prepare: Callable[[str], None] | None = None
+
+
+def load_function(path: str | None, name: str, reward_kwargs: Mapping[str, Any]) -> ScoreFunction:
+    """Load `name` from the Python file `path`; `path=None` gives the built-in scorers, chosen by data source.
+
+    Raises:
+        RewardFunctionError: the file is missing or does not import, it has no such function, or the function cannot
+            be called with the four arguments and `reward_kwargs` as keywords.
+    """
+    prepare = None
+    if path is None:
+        from verl.utils import reward_score
+
+        function, where, prepare = reward_score.default_compute_score, "the built-in scorers", reward_score.prepare
+    else:
+        function, where = _function_in(_import_file(path), name, path), f"{name} in {path}"
+    kwargs = dict(reward_kwargs)
+    clash = sorted(set(kwargs) & set(ARGUMENTS))
+    if clash:
+        raise RewardFunctionError(f"{KWARGS_KEY}: {', '.join(clash)} is set for every sample; choose another name")
+    _check_signature(function, where, kwargs)
+
+    def call(**sample: Any) -> Any:
+        return function(**sample, **kwargs)
+
+    target = function if inspect.isroutine(function) else getattr(function, "__call__", function)  # noqa: B004
+    return ScoreFunction(call, inspect.iscoroutinefunction(target), prepare)
+
+
+def check_path(path: str) -> str:
+    """The absolute path of a reward file; raises RewardFunctionError when there is no such file."""
+    absolute = os.path.abspath(os.path.expanduser(path))
+    if not os.path.isfile(absolute):
+        raise RewardFunctionError(f"{PATH_KEY}={path}: no such file (looked for {absolute}); give a Python file")
+    return absolute
+
+
+def _import_file(path: str) -> Any:
+    path = check_path(path)
+    folder, file_name = os.path.split(path)
+    module_name = "verl_reward_" + "".join(c if c.isalnum() else "_" for c in os.path.splitext(file_name)[0])
+    if folder not in sys.path:
+        # Last, so that a file beside the reward function can be imported but never hides an installed package.
+        sys.path.append(folder)
+    loader = importlib.machinery.SourceFileLoader(module_name, path)
+    spec = importlib.util.spec_from_file_location(module_name, path, loader=loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    try:
+        loader.exec_module(module)
+    except BaseException as error:
+        summary = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        at = f", line {lines[-1]}" if lines else ""
+        raise RewardFunctionError(f"{PATH_KEY}={path} does not import ({file_name}{at}): {summary}") from error
+    return module
+
+
+def _function_in(module: Any, name: str, path: str) -> Callable[..., Any]:
+    function = getattr(module, name, None)
+    if callable(function):
+        return function
+    found = sorted(
+        key
+        for key, value in vars(module).items()
+        if callable(value) and not key.startswith("_") and getattr(value, "__module__", None) == module.__name__
+    )
+    there = f"it has {', '.join(found)}" if found else "it has no function at all"
+    what = "is not a function" if hasattr(module, name) else "does not exist"
+    raise RewardFunctionError(f"{NAME_KEY}={name} {what} in {path}: {there}; set {NAME_KEY} to one of its functions")
+
+
+def _check_signature(function: Callable[..., Any], where: str, kwargs: Mapping[str, Any]) -> None:
+    try:
+        signature = inspect.signature(function)
+    except ValueError:
+        return
+    try:
+        signature.bind(**dict.fromkeys(ARGUMENTS), **kwargs)
+    except TypeError as error:
+        raise RewardFunctionError(
+            f"{where} takes {signature} and cannot be called with the keywords "
+            f"{', '.join([*ARGUMENTS, *kwargs])}: {error}; change its arguments or {KWARGS_KEY}"
+        ) from error
+
+
+def read_return(value: Any) -> tuple[float, dict[str, Any]]:
+    """Split what a reward function returned into the score and plain extra values.
+
+    A bare number also appears as the extra value `acc`, which validation reports.
+
+    Returns:
+        The finite score, and a dict of None, bool, int, float, str, and lists and dicts of these.
+
+    Raises:
+        BadReturnError: not a number and not a dict with a `score`; NaN or infinite; an extra value of another type.
+    """
+    if isinstance(value, Mapping):
+        if "score" not in value:
+            keys = ", ".join(map(str, list(value)[:10]))
+            raise BadReturnError(f"the reward function returned a dict without 'score' (keys: {keys})")
+        extra = {str(key): plain(item, str(key)) for key, item in value.items() if key != "score"}
+        return _finite(value["score"]), extra
+    score = _finite(value)
+    return score, {"acc": score}
+
+
+def _finite(value: Any) -> float:
+    shown = repr(value)[:80]
+    number = value.item() if hasattr(value, "item") and getattr(value, "size", 1) != 0 else value
+    if not isinstance(number, numbers.Real):
+        raise BadReturnError(
+            f"the reward function returned {shown} ({type(value).__name__}) as the score; return a float, "
+            "or a dict with a float 'score'"
+        )
+    try:
+        score = float(number)
+    except OverflowError:
+        score = math.inf
+    if not math.isfinite(score):
+        raise BadReturnError(f"the reward function returned the score {shown}; a score must be finite")
+    return score
+
+
+def plain(value: Any, key: str) -> Any:
+    """`value` as built-in types only, so that no class of the user's file has to exist in the process that reads it."""
+    if value is None or isinstance(value, bool):
+        return value
+    for kind in (int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, Mapping):
+        return {str(name): plain(item, f"{key}.{name}") for name, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item, key) for item in value]
+    if hasattr(value, "tolist"):  # NumPy and torch, scalars included
+        return plain(value.tolist(), key)
+    raise BadReturnError(
+        f"the reward function returned the extra value '{key}' of type {type(value).__name__}; "
+        "use numbers, strings, lists or dicts"
+    )

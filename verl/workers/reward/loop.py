@@ -1,0 +1,223 @@
+"""The reward loop: `await loop.score(...)` for each sample as it finishes, and the counts of a step.
+
+A scorer that raises, hangs or returns no score gives its sample 0.0 and a count; a step in which every sample fails
+ends the run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import pickle
+import threading
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from verl.workers.reward.function import KWARGS_KEY, RewardFunctionError, check_path
+from verl.workers.reward.pool import Outcome, RewardError, WorkerPool
+from verl.workers.reward.worker import Setup
+
+if TYPE_CHECKING:
+    from verl.trainer.config import RewardConfig
+
+_LOG = logging.getLogger(__name__)
+
+MANAGERS = ("naive",)
+PLANNED_MANAGERS = ("dapo", "gdpo")
+_MOST_WORKERS = 8
+
+
+@dataclass(frozen=True)
+class RewardResult:
+    """The score of one sample.
+
+    Attributes:
+        score: finite; 0.0 when `error` is set.
+        extra: what the function returned beside `score`, as built-in types; empty when `error` is set. A function that
+            returns a bare number gives `{"acc": score}`.
+        error: None, "exception", "timeout" or "bad_return".
+        seconds: time spent scoring, without the wait for a free worker.
+        detail: the traceback or reason of the error.
+    """
+
+    score: float
+    extra: dict[str, Any]
+    error: str | None
+    seconds: float
+    detail: str = ""
+
+
+class RewardLoop:
+    """Scores samples in worker processes, for callers on any asyncio event loop, without ever blocking it.
+
+    A plain function scores one sample at a time per worker. An async function runs on an event loop in each worker, up
+    to 256 samples at once; something that it keeps in a module variable (a semaphore, a session) exists once a worker.
+
+    Args:
+        config: the `reward` section: `custom_reward_function.path` (null: the built-in scorers) and `.name`,
+            `reward_kwargs` (keywords passed on), `num_workers` (null: one a core, at most 8), `timeout` (seconds that a
+            sample may take, counted from when its scoring starts), `reward_manager.name`.
+        num_workers: takes the place of `config.num_workers`.
+        data_sources: built-in scorers to import while the workers start, rather than at their first sample; one that
+            has no built-in scorer is reported at once. Unused with a function of the user's.
+
+    Raises:
+        RewardFunctionError: the function's file or name is wrong, it does not import, or it takes other arguments.
+        NotImplementedError: a reward manager that is not supported yet.
+        ValueError: another setting is out of its range.
+    """
+
+    def __init__(
+        self, config: RewardConfig, *, num_workers: int | None = None, data_sources: Iterable[str] = ()
+    ) -> None:
+        _check_manager(config.reward_manager.name)
+        timeout = float(config.timeout)
+        if not 0 < timeout < float("inf"):
+            raise ValueError(f"reward.timeout={config.timeout}: give the seconds that scoring one sample may take, > 0")
+        count = config.num_workers if num_workers is None else num_workers
+        if count is None:
+            count = min(_MOST_WORKERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
+        if count < 1:
+            raise ValueError(f"reward.num_workers={count}: give at least 1, or null for one a core (at most 8)")
+        path = config.custom_reward_function.path
+        self._setup = Setup(
+            path=None if path is None else check_path(path),
+            name=config.custom_reward_function.name or "compute_score",
+            reward_kwargs=dict(config.reward_kwargs or {}),
+            timeout=timeout,
+            data_sources=tuple(dict.fromkeys(data_sources)),
+        )
+        self._lock = threading.Lock()
+        self._first_detail: str | None = None
+        self.begin_step()
+        try:
+            pickle.dumps(self._setup)
+        except (pickle.PicklingError, TypeError, AttributeError) as error:
+            raise ValueError(f"{KWARGS_KEY} must hold plain values: {error}") from error
+        self._pool = WorkerPool(self._setup, count)
+        self._finalizer = weakref.finalize(self, self._pool.close)
+
+    async def score(self, data_source: str, solution_str: str, ground_truth: Any, extra_info: Any) -> RewardResult:
+        """Score one sample; it waits for a free worker, then has `timeout` seconds.
+
+        Raises:
+            RewardError: the loop is closed, or its workers cannot be restarted.
+        """
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Outcome] = loop.create_future()
+
+        def settle(outcome: Outcome | BaseException) -> None:
+            if future.done():
+                return
+            if isinstance(outcome, BaseException):
+                future.set_exception(outcome)
+            else:
+                future.set_result(outcome)
+
+        def deliver(outcome: Outcome | BaseException) -> None:
+            try:
+                loop.call_soon_threadsafe(settle, outcome)
+            except RuntimeError:
+                _LOG.debug("a reward came after its event loop was closed")
+
+        job = self._pool.submit((data_source, solution_str, ground_truth, extra_info), deliver)
+        try:
+            outcome = await future
+        except asyncio.CancelledError:
+            job.cancelled = True
+            raise
+        self._count(outcome, data_source)
+        return RewardResult(outcome.score, outcome.extra, outcome.error, outcome.seconds, outcome.detail)
+
+    def begin_step(self) -> None:
+        """Start the counts of a new step."""
+        with self._lock:
+            self._num_samples = self._num_errors = self._num_timeouts = 0
+            self._seconds_sum = self._seconds_max = 0.0
+            self._step_detail: str | None = None
+
+    def step_metrics(self) -> dict[str, float]:
+        """Counts since `begin_step`: samples whose scorer failed or timed out, and seconds per sample."""
+        with self._lock:
+            return {
+                "reward/num_errors": float(self._num_errors),
+                "reward/num_timeouts": float(self._num_timeouts),
+                "reward/seconds_mean": self._seconds_sum / max(self._num_samples, 1),
+                "reward/seconds_max": self._seconds_max,
+            }
+
+    def check_step(self) -> None:
+        """Raise RewardError if there were samples since `begin_step` and scoring failed for every one of them."""
+        with self._lock:
+            failed = self._num_errors + self._num_timeouts
+            if failed == 0 or failed < self._num_samples:
+                return
+            what = self._setup.path or "the built-in scorers"
+            raise RewardError(
+                f"scoring failed for all {failed} samples of this step ({self._num_errors} errors, "
+                f"{self._num_timeouts} timeouts of {self._setup.timeout:g} s) with {what}; the first: "
+                f"{self._step_detail}"
+            )
+
+    def close(self) -> None:
+        """End the worker processes and whatever they started; may be called twice."""
+        self._finalizer()
+
+    def worker_pids(self) -> list[int]:
+        """Process ids of the workers."""
+        return self._pool.pids()
+
+    def _count(self, outcome: Outcome, data_source: str) -> None:
+        detail = outcome.detail
+        if outcome.error == "timeout":
+            detail = f"no score within reward.timeout={self._setup.timeout:g} s"
+        first = False
+        with self._lock:
+            self._num_samples += 1
+            self._num_timeouts += outcome.error == "timeout"
+            self._num_errors += outcome.error in ("exception", "bad_return")
+            self._seconds_sum += outcome.seconds
+            self._seconds_max = max(self._seconds_max, outcome.seconds)
+            if outcome.error is not None:
+                self._step_detail = self._step_detail or detail
+                first = self._first_detail is None
+                self._first_detail = self._first_detail or detail
+        if first:
+            _LOG.error(
+                "reward: %s while scoring a sample of data_source=%s; it gets 0.0. Further failures are only counted "
+                "(reward/num_errors, reward/num_timeouts). The first one:\n%s",
+                outcome.error,
+                data_source,
+                detail,
+            )
+
+
+def _check_manager(name: str) -> None:
+    if name in MANAGERS:
+        return
+    if name in PLANNED_MANAGERS:
+        raise NotImplementedError(f"reward.reward_manager.name={name} is not supported yet: it is planned; use naive")
+    planned = ", ".join(PLANNED_MANAGERS)
+    raise ValueError(f"reward.reward_manager.name={name} is unknown; use naive (not supported yet: {planned})")
+
+
+def extra_columns(results: Sequence[RewardResult]) -> dict[str, list[Any]]:
+    """The extra values of a batch as columns, one value a sample.
+
+    A sample without a value gets 0.0 in a column of numbers when its scoring failed (it scored nothing), else None.
+    """
+    keys = dict.fromkeys(key for result in results for key in result.extra)
+    columns: dict[str, list[Any]] = {}
+    for key in keys:
+        present = [result.extra[key] for result in results if key in result.extra]
+        numeric = all(isinstance(value, int | float) for value in present)
+        columns[key] = [
+            result.extra.get(key, 0.0 if numeric and result.error is not None else None) for result in results
+        ]
+    return columns
+
+
+__all__ = ["RewardError", "RewardFunctionError", "RewardLoop", "RewardResult", "extra_columns"]

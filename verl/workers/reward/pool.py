@@ -1,0 +1,358 @@
+"""The processes that score samples, and the one driver thread that feeds them, times them and replaces them.
+
+Why not a general process pool: a sample that hangs must cost its own time limit and nothing else. Here samples travel
+in small groups for speed, and still each has its own limit; async functions run in these processes too, so a coroutine
+that blocks its event loop can be killed; and a worker is a fresh interpreter that never imports the driver's main
+module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import mmap
+import os
+import pickle
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any, NamedTuple
+
+from verl.workers.reward.function import RewardFunctionError
+from verl.workers.reward.worker import NOBODY, SLOT, Setup
+
+_LOG = logging.getLogger(__name__)
+
+START_SECONDS = 300.0
+"""Longest that a worker may take to import the reward function."""
+RECEIVE_SECONDS = 60.0
+"""Longest that a worker may take to receive samples and import their scorers."""
+ASYNC_GRACE_SECONDS = 0.5
+"""An event loop that is not blocked reports a timeout itself; it is killed when it stays silent this much longer."""
+ASYNC_IN_FLIGHT = 256
+"""Most coroutines on one worker at a time; keeps connections below the usual limit of 1024 open files."""
+_GROUP_SECONDS = 0.01
+_GROUP_SAMPLES = 64
+_SOCKET_SECONDS = 10
+_EXIT_SECONDS = 1.0
+
+
+class RewardError(RuntimeError):
+    """Scoring cannot go on: every sample of a step failed, or the reward workers cannot be (re)started."""
+
+
+class Outcome(NamedTuple):
+    """One scored sample. `error` is None, "exception", "timeout" or "bad_return"; `detail` its traceback or reason."""
+
+    score: float
+    extra: dict[str, Any]
+    error: str | None
+    detail: str
+    seconds: float
+
+
+Deliver = Callable[[Outcome | BaseException], None]
+
+
+class _Job:
+    __slots__ = ("cancelled", "deliver", "payload")
+
+    def __init__(self, payload: bytes, deliver: Deliver) -> None:
+        self.payload = payload
+        self.deliver = deliver
+        self.cancelled = False
+
+
+class _Worker:
+    """One worker process and what the driver knows about it; `running` keeps the order in which samples were sent."""
+
+    def __init__(self, setup: bytes) -> None:
+        ours, theirs = socket.socketpair()
+        with tempfile.TemporaryFile() as slot, theirs:
+            slot.truncate(SLOT.size)
+            self.slot = mmap.mmap(slot.fileno(), SLOT.size)
+            SLOT.pack_into(self.slot, 0, NOBODY)
+            for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
+                ours.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", _SOCKET_SECONDS, 0))
+            self.process = subprocess.Popen(
+                _command(theirs.fileno(), slot.fileno()),
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+                pass_fds=(theirs.fileno(), slot.fileno()),
+                start_new_session=True,
+            )
+        self.connection = Connection(ours.detach())
+        self.ready = self.is_async = self.receiving = False
+        self.running: dict[int, _Job] = {}
+        self.heard = time.monotonic()
+        with contextlib.suppress(BrokenPipeError):  # it has died already, which the socket will tell
+            self.connection.send_bytes(setup)
+
+    def limit(self, timeout: float) -> float | None:
+        """The longest silence, in seconds, that this worker is allowed now; None while it has nothing to do."""
+        if not self.ready:
+            return START_SECONDS
+        if not self.running:
+            return None
+        if self.receiving and not self.is_async:
+            return RECEIVE_SECONDS
+        return timeout + (ASYNC_GRACE_SECONDS if self.is_async else 0.0)
+
+    def culprits(self) -> list[int]:
+        """The samples to blame when this worker had to be killed or died: the one being computed, where known."""
+        if not self.is_async:
+            return list(self.running)[:1]
+        (current,) = SLOT.unpack_from(self.slot, 0)
+        return [current] if current in self.running else list(self.running)
+
+    def kill(self) -> int:
+        """End the process with everything it started; returns its exit code."""
+        with contextlib.suppress(ProcessLookupError):  # not yet reaped, so the group id cannot be anyone else's
+            os.killpg(self.process.pid, signal.SIGKILL)
+        code = self.process.wait()
+        self.connection.close()
+        return code
+
+
+def _command(socket_fd: int, slot_fd: int) -> list[str]:
+    code = (
+        f"import sys; sys.path[:] = {sys.path!r}; from verl.workers.reward.worker import main; "
+        f"main({socket_fd}, {slot_fd}, {os.getpid()})"
+    )
+    return [sys.executable, "-c", code]
+
+
+class WorkerPool:
+    """`num_workers` processes that score with the function of `setup`.
+
+    Raises:
+        RewardFunctionError: the function does not load.
+    """
+
+    def __init__(self, setup: Setup, num_workers: int) -> None:
+        self._setup = setup
+        self._pickled_setup = pickle.dumps(setup)
+        self._num_workers = num_workers
+        self._waiting: deque[_Job] = deque()
+        self._numbers = itertools.count()
+        self._workers: list[_Worker] = []
+        self._mean_seconds: float | None = None
+        self._broken: RewardError | None = None
+        self._closing = False
+        self._lock = threading.Lock()
+        self._settled = threading.Event()
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_write, False)
+        # The workers are tied to the life of the thread that starts them, so that thread lives as long as the pool.
+        self._thread = threading.Thread(target=self._run, name="reward-pool", daemon=True)
+        self._thread.start()
+        self._settled.wait()
+        if self._broken is not None:
+            broken = self._broken
+            self.close()
+            raise RewardFunctionError(str(broken))
+
+    def submit(self, sample: tuple[str, str, Any, Any], deliver: Deliver) -> _Job:
+        """Queue a sample; `deliver` is called on the pool's thread, once, with an Outcome or a RewardError.
+
+        Set `cancelled` on the returned job to drop it.
+        """
+        job = _Job(pickle.dumps(sample), deliver)
+        with self._lock:
+            if self._broken is not None or self._closing:
+                raise self._broken or RewardError("the reward workers are closed")
+            self._waiting.append(job)
+        self._wake()
+        return job
+
+    def pids(self) -> list[int]:
+        """Process ids of the workers."""
+        return [worker.process.pid for worker in tuple(self._workers)]
+
+    def close(self) -> None:
+        """End every worker process; samples still waiting get a RewardError."""
+        with self._lock:
+            if self._closing:
+                return
+            self._closing = True
+        self._wake()
+        self._thread.join()
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # the pipe is full of wake-ups already
+            os.write(self._wake_write, b"w")
+
+    def _run(self) -> None:
+        try:
+            while not self._closing:
+                if self._broken is None:
+                    while len(self._workers) < self._num_workers:
+                        self._workers.append(_Worker(self._pickled_setup))
+                    self._dispatch()
+                self._listen()
+                self._enforce_limits()
+        except BaseException as error:
+            _LOG.exception("the reward pool's thread failed")
+            self._break(f"the reward pool's thread failed: {error!r}")
+            raise
+        finally:
+            self._shut_down()
+
+    def _dispatch(self) -> None:
+        ready = sorted((worker for worker in self._workers if worker.ready), key=lambda worker: len(worker.running))
+        if not self._waiting or not ready:
+            return
+        share = -(-len(self._waiting) // len(ready))
+        for worker in ready:
+            if worker.is_async:
+                size = min(share, ASYNC_IN_FLIGHT - len(worker.running))
+            else:
+                size = 0 if worker.running else min(share, self._group_size())
+            if size > 0:
+                self._send(worker, size)
+
+    def _group_size(self) -> int:
+        """Quick samples travel together, up to about `_GROUP_SECONDS` of work; slow ones alone, so none waits long."""
+        if self._mean_seconds is None:
+            return 1
+        return max(1, min(_GROUP_SAMPLES, int(_GROUP_SECONDS / max(self._mean_seconds, 1e-9))))
+
+    def _send(self, worker: _Worker, size: int) -> None:
+        batch = []
+        while self._waiting and len(batch) < size:
+            job = self._waiting.popleft()
+            if not job.cancelled:
+                number = next(self._numbers)
+                batch.append((number, job))
+        if not batch:
+            return
+        if not worker.running:
+            worker.heard = time.monotonic()
+        worker.running.update(batch)
+        worker.receiving = True
+        try:
+            worker.connection.send([(number, job.payload) for number, job in batch])
+        except OSError:  # it died, or its end has not been emptied for `_SOCKET_SECONDS`
+            self._replace(worker, "exception", "the reward worker does not receive samples")
+
+    def _listen(self) -> None:
+        now = time.monotonic()
+        ends = [
+            worker.heard + limit for worker in self._workers if (limit := worker.limit(self._setup.timeout)) is not None
+        ]
+        readable = wait(
+            [self._wake_read, *(worker.connection for worker in self._workers)],
+            timeout=max(0.0, min(ends) - now) if ends else None,
+        )
+        if self._wake_read in readable:
+            os.read(self._wake_read, 4096)
+        for worker in [worker for worker in self._workers if worker.connection in readable]:
+            self._receive(worker)
+
+    def _receive(self, worker: _Worker) -> None:
+        try:
+            while True:
+                self._handle(worker, worker.connection.recv())
+                if not worker.connection.poll(0):
+                    return
+        except (EOFError, OSError):
+            pass
+        if worker not in self._workers:
+            return  # its own message has ended it
+        if worker.ready:
+            self._replace(worker, "exception", "")
+        else:
+            code = self._drop(worker)
+            self._break(f"a reward worker ended ({_ending(code)}) while loading {self._setup.path}")
+
+    def _handle(self, worker: _Worker, message: tuple[Any, ...]) -> None:
+        worker.heard = time.monotonic()
+        kind, *rest = message
+        if kind == "done":
+            number, *outcome = rest
+            result = Outcome(*outcome)
+            mean = self._mean_seconds
+            self._mean_seconds = result.seconds if mean is None else 0.9 * mean + 0.1 * result.seconds
+            job = worker.running.pop(number)
+            job.deliver(result)
+        elif kind == "start":
+            worker.receiving = False
+        elif kind == "ready":
+            worker.ready, (worker.is_async,) = True, rest
+            self._settled.set()
+        else:
+            self._drop(worker)
+            self._break(rest[0])
+
+    def _enforce_limits(self) -> None:
+        for worker in tuple(self._workers):
+            limit = worker.limit(self._setup.timeout)
+            if limit is None or time.monotonic() - worker.heard < limit or worker.connection.poll(0):
+                continue
+            if worker.ready:
+                self._replace(worker, "timeout", "")
+            else:
+                self._drop(worker)
+                self._break(f"{self._setup.path} took more than {START_SECONDS:g} s to import")
+
+    def _replace(self, worker: _Worker, error: str, detail: str) -> None:
+        """Kill a worker; the sample it was computing fails, the others that it held go back to the queue's head."""
+        seconds = time.monotonic() - worker.heard
+        blamed = worker.culprits()
+        code = self._drop(worker)
+        if error == "exception":
+            detail = detail or f"the reward function ended its process ({_ending(code)})"
+        for number in blamed:
+            worker.running.pop(number).deliver(Outcome(0.0, {}, error, detail, seconds))
+        with self._lock:
+            self._waiting.extendleft(reversed(worker.running.values()))
+
+    def _drop(self, worker: _Worker) -> int:
+        self._workers.remove(worker)
+        return worker.kill()
+
+    def _break(self, reason: str) -> None:
+        """Give up: nothing can be scored any more."""
+        with self._lock:
+            self._broken = self._broken or RewardError(reason)
+            orphans = [*self._waiting, *(job for worker in self._workers for job in worker.running.values())]
+            self._waiting.clear()
+        for worker in self._workers:
+            worker.running.clear()
+        for job in orphans:
+            job.deliver(self._broken)
+        self._settled.set()
+
+    def _shut_down(self) -> None:
+        """Let idle workers leave by themselves (the user's exit handlers run); kill the busy ones."""
+        for worker in [worker for worker in self._workers if worker.running or not worker.ready]:
+            for number in list(worker.running):
+                worker.running.pop(number).deliver(RewardError("the reward workers are closed"))
+            self._drop(worker)
+        self._break("the reward workers are closed")
+        deadline = time.monotonic() + _EXIT_SECONDS
+        for worker in self._workers:
+            with socket.socket(fileno=os.dup(worker.connection.fileno())) as end:
+                end.shutdown(socket.SHUT_WR)
+        for worker in tuple(self._workers):
+            while wait([worker.connection], timeout=max(0.0, deadline - time.monotonic())):
+                try:
+                    worker.connection.recv_bytes()
+                except (EOFError, OSError):
+                    break
+            self._drop(worker)
+
+
+def _ending(code: int) -> str:
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

@@ -1,0 +1,252 @@
+"""A reward worker process: receives samples over a socket, scores them, and sends each result as it is done.
+
+Started by `pool.py` as a fresh interpreter, so neither the driver's threads nor its imports come along. Everything the
+user's function can do to a process (hang, crash, exit, fill memory) happens here and not in the driver.
+
+Messages in: first `Setup`, then lists of (id, pickled sample). Messages out, as tuples: ("ready", is_async) or
+("failed", text) once; ("start",) when a list has been received; ("done", id, score, extra, error, detail, seconds).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import mmap
+import os
+import pickle
+import signal
+import struct
+import sys
+import threading
+import time
+import traceback
+import types
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+from verl.workers.reward.function import ARGUMENTS, BadReturnError, ScoreFunction, load_function, read_return
+
+MAX_EXTRA_BYTES = 16 * 2**20
+_DETAIL_CHARACTERS = 8000
+SLOT = struct.Struct("q")
+NOBODY = -1
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a worker needs to know before its first sample; `timeout` is in seconds per sample."""
+
+    path: str | None
+    name: str
+    reward_kwargs: dict[str, Any]
+    timeout: float
+    data_sources: tuple[str, ...] = ()
+
+
+def main(socket_fd: int, slot_fd: int, parent_pid: int) -> None:
+    """Serve until the driver closes its end of the socket, or dies."""
+    os.set_inheritable(socket_fd, False)
+    os.set_inheritable(slot_fd, False)
+    end_with_parent(parent_pid)
+    connection = Connection(socket_fd)
+    slot = mmap.mmap(slot_fd, SLOT.size)
+    try:
+        setup = connection.recv()
+    except EOFError:
+        return
+    try:
+        function = load_function(setup.path, setup.name, setup.reward_kwargs)
+        _prepare(function, setup.data_sources)
+    except Exception as error:  # noqa: BLE001 - the driver raises it, worded
+        connection.send(("failed", str(error)))
+        return
+    connection.send(("ready", function.is_async))
+    try:
+        if function.is_async:
+            asyncio.run(_AsyncServer(connection, function, setup.timeout, slot).serve())
+        else:
+            _serve_sync(connection, function)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return  # the driver is gone or has closed the pool
+
+
+def end_with_parent(parent_pid: int) -> None:
+    """Have the kernel kill this process when its parent dies, even in the middle of a loop that never ends.
+
+    Elsewhere than on Linux, only the closed socket ends the worker, after the sample that it is working on.
+    """
+    if sys.platform != "linux":
+        return
+    import ctypes
+
+    pr_set_pdeathsig = 1
+    if ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, int(signal.SIGKILL), 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed in a reward worker")
+    if os.getppid() != parent_pid:  # it died before the call above
+        os._exit(1)
+
+
+def _prepare(function: ScoreFunction, data_sources: Iterable[str]) -> None:
+    """Import what the scorers of these sources need; raises what the scorer would for a source that has none."""
+    if function.prepare is None:
+        return
+    for data_source in data_sources:
+        function.prepare(data_source)
+
+
+def _serve_sync(connection: Connection, function: ScoreFunction) -> None:
+    while True:
+        batch = connection.recv()
+        if function.prepare is not None:
+            # A source that cannot be prepared says so when its sample is scored.
+            with contextlib.suppress(Exception):
+                _prepare(function, {pickle.loads(payload)[0] for _, payload in batch})
+        connection.send(("start",))
+        for number, payload in batch:
+            begin = time.perf_counter()
+            outcome = score_one(function, payload)
+            send_done(connection, number, outcome, time.perf_counter() - begin)
+
+
+Outcome = tuple[float, dict[str, Any], str | None, str]
+
+
+def score_one(function: ScoreFunction, payload: bytes) -> Outcome:
+    """Score one pickled sample, turning whatever the function does wrong into an error of this sample."""
+    try:
+        value = function.call(**_arguments(payload))
+        if inspect.isawaitable(value):  # a plain function that hands back a coroutine
+            value = asyncio.run(_finish(value))
+        return *read_return(value), None, ""
+    except BaseException as error:  # noqa: BLE001 - sys.exit() in a user's function is an error of the sample as well
+        return _failure(error)
+
+
+async def _finish(value: Awaitable[Any]) -> Any:
+    return await value
+
+
+def _arguments(payload: bytes) -> dict[str, Any]:
+    return dict(zip(ARGUMENTS, pickle.loads(payload), strict=True))
+
+
+def _failure(error: BaseException) -> Outcome:
+    if isinstance(error, BadReturnError):
+        return 0.0, {}, "bad_return", str(error)
+    # The first two frames are this file's and the wrapper's; a user wants to see their own.
+    trace = error.__traceback__
+    for _ in range(2):
+        trace = trace.tb_next if trace is not None and trace.tb_next is not None else trace
+    text = "".join(traceback.format_exception(type(error), error, trace))
+    return 0.0, {}, "exception", text[-_DETAIL_CHARACTERS:]
+
+
+def send_done(connection: Connection, number: int, outcome: Outcome, seconds: float) -> None:
+    """Send one result; extra values beyond `MAX_EXTRA_BYTES` make it an error, since every sample's are kept."""
+    message = pickle.dumps(("done", number, *outcome, seconds))
+    if len(message) > MAX_EXTRA_BYTES:
+        size = len(message) / 2**20
+        text = f"the reward function returned {size:.0f} MiB; at most {MAX_EXTRA_BYTES // 2**20} MiB are kept a sample"
+        message = pickle.dumps(("done", number, 0.0, {}, "bad_return", text, seconds))
+    connection.send_bytes(message)
+
+
+class _AsyncServer:
+    """Scores with an async function: every sample received is a task on this process's event loop."""
+
+    def __init__(self, connection: Connection, function: ScoreFunction, timeout: float, slot: mmap.mmap) -> None:
+        self._connection = connection
+        self._function = function
+        self._timeout = timeout
+        self._slot = slot
+        self._tasks: set[asyncio.Task] = set()
+
+    async def serve(self) -> None:
+        """Run until the driver closes the socket."""
+        SLOT.pack_into(self._slot, 0, NOBODY)
+        loop = asyncio.get_running_loop()
+        closed = loop.create_future()
+
+        def receive() -> None:
+            # A thread, so that the socket is emptied (and the driver never blocked) while a coroutine blocks the loop.
+            while True:
+                try:
+                    batch = self._connection.recv()
+                except (EOFError, OSError):
+                    loop.call_soon_threadsafe(closed.set_result, None)
+                    return
+                loop.call_soon_threadsafe(self._begin, batch)
+
+        threading.Thread(target=receive, name="reward-receive", daemon=True).start()
+        await closed
+        for task in tuple(self._tasks):
+            task.cancel()
+
+    def _begin(self, batch: list[tuple[int, bytes]]) -> None:
+        self._connection.send(("start",))
+        for number, payload in batch:
+            task = asyncio.get_running_loop().create_task(self._score(number, payload))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _score(self, number: int, payload: bytes) -> None:
+        loop = asyncio.get_running_loop()
+        begin = time.perf_counter()
+        done = False
+
+        def finish(outcome: Outcome) -> None:
+            nonlocal done
+            if not done:
+                done = True
+                send_done(self._connection, number, outcome, time.perf_counter() - begin)
+
+        task = asyncio.current_task()
+        assert task is not None
+
+        def expire() -> None:
+            # The result goes out at once: a coroutine that ignores its cancellation would otherwise hold it back.
+            finish((0.0, {}, "timeout", ""))
+            task.cancel()
+
+        timer = loop.call_later(self._timeout, expire)
+        try:
+            value = await _stepwise(self._function.call(**_arguments(payload)), self._mark(number))
+            finish((*read_return(value), None, ""))
+        except asyncio.CancelledError as error:
+            finish(_failure(error))
+        except BaseException as error:  # noqa: BLE001 - sys.exit() in a user's function is an error of the sample too
+            finish(_failure(error))
+        finally:
+            timer.cancel()
+
+    def _mark(self, number: int) -> Callable[[bool], None]:
+        def mark(running: bool) -> None:
+            SLOT.pack_into(self._slot, 0, number if running else NOBODY)
+
+        return mark
+
+
+@types.coroutine
+def _stepwise(awaitable: Awaitable[Any], mark: Callable[[bool], None]) -> Iterator[Any]:
+    """Await `awaitable`, telling `mark` when its code holds the loop and when it gives it back.
+
+    The driver reads that mark when this process falls silent: it knows which of the samples in flight blocks the loop.
+    """
+    steps = awaitable.__await__()
+    send: Callable[..., Any] = steps.send
+    argument: Any = None
+    while True:
+        mark(True)
+        try:
+            waiting = send(argument)
+        except StopIteration as stop:
+            return stop.value
+        finally:
+            mark(False)
+        try:
+            send, argument = steps.send, (yield waiting)
+        except BaseException as error:  # noqa: BLE001 - thrown into the user's coroutine, as await does
+            send, argument = steps.throw, error
