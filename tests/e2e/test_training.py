@@ -8,13 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fixtures.training import TinyRun, alive, descendants
+from fixtures.training import TinyRun, alive, descendants, orphaned_shared_memory
 
 pytestmark = pytest.mark.e2e
-
-
-def shared_memory():
-    return set(os.listdir("/dev/shm"))
 
 
 def prompts_of(directory):
@@ -26,7 +22,7 @@ def prompts_of(directory):
 
 def test_a_run_leaves_log_checkpoint_and_model_and_nothing_else(tmp_path):
     run = TinyRun(tmp_path)
-    before = shared_memory()
+    before = orphaned_shared_memory()
     text = run.run(
         trainer__val_before_train=True,
         trainer__test_freq=2,
@@ -66,7 +62,7 @@ def test_a_run_leaves_log_checkpoint_and_model_and_nothing_else(tmp_path):
     assert (run.out / "latest_checkpointed_iteration.txt").read_text().strip() == "2"
     dumped = prompts_of(tmp_path / "dumps")
     assert sorted(dumped) == [1, 2] and all(len(set(rows)) == 8 and len(rows) == 32 for rows in dumped.values())
-    assert shared_memory() <= before
+    assert orphaned_shared_memory() <= before
 
 
 def test_two_ranks_and_two_replicas_train_like_one(tmp_path):
@@ -94,7 +90,8 @@ def test_killed_at_any_moment_it_goes_on_from_the_last_whole_checkpoint_with_the
     family = descendants(process.pid)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert alive(family, within=30) == []
+    # Ray's own agents look for their parent every few seconds only.
+    assert alive(family, within=90) == []
     saved = int((broken.out / "latest_checkpointed_iteration.txt").read_text())
     assert saved >= 3
 
@@ -110,7 +107,7 @@ def test_killed_at_any_moment_it_goes_on_from_the_last_whole_checkpoint_with_the
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_and_sigterm_end_cleanly(tmp_path, number, status):
     run = TinyRun(tmp_path)
-    before = shared_memory()
+    before = orphaned_shared_memory()
     process = run.start(trainer__total_training_steps=1000)
     run.wait_for(lambda: (run.out / "metrics.jsonl").exists() and len(run.metrics()) >= 2, process)
     family = descendants(process.pid)
@@ -118,7 +115,7 @@ def test_ctrl_c_and_sigterm_end_cleanly(tmp_path, number, status):
     os.kill(process.pid, number)
     assert process.wait(60) == status, run.log.read_text()[-3000:]
     assert alive(family) == []
-    assert shared_memory() <= before
+    assert orphaned_shared_memory() <= before
     assert "Traceback" not in run.log.read_text()
 
 

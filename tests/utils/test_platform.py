@@ -70,7 +70,7 @@ def test_auto_finds_an_npu(tmp_path, installed):
 )
 def test_a_device_that_cannot_be_used_says_why(tmp_path, installed, device, nodes, torch, words):
     installed(torch=torch)
-    with pytest.raises(ValueError, match=f"trainer.device={device}: .*{words}"):
+    with pytest.raises(ValueError, match=rf"trainer.device={device}: .*{words}"):
         detect_device(device, root=machine(tmp_path, *nodes))
 
 
@@ -85,7 +85,7 @@ def test_hidden_devices_do_not_count(tmp_path, monkeypatch, installed):
 
 
 def test_an_unknown_device():
-    with pytest.raises(ValueError, match="trainer.device=tpu"):
+    with pytest.raises(ValueError, match=r"trainer\.device=tpu"):
         detect_device("tpu")
     with pytest.raises(ValueError, match="tpu"):
         dist_backend("tpu")

@@ -4,13 +4,14 @@ import json
 import pickle
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from fixtures.tiny import CHARS, write_char_tokenizer
+from verl.trainer.config import CustomClassConfig, DataConfig
+from verl.utils.dataset import prompts
 from verl.utils.dataset.files import count_rows
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn, create_rl_dataset, load_dataset_class
 from verl.utils.tokenizer import hf_tokenizer
@@ -22,21 +23,7 @@ def tokenizer(tmp_path_factory):
 
 
 def data_config(**over):
-    values = {
-        "prompt_key": "prompt",
-        "max_prompt_length": 64,
-        "truncation": "error",
-        "filter_overlong_prompts": False,
-        "filter_overlong_prompts_workers": 1,
-        "shuffle": False,
-        "seed": None,
-        "apply_chat_template_kwargs": {},
-        "custom_cls": SimpleNamespace(path=None, name=None),
-        "reward_fn_key": "data_source",
-        "return_raw_chat": True,
-    }
-    assert set(over) <= set(values)
-    return SimpleNamespace(**values | over)
+    return DataConfig(**{"max_prompt_length": 64, "shuffle": False} | over)
 
 
 def user(text):
@@ -208,10 +195,10 @@ def test_filtering_drops_exactly_the_overlong(tmp_path, tokenizer):
     assert [len(item["prompt_token_ids"]) for item in data] == [3, 4, 5, 6]
 
 
-def test_filtering_with_processes_gives_the_same(tmp_path, tokenizer):
-    rows = [row("x" * (i % 17), i) for i in range(1100)]
-    path = parquet(tmp_path / "x.parquet", rows)
-    kept = [i for i in range(1100) if i % 17 + 2 <= 9]
+def test_filtering_with_processes_gives_the_same(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(prompts, "_ROWS_PER_JOB", 10)  # 21 jobs: three waves for two workers, the last job short
+    path = parquet(tmp_path / "x.parquet", [row("x" * (i % 17), i) for i in range(207)])
+    kept = [i for i in range(207) if i % 17 + 2 <= 9]
     config = data_config(filter_overlong_prompts=True, max_prompt_length=9, filter_overlong_prompts_workers=2)
     data = RLHFDataset(path, tokenizer, config)
     assert [data[i]["index"] for i in range(len(data))] == kept
@@ -422,7 +409,7 @@ NotAClass = 3
 def test_a_custom_class_builds_its_own_messages(tmp_path, tokenizer):
     (tmp_path / "mine.py").write_text(CUSTOM)
     path = parquet(tmp_path / "x.parquet", [{"question": "ab"}, {"question": ""}])
-    config = data_config(custom_cls=SimpleNamespace(path=str(tmp_path / "mine.py"), name="FromQuestion"))
+    config = data_config(custom_cls=CustomClassConfig(path=str(tmp_path / "mine.py"), name="FromQuestion"))
     data = create_rl_dataset(path, tokenizer, config, max_samples=-1)
     assert data[0]["prompt_token_ids"] == ids_of("ab") and data[0]["question"] == "ab"
     with pytest.raises(ValueError, match=r"x\.parquet, row 1 .*question is empty"):

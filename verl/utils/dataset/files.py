@@ -88,7 +88,7 @@ def data_paths(files: str | Path | Sequence[str | Path]) -> list[Path]:
     for path in paths:
         if not path.is_file():
             problem = "is a directory; list its files" if path.is_dir() else "does not exist; check the path"
-            raise FileNotFoundError(f"data file {path} {problem} in data.train_files or data.val_files")
+            raise FileNotFoundError(f"data file {path} {problem}")
         if path.suffix not in _SUFFIXES:
             raise ValueError(f"data file {path}: its suffix {path.suffix!r} is none of {', '.join(_SUFFIXES)}")
     return paths
