@@ -23,7 +23,7 @@ test-slow: setup ## the tests that are too slow for `make test`
 lint: setup ## ruff and the import contracts
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
-	.venv/bin/lint-imports
+	.venv/bin/lint-imports --no-cache
 
 format: setup ## let ruff mend what it can
 	$(python) -m ruff check --fix .

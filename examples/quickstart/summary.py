@@ -1,4 +1,4 @@
-"""Prints what a run did, from its metrics.jsonl: reward before and after, mismatch, seconds per stage, where it all is."""
+"""Prints what a run did, from its metrics.jsonl: reward before and after, mismatch, seconds, where things are."""
 
 import argparse
 import statistics

@@ -59,16 +59,23 @@ def test_rows_have_verls_columns_and_the_answer_is_the_word_backwards(prepared):
             assert json.loads(row["extra_info"]["entry"])["metadata"]["word"] == word
 
 
-def test_no_word_is_twice_anywhere(prepared):
-    assert max(Counter(words(prepared, "train") + words(prepared, "test")).values()) == 1
+def test_no_word_is_twice_anywhere(script, tmp_path):
+    # There are about a thousand words of three letters: drawn freely, some of the 400 would be the same.
+    script.write_data(tmp_path, script.Settings(min_word_len=3, max_word_len=3, train_rows=300, test_rows=100))
+    both = Counter(words(tmp_path, "train") + words(tmp_path, "test"))
+    assert both.total() == 400
+    assert max(both.values()) == 1
 
 
 def test_test_words_are_never_demonstrated(script, tmp_path, monkeypatch):
     demonstrated = set()
 
-    def record(word, noise, rng):
-        demonstrated.add(word)
-        return word[::-1]
+    original = script.demonstration
+
+    def record(word, words, noise, rng):
+        answer = original(word, words, noise, rng)
+        demonstrated.update([word, answer[::-1]])
+        return answer
 
     monkeypatch.setattr(script, "demonstration", record)
     settings = script.Settings(**{**SMALL, "warm_batch": 64, "warm_steps": 4})
@@ -95,14 +102,14 @@ def test_more_training_rows_leave_the_test_rows_alone(script, tmp_path):
     assert rows(tmp_path / "20", "test") == rows(tmp_path / "60", "test")
 
 
-def test_demonstrations_are_right_as_often_as_the_noise_says(script):
+def test_demonstrations_are_wrong_as_often_as_the_noise_says(script):
     rng = random.Random(3)
-    word = "abcde"
-    made = [script.demonstration(word, 0.6, rng) for _ in range(4000)]
-    right = sum(letter == wanted for answer in made for letter, wanted in zip(answer, "edcba", strict=True))
-    # A letter stays with probability 0.4, and one in five replacements is the right one again.
-    assert right / (5 * 4000) == pytest.approx(0.4 + 0.6 / 5, abs=0.02)
-    assert script.demonstration(word, 0.0, rng) == "edcba"
+    words = ["abcde", "fghij", "klmno", "pqrst"]
+    made = Counter(script.demonstration("abcde", words, 0.6, rng) for _ in range(4000))
+    assert set(made) == {"edcba", "jihgf", "onmlk", "tsrqp"}
+    # One wrong answer in four happens to be the word's own.
+    assert made["edcba"] / 4000 == pytest.approx(0.4 + 0.6 / 4, abs=0.03)
+    assert {script.demonstration("abcde", words, 0.0, rng) for _ in range(50)} == {"edcba"}
 
 
 def test_batch_labels_are_the_answers_only(script):

@@ -1,5 +1,6 @@
 """A directory with everything that a config needs to pass `check`, made without torch."""
 
+import functools
 import json
 import struct
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 MODEL_CONFIG = {
     "model_type": "qwen3",
@@ -102,10 +104,24 @@ def run_files(tmp_path):
 
 @pytest.fixture
 def plan_of(run_files):
-    """The plan of the valid command line with changes."""
-    from verl.trainer.config import check, load_config
+    """The plan of the valid config with changes."""
+    from verl.trainer.config import check
 
-    return lambda **changes: check(load_config(run_files.overrides(**changes)))
+    return lambda **changes: check(with_overrides(run_files.overrides(**changes)))
+
+
+def with_overrides(overrides):
+    """What `load_config` makes of them; without Hydra, whose composing takes most of a test's time."""
+    from verl.trainer.config import PPOConfig
+    from verl.trainer.config.build import convert, key_types
+
+    config = PPOConfig()
+    for override in overrides:
+        name, _, text = override.partition("=")
+        section, _, last = name.rpartition(".")
+        owner = functools.reduce(getattr, section.split(".") if section else [], config)
+        setattr(owner, last, convert(yaml.safe_load(text), key_types(PPOConfig)[name]))
+    return config
 
 
 @pytest.fixture

@@ -50,8 +50,10 @@ def test_memory_against_the_sum_by_hand(plan_of, run_files):
     assert abs(one.trainer_bytes - two.trainer_bytes - 8 * parameters) < MIB
     assert with_ref.trainer_bytes - one.trainer_bytes == 4 * parameters
     half = plan_of(**(fixed | {"actor_rollout_ref__rollout__dtype": "bfloat16"})).memory
-    # 256 requests of 32 tokens take a block of 128 tokens each: 257 x 128 x 2 layers x 2 x 2 heads x 8 x itemsize
-    assert one.cache_bytes == max(257 * 128 * 2 * 2 * 2 * 8 * 4, 64 * MIB)
+    # 8192 requests of 32 tokens take a block of 128 tokens each: keys and values of 2 layers with 2 heads of 8
+    many = plan_of(**fixed, actor_rollout_ref__rollout__max_num_seqs=8192).memory
+    assert many.cache_bytes == 8193 * 128 * 2 * 2 * 2 * 8 * 4
+    assert one.cache_bytes == 64 * MIB
     assert one.replica_bytes - half.replica_bytes == 2 * parameters + one.cache_bytes - half.cache_bytes
     assert one.total_bytes == one.trainer_bytes + one.replica_bytes + one.other_bytes
     assert two.total_bytes == 2 * two.trainer_bytes + 2 * two.replica_bytes + two.other_bytes

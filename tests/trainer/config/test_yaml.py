@@ -42,7 +42,7 @@ def test_the_files_are_as_written():
 
 
 UNITS = {
-    "prompts", "samples", "tokens", "seconds", "MiB", "steps", "training steps", "epochs", "processes", "ranks", "devices"
+    "prompts", "samples", "tokens", "seconds", "MiB", "training steps", "epochs", "processes", "ranks", "devices"
 }  # fmt: skip
 
 
@@ -62,5 +62,5 @@ def test_every_key_has_help_and_every_size_a_unit():
             "timeout",
             "max_model_len",
         )
-        if any(part in name.rsplit(".", 1)[-1] for part in sizes) and key.only is None and "dynamic" not in name:
+        if any(part in name.rsplit(".", 1)[-1] for part in sizes) and key.only is None and "ratio" not in name:
             assert key.unit or isinstance(field.default, bool), name

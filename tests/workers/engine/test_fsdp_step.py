@@ -7,11 +7,13 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from fixtures.engine_cases import (
     actor_config,
     export_program,
+    follow_program,
     fsdp_config,
     log_prob_program,
     make_batch,
@@ -247,26 +249,31 @@ def test_bfloat16_masters(models):
         assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
 
 
-def test_log_probs_follow_the_weights(models):
-    """FSDP keeps gathered parameters after a forward pass without a backward: the next one must not use them."""
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_log_probs_follow_the_weights(models, tmp_path, ranks):
+    """Through forward passes without a backward, steps and loads, whatever FSDP keeps gathered."""
     data, actor = make_batch(12), actor_config(optim=optim_config(lr=1e-2))
-
-    def program(rank):
-        engine = make_engine(models["qwen3"], actor=actor)
-        before, _ = engine.log_probs(data, ALL, calculate_entropy=False)
-        train(engine, split_mini_batches(data, 12, 1)[0], ALL, actor)
-        after, _ = engine.log_probs(data, ALL, calculate_entropy=False)
+    shards = split_mini_batches(data, 12, ranks)
+    programs = run_ranks(ranks, follow_program, models["qwen3"], data, shards, actor, str(tmp_path / "checkpoint"))
+    for before, trained, loaded, weights in programs:
         plain = AutoModelForCausalLM.from_pretrained(models["qwen3"])
-        missing, unexpected = plain.load_state_dict(dict(engine.export_weights()), strict=False)
+        missing, unexpected = plain.load_state_dict(weights, strict=False)
         assert missing == ["lm_head.weight"] and not unexpected
         plain.eval()
         with torch.no_grad():
             expected, _ = plain_log_probs(plain, data)
-        return before, after, expected
+        torch.testing.assert_close(trained, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(loaded, expected, rtol=0, atol=1e-5)
+        assert (trained - before).abs().max() > 1e-2
 
-    [(before, after, expected)] = run_ranks(1, program)
-    torch.testing.assert_close(after, expected, rtol=0, atol=1e-5)
-    assert (after - before).abs().max() > 1e-2
+
+def test_nothing_stays_gathered_after_log_probs(models):
+    def program(rank):
+        engine = make_engine(models["qwen3"])
+        engine.log_probs(make_batch(4), ALL, calculate_entropy=False)
+        return [name for name, parameter in engine.model.named_parameters() if not isinstance(parameter, DTensor)]
+
+    assert run_ranks(1, program) == [[]]
 
 
 def test_schedule_and_learning_rate(models):

@@ -149,22 +149,20 @@ def describe(hint: Any) -> str:
 
 
 def unknown_key(key: str, known: tuple[str, ...]) -> str:
-    """What is wrong with an unknown key, and which known one is nearest."""
+    """What is wrong with an unknown key, and which known ones are nearest."""
     near = nearest(key, known)
-    return f"{key}: there is no such key{f'; did you mean {near}?' if near else ', and none like it'}"
+    hint = f"; did you mean {' or '.join(near)}?" if near else ", and none like it"
+    return f"{key}: there is no such key{hint}"
 
 
-def nearest(key: str, known: tuple[str, ...]) -> str | None:
-    """The known key that `key` most probably stands for: like it as a whole, or with the same last part elsewhere."""
-    last = key.rsplit(".", 1)[-1]
-    same_last = [name for name in known if name.rsplit(".", 1)[-1] == last]
-    section = key.rsplit(".", 1)[0] + "."
-    siblings = [name for name in known if name.startswith(section)]
-    for candidates, cutoff in ((siblings, 0.8), (same_last, 0.0), (list(known), 0.6)):
-        found = difflib.get_close_matches(key, candidates, n=1, cutoff=cutoff)
-        if found:
-            return found[0]
-    return None
+def nearest(key: str, known: tuple[str, ...]) -> list[str]:
+    """What `key` probably stands for, at most two keys: one of the same name elsewhere, one of the same section."""
+    section, _, last = key.rpartition(".")
+    same_name = [name for name in known if name.rpartition(".")[2] == last]
+    siblings = {name.rpartition(".")[2]: name for name in known if section and name.rpartition(".")[0] == section}
+    found = [siblings[name] for name in difflib.get_close_matches(last, siblings, n=1, cutoff=0.6)]
+    found += difflib.get_close_matches(key, same_name, n=1, cutoff=0.0)
+    return found or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,9 @@ def from_hydra(composed: DictConfig, given: Collection[str] = ()) -> PPOConfig:
     """
     # A file may use another's keys through interpolation, old spellings included: resolve first, move then.
     try:
-        values: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=False)
+        # The defaults below: one may refer to other keys, and a user's file need not build on the framework's.
+        whole = OmegaConf.merge(dataclasses.asdict(PPOConfig()), composed)
+        values: Any = OmegaConf.to_container(whole, resolve=True, throw_on_missing=False)
     except OmegaConfBaseException as error:
         raise ConfigError([f"{getattr(error, 'full_key', None) or 'config'}: {str(error).splitlines()[0]}"]) from error
     values.pop("hydra", None)

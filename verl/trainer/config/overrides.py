@@ -33,6 +33,7 @@ def prepare(overrides: Sequence[str]) -> Prepared:
     """
     prepared, problems = Prepared(), []
     for text in overrides:
+        text = _quoted_home(text)
         try:
             override = OverridesParser.create().parse_override(text)
         except HydraException as error:
@@ -76,6 +77,12 @@ def _problem(override: Override, name: str) -> str | None:
 def _open_keys() -> list[str]:
     """Keys that hold a mapping with any names."""
     return [name for name, hint in build.key_types(PPOConfig).items() if "a mapping" in build.describe(hint)]
+
+
+def _quoted_home(text: str) -> str:
+    """Hydra takes no `~` in a value without quotes, where users mean their home directory."""
+    name, equals, value = text.partition("=")
+    return f"{name}={value!r}" if equals and value.startswith("~") else text
 
 
 def _value_text(text: str) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from typing import Any
 
-from verl.trainer.config.build import nearest
 from verl.trainer.config.ppo import PPOConfig
 from verl.trainer.config.schema import Key, key_of, show, walk
 
@@ -51,8 +51,8 @@ def _no_choice(key: Key, item: Any) -> str:
     if item in key.planned:
         return f": {item} is not supported yet; {key.use}"
     choices = [choice for choice in key.choices if choice is not None]
-    near = nearest(str(item), tuple(map(str, [*choices, *key.planned]))) if isinstance(item, str) else None
-    hint = f" (did you mean {near}?)" if near else ""
+    near = difflib.get_close_matches(str(item), [str(choice) for choice in [*choices, *key.planned]], n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
     known = f"use one of {', '.join(map(show, choices))}" if choices else key.use
     return f": {show(item)} is unknown{hint}; {known}"
 

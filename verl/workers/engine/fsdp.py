@@ -175,7 +175,7 @@ class FSDPEngine(TrainEngine):
         return log_probs, entropy
 
     def _reshard(self) -> None:
-        """Without a backward pass FSDP keeps its last unit gathered, and would use it on after a step or a load."""
+        """Free what FSDP keeps gathered after a forward pass, expecting a backward that does not come."""
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()

@@ -40,6 +40,11 @@ def batch():
     mask = (torch.rand(8, 6, generator=generator) > 0.3).long()
     mask[0] = 1
     mask[5] = 0
+    # between and beyond the bounds 0.8 and 1.28, with either sign of the advantage
+    ratios = torch.tensor([1.25, 1.5, 0.9, 0.7, 1.25, 0.7], dtype=torch.float64)
+    new[2] = old[2] + ratios.log()
+    advantages[2] = torch.tensor([1.0, 1.0, 1.0, 1.0, -1.0, -1.0], dtype=torch.float64)
+    mask[2] = 1
     return old, new, advantages, mask
 
 

@@ -55,9 +55,11 @@ def _top_level_names(tree: ast.Module) -> tuple[list[str], bool]:
             names += [
                 inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store)
             ]
-            pending += [
-                inner
-                for inner in ast.iter_child_nodes(node)
-                if isinstance(inner, ast.stmt) and isinstance(node, ast.If | ast.Try | ast.With)
-            ]
+            pending += [statement for body in _bodies(node) for statement in body]
     return names, open_ended
+
+
+def _bodies(node: ast.stmt) -> list[list[ast.stmt]]:
+    """The statements that an `if`, `try`, `with` or loop may run."""
+    bodies = [getattr(node, name, []) for name in ("body", "orelse", "finalbody")]
+    return bodies + [handler.body for handler in getattr(node, "handlers", [])]

@@ -1,0 +1,156 @@
+"""Replicas as actors: serving, the HTTP endpoint, a death in the middle, refusal after a broken update."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import urllib.error
+import urllib.request
+
+import pytest
+import ray
+from safetensors.torch import load_file
+
+from fixtures.tiny import write_tiny_model
+from verl.trainer.config import ModelConfig, RolloutConfig, ServerConfig
+from verl.workers.rollout.client import LLMServerClient
+from verl.workers.rollout.replica import ReplicaSet, vLLMReplica
+from verl.workers.rollout.types import NoReplicaLeft
+from verl.workers.rollout.vllm_rollout.engine_args import engine_environment
+from verl.workers.rollout.vllm_rollout.http_endpoint import bind
+from verl.workers.rollout.weight_sync.manifest import WeightUpdateError
+from verl.workers.rollout.weight_sync.sender import WeightSender
+from verl.workers.rollout.weight_sync.update import update_weights
+
+pytestmark = pytest.mark.e2e
+
+PROMPT = [1, 10, 11, 12, 45]
+SAMPLING = {"temperature": 1.0, "logprobs": 0, "ignore_eos": True, "max_tokens": 6}
+
+
+class Sender:
+    def __init__(self, weights):
+        self.weights, self.sender = weights, WeightSender(1 << 20)
+
+    async def begin_export(self, version):
+        self.sender.begin(version, self.weights.items())
+
+    async def next_bucket(self):
+        return self.sender.next_bucket()
+
+    async def finish_export(self):
+        return {"manifest": self.sender.manifest(), "seconds": self.sender.seconds}
+
+
+def replica(rank, model_dir, **server):
+    rollout = RolloutConfig(
+        tensor_model_parallel_size=1,
+        dtype="float32",
+        enforce_eager=True,
+        max_num_seqs=16,
+        server=ServerConfig(**server),
+    )
+    arguments = {
+        "rollout": rollout,
+        "model": ModelConfig(path=str(model_dir)),
+        "device": "cpu",
+        "dtype": "float32",
+        "prompt_length": 64,
+        "response_length": 64,
+    }
+    environment = engine_environment(device="cpu", threads=1, tensor_parallel_size=1)
+    return vLLMReplica(rank, arguments, {"num_cpus": 0, "runtime_env": {"env_vars": environment}})
+
+
+def post(base, key, body):
+    request = urllib.request.Request(
+        f"{base}/v1/completions",
+        data=json.dumps(body).encode(),
+        headers={"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, json.loads(response.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read() or b"{}")
+
+
+@pytest.fixture
+def ray_session():
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+async def test_two_replicas_from_start_to_death(tmp_path, ray_session):
+    model_dir = write_tiny_model(tmp_path / "model")
+    weights = load_file(model_dir / "model.safetensors")
+    reports = {}
+    replicas = [replica(0, model_dir), replica(1, model_dir, enable_http=True)]
+    pool = ReplicaSet(replicas, on_start=reports.__setitem__)
+    client = LLMServerClient(pool)
+    try:
+        await pool.start()
+
+        # Random weights are served to nobody: a request waits for the first update.
+        waiting = asyncio.ensure_future(client.generate(PROMPT, SAMPLING))
+        base, key = reports[1]["http"], reports[1]["api_key"]
+        body = {"model": str(model_dir), "prompt": PROMPT, "max_tokens": 4}
+        assert (await asyncio.to_thread(post, base, key, body))[0] == 503
+        assert not waiting.done()
+        await update_weights(Sender(weights), pool.alive, 7)
+        output = await waiting
+        assert len(output.token_ids) == len(output.log_probs) == 6
+        assert output.weight_versions == [7] * 6 and output.stop_reason == "length"
+
+        # The endpoint: on loopback, only with the key.
+        assert base.startswith("http://127.0.0.1:")
+        assert (await asyncio.to_thread(post, base, None, body))[0] == 401
+        status, answer = await asyncio.to_thread(post, base, key, body)
+        assert status == 200 and answer["choices"][0]["finish_reason"]
+
+        # A prompt without room, and an unknown sampling parameter, are errors of the request alone.
+        with pytest.raises(ValueError, match="leaves no room in max_model_len=128"):
+            await client.generate([5] * 128, SAMPLING)
+        with pytest.raises(ValueError, match="temprature"):
+            await client.generate(PROMPT, {"temprature": 1.0})
+
+        # A broken update: every replica refuses, over HTTP too, until a whole one comes.
+        missing = {name: tensor for name, tensor in weights.items() if "layers.1.mlp.gate_proj" not in name}
+        with pytest.raises(WeightUpdateError, match=r"layers\.1\.mlp"):
+            await update_weights(Sender(missing), pool.alive, 8)
+        with pytest.raises(NoReplicaLeft, match="version 8"):
+            await client.generate(PROMPT, SAMPLING)
+        assert (await asyncio.to_thread(post, base, key, body))[0] == 503
+        await update_weights(Sender(weights), pool.alive, 9)
+        assert (await client.generate(PROMPT, SAMPLING)).weight_versions[0] == 9
+
+        # A replica dies under its requests: they are answered by the other one.
+        long = {**SAMPLING, "max_tokens": 60}
+        running = [asyncio.ensure_future(client.generate(PROMPT, long)) for _ in range(12)]
+        await asyncio.sleep(0.02)
+        os.kill(reports[0]["pid"], signal.SIGKILL)
+        outputs = await asyncio.gather(*running)
+        assert all(len(output.token_ids) == 60 for output in outputs)
+        later = await asyncio.gather(*(client.generate(PROMPT, SAMPLING) for _ in range(4)))
+        assert all(output.weight_versions[0] == 9 for output in later)
+        assert [each.rank for each in pool.alive] == [1]
+
+        # Started again, it serves after the next update.
+        assert await pool.restart_dead() == 1
+        await update_weights(Sender(weights), pool.alive, 10)
+        assert len(pool.alive) == 2
+        outputs = await asyncio.gather(*(client.generate(PROMPT, SAMPLING) for _ in range(8)))
+        assert {output.weight_versions[0] for output in outputs} == {10}
+    finally:
+        await pool.stop()
+
+
+def test_a_port_in_use_is_named():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=rf"rollout.server.port={port} on 127.0.0.1: .*choose another port"):
+            bind("127.0.0.1", port)

@@ -1,0 +1,1 @@
+"""The command line, the config and the training loops."""
