@@ -23,6 +23,9 @@ if [ -z "$python" ] || ! suitable "$python"; then
     exit 1
 fi
 
+# The interpreter behind a virtual environment, lest an active .venv be asked to make itself anew.
+python="$("$python" -c 'import sys; print(sys._base_executable)')"
+
 if [ -f "$stamp" ] && suitable .venv/bin/python; then
     say "the lock has changed: bringing .venv up to date"
     rm -f "$stamp"
