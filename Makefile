@@ -3,7 +3,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 python := .venv/bin/python
 
-.PHONY: help setup quickstart test test-slow lint format bench lock
+.PHONY: help setup quickstart test contract lint format bench lock
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -14,11 +14,11 @@ setup: ## make .venv from the lock
 quickstart: setup ## train a tiny language model with GRPO, a few minutes on two cores
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" examples/quickstart/run.sh $(ARGS)
 
-test: setup lint ## lint and all tests but the slow ones
+test: setup lint ## lint and all tests but those of `make contract`
 	$(python) -m pytest -q $(ARGS)
 
-test-slow: setup ## the tests that are too slow for `make test`
-	$(python) -m pytest -q -m slow $(ARGS)
+contract: setup ## the code of three vllm-ascend releases under a stand-in for torch_npu; downloads them once
+	$(python) -m pytest -q -m contract tests/contract $(ARGS)
 
 lint: setup ## ruff and the import contracts
 	$(python) -m ruff check .
@@ -30,7 +30,7 @@ format: setup ## let ruff mend what it can
 	$(python) -m ruff format .
 
 bench: setup ## benchmarks; each prints a table
-	@for benchmark in benchmarks/bench_*.py; do $(python) $$benchmark || exit 1; done
+	@for benchmark in benchmarks/quantizer.py; do $(python) $$benchmark || exit 1; done
 
 lock: setup ## resolve requirements/cpu.lock anew
 	@scripts/lock.sh

@@ -9,6 +9,7 @@ import torch
 
 from verl.trainer.config import ActorRolloutRefConfig
 from verl.workers.actor import ActorWorker
+from verl.workers.rollout.quantization import get_scheme
 from verl.workers.rollout.weight_sync.manifest import dtype_from_name
 from verl.workers.rollout.weight_sync.sender import WeightSender
 
@@ -44,6 +45,7 @@ class TrainWorker:
         self._total_training_steps, self._with_ref, self._seed = total_training_steps, with_ref, seed
         self._send_dtype = dtype_from_name(rollout_dtype)
         self._sender: WeightSender | None = None
+        self._scheme = get_scheme(config.rollout, config.model.path)
 
     def rendezvous(self, loopback: bool) -> tuple[str, int]:
         """Address and free port where the ranks can meet this one."""
@@ -76,7 +78,7 @@ class TrainWorker:
         if self._sender is None:
             megabytes = self._config.rollout.checkpoint_engine.update_weights_bucket_megabytes
             self._sender = WeightSender(megabytes * _MIB)
-        self._sender.begin(version, self._weights())
+        self._sender.begin(version, self._encoded())
 
     def next_bucket(self) -> dict[str, Any]:
         """Fill and describe the next bucket."""
@@ -92,6 +94,16 @@ class TrainWorker:
         """Take part in gathering the shards that rank 0 sends."""
         for _ in self._weights():
             pass
+
+    def _encoded(self) -> Any:
+        weights = self._weights()
+        try:
+            yield from self._scheme.encode(weights)
+        except Exception:
+            # The other ranks gather to the end, and would wait there for this one.
+            for _ in weights:
+                pass
+            raise
 
     def _weights(self) -> Any:
         for name, tensor in self._actor.export_weights():

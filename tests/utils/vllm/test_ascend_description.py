@@ -10,7 +10,7 @@ import pytest
 from transformers import DeepseekV3Config, LlamaConfig, Qwen2Config, Qwen3Config, Qwen3MoeConfig, Qwen3VLConfig
 
 from fixtures.header_checkpoint import small_decoder, tensors_of_config, write_header_checkpoint
-from verl.utils.vllm.ascend_description import build_description
+from verl.utils.vllm.ascend_description import build_description, load_description
 
 MX, FLOAT = "W8A8_MXFP8", "FLOAT"
 
@@ -164,6 +164,30 @@ def test_latent_attention_keeps_what_vllm_ascend_absorbs(model_dir):
     prediction = {kind for key, kind in layers.items() if key.startswith("model.layers.5.")}
     assert prediction == {FLOAT}
     assert not description.is_quantised("model.layers.3.mlp.gate.e_score_correction_bias")
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "reason"),
+    [
+        ("DeepSeek-V3", "model.layers.0.self_attn.kv_b_proj", "vllm-ascend absorbs it into attention"),
+        ("DeepSeek-V3", "model.layers.5.self_attn.o_proj", "multi-token prediction layer"),
+        ("DeepSeek-V3", "model.layers.5.shared_head.head", "output head"),
+        ("DeepSeek-V3", "model.layers.3.mlp.gate", "router"),
+        ("Qwen3-VL-8B", "model.visual.blocks.0.attn.proj", "vision or audio tower"),
+        ("Qwen3-VL-8B", "model.language_model.embed_tokens", "embedding"),
+        ("Qwen3-0.6B", "model.norm", "vector"),
+    ],
+)
+def test_the_reason_is_given(model_dir, tmp_path, name, layer, reason):
+    description = build_description(model_dir(name))
+    assert description.layer(f"{layer}.weight").reason == reason
+    assert reason in description.table()
+    if reason == "vision or audio tower":
+        return  # its description's author may know better
+    path = tmp_path / "description.json"
+    path.write_text(json.dumps(description.to_json_dict() | {f"{layer}.weight": MX}))
+    with pytest.raises(ValueError, match=rf"{layer} .* cannot be \({reason}\)"):
+        load_description(path, model_dir(name))
 
 
 def test_the_encoder_is_told_by_parameter_name(model_dir):

@@ -21,6 +21,16 @@ def moe(tmp_path):
     return write_header_checkpoint(tmp_path / "moe", *small_decoder(experts=4))
 
 
+def test_outputs_of_attention_are_cut_along_their_inputs(tmp_path):
+    """o_proj has 64 inputs, down_proj 128: four ranks have 16 and 32."""
+    directory = write_header_checkpoint(tmp_path, *small_decoder())
+    with pytest.raises(
+        ValueError, match=r"self_attn.o_proj \[64, 64\] \(2 such\) has 64 inputs, 16 per rank"
+    ) as refused:
+        build_description(directory, tp_size=4)
+    assert "down_proj" not in str(refused.value)
+
+
 def test_column_parallel_inputs_need_not_divide(tmp_path):
     """Only down_proj is cut along its inputs, here 128 / 2; hidden_size 80 is no multiple of 32."""
     directory = write_header_checkpoint(tmp_path, *small_decoder(hidden_size=80))

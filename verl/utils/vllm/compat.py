@@ -5,11 +5,35 @@ Everything that reaches into vLLM for loading weights into a live engine is here
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Protocol
 
 import torch
 from torch import nn
+
+from verl.utils.vllm.write_log import WriteLog
+
+
+class LayerHooks(Protocol):
+    """Around loading: what a quantisation does to the layers that it keeps in a layout of its own."""
+
+    def begin(self, model: nn.Module) -> Mapping[str, nn.Module]:
+        """Bring its layers into their load layout, and return them by name: they are loaded in place."""
+
+    def finish(self, model: nn.Module) -> None:
+        """Bring them into their run-time layout."""
+
+
+class _Without:
+    """A model as vLLM's reload walks it, some of its layers left out."""
+
+    def __init__(self, model: nn.Module, left_out: Iterable[nn.Module]):
+        left_out = {id(layer) for layer in left_out}
+        self._layers = [layer for layer in model.modules() if id(layer) not in left_out]
+
+    def modules(self) -> Iterator[nn.Module]:
+        return iter(self._layers)
 
 
 class LayerwiseLoadSession:
@@ -20,24 +44,41 @@ class LayerwiseLoadSession:
     to us: a tied output head keeps the GEMM it packed from the old weights; experts on a CPU are not packed again, so
     that plain weights are read as packed ones; and a layer that was loaded in part is not an error.
 
+    Layers that `hooks` take care of are left out of the reload and written in place by their own loaders.
+
     Args:
         model: the engine's model.
         vllm_config: its `VllmConfig`.
         device: where its parameters live.
+        hooks: of the quantisation, if any.
     """
 
-    def __init__(self, model: nn.Module, vllm_config, device: torch.device):
+    def __init__(self, model: nn.Module, vllm_config, device: torch.device, hooks: LayerHooks | None = None):
         self._model = model
         self._vllm_config = vllm_config
         self._device = device
+        self._hooks = hooks
 
     def begin(self) -> None:
         """Put every layer back into its load layout."""
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
         _roll_back(self._model)
+        in_place = self._hooks.begin(self._model) if self._hooks is not None else {}
+        self._log = WriteLog(
+            {
+                f"{name}.{key}": parameter
+                for name, layer in in_place.items()
+                for key, parameter in layer._parameters.items()
+                if parameter is not None and key not in _never_loaded()
+            }
+        )
+        self._watch = self._log if in_place else nullcontext()
+        self._reloaded = _Without(self._model, in_place.values()) if in_place else self._model
         # Parameters before the reload: afterwards the layers hold stand-ins on the meta device.
-        self._owners = {name: layer for name, layer in self._model.named_modules() if layer._parameters}
+        self._owners = {
+            name: layer for name, layer in self._model.named_modules() if layer._parameters and name not in in_place
+        }
         self._parameter_ids = {
             name: {key: id(p) for key, p in layer._parameters.items() if p is not None}
             for name, layer in self._owners.items()
@@ -45,7 +86,7 @@ class LayerwiseLoadSession:
         self._written: set[int] = set()
         with self._context():
             _forget_packed_experts(self._model)
-            initialize_layerwise_reload(self._model)
+            initialize_layerwise_reload(self._reloaded)
         self._open = dict(self._owners)
 
     @torch.no_grad()
@@ -53,9 +94,23 @@ class LayerwiseLoadSession:
         """Load views of shared memory: what a layer still waits with is copied, so that the memory may be reused."""
         tensors = list(named_tensors)
         borrowed = {tensor.untyped_storage().data_ptr() for _, tensor in tensors}
-        with self._context():
-            self._model.load_weights(iter(tensors))
+        with self._context(), self._watch:
+            self._load(tensors)
         self._settle(borrowed)
+
+    def _load(self, tensors: list[tuple[str, torch.Tensor]]) -> None:
+        drawn: list[str] = []
+
+        def stream() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in tensors:
+                drawn.append(f"{name!r} {list(tensor.shape)}")
+                yield name, tensor
+
+        try:
+            self._model.load_weights(stream())
+        except (AssertionError, RuntimeError, ValueError, KeyError) as error:
+            # Loaders draw one tensor after the other, and most of their assertions say nothing.
+            raise ValueError(f"parameter {drawn[-1]}: {type(error).__name__}: {error}") from error
 
     def _settle(self, borrowed: set[int]) -> None:
         for name in list(self._open):
@@ -73,7 +128,7 @@ class LayerwiseLoadSession:
 
     def unwritten(self) -> list[str]:
         """Names of parameters (engine names) that hold less than a whole new value."""
-        names = []
+        names = self._log.unwritten()
         for name, layer in self._open.items():
             info = _layer_info(layer)
             expected = _expected_numel(layer)
@@ -95,7 +150,9 @@ class LayerwiseLoadSession:
 
         with self._context():
             tied = [layer for layer in self._open.values() if _layer_info(layer).load_numel <= 0]
-            finalize_layerwise_reload(self._model, self._vllm_config.model_config)
+            if self._hooks is not None:
+                self._hooks.finish(self._model)
+            finalize_layerwise_reload(self._reloaded, self._vllm_config.model_config)
             for layer in tied:
                 quant_method = getattr(layer, "quant_method", None)
                 if quant_method is not None and any(p is not None for p in layer._parameters.values()):
@@ -164,7 +221,9 @@ def _expected_numel(layer: nn.Module) -> int:
     return total
 
 
-def load_session(model: nn.Module, vllm_config, device: torch.device) -> LayerwiseLoadSession:
+def load_session(
+    model: nn.Module, vllm_config, device: torch.device, hooks: LayerHooks | None = None
+) -> LayerwiseLoadSession:
     """The way this vLLM takes new weights while it runs.
 
     Raises:
@@ -179,7 +238,7 @@ def load_session(model: nn.Module, vllm_config, device: torch.device) -> Layerwi
             f"vLLM {vllm.__version__} has no layer-wise weight reload (vllm.model_executor.model_loader.reload): "
             "use a release that has it, 0.23 or newer"
         ) from error
-    return LayerwiseLoadSession(model, vllm_config, device)
+    return LayerwiseLoadSession(model, vllm_config, device, hooks)
 
 
 async def openai_app(engine, model: str, *, api_key: str):

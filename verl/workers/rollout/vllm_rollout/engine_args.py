@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import os
+from collections.abc import Mapping
 from typing import Any
 
 from verl.trainer.config import ModelConfig, RolloutConfig
+from verl.trainer.config.estimate import cpu_cache_bytes
+from verl.trainer.config.model_files import read_model
+from verl.utils.vllm.npu_vllm_patch import npu_environment
 
-_GIB = 1 << 30
-# vLLM's own block size on a CPU, in tokens: a request's cache is rounded up to it.
-_CPU_BLOCK_TOKENS = 128
 _WORKER_EXTENSION = "verl.workers.rollout.vllm_rollout.worker_extension.WeightUpdateExtension"
 
 
@@ -28,12 +28,17 @@ def engine_args(
     prompt_length: int,
     response_length: int,
     seed: int,
+    quantization: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments for vLLM's `AsyncEngineArgs`; `rollout.engine_kwargs.vllm` has the last word.
 
     Args:
         dtype: torch dtype name the engine computes in.
         prompt_length, response_length: caps in tokens.
+        quantization: what the quantisation needs; of its dictionaries single entries can be overridden.
+
+    Raises:
+        ValueError: `engine_kwargs.vllm` overrides the quantisation.
     """
     length = max_model_len(rollout, prompt_length, response_length)
     arguments: dict[str, Any] = {
@@ -57,29 +62,39 @@ def engine_args(
     if device == "cpu":
         # In-process workers save a process and a hop per step; vLLM allows them for a single worker only.
         arguments["distributed_executor_backend"] = "uni" if rollout.tensor_model_parallel_size == 1 else "mp"
-        arguments["kv_cache_memory_bytes"] = cpu_cache_bytes(model.path, dtype, length, rollout.max_num_seqs)
+        # On a CPU vLLM would reserve a share of the whole machine's memory, which replicas and trainers share.
+        itemsize = 4 if dtype == "float32" else 2
+        arguments["kv_cache_memory_bytes"] = cpu_cache_bytes(
+            read_model(model.path), itemsize, length, rollout.max_num_seqs
+        )
     else:
         arguments["gpu_memory_utilization"] = rollout.gpu_memory_utilization
         arguments["enable_sleep_mode"] = rollout.free_cache_engine
         if rollout.cudagraph_capture_sizes:
             arguments["compilation_config"] = {"cudagraph_capture_sizes": list(rollout.cudagraph_capture_sizes)}
-    return arguments | dict(rollout.engine_kwargs.get("vllm") or {})
+    return _merged(arguments, quantization or {}, rollout.engine_kwargs.get("vllm") or {})
 
 
-def cpu_cache_bytes(model_path: str, dtype: str, tokens_per_request: int, max_requests: int) -> int:
-    """Key-value cache that holds `max_requests` full requests, between 64 MiB and 4 GiB.
-
-    On a CPU vLLM would reserve a share of the whole machine's memory, which replicas and trainers share.
-    """
-    config = json.loads((Path(model_path) / "config.json").read_text())
-    config = config.get("text_config", config)
-    heads = config["num_attention_heads"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    kv_heads = config.get("num_key_value_heads") or heads
-    itemsize = 4 if dtype == "float32" else 2
-    blocks = -(-tokens_per_request // _CPU_BLOCK_TOKENS) * max_requests + 1
-    wanted = blocks * _CPU_BLOCK_TOKENS * config["num_hidden_layers"] * 2 * kv_heads * head_dim * itemsize
-    return min(max(wanted, _GIB // 16), 4 * _GIB)
+def _merged(arguments: dict[str, Any], quantization: Mapping[str, Any], user: Mapping[str, Any]) -> dict[str, Any]:
+    merged = {**arguments, **quantization, **user}
+    for key, needed in quantization.items():
+        given = user.get(key)
+        if given is None or given == needed:
+            merged[key] = needed
+        elif isinstance(needed, Mapping) and isinstance(given, Mapping):
+            clash = next((name for name in needed if name in given and given[name] != needed[name]), None)
+            if clash is not None:
+                raise ValueError(
+                    f"actor_rollout_ref.rollout.engine_kwargs.vllm.{key}.{clash}={given[clash]!r}: "
+                    "actor_rollout_ref.rollout.quantization sets it; remove one of the two"
+                )
+            merged[key] = {**needed, **given}
+        else:
+            raise ValueError(
+                f"actor_rollout_ref.rollout.engine_kwargs.vllm.{key}={given!r}: actor_rollout_ref.rollout.quantization "
+                f"sets it to {needed!r}; remove one of the two"
+            )
+    return merged
 
 
 def engine_environment(*, device: str, threads: int, tensor_parallel_size: int) -> dict[str, str]:
@@ -97,4 +112,6 @@ def engine_environment(*, device: str, threads: int, tensor_parallel_size: int) 
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if tensor_parallel_size == 1 else "1",
         }
+    elif device == "npu":
+        environment |= npu_environment(os.environ)
     return environment

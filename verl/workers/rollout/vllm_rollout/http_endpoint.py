@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import logging
+import json
 import secrets
 import socket
 from collections.abc import Callable
 from typing import Any
 
 from verl.trainer.config import ServerConfig
-
-logger = logging.getLogger(__name__)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -34,6 +32,24 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+class RefuseWithoutWeights:
+    """ASGI middleware: requests for answers get status 503 while `refusal` gives a reason."""
+
+    def __init__(self, app: Any, refusal: Callable[[], str | None]):
+        self._app, self._refusal = app, refusal
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        asks = scope["type"] == "http" and scope["method"] == "POST" and scope["path"].startswith("/v1/")
+        reason = self._refusal() if asks else None
+        if reason is None:
+            await self._app(scope, receive, send)
+            return
+        body = json.dumps({"error": {"message": f"the replica serves nothing: {reason}"}}).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": 503, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+
 class HttpEndpoint:
     """Serves an engine over HTTP on the actor's event loop.
 
@@ -53,20 +69,12 @@ class HttpEndpoint:
     async def start(self, engine: Any, engine_arguments: Any) -> str:
         """Start serving; the base address, such as `http://127.0.0.1:34567`."""
         import uvicorn
-        from fastapi.responses import JSONResponse
 
         from verl.utils.vllm.compat import openai_app
 
         app = await openai_app(engine, engine_arguments.model, api_key=self.api_key)
-
-        @app.middleware("http")
-        async def refuse_without_weights(request: Any, call_next: Any) -> Any:
-            reason = self._refusal()
-            if reason is not None and request.url.path.startswith("/v1/") and request.method == "POST":
-                return JSONResponse({"error": {"message": f"the replica serves nothing: {reason}"}}, status_code=503)
-            return await call_next(request)
-
-        self._server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+        guarded = RefuseWithoutWeights(app, self._refusal)
+        self._server = uvicorn.Server(uvicorn.Config(guarded, log_level="warning", lifespan="off"))
         # The actor owns the process's signals.
         self._server.install_signal_handlers = lambda: None
         self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]))

@@ -19,13 +19,15 @@ import time
 from typing import Any
 
 from verl.trainer.config import ModelConfig, RolloutConfig
+from verl.utils.vllm.npu_vllm_patch import check_npu_environment
+from verl.workers.rollout.quantization import SCHEME_NAMES, get_scheme
 from verl.workers.rollout.types import ReplicaUnavailable, TokenOutput
 from verl.workers.rollout.vllm_rollout.engine_args import engine_args
 from verl.workers.rollout.weight_sync.manifest import WeightUpdateError
 
 logger = logging.getLogger(__name__)
 
-_SUPPORTED_QUANTIZATION = ["fp8", "torchao", "ascend"]
+_SUPPORTED_QUANTIZATION = list(SCHEME_NAMES)
 
 
 class vLLMHttpServer:
@@ -52,15 +54,9 @@ class vLLMHttpServer:
         response_length: int,
         seed: int = 0,
     ):
-        if rollout.quantization is not None:
-            if rollout.quantization not in _SUPPORTED_QUANTIZATION:
-                raise ValueError(
-                    f"actor_rollout_ref.rollout.quantization={rollout.quantization!r}: use null or one of "
-                    f"{_SUPPORTED_QUANTIZATION}"
-                )
-            raise NotImplementedError(
-                f"actor_rollout_ref.rollout.quantization={rollout.quantization!r} is not supported yet: use null"
-            )
+        if device == "npu":
+            check_npu_environment(os.environ, sleep_mode=rollout.free_cache_engine)
+        scheme = get_scheme(rollout, model.path)
         self._rollout = rollout
         self._model = model
         self._rank = replica_rank
@@ -74,6 +70,7 @@ class vLLMHttpServer:
             prompt_length=prompt_length,
             response_length=response_length,
             seed=seed + replica_rank,
+            quantization=scheme.engine_overrides(device),
         )
         self._version: int | None = None
         self._refusal: str | None = None
@@ -182,7 +179,7 @@ class vLLMHttpServer:
         self._refusal = None
         try:
             await self._engine.pause_generation(mode="wait", clear_cache=False)
-            await self._workers("verl_begin_update", version)
+            await self._workers("verl_begin_update", version, self._rollout.quantization)
         except BaseException as error:
             self._refuse(str(error))
             raise

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from verl.utils.vllm.compat import load_session
+from verl.workers.rollout.quantization import scheme_class
 from verl.workers.rollout.weight_sync.manifest import WeightUpdateError
 from verl.workers.rollout.weight_sync.receiver import WeightReceiver
 
@@ -22,11 +23,12 @@ class WeightUpdateExtension:
 
     _verl_receiver: WeightReceiver | None = None
 
-    def verl_begin_update(self, version: int) -> dict[str, Any]:
-        """Put the model into its load layout."""
+    def verl_begin_update(self, version: int, quantization: str | None = None) -> dict[str, Any]:
+        """Put the model into its load layout; `quantization` is `rollout.quantization`."""
         if self._verl_receiver is None:
-            session = load_session(self.model_runner.model, self.vllm_config, torch.device(self.device))
-            self._verl_receiver = WeightReceiver(session)
+            scheme = scheme_class(quantization)
+            session = load_session(self.model_runner.model, self.vllm_config, torch.device(self.device), scheme)
+            self._verl_receiver = WeightReceiver(session, checks=scheme)
         return _reported(self._verl_receiver.begin, version)
 
     def verl_load_bucket(self, bucket: dict[str, Any]) -> dict[str, Any]:

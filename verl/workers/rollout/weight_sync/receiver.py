@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +27,16 @@ class LoadSession(Protocol):
     def finish(self) -> None: ...
 
 
+class ArrivalChecks(Protocol):
+    """What the rollout's quantisation demands of an update."""
+
+    def check_arriving(self, name: str, tensor: torch.Tensor, arrived: Mapping[str, TensorSpec]) -> None:
+        """Called before each tensor is loaded; `arrived` is what has come so far, this one included."""
+
+    def check_complete(self, arrived: Mapping[str, TensorSpec]) -> None:
+        """Called once everything has come."""
+
+
 class WeightReceiver:
     """Loads buckets in order and commits a version only where everything arrived and everything was written.
 
@@ -34,10 +44,12 @@ class WeightReceiver:
 
     Args:
         session: the engine's loading hooks.
+        checks: of the quantisation, if any.
     """
 
-    def __init__(self, session: LoadSession):
+    def __init__(self, session: LoadSession, checks: ArrivalChecks | None = None):
         self._session = session
+        self._checks = checks
         self._reader = SegmentReader()
         self._arrived: Manifest | None = None
         self.version: int | None = None
@@ -68,6 +80,8 @@ class WeightReceiver:
         tensors = read_bucket(memory, bucket)
         for name, tensor in tensors:
             arrived.add(TensorSpec.of(name, tensor))
+            if self._checks is not None:
+                self._checks.check_arriving(name, tensor, arrived.specs)
         self._session.load(tensors)
         arrived.num_buckets += 1
         self._last_seen = bool(bucket["last"])
@@ -82,6 +96,8 @@ class WeightReceiver:
         arrived = self._loading()
         started = time.perf_counter()
         check_arrived(Manifest.from_plain(manifest), arrived)
+        if self._checks is not None:
+            self._checks.check_complete(arrived.specs)
         unwritten = self._session.unwritten()
         if unwritten:
             self._fail(

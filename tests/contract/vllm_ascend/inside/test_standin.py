@@ -1,0 +1,95 @@
+"""The stand-in's operators against loops over single tokens and experts."""
+
+import pytest
+import torch
+import torch_npu
+
+E8M0 = torch_npu.float8_e8m0fnu
+
+
+def dequantise(values, scales):
+    """By hand: value times two to the power of its block's byte minus 127."""
+    flat = scales.flatten(-2)
+    result = torch.empty(values.shape, dtype=torch.float64)
+    for row in range(values.shape[0]):
+        for column in range(values.shape[1]):
+            result[row, column] = float(values[row, column]) * 2.0 ** (int(flat[row, column // 32]) - 127)
+    return result
+
+
+@pytest.mark.parametrize("k", [64, 96, 80, 32])
+def test_quantised_product(k):
+    torch.manual_seed(k)
+    x, weight = torch.randn(3, k, dtype=torch.bfloat16), torch.randn(5, k, dtype=torch.bfloat16)
+    xq, xs = torch_npu.npu_dynamic_mx_quant(x, dst_type=torch.float8_e4m3fn)
+    wq, ws = torch_npu.npu_dynamic_mx_quant(weight, dst_type=torch.float8_e4m3fn)
+    assert xs.shape == (3, -(-k // 64), 2) and ws.dtype == torch.uint8
+    output = torch_npu.npu_quant_matmul(
+        xq, wq.T, ws.transpose(0, 1), scale_dtype=E8M0, pertoken_scale=xs, pertoken_scale_dtype=E8M0,
+        bias=torch.ones(5), output_dtype=torch.float32, group_sizes=[1, 1, 32],
+    )  # fmt: skip
+    torch.testing.assert_close(output.double(), dequantise(xq, xs) @ dequantise(wq, ws).T + 1, rtol=1e-5, atol=1e-5)
+
+
+def test_quantising_along_another_axis():
+    x = torch.randn(96, 4)
+    values, scales = torch_npu.npu_dynamic_mx_quant(x, axis=0, dst_type=torch.float8_e4m3fn)
+    rows, row_scales = torch_npu.npu_dynamic_mx_quant(x.T.contiguous(), dst_type=torch.float8_e4m3fn)
+    assert torch.equal(values.T.view(torch.uint8), rows.view(torch.uint8))
+    assert scales.shape == (2, 4, 2) and torch.equal(scales.transpose(0, 1), row_scales)
+
+
+def test_what_is_refused():
+    x = torch.randn(2, 64)
+    with pytest.raises(NotImplementedError, match="dst_type=296"):
+        torch_npu.npu_dynamic_mx_quant(x)
+    values, scales = torch_npu.npu_dynamic_mx_quant(x, dst_type=torch.float8_e4m3fn)
+    options = {"pertoken_scale": scales, "pertoken_scale_dtype": E8M0, "output_dtype": torch.float32}
+    with pytest.raises(NotImplementedError, match="scale_dtype=None"):
+        torch_npu.npu_quant_matmul(values, values.T, scales.transpose(0, 1), group_sizes=[1, 1, 32], **options)
+    with pytest.raises(RuntimeError, match="need scales"):  # not in the run-time layout
+        torch_npu.npu_quant_matmul(values, values.T, scales, scale_dtype=E8M0, group_sizes=[1, 1, 32], **options)
+    assert not hasattr(torch_npu, "npu_rms_norm_dynamic_mx_quant")
+
+
+@pytest.mark.parametrize("group_list_type", [0, 1])
+@pytest.mark.parametrize("quantised", [False, True])
+def test_mixture_of_experts(group_list_type, quantised):
+    """Route, gate and up, down, bring back: as every token with each of its experts on its own."""
+    torch.manual_seed(0)
+    tokens, experts, h, i, k = 6, 4, 64, 32, 2
+    x = torch.randn(tokens, h)
+    w13, w2 = torch.randn(experts, 2 * i, h) / 8, torch.randn(experts, h, i) / 6
+    weights, chosen, _ = torch_npu.npu_moe_gating_top_k_softmax(torch.randn(tokens, experts), k=k)
+    rows, where, counts, _ = torch_npu.npu_moe_init_routing_v2(
+        x, chosen, active_num=tokens * k, expert_num=experts, expert_tokens_num_type=group_list_type,
+        expert_tokens_num_flag=True, active_expert_range=[0, experts],
+    )  # fmt: skip
+    groups = {"group_list": counts, "group_list_type": group_list_type}
+    if quantised:
+        fp8 = torch.float8_e4m3fn
+        (q13, s13), (q2, s2) = (torch_npu.npu_dynamic_mx_quant(w, dst_type=fp8) for w in (w13, w2))
+        rows, scales = torch_npu.npu_dynamic_mx_quant(rows, dst_type=fp8)
+        hidden, hidden_scales = torch_npu.npu_grouped_matmul_swiglu_quant_v2(
+            rows, [q13.transpose(1, 2)], [s13.transpose(1, 2)], scales, dequant_mode=2, quant_mode=2, quant_dtype=fp8,
+            weight_scale_dtype=E8M0, x_scale_dtype=E8M0, **groups,
+        )  # fmt: skip
+        down = torch_npu.npu_grouped_matmul(
+            x=[hidden], weight=[q2.transpose(1, 2)], scale=[s2.transpose(1, 2)], per_token_scale=[hidden_scales],
+            scale_dtype=E8M0, per_token_scale_dtype=E8M0, split_item=2, group_type=0, output_dtype=torch.float32,
+            **groups,
+        )  # fmt: skip
+    else:
+        up = torch_npu.npu_grouped_matmul([rows], [w13.transpose(1, 2)], split_item=2, group_type=0, **groups)
+        hidden = torch_npu.npu_swiglu(up[0])
+        down = torch_npu.npu_grouped_matmul([hidden], [w2.transpose(1, 2)], split_item=2, group_type=0, **groups)
+    output = torch_npu.npu_moe_token_unpermute(down[0], where, probs=weights)
+    expected = torch.zeros(tokens, h)
+    for token in range(tokens):
+        for choice in range(k):
+            expert = int(chosen[token, choice])
+            gate, up = (w13[expert] @ x[token]).chunk(2)
+            expected[token] += weights[token, choice] * (w2[expert] @ (torch.nn.functional.silu(gate) * up))
+    error = (output - expected).norm() / expected.norm()
+    assert error < (0.1 if quantised else 1e-5)
+    assert not quantised or error > 0.01  # it is quantised

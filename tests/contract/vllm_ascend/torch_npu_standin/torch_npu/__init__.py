@@ -1,0 +1,72 @@
+"""A stand-in for torch_npu on a machine without an NPU: what vllm-ascend's MXFP8 path needs, computed on the CPU.
+
+A name that is not here raises AttributeError, as in a torch_npu that lacks it: callers ask with `hasattr`. An operator
+takes only the arguments whose meaning is known and refuses the others, so that nothing passes here for a reason that an
+NPU does not share. Nothing in it was compared with an NPU.
+"""
+
+import sys
+
+import torch
+
+from torch_npu import _C, npu, op_plugin, profiler
+from torch_npu._dense import (
+    get_npu_format,
+    npu_add_rms_norm,
+    npu_format_cast,
+    npu_fusion_attention,
+    npu_rms_norm,
+    npu_rotary_mul,
+    npu_swiglu,
+)
+from torch_npu._dtypes import (
+    float4_e1m2fn_x2,
+    float4_e2m1fn_x2,
+    float8_e4m3fn,
+    float8_e5m2,
+    float8_e8m0fnu,
+    hifloat8,
+    int4,
+)
+from torch_npu._moe import (
+    npu_grouped_matmul,
+    npu_grouped_matmul_swiglu_quant_v2,
+    npu_moe_gating_top_k,
+    npu_moe_gating_top_k_softmax,
+    npu_moe_init_routing_v2,
+    npu_moe_token_unpermute,
+)
+from torch_npu._mx import npu_dynamic_mx_quant, npu_quant_matmul
+
+__version__ = "2.10.0+standin"
+__all__ = [
+    "_C",
+    "float4_e1m2fn_x2",
+    "float4_e2m1fn_x2",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "float8_e8m0fnu",
+    "get_npu_format",
+    "hifloat8",
+    "int4",
+    "npu",
+    "npu_add_rms_norm",
+    "npu_dynamic_mx_quant",
+    "npu_format_cast",
+    "npu_fusion_attention",
+    "npu_grouped_matmul",
+    "npu_grouped_matmul_swiglu_quant_v2",
+    "npu_moe_gating_top_k",
+    "npu_moe_gating_top_k_softmax",
+    "npu_moe_init_routing_v2",
+    "npu_moe_token_unpermute",
+    "npu_quant_matmul",
+    "npu_rms_norm",
+    "npu_rotary_mul",
+    "npu_swiglu",
+    "op_plugin",
+    "profiler",
+]
+
+torch.npu = npu
+sys.modules["torch.npu"] = npu

@@ -1,0 +1,99 @@
+"""MXFP8 operators: quantisation of activations, and the product of quantised matrices.
+
+Scales come in pairs of groups: the quantised axis has ceil(ceil(K / 32) / 2) entries and a trailing axis of 2. The
+second of an odd number of groups is padding (byte 0), and no operator here reads it.
+"""
+
+import torch
+
+from torch_npu._dtypes import float4_e2m1fn_x2, refuse, require_e4m3, require_e8m0
+from verl.utils.quantization.mx import MX_BLOCK_SIZE, mxfp8_dequantize, mxfp8_quantize
+
+
+def npu_dynamic_mx_quant(
+    input: torch.Tensor,
+    *,
+    axis: int = -1,
+    round_mode: str = "rint",
+    dst_type=float4_e2m1fn_x2,
+    block_size: int = MX_BLOCK_SIZE,
+    scale_alg: int = 0,
+    dst_type_max: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values of input's shape; uint8 scales with `axis` of length ceil(ceil(K / 32) / 2) and a trailing axis of 2.
+
+    The default `dst_type` is FP4, as in torch_npu, which is refused here.
+    """
+    require_e4m3("npu_dynamic_mx_quant: dst_type", dst_type)
+    if input.dtype not in (torch.float16, torch.bfloat16):
+        # The tests of numerics run in float32, which the NPU's operator does not take.
+        assert input.dtype == torch.float32, f"npu_dynamic_mx_quant: input is {input.dtype}"
+    if round_mode != "rint" or block_size != MX_BLOCK_SIZE or dst_type_max != 0.0:
+        raise NotImplementedError(f"npu_dynamic_mx_quant: {round_mode=}, {block_size=}, {dst_type_max=}")
+    moved = input.movedim(axis, -1)
+    values, scales = mxfp8_quantize(moved.contiguous(), scale_alg=scale_alg)
+    pairs = pair_groups(scales)
+    axis = axis % input.ndim
+    return values.movedim(-1, axis).contiguous(), pairs.movedim(-2, axis).contiguous()
+
+
+def pair_groups(scales: torch.Tensor) -> torch.Tensor:
+    """[..., G] -> [..., ceil(G / 2), 2], a zero byte behind an odd number of groups."""
+    padded = torch.nn.functional.pad(scales, (0, scales.shape[-1] % 2))
+    return padded.unflatten(-1, (-1, 2))
+
+
+def dequantize_rows(values: torch.Tensor, scales: torch.Tensor, what: str) -> torch.Tensor:
+    """Activations [M, K] with scales [M, ceil(G / 2), 2] to float32."""
+    k = values.shape[-1]
+    groups = -(-k // MX_BLOCK_SIZE)
+    expected = (*values.shape[:-1], -(-groups // 2), 2)
+    if values.dtype != torch.float8_e4m3fn or tuple(scales.shape) != expected:
+        raise RuntimeError(
+            f"{what}: float8_e4m3fn values {list(values.shape)} need scales {list(expected)}; got {values.dtype} and "
+            f"scales {list(scales.shape)}"
+        )
+    return mxfp8_dequantize(values.contiguous(), scales.flatten(-2)[..., :groups].contiguous())
+
+
+def dequantize_weight(weight: torch.Tensor, scale: torch.Tensor, what: str) -> torch.Tensor:
+    """A weight as run, [..., K, N] with scales [..., ceil(G / 2), N, 2], to float32 [..., K, N]."""
+    rows = weight.transpose(-1, -2)
+    return dequantize_rows(rows, scale.transpose(-2, -3), what).transpose(-1, -2)
+
+
+def npu_quant_matmul(
+    x1: torch.Tensor,
+    x2: torch.Tensor,
+    scale: torch.Tensor,
+    *,
+    offset=None,
+    pertoken_scale: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    output_dtype: torch.dtype | None = None,
+    x1_dtype=None,
+    x2_dtype=None,
+    pertoken_scale_dtype=None,
+    scale_dtype=None,
+    group_sizes=None,
+    y_scale=None,
+) -> torch.Tensor:
+    """x1 [M, K] with pertoken_scale [M, ceil(K / 64), 2] times x2 [K, N] with scale [ceil(K / 64), N, 2].
+
+    Summed in float32, as on an NPU, whose order of summing is not known.
+    """
+    refuse("npu_quant_matmul", offset=offset, x1_dtype=x1_dtype, x2_dtype=x2_dtype, y_scale=y_scale)
+    require_e8m0("npu_quant_matmul: scale_dtype", scale_dtype)
+    require_e8m0("npu_quant_matmul: pertoken_scale_dtype", pertoken_scale_dtype)
+    if list(group_sizes or ()) != [1, 1, MX_BLOCK_SIZE]:
+        raise NotImplementedError(f"npu_quant_matmul: {group_sizes=}: MXFP8 is [1, 1, 32]")
+    if bias is not None and (bias.dtype != torch.float32 or tuple(bias.shape) != (x2.shape[1],)):
+        raise RuntimeError(
+            f"npu_quant_matmul: bias must be float32 [{x2.shape[1]}], got {bias.dtype} {list(bias.shape)}"
+        )
+    left = dequantize_rows(x1, pertoken_scale, "npu_quant_matmul: x1")
+    right = dequantize_weight(x2, scale, "npu_quant_matmul: x2")
+    product = left @ right
+    if bias is not None:
+        product += bias
+    return product.to(output_dtype)

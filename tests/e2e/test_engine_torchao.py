@@ -1,0 +1,50 @@
+"""torchao in a real vLLM engine on the CPU: weights arrive as they are and are quantised by the engine, every time."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from fixtures.engine import Engine, log_probs_of, weights_of
+from fixtures.tiny import write_tiny_model
+from verl.trainer.config import RolloutConfig
+from verl.workers.rollout.quantization import get_scheme
+
+pytestmark = pytest.mark.e2e
+pytest.importorskip("torchao", reason="torchao is not installed")
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "torchao.json"
+    path.write_text(json.dumps({"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": {}}))
+    return path
+
+
+def fake_quantised(model_dir):
+    """int8, one scale for each output."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            weight = module.weight.data.double()
+            scale = (weight.abs().amax(1, keepdim=True) / 127.5).float().double()
+            module.weight.data = ((weight / scale).round().clamp(-128, 127) * scale).float()
+    return model
+
+
+def test_new_weights_are_the_ones_that_count(tmp_path, config_file):
+    first, second, third = [write_tiny_model(tmp_path / str(seed), seed=seed, std=0.05) for seed in range(3)]
+    rollout = RolloutConfig(quantization="torchao", quantization_config_file=str(config_file))
+    scheme = get_scheme(rollout, str(first))
+    engine = Engine(first, **scheme.engine_overrides("cpu"))
+    try:
+        for version, source in enumerate([second, third, first], 1):
+            engine.update(scheme.encode(weights_of(source).items()), version, 1 << 24 if version % 2 else 20_000)
+            answers, log_probs = engine.sample(tokens=10)
+            difference = (log_probs - log_probs_of(fake_quantised(source), answers)).abs().mean()
+            plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+            assert difference < 0.3 * (log_probs - log_probs_of(plain, answers)).abs().mean()
+    finally:
+        engine.close()

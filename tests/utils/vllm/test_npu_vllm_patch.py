@@ -1,0 +1,236 @@
+"""Patches against the signatures of the vLLM releases they are for, and the settings an NPU needs."""
+
+import logging
+import sys
+import types
+
+import pytest
+import torch
+from torch import nn
+
+from verl.utils.vllm import npu_vllm_patch
+from verl.utils.vllm.npu_vllm_patch import (
+    Patch,
+    apply_patches,
+    check_npu_environment,
+    check_vllm_ascend,
+    loading_transposed,
+    npu_environment,
+    recording_transposition,
+    rotary_init,
+)
+
+
+class KeywordBase(nn.Module):
+    """`CustomOp` of vLLM 0.18, 0.23 and 0.32."""
+
+    def __init__(self, *, enforce_enable: bool = False, compile_native: bool = False):
+        super().__init__()
+        self._enforce_enable = enforce_enable
+
+
+class PlainBase(nn.Module):
+    """`CustomOp` of releases before `enforce_enable`."""
+
+    def __init__(self):
+        super().__init__()
+        self._enforce_enable = None
+
+
+def rotary_class(base, patched=True):
+    class ApplyRotaryEmb(base):
+        def __init__(self, enforce_enable=False, is_neox_style=True, enable_fp32_compute=False):
+            # What was merged once: the argument by position.
+            super().__init__(enforce_enable)
+
+    if patched:
+        ApplyRotaryEmb.__init__ = rotary_init(ApplyRotaryEmb)
+    return ApplyRotaryEmb
+
+
+def test_the_argument_by_position_is_the_fault():
+    with pytest.raises(TypeError, match="1 positional argument but 2 were given"):
+        rotary_class(KeywordBase, patched=False)(True)
+
+
+@pytest.mark.parametrize(("base", "expected"), [(KeywordBase, True), (PlainBase, None)])
+def test_rotary_passes_enforce_enable_by_keyword_where_the_base_takes_it(base, expected):
+    made = rotary_class(base)(True, False, True)
+    assert made._enforce_enable is expected
+    assert (made.is_neox_style, made.enable_fp32_compute, made.apply_rotary_emb_flash_attn) == (False, True, None)
+
+
+def test_rotary_of_a_subclass_as_vllm_ascend_has_it():
+    parent = rotary_class(KeywordBase)
+
+    class AscendApplyRotaryEmb(parent):
+        def __init__(self, enforce_enable=False, is_neox_style=True, enable_fp32_compute=False):
+            super().__init__(
+                enforce_enable=enforce_enable, is_neox_style=is_neox_style, enable_fp32_compute=enable_fp32_compute
+            )
+
+    assert AscendApplyRotaryEmb(enforce_enable=True)._enforce_enable is True
+
+
+def test_rotary_in_the_vllm_that_is_installed(monkeypatch):
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.rotary_embedding.common import ApplyRotaryEmb
+
+    monkeypatch.setattr(ApplyRotaryEmb, "__init__", rotary_init(ApplyRotaryEmb))
+    with set_current_vllm_config(VllmConfig()):
+        assert ApplyRotaryEmb(True)._enforce_enable is True
+
+
+def modules(monkeypatch, **contents):
+    for name, content in contents.items():
+        module = types.ModuleType(name.replace("__", "."))
+        module.__dict__.update(content)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+COMMON = "vllm__model_executor__layers__rotary_embedding__common"
+
+
+def rotary_patch():
+    return tuple(patch for patch in npu_vllm_patch.PATCHES if patch.name == "ApplyRotaryEmb")
+
+
+def test_a_patch_is_applied_once_and_says_so(monkeypatch, caplog):
+    modules(monkeypatch, **{COMMON: {"ApplyRotaryEmb": rotary_class(KeywordBase, patched=False), "find_spec": None}})
+    with caplog.at_level(logging.INFO):
+        assert apply_patches(rotary_patch()) == ["ApplyRotaryEmb"]
+        assert apply_patches(rotary_patch()) == []
+    assert "patched ApplyRotaryEmb (vLLM 0.13 to 0.25)" in caplog.text
+    assert "did not patch ApplyRotaryEmb" in caplog.text and "done before" in caplog.text
+    assert sys.modules[COMMON.replace("__", ".")].ApplyRotaryEmb(True)._enforce_enable is True
+
+
+def test_a_patch_that_a_release_has_outgrown_is_left_out_and_says_so(caplog):
+    """vLLM 0.32, installed here, needs neither of the first two, and there is no vllm-ascend for the third."""
+    with caplog.at_level(logging.INFO):
+        assert apply_patches() == []
+    for name in ("ApplyRotaryEmb", "FusedMoE.weight_loader", "MXFP8 layouts"):
+        assert f"did not patch {name}" in caplog.text
+    assert "looks for flash-attention's kernel itself" in caplog.text
+
+
+def test_every_patch_says_for_which_releases_and_why():
+    assert all(patch.releases and patch.why for patch in npu_vllm_patch.PATCHES)
+
+
+def test_an_error_inside_a_patch_is_not_hidden():
+    def broken():
+        raise AttributeError("no such thing")
+
+    with pytest.raises(AttributeError):
+        apply_patches((Patch("x", "all", "because", broken),))
+
+
+# ---- unquantised experts ----
+
+
+class FusedMoE:
+    """As vLLM before 0.24: its loader writes into [E, 2I, H] and [E, H, I]."""
+
+    hidden_size = 8
+
+    def weight_loader(self, param, loaded_weight, weight_name, shard_id, expert_id, return_success=False):
+        inner = param.shape[1] // 2
+        part = {"w1": slice(0, inner), "w3": slice(inner, 2 * inner), "w2": slice(None)}[shard_id]
+        param.data[expert_id, part].copy_(loaded_weight)
+        return return_success
+
+    weight_loader.supports_moe_loading = True
+
+
+class Experts(nn.Module):
+    def __init__(self, hidden, inner):
+        super().__init__()
+        loader = object()
+        for name, shape in (("w13_weight", (2, 2 * inner, hidden)), ("w2_weight", (2, hidden, inner))):
+            setattr(self, name, nn.Parameter(torch.zeros(shape), requires_grad=False))
+            getattr(self, name).weight_loader = loader
+        self.loader = loader
+
+
+class AscendMethod:
+    def process_weights_after_loading(self, layer):
+        for name in ("w13_weight", "w2_weight"):
+            data = getattr(layer, name).data.transpose(1, 2).contiguous()
+            setattr(layer, name, nn.Parameter(data, requires_grad=False))
+
+
+# 2I == H and I == H: a shape cannot tell which layout such a tensor is in.
+@pytest.mark.parametrize(("hidden", "inner"), [(8, 4), (8, 8), (8, 6)])
+def test_experts_load_in_whichever_layout_they_are(monkeypatch, hidden, inner):
+    process = recording_transposition(AscendMethod.process_weights_after_loading)
+    load = loading_transposed(FusedMoE.weight_loader)
+    assert load.supports_moe_loading
+    layer, moe, method = Experts(hidden, inner), FusedMoE(), AscendMethod()
+    for update in range(3):
+        generator = torch.Generator().manual_seed(update)
+        w13 = torch.randn(2, 2 * inner, hidden, generator=generator)
+        w2 = torch.randn(2, hidden, inner, generator=generator)
+        for expert in range(2):
+            assert load(moe, layer.w13_weight, w13[expert, :inner], "w", "w1", expert, return_success=True)
+            load(moe, layer.w13_weight, w13[expert, inner:], "w", "w3", expert)
+            load(moe, layer.w2_weight, w2[expert], "w", "w2", expert)
+        process(method, layer)
+        assert torch.equal(layer.w13_weight, w13.transpose(1, 2))
+        assert torch.equal(layer.w2_weight, w2.transpose(1, 2))
+        assert layer.w13_weight.weight_loader is layer.loader
+
+
+# ---- settings ----
+
+
+@pytest.mark.parametrize("value", ["1", "2", None])
+def test_nz_must_be_off(value):
+    environment = {} if value is None else {"VLLM_ASCEND_ENABLE_NZ": value}
+    with pytest.raises(ValueError, match="set VLLM_ASCEND_ENABLE_NZ=0"):
+        check_npu_environment(environment, sleep_mode=False)
+
+
+@pytest.mark.parametrize("value", ["expandable_segments:True", "page_size:1g, expandable_segments:true"])
+def test_expandable_segments_and_sleep_exclude_each_other(value):
+    environment = {"VLLM_ASCEND_ENABLE_NZ": "0", "PYTORCH_NPU_ALLOC_CONF": value}
+    with pytest.raises(ValueError, match=r"PYTORCH_NPU_ALLOC_CONF=.*expandable_segments.*free_cache_engine"):
+        check_npu_environment(environment, sleep_mode=True)
+    check_npu_environment(environment, sleep_mode=False)
+    check_npu_environment(environment | {"PYTORCH_NPU_ALLOC_CONF": "page_size:1g"}, sleep_mode=True)
+
+
+def test_the_environment_of_a_replica():
+    assert npu_environment({}) == {"VLLM_ASCEND_ENABLE_NZ": "0"}
+    assert npu_environment({"VLLM_ASCEND_ENABLE_NZ": "1"}) == {"VLLM_ASCEND_ENABLE_NZ": "1"}
+    assert npu_environment({"VLLM_ASCEND_TASK_QUEUE_ENABLE": "2"})["TASK_QUEUE_ENABLE"] == "2"
+
+
+def installed(monkeypatch, version, device_type="A5"):
+    monkeypatch.setattr(npu_vllm_patch.metadata, "version", lambda name: version)
+    modules(monkeypatch, vllm_ascend={"__path__": []})
+    monkeypatch.setitem(sys.modules, "vllm_ascend._build_info", types.SimpleNamespace(__device_type__=device_type))
+
+
+def test_vllm_ascend_is_missing():
+    with pytest.raises(ValueError, match=r"vllm-ascend is not installed; install 0\.18\.0"):
+        check_vllm_ascend()
+
+
+def test_vllm_ascend_is_too_old(monkeypatch):
+    installed(monkeypatch, "0.17.0rc1")
+    with pytest.raises(ValueError, match=r"vllm-ascend 0\.17\.0rc1 is too old"):
+        check_vllm_ascend()
+
+
+@pytest.mark.parametrize("device_type", ["A2", "AscendDeviceType.A3"])
+def test_vllm_ascend_was_built_for_another_processor(monkeypatch, device_type):
+    installed(monkeypatch, "0.23.0", device_type)
+    with pytest.raises(ValueError, match=f"device type {device_type}, MXFP8 needs an Ascend 950"):
+        check_vllm_ascend()
+
+
+@pytest.mark.parametrize("version", ["0.18.0", "0.26.0rc1"])
+def test_vllm_ascend_fits(monkeypatch, version):
+    installed(monkeypatch, version)
+    check_vllm_ascend()

@@ -1,0 +1,248 @@
+"""vLLM's quantisation method "ascend" on a CPU: what vllm-ascend's MXFP8 layers do, where there is no NPU.
+
+Parameters have the names, dtypes and layouts of vllm-ascend's (see `vllm_fp8_utils`, whose hooks reload them), which
+layers are quantised is read from the same description, and activations are quantised the moment they come, as
+`npu_dynamic_mx_quant` does. The products themselves are computed from dequantised operands in the dtype of the
+activations; bfloat16 and float32 hold e4m3 times a power of two exactly, so that what differs from an NPU is the order
+in which sums are accumulated.
+
+Memory: each weight is kept twice, as MXFP8 (1 1/32 bytes a weight) and dequantised (2 or 4 bytes), made once per
+update; dequantising in every step would cost many times the product of a small batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, FusedMoeWeightScaleSupported, RoutedExperts
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.utils import set_weight_attrs
+
+from verl.utils.quantization.mx import MX_BLOCK_SIZE, mxfp8_dequantize, mxfp8_quantize
+from verl.utils.vllm.vllm_fp8_utils import record_run_time_layout
+
+_QUANTISED, _FLOAT = "W8A8_MXFP8", "FLOAT"
+# Names that checkpoints give an expert's projections: gate, up, down.
+_EXPERT_PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+
+
+class AscendCpuConfig(QuantizationConfig):
+    """The per-layer description, as vllm-ascend's `AscendModelSlimConfig` reads it.
+
+    Args:
+        description: `hf_overrides["quantization_config"]` verbatim; see `ascend_description`.
+    """
+
+    def __init__(self, description: Mapping[str, Any]):
+        super().__init__()
+        self.quant_description = dict(description)
+
+    @classmethod
+    def get_name(cls) -> str:
+        return "ascend"
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return -1
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> AscendCpuConfig:
+        return cls(config)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        self.quant_description = hf_to_vllm_mapper.apply_dict(self.quant_description)
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        if isinstance(layer, LinearBase):
+            return AscendCpuLinearMethod() if self._is_quantised(self._shards(prefix)) else UnquantizedLinearMethod()
+        if isinstance(layer, RoutedExperts) and self._is_quantised(self._expert_keys(prefix)):
+            return AscendCpuMoEMethod(layer.moe_config)
+        return None
+
+    def _shards(self, prefix: str) -> list[str]:
+        parent, _, last = prefix.rpartition(".")
+        shards = self.packed_modules_mapping.get(last, [last])
+        return [f"{parent}.{shard}.weight" if parent else f"{shard}.weight" for shard in shards]
+
+    def _expert_keys(self, prefix: str) -> list[str]:
+        for names in _EXPERT_PROJECTIONS:
+            keys = [f"{prefix}.0.{name}.weight" for name in names]
+            if any(key in self.quant_description for key in keys):
+                return keys
+        return [f"{prefix}.weight"]
+
+    def _is_quantised(self, keys: list[str]) -> bool:
+        missing = [key for key in keys if key not in self.quant_description]
+        if missing:
+            raise ValueError(f"quantization=ascend: the description has no entry {missing[0]!r}")
+        kinds = {self.quant_description[key] for key in keys}
+        if len(kinds) > 1 or not kinds <= {_QUANTISED, _FLOAT}:
+            raise ValueError(
+                f"quantization=ascend: {', '.join(keys)} are {sorted(kinds)} in the description: make them all "
+                f"{_QUANTISED} or all {_FLOAT}"
+            )
+        return kinds == {_QUANTISED}
+
+
+def _parameter(layer: nn.Module, name: str, shape: tuple[int, ...], dtype: torch.dtype, **attributes: Any) -> None:
+    parameter = nn.Parameter(torch.zeros(shape, dtype=dtype), requires_grad=False)
+    layer.register_parameter(name, parameter)
+    set_weight_attrs(parameter, attributes)
+
+
+def _groups(k: int) -> int:
+    return -(-k // MX_BLOCK_SIZE)
+
+
+def _to_run_time_layout(layer: nn.Module, keys: tuple[str, ...]) -> None:
+    """The first transformation of a layer: later ones are `apply_mxfp8_transformation_after_loading`'s."""
+    if getattr(layer, "_mxfp8_transformed", False):
+        return
+    shapes = {}
+    for key in keys:
+        weight, scale = getattr(layer, key), getattr(layer, f"{key}_scale")
+        shapes |= {key: tuple(weight.shape), f"{key}_scale": tuple(scale.shape)}
+        padded = F.pad(scale.data, (0, scale.shape[-1] % 2))
+        scale.data = padded.unflatten(-1, (-1, 2)).transpose(-2, -3).contiguous()
+        # A view: new weights are loaded, and dequantised, row by row of the memory below.
+        weight.data = weight.data.transpose(-1, -2)
+    record_run_time_layout(layer, shapes)
+
+
+def _dequantised(layer: nn.Module, key: str, dtype: torch.dtype, out: torch.Tensor | None) -> torch.Tensor:
+    """A weight [.., N, K] in the dtype that it is multiplied in, from its run-time layout."""
+    values = getattr(layer, key).data.transpose(-1, -2).contiguous()
+    scales = getattr(layer, f"{key}_scale").data.transpose(-2, -3).flatten(-2)[..., : _groups(values.shape[-1])]
+    return mxfp8_dequantize(values, scales.contiguous(), dtype, out=out)
+
+
+def _as_quantised(x: torch.Tensor) -> torch.Tensor:
+    """Activations [.., K] after a round trip through MXFP8."""
+    return mxfp8_dequantize(*mxfp8_quantize(x), dtype=x.dtype)
+
+
+class _Dequantising:
+    """Keeps the dequantised weights of a layer, and makes them again after each update."""
+
+    keys: tuple[str, ...]
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        _to_run_time_layout(layer, self.keys)
+        self.refresh_after_loading(layer)
+
+    def refresh_after_loading(self, layer: nn.Module) -> None:
+        for key in self.keys:
+            name = f"_dequantised_{key}"
+            made = _dequantised(layer, key, layer._mxfp8_compute_dtype, layer.__dict__.get(name))
+            # Past nn.Module.__setattr__: derived from the parameters, so no parameter or buffer itself.
+            layer.__dict__[name] = made
+
+
+class AscendCpuLinearMethod(_Dequantising, LinearMethodBase):
+    """`weight` [N, K] float8_e4m3fn and `weight_scale` [N, ceil(K/32)] uint8, as loaded."""
+
+    keys = ("weight",)
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        n, k = sum(output_partition_sizes), input_size_per_partition
+        if k != input_size and k % MX_BLOCK_SIZE:
+            raise ValueError(
+                f"quantization=ascend: {input_size} inputs cut into {k} per rank: blocks of {MX_BLOCK_SIZE} do not end "
+                "there; use a smaller tensor_model_parallel_size or leave the layer out"
+            )
+        layer._mxfp8_compute_dtype = params_dtype
+        attributes = {"input_dim": 1, "output_dim": 0} | extra_weight_attrs
+        _parameter(layer, "weight", (n, k), torch.float8_e4m3fn, **attributes)
+        _parameter(layer, "weight_scale", (n, _groups(k)), torch.uint8, **attributes)
+
+    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        return F.linear(_as_quantised(x), layer._dequantised_weight, bias)
+
+
+class AscendCpuMoEMethod(_Dequantising, FusedMoEMethodBase):
+    """`w13_weight` [E, 2I, H], `w2_weight` [E, H, I] float8_e4m3fn and their scales uint8, as loaded."""
+
+    keys = ("w13_weight", "w2_weight")
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        if self.moe.has_bias or layer.activation != MoEActivation.SILU:
+            raise NotImplementedError(
+                f"quantization=ascend: experts with biases, or with activation={layer.activation.value}, are not "
+                "supported yet: leave the layer out"
+            )
+        h, i = hidden_size, intermediate_size_per_partition
+        layer._mxfp8_compute_dtype = params_dtype
+        attributes = {"quant_method": FusedMoeWeightScaleSupported.GROUP.value} | extra_weight_attrs
+        for name, n, k in (("w13_weight", 2 * i, h), ("w2_weight", h, i)):
+            _parameter(layer, name, (num_experts, n, k), torch.float8_e4m3fn, **extra_weight_attrs)
+            _parameter(layer, f"{name}_scale", (num_experts, n, _groups(k)), torch.uint8, **attributes)
+
+    def get_fused_moe_quant_config(self, layer: nn.Module) -> None:
+        return None
+
+    def apply(
+        self,
+        layer: nn.Module,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any = None,
+        shared_experts_input: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if layer.apply_router_weight_on_input:
+            x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
+        if layer.expert_map is not None:
+            topk_ids = layer.expert_map[topk_ids.long()]
+        x = _as_quantised(x)
+        w13, w2 = layer._dequantised_w13_weight, layer._dequantised_w2_weight
+        output = torch.zeros(x.shape[0], w2.shape[1], dtype=torch.float32)
+        for expert in range(w13.shape[0]):
+            rows, slots = torch.where(topk_ids == expert)
+            if not len(rows):
+                continue
+            gate, up = F.linear(x[rows], w13[expert]).chunk(2, dim=-1)
+            # Between the two products nothing is rounded to the activations' dtype: one kernel does it all on an NPU.
+            inner = _as_quantised(F.silu(gate.float()) * up.float()).to(x.dtype)
+            product = F.linear(inner, w2[expert])
+            output.index_add_(0, rows, product.float() * topk_weights[rows, slots, None].float())
+        return output.to(x.dtype)
+
+
+def register() -> None:
+    """Register "ascend" with vLLM, on its CPU platform and where nobody has: vllm-ascend's own is never shadowed."""
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() and AscendCpuConfig.get_name() not in QUANTIZATION_METHODS:
+        register_quantization_config(AscendCpuConfig.get_name())(AscendCpuConfig)

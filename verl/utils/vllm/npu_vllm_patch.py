@@ -1,0 +1,271 @@
+"""What vLLM and vllm-ascend need changed, and how they must be set, to take new weights while they run on an NPU.
+
+Each patch says which releases it is for and why. `apply_patches` runs in every process of an engine, through verl's
+vLLM plugin; it applies each patch once, and where a release has outgrown one it says so in the log and leaves it out.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module, metadata
+from typing import Any
+
+from packaging.version import Version
+
+from verl.utils.vllm.vllm_fp8_utils import record_run_time_layout
+
+logger = logging.getLogger(__name__)
+
+OLDEST_VLLM_ASCEND = "0.18.0"
+_MARK = "_verl_patched"
+_TRANSPOSED = "_verl_transposed"
+_NZ, _ALLOCATOR = "VLLM_ASCEND_ENABLE_NZ", "PYTORCH_NPU_ALLOC_CONF"
+_QUEUE, _ROLLOUT_QUEUE = "TASK_QUEUE_ENABLE", "VLLM_ASCEND_TASK_QUEUE_ENABLE"
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One change of somebody else's code.
+
+    Attributes:
+        name: for the log.
+        releases: which ones it is for.
+        why: what goes wrong without it.
+        apply: makes the change; returns why it does not apply, or None. ImportError means that too.
+    """
+
+    name: str
+    releases: str
+    why: str
+    apply: Callable[[], str | None]
+
+
+def apply_patches(patches: tuple[Patch, ...] | None = None) -> list[str]:
+    """Apply what applies, each patch once a process; names of those that were applied now."""
+    applied = []
+    for patch in PATCHES if patches is None else patches:
+        try:
+            obstacle = patch.apply()
+        except ImportError as error:
+            obstacle = str(error)
+        if obstacle is None:
+            logger.info("patched %s (%s): %s", patch.name, patch.releases, patch.why)
+            applied.append(patch.name)
+        else:
+            logger.info("did not patch %s (for %s): %s", patch.name, patch.releases, obstacle)
+    return applied
+
+
+def _replace(owner: type, name: str, wrap: Callable[[Callable], Callable]) -> str | None:
+    original = owner.__dict__.get(name)
+    if original is None:
+        return f"{owner.__name__} has no {name} of its own"
+    if getattr(original, _MARK, False):
+        return "done before"
+    replacement = wrap(original)
+    setattr(replacement, _MARK, True)
+    setattr(owner, name, replacement)
+    return None
+
+
+# ---- rotary embedding ----
+
+
+def rotary_init(apply_rotary_emb: type) -> Callable[..., None]:
+    """An `__init__` for vLLM's `ApplyRotaryEmb` that does not look for flash-attention.
+
+    `enforce_enable` is passed on by keyword, and only where the base class takes it: `CustomOp.__init__` of vLLM 0.18
+    to 0.32 takes keywords only, other releases nothing.
+    """
+
+    def __init__(
+        self: Any, enforce_enable: bool = False, is_neox_style: bool = True, enable_fp32_compute: bool = False
+    ) -> None:
+        base_init = super(apply_rotary_emb, self).__init__
+        parameters = inspect.signature(base_init).parameters.values()
+        takes = any(p.name == "enforce_enable" or p.kind is p.VAR_KEYWORD for p in parameters)
+        base_init(**({"enforce_enable": enforce_enable} if takes else {}))
+        self.is_neox_style = is_neox_style
+        self.enable_fp32_compute = enable_fp32_compute
+        self.apply_rotary_emb_flash_attn = None
+
+    return __init__
+
+
+def _patch_rotary() -> str | None:
+    common = import_module("vllm.model_executor.layers.rotary_embedding.common")
+    # vLLM 0.26 imports the kernel for good, and takes a missing one as a no.
+    if not hasattr(common, "find_spec"):
+        return "this vLLM looks for flash-attention's kernel itself, not only for the package"
+    return _replace(common.ApplyRotaryEmb, "__init__", lambda _: rotary_init(common.ApplyRotaryEmb))
+
+
+# ---- unquantised experts ----
+
+
+def recording_transposition(process: Callable) -> Callable:
+    """Wraps `process_weights_after_loading` of vllm-ascend's unquantised experts, which transposes their weights.
+
+    It makes new parameters; they get what vLLM had hung on the old ones, `weight_loader` above all, and a mark.
+    """
+
+    @functools.wraps(process)
+    def wrapper(self: Any, layer: Any) -> None:
+        before = {name: layer._parameters[name] for name in ("w13_weight", "w2_weight")}
+        process(self, layer)
+        for name, old in before.items():
+            new = layer._parameters.get(name)
+            if new is None:
+                continue
+            for key, value in vars(old).items():
+                if key not in vars(new):
+                    setattr(new, key, value)
+            setattr(new, _TRANSPOSED, True)
+
+    return wrapper
+
+
+def loading_transposed(load: Callable) -> Callable:
+    """Wraps `FusedMoE.weight_loader`: a parameter marked as transposed is turned back first, in place and once."""
+
+    @functools.wraps(load)
+    def wrapper(self: Any, param: Any, *arguments: Any, **options: Any) -> Any:
+        if getattr(param, _TRANSPOSED, False):
+            param.data = param.data.transpose(1, 2)
+            setattr(param, _TRANSPOSED, False)
+        return load(self, param, *arguments, **options)
+
+    return wrapper
+
+
+def _patch_experts() -> str | None:
+    fused_moe = getattr(import_module("vllm.model_executor.layers.fused_moe"), "FusedMoE", None)
+    if not isinstance(fused_moe, type):
+        return "in this vLLM FusedMoE is no class any more: experts are loaded by RoutedExperts"
+    ascend = import_module("vllm_ascend.ops.fused_moe.fused_moe").AscendUnquantizedFusedMoEMethod
+    obstacle = _replace(ascend, "process_weights_after_loading", recording_transposition)
+    return obstacle or _replace(fused_moe, "weight_loader", loading_transposed)
+
+
+# ---- MXFP8 layouts ----
+
+
+def recording_layout(process: Callable, keys: tuple[str, ...]) -> Callable:
+    """Wraps a scheme's `process_weights_after_loading` so that a layer knows how its weights are loaded.
+
+    Args:
+        keys: names of its weights; `_scale` is added for their scales.
+    """
+    names = [name for key in keys for name in (key, f"{key}_scale")]
+
+    @functools.wraps(process)
+    def wrapper(self: Any, layer: Any) -> None:
+        if getattr(layer, "_mxfp8_transformed", False):
+            return
+        shapes = {name: tuple(getattr(layer, name).shape) for name in names}
+        process(self, layer)
+        record_run_time_layout(layer, shapes)
+
+    return wrapper
+
+
+def _patch_layouts() -> str | None:
+    schemes = import_module("vllm_ascend.quantization.methods.w8a8_mxfp8")
+    linear, experts = schemes.AscendW8A8MXFP8DynamicLinearMethod, schemes.AscendW8A8MXFP8DynamicFusedMoEMethod
+    if hasattr(linear, "restore_weights_for_rl_loading"):
+        return "this release records layouts itself"
+    name = "process_weights_after_loading"
+    obstacle = _replace(linear, name, lambda process: recording_layout(process, ("weight",)))
+    return obstacle or _replace(experts, name, lambda process: recording_layout(process, ("w13_weight", "w2_weight")))
+
+
+PATCHES = (
+    Patch(
+        "ApplyRotaryEmb",
+        "vLLM 0.13 to 0.25",
+        "it imports flash-attention's Triton kernel wherever a package of that name is, also where it cannot run",
+        _patch_rotary,
+    ),
+    Patch(
+        "FusedMoE.weight_loader",
+        "vLLM before 0.24",
+        "vllm-ascend keeps experts transposed and without a loader, new weights would not fit",
+        _patch_experts,
+    ),
+    Patch(
+        "MXFP8 layouts",
+        "vllm-ascend 0.18",
+        "its layers do not record how their weights are loaded, so that nothing could restore it",
+        _patch_layouts,
+    ),
+)
+
+
+# ---- settings ----
+
+
+def npu_environment(current: Mapping[str, str]) -> dict[str, str]:
+    """Environment variables that a replica on an NPU is started with.
+
+    Args:
+        current: the environment to start from; what it sets is kept, and checked in the replica.
+    """
+    environment = {_NZ: current.get(_NZ, "0")}
+    if _ROLLOUT_QUEUE in current:
+        environment[_QUEUE] = current[_ROLLOUT_QUEUE]
+    return environment
+
+
+def check_npu_environment(environment: Mapping[str, str], *, sleep_mode: bool) -> None:
+    """Refuse settings under which an engine on an NPU cannot take new weights.
+
+    Args:
+        sleep_mode: the engine sleeps between generations (`rollout.free_cache_engine`).
+
+    Raises:
+        ValueError: naming the variable, its value and the one needed.
+    """
+    nz = environment.get(_NZ, "1")
+    if nz != "0":
+        raise ValueError(
+            f"{_NZ}={nz}: weights in NPU's NZ format cannot be replaced, waking the engine up would raise; set {_NZ}=0"
+        )
+    allocator = environment.get(_ALLOCATOR, "")
+    settings = [setting.replace(" ", "").lower() for setting in allocator.split(",")]
+    if sleep_mode and "expandable_segments:true" in settings:
+        raise ValueError(
+            f"{_ALLOCATOR}={allocator}: expandable_segments:True and the memory pool of sleeping engines exclude each "
+            "other; remove it, or set actor_rollout_ref.rollout.free_cache_engine=False"
+        )
+
+
+def check_vllm_ascend() -> None:
+    """Refuse a vllm-ascend that cannot run MXFP8.
+
+    Raises:
+        ValueError: it is missing, older than 0.18.0, or was built for another processor than the Ascend 950.
+    """
+    setting = "actor_rollout_ref.rollout.quantization=ascend"
+    try:
+        version = metadata.version("vllm-ascend")
+    except metadata.PackageNotFoundError:
+        raise ValueError(
+            f"{setting}: vllm-ascend is not installed; install {OLDEST_VLLM_ASCEND} or newer, built with "
+            "SOC_VERSION=ascend950..."
+        ) from None
+    if Version(version) < Version(OLDEST_VLLM_ASCEND):
+        raise ValueError(f"{setting}: vllm-ascend {version} is too old; install {OLDEST_VLLM_ASCEND} or newer")
+    try:
+        built_for = getattr(import_module("vllm_ascend._build_info"), "__device_type__", "unknown")
+    except ImportError:
+        built_for = "unknown"
+    # Some releases hold an enum's name, some its qualified one.
+    if str(built_for).rpartition(".")[2] != "A5":
+        raise ValueError(
+            f"{setting}: this vllm-ascend {version} was built for device type {built_for}, MXFP8 needs an Ascend 950 "
+            "(A5); build it with SOC_VERSION=ascend950..."
+        )

@@ -1,0 +1,18 @@
+"""verl's vLLM plugin (entry-point group `vllm.general_plugins`), which vLLM loads in every process of an engine."""
+
+from __future__ import annotations
+
+
+def register() -> None:
+    """On a CPU make "ascend" known, and fp8 without AMX; on an NPU patch what needs it. May be called again."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from verl.utils.vllm import ascend_cpu, fp8_cpu
+
+        ascend_cpu.register()
+        fp8_cpu.register()
+    elif current_platform.device_type == "npu":
+        from verl.utils.vllm.npu_vllm_patch import apply_patches
+
+        apply_patches()

@@ -1,0 +1,42 @@
+"""`rollout.quantization=torchao`: the engine quantises what it loads, as torchao's own JSON config says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from verl.workers.rollout.quantization.base import QuantizationScheme
+
+_SETTING = "actor_rollout_ref.rollout.quantization=torchao"
+_FILE = "actor_rollout_ref.rollout.quantization_config_file"
+
+
+class TorchAOScheme(QuantizationScheme):
+    """Weights travel as they are; each layer is quantised again after each update, by vLLM's layer-wise reload."""
+
+    def engine_overrides(self, device: str) -> dict[str, Any]:
+        path = self._rollout.quantization_config_file
+        if path is None:
+            raise ValueError(
+                f"{_SETTING} needs {_FILE}: the JSON that torchao.core.config.config_to_dict gives, for example "
+                '{"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": {}}'
+            )
+        if find_spec("torchao") is None:
+            raise ValueError(f"{_SETTING}: torchao is not installed; pip install torchao")
+        try:
+            config = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{_FILE}={path}: cannot be read as JSON: {error}") from error
+        if not isinstance(config, dict) or not isinstance(config.get("_type"), str):
+            raise ValueError(f"{_FILE}={path}: is no torchao config: it has no _type; see torchao.core.config")
+        if device == "npu":
+            raise ValueError(f"{_SETTING}: not on an Ascend NPU; use ascend there")
+        return {"quantization": "torchao", "hf_overrides": {"quantization_config_file": str(Path(path).resolve())}}
+
+    def encode(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from named_tensors
