@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fixtures.training import TinyRun, alive, descendants, orphaned_shared_memory
+from fixtures.training import TinyRun, alive, descendants, left_in_shared_memory, orphaned_shared_memory
 
 pytestmark = pytest.mark.e2e
 
@@ -62,7 +62,7 @@ def test_a_run_leaves_log_checkpoint_and_model_and_nothing_else(tmp_path):
     assert (run.out / "latest_checkpointed_iteration.txt").read_text().strip() == "2"
     dumped = prompts_of(tmp_path / "dumps")
     assert sorted(dumped) == [1, 2] and all(len(set(rows)) == 8 and len(rows) == 32 for rows in dumped.values())
-    assert orphaned_shared_memory() <= before
+    assert left_in_shared_memory(before) == set()
 
 
 def test_two_ranks_and_two_replicas_train_like_one(tmp_path):
@@ -90,8 +90,7 @@ def test_killed_at_any_moment_it_goes_on_from_the_last_whole_checkpoint_with_the
     family = descendants(process.pid)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    # Ray's own agents look for their parent every few seconds only.
-    assert alive(family, within=90) == []
+    assert alive(family) == []
     saved = int((broken.out / "latest_checkpointed_iteration.txt").read_text())
     assert saved >= 3
 
@@ -112,10 +111,11 @@ def test_ctrl_c_and_sigterm_end_cleanly(tmp_path, number, status):
     run.wait_for(lambda: (run.out / "metrics.jsonl").exists() and len(run.metrics()) >= 2, process)
     family = descendants(process.pid)
     assert len(family) > 3
-    os.kill(process.pid, number)
+    # A terminal sends Ctrl-C to the whole group, a scheduler SIGTERM to the process it started.
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
     assert process.wait(60) == status, run.log.read_text()[-3000:]
     assert alive(family) == []
-    assert orphaned_shared_memory() <= before
+    assert left_in_shared_memory(before) == set()
     assert "Traceback" not in run.log.read_text()
 
 

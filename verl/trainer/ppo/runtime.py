@@ -8,6 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -177,14 +178,16 @@ class Runtime:
 
     async def stop(self) -> None:
         """End every process that `start` started; harmless where it did not get that far."""
-        if self._group is not None:
-            self._group.stop()
-        if self._replicas is not None:
-            await self._replicas.stop()
-        if self._rewards is not None:
-            self._rewards.close()
-        if self._placement is not None:
-            self._placement.release()
+        # A stack runs every one of them, whichever fails; last in, first out.
+        async with AsyncExitStack() as stack:
+            if self._placement is not None:
+                stack.callback(self._placement.release)
+            if self._rewards is not None:
+                stack.callback(self._rewards.close)
+            if self._replicas is not None:
+                stack.push_async_callback(self._replicas.stop)
+            if self._group is not None:
+                stack.callback(self._group.stop)
 
     @property
     def trainers(self) -> WorkerGroup:
