@@ -34,7 +34,9 @@ CACHE = REPOSITORY / ".cache" / "contract"
 STANDIN = Path(__file__).resolve().parent / "torch_npu_standin"
 
 # Not taken from the main environment: the release has its own, or none (CUDA builds do not load next to a CPU torch).
-_LEFT_OUT = ("vllm", "verl", "__editable__", "torchvision", "torchaudio", "torchcodec", "torch_npu", "triton")
+_LEFT_OUT = ("vllm", "__editable__", "torchvision", "torchaudio", "torchcodec", "torch_npu", "triton")
+# verl comes from the repository; its metadata (version, entry points) is where it was installed.
+_REPOSITORY_OWN = "verl"
 # Where files of these kinds come from another torch, Python never gets to see them.
 _COMPILED = (".so", ".bin", ".o", ".run")
 
@@ -237,7 +239,9 @@ def _link_rest(root: Path, release: Release) -> None:
     wanted = {}
     for path in source.iterdir():
         name = path.name.lower()
-        if not name.startswith(_LEFT_OUT) and not name.endswith(".pth") and name.split("-")[0] not in own:
+        if name == _REPOSITORY_OWN or name.startswith(_LEFT_OUT) or name.endswith(".pth"):
+            continue
+        if name.split("-")[0] not in own:
             wanted[path.name] = path
     rest = root / "rest"
     rest.mkdir(exist_ok=True)

@@ -38,8 +38,9 @@ def test_parts_and_links(tmp_path, downloads):
     assert not list(root.rglob("ascend/**/*.so")) and not list(root.rglob("vllm/**/*.so"))
     assert (root / "ascend-entry-points/vllm_ascend-1.dist-info").is_dir()
     names = {path.name for path in (root / "rest").iterdir()}
-    assert {"torch", "transformers"} <= names
-    assert not [name for name in names if name.lower().startswith(("vllm", "verl", "torchvision", "gguf"))]
+    assert {"torch", "transformers"} <= names and "verl" not in names
+    assert any(name.startswith("verl-") and name.endswith(".dist-info") for name in names)
+    assert not [name for name in names if name.lower().startswith(("vllm", "torchvision", "gguf"))]
     assert root / "ascend-entry-points" not in environment.paths()
     assert root / "ascend-entry-points" in environment.paths(npu_platform=True)
 
