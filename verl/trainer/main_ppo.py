@@ -19,7 +19,8 @@ from verl.trainer.config import ConfigError, Plan, PPOConfig, check, from_hydra,
 from verl.trainer.config.overrides import Prepared, prepare
 
 # Hydra would make a directory with a log file and copies of the config for every run, wherever it is started.
-_QUIET = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=disabled", "hydra/hydra_logging=disabled")
+# Its logging is "none", not "disabled", which would switch off every logger that exists by then, verl's own included.
+_QUIET = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
 _WITH_VALUE = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--cfg", "-c", "--package", "-p")
 _WITH_VALUE += ("--experimental-rerun",)
 _PATHS = ("--config-path", "-cp", "--config-dir", "-cd")

@@ -1,5 +1,7 @@
 """The parts of the command line that need no process of their own."""
 
+import contextlib
+import logging
 import sys
 import types
 
@@ -75,3 +77,12 @@ def test_the_run_gets_the_config_and_its_plan(run_files, stand_in, monkeypatch):
         main_ppo.main()
     ((config, plan),) = got
     assert config.data.seed == 9 and plan.device == "cpu"
+
+
+def test_composing_leaves_loggers_alone():
+    logger = logging.getLogger("verl.some.module")
+    level, handlers = logging.root.level, list(logging.root.handlers)
+    with contextlib.suppress(ConfigError):
+        main_ppo.compose(["algorithm.adv_estimator=grpo"])
+    assert not logger.disabled
+    assert (logging.root.level, logging.root.handlers) == (level, handlers)
