@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from verl.workers.rollout.weight_sync.bucket import ALIGNMENT, BucketWriter, read_bucket
+from verl.workers.rollout.weight_sync.bucket import BucketWriter, read_bucket
 from verl.workers.rollout.weight_sync.manifest import Manifest, TensorSpec, WeightUpdateError, check_arrived
 from verl.workers.rollout.weight_sync.receiver import WeightReceiver
 from verl.workers.rollout.weight_sync.sender import WeightSender
@@ -102,7 +102,7 @@ def test_a_tensor_larger_than_a_bucket_gets_a_bucket_of_its_own():
 
 def test_offsets_are_aligned_for_every_dtype():
     for bucket, _ in buckets_of(weights(), 1 << 20):
-        assert all(entry["offset"] % ALIGNMENT == 0 for entry in bucket["entries"])
+        assert all(entry["offset"] % 64 == 0 for entry in bucket["entries"])
 
 
 def test_bucket_stays_valid_while_the_next_one_is_filled():
