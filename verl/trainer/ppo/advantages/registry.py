@@ -5,24 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from verl.trainer.config import names
 from verl.trainer.ppo.registry import F, Registry
 
-_PLANNED = (
-    "gae",
-    "grpo_passk",
-    "grpo_vectorized",
-    "gdpo",
-    "gpg",
-    "opo",
-    "optimal_token_baseline",
-    "reinforce_plus_plus",
-    "reinforce_plus_plus_baseline",
-    "remax",
-    "rloo",
-    "rloo_vectorized",
-    "tir_optimal_token_baseline",
-)
-ADV_ESTIMATORS = Registry("advantage estimator", "algorithm.adv_estimator", planned=_PLANNED)
+ADV_ESTIMATORS = Registry("advantage estimator", "algorithm.adv_estimator", planned=names.PLANNED_ADV_ESTIMATORS)
 
 
 def register_adv_est(name: str) -> Callable[[F], F]:

@@ -5,22 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from verl.trainer.config import names
 from verl.trainer.ppo.registry import F, Registry
 
-_PLANNED = (
-    "bypass_mode",
-    "cispo",
-    "clip_cov",
-    "dppo_kl",
-    "dppo_tv",
-    "dro",
-    "geo_mean",
-    "gpg",
-    "gspo",
-    "kl_cov",
-    "sapo",
+POLICY_LOSSES = Registry(
+    "policy loss", "actor_rollout_ref.actor.policy_loss.loss_mode", planned=names.PLANNED_POLICY_LOSSES
 )
-POLICY_LOSSES = Registry("policy loss", "actor_rollout_ref.actor.policy_loss.loss_mode", planned=_PLANNED)
 
 
 def register_policy_loss(name: str) -> Callable[[F], F]:
