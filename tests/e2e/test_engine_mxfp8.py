@@ -40,7 +40,7 @@ def start():
     def start(model_dir, **over):
         plugin.register()
         scheme = get_scheme(ROLLOUT, str(model_dir))
-        started.append(Engine(model_dir, **(scheme.engine_overrides("cpu") | over)))
+        started.append(Engine(model_dir, ROLLOUT, **(scheme.engine_overrides("cpu") | over)))
         return started[-1], scheme
 
     yield start
@@ -80,9 +80,10 @@ def test_two_ranks_hold_their_shares(tmp_path, monkeypatch, kind):
     """The workers are processes of their own: "ascend" reaches them through the entry point vllm.general_plugins."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     first, second = model_dirs(tmp_path, kind, False, count=2)
-    scheme = get_scheme(replace(ROLLOUT, tensor_model_parallel_size=2), str(first))
+    rollout = replace(ROLLOUT, tensor_model_parallel_size=2)
+    scheme = get_scheme(rollout, str(first))
     ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    engine = Engine(first, **scheme.engine_overrides("cpu"), **ranks)
+    engine = Engine(first, rollout, **scheme.engine_overrides("cpu"), **ranks)
     try:
         addresses = engine.rpc("verl_parameter_addresses")
         for version, source in enumerate([second, first, second], 1):

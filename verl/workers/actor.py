@@ -22,6 +22,7 @@ from verl.protocol import DataProto
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.utils.platform import choose_dtype, dist_backend, torch_device
 from verl.workers.engine.base import TrainEngine
+from verl.workers.engine.export import RowEncoder
 from verl.workers.engine.fsdp import FSDPEngine
 from verl.workers.engine.micro_batch import MicroBatching
 from verl.workers.policy_objective import PolicyObjective
@@ -185,9 +186,11 @@ class ActorWorker:
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         return worst.item()
 
-    def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The policy's weights under checkpoint names, in the master dtype; every rank must exhaust the stream."""
-        return self.engine.export_weights()
+    def export_weights(
+        self, *, dtype: torch.dtype | None = None, encoder: RowEncoder | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """The policy's weights under checkpoint names; see `TrainEngine.export_weights`."""
+        return self.engine.export_weights(dtype=dtype, encoder=encoder)
 
     def save_checkpoint(self, path: str | Path) -> None:
         """Write what `actor.checkpoint.save_contents` names into `path`, `hf_model` into `path/huggingface`."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from verl.trainer.config import ActorRolloutRefConfig
 from verl.workers.actor import ActorWorker
-from verl.workers.rollout.quantization import get_scheme
+from verl.workers.rollout.quantization import QuantizationScheme, get_scheme
+from verl.workers.rollout.weight_sync.encode_report import EncodeReport
 from verl.workers.rollout.weight_sync.manifest import dtype_from_name
 from verl.workers.rollout.weight_sync.sender import WeightSender
 
@@ -45,7 +47,9 @@ class TrainWorker:
         self._total_training_steps, self._with_ref, self._seed = total_training_steps, with_ref, seed
         self._send_dtype = dtype_from_name(rollout_dtype)
         self._sender: WeightSender | None = None
-        self._scheme = get_scheme(config.rollout, config.model.path)
+        # What the engine's workers quantise travels as it is.
+        sends = config.rollout.quantization_side == "sender"
+        self._scheme: QuantizationScheme | None = get_scheme(config.rollout, config.model.path) if sends else None
 
     def rendezvous(self, loopback: bool) -> tuple[str, int]:
         """Address and free port where the ranks can meet this one."""
@@ -78,6 +82,7 @@ class TrainWorker:
         if self._sender is None:
             megabytes = self._config.rollout.checkpoint_engine.update_weights_bucket_megabytes
             self._sender = WeightSender(megabytes * _MIB)
+        self._report()  # what an update that failed left behind
         self._sender.begin(version, self._encoded())
 
     def next_bucket(self) -> dict[str, Any]:
@@ -86,25 +91,29 @@ class TrainWorker:
         return self._sender.next_bucket()
 
     def finish_export(self) -> dict[str, Any]:
-        """`manifest` of everything sent, and the `seconds` it took to gather and pack."""
+        """`manifest` of everything sent, `seconds` to gather, encode and pack it, and the `report` of encoding."""
         assert self._sender is not None, "begin_export first"
-        return {"manifest": self._sender.manifest(), "seconds": self._sender.seconds}
+        return {"manifest": self._sender.manifest(), "seconds": self._sender.seconds, "report": self._report()}
 
-    def join_export(self) -> None:
-        """Take part in gathering the shards that rank 0 sends."""
+    def join_export(self) -> dict[str, Any]:
+        """Take part in encoding and gathering the shards that rank 0 sends; the report of encoding."""
+        self._report()
         for _ in self._weights():
             pass
+        return self._report()
 
-    def _encoded(self) -> Any:
+    def _report(self) -> dict[str, Any]:
+        return EncodeReport().to_plain() if self._scheme is None else self._scheme.take_report().to_plain()
+
+    def _encoded(self) -> Iterator[tuple[str, torch.Tensor]]:
         weights = self._weights()
         try:
-            yield from self._scheme.encode(weights)
+            yield from weights if self._scheme is None else self._scheme.encode(weights)
         except Exception:
             # The other ranks gather to the end, and would wait there for this one.
             for _ in weights:
                 pass
             raise
 
-    def _weights(self) -> Any:
-        for name, tensor in self._actor.export_weights():
-            yield name, tensor.to(self._send_dtype) if tensor.is_floating_point() else tensor
+    def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return self._actor.export_weights(dtype=self._send_dtype, encoder=self._scheme)

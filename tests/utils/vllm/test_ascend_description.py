@@ -255,4 +255,4 @@ def test_command_line(model_dir, tmp_path):
     assert json.loads(output.read_text()) == expected.to_json_dict()
     row = r"model.layers.\*.mlp.down_proj +28 +1024 x 3072 +BF16 +row +168.0 MiB +86.6 MiB +MXFP8"
     assert re.search(row, done.stdout), done.stdout
-    assert "196 of 311 weights in MXFP8, tensor-parallel size 2" in done.stdout
+    assert "In MXFP8: 196 of 311 weights, tensor-parallel size 2" in done.stdout

@@ -72,7 +72,7 @@ def test_no_more_than_a_layer_is_gathered_at_once(tmp_path, kind, monkeypatch):
     source = write_tiny_model(tmp_path / "source", kind=kind, num_hidden_layers=4)
     gathered = []
     whole = export._whole
-    monkeypatch.setattr(export, "_whole", lambda tensor: gathered.append(tensor.numel()) or whole(tensor))
+    monkeypatch.setattr(export, "_whole", lambda tensor, dtype: gathered.append(tensor.numel()) or whole(tensor, dtype))
 
     def program(rank):
         counts = []

@@ -69,6 +69,9 @@ def estimate_memory(
         length = rollout.max_model_len or config.data.max_prompt_length + config.data.max_response_length
         cache = cpu_cache_bytes(model, itemsize, length, rollout.max_num_seqs)
         replica += model.parameters * itemsize + cache
+        if rollout.quantization is not None:
+            # What computes on a CPU is dequantised; the quantised weights, a byte and their scales, are kept besides.
+            replica += model.parameters * 33 // 32
     total = trainer * ranks + replica * replicas + others
     return MemoryEstimate(trainer, replica, cache, others, total)
 

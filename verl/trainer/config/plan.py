@@ -14,6 +14,7 @@ class Plan:
     Attributes:
         device: `cpu`, `cuda` or `npu`.
         compute_dtype, rollout_dtype: torch dtype names that trainer and engine compute in; `*_why` the reason.
+        rollout_weights: how the engine holds quantised weights; None where it holds them as they are sent.
         master_dtype: of the weights that the optimizer changes.
         prompts_per_step, samples_per_step: of one training step.
         optimizer_steps_per_step: mini-batches times `ppo_epochs`.
@@ -37,6 +38,7 @@ class Plan:
     compute_why: str
     rollout_dtype: str
     rollout_why: str
+    rollout_weights: str | None
     master_dtype: str
     prompts_per_step: int
     samples_per_step: int
@@ -112,6 +114,8 @@ class Plan:
             ("trainer computes in", f"{self.compute_dtype} ({self.compute_why}); master weights {self.master_dtype}"),
             ("engine computes in", f"{self.rollout_dtype} ({self.rollout_why})"),
         ]
+        if self.rollout_weights is not None:
+            rows.append(("engine's weights", self.rollout_weights))
         if self.update_bytes is not None:
             rows.append(("weight update", f"{size(self.update_bytes)} in {self.update_buckets} bucket(s)"))
         if self.memory is not None:

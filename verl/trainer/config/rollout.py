@@ -130,9 +130,20 @@ class RolloutConfig:
     server: ServerConfig = section(ServerConfig, "an OpenAI-compatible HTTP endpoint on each replica")
     multi_turn: MultiTurnConfig = section(MultiTurnConfig, "several turns and tools: not supported yet")
     quantization: str | None = key(
-        None, "weights of the engine in fewer bits", choices=(None,), planned=names.QUANTIZATIONS, use="use null"
+        None,
+        "how the engine holds its weights; ascend: MXFP8 by vllm-ascend, emulated on a CPU; null: as they are sent",
+        choices=(*names.QUANTIZATIONS, None),
     )
-    quantization_config_file: str | None = planned(None, "quantisation")
+    quantization_config_file: str | None = key(
+        None,
+        "ascend: JSON with layers to leave out, or a ModelSlim description; torchao: the JSON of its config",
+        path=True,
+    )
+    quantization_side: str = key(
+        "sender",
+        "where ascend and fp8 quantise new weights; sender: each trainer rank its shard, so that fewer bytes travel",
+        choices=("sender", "receiver"),
+    )
     data_parallel_size: int = planned(1, "data parallelism inside a replica", "use 1: replicas are data parallel")
     pipeline_model_parallel_size: int = planned(1, "pipeline parallelism")
     expert_parallel_size: int = planned(1, "expert parallelism")

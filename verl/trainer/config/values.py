@@ -50,10 +50,9 @@ def _equal(value: Any, other: Any) -> bool:
 def _no_choice(key: Key, item: Any) -> str:
     if item in key.planned:
         return f": {item} is not supported yet; {key.use}"
-    choices = [choice for choice in key.choices if choice is not None]
-    near = difflib.get_close_matches(str(item), [str(choice) for choice in [*choices, *key.planned]], n=1)
+    near = difflib.get_close_matches(str(item), [show(choice) for choice in [*key.choices, *key.planned]], n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
-    known = f"use one of {', '.join(map(show, choices))}" if choices else key.use
+    known = f"use one of {', '.join(map(show, key.choices))}"
     return f": {show(item)} is unknown{hint}; {known}"
 
 

@@ -30,6 +30,7 @@ from verl.workers.reward import RewardLoop
 from verl.workers.rollout.client import LLMServerClient
 from verl.workers.rollout.replica import ReplicaSet, vLLMReplica
 from verl.workers.rollout.vllm_rollout.engine_args import engine_environment
+from verl.workers.rollout.weight_sync.encode_report import worst_error
 from verl.workers.rollout.weight_sync.update import update_weights
 from verl.workers.train_worker import TrainWorker
 
@@ -53,8 +54,11 @@ class GroupSender:
         return await self._group.rank(0, "next_bucket")
 
     async def finish_export(self) -> dict[str, Any]:
-        await asyncio.gather(*self._others)
-        return await self._group.rank(0, "finish_export")
+        others = await asyncio.gather(*self._others)
+        export = await self._group.rank(0, "finish_export")
+        report = export.pop("report")
+        # Each rank encoded other rows.
+        return {**export, "encode": report["seconds"], "worst": worst_error([report, *others])}
 
 
 class Runtime:
@@ -265,7 +269,7 @@ class Runtime:
         )
         return (await self.trainers.each("call", [("update_actor", shard) for shard in shards]))[0]
 
-    async def update_weights(self, version: int) -> dict[str, float]:
+    async def update_weights(self, version: int) -> dict[str, Any]:
         """Bring every replica, restarted ones included, to the trainer's weights as `version`."""
         await self.replicas.restart_dead()
         return await update_weights(GroupSender(self.trainers), self.replicas.alive, version)

@@ -168,14 +168,31 @@ def quantization_error(x: torch.Tensor, values: torch.Tensor, scales: torch.Tens
     Raises:
         TypeError, ValueError: a dtype or a shape that does not fit, naming both.
     """
+    parts = _error_parts(x, values, scales)
+    error2, norm2 = parts[:, :2].sum(0).tolist()
+    if math.isnan(error2) or math.isnan(norm2):
+        return QuantizationError(math.nan, math.nan)
+    worst = math.sqrt(parts[:, 2].max().item()) if len(parts) else 0.0
+    return QuantizationError(math.sqrt(error2 / norm2) if norm2 else 0.0, worst)
+
+
+def squared_error(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """[sum of squared errors, sum of squares of x], which add up over parts of a tensor; arguments as above.
+
+    Returns:
+        [2] on x's device, float64 (float32 on an NPU); the device is not waited for.
+    """
+    return _error_parts(x, values, scales)[:, :2].sum(0)
+
+
+def _error_parts(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """[n, 3] for pieces of x: sums of squared errors and of squares, largest squared ratio of `worst_block`."""
     _check_source(x, "x")
     values, scales = _check_pair(values, scales, MX_BLOCK_SIZE)
     if x.shape != values.shape:
         raise ValueError(f"x has shape {tuple(x.shape)}, values {tuple(values.shape)}: they must be the same")
-    if x.numel() == 0:
-        return QuantizationError(0.0, 0.0)
     x = x.detach()
-    if (library := _native_library(x.device)) is not None:
+    if x.numel() and (library := _native_library(x.device)) is not None:
         values, scales = values.contiguous(), scales.contiguous()
         source, stride, rows, k = _as_rows(x)
         runs = rows * _ceil_div(_ceil_div(k, MX_BLOCK_SIZE), 64)
@@ -183,16 +200,19 @@ def quantization_error(x: torch.Tensor, values: torch.Tensor, scales: torch.Tens
         kernel = getattr(library, f"mx_error_{_NATIVE_NAMES[x.dtype]}")
         pointers = values.data_ptr(), scales.data_ptr(), parts.data_ptr()
         kernel(source.data_ptr(), stride, *pointers, rows, k, torch.get_num_threads())
-        error2, norm2, worst = *parts[:, :2].sum(0).tolist(), math.sqrt(parts[:, 2].max().item())
-    else:
-        source = _blocks(x, MX_BLOCK_SIZE).double()
-        error = _blocks(mxfp8_dequantize(values, scales), MX_BLOCK_SIZE).double() - source
+        return parts
+    # An NPU has no arithmetic in float64.
+    wide = torch.float32 if x.device.type == "npu" else torch.float64
+    parts = []
+    blocks = (_blocks(x, MX_BLOCK_SIZE), _blocks(values.view(torch.uint8), MX_BLOCK_SIZE), scales.reshape(-1, 1))
+    for source, codes, factors in zip(*(t.split(_EAGER_PIECE // MX_BLOCK_SIZE) for t in blocks), strict=True):
+        source = source.to(wide)
+        error = _dequantize_blocks(codes, factors).to(wide) - source
         top = source.abs().amax(-1)
         ratio = torch.where(top == 0, 0.0, error.abs().amax(-1) / top)
-        error2, norm2, worst = torch.stack([(error**2).sum(), (source**2).sum(), ratio.max()]).tolist()
-    if math.isnan(error2) or math.isnan(norm2):
-        return QuantizationError(math.nan, math.nan)
-    return QuantizationError(math.sqrt(error2 / norm2) if norm2 else 0.0, worst)
+        worst = ratio.max() if len(ratio) else ratio.sum()
+        parts.append(torch.stack([error.square().sum(), source.square().sum(), worst.square()]))
+    return torch.stack(parts)
 
 
 def trim_scales(padded: torch.Tensor, k: int, *, block_size: int = MX_BLOCK_SIZE) -> torch.Tensor:

@@ -15,6 +15,7 @@ import bisect
 import difflib
 import json
 import logging
+import math
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -86,6 +87,19 @@ class AscendDescription:
         """Whether a checkpoint tensor goes to the engine in MXFP8; ValueError for a name that the checkpoint lacks."""
         layer = self.layer(weight_name)
         return layer is not None and layer.quantised
+
+    def summary(self) -> str:
+        """How many weights are quantised, and bytes of all of them as stored and in the engine."""
+        before = sum(layer.info.nbytes for layer in self.layers)
+        after = sum(layer.nbytes_after for layer in self.layers)
+        return (
+            f"{len(self.quantised_layers)} of {len(self.layers)} weights, tensor-parallel size {self.tp_size}: "
+            f"{_size(before)} stored, {_size(after)} in the engine ({after / before:.0%})"
+        )
+
+    def sent_bytes(self, itemsize: int) -> int:
+        """Bytes of all weights in MXFP8, the unquantised ones in `itemsize` bytes an element; biases left out."""
+        return sum(la.nbytes_after if la.quantised else math.prod(la.info.shape) * itemsize for la in self.layers)
 
     def to_json_dict(self) -> dict[str, Any]:
         """What `hf_overrides["quantization_config"]` must be: plain strings and numbers, keyed by checkpoint names.
@@ -389,11 +403,9 @@ def _render(description: AscendDescription) -> str:
     for layer in description.layers:
         groups.setdefault((_pattern(layer.name), layer.info.shape, layer.reason), []).append(layer)
     rows = [("layer", "count", "shape", "dtype", "cut", "before", "after", "in the engine")]
-    before = after = 0
     for (pattern, shape, reason), alike in groups.items():
         first = alike[0]
         old, new = len(alike) * first.info.nbytes, len(alike) * first.nbytes_after
-        before, after = before + old, after + new
         size = " x ".join(map(str, shape)) if first.info.nbytes else "tied"
         cut = first.split if first.quantised else ""
         rows.append((pattern, str(len(alike)), size, first.info.dtype, cut, _size(old), _size(new), reason or "MXFP8"))
@@ -409,10 +421,7 @@ def _render(description: AscendDescription) -> str:
     unknown = sum(layer.reason == UNKNOWN for layer in description.layers)
     if unknown:
         lines.append(f"Warning: {unknown} layers are of a kind that is not known here and stay unquantised.")
-    lines.append(
-        f"{len(description.quantised_layers)} of {len(description.layers)} weights in MXFP8, tensor-parallel size "
-        f"{description.tp_size}: {_size(before)} before, {_size(after)} after ({after / before:.0%})"
-    )
+    lines.append(f"In MXFP8: {description.summary()}")
     return "\n".join(lines)
 
 

@@ -115,7 +115,7 @@ class LayerwiseLoadSession:
     def _settle(self, borrowed: set[int]) -> None:
         for name in list(self._open):
             info = _layer_info(self._open[name])
-            if not info.can_load():
+            if not _is_open(info):
                 self._written.update(self._parameter_ids[name].values())
                 del self._open[name]
                 continue
@@ -173,7 +173,7 @@ def _roll_back(model: nn.Module) -> None:
 
     for layer in model.modules():
         info = _layer_info(layer)
-        if info.can_load():
+        if _is_open(info):
             if info.kernel_tensors is not None:
                 _place_kernel_tensors(layer, info)
             info.reset()
@@ -200,10 +200,16 @@ def _layer_info(layer: nn.Module):
     return get_layerwise_info(layer)
 
 
-def _never_loaded() -> set[str]:
-    from vllm.model_executor.model_loader.reload.meta import SKIP_LOAD_TENSORS
+def _is_open(info) -> bool:
+    """Whether a layer waits for weights; vLLM 0.18 calls it `can_process`."""
+    return info.can_load() if hasattr(info, "can_load") else info.can_process()
 
-    return SKIP_LOAD_TENSORS
+
+def _never_loaded() -> set[str]:
+    from vllm.model_executor.model_loader.reload import meta
+
+    # Before vLLM 0.32 the same set says what never leaves the device.
+    return getattr(meta, "SKIP_LOAD_TENSORS", meta.SKIP_TENSORS)
 
 
 def _expected_numel(layer: nn.Module) -> int:
@@ -236,7 +242,7 @@ def load_session(
 
         raise NotImplementedError(
             f"vLLM {vllm.__version__} has no layer-wise weight reload (vllm.model_executor.model_loader.reload): "
-            "use a release that has it, 0.23 or newer"
+            "use a release that has it, 0.18 or newer"
         ) from error
     return LayerwiseLoadSession(model, vllm_config, device, hooks)
 

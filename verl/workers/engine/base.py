@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from verl.protocol import DataProto
+from verl.workers.engine.export import RowEncoder
 from verl.workers.engine.micro_batch import MicroBatching
 
 
@@ -68,9 +69,17 @@ class TrainEngine(ABC):
         response_mask is 0, in the order of `data`; columns and meta_info as in `forward_backward`."""
 
     @abstractmethod
-    def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every weight under its checkpoint name and shape, whole, in the dtype of the master weights, one after the
-        other; a tied weight once. All ranks must exhaust it."""
+    def export_weights(
+        self, *, dtype: torch.dtype | None = None, encoder: RowEncoder | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every weight under its checkpoint name and shape, whole, one after the other; a tied weight once.
+
+        All ranks must exhaust it.
+
+        Args:
+            dtype: to cast to; None for that of the master weights.
+            encoder: encodes rows before they are gathered, see `verl.workers.engine.export`.
+        """
 
     @abstractmethod
     def save(self, path: str | Path, contents: Sequence[str] = ("model", "optimizer", "extra")) -> None:

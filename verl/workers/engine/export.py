@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -17,27 +18,95 @@ from verl.workers.engine.loading import decoder_layer_names
 _SHARD_BYTES = 5 * 10**9
 
 
+class RowEncoder(Protocol):
+    """Turns weights into what is sent in their place, on each rank the rows that it holds."""
+
+    def encodes_rows(self, name: str) -> bool:
+        """Whether a checkpoint tensor may be encoded some rows at a time."""
+
+    def encode_weight(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What rows [..., K] become, by suffix of the name: tensors of the same leading shape."""
+
+
 @torch.no_grad()
-def export_weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+def export_weights(
+    model: PreTrainedModel, *, dtype: torch.dtype | None = None, encoder: RowEncoder | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
     """What `save_pretrained` would write, one tensor after the other, whole and contiguous, on the model's device.
 
     transformers keeps some weights in another form than their checkpoints, packed experts for example. Its own
     conversion is undone for one decoder layer at a time: no more than a layer (one parameter, where nothing is to be
     converted) is gathered at once. Collective: every rank must exhaust the stream.
+
+    Args:
+        dtype: of the floating tensors, None for each parameter's own; shards are cast before they are gathered.
+        encoder: encodes what it can before it is gathered, so that fewer bytes travel between the ranks: a parameter
+            whose shards are whole rows (FSDP2 cuts along the first dimension) and that becomes checkpoint tensors
+            without its rows being cut, mixed or turned. Others are gathered and come as they are.
     """
     converts = bool(getattr(model, "_weight_conversions", None))
     shards = model.state_dict(keep_vars=True)
     for names in _groups(model, shards, by_layer=converts):
-        gathered = {name: _whole(shards[name]) for name in names}
+        # By suffix of the name; None for what is not encoded.
+        gathered: dict[str | None, dict[str, torch.Tensor]] = {}
+        for name in names:
+            if encoder is not None and _encodable(model, name, shards[name], encoder, converts):
+                for suffix, part in encoder.encode_weight(name, _local(shards[name], dtype)).items():
+                    gathered.setdefault(suffix, {})[name] = _gather_rows(part, shards[name])
+            else:
+                gathered.setdefault(None, {})[name] = _whole(shards[name], dtype)
         if converts:
-            gathered = revert_weight_conversion(model, gathered)
-        for name in list(gathered):
-            yield name, gathered.pop(name).contiguous()
+            gathered = {suffix: revert_weight_conversion(model, tensors) for suffix, tensors in gathered.items()}
+        for name in [name for tensors in gathered.values() for name in tensors]:
+            for suffix, tensors in gathered.items():
+                if name in tensors:
+                    yield name + (suffix or ""), tensors.pop(name).contiguous()
 
 
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
+def _cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     tensor = tensor.detach()
+    return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
+
+
+def _whole(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    tensor = _cast(tensor, dtype)
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _local(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    tensor = tensor.detach()
+    return _cast(tensor.to_local() if isinstance(tensor, DTensor) else tensor, dtype)
+
+
+def _gather_rows(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """All ranks' parts [rows of this rank, ...], cut as `like` is, as one tensor."""
+    if not isinstance(like, DTensor):
+        return part
+    # Collectives do not know float8.
+    plain = part.view(torch.uint8) if part.dtype.itemsize == 1 else part
+    shape = torch.Size([*like.shape[:-1], part.shape[-1]])
+    stride = torch.empty(shape, device="meta").stride()
+    sharded = DTensor.from_local(plain, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride)
+    return sharded.full_tensor().view(part.dtype)
+
+
+def _encodable(model: PreTrainedModel, name: str, tensor: torch.Tensor, encoder: RowEncoder, converts: bool) -> bool:
+    if tensor.dim() < 2 or not all(
+        placement.is_replicate() or (type(placement) is Shard and placement.dim < tensor.dim() - 1)
+        for placement in getattr(tensor, "placements", ())
+    ):
+        return False
+    if not converts:
+        return encoder.encodes_rows(name)
+    # Every row counts up, in no memory but the first row's: shapes alone would not tell a square one that is turned.
+    row = torch.arange(tensor.shape[-1], dtype=torch.int32)
+    converted = revert_weight_conversion(model, {name: row.expand(tensor.shape)})
+    return all(encoder.encodes_rows(target) and _is_row(whole, row) for target, whole in converted.items())
+
+
+def _is_row(probe: torch.Tensor, row: torch.Tensor) -> bool:
+    rows = probe.flatten(0, -2)
+    return torch.equal(rows[0], row) and torch.equal(rows[-1], row)
 
 
 def _groups(model: PreTrainedModel, state: dict[str, torch.Tensor], by_layer: bool) -> list[list[str]]:

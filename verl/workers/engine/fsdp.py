@@ -15,6 +15,7 @@ from verl.protocol import DataProto
 from verl.workers.engine import checkpoint, export, optim
 from verl.workers.engine.base import LossFn, TrainEngine
 from verl.workers.engine.errors import NonFiniteError
+from verl.workers.engine.export import RowEncoder
 from verl.workers.engine.loading import load_sharded_model, parse_dtype
 from verl.workers.engine.log_probs import token_log_probs
 from verl.workers.engine.micro_batch import AlignedBatch, MicroBatch, MicroBatching
@@ -126,8 +127,10 @@ class FSDPEngine(TrainEngine):
         self._reshard()
         return log_probs.cpu(), None if entropy is None else entropy.cpu()
 
-    def export_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return export.export_weights(self.model)
+    def export_weights(
+        self, *, dtype: torch.dtype | None = None, encoder: RowEncoder | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        return export.export_weights(self.model, dtype=dtype, encoder=encoder)
 
     def save(self, path: str | Path, contents: Sequence[str] = checkpoint.CONTENTS) -> None:
         checkpoint.save_state(

@@ -248,7 +248,7 @@ class LocalSender:
         return self.sender.next_bucket()
 
     async def finish_export(self):
-        return {"manifest": self.sender.manifest(), "seconds": self.sender.seconds}
+        return {"manifest": self.sender.manifest(), "seconds": self.sender.seconds, "encode": 0.0, "worst": None}
 
 
 class LocalReceiver:

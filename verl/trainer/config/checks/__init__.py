@@ -15,6 +15,7 @@ from verl.trainer.config.checks.machine import (
     check_ports,
 )
 from verl.trainer.config.checks.model import check_model
+from verl.trainer.config.checks.quantization import Quantisation, check_quantization
 from verl.trainer.config.checks.reward import check_reward
 from verl.trainer.config.errors import ConfigError
 from verl.trainer.config.estimate import estimate_memory
@@ -52,10 +53,11 @@ def check(config: PPOConfig) -> Plan:
     check_loggers(config, found)
     check_directories(config, found)
     device = None if "trainer.device" in wrong else check_device(config, found)
+    quantisation = check_quantization(config, device, found) if device and model and not wrong else None
     if found.errors:
         raise ConfigError(found.errors)
     assert device is not None and model is not None
-    plan = _derive(config, device, model, data)
+    plan = _derive(config, device, model, data, quantisation)
     check_memory(plan.memory, plan.available_bytes, found)
     plan.warnings, plan.notes = found.warnings, found.notes + idle_notes(config, device)
     return plan
@@ -73,7 +75,9 @@ def _check_engine_kwargs(config: PPOConfig, found: Findings) -> None:
             found.errors.append(f"{field} is not supported yet: use actor_rollout_ref.rollout.engine_kwargs.vllm")
 
 
-def _derive(config: PPOConfig, device: str, model: ModelFiles, data: DataInfo) -> Plan:
+def _derive(
+    config: PPOConfig, device: str, model: ModelFiles, data: DataInfo, quantisation: Quantisation | None
+) -> Plan:
     roles, trainer = config.actor_rollout_ref, config.trainer
     actor, rollout = roles.actor, roles.rollout
     ranks, samples = trainer_ranks(config), config.data.train_batch_size * rollout.n
@@ -83,7 +87,10 @@ def _derive(config: PPOConfig, device: str, model: ModelFiles, data: DataInfo) -
     compute, engine = choose_dtype(device, actor.fsdp_config.dtype), choose_dtype(device, rollout.dtype)
     workers = config.reward.num_workers or min(_MOST_REWARD_WORKERS, cpu_cores())
     steps = None if data.train is None else data.train // config.data.train_batch_size
-    update = None if model.parameters is None else model.parameters * (4 if engine.name == "float32" else 2)
+    itemsize = 4 if engine.name == "float32" else 2
+    update = None if model.parameters is None else model.parameters * itemsize
+    if quantisation is not None:
+        update = quantisation.update_bytes(itemsize) or update
     bucket = rollout.checkpoint_engine.update_weights_bucket_megabytes * _MIB
     return Plan(
         device=device,
@@ -91,6 +98,7 @@ def _derive(config: PPOConfig, device: str, model: ModelFiles, data: DataInfo) -
         compute_why=compute.why,
         rollout_dtype=engine.name,
         rollout_why=engine.why,
+        rollout_weights=None if quantisation is None else quantisation.summary(),
         master_dtype=choose_dtype(device, actor.fsdp_config.model_dtype).name,
         prompts_per_step=config.data.train_batch_size,
         samples_per_step=samples,

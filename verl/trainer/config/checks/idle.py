@@ -66,6 +66,9 @@ def _idle(config: PPOConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
         yield "with rollout.nnodes=0", (_ROLLOUT + "n_gpus_per_node",)
     if not rollout.server.enable_http:
         yield "with rollout.server.enable_http=False", (_ROLLOUT + "server.",)
+    if rollout.quantization is None:
+        keys = (_ROLLOUT + "quantization_config_file", _ROLLOUT + "quantization_side")
+        yield "with rollout.quantization=null", keys
     if not rollout.calculate_log_probs:
         yield "with rollout.calculate_log_probs=False", (_ROLLOUT + "logprobs_mode",)
     if not config.data.shuffle and config.data.train_max_samples < 0:

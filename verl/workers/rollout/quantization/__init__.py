@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from verl.trainer.config import RolloutConfig
 from verl.workers.rollout.quantization.ascend import AscendScheme
 from verl.workers.rollout.quantization.base import QuantizationScheme
@@ -15,6 +18,8 @@ _SCHEMES: dict[str | None, type[QuantizationScheme]] = {
     "torchao": TorchAOScheme,
     "ascend": AscendScheme,
 }
+# What an engine's worker has to know of `rollout`: it gets these as plain values, not the config.
+_WORKER_FIELDS = ("quantization", "quantization_config_file", "quantization_side", "tensor_model_parallel_size")
 
 
 def scheme_class(name: str | None) -> type[QuantizationScheme]:
@@ -35,7 +40,24 @@ def get_scheme(rollout: RolloutConfig, model_dir: str) -> QuantizationScheme:
     return scheme_class(rollout.quantization)(rollout, model_dir)
 
 
+def worker_settings(rollout: RolloutConfig) -> dict[str, Any]:
+    """What the engine's workers need of the rollout's config, in plain values."""
+    return {name: getattr(rollout, name) for name in _WORKER_FIELDS}
+
+
+def worker_scheme(settings: Mapping[str, Any], model_dir: str) -> QuantizationScheme:
+    """The scheme in an engine's worker, by `worker_settings`."""
+    return get_scheme(RolloutConfig(**settings), model_dir)
+
+
 # The values that `rollout.quantization` may have besides null.
 SCHEME_NAMES = tuple(name for name in _SCHEMES if name is not None)
 
-__all__ = ["SCHEME_NAMES", "QuantizationScheme", "get_scheme", "scheme_class"]
+__all__ = [
+    "SCHEME_NAMES",
+    "QuantizationScheme",
+    "get_scheme",
+    "scheme_class",
+    "worker_scheme",
+    "worker_settings",
+]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from verl.utils.quantization.mx import MX_BLOCK_SIZE, mxfp8_quantize, npu_mxfp8_quantize
+from verl.utils.quantization.mx import MX_BLOCK_SIZE, mxfp8_quantize, npu_mxfp8_quantize, squared_error
 from verl.utils.vllm.ascend_description import AscendDescription, resolve_description
 from verl.utils.vllm.npu_vllm_patch import check_vllm_ascend
 from verl.utils.vllm.vllm_fp8_utils import (
@@ -18,16 +18,15 @@ from verl.utils.vllm.vllm_fp8_utils import (
     mxfp8_layers,
     restore_mxfp8_weights_for_loading,
 )
-from verl.workers.rollout.quantization.base import QuantizationScheme
-from verl.workers.rollout.quantization.scaled import ScaledWeights, refuse_fused_experts, refuse_non_finite
-from verl.workers.rollout.weight_sync.manifest import TensorSpec, WeightUpdateError
+from verl.workers.rollout.quantization.scaled import ScaledScheme, ScaledWeights, refuse_fused_experts
 
 _NAN_SCALE = 255
-_SCALED = ScaledWeights("_scale", "uint8", lambda shape: (*shape[:-1], -(-shape[-1] // MX_BLOCK_SIZE)))
 
 
-class AscendScheme(QuantizationScheme):
-    """Weights travel as `(name, float8_e4m3fn)` and `(name + "_scale", uint8)`: E8M0 bytes, one for 32 along K."""
+class AscendScheme(ScaledScheme):
+    """Scales are E8M0 bytes (uint8), one for 32 values along K, so that every row of a weight stands for itself."""
+
+    scaled = ScaledWeights("_scale", "uint8", lambda shape: (*shape[:-1], -(-shape[-1] // MX_BLOCK_SIZE)))
 
     @functools.cached_property
     def description(self) -> AscendDescription:
@@ -48,17 +47,29 @@ class AscendScheme(QuantizationScheme):
         described = {**MXFP8_BLOCK_QUANT_KWARGS, **self.description.to_json_dict()}
         return {"quantization": "ascend", "hf_overrides": {"quantization_config": described}}
 
-    def encode(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in named_tensors:
-            if not self.description.is_quantised(name):
-                refuse_non_finite(name, tensor)
-                yield name, tensor
-                continue
-            values, scales = (npu_mxfp8_quantize if tensor.device.type == "npu" else mxfp8_quantize)(tensor)
-            if bool((scales == _NAN_SCALE).any()):
-                refuse_non_finite(name, tensor)
-            yield name, values
-            yield f"{name}_scale", scales
+    def summary(self) -> str:
+        return f"MXFP8: {self.description.summary()}"
+
+    def update_bytes(self, itemsize: int) -> int | None:
+        if self._rollout.quantization_side == "receiver":
+            return None
+        return self.description.sent_bytes(itemsize)
+
+    def quantises(self, name: str) -> bool:
+        return self.description.is_quantised(name)
+
+    def encodes_rows(self, name: str) -> bool:
+        return name in self.description.parameters and self.description.is_quantised(name)
+
+    def quantise(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return (npu_mxfp8_quantize if weight.device.type == "npu" else mxfp8_quantize)(weight)
+
+    def squared_error(self, weight: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        return squared_error(weight, values, scales)
+
+    @staticmethod
+    def finite_scales(scales: torch.Tensor) -> bool:
+        return not scales.numel() or int(scales.max()) != _NAN_SCALE
 
     @staticmethod
     def begin(model: nn.Module) -> Mapping[str, nn.Module]:
@@ -68,15 +79,3 @@ class AscendScheme(QuantizationScheme):
     @staticmethod
     def finish(model: nn.Module) -> None:
         apply_mxfp8_transformation_after_loading(model)
-
-    @staticmethod
-    def check_arriving(name: str, tensor: torch.Tensor, arrived: Mapping[str, TensorSpec]) -> None:
-        _SCALED.check_pair(name, arrived)
-        if _SCALED.weight_of(name) is not None and bool((tensor == _NAN_SCALE).any()):
-            raise WeightUpdateError(
-                f"parameter {name!r} holds a NaN scale (byte {_NAN_SCALE}): its weight is not finite"
-            )
-
-    @staticmethod
-    def check_complete(arrived: Mapping[str, TensorSpec]) -> None:
-        _SCALED.check_complete(arrived)

@@ -10,13 +10,12 @@ import torch
 from torch import nn
 
 from verl.trainer.config import RolloutConfig
+from verl.workers.rollout.weight_sync.encode_report import EncodeReport
 from verl.workers.rollout.weight_sync.manifest import TensorSpec
 
 
 class QuantizationScheme(ABC):
-    """Instances live where the config is: in the server (`engine_overrides`) and in the trainer (`encode`).
-
-    What the engine's workers do needs no config: static methods, called on the class.
+    """Instances live where the config is; checks and layouts of a running engine need none: static and class methods.
 
     Args:
         rollout: the section `actor_rollout_ref.rollout`.
@@ -39,12 +38,38 @@ class QuantizationScheme(ABC):
         """
 
     @abstractmethod
+    def summary(self) -> str:
+        """How the engine holds the weights, in one line."""
+
+    def update_bytes(self, itemsize: int) -> int | None:
+        """Bytes that one update sends, where that is not every parameter in the engine's dtype of `itemsize` bytes."""
+        return None
+
+    # ---- encoding, in the trainer or in the engine's workers (`rollout.quantization_side`) ----
+
+    def encodes_rows(self, name: str) -> bool:
+        """Whether a checkpoint tensor may be encoded some rows at a time: the rows' codes are the codes' rows."""
+        return False
+
+    def encode_weight(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What some rows of a weight become, by suffix of the name; only where `encodes_rows`."""
+        raise NotImplementedError(f"{type(self).__name__} encodes no single weights")
+
     def encode(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """Checkpoint tensors as the engine takes them; a stream, so that no more than one is held at a time.
 
+        Tensors that are encoded already pass through, checked.
+
         Raises:
-            ValueError: a weight that holds NaN or Inf, naming it.
+            WeightUpdateError: a weight that holds NaN or Inf, naming it.
         """
+        yield from named_tensors
+
+    def take_report(self) -> EncodeReport:
+        """What was encoded since the last call."""
+        return EncodeReport()
+
+    # ---- in the engine's workers ----
 
     @staticmethod
     def begin(model: nn.Module) -> Mapping[str, nn.Module]:
@@ -56,8 +81,8 @@ class QuantizationScheme(ABC):
         """Bring them into their run-time layout."""
         return
 
-    @staticmethod
-    def check_arriving(name: str, tensor: torch.Tensor, arrived: Mapping[str, TensorSpec]) -> None:
+    @classmethod
+    def check_arriving(cls, name: str, tensor: torch.Tensor, arrived: Mapping[str, TensorSpec]) -> None:
         """Refuse a tensor before it is loaded.
 
         Args:
@@ -68,7 +93,7 @@ class QuantizationScheme(ABC):
         """
         return
 
-    @staticmethod
-    def check_complete(arrived: Mapping[str, TensorSpec]) -> None:
+    @classmethod
+    def check_complete(cls, arrived: Mapping[str, TensorSpec]) -> None:
         """Refuse an update that lacks something, once all of it has come; WeightUpdateError naming the parameter."""
         return

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
-from verl.utils.quantization.fp8_block import BLOCK, fp8_block_quantize
+from verl.utils.quantization.fp8_block import BLOCK, fp8_block_dequantize, fp8_block_quantize
 from verl.utils.vllm.ascend_layers import COLUMN, EMBEDDING, HEAD, NOT_MATRIX, ROW, VECTOR, Layer, read_layers
 from verl.utils.vllm.checkpoint_index import read_checkpoint_index
-from verl.workers.rollout.quantization.base import QuantizationScheme
-from verl.workers.rollout.quantization.scaled import ScaledWeights, refuse_fused_experts, refuse_non_finite
-from verl.workers.rollout.weight_sync.manifest import TensorSpec, WeightUpdateError
+from verl.workers.rollout.quantization.scaled import ScaledScheme, ScaledWeights, refuse_fused_experts
 
 _SETTING = "actor_rollout_ref.rollout.quantization=fp8"
-_SCALED = ScaledWeights("_scale_inv", "float32", lambda shape: tuple(-(-size // BLOCK) for size in shape))
 # What vLLM's fp8 method never sees: it quantises linear layers.
 _NO_LINEAR = (VECTOR, EMBEDDING, HEAD, NOT_MATRIX)
 
 
-class Fp8Scheme(QuantizationScheme):
-    """Weights travel as `(name, float8_e4m3fn)` and `(name + "_scale_inv", float32)`.
+class Fp8Scheme(ScaledScheme):
+    """The projections of the decoder are quantised, the same ones as by `ascend`; the engine reloads them by layers.
 
-    The projections of the decoder are quantised, the same ones as by `ascend`; the engine reloads them layer by layer.
+    A block holds 128 rows, so that weights are encoded whole.
     """
+
+    scaled = ScaledWeights("_scale_inv", "float32", lambda shape: tuple(-(-size // BLOCK) for size in shape))
 
     @functools.cached_property
     def _layers(self) -> dict[str, Layer]:
@@ -68,27 +66,25 @@ class Fp8Scheme(QuantizationScheme):
             },
         }
 
-    def encode(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in named_tensors:
-            layer = self._layers.get(name)
-            if layer is None or not layer.quantised:
-                refuse_non_finite(name, tensor)
-                yield name, tensor
-                continue
-            values, scales = fp8_block_quantize(tensor)
-            refuse_non_finite(name, scales)
-            yield name, values
-            yield f"{name}_scale_inv", scales
+    def summary(self) -> str:
+        quantised = [layer for layer in self._layers.values() if layer.quantised]
+        return f"float8 in blocks of {BLOCK} x {BLOCK}: {len(quantised)} of {len(self._layers)} weights"
+
+    def quantises(self, name: str) -> bool:
+        layer = self._layers.get(name)
+        return layer is not None and layer.quantised
+
+    def quantise(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return fp8_block_quantize(weight)
+
+    def squared_error(self, weight: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        weight = weight.float()
+        error = fp8_block_dequantize(values, scales, torch.float32) - weight
+        return torch.stack([error.square().sum(), weight.square().sum()])
 
     @staticmethod
-    def check_arriving(name: str, tensor: torch.Tensor, arrived: Mapping[str, TensorSpec]) -> None:
-        _SCALED.check_pair(name, arrived)
-        if _SCALED.weight_of(name) is not None and not bool(torch.isfinite(tensor).all()):
-            raise WeightUpdateError(f"parameter {name!r} holds a scale that is NaN or Inf: its weight is not finite")
-
-    @staticmethod
-    def check_complete(arrived: Mapping[str, TensorSpec]) -> None:
-        _SCALED.check_complete(arrived)
+    def finite_scales(scales: torch.Tensor) -> bool:
+        return bool(torch.isfinite(scales).all())
 
 
 def _refuse_uncuttable(layer: Layer, tp_size: int) -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from typing import Any
-
-import torch
 
 from verl.workers.rollout.quantization.base import QuantizationScheme
 
@@ -16,5 +13,5 @@ class NoQuantization(QuantizationScheme):
     def engine_overrides(self, device: str) -> dict[str, Any]:
         return {}
 
-    def encode(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from named_tensors
+    def summary(self) -> str:
+        return "not quantised"

@@ -1,13 +1,19 @@
-"""Checks that weights in e4m3 and their scales come together: what `ascend` and `fp8` have in common."""
+"""What `ascend` and `fp8` have in common: a weight becomes values in e4m3 and scales, which travel as two tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
+from verl.trainer.config import RolloutConfig
 from verl.utils.vllm.ascend_layers import Layer
+from verl.workers.rollout.quantization.base import QuantizationScheme
+from verl.workers.rollout.weight_sync.encode_report import EncodeReport
 from verl.workers.rollout.weight_sync.manifest import TensorSpec, WeightUpdateError
 
 _VALUES = "float8_e4m3fn"
@@ -15,7 +21,10 @@ _VALUES = "float8_e4m3fn"
 
 def refuse_non_finite(name: str, tensor: torch.Tensor) -> None:
     """Refuse to send a weight for what `tensor`, itself or its scales, holds."""
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    if not tensor.is_floating_point() or not tensor.numel():
+        return
+    # A NaN comes out of aminmax as both; isfinite would write, and read again, a tensor as large as this one.
+    if not all(bool(torch.isfinite(bound)) for bound in torch.aminmax(tensor)):
         raise WeightUpdateError(f"parameter {name!r} holds NaN or Inf: the training diverged; nothing more was sent")
 
 
@@ -73,3 +82,74 @@ class ScaledWeights:
                 raise WeightUpdateError(f"parameter {name!r}: its scales ({name}{self.suffix}) did not arrive")
             if weight_name is not None and weight_name not in specs:
                 raise WeightUpdateError(f"parameter {name!r}: its weight ({weight_name}) did not arrive")
+
+
+class ScaledScheme(QuantizationScheme):
+    """A scheme whose weights travel as `(name, float8_e4m3fn)` and `(name + suffix, scales)`."""
+
+    scaled: ClassVar[ScaledWeights]
+
+    def __init__(self, rollout: RolloutConfig, model_dir: str):
+        super().__init__(rollout, model_dir)
+        self._report = EncodeReport()
+
+    @abstractmethod
+    def quantises(self, name: str) -> bool:
+        """Whether a checkpoint tensor is quantised."""
+
+    @abstractmethod
+    def quantise(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Values float8_e4m3fn of the weight's shape, and scales; NaN and Inf must show in the scales."""
+
+    @abstractmethod
+    def squared_error(self, weight: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """[2]: squared error of (values, scales), and sum of squares of the weight, on its device."""
+
+    @staticmethod
+    @abstractmethod
+    def finite_scales(scales: torch.Tensor) -> bool:
+        """Whether the weight that these are the scales of was finite."""
+
+    def encode_weight(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Suffix -> tensor: what a weight, or some of its rows, becomes. NaN and Inf are left to the receiving end."""
+        started = time.perf_counter()
+        values, scales = self.quantise(weight)
+        self._report.add(name, self.squared_error(weight, values, scales))
+        self._report.seconds += time.perf_counter() - started
+        return {"": values, self.scaled.suffix: scales}
+
+    def encode(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in named_tensors:
+            weight_name = self.scaled.weight_of(name)
+            if weight_name is not None:
+                self._refuse_scales(weight_name, tensor)
+                yield name, tensor
+            elif tensor.dtype == torch.float8_e4m3fn:
+                yield name, tensor
+            elif not self.quantises(name):
+                refuse_non_finite(name, tensor)
+                yield name, tensor
+            else:
+                encoded = self.encode_weight(name, tensor)
+                self._refuse_scales(name, encoded[self.scaled.suffix])
+                yield from ((name + suffix, part) for suffix, part in encoded.items())
+
+    def _refuse_scales(self, weight_name: str, scales: torch.Tensor) -> None:
+        if not self.finite_scales(scales):
+            raise WeightUpdateError(
+                f"parameter {weight_name!r} holds NaN or Inf: the training diverged; nothing more was sent"
+            )
+
+    def take_report(self) -> EncodeReport:
+        report, self._report = self._report, EncodeReport()
+        return report
+
+    @classmethod
+    def check_arriving(cls, name: str, tensor: torch.Tensor, arrived: Mapping[str, TensorSpec]) -> None:
+        cls.scaled.check_pair(name, arrived)
+        if cls.scaled.weight_of(name) is not None and not cls.finite_scales(tensor):
+            raise WeightUpdateError(f"parameter {name!r} holds a NaN or infinite scale: its weight is not finite")
+
+    @classmethod
+    def check_complete(cls, arrived: Mapping[str, TensorSpec]) -> None:
+        cls.scaled.check_complete(arrived)

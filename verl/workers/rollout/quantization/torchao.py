@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from verl.workers.rollout.quantization.base import QuantizationScheme
 
@@ -38,5 +35,5 @@ class TorchAOScheme(QuantizationScheme):
             raise ValueError(f"{_SETTING}: not on an Ascend NPU; use ascend there")
         return {"quantization": "torchao", "hf_overrides": {"quantization_config_file": str(Path(path).resolve())}}
 
-    def encode(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from named_tensors
+    def summary(self) -> str:
+        return f"torchao, as {self._rollout.quantization_config_file} says"

@@ -20,7 +20,7 @@ from typing import Any
 
 from verl.trainer.config import ModelConfig, RolloutConfig
 from verl.utils.vllm.npu_vllm_patch import check_npu_environment
-from verl.workers.rollout.quantization import SCHEME_NAMES, get_scheme
+from verl.workers.rollout.quantization import SCHEME_NAMES, get_scheme, worker_settings
 from verl.workers.rollout.types import ReplicaUnavailable, TokenOutput
 from verl.workers.rollout.vllm_rollout.engine_args import engine_args
 from verl.workers.rollout.weight_sync.manifest import WeightUpdateError
@@ -179,7 +179,7 @@ class vLLMHttpServer:
         self._refusal = None
         try:
             await self._engine.pause_generation(mode="wait", clear_cache=False)
-            await self._workers("verl_begin_update", version, self._rollout.quantization)
+            await self._workers("verl_begin_update", version, worker_settings(self._rollout))
         except BaseException as error:
             self._refuse(str(error))
             raise
@@ -192,11 +192,11 @@ class vLLMHttpServer:
             self._refuse(str(error))
             raise
 
-    async def finish_update(self, manifest: dict[str, Any]) -> dict[str, float]:
+    async def finish_update(self, manifest: dict[str, Any]) -> dict[str, Any]:
         """Check what arrived, bring the engine to its run-time layout, commit the version, and serve again.
 
         Returns:
-            The slowest worker's seconds for `load` and `finish`, and the `bytes` each received.
+            As `WeightReceiver.finish`, the largest of all workers.
         """
         try:
             statistics = await self._workers("verl_finish_update", manifest)
@@ -208,7 +208,8 @@ class vLLMHttpServer:
             self._refuse(str(error))
             raise
         self._commit(int(manifest["version"]))
-        return {key: max(worker[key] for worker in statistics) for key in statistics[0]}
+        # Where the workers quantise, each does so with all weights: `worst` is None for all of them or for none.
+        return {key: max(values) if values[0] is not None else None for key, values in _columns(statistics).items()}
 
     async def abort_update(self, reason: str) -> None:
         """Give an update up. The replica refuses every request until a whole update succeeds."""
@@ -263,6 +264,10 @@ class vLLMHttpServer:
         if self._engine is not None:
             engine, self._engine = self._engine, None
             await asyncio.to_thread(engine.shutdown)
+
+
+def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    return {key: [row[key] for row in rows] for key in rows[0]}
 
 
 def _sampled_log_probs(output: Any) -> list[float]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from verl.utils.vllm.compat import load_session
-from verl.workers.rollout.quantization import scheme_class
+from verl.workers.rollout.quantization import worker_scheme
 from verl.workers.rollout.weight_sync.manifest import WeightUpdateError
 from verl.workers.rollout.weight_sync.receiver import WeightReceiver
 
@@ -23,13 +23,17 @@ class WeightUpdateExtension:
 
     _verl_receiver: WeightReceiver | None = None
 
-    def verl_begin_update(self, version: int, quantization: str | None = None) -> dict[str, Any]:
-        """Put the model into its load layout; `quantization` is `rollout.quantization`."""
+    def verl_begin_update(self, version: int, quantization: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Put the model into its load layout; `quantization` is what `worker_settings` made of the rollout's config."""
+        return _reported(self._verl_begin, version, quantization or {})
+
+    def _verl_begin(self, version: int, quantization: dict[str, Any]) -> None:
         if self._verl_receiver is None:
-            scheme = scheme_class(quantization)
+            scheme = worker_scheme(quantization, self.vllm_config.model_config.model)
             session = load_session(self.model_runner.model, self.vllm_config, torch.device(self.device), scheme)
-            self._verl_receiver = WeightReceiver(session, checks=scheme)
-        return _reported(self._verl_receiver.begin, version)
+            encodes = quantization.get("quantization_side") == "receiver"
+            self._verl_receiver = WeightReceiver(session, scheme, encodes=encodes)
+        self._verl_receiver.begin(version)
 
     def verl_load_bucket(self, bucket: dict[str, Any]) -> dict[str, Any]:
         """Load one bucket out of shared memory."""

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from verl.workers.rollout.weight_sync.bucket import read_bucket
+from verl.workers.rollout.weight_sync.encode_report import EncodeReport, worst_error
 from verl.workers.rollout.weight_sync.manifest import Manifest, TensorSpec, WeightUpdateError, check_arrived
 from verl.workers.rollout.weight_sync.shm import SegmentReader
 
@@ -27,14 +28,20 @@ class LoadSession(Protocol):
     def finish(self) -> None: ...
 
 
-class ArrivalChecks(Protocol):
-    """What the rollout's quantisation demands of an update."""
+class Quantisation(Protocol):
+    """What the rollout's quantisation demands of an update, and adds to it."""
+
+    def encode(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterable[tuple[str, torch.Tensor]]:
+        """Turn weights that came unquantised into what the engine takes."""
 
     def check_arriving(self, name: str, tensor: torch.Tensor, arrived: Mapping[str, TensorSpec]) -> None:
         """Called before each tensor is loaded; `arrived` is what has come so far, this one included."""
 
     def check_complete(self, arrived: Mapping[str, TensorSpec]) -> None:
         """Called once everything has come."""
+
+    def take_report(self) -> EncodeReport:
+        """What `encode` did since the last call."""
 
 
 class WeightReceiver:
@@ -44,12 +51,15 @@ class WeightReceiver:
 
     Args:
         session: the engine's loading hooks.
-        checks: of the quantisation, if any.
+        quantisation: of the rollout, if any; its checks see what is loaded.
+        encodes: weights come unquantised, and are encoded here.
     """
 
-    def __init__(self, session: LoadSession, checks: ArrivalChecks | None = None):
+    def __init__(self, session: LoadSession, quantisation: Quantisation | None = None, *, encodes: bool = False):
+        assert quantisation is not None or not encodes
         self._session = session
-        self._checks = checks
+        self._quantisation = quantisation
+        self._encodes = encodes
         self._reader = SegmentReader()
         self._arrived: Manifest | None = None
         self.version: int | None = None
@@ -58,8 +68,12 @@ class WeightReceiver:
         """Start loading `version`; the version that was being served is given up from here on."""
         self.version = None
         self._arrived = Manifest(version)
+        # What the engine is given: the same tensors, or the encoded ones.
+        self._loaded: dict[str, TensorSpec] = {}
         self._last_seen = False
         self._seconds = {"load": 0.0, "finish": 0.0}
+        if self._quantisation is not None:
+            self._quantisation.take_report()  # what an update that failed left behind
         self._session.begin()
 
     def load_bucket(self, bucket: dict[str, Any]) -> None:
@@ -80,24 +94,28 @@ class WeightReceiver:
         tensors = read_bucket(memory, bucket)
         for name, tensor in tensors:
             arrived.add(TensorSpec.of(name, tensor))
-            if self._checks is not None:
-                self._checks.check_arriving(name, tensor, arrived.specs)
+        if self._quantisation is not None:
+            tensors = list(self._quantisation.encode(tensors)) if self._encodes else tensors
+            for name, tensor in tensors:
+                self._loaded[name] = TensorSpec.of(name, tensor)
+                self._quantisation.check_arriving(name, tensor, self._loaded)
         self._session.load(tensors)
         arrived.num_buckets += 1
         self._last_seen = bool(bucket["last"])
         self._seconds["load"] += time.perf_counter() - started
 
-    def finish(self, manifest: dict[str, Any]) -> dict[str, float]:
+    def finish(self, manifest: dict[str, Any]) -> dict[str, Any]:
         """Check against the sender's manifest, bring the weights to the run-time layout, and commit.
 
         Returns:
-            Seconds spent in `load` and `finish`, and `bytes` received.
+            Seconds spent in `load`, of which `encode`, and in `finish`; `bytes` received; the `worst` error of a weight
+            that was encoded here, as (relative error, name), or None.
         """
         arrived = self._loading()
         started = time.perf_counter()
         check_arrived(Manifest.from_plain(manifest), arrived)
-        if self._checks is not None:
-            self._checks.check_complete(arrived.specs)
+        if self._quantisation is not None:
+            self._quantisation.check_complete(self._loaded)
         unwritten = self._session.unwritten()
         if unwritten:
             self._fail(
@@ -107,7 +125,13 @@ class WeightReceiver:
         self._session.finish()
         self._arrived, self.version = None, arrived.version
         self._seconds["finish"] = time.perf_counter() - started
-        return {**self._seconds, "bytes": float(arrived.nbytes)}
+        report = self._quantisation.take_report() if self._quantisation is not None else EncodeReport()
+        return {
+            **self._seconds,
+            "encode": report.seconds,
+            "bytes": float(arrived.nbytes),
+            "worst": worst_error([report.to_plain()]),
+        }
 
     def _loading(self) -> Manifest:
         if self._arrived is None:

@@ -22,7 +22,7 @@ class Sender(Protocol):
     async def next_bucket(self) -> dict[str, Any]: ...
 
     async def finish_export(self) -> dict[str, Any]:
-        """`manifest`, and `seconds` spent gathering and packing."""
+        """`manifest`, `seconds` spent gathering, encoding and packing, of which `encode`; the `worst` error."""
 
 
 class Receiver(Protocol):
@@ -30,16 +30,18 @@ class Receiver(Protocol):
 
     async def load_bucket(self, bucket: dict[str, Any]) -> None: ...
 
-    async def finish_update(self, manifest: dict[str, Any]) -> dict[str, float]: ...
+    async def finish_update(self, manifest: dict[str, Any]) -> dict[str, Any]: ...
 
     async def abort_update(self, reason: str) -> None: ...
 
 
-async def update_weights(sender: Sender, receivers: Sequence[Receiver], version: int) -> dict[str, float]:
+async def update_weights(sender: Sender, receivers: Sequence[Receiver], version: int) -> dict[str, Any]:
     """Bring every receiver to `version`, or none: after an error all of them refuse to serve.
 
     Returns:
-        Metrics `weight_update/{send_s,load_s,finish_s,total_s,MiB,buckets}`.
+        Metrics `weight_update/`: seconds `encode_s` (quantising), `send_s` (gathering and packing), `load_s`,
+        `finish_s` (to the run-time layout) and `total_s`; `MiB`, `buckets`; where something was quantised
+        `max_quantization_error`, the largest relative error of a weight, and `max_quantization_error_layer`.
 
     Raises:
         WeightUpdateError: anything went wrong, with the cause's own words.
@@ -56,21 +58,34 @@ async def update_weights(sender: Sender, receivers: Sequence[Receiver], version:
             if bucket["last"]:
                 break
         export, _ = await _all([sender.finish_export(), loading])
-        statistics = await _all([receiver.finish_update(export["manifest"]) for receiver in receivers])
+        received = await _all([receiver.finish_update(export["manifest"]) for receiver in receivers])
     except BaseException as error:
         reason = f"the update to version {version} failed: {error}"
         await asyncio.gather(*(receiver.abort_update(reason) for receiver in receivers), return_exceptions=True)
         if isinstance(error, Exception) and not isinstance(error, WeightUpdateError):
             raise WeightUpdateError(reason) from error
         raise
-    return {
-        "weight_update/send_s": export["seconds"],
-        "weight_update/load_s": max(s["load"] for s in statistics),
-        "weight_update/finish_s": max(s["finish"] for s in statistics),
-        "weight_update/total_s": time.perf_counter() - started,
-        "weight_update/MiB": max(s["bytes"] for s in statistics) / 2**20,
+    return _metrics(export, received, time.perf_counter() - started)
+
+
+def _metrics(export: dict[str, Any], received: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    metrics = {
+        "weight_update/encode_s": export["encode"] + max(r["encode"] for r in received),
+        "weight_update/send_s": export["seconds"] - export["encode"],
+        "weight_update/load_s": max(r["load"] - r["encode"] for r in received),
+        "weight_update/finish_s": max(r["finish"] for r in received),
+        "weight_update/total_s": seconds,
+        "weight_update/MiB": max(r["bytes"] for r in received) / 2**20,
         "weight_update/buckets": float(export["manifest"]["num_buckets"]),
     }
+    worst = [part["worst"] for part in (export, *received) if part["worst"] is not None]
+    if worst:
+        error, layer = max(worst)
+        metrics |= {
+            "weight_update/max_quantization_error": error,
+            "weight_update/max_quantization_error_layer": layer,
+        }
+    return metrics
 
 
 async def _all(calls: Sequence[Any]) -> list[Any]:

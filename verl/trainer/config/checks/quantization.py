@@ -1,0 +1,35 @@
+"""`rollout.quantization` against the checkpoint and the machine."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from verl.trainer.config.findings import Findings
+from verl.trainer.config.ppo import PPOConfig
+
+
+class Quantisation(Protocol):
+    """What the plan says of it."""
+
+    def summary(self) -> str: ...
+
+    def update_bytes(self, itemsize: int) -> int | None: ...
+
+
+def check_quantization(config: PPOConfig, device: str, found: Findings) -> Quantisation | None:
+    """Ask the scheme for what the engine would be started with; None without one, or where it refuses."""
+    roles = config.actor_rollout_ref
+    if roles.rollout.quantization is None:
+        return None
+    # Here, not above: schemes are about tensors, and this package is importable without torch.
+    from verl.workers.rollout.quantization import get_scheme
+
+    assert roles.model.path is not None
+    try:
+        scheme = get_scheme(roles.rollout, roles.model.path)
+        scheme.engine_overrides(device)
+        scheme.summary()
+    except (ValueError, NotImplementedError, OSError) as error:
+        found.errors.append(str(error))
+        return None
+    return scheme
