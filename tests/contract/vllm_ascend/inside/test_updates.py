@@ -1,0 +1,100 @@
+"""Updates through our stream and hooks into models that vLLM and the release built, loaded and processed themselves."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from contract.vllm_ascend.harness import build_model, engine, make_vllm_config
+from contract.vllm_ascend.reference import assert_same, engine_parameters, held
+from contract.vllm_ascend.updates import Updates, addresses, checkpoints, scheme_of, weights_of
+
+from verl.workers.rollout.weight_sync.manifest import WeightUpdateError
+
+
+def config_of(directory, **over):
+    return make_vllm_config(directory, scheme_of(directory).description.to_json_dict(), **over)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe", "llama"])
+def test_every_update_leaves_the_right_bytes_at_the_same_addresses(tmp_path, kind, tied):
+    first, *others = checkpoints(tmp_path, kind, tied=tied)
+    config = config_of(first, load_format="dummy")
+    with engine(config):
+        model = build_model(config)
+        updates, before = Updates(model, config, scheme_of(first)), addresses(model)
+        for source in [*others, first, others[0]]:
+            updates.send(weights_of(source))
+            assert_same(held(model), engine_parameters(weights_of(source)))
+            assert addresses(model) == before
+
+
+def test_layers_left_out_are_updated_as_they_are(tmp_path):
+    """Unquantised experts too, which the release keeps transposed."""
+    first, *others = checkpoints(tmp_path, "qwen3_moe", 3)
+    ignore = tmp_path / "ignore.json"
+    ignore.write_text(json.dumps({"ignore": [r"re:.*\.layers\.0\.mlp\.experts\..*", r"re:.*\.layers\.1\..*o_proj"]}))
+    scheme = scheme_of(first, quantization_config_file=str(ignore))
+    config = make_vllm_config(first, scheme.description.to_json_dict(), load_format="dummy")
+    with engine(config):
+        model = build_model(config)
+        updates, before = Updates(model, config, scheme), addresses(model)
+        for source in [*others, first, others[0]]:
+            updates.send(weights_of(source))
+            expected = engine_parameters(weights_of(source), left_out=("layers.0.mlp.experts", "layers.1.self_attn.o_"))
+            for name in ("w13_weight", "w2_weight"):
+                key = f"model.layers.0.mlp.experts.{name}"
+                expected[key] = np.swapaxes(expected[key], 1, 2)
+            assert_same(held(model), expected)
+            assert addresses(model) == before
+
+
+def damaged(encoded, name, change):
+    """The stream with `change(tensor)` in place of one tensor, or without it where that is None."""
+    changed = [(key, change(tensor) if key == name else tensor) for key, tensor in encoded]
+    return [(key, tensor) for key, tensor in changed if tensor is not None]
+
+
+O_PROJ, DOWN = "model.layers.1.self_attn.o_proj.weight", "model.layers.0.mlp.down_proj.weight"
+Q_PROJ, NORM = "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"
+EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
+
+
+def left_padded(scales):
+    """As npu_dynamic_mx_quant returns them: an even number of groups."""
+    return torch.nn.functional.pad(scales, (0, 2 - scales.shape[-1] % 2))
+
+
+FAULTS = {
+    "padded scales of a row-parallel layer": ("qwen3", f"{O_PROJ}_scale", left_padded, rf"{O_PROJ}_scale.*left padded"),
+    "padded scales of a column-parallel one": ("qwen3", f"{Q_PROJ}_scale", left_padded, rf"{Q_PROJ}_scale.*left padded"),
+    "padded scales of an expert": ("qwen3_moe", f"{EXPERT}_scale", left_padded, rf"{EXPERT}_scale.*left padded"),
+    "no scales": ("qwen3", f"{DOWN}_scale", lambda _: None, rf"{DOWN}.*scales.*did not arrive"),
+    "a weight that was not quantised": ("qwen3", O_PROJ, lambda w: w.to(torch.bfloat16), rf"{O_PROJ}.*bfloat16"),
+    "a cut weight": ("qwen3", DOWN, lambda w: w[:-1], DOWN),
+    "a missing norm": ("qwen3", NORM, lambda _: None, NORM),
+}
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
+def test_what_does_not_fit_is_refused_by_name_and_a_whole_update_heals(tmp_path, kind):
+    first, second = checkpoints(tmp_path, kind, 2)
+    config = config_of(first, load_format="dummy")
+    weights = weights_of(second)
+    with engine(config):
+        model = build_model(config)
+        updates, before = Updates(model, config, scheme_of(first)), addresses(model)
+        for fault_kind, name, change, message in FAULTS.values():
+            if fault_kind == kind:
+                # The tensors are gone before anything complains: errors come where the manifests still agree.
+                with pytest.raises((WeightUpdateError, ValueError), match=message):
+                    updates.stream(damaged(updates.encoded(weights), name, change))
+        for left_out in {O_PROJ, DOWN, EXPERT} & weights.keys():
+            rest = {name: tensor for name, tensor in weights.items() if name != left_out}
+            layer = left_out.split(".")[2]
+            with pytest.raises(WeightUpdateError, match=rf"not written, the first is 'model\.layers\.{layer}\."):
+                updates.send(rest)
+        updates.send(weights)
+        assert_same(held(model), engine_parameters(weights))
+        assert addresses(model) == before

@@ -1,0 +1,140 @@
+"""What an engine must hold after an update, assembled from the checkpoint by hand; none of the code under test.
+
+Names are vLLM's, without what differs between its releases (`canonical`); bytes are those of the run-time layout.
+"""
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+GROUP = 32
+ROW_PARALLEL = ("o_proj", "down_proj")
+_SHARDS = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
+_SHARDS |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
+_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+_PROJECTION = re.compile(r"(.+)\.(q|k|v|o|gate|up|down)_proj\.weight")
+
+
+def _magnitudes() -> np.ndarray:
+    """Values of the e4m3 codes 0..126 by definition: 4 bits of exponent (bias 7), 3 of mantissa; 127 is NaN."""
+    codes = np.arange(127)
+    exponent, mantissa = codes >> 3, codes & 7
+    return np.where(exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7.0))
+
+
+_E4M3 = _magnitudes()
+
+
+def quantised(weight: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """OCP MX v1.0, section 6.3: e4m3 codes [.., N, K] and E8M0 bytes [.., N, ceil(K / 32)], both uint8."""
+    values = weight.double().numpy()
+    k = values.shape[-1]
+    groups = -(-k // GROUP)
+    codes, scales = np.zeros(values.shape, np.uint8), np.zeros((*values.shape[:-1], groups), np.uint8)
+    for group in range(groups):
+        block = values[..., group * GROUP : (group + 1) * GROUP]
+        largest = np.abs(block).max(-1, keepdims=True)
+        exponent = np.frexp(np.where(largest == 0, 1, largest))[1] - 1 - 8
+        byte = np.where(largest == 0, 0, np.clip(exponent + 127, 0, 254))
+        scales[..., group] = byte[..., 0]
+        codes[..., group * GROUP : (group + 1) * GROUP] = _nearest(block / 2.0 ** (byte - 127.0))
+    return codes, scales
+
+
+def _nearest(scaled: np.ndarray) -> np.ndarray:
+    """The nearest code, of two that are as near the even one; beyond the largest value the largest."""
+    magnitude = np.minimum(np.abs(scaled), _E4M3[-1])
+    above = np.clip(np.searchsorted(_E4M3, magnitude), 1, 126)
+    to_above, to_below = _E4M3[above] - magnitude, magnitude - _E4M3[above - 1]
+    take_above = (to_above < to_below) | ((to_above == to_below) & (above % 2 == 0))
+    return (np.where(take_above, above, above - 1) | np.where(np.signbit(scaled), 128, 0)).astype(np.uint8)
+
+
+def dequantised(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """The float64 values [.., N, K] that codes and scales stand for."""
+    signs = np.where(codes & 128, -1.0, 1.0)
+    factors = np.repeat(2.0 ** (scales - 127.0), GROUP, axis=-1)[..., : codes.shape[-1]]
+    return signs * _E4M3[codes & 127] * factors
+
+
+def rounded(x: torch.Tensor) -> np.ndarray:
+    """x [.., K] after a round trip through MXFP8, in float64."""
+    return dequantised(*quantised(x))
+
+
+def run_time(codes: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The layout that the operators read: weight [.., K, N], scales [.., ceil(G / 2), N, 2]; a missing group is 0."""
+    *lead, n, groups = scales.shape
+    pairs = np.zeros((*lead, -(-groups // 2), n, 2), np.uint8)
+    for group in range(groups):
+        pairs[..., group // 2, :, group % 2] = scales[..., group]
+    return np.ascontiguousarray(np.swapaxes(codes, -1, -2)), pairs
+
+
+def engine_parameters(
+    checkpoint: Mapping[str, torch.Tensor], *, rank: int = 0, ranks: int = 1, left_out: tuple[str, ...] = ()
+) -> dict[str, np.ndarray]:
+    """Every parameter of tensor-parallel `rank` of `ranks`: uint8 where quantised, else float32.
+
+    Args:
+        left_out: parts of the names of layers that stay as they are.
+    """
+    packed: dict[str, list[torch.Tensor]] = {}
+    experts: dict[str, dict[int, list[torch.Tensor]]] = {}
+    for name in sorted(checkpoint, key=_shard_order):
+        expert = _EXPERT.fullmatch(name)
+        last = name.split(".")[-2]
+        axis = 1 if last in ROW_PARALLEL else 0
+        divided = last in _SHARDS or last in ROW_PARALLEL or last in ("embed_tokens", "lm_head")
+        tensor = checkpoint[name].chunk(ranks, axis)[rank] if divided else checkpoint[name]
+        if expert:
+            key = f"{expert[1]}.{'w2' if expert[3] == 'down' else 'w13'}_weight"
+            experts.setdefault(key, {}).setdefault(int(expert[2]), []).append(tensor)
+        else:
+            packed.setdefault(name.replace(last, _SHARDS.get(last, last)), []).append(tensor)
+    tensors = {name: torch.cat(parts) for name, parts in packed.items()}
+    tensors |= {name: torch.stack([torch.cat(each[i]) for i in sorted(each)]) for name, each in experts.items()}
+    result = {}
+    for name, tensor in tensors.items():
+        projection = ".experts." in name or _is_packed_or_projection(name)
+        if projection and not any(part in name for part in left_out):
+            result[name], result[f"{name}_scale"] = run_time(*quantised(tensor))
+        else:
+            result[name] = tensor.float().numpy()
+    return result
+
+
+def _shard_order(name: str) -> tuple[str, int]:
+    order = ["q", "k", "v", "gate", "up", "down", "o"]
+    match = _PROJECTION.fullmatch(name)
+    return (match[1], order.index(match[2])) if match else (name, 0)
+
+
+def _is_packed_or_projection(name: str) -> bool:
+    return name.split(".")[-2] in {*_SHARDS.values(), *ROW_PARALLEL}
+
+
+def canonical(name: str) -> str:
+    """A parameter's name in every release: from vLLM 0.24 on experts are kept one module further down."""
+    return name.replace(".experts.routed_experts.", ".experts.")
+
+
+def held(model: torch.nn.Module) -> dict[str, np.ndarray]:
+    """What a model holds, in the form of `engine_parameters`."""
+    result = {}
+    for name, parameter in model.named_parameters():
+        data = parameter.data.contiguous()
+        bytes_ = data.dtype in (torch.float8_e4m3fn, torch.uint8)
+        result[canonical(name)] = (data.view(torch.uint8) if bytes_ else data.float()).numpy().copy()
+    return result
+
+
+def assert_same(actual: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> None:
+    """Names, shapes and every byte."""
+    assert sorted(actual) == sorted(expected)
+    for name, value in expected.items():
+        assert actual[name].dtype == value.dtype and actual[name].shape == value.shape, name
+        wrong = np.count_nonzero(actual[name] != value)
+        assert not wrong, f"{name}: {wrong} of {value.size} differ"
