@@ -13,6 +13,7 @@ from fixtures.tiny import write_tiny_model
 from verl.trainer.config import RolloutConfig
 from verl.utils.vllm import plugin
 from verl.workers.rollout.quantization import get_scheme
+from verl.workers.rollout.weight_sync.encode_report import worst_error
 from verl.workers.rollout.weight_sync.manifest import WeightUpdateError
 
 pytestmark = pytest.mark.e2e
@@ -37,10 +38,10 @@ def model_dirs(tmp_path, kind, tied, count=4, std=STD, **over):
 def start():
     started = []
 
-    def start(model_dir, **over):
+    def start(model_dir, rollout=ROLLOUT, **over):
         plugin.register()
-        scheme = get_scheme(ROLLOUT, str(model_dir))
-        started.append(Engine(model_dir, ROLLOUT, **(scheme.engine_overrides("cpu") | over)))
+        scheme = get_scheme(rollout, str(model_dir))
+        started.append(Engine(model_dir, rollout, **(scheme.engine_overrides("cpu") | over)))
         return started[-1], scheme
 
     yield start
@@ -156,12 +157,34 @@ def test_what_is_damaged_is_named_and_a_whole_update_heals(tmp_path, start, kind
     assert (log_probs - log_probs_of(fake_quantised(second), answers)).abs().mean() <= 5e-5
 
 
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
+def test_both_sides_give_the_same_bytes(tmp_path, start, kind):
+    first, second = model_dirs(tmp_path, kind, True, count=2, **PARTIAL)
+    ignore = tmp_path / "ignore.json"
+    ignore.write_text(json.dumps({"ignore": ["model.layers.1.self_attn.o_proj"]}))
+    rollout = replace(ROLLOUT, quantization_config_file=str(ignore))
+    here, scheme = start(first, rollout)
+    there, _ = start(first, replace(rollout, quantization_side="receiver"))
+    for version, source in enumerate((second, first), 1):
+        weights = weights_of(source)
+        [received_encoded] = here.update(scheme.encode(weights.items()), version, 20_000)
+        [received_plain] = there.update(weights.items(), version, 20_000)
+        assert here.rpc("verl_parameter_hashes") == there.rpc("verl_parameter_hashes")
+        assert received_encoded["worst"] is None and received_encoded["encode"] == 0
+        assert received_plain["worst"] == worst_error([scheme.take_report().to_plain()])
+        assert received_plain["bytes"] > 2.5 * received_encoded["bytes"]
+    spoilt = weights | {Q_PROJ: torch.full_like(weights[Q_PROJ], float("nan"))}
+    with pytest.raises(WeightUpdateError, match=f"{Q_PROJ}.*NaN"):
+        there.update(spoilt.items(), 3)
+    there.update(weights.items(), 4)
+    assert here.rpc("verl_parameter_hashes") == there.rpc("verl_parameter_hashes")
+
+
 def test_layers_left_out_stay_as_they_are(tmp_path, start):
     first, second = model_dirs(tmp_path, "qwen3", True, count=2)
     ignore = tmp_path / "ignore.json"
     ignore.write_text(json.dumps({"ignore": [r"re:.*\.o_proj", r"re:.*\.down_proj"]}))
-    scheme = get_scheme(replace(ROLLOUT, quantization_config_file=str(ignore)), str(first))
-    engine, _ = start(first, **scheme.engine_overrides("cpu"))
+    engine, scheme = start(first, replace(ROLLOUT, quantization_config_file=str(ignore)))
     engine.update(scheme.encode(weights_of(second).items()), 1)
     answers, log_probs = engine.sample()
     expected = fake_quantised(second, left_out=("lm_head", "o_proj", "down_proj"))

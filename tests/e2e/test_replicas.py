@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from fixtures.tiny import write_tiny_model
 from verl.trainer.config import ModelConfig, RolloutConfig, ServerConfig
 from verl.workers.rollout.client import LLMServerClient
+from verl.workers.rollout.quantization import get_scheme
 from verl.workers.rollout.replica import ReplicaSet, vLLMReplica
 from verl.workers.rollout.types import NoReplicaLeft
 from verl.workers.rollout.vllm_rollout.engine_args import engine_environment
@@ -43,8 +44,9 @@ class Sender:
         return {"manifest": self.sender.manifest(), "seconds": self.sender.seconds, "encode": 0.0, "worst": None}
 
 
-def replica(rank, model_dir, **server):
+def replica(rank, model_dir, quantization=None, **server):
     rollout = RolloutConfig(
+        quantization=quantization,
         tensor_model_parallel_size=1,
         dtype="float32",
         enforce_eager=True,
@@ -143,6 +145,89 @@ async def test_two_replicas_from_start_to_death(tmp_path, ray_session):
         assert len(pool.alive) == 2
         outputs = await asyncio.gather(*(client.generate(PROMPT, SAMPLING) for _ in range(8)))
         assert {output.weight_versions[0] for output in outputs} == {10}
+    finally:
+        await pool.stop()
+
+
+@ray.remote(num_cpus=0, max_restarts=0)
+class MortalSender:
+    """A sender in a process of its own, which is killed when bucket `fatal` is asked for."""
+
+    def __init__(self, model_dir, rollout, fatal):
+        self.scheme = get_scheme(rollout, str(model_dir))
+        self.weights = load_file(model_dir / "model.safetensors")
+        self.sender, self.fatal, self.buckets = WeightSender(20_000), fatal, 0
+
+    def begin_export(self, version):
+        self.sender.begin(version, self.scheme.encode(self.weights.items()))
+
+    def next_bucket(self):
+        if self.buckets == self.fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.buckets += 1
+        return self.sender.next_bucket()
+
+    def finish_export(self):
+        return {"manifest": self.sender.manifest(), "seconds": self.sender.seconds, "encode": 0.0, "worst": None}
+
+
+class Remote:
+    """An actor's methods as plain coroutines; `before` is called ahead of each bucket."""
+
+    def __init__(self, actor, before=lambda index: None):
+        self.actor, self.before, self.index = actor, before, 0
+
+    async def begin_export(self, version):
+        await self.actor.begin_export.remote(version)
+
+    async def next_bucket(self):
+        self.before(self.index)
+        self.index += 1
+        return await self.actor.next_bucket.remote()
+
+    async def finish_export(self):
+        return await self.actor.finish_export.remote()
+
+
+async def test_processes_killed_in_the_middle_of_a_quantised_update(tmp_path, ray_session):
+    model_dir = write_tiny_model(tmp_path / "model")
+    reports = {}
+    replicas = [replica(rank, model_dir, quantization="ascend") for rank in (0, 1)]
+    rollout = RolloutConfig(quantization="ascend", tensor_model_parallel_size=1)
+    pool = ReplicaSet(replicas, on_start=reports.__setitem__)
+    client = LLMServerClient(pool)
+
+    def sender(fatal=-1, **options):
+        return Remote(MortalSender.remote(model_dir, rollout, fatal), **options)
+
+    try:
+        await pool.start()
+        await update_weights(sender(), pool.alive, 1)
+        assert (await client.generate(PROMPT, SAMPLING)).weight_versions[0] == 1
+        hashes = await replicas[0].parameter_hashes()
+
+        # The sender: both replicas have half of version 2, and serve neither.
+        with pytest.raises(WeightUpdateError, match="version 2 failed"):
+            await update_weights(sender(fatal=2), pool.alive, 2)
+        with pytest.raises(NoReplicaLeft, match="version 2 failed"):
+            await client.generate(PROMPT, SAMPLING)
+
+        # A worker: the engine's process, with the replica that hosts it.
+        def kill(index):
+            if index == 2:
+                os.kill(reports[0]["pid"], signal.SIGKILL)
+
+        with pytest.raises(WeightUpdateError, match="replica 0 died"):
+            await update_weights(sender(before=kill), pool.alive, 3)
+        with pytest.raises(NoReplicaLeft):
+            await client.generate(PROMPT, SAMPLING)
+        assert [each.rank for each in pool.alive] == [1]
+
+        # A whole update heals, and what was begun before it has left nothing behind.
+        assert await pool.restart_dead() == 1
+        await update_weights(sender(), pool.alive, 4)
+        assert (await client.generate(PROMPT, SAMPLING)).weight_versions[0] == 4
+        assert [await each.parameter_hashes() for each in replicas] == [hashes, hashes]
     finally:
         await pool.stop()
 

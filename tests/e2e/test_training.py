@@ -80,6 +80,29 @@ def test_mixture_of_experts_trains(tmp_path, kind):
     assert all(data["training/rollout_probs_diff_max"] < 1e-4 for data in run.metrics().values())
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("qwen3", {"trainer__n_gpus_per_node": 2}),
+        ("qwen3_moe", {"trainer__n_gpus_per_node": 2, "actor_rollout_ref__rollout__tensor_model_parallel_size": 2}),
+        ("qwen3_moe", {"actor_rollout_ref__rollout__quantization_side": "receiver"}),
+    ],
+    ids=["two replicas", "tensor parallel", "receiver"],
+)
+def test_a_quantised_rollout_trains(tmp_path, kind, changes):
+    run = TinyRun(tmp_path, kind=kind, tied=kind == "qwen3", std=0.02)
+    text = run.run(actor_rollout_ref__rollout__quantization="ascend", trainer__total_training_steps=2, **changes)
+    assert "MXFP8" in text
+    for data in run.metrics().values():
+        # A policy of its own, but a near one: rounding is in the third digit.
+        assert 1e-5 < data["training/rollout_probs_diff_mean"] < 1e-2
+        assert {"rollout_corr/kl", "rollout_corr/k3_kl", "training/rollout_probs_diff_max"} <= data.keys()
+        seconds = [data[f"weight_update/{part}_s"] for part in ("encode", "send", "load", "finish")]
+        assert all(part > 0 for part in seconds) and data["weight_update/total_s"] > max(seconds)
+        assert 0.01 < data["weight_update/max_quantization_error"] < 0.06
+        assert data["weight_update/max_quantization_error_layer"].startswith("model.layers.")
+
+
 def test_killed_at_any_moment_it_goes_on_from_the_last_whole_checkpoint_with_the_same_prompts(tmp_path):
     whole, broken = TinyRun(tmp_path / "whole"), TinyRun(tmp_path / "broken")
     common = dict(trainer__save_freq=1, trainer__total_training_steps=10, trainer__max_actor_ckpt_to_keep=2)

@@ -5,7 +5,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fixtures.engine_cases import actor_config, export_program, fsdp_config, make_engine
+from fixtures.engine_cases import (
+    actor_config,
+    encoded_program,
+    export_program,
+    fsdp_config,
+    make_engine,
+    scheme_program,
+)
+from fixtures.fake_quant import mxfp8_round_trip
 from fixtures.ranks import run_ranks
 from fixtures.tiny import write_tiny_model
 from verl.workers.engine import export
@@ -105,3 +113,98 @@ def test_several_files(tmp_path, monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     expected = AutoModelForCausalLM.from_pretrained(source).state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
+# ---- encoded before the gather ----
+
+Q_PROJ, EXPERT = "model.layers.1.self_attn.q_proj.weight", "model.layers.0.mlp.experts.2.up_proj.weight"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_rows_are_encoded_where_they_are(tmp_path, ranks):
+    """Three rows of a key projection on two ranks: shards may be uneven."""
+    source = write_tiny_model(tmp_path, num_key_value_heads=1, head_dim=3 * 2, num_attention_heads=4)
+    k_proj = "model.layers.0.self_attn.k_proj.weight"
+    outcomes = run_ranks(ranks, encoded_program, str(source), {Q_PROJ, k_proj})
+    expected = saved(source)
+    for weights, encoded in outcomes:
+        assert set(weights) == set(expected) | {f"{Q_PROJ}_sum", f"{k_proj}_sum"}
+        for name, tensor in expected.items():
+            if name in (Q_PROJ, k_proj):
+                assert torch.equal(weights[name].view(torch.uint8), tensor.to(torch.float8_e4m3fn).view(torch.uint8))
+                assert torch.equal(weights[f"{name}_sum"], tensor.sum(-1, keepdim=True))
+            else:
+                assert torch.equal(weights[name], tensor)
+        assert [name for name, _ in encoded] == [k_proj, Q_PROJ]
+    for name in (k_proj, Q_PROJ):
+        rows = [dict(encoded)[name][0] for _, encoded in outcomes]
+        assert sum(rows) == expected[name].shape[0] and max(rows) == -(-expected[name].shape[0] // ranks)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_packed_experts_are_encoded_before_they_are_taken_apart(tmp_path, ranks):
+    source = write_tiny_model(tmp_path, kind="qwen3_moe", hidden_size=64, moe_intermediate_size=64)
+    expected = saved(source)
+    names = {name for name in expected if ".experts." in name}
+    for weights, encoded in run_ranks(ranks, encoded_program, str(source), names):
+        assert {name for name, _ in encoded} == {
+            f"model.layers.{i}.mlp.experts.{part}" for i in range(2) for part in ("gate_up_proj", "down_proj")
+        }
+        for name in names:
+            assert torch.equal(
+                weights[name].view(torch.uint8), expected[name].to(torch.float8_e4m3fn).view(torch.uint8)
+            )
+            assert torch.equal(weights[f"{name}_sum"], expected[name].sum(-1, keepdim=True))
+
+
+def test_experts_of_which_some_are_left_out_are_gathered_first(tmp_path):
+    source = write_tiny_model(tmp_path, kind="qwen3_moe")
+    names = {name for name in saved(source) if ".experts." in name} - {EXPERT}
+    [(weights, encoded)] = run_ranks(1, encoded_program, str(source), names)
+    assert all("gate_up_proj" not in name or "layers.1" in name for name, _ in encoded) and encoded
+    assert torch.equal(weights[EXPERT], saved(source)[EXPERT])
+
+
+def test_a_conversion_that_turns_rows_is_seen_though_shapes_agree(tmp_path, monkeypatch):
+    source = write_tiny_model(tmp_path, kind="qwen3_moe", hidden_size=64, moe_intermediate_size=64)
+    names = {name for name in saved(source) if ".experts." in name}
+    revert = export.revert_weight_conversion
+
+    def turned(model, tensors):
+        found = revert(model, tensors)
+        return {name: t.transpose(0, 1) if "up_proj" in name or "gate_proj" in name else t for name, t in found.items()}
+
+    monkeypatch.setattr(export, "revert_weight_conversion", turned)
+    [(_, encoded)] = run_ranks(1, encoded_program, str(source), names)
+    assert {name.rpartition(".")[2] for name, _ in encoded} == {"down_proj"}
+
+
+def test_shards_are_cast_before_they_are_gathered(tmp_path):
+    source = write_tiny_model(tmp_path)
+    for weights, _ in run_ranks(2, encoded_program, str(source), set(), "bfloat16"):
+        assert_same(weights, {name: tensor.bfloat16() for name, tensor in saved(source).items()})
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_the_trainer_sends_is_each_checkpoint_weight_in_mxfp8(tmp_path, kind, ranks):
+    source = write_tiny_model(tmp_path, kind=kind, hidden_size=96)
+    sent, *reports = run_ranks(ranks, scheme_program, str(source))
+    for name, tensor in saved(source).items():
+        rounded = mxfp8_round_trip(tensor.bfloat16())
+        if f"{name}_scale" in sent:
+            scale = torch.exp2(sent[f"{name}_scale"].double() - 127).repeat_interleave(32, -1)
+            assert torch.equal(sent[name].double() * scale[:, : tensor.shape[-1]], rounded.double())
+        else:
+            assert torch.equal(sent[name], tensor.bfloat16())
+    assert f"{Q_PROJ}_scale" in sent and (kind == "qwen3" or f"{EXPERT}_scale" in sent)
+    for report in reports:
+        assert Q_PROJ in report["errors"] and report["seconds"] > 0
+
+
+@pytest.mark.parametrize("row", [0, -1])
+@pytest.mark.parametrize("name", [Q_PROJ, "model.embed_tokens.weight"])
+def test_a_weight_that_is_not_finite_on_any_rank_is_refused_and_no_rank_hangs(tmp_path, name, row):
+    source = write_tiny_model(tmp_path)
+    told, _ = run_ranks(2, scheme_program, str(source), (name, row))
+    assert f"'{name}' holds NaN or Inf" in told

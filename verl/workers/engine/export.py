@@ -57,6 +57,10 @@ def export_weights(
                 gathered.setdefault(None, {})[name] = _whole(shards[name], dtype)
         if converts:
             gathered = {suffix: revert_weight_conversion(model, tensors) for suffix, tensors in gathered.items()}
+            for suffix in gathered.keys() - {None, ""}:
+                # The conversion drops dimensions of size 1, such as that of a row's only scale.
+                for name, part in gathered[suffix].items():
+                    gathered[suffix][name] = part.reshape(*gathered[""][name].shape[:-1], -1)
         for name in [name for tensors in gathered.values() for name in tensors]:
             for suffix, tensors in gathered.items():
                 if name in tensors:
