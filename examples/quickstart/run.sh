@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Trains a small language model with GRPO to spell words backwards: a few minutes on two CPU cores, no accelerator.
+# The rollout runs in MXFP8 (quantization=ascend): by vllm-ascend on an Ascend 950, emulated elsewhere on the CPU.
 #
 #   examples/quickstart/run.sh [key=value ...]        # any key of verl.trainer.main_ppo, e.g. trainer.n_gpus_per_node=2
 #
@@ -43,6 +44,7 @@ python3 -m verl.trainer.main_ppo \
     actor_rollout_ref.rollout.n=8 \
     actor_rollout_ref.rollout.temperature=1.0 \
     actor_rollout_ref.rollout.tensor_model_parallel_size=1 \
+    actor_rollout_ref.rollout.quantization=ascend \
     actor_rollout_ref.rollout.enforce_eager=True \
     actor_rollout_ref.rollout.max_num_seqs=512 \
     actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes=16 \
@@ -65,5 +67,6 @@ python3 -m verl.trainer.main_ppo \
     "$@"
 
 python3 examples/quickstart/summary.py "$run" --wall-seconds $((SECONDS - started)) \
+    --next 'make quickstart ARGS="actor_rollout_ref.rollout.quantization=null"    # the same without MXFP8' \
     --next 'make quickstart ARGS="trainer.n_gpus_per_node=2"     # two trainer ranks and two vLLM replicas' \
     --next 'examples/grpo_trainer/run_smollm2_135m_cpu.sh        # a real pretrained model, for patient people'

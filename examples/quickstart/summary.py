@@ -73,18 +73,31 @@ def reward_rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
 
 
 def mismatch_rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
-    points = series(records, "training/rollout_probs_diff_max")
-    if not points:
-        return []
-    step, worst = max(points, key=lambda point: point[1])
-    return [("largest |p_rollout - p_trainer| of any token", f"{worst:.1e}  (step {step} of {len(points)})")]
+    """How far the policy that generated is from the one that is trained: quantisation, above all."""
+    rows = []
+    if points := series(records, "training/rollout_probs_diff_mean"):
+        rows.append(("mean |p_rollout - p_trainer| of a token", f"{_median(points):.1e}  (median of the steps)"))
+    if points := series(records, "training/rollout_probs_diff_max"):
+        step, worst = max(points, key=lambda point: point[1])
+        rows.append(("largest of any token", f"{worst:.1e}  (step {step} of {len(points)})"))
+    if points := series(records, "rollout_corr/k3_kl"):
+        rows.append(("KL of rollout and trainer, k3 estimate", f"{_median(points):.1e}  (median of the steps)"))
+    if points := series(records, "weight_update/max_quantization_error"):
+        step, error = max(points, key=lambda point: point[1])
+        layer = next(r["data"] for r in records if r["step"] == step)["weight_update/max_quantization_error_layer"]
+        rows.append(("largest quantisation error of a weight", f"{error:.2%}  ({layer})"))
+    return rows
+
+
+def _median(points: Sequence[Point]) -> float:
+    return statistics.median(value for _, value in points)
 
 
 def timing_rows(records: Sequence[Mapping[str, Any]], wall_seconds: float | None) -> list[Row]:
     rows = []
     for stage, label in STAGES:
         if points := series(records, f"timing_s/{stage}"):
-            rows.append((label, f"{statistics.median(value for _, value in points):.2f} s"))
+            rows.append((label, f"{_median(points):.2f} s"))
     steps = series(records, "timing_s/step")
     total = f"{sum(value for _, value in steps):.0f} s for {len(steps)} steps" if steps else ""
     if wall_seconds is not None:
@@ -116,7 +129,8 @@ def render(directory: Path, wall_seconds: float | None = None, next_commands: Se
         state = "holds no metrics" if path.exists() else "does not exist"
         raise ValueError(f"{path} {state}; give the directory of a run whose trainer.logger has 'file'")
     sections = [
-        ("Result", [*reward_rows(records), *mismatch_rows(records)]),
+        ("Result", reward_rows(records)),
+        ("Rollout against trainer", mismatch_rows(records)),
         ("Seconds (median of the steps)", timing_rows(records, wall_seconds)),
         ("Where things are", place_rows(directory)),
     ]

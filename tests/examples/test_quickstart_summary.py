@@ -25,6 +25,16 @@ def value_of(text: str, label: str) -> str:
     return re.split(r" {2,}", lines[0].strip(), maxsplit=1)[1]
 
 
+def mismatch(largest):
+    names = ("training/rollout_probs_diff_max", "training/rollout_probs_diff_mean", "rollout_corr/k3_kl")
+    return dict(zip(names, (largest, largest / 10, largest / 100), strict=True))
+
+
+def quantised(error, layer):
+    prefix = "weight_update/max_quantization_error"
+    return {prefix: error, f"{prefix}_layer": layer}
+
+
 RUN = [
     (
         0,
@@ -34,15 +44,16 @@ RUN = [
             "val-aux/gym/spell/acc/std@4": 0.1,
         },
     ),
-    (1, {"timing_s/step": 2.0, "timing_s/gen": 1.5, "training/rollout_probs_diff_max": 2e-6}),
-    (2, {"timing_s/step": 1.0, "timing_s/gen": 0.5, "training/rollout_probs_diff_max": 7e-6}),
+    (1, {"timing_s/step": 2.0, "timing_s/gen": 1.5, **mismatch(2e-6), **quantised(0.031, "model.layers.0.a")}),
+    (2, {"timing_s/step": 1.0, "timing_s/gen": 0.5, **mismatch(7e-6), **quantised(0.033, "model.layers.1.b")}),
     (
         3,
         {
             "timing_s/step": 4.0,
             "timing_s/gen": 0.7,
             "timing_s/testing": 2.5,
-            "training/rollout_probs_diff_max": 1e-6,
+            **mismatch(1e-6),
+            **quantised(0.032, "model.layers.2.c"),
             "val-core/gym/spell/acc/mean@4": 0.91,
             "val-aux/gym/spell/reward/mean@4": 0.97,
         },
@@ -57,7 +68,10 @@ def test_whole_run(script, tmp_path):
     text = script.render(tmp_path, wall_seconds=90.4, next_commands=["make coffee"])
     assert value_of(text, "mean reward, held-out gym/spell (4 samples each)") == "0.310 -> 0.970  (step 0 -> 3)"
     assert value_of(text, "right answers, held-out gym/spell (4 samples each)") == "0.020 -> 0.910  (step 0 -> 3)"
-    assert value_of(text, "largest |p_rollout - p_trainer|") == "7.0e-06  (step 2 of 3)"
+    assert value_of(text, "mean |p_rollout - p_trainer|") == "2.0e-07  (median of the steps)"
+    assert value_of(text, "largest of any token") == "7.0e-06  (step 2 of 3)"
+    assert value_of(text, "KL of rollout and trainer") == "2.0e-08  (median of the steps)"
+    assert value_of(text, "largest quantisation error") == "3.30%  (model.layers.1.b)"
     assert value_of(text, "generation") == "0.70 s"  # the median of 1.5, 0.5, 0.7
     assert value_of(text, "whole step") == "2.00 s"
     assert value_of(text, "validation") == "2.50 s"
@@ -83,7 +97,7 @@ def test_no_validation_shows_the_training_reward(script, tmp_path):
     write(tmp_path, [(1, {"critic/score/mean": 0.1}), (9, {"critic/score/mean": 0.6})])
     text = script.render(tmp_path)
     assert value_of(text, "mean reward in training") == "0.100 -> 0.600  (step 1 -> 9)"
-    assert "rollout" not in text
+    assert "rollout" not in text.lower()
     assert "none was written" in text
 
 
