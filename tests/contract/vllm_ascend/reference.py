@@ -73,15 +73,9 @@ def run_time(codes: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndar
     return np.ascontiguousarray(np.swapaxes(codes, -1, -2)), pairs
 
 
-def engine_parameters(
-    checkpoint: Mapping[str, torch.Tensor], *, rank: int = 0, ranks: int = 1, left_out: tuple[str, ...] = ()
-) -> dict[str, np.ndarray]:
-    """Every parameter of tensor-parallel `rank` of `ranks`: uint8 where quantised, else float32.
-
-    Args:
-        left_out: parts of the names of layers that stay as they are.
-    """
-    packed: dict[str, list[torch.Tensor]] = {}
+def packed(checkpoint: Mapping[str, torch.Tensor], *, rank: int = 0, ranks: int = 1) -> dict[str, torch.Tensor]:
+    """The tensors of tensor-parallel `rank` of `ranks` as vLLM packs them, [.., N, K] and not yet quantised."""
+    parts: dict[str, list[torch.Tensor]] = {}
     experts: dict[str, dict[int, list[torch.Tensor]]] = {}
     for name in sorted(checkpoint, key=_shard_order):
         expert = _EXPERT.fullmatch(name)
@@ -93,13 +87,22 @@ def engine_parameters(
             key = f"{expert[1]}.{'w2' if expert[3] == 'down' else 'w13'}_weight"
             experts.setdefault(key, {}).setdefault(int(expert[2]), []).append(tensor)
         else:
-            packed.setdefault(name.replace(last, _SHARDS.get(last, last)), []).append(tensor)
-    tensors = {name: torch.cat(parts) for name, parts in packed.items()}
-    tensors |= {name: torch.stack([torch.cat(each[i]) for i in sorted(each)]) for name, each in experts.items()}
+            parts.setdefault(name.replace(last, _SHARDS.get(last, last)), []).append(tensor)
+    whole = {name: torch.cat(tensors) for name, tensors in parts.items()}
+    return whole | {name: torch.stack([torch.cat(each[i]) for i in sorted(each)]) for name, each in experts.items()}
+
+
+def engine_parameters(
+    checkpoint: Mapping[str, torch.Tensor], *, rank: int = 0, ranks: int = 1, left_out: tuple[str, ...] = ()
+) -> dict[str, np.ndarray]:
+    """Every parameter of tensor-parallel `rank` of `ranks`: uint8 where quantised, else float32.
+
+    Args:
+        left_out: parts of the names of layers that stay as they are.
+    """
     result = {}
-    for name, tensor in tensors.items():
-        projection = ".experts." in name or _is_packed_or_projection(name)
-        if projection and not any(part in name for part in left_out):
+    for name, tensor in packed(checkpoint, rank=rank, ranks=ranks).items():
+        if is_projection(name) and not any(part in name for part in left_out):
             result[name], result[f"{name}_scale"] = run_time(*quantised(tensor))
         else:
             result[name] = tensor.float().numpy()
@@ -112,8 +115,9 @@ def _shard_order(name: str) -> tuple[str, int]:
     return (match[1], order.index(match[2])) if match else (name, 0)
 
 
-def _is_packed_or_projection(name: str) -> bool:
-    return name.split(".")[-2] in {*_SHARDS.values(), *ROW_PARALLEL}
+def is_projection(name: str) -> bool:
+    """Whether a packed tensor is one that MXFP8 takes."""
+    return ".experts." in name or name.split(".")[-2] in {*_SHARDS.values(), *ROW_PARALLEL}
 
 
 def canonical(name: str) -> str:

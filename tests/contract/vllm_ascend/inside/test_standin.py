@@ -52,6 +52,17 @@ def test_what_is_refused():
     assert not hasattr(torch_npu, "npu_rms_norm_dynamic_mx_quant")
 
 
+def test_routing_that_quantises_is_routing_and_then_quantising():
+    torch.manual_seed(0)
+    x, chosen = torch.randn(6, 80, dtype=torch.bfloat16), torch.randint(0, 4, (6, 2))
+    options = {"active_num": 12, "expert_num": 4, "expert_tokens_num_type": 1, "expert_tokens_num_flag": True}
+    rows, where, counts, _ = torch_npu.npu_moe_init_routing_v2(x, chosen, **options)
+    values, same_where, same_counts, scales = torch_npu.npu_moe_init_routing_v2(x, chosen, quant_mode=3, **options)
+    expected, expected_scales = torch_npu.npu_dynamic_mx_quant(rows, dst_type=torch.float8_e4m3fn)
+    assert torch.equal(values.view(torch.uint8), expected.view(torch.uint8)) and torch.equal(scales, expected_scales)
+    assert torch.equal(where, same_where) and torch.equal(counts, same_counts)
+
+
 @pytest.mark.parametrize("group_list_type", [0, 1])
 @pytest.mark.parametrize("quantised", [False, True])
 def test_mixture_of_experts(group_list_type, quantised):

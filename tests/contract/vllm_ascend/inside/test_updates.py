@@ -68,7 +68,12 @@ def left_padded(scales):
 
 FAULTS = {
     "padded scales of a row-parallel layer": ("qwen3", f"{O_PROJ}_scale", left_padded, rf"{O_PROJ}_scale.*left padded"),
-    "padded scales of a column-parallel one": ("qwen3", f"{Q_PROJ}_scale", left_padded, rf"{Q_PROJ}_scale.*left padded"),
+    "padded scales of a column-parallel one": (
+        "qwen3",
+        f"{Q_PROJ}_scale",
+        left_padded,
+        rf"{Q_PROJ}_scale.*left padded",
+    ),
     "padded scales of an expert": ("qwen3_moe", f"{EXPERT}_scale", left_padded, rf"{EXPERT}_scale.*left padded"),
     "no scales": ("qwen3", f"{DOWN}_scale", lambda _: None, rf"{DOWN}.*scales.*did not arrive"),
     "a weight that was not quantised": ("qwen3", O_PROJ, lambda w: w.to(torch.bfloat16), rf"{O_PROJ}.*bfloat16"),

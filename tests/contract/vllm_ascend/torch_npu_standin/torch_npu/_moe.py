@@ -160,14 +160,21 @@ def npu_moe_init_routing_v2(
     quant_mode: int = -1,
     active_expert_range=(),
     row_idx_type: int = 0,
+    x_dtype=None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Rows of x [M, H] once for each of their experts [M, k], sorted by expert.
 
     Returns the rows, where each (row, choice) went (row_idx_type 0: [M * k]) or came from (1), tokens of each expert
-    (counts for type 1, summed up for 0), and the rows' scales.
+    (counts for type 1, summed up for 0), and the rows' scales. With quant_mode 3 the rows are quantised to MXFP8, -1 is
+    none.
     """
-    refuse("npu_moe_init_routing_v2", offset=offset)
-    if drop_pad_mode != 0 or quant_mode != -1 or not expert_tokens_num_flag or expert_tokens_num_type not in (0, 1):
+    refuse("npu_moe_init_routing_v2", offset=offset, x_dtype=x_dtype)
+    if (
+        drop_pad_mode != 0
+        or quant_mode not in (-1, 3)
+        or not expert_tokens_num_flag
+        or expert_tokens_num_type not in (0, 1)
+    ):
         raise NotImplementedError(
             f"npu_moe_init_routing_v2: {drop_pad_mode=}, {quant_mode=}, {expert_tokens_num_type=}"
         )
@@ -180,8 +187,12 @@ def npu_moe_init_routing_v2(
     counts = torch.bincount(choices[active] - first, minlength=last - first)
     tokens = counts if expert_tokens_num_type == 1 else counts.cumsum(0)
     where = order if row_idx_type == 1 else torch.argsort(order)
-    scales = scale[source] if scale is not None else None
-    return x[source], where.to(torch.int32), tokens.to(torch.int64), scales
+    if quant_mode == 3:
+        refuse("npu_moe_init_routing_v2 with quant_mode=3", scale=scale)
+        rows, scales = npu_dynamic_mx_quant(x[source], dst_type=torch.float8_e4m3fn)
+    else:
+        rows, scales = x[source], scale[source] if scale is not None else None
+    return rows, where.to(torch.int32), tokens.to(torch.int64), scales
 
 
 def npu_moe_token_unpermute(

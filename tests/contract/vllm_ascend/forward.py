@@ -1,0 +1,95 @@
+"""A whole forward pass of a release's model on the CPU, where its attention kernels do not run.
+
+To be imported inside an environment of `build_env.py` only.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context, set_forward_context
+from vllm.model_executor.layers.attention import Attention
+
+
+def _causal(self, query, key, value, output_shape=None):
+    """Scaled dot products over one sequence that starts with the first token: no cache, no batches."""
+    heads, kv_heads, size = self.num_heads, self.num_kv_heads, self.head_size
+    q, k, v = (
+        tensor.view(-1, count, size).transpose(0, 1)
+        for tensor, count in ((query, heads), (key, kv_heads), (value, kv_heads))
+    )
+    k, v = (tensor.repeat_interleave(heads // kv_heads, 0) for tensor in (k, v))
+    output = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return output.transpose(0, 1).flatten(1)
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """vLLM's attention layers, computed plainly."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Attention, "forward", _causal)
+        yield
+
+
+def in_float32(model: nn.Module) -> nn.Module:
+    """What is not quantised, and so all activations, in float32: bfloat16 would round between any two layers.
+
+    The release refuses to be configured so, its layers take it; the operators' stand-ins do too.
+    """
+    for parameter in model.parameters():
+        if parameter.dtype == torch.bfloat16:
+            parameter.data = parameter.data.float()
+    for layer in model.modules():
+        if hasattr(layer, "cos_sin_cache"):
+            layer.cos_sin_cache = layer._compute_cos_sin_cache()
+    return model
+
+
+@torch.no_grad()
+def log_probs(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities [tokens, vocabulary] after each token of one sequence."""
+    with plain_attention():
+        hidden = model(ids, torch.arange(len(ids)))
+    # The head's method asks for an operator of vLLM's compiled code; its product is this.
+    return torch.log_softmax(nn.functional.linear(hidden, model.lm_head.weight).double(), -1)
+
+
+def expert_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that hold experts' parameters, by the name of the module that they belong to."""
+    return {
+        name.removesuffix(".routed_experts"): layer
+        for name, layer in model.named_modules()
+        if "w13_weight" in layer._parameters
+    }
+
+
+@torch.no_grad()
+def experts_output(
+    config: VllmConfig, layer: nn.Module, x: torch.Tensor, router_logits: torch.Tensor, top_k: int
+) -> torch.Tensor:
+    """What the release's scheme makes of tokens x [M, H]: choice of experts, dispatch, both products, combination."""
+    from vllm_ascend import utils
+    from vllm_ascend.ascend_config import get_ascend_config
+    from vllm_ascend.ascend_forward_context import MoECommType
+    from vllm_ascend.ops.fused_moe.moe_comm_method import AllGatherCommImpl
+
+    if hasattr(utils, "set_weight_prefetch_method"):  # before 0.26; the release's model runner does it
+        utils.set_weight_prefetch_method(get_ascend_config().weight_prefetch_config)
+    if getattr(layer, "swiglu_limit", None) is None:
+        layer.swiglu_limit = 0  # as the release's own layer class sets it
+    method = layer.quant_method
+    count = next(
+        name for name in ("num_experts", "global_num_experts") if name in inspect.signature(method.apply).parameters
+    )
+    with set_forward_context(None, config):
+        context = get_forward_context()
+        context.moe_comm_type, context.moe_comm_method = MoECommType.ALLGATHER, AllGatherCommImpl(layer.moe_config)
+        # Its input is disposed of.
+        output = method.apply(
+            layer, x.clone(), router_logits, top_k=top_k, renormalize=True, **{count: router_logits.shape[1]}
+        )
+    return output.routed_out

@@ -1,0 +1,106 @@
+"""What updated layers compute, against products of matrices that were rounded to MXFP8 by hand."""
+
+import numpy as np
+import pytest
+import torch
+from contract.vllm_ascend.forward import expert_layers, experts_output, in_float32, log_probs
+from contract.vllm_ascend.harness import build_model, engine, make_vllm_config
+from contract.vllm_ascend.reference import canonical, packed, rounded
+from contract.vllm_ascend.updates import Updates, checkpoints, scheme_of, weights_of
+from transformers import AutoModelForCausalLM
+
+from fixtures.fake_quant import fake_quantised
+from verl.utils.vllm.vllm_fp8_utils import mxfp8_layers
+
+
+def assert_rounded(output, expected):
+    """Equal to float64 `expected` up to the rounding to bfloat16, and float32 sums."""
+    error = np.abs(output.double().numpy() - expected)
+    assert (error <= 2.0**-8 * np.abs(expected) + 1e-6 * np.abs(expected).max()).all(), error.max()
+
+
+def test_every_linear_layer_after_every_update(tmp_path):
+    first, *others = checkpoints(tmp_path, "qwen3")
+    scheme = scheme_of(first)
+    config = make_vllm_config(first, scheme.description.to_json_dict(), load_format="dummy")
+    generator = torch.Generator().manual_seed(0)
+    with engine(config):
+        model = build_model(config)
+        updates = Updates(model, config, scheme)
+        for source in others:
+            updates.send(weights_of(source))
+            weights = packed(weights_of(source))
+            layers = mxfp8_layers(model)
+            assert len(layers) == 8
+            for name, layer in layers.items():
+                weight = weights[f"{canonical(name)}.weight"]
+                x = torch.randn(5, weight.shape[1], generator=generator, dtype=torch.bfloat16)
+                output, _ = layer(x.clone())
+                assert output.dtype == torch.bfloat16
+                assert_rounded(output, rounded(x) @ rounded(weight).T)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+def test_a_dense_model_is_a_fake_quantised_one(tmp_path, kind, tied):
+    # transformers' own deviation: a value that falls on the other side of a rounding boundary moves little.
+    first, *others = checkpoints(tmp_path, kind, tied=tied, std=0.02)
+    scheme = scheme_of(first)
+    config = make_vllm_config(first, scheme.description.to_json_dict(), load_format="dummy")
+    ids = torch.randint(4, 100, (60,), generator=torch.Generator().manual_seed(0))
+    with engine(config):
+        model = in_float32(build_model(config))
+        updates = Updates(model, config, scheme)
+        for source in [*others, first]:
+            updates.send(weights_of(source))
+            actual = log_probs(model, ids)
+            reference = fake_quantised(source)
+            with torch.no_grad():
+                expected = torch.log_softmax(reference(ids[None]).logits[0].double(), -1)
+                plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)(ids[None]).logits[0]
+            difference = (actual - expected).abs()
+            assert difference.mean() <= 5e-5
+            assert difference.median() <= 1e-6
+            assert (actual - torch.log_softmax(plain.double(), -1)).abs().mean() > 1e-3, "nothing was quantised"
+
+
+def experts_by_hand(x, logits, w13, w2, top_k):
+    """Every token with each of its experts on its own, in float64 but for the roundings that the operators make."""
+    scores = np.exp(logits.double().numpy())
+    scores /= scores.sum(-1, keepdims=True)
+    x, w13, w2 = rounded(x), rounded(w13), rounded(w2)
+    total, largest = np.zeros((len(x), w2.shape[1])), 0.0
+    for token in range(len(x)):
+        chosen = np.argsort(-scores[token])[:top_k]
+        weights = scores[token][chosen] / scores[token][chosen].sum()
+        for expert, weight in zip(chosen, weights, strict=True):
+            gate, up = np.split(w13[expert] @ x[token], 2)
+            inner = rounded(torch.from_numpy(gate / (1 + np.exp(-gate)) * up)[None])[0]
+            product = w2[expert] @ inner
+            total[token] += weight * product
+            largest = max(largest, np.abs(product).max())
+    return total, largest
+
+
+def test_the_experts_after_every_update(tmp_path):
+    first, *others = checkpoints(tmp_path, "qwen3_moe")
+    scheme = scheme_of(first)
+    config = make_vllm_config(first, scheme.description.to_json_dict(), load_format="dummy")
+    generator = torch.Generator().manual_seed(0)
+    with engine(config):
+        model = build_model(config)
+        updates = Updates(model, config, scheme)
+        for source in others:
+            updates.send(weights_of(source))
+            weights = packed(weights_of(source))
+            layers = expert_layers(model)
+            assert len(layers) == 2
+            for name, layer in layers.items():
+                x = torch.randn(9, 64, generator=generator, dtype=torch.bfloat16)
+                logits = torch.randn(9, 4, generator=generator, dtype=torch.bfloat16)
+                output = experts_output(config, layer, x, logits, 2)
+                w13, w2 = weights[f"{name}.w13_weight"], weights[f"{name}.w2_weight"]
+                expected, largest = experts_by_hand(x, logits, w13, w2, 2)
+                assert output.dtype == torch.bfloat16
+                # An expert's output, its weight and their sum are rounded to bfloat16, each by 2**-8 at most.
+                assert np.abs(output.double().numpy() - expected).max() <= 3 * 2.0**-8 * largest
