@@ -1,0 +1,46 @@
+"""Model directories of known size with random weights: a benchmark of speed does not need what they say."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
+
+_COMMON = {"tie_word_embeddings": True, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+# The quickstart's model, and the shape of SmolLM2-135M.
+CONFIGS = {
+    "0.8M": Qwen3Config(
+        vocab_size=128,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=256,
+        **_COMMON,
+    ),
+    "135M": LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=2048,
+        **_COMMON,
+    ),
+}
+
+
+def write_model(size: str, directory: Path) -> Path:
+    """A model of `CONFIGS` in bfloat16, with a tokenizer of one word a token; returns its directory."""
+    torch.manual_seed(0)
+    config = CONFIGS[size]
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(directory)
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, config.vocab_size)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<pad>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(directory)
+    return directory

@@ -1,0 +1,227 @@
+"""A whole weight update, from the trainer's memory to an engine that serves it, against copying the bytes it sends.
+
+    python benchmarks/weight_update.py [--sizes 0.8M 135M] [--rounds 9] [--dtype auto]
+
+Trainer and engines are processes of their own, as in a run (one rank, one replica on a CPU), on models with random
+weights. Every round does each of these once, one after the other, so that ratios compare figures of the same moments:
+
+- copying as many bytes as the MXFP8 update sends, twice: into a shared bucket and out of it, the least that two
+  processes can do;
+- the update with `rollout.quantization=ascend`, quantised by the sender, and by the receiver;
+- the update without quantisation;
+- the way around: write the weights as safetensors, read them back, and send those.
+
+The tables have medians over the rounds, and medians of the per-round ratios to the copy.
+"""
+
+import argparse
+import asyncio
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import machine
+import models
+import ray
+import torch
+from safetensors.torch import load_file
+
+from verl.single_controller.worker_group import WorkerGroup
+from verl.trainer.config import ActorConfig, ActorRolloutRefConfig, FSDPConfig, ModelConfig, RolloutConfig
+from verl.trainer.ppo.runtime import GroupSender
+from verl.utils.platform import choose_dtype
+from verl.workers.rollout.quantization import get_scheme
+from verl.workers.rollout.replica import vLLMReplica
+from verl.workers.rollout.vllm_rollout.engine_args import engine_environment
+from verl.workers.rollout.weight_sync.sender import WeightSender
+from verl.workers.rollout.weight_sync.update import update_weights
+from verl.workers.train_worker import TrainWorker
+
+TARGET = 3.0
+COPY = "copying its bytes twice"
+PARTS = ("encode_s", "send_s", "load_s", "finish_s", "total_s")
+_TRAINER_ENVIRONMENT = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+@dataclass
+class Pair:
+    """A trainer and an engine that agree on how weights travel."""
+
+    config: ActorRolloutRefConfig
+    trainer: WorkerGroup
+    replica: vLLMReplica
+    version: int = 0
+
+    async def update(self, sender: Any = None) -> dict[str, Any]:
+        self.version += 1
+        return await update_weights(sender or GroupSender(self.trainer), [self.replica], self.version)
+
+
+async def start(model_dir: Path, rollout: RolloutConfig, dtype: str) -> Pair:
+    """Start both, and bring the engine to the trainer's weights."""
+    model = ModelConfig(path=str(model_dir), enable_gradient_checkpointing=False)
+    actor = ActorConfig(use_dynamic_bsz=True, fsdp_config=FSDPConfig(dtype="float32"))
+    config = ActorRolloutRefConfig(model=model, actor=actor, rollout=rollout)
+    trainer = WorkerGroup(
+        TrainWorker,
+        [{"num_cpus": 0, "runtime_env": {"env_vars": _TRAINER_ENVIRONMENT}}],
+        {
+            "world_size": 1,
+            "config": config,
+            "device": "cpu",
+            "total_training_steps": 1,
+            "with_ref": False,
+            "seed": 0,
+            "rollout_dtype": dtype,
+        },
+    )
+    await trainer.all("setup", *await trainer.rank(0, "rendezvous", True))
+    server = {
+        "rollout": rollout,
+        "model": model,
+        "device": "cpu",
+        "dtype": dtype,
+        "prompt_length": 32,
+        "response_length": 32,
+    }
+    environment = engine_environment(device="cpu", threads=2, tensor_parallel_size=1)
+    replica = vLLMReplica(0, server, {"num_cpus": 0, "runtime_env": {"env_vars": environment}})
+    await replica.start()
+    pair = Pair(config, trainer, replica)
+    await pair.update()
+    return pair
+
+
+class FileSender:
+    """Sends what lies in a directory."""
+
+    def __init__(self, directory: Path, config: ActorRolloutRefConfig, dtype: torch.dtype, bucket_bytes: int):
+        self._sender = WeightSender(bucket_bytes)
+        self._directory, self._dtype = directory, dtype
+        self._scheme = get_scheme(config.rollout, str(config.model.path))
+
+    async def begin_export(self, version: int) -> None:
+        weights = load_file(self._directory / "model.safetensors")
+        cast = ((name, tensor.to(self._dtype)) for name, tensor in weights.items())
+        self._sender.begin(version, self._scheme.encode(cast))
+
+    async def next_bucket(self) -> dict[str, Any]:
+        return self._sender.next_bucket()
+
+    async def finish_export(self) -> dict[str, Any]:
+        report = self._scheme.take_report()
+        manifest, seconds = self._sender.manifest(), self._sender.seconds
+        return {"manifest": manifest, "seconds": seconds, "encode": report.seconds, "worst": None}
+
+
+class Copy:
+    """Copies `nbytes` from private memory to another place and on to a third."""
+
+    def __init__(self, nbytes: int):
+        self._buffers = [torch.zeros(nbytes, dtype=torch.uint8) for _ in range(3)]
+
+    def __call__(self) -> None:
+        source, bucket, target = self._buffers
+        bucket.copy_(source)
+        target.copy_(bucket)
+
+
+async def timed(call: Callable[[], Awaitable[Any]]) -> tuple[float, Any]:
+    started = time.perf_counter()
+    result = await call()
+    return time.perf_counter() - started, result
+
+
+async def measure(size: str, dtype: str, rounds: int, work: Path) -> float:
+    """Print the table of one model size; the ratio of the update to the copy."""
+    model_dir = models.write_model(size, work / size)
+    base = RolloutConfig(
+        quantization="ascend", tensor_model_parallel_size=1, dtype=dtype, enforce_eager=True, max_num_seqs=16
+    )
+    pairs = {
+        "update, quantised by the sender": await start(model_dir, base, dtype),
+        "update, by the receiver": await start(model_dir, replace(base, quantization_side="receiver"), dtype),
+        "update, not quantised": await start(model_dir, replace(base, quantization=None), dtype),
+    }
+    first = next(iter(pairs.values()))
+    metrics = await first.update()
+    copy = Copy(int(metrics["weight_update/MiB"] * 2**20))
+    bucket_bytes = base.checkpoint_engine.update_weights_bucket_megabytes << 20
+
+    async def through_files() -> dict[str, Any]:
+        await first.trainer.all("call", "export_hf", str(work / "exported"))
+        return await first.update(FileSender(work / "exported", first.config, getattr(torch, dtype), bucket_bytes))
+
+    async def copied() -> dict[str, Any]:
+        copy()
+        return {}
+
+    calls: dict[str, Callable[[], Awaitable[dict[str, Any]]]] = {COPY: copied}
+    calls |= {name: pair.update for name, pair in pairs.items()}
+    calls["through safetensors files"] = through_files
+    records: dict[str, list[tuple[float, dict[str, Any]]]] = {name: [] for name in calls}
+    for number in range(rounds + 1):
+        for name, call in calls.items():
+            outcome = await timed(call)
+            if number:  # the first round only warms up
+                records[name].append(outcome)
+    for pair in pairs.values():
+        await pair.replica.stop()
+        pair.trainer.stop()
+    print_table(size, dtype, records)
+    return ratio(records, "update, quantised by the sender")
+
+
+def ratio(records: dict[str, list[tuple[float, dict[str, Any]]]], name: str) -> float:
+    """Median over the rounds of the ratio to the copy."""
+    return statistics.median(a / b for (a, _), (b, _) in zip(records[name], records[COPY], strict=True))
+
+
+def print_table(size: str, dtype: str, records: dict[str, list[tuple[float, dict[str, Any]]]]) -> None:
+    rounds = len(records[COPY])
+    print(f"\n{size} parameters, engine in {dtype}, median of {rounds} rounds, ms")
+    heads = [part.removesuffix("_s") for part in PARTS[:-1]]
+    print(f"{'':34}{'whole':>9}{'x copy':>8}" + "".join(f"{head:>8}" for head in heads) + f"{'MiB':>8}")
+    for name, record in records.items():
+        whole = statistics.median(seconds for seconds, _ in record)
+        line = f"{name:<34}{whole * 1e3:>9.1f}{ratio(records, name):>8.2f}"
+        for part in PARTS[:-1]:
+            values = [metrics[f"weight_update/{part}"] for _, metrics in record if metrics]
+            line += f"{statistics.median(values) * 1e3:>8.1f}" if values else " " * 8
+        mebibytes = [metrics["weight_update/MiB"] for _, metrics in record if metrics]
+        print(line + (f"{mebibytes[0]:>8.1f}" if mebibytes else ""))
+
+
+async def run(sizes: list[str], dtype: str, rounds: int) -> dict[str, float]:
+    ratios = {}
+    for size in sizes:
+        with tempfile.TemporaryDirectory() as work:
+            ratios[size] = await measure(size, dtype, rounds, Path(work))
+    return ratios
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--sizes", nargs="+", default=list(models.CONFIGS), choices=list(models.CONFIGS))
+    parser.add_argument("--rounds", type=int, default=9, help="measured rounds, after one to warm up")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the engine")
+    arguments = parser.parse_args()
+    print(machine.header())
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    try:
+        dtype = choose_dtype("cpu", arguments.dtype).name
+        ratios = asyncio.run(run(arguments.sizes, dtype, arguments.rounds))
+    finally:
+        ray.shutdown()
+    print(f"\n{machine.kind()}: the update, times copying its bytes twice (target for 135M: {TARGET:.0f})")
+    for size, value in ratios.items():
+        print(f"  {size:<6}{value:>7.2f}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
