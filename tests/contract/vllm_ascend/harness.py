@@ -49,21 +49,25 @@ def make_vllm_config(model_dir: Path, description: Mapping[str, Any] | None, **o
 
 
 @contextmanager
-def engine(config: VllmConfig) -> Iterator[None]:
-    """One rank, gloo, and vllm-ascend's own configuration, while a model is built and run."""
+def engine(config: VllmConfig, rank: int = 0, ranks: int = 1) -> Iterator[None]:
+    """Tensor-parallel ranks over gloo, and vllm-ascend's own configuration, while a model is built and run.
+
+    Of several ranks the default process group has to be there already, and stays.
+    """
     import vllm_ascend.ascend_config as ascend_config
 
     _stand_in_for_compiled_operators()
     with tempfile.TemporaryDirectory() as directory, set_current_vllm_config(config):
-        init_distributed_environment(1, 0, f"file://{directory}/rendezvous", 0, "gloo")
-        initialize_model_parallel(1, 1)
+        init_distributed_environment(ranks, rank, f"file://{directory}/rendezvous", rank, "gloo")
+        initialize_model_parallel(ranks, 1)
         try:
             ascend_config.init_ascend_config(config)
             yield
         finally:
             ascend_config._ASCEND_CONFIG = None
             destroy_model_parallel()
-            destroy_distributed_environment()
+            if ranks == 1:
+                destroy_distributed_environment()
 
 
 def build_model(config: VllmConfig) -> nn.Module:

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from verl.utils.vllm.npu_vllm_patch import run_time_parameters_back
 from verl.utils.vllm.write_log import WriteLog
 
 
@@ -64,6 +65,7 @@ class LayerwiseLoadSession:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
         _roll_back(self._model)
+        run_time_parameters_back(self._model)
         in_place = self._hooks.begin(self._model) if self._hooks is not None else {}
         self._log = WriteLog(
             {

@@ -16,13 +16,13 @@ from typing import Any
 
 from packaging.version import Version
 
-from verl.utils.vllm.vllm_fp8_utils import record_run_time_layout
+from verl.utils.vllm.vllm_fp8_utils import MXFP8_BLOCK_SIZE, record_run_time_layout
 
 logger = logging.getLogger(__name__)
 
 OLDEST_VLLM_ASCEND = "0.18.0"
 _MARK = "_verl_patched"
-_TRANSPOSED = "_verl_transposed"
+_TRANSPOSED, _RUN_TIME = "_verl_transposed", "_verl_run_time_parameters"
 _NZ, _ALLOCATOR = "VLLM_ASCEND_ENABLE_NZ", "PYTORCH_NPU_ALLOC_CONF"
 _QUEUE, _ROLLOUT_QUEUE = "TASK_QUEUE_ENABLE", "VLLM_ASCEND_TASK_QUEUE_ENABLE"
 
@@ -110,7 +110,8 @@ def _patch_rotary() -> str | None:
 def recording_transposition(process: Callable) -> Callable:
     """Wraps `process_weights_after_loading` of vllm-ascend's unquantised experts, which transposes their weights.
 
-    It makes new parameters; they get what vLLM had hung on the old ones, `weight_loader` above all, and a mark.
+    It makes new parameters; they get what vLLM had hung on the old ones, `weight_loader` above all, and a mark. The
+    layer keeps them at hand too: waking up replaces them again (`run_time_parameters_back`).
     """
 
     @functools.wraps(process)
@@ -125,8 +126,23 @@ def recording_transposition(process: Callable) -> Callable:
                 if key not in vars(new):
                     setattr(new, key, value)
             setattr(new, _TRANSPOSED, True)
+        # While weights are reloaded the layer's parameters are passing ones.
+        if _RUN_TIME not in layer.__dict__:
+            layer.__dict__[_RUN_TIME] = {name: layer._parameters[name] for name in before}
 
     return wrapper
+
+
+def run_time_parameters_back(model: Any) -> None:
+    """Undo what `wake_up` does to unquantised experts (vllm-ascend 0.18, and 0.23 where nothing is quantised).
+
+    It makes new parameters of them, transposed and without loaders; the ones that the engine runs on have the same
+    memory.
+    """
+    for layer in model.modules():
+        for name, parameter in layer.__dict__.get(_RUN_TIME, {}).items():
+            if layer._parameters.get(name) is not parameter:
+                layer._parameters[name] = parameter
 
 
 def loading_transposed(load: Callable) -> Callable:
@@ -167,10 +183,28 @@ def recording_layout(process: Callable, keys: tuple[str, ...]) -> Callable:
         if getattr(layer, "_mxfp8_transformed", False):
             return
         shapes = {name: tuple(getattr(layer, name).shape) for name in names}
+        for key in keys:
+            _refuse_lost_groups(_name(layer), key, shapes)
         process(self, layer)
         record_run_time_layout(layer, shapes)
 
     return wrapper
+
+
+def _name(layer: Any) -> str:
+    """A layer's name in its model: linear layers and experts keep it under different attributes."""
+    return getattr(layer, "prefix", "") or getattr(layer, "layer_name", "") or type(layer).__name__
+
+
+def _refuse_lost_groups(name: str, key: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Its layers have K // 32 scales a row, and pair them: without this, row-parallel ones drop a last one silently."""
+    k, groups = shapes[key][-1], shapes[f"{key}_scale"][-1]
+    if k % (2 * MXFP8_BLOCK_SIZE):
+        raise ValueError(
+            f"{name}.{key}: has {k} inputs on this rank; this vllm-ascend holds {groups} scales for them and takes "
+            f"multiples of {2 * MXFP8_BLOCK_SIZE} inputs only: use vllm-ascend 0.23.0 or newer, or leave the layer out "
+            "(actor_rollout_ref.rollout.quantization_config_file)"
+        )
 
 
 def _patch_layouts() -> str | None:

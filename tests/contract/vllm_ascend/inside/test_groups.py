@@ -1,0 +1,102 @@
+"""Inputs that are no multiple of 64: an odd number of groups, or a last one that is not full."""
+
+import itertools
+
+import pytest
+import torch
+from contract.vllm_ascend.harness import RELEASE, build_model, engine, make_vllm_config
+from contract.vllm_ascend.reference import assert_same, engine_parameters, held
+from contract.vllm_ascend.updates import Updates, addresses, checkpoints, scheme_of, weights_of
+
+from verl.utils.vllm.vllm_fp8_utils import mxfp8_layers
+
+ODD = {"hidden_size": 96, "intermediate_size": 160}
+SIZES = {
+    "96 and 160": ODD,
+    "80": {"hidden_size": 80, "intermediate_size": 80},
+    "4304": {"intermediate_size": 4304},
+}
+
+
+@pytest.mark.skipif(RELEASE == "0.18.0", reason="0.18.0 takes multiples of 64 only: see below")
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_linear_layers(tmp_path, sizes):
+    first, *others = checkpoints(tmp_path, "qwen3", **sizes)
+    config = config_of(first)
+    with engine(config):
+        model = build_model(config)
+        updates, before = Updates(model, config, scheme_of(first)), addresses(model)
+        for source in [*others, first, others[0]]:
+            updates.send(weights_of(source))
+            assert_same(held(model), engine_parameters(weights_of(source)))
+            assert addresses(model) == before
+
+
+@pytest.mark.skipif(RELEASE != "0.18.0", reason="later releases have ceil(K / 32) scales, and pad them to pairs")
+@pytest.mark.parametrize(("k", "scales"), [(96, 3), (80, 2), (4304, 134)])
+def test_a_release_that_would_drop_a_group_is_refused_by_name_when_the_engine_starts(tmp_path, k, scales):
+    """With 80 and 4304 inputs 0.18.0 itself says nothing: the last group's scales are left out of what is loaded."""
+    (first,) = checkpoints(tmp_path, "qwen3", 1, intermediate_size=k)
+    config = config_of(first)
+    message = rf"model\.layers\.0\.mlp\.down_proj\.weight: has {k} inputs .* {scales} scales .*multiples of 64"
+    with engine(config), pytest.raises(ValueError, match=message):
+        build_model(config)
+
+
+@pytest.mark.parametrize("k", [96, 80, 4304])
+def test_the_releases_own_restore_fails(tmp_path, k):
+    """Why `_release_restores` asks for an even number of groups."""
+    if RELEASE == "0.18.0":
+        from vllm_ascend.quantization.methods.w8a8_mxfp8 import AscendW8A8MXFP8DynamicLinearMethod
+
+        assert not hasattr(AscendW8A8MXFP8DynamicLinearMethod, "restore_weights_for_rl_loading")
+        return
+    (first,) = checkpoints(tmp_path, "qwen3", 1, intermediate_size=k)
+    config = config_of(first)
+    with engine(config):
+        layer = build_model(config).get_submodule("model.layers.0.mlp.down_proj")
+        with pytest.raises(RuntimeError, match=r"shape '.*' is invalid for input"):
+            layer.quant_method.quant_method.restore_weights_for_rl_loading(layer)
+
+
+def config_of(directory, **rollout):
+    return make_vllm_config(directory, scheme_of(directory, **rollout).description.to_json_dict(), load_format="dummy")
+
+
+EXPERTS = {"H = 96": (96, 64), "I = 96": (64, 96), "I = 48": (64, 48)}
+
+
+@pytest.mark.parametrize(("hidden", "inner"), EXPERTS.values(), ids=EXPERTS)
+def test_no_release_takes_experts_with_an_odd_number_of_groups(tmp_path, hidden, inner):
+    """None pads their scales to pairs. 0.18.0 is refused before it tries."""
+    (first,) = checkpoints(tmp_path, "qwen3_moe", 1, hidden_size=hidden, moe_intermediate_size=inner)
+    ignore = tmp_path / "ignore.json"
+    # Only the experts are asked about: 0.18.0 would fail at linear layers before.
+    ignore.write_text('{"ignore": ["re:.*self_attn.*"]}')
+    config = config_of(first, quantization_config_file=str(ignore))
+    kind, message = RuntimeError, r"shape '.*' is invalid for input"
+    if RELEASE == "0.18.0":
+        kind, message = ValueError, rf"mlp\.experts\.w.*_weight: has {hidden if hidden % 64 else inner} inputs"
+    with engine(config), pytest.raises(kind, match=message):
+        build_model(config)
+
+
+def test_a_group_that_is_padding_is_zero_whatever_was_there(tmp_path):
+    """The operators read it; stray bytes there would be scales of nothing."""
+    if RELEASE == "0.18.0":
+        pytest.skip("0.18.0 takes no odd number of groups")
+    first, second = checkpoints(tmp_path, "qwen3", 2, **ODD)
+    config = config_of(first)
+    with engine(config):
+        model = build_model(config)
+        updates = Updates(model, config, scheme_of(first))
+        for source, stray in itertools.product([second, first], [255, 7]):
+            for layer in mxfp8_layers(model).values():
+                layer.weight_scale.data.fill_(stray)
+            updates.send(weights_of(source))
+            assert_same(held(model), engine_parameters(weights_of(source)))
+            assert all(torch.all(layer.weight_scale[-1, :, 1] == 0) for layer in odd(model))
+
+
+def odd(model):
+    return [layer for name, layer in mxfp8_layers(model).items() if not name.endswith("o_proj")]
