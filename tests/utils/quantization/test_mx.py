@@ -439,6 +439,7 @@ def test_quantization_error_is_the_float64_one(path, dtype, scale_alg):
         assert error.relative == pytest.approx(math.sqrt(error2 / norm2), rel=1e-6)
         assert error.worst_block == pytest.approx(worst, rel=1e-6)
         assert error.worst_block <= (0.125, 0.0625)[scale_alg]
+        assert mx.squared_error(x, values, scales).tolist() == pytest.approx([error2, norm2], rel=1e-6)
 
 
 def test_quantization_error_of_zeros_extremes_and_nan(path):
@@ -457,6 +458,28 @@ def test_quantization_error_of_zeros_extremes_and_nan(path):
     assert mx.quantization_error(x, values, scales) == (2.0, 2.0)
     x[0, 3] = math.nan
     assert all(math.isnan(v) for v in mx.quantization_error(x, *mx.mxfp8_quantize(x)))
+
+
+def test_squared_errors_add_up_over_parts_of_very_different_sizes(path):
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(6, 96, generator=generator) * 2.0 ** torch.tensor([-120, -60, 0, 20, 60, 62.0])[:, None]
+    whole = mx.squared_error(x, *mx.mxfp8_quantize(x))
+    parts = [mx.squared_error(row, *mx.mxfp8_quantize(row)) for row in x]
+    assert torch.allclose(sum(parts), whole, rtol=1e-6, atol=0)
+    exact = x.double()
+    error = mx.mxfp8_dequantize(*mx.mxfp8_quantize(x)).double() - exact
+    for row, part in enumerate(parts):
+        expected = [float(error[row] @ error[row]), float(exact[row] @ exact[row])]
+        assert part.tolist() == pytest.approx(expected, rel=1e-6)
+    huge, largest = torch.full((1, 32), 2.0**120), torch.full((1, 1), 254, dtype=torch.uint8)
+    assert mx.squared_error(huge, (huge * 2.0**-127).to(torch.float8_e4m3fn), largest)[0] == 0
+    assert mx.squared_error(x[:, :0], *mx.mxfp8_quantize(x[:, :0])).tolist() == [0, 0]
+    ones = torch.ones(1, 64)
+    values, scales = mx.mxfp8_quantize(ones)
+    scales[0, 1] = 255
+    assert math.isnan(mx.squared_error(ones, values, scales)[0])
+    ones[0, 40] = math.inf
+    assert math.isnan(mx.squared_error(ones, *mx.mxfp8_quantize(ones))[0])
 
 
 @pytest.mark.parametrize(

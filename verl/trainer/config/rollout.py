@@ -33,7 +33,7 @@ class CheckpointEngineConfig:
         use="use naive",
     )
     update_weights_bucket_megabytes: int = key(
-        2048, "size of a bucket, two are in memory; a larger tensor gets its own", unit="MiB", at_least=1
+        2048, "size of a bucket, at most; two are in memory; a larger tensor gets its own", unit="MiB", at_least=1
     )
     engine_kwargs: dict[str, Any] = planned({}, "settings of other transports")
 

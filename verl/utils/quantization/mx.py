@@ -168,7 +168,7 @@ def quantization_error(x: torch.Tensor, values: torch.Tensor, scales: torch.Tens
     Raises:
         TypeError, ValueError: a dtype or a shape that does not fit, naming both.
     """
-    parts = _error_parts(x, values, scales)
+    parts = _error_parts("error", 3, x, values, scales)
     error2, norm2 = parts[:, :2].sum(0).tolist()
     if math.isnan(error2) or math.isnan(norm2):
         return QuantizationError(math.nan, math.nan)
@@ -182,11 +182,13 @@ def squared_error(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -
     Returns:
         [2] on x's device, float64 (float32 on an NPU); the device is not waited for.
     """
-    return _error_parts(x, values, scales)[:, :2].sum(0)
+    return _error_parts("squares", 2, x, values, scales).sum(0)
 
 
-def _error_parts(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """[n, 3] for pieces of x: sums of squared errors and of squares, largest squared ratio of `worst_block`."""
+def _error_parts(
+    kernel: str, columns: int, x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor
+) -> torch.Tensor:
+    """[n, columns] for pieces of x: sums of squared errors and of squares, largest squared ratio of `worst_block`."""
     _check_source(x, "x")
     values, scales = _check_pair(values, scales, MX_BLOCK_SIZE)
     if x.shape != values.shape:
@@ -196,10 +198,10 @@ def _error_parts(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) ->
         values, scales = values.contiguous(), scales.contiguous()
         source, stride, rows, k = _as_rows(x)
         runs = rows * _ceil_div(_ceil_div(k, MX_BLOCK_SIZE), 64)
-        parts = torch.empty(runs, 3, dtype=torch.float64)
-        kernel = getattr(library, f"mx_error_{_NATIVE_NAMES[x.dtype]}")
+        parts = torch.empty(runs, columns, dtype=torch.float64)
+        measure = getattr(library, f"mx_{kernel}_{_NATIVE_NAMES[x.dtype]}")
         pointers = values.data_ptr(), scales.data_ptr(), parts.data_ptr()
-        kernel(source.data_ptr(), stride, *pointers, rows, k, torch.get_num_threads())
+        measure(source.data_ptr(), stride, *pointers, rows, k, torch.get_num_threads())
         return parts
     # An NPU has no arithmetic in float64.
     wide = torch.float32 if x.device.type == "npu" else torch.float64
@@ -211,7 +213,7 @@ def _error_parts(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) ->
         top = source.abs().amax(-1)
         ratio = torch.where(top == 0, 0.0, error.abs().amax(-1) / top)
         worst = ratio.max() if len(ratio) else ratio.sum()
-        parts.append(torch.stack([error.square().sum(), source.square().sum(), worst.square()]))
+        parts.append(torch.stack([error.square().sum(), source.square().sum(), worst.square()])[:columns])
     return torch.stack(parts)
 
 

@@ -245,3 +245,54 @@ static inline void block_error(const uint32_t *restrict u, const uint8_t *restri
 ERROR(f32, uint32_t, widen_f32)
 ERROR(bf16, uint16_t, widen_bf16)
 ERROR(f16, uint16_t, widen_f16)
+
+/* Sums of squared errors and of squares alone, over a run: both are kept in units of the run's largest scale, so that
+ * lanes add up from block to block. What underflows there is too small to count. */
+static inline void add_squares(const uint32_t *restrict u, const uint8_t *restrict q, float unit, float factor,
+                               float *restrict error2, float *restrict norm2) {
+    for (int i = 0; i < BLOCK; i++) {
+        float w = as_float(u[i]) * unit, d = w - as_float(decode(q[i], factor));
+        error2[i] += d * d;
+        norm2[i] += w * w;
+    }
+}
+
+#define SQUARES(NAME, T, WIDEN)                                                                                        \
+    void mx_squares_##NAME(const T *x, int64_t stride, const uint8_t *q, const uint8_t *scale, double *result,         \
+                           int64_t rows, int64_t k, int threads) {                                                     \
+        int64_t per_row = (k + BLOCK - 1) / BLOCK, runs = (per_row + RUN - 1) / RUN, total = rows * runs;              \
+        _Pragma("omp parallel for num_threads(threads) schedule(dynamic, 16) if (total > 16 && threads > 1)")          \
+        for (int64_t r = 0; r < total; r++) {                                                                          \
+            int64_t row = r / runs, first = (r % runs) * RUN, last = first + RUN < per_row ? first + RUN : per_row;    \
+            const uint8_t *bytes = scale + row * per_row;                                                              \
+            float error2[BLOCK] = {0}, norm2[BLOCK] = {0};                                                             \
+            double sums[2] = {0.0, 0.0}, unit2;                                                                        \
+            int largest = 0;                                                                                           \
+            for (int64_t b = first; b < last; b++)                                                                     \
+                largest = bytes[b] > largest && bytes[b] < 255 ? bytes[b] : largest;                                   \
+            float unit = as_float(largest == 254 ? 0x00400000u : (uint32_t)(254 - largest) << 23);                     \
+            for (int64_t b = first; b < last; b++) {                                                                   \
+                const T *in = x + row * stride + b * BLOCK;                                                            \
+                const uint8_t *codes = q + row * k + b * BLOCK;                                                        \
+                int below = largest - (int)bytes[b];                                                                   \
+                float factor = as_float(below < 0 ? 0x7fc00000u : below > 126 ? 0u : (uint32_t)(127 - below) << 23);   \
+                uint32_t u[BLOCK];                                                                                     \
+                uint8_t padded[BLOCK] = {0};                                                                           \
+                if (k - b * BLOCK >= BLOCK) for (int i = 0; i < BLOCK; i++) u[i] = WIDEN(in[i]);                       \
+                else {                                                                                                 \
+                    memset(u, 0, sizeof u);                                                                            \
+                    for (int i = 0; i < k - b * BLOCK; i++) u[i] = WIDEN(in[i]), padded[i] = codes[i];                 \
+                    codes = padded;                                                                                    \
+                }                                                                                                      \
+                add_squares(u, codes, unit, factor, error2, norm2);                                                    \
+            }                                                                                                          \
+            for (int i = 0; i < BLOCK; i++) sums[0] += (double)error2[i], sums[1] += (double)norm2[i];                 \
+            uint64_t unit_bits = (uint64_t)(2 * largest - 254 + 1023) << 52;                                           \
+            memcpy(&unit2, &unit_bits, 8);                                                                             \
+            result[2 * r] = unit2 * sums[0];                                                                           \
+            result[2 * r + 1] = unit2 * sums[1];                                                                       \
+        }                                                                                                              \
+    }
+SQUARES(f32, uint32_t, widen_f32)
+SQUARES(bf16, uint16_t, widen_bf16)
+SQUARES(f16, uint16_t, widen_f16)

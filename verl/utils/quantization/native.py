@@ -32,7 +32,7 @@ _ERROR = [_POINTER, _LONG, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _INT]
 _SIGNATURES = {
     **{f"mx_quantize_{kind}": _QUANTIZE for kind in ("f32", "bf16", "f16")},
     **{f"mx_dequantize_{kind}": _DEQUANTIZE for kind in ("f32", "bf16")},
-    **{f"mx_error_{kind}": _ERROR for kind in ("f32", "bf16", "f16")},
+    **{f"mx_{what}_{kind}": _ERROR for what in ("error", "squares") for kind in ("f32", "bf16", "f16")},
 }
 
 

@@ -73,8 +73,9 @@ def _cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
 
 
 def _whole(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    tensor = _cast(tensor, dtype)
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor) or tensor.device_mesh.size() == 1:
+        return _local(tensor, dtype)
+    return _cast(tensor, dtype).full_tensor()
 
 
 def _local(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
@@ -84,7 +85,7 @@ def _local(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
 
 def _gather_rows(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """All ranks' parts [rows of this rank, ...], cut as `like` is, as one tensor."""
-    if not isinstance(like, DTensor):
+    if not isinstance(like, DTensor) or like.device_mesh.size() == 1:
         return part
     # Collectives do not know float8.
     plain = part.view(torch.uint8) if part.dtype.itemsize == 1 else part

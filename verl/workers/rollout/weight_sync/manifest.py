@@ -6,7 +6,7 @@ A manifest travels as plain strings and numbers (no pickled objects), so it can 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -47,7 +47,7 @@ class TensorSpec:
         return prod(self.shape) * dtype_from_name(self.dtype).itemsize
 
     def to_plain(self) -> dict[str, Any]:
-        return {**asdict(self), "shape": list(self.shape)}
+        return {"name": self.name, "shape": list(self.shape), "dtype": self.dtype}
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> TensorSpec:
