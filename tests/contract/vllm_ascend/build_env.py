@@ -70,7 +70,7 @@ _TRANSFORMERS_4 = ("transformers==4.57.6", "huggingface-hub==0.36.2", "tokenizer
 RELEASES = {
     release.version: release
     for release in (
-        Release("0.18.0", "manylinux_2_24_x86_64", "0.18.0", ("gguf==0.19.0", *_TRANSFORMERS_4)),
+        Release("0.18.0", "manylinux_2_24_x86_64", "0.18.0", ("gguf==0.19.0", "diskcache==5.6.3", *_TRANSFORMERS_4)),
         Release("0.23.0", "manylinux_2_34_x86_64", "0.23.0"),
         Release("0.26.0rc1", "manylinux_2_34_x86_64", "0.26.0"),
     )

@@ -1,13 +1,18 @@
 """The tests below `inside/`, each release's in its own environment and process."""
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from contract.vllm_ascend import emulation
 from contract.vllm_ascend.build_env import RELEASES, REPOSITORY, build
 
+from fixtures.tiny import write_tiny_model
+
+NPU_PLATFORM = Path(__file__).with_name("npu_platform.py")
 pytestmark = pytest.mark.contract
 
 
@@ -38,4 +43,27 @@ def test_release(release, emulated):
         env={"CONTRACT_EMULATION": str(emulated)},
     )
     assert done.returncode == 0, f"{done.stdout[-8000:]}\n{done.stderr[-4000:]}"
-    print(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_the_servers_arguments_on_the_releases_own_platform(release, tmp_path):
+    """With vllm-ascend's entry points, as it is installed: platform, configuration, and verl's plugin."""
+    directory = write_tiny_model(tmp_path)
+    done = build(release).run(
+        [str(NPU_PLATFORM), str(directory)],
+        npu_platform=True,
+        env={"VLLM_PLUGINS": "ascend,verl", "VLLM_ASCEND_ENABLE_NZ": "0"},
+        timeout=300,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    assert json.loads(done.stdout.strip().splitlines()[-1]) == {
+        "device_type": "npu",
+        "quant_config": "AscendModelSlimConfig",
+        "is_mxfp8_vllm_ascend": True,
+        "worker": "vllm_ascend.worker.worker.NPUWorker",
+        "extension": "verl.workers.rollout.vllm_rollout.worker_extension.WeightUpdateExtension",
+        "sleep_mode": True,
+        "patched again": [],
+    }

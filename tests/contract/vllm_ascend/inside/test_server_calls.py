@@ -1,0 +1,97 @@
+"""What the server asks of vLLM is there in the release's vLLM: fields, methods, arguments, names."""
+
+import dataclasses
+import inspect
+from dataclasses import replace
+
+import pytest
+from contract.vllm_ascend.harness import RELEASE  # noqa: F401  (registers what the release registers)
+from vllm import AsyncEngineArgs, EngineArgs, SamplingParams
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from fixtures.tiny import write_tiny_model
+from verl.trainer.config import ModelConfig, RolloutConfig
+from verl.utils.vllm.ascend_description import build_description
+from verl.utils.vllm.compat import build_openai_app, openai_functions
+from verl.workers.rollout.vllm_rollout.engine_args import engine_args
+
+
+@pytest.mark.parametrize("device", ["npu", "cpu"])
+def test_every_engine_argument(tmp_path, device):
+    directory = write_tiny_model(tmp_path)
+    description = build_description(directory).to_json_dict()
+    rollout = replace(RolloutConfig(), quantization="ascend", cudagraph_capture_sizes=[1, 2])
+    arguments = engine_args(
+        rollout,
+        ModelConfig(path=str(directory)),
+        device=device,
+        dtype="bfloat16",
+        prompt_length=16,
+        response_length=16,
+        seed=0,
+        quantization={"quantization": "ascend", "hf_overrides": {"quantization_config": description}},
+    )
+    assert arguments.keys() <= {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+    AsyncEngineArgs(**arguments)
+
+
+CALLS = {
+    "from_vllm_config": (["config"], {"disable_log_stats": True}),
+    "generate": (["self", "prompt", "parameters", "id"], {}),
+    "pause_generation": (["self"], {"mode": "wait", "clear_cache": False}),
+    "resume_generation": (["self"], {}),
+    "reset_prefix_cache": (["self"], {}),
+    "collective_rpc": (["self", "verl_begin_update"], {"args": (1,)}),
+    "check_health": (["self"], {}),
+    "sleep": (["self"], {"level": 1}),
+    "wake_up": (["self"], {"tags": ["weights"]}),
+    "shutdown": (["self"], {}),
+    "get_supported_tasks": (["self"], {}),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_every_method_of_the_engine(name):
+    positional, named = CALLS[name]
+    inspect.signature(getattr(AsyncLLM, name)).bind(*positional, **named)
+    coroutine = inspect.iscoroutinefunction(getattr(AsyncLLM, name))
+    stream = inspect.isasyncgenfunction(getattr(AsyncLLM, name))
+    assert coroutine == (name not in ("from_vllm_config", "generate", "shutdown")) and stream == (name == "generate")
+
+
+def test_resetting_the_prefix_cache_says_whether_it_did():
+    assert inspect.signature(AsyncLLM.reset_prefix_cache).return_annotation in (bool, "bool")
+
+
+def test_names_that_the_server_imports():
+    from vllm.inputs import TokensPrompt
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    assert TokensPrompt(prompt_token_ids=[1]) == {"prompt_token_ids": [1]} or TokensPrompt(prompt_token_ids=[1])
+    assert issubclass(EngineDeadError, Exception)
+    parameters = SamplingParams(
+        temperature=1.0, top_p=0.9, top_k=-1, max_tokens=4, logprobs=0, ignore_eos=True, seed=1, detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )  # fmt: skip
+    assert parameters.output_kind is RequestOutputKind.FINAL_ONLY
+    with pytest.raises(TypeError):
+        SamplingParams(no_such_parameter=1)
+
+
+def test_the_http_endpoint(tmp_path):
+    """Built by the release's vLLM, up to the engine behind it."""
+    directory = str(write_tiny_model(tmp_path))
+    config = EngineArgs(model=directory).create_model_config()
+    app, arguments = build_openai_app(directory, ("generate",), config, api_key="secret")
+    paths = {getattr(route, "path", "") for route in app.routes}
+    assert {"/v1/chat/completions", "/v1/completions", "/health"} <= paths
+    _, init_app_state, _ = openai_functions()
+    assert inspect.iscoroutinefunction(init_app_state)
+    inspect.signature(init_app_state).bind("engine", app.state, arguments, ("generate",))
+
+    from fastapi.testclient import TestClient
+
+    client = TestClient(app)
+    assert client.get("/v1/models").status_code == 401
+    assert client.get("/v1/models", headers={"Authorization": "Bearer other"}).status_code == 401
