@@ -32,7 +32,7 @@ format: setup ## let ruff mend what it can
 	$(python) -m ruff format .
 
 bench: setup ## benchmarks; each prints a table
-	@for benchmark in benchmarks/quantizer.py; do $(python) $$benchmark || exit 1; done
+	@for benchmark in quantizer weight_update generation; do $(python) benchmarks/$$benchmark.py || exit 1; done
 
 lock: setup ## resolve requirements/cpu.lock anew
 	@scripts/lock.sh

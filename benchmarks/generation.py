@@ -1,0 +1,161 @@
+"""Generation with MXFP8 emulated on a CPU against generation without quantisation: tokens a second, and memory.
+
+    python benchmarks/generation.py [--sizes 0.8M 135M] [--rounds 5] [--dtype auto]
+
+The emulation is there to show what an Ascend 950 computes, not to be fast: on a CPU it costs time and memory, and this
+says how much. Both engines live in processes of their own at the same time, and every round generates the same number
+of tokens in each of them, one after the other.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import machine
+import models
+
+from verl.utils.platform import choose_dtype
+
+KINDS = {"not quantised": None, "MXFP8, emulated": "ascend"}
+# Requests at a time, tokens of each.
+LOADS = {"0.8M": (256, 16), "135M": (32, 16)}
+PROMPT = 16
+
+
+def serve(model_dir: Path, quantization: str | None, dtype: str, requests: int, tokens: int) -> None:
+    """One engine: a line of JSON when it is up, and one for each line on standard input."""
+    from vllm import LLM, SamplingParams
+    from vllm.inputs import TokensPrompt
+
+    from verl.trainer.config import RolloutConfig
+    from verl.utils.vllm import plugin
+    from verl.workers.rollout.quantization import get_scheme
+
+    plugin.register()
+    scheme = get_scheme(RolloutConfig(quantization=quantization, tensor_model_parallel_size=1), str(model_dir))
+    engine = LLM(
+        model=str(model_dir),
+        dtype=dtype,
+        load_format="dummy",
+        enforce_eager=True,
+        max_model_len=64,
+        max_num_seqs=requests,
+        enable_prefix_caching=False,
+        distributed_executor_backend="uni",
+        kv_cache_memory_bytes=512 << 20,
+        **scheme.engine_overrides("cpu"),
+    )
+    prompts = [TokensPrompt(prompt_token_ids=[3 + (i + j) % 100 for j in range(PROMPT)]) for i in range(requests)]
+    parameters = SamplingParams(temperature=1.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    say({"resident": resident_bytes()})
+    for _ in sys.stdin:
+        started = time.perf_counter()
+        engine.generate(prompts, parameters, use_tqdm=False)
+        say({"seconds": time.perf_counter() - started})
+
+
+def say(record: dict) -> None:
+    os.write(_answers, (json.dumps(record) + "\n").encode())
+
+
+def resident_bytes() -> int:
+    """Of this process, now."""
+    fields = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in fields if line.startswith("VmRSS:")).split()[1]) * 1024
+
+
+class Engine:
+    """A process that runs `serve`."""
+
+    def __init__(self, size: str, model_dir: Path, quantization: str | None, dtype: str):
+        requests, tokens = LOADS[size]
+        environment = {
+            **os.environ,
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_LOGGING_LEVEL": "ERROR",
+            "VLLM_NO_USAGE_STATS": "1",
+            "OMP_WAIT_POLICY": "PASSIVE",
+        }
+        command = [sys.executable, __file__, "--serve", str(model_dir), quantization or "", dtype]
+        # What it says is of interest only where it fails.
+        self._log = tempfile.TemporaryFile("w+")
+        self._process = subprocess.Popen(
+            [*command, str(requests), str(tokens)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=environment,
+        )
+        self.resident = self._answer()["resident"]
+
+    def _answer(self) -> dict:
+        line = self._process.stdout.readline()
+        if not line:
+            status = self._process.wait()
+            self._log.seek(0)
+            raise SystemExit(f"{self._log.read()[-3000:]}\nan engine ended with status {status}")
+        return json.loads(line)
+
+    def generate(self) -> float:
+        """Seconds of one load."""
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return self._answer()["seconds"]
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait(60)
+
+
+def measure(size: str, dtype: str, rounds: int, work: Path) -> None:
+    """Print the table of one model size."""
+    model_dir = models.write_model(size, work / size)
+    engines = {kind: Engine(size, model_dir, quantization, dtype) for kind, quantization in KINDS.items()}
+    seconds: dict[str, list[float]] = {kind: [] for kind in engines}
+    for number in range(rounds + 1):
+        for kind, engine in engines.items():
+            elapsed = engine.generate()
+            if number:  # the first round only warms up
+                seconds[kind].append(elapsed)
+    for engine in engines.values():
+        engine.close()
+    requests, tokens = LOADS[size]
+    print(f"\n{size} parameters in {dtype}, {requests} requests x {tokens} tokens, median of {rounds} rounds")
+    print(f"{'':20}{'tokens/s':>10}{'x plain':>10}{'resident MiB':>14}")
+    plain = seconds[next(iter(KINDS))]
+    for kind, values in seconds.items():
+        speed = requests * tokens / statistics.median(values)
+        ratio = statistics.median(b / a for a, b in zip(values, plain, strict=True))
+        print(f"{kind:<20}{speed:>10.0f}{ratio:>10.2f}{engines[kind].resident / 2**20:>14.0f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--sizes", nargs="+", default=list(models.CONFIGS), choices=list(models.CONFIGS))
+    parser.add_argument("--rounds", type=int, default=5, help="measured rounds, after one to warm up")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the engine")
+    arguments = parser.parse_args()
+    print(machine.header())
+    dtype = choose_dtype("cpu", arguments.dtype).name
+    for size in arguments.sizes:
+        with tempfile.TemporaryDirectory() as work:
+            measure(size, dtype, arguments.rounds, Path(work))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--serve"]:
+        # vLLM prints to standard output: answers go where nothing else does.
+        _answers = os.dup(1)
+        os.dup2(2, 1)
+        directory, name, engine_dtype, count, length = sys.argv[2:]
+        serve(Path(directory), name or None, engine_dtype, int(count), int(length))
+    else:
+        main()
