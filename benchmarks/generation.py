@@ -85,7 +85,7 @@ class Engine:
         }
         command = [sys.executable, __file__, "--serve", str(model_dir), quantization or "", dtype]
         # What it says is of interest only where it fails.
-        self._log = tempfile.TemporaryFile("w+")
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (open as long as the process)
         self._process = subprocess.Popen(
             [*command, str(requests), str(tokens)],
             stdin=subprocess.PIPE,

@@ -30,6 +30,8 @@ def check_quantization(config: PPOConfig, device: str, found: Findings) -> Quant
         scheme.engine_overrides(device)
         scheme.summary()
     except (ValueError, NotImplementedError, OSError) as error:
-        found.errors.append(str(error))
+        text, field = str(error), "actor_rollout_ref.rollout.quantization"
+        # What is wrong with a file or a layer is said by those who know nothing of the config.
+        found.errors.append(text if field in text else f"{field}={roles.rollout.quantization}: {text}")
         return None
     return scheme

@@ -36,4 +36,5 @@ class TorchAOScheme(QuantizationScheme):
         return {"quantization": "torchao", "hf_overrides": {"quantization_config_file": str(Path(path).resolve())}}
 
     def summary(self) -> str:
-        return f"torchao, as {self._rollout.quantization_config_file} says"
+        file = self._rollout.quantization_config_file
+        return f"torchao, as {file} says; the engine quantises, whatever quantization_side is"

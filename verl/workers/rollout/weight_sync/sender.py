@@ -15,7 +15,6 @@ import torch
 from verl.workers.rollout.weight_sync.bucket import BucketWriter, align
 from verl.workers.rollout.weight_sync.manifest import Manifest, TensorSpec
 
-
 # Enough of them that little of the loading is left when the last one is filled; each costs a round of calls.
 _OVERLAPPING_BUCKETS = 6
 _SMALLEST_BUCKET = 8 << 20
