@@ -14,7 +14,7 @@ from verl.workers.rollout.weight_sync.manifest import WeightUpdateError
 
 pytestmark = pytest.mark.e2e
 
-ROLLOUT = RolloutConfig(quantization="fp8", tensor_model_parallel_size=1)
+ROLLOUT = RolloutConfig(quantization="fp8", dtype="bfloat16", tensor_model_parallel_size=1)
 SIZES = dict(hidden_size=192, intermediate_size=256, num_attention_heads=4, num_key_value_heads=4, head_dim=32)
 DOWN = "model.layers.0.mlp.down_proj.weight"
 
@@ -56,7 +56,7 @@ def start():
     def start(model_dir):
         plugin.register()
         scheme = get_scheme(ROLLOUT, str(model_dir))
-        started.append(Engine(model_dir, dtype="bfloat16", **scheme.engine_overrides("cpu")))
+        started.append(Engine(model_dir, ROLLOUT, dtype="bfloat16", **scheme.engine_overrides("cpu")))
         return started[-1], scheme
 
     yield start

@@ -13,7 +13,6 @@ from verl.trainer.config import RolloutConfig
 from verl.workers.rollout.quantization import get_scheme
 
 pytestmark = pytest.mark.e2e
-pytest.importorskip("torchao", reason="torchao is not installed")
 
 
 @pytest.fixture
@@ -38,7 +37,7 @@ def test_new_weights_are_the_ones_that_count(tmp_path, config_file):
     first, second, third = [write_tiny_model(tmp_path / str(seed), seed=seed, std=0.05) for seed in range(3)]
     rollout = RolloutConfig(quantization="torchao", quantization_config_file=str(config_file))
     scheme = get_scheme(rollout, str(first))
-    engine = Engine(first, **scheme.engine_overrides("cpu"))
+    engine = Engine(first, rollout, **scheme.engine_overrides("cpu"))
     try:
         for version, source in enumerate([second, third, first], 1):
             engine.update(scheme.encode(weights_of(source).items()), version, 1 << 24 if version % 2 else 20_000)

@@ -103,6 +103,21 @@ def test_a_quantised_rollout_trains(tmp_path, kind, changes):
         assert data["weight_update/max_quantization_error_layer"].startswith("model.layers.")
 
 
+@pytest.mark.parametrize("quantization", ["fp8", "torchao"])
+def test_other_quantisations_train(tmp_path, quantization):
+    changes = {"actor_rollout_ref__rollout__dtype": "bfloat16"}
+    if quantization == "torchao":
+        file = tmp_path / "torchao.json"
+        file.write_text('{"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": {}}')
+        changes["actor_rollout_ref__rollout__quantization_config_file"] = file
+    # Blocks of 128 x 128 have to end where layers do.
+    run = TinyRun(tmp_path, std=0.02, hidden_size=192, intermediate_size=256, num_key_value_heads=4)
+    run.run(actor_rollout_ref__rollout__quantization=quantization, trainer__total_training_steps=2, **changes)
+    for data in run.metrics().values():
+        assert 1e-5 < data["training/rollout_probs_diff_mean"] < 2e-2
+        assert ("weight_update/max_quantization_error" in data) == (quantization == "fp8")
+
+
 def test_killed_at_any_moment_it_goes_on_from_the_last_whole_checkpoint_with_the_same_prompts(tmp_path):
     whole, broken = TinyRun(tmp_path / "whole"), TinyRun(tmp_path / "broken")
     common = dict(trainer__save_freq=1, trainer__total_training_steps=10, trainer__max_actor_ckpt_to_keep=2)

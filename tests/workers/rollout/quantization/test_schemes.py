@@ -15,7 +15,7 @@ from verl.workers.rollout.quantization import SCHEME_NAMES, get_scheme, scheme_c
 from verl.workers.rollout.quantization.scaled import ScaledWeights
 from verl.workers.rollout.weight_sync.manifest import TensorSpec, WeightUpdateError
 
-ROLLOUT = RolloutConfig(tensor_model_parallel_size=1)
+ROLLOUT = RolloutConfig(tensor_model_parallel_size=1, dtype="bfloat16")
 Q_PROJ, EMBEDDING = "model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight"
 FP8_SIZES = dict(hidden_size=192, intermediate_size=256, num_key_value_heads=4)
 
@@ -210,6 +210,11 @@ def test_fp8_refuses_packed_layers_that_end_inside_a_block(dense):
         scheme("fp8", dense).engine_overrides("cpu")
 
 
+def test_fp8_refuses_an_engine_in_float32(wide):
+    with pytest.raises(ValueError, match=r"rollout\.dtype=float32: .*set actor_rollout_ref\.rollout\.dtype=bfloat16"):
+        scheme("fp8", wide, dtype="float32").engine_overrides("cpu")
+
+
 def test_fp8_takes_no_config_file_yet(wide):
     with pytest.raises(NotImplementedError, match=r"quantization_config_file=x\.json is not supported yet"):
         scheme("fp8", wide, quantization_config_file="x.json").engine_overrides("cpu")
@@ -217,12 +222,8 @@ def test_fp8_takes_no_config_file_yet(wide):
 
 # ---- torchao ----
 
-
-@pytest.fixture
-def torchao(monkeypatch):
-    from verl.workers.rollout.quantization import torchao
-
-    monkeypatch.setattr(torchao, "find_spec", lambda name: object())
+UNKNOWN = '{"_type": "Int3WeightOnlyConfig", "_version": 2, "_data": {}}'
+UNFIT = '{"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": {"groups": 1}}'
 
 
 def test_torchao_needs_its_file(dense):
@@ -238,8 +239,8 @@ def test_torchao_has_to_be_installed(dense, monkeypatch):
         scheme("torchao", dense, quantization_config_file="x.json").engine_overrides("cpu")
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", "{}"])
-def test_torchao_refuses_a_damaged_file(dense, torchao, tmp_path, content):
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}", UNKNOWN, UNFIT])
+def test_torchao_refuses_a_damaged_file(dense, tmp_path, content):
     path = tmp_path / "torchao.json"
     if content is not None:
         path.write_text(content)
@@ -247,7 +248,7 @@ def test_torchao_refuses_a_damaged_file(dense, torchao, tmp_path, content):
         scheme("torchao", dense, quantization_config_file=str(path)).engine_overrides("cpu")
 
 
-def test_torchao_hands_its_file_on(dense, torchao, tmp_path):
+def test_torchao_hands_its_file_on(dense, tmp_path):
     path = tmp_path / "torchao.json"
     path.write_text(json.dumps({"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": {}}))
     overrides = scheme("torchao", dense, quantization_config_file=str(path)).engine_overrides("cpu")

@@ -43,6 +43,7 @@ class AscendScheme(ScaledScheme):
             )
         if device == "npu":
             check_vllm_ascend()
+            self._refuse_dtype(device)
         refuse_fused_experts(self.description.layers)
         described = {**MXFP8_BLOCK_QUANT_KWARGS, **self.description.to_json_dict()}
         return {"quantization": "ascend", "hf_overrides": {"quantization_config": described}}

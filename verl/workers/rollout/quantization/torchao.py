@@ -31,6 +31,12 @@ class TorchAOScheme(QuantizationScheme):
             raise ValueError(f"{_FILE}={path}: cannot be read as JSON: {error}") from error
         if not isinstance(config, dict) or not isinstance(config.get("_type"), str):
             raise ValueError(f"{_FILE}={path}: is no torchao config: it has no _type; see torchao.core.config")
+        from torchao.core.config import config_from_dict
+
+        try:
+            config_from_dict(config)
+        except ValueError as error:
+            raise ValueError(f"{_FILE}={path}: torchao does not take it: {error}") from error
         if device == "npu":
             raise ValueError(f"{_SETTING}: not on an Ascend NPU; use ascend there")
         return {"quantization": "torchao", "hf_overrides": {"quantization_config_file": str(Path(path).resolve())}}

@@ -90,7 +90,11 @@ class vLLMHttpServer:
         started = time.perf_counter()
         arguments = AsyncEngineArgs(**self._args)
         # Starting blocks for many seconds; the actor must answer health checks meanwhile.
-        config = await asyncio.to_thread(arguments.create_engine_config)
+        try:
+            config = await asyncio.to_thread(arguments.create_engine_config)
+        except ValueError as error:
+            # Pydantic's own do not survive pickling.
+            raise ValueError(f"vLLM refuses what its engine should be started with: {error}") from None
         self._engine = AsyncLLM.from_vllm_config(config, disable_log_stats=self._rollout.disable_log_stats)
         self._max_len = config.model_config.max_model_len
         if self._rollout.load_format != "dummy":
