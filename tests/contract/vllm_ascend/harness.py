@@ -55,6 +55,7 @@ def engine(config: VllmConfig, rank: int = 0, ranks: int = 1) -> Iterator[None]:
     Of several ranks the default process group has to be there already, and stays.
     """
     import vllm_ascend.ascend_config as ascend_config
+    from vllm.model_executor.layers import rotary_embedding
 
     _stand_in_for_compiled_operators()
     with tempfile.TemporaryDirectory() as directory, set_current_vllm_config(config):
@@ -65,6 +66,8 @@ def engine(config: VllmConfig, rank: int = 0, ranks: int = 1) -> Iterator[None]:
             yield
         finally:
             ascend_config._ASCEND_CONFIG = None
+            # Models of one process share these, and an update that failed leaves them without memory.
+            rotary_embedding._ROPE_DICT.clear()
             destroy_model_parallel()
             if ranks == 1:
                 destroy_distributed_environment()

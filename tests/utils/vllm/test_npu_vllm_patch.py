@@ -16,8 +16,10 @@ from verl.utils.vllm.npu_vllm_patch import (
     check_vllm_ascend,
     loading_transposed,
     npu_environment,
+    recording_layout,
     recording_transposition,
     rotary_init,
+    run_time_parameters_back,
 )
 
 
@@ -234,3 +236,33 @@ def test_vllm_ascend_was_built_for_another_processor(monkeypatch, device_type):
 def test_vllm_ascend_fits(monkeypatch, version):
     installed(monkeypatch, version)
     check_vllm_ascend()
+
+
+def test_experts_that_woke_up_as_others_are_put_back(monkeypatch):
+    """vllm-ascend 0.18's wake_up makes new parameters of unquantised experts, transposed and without loaders."""
+
+    def process(self, layer):
+        for name in ("w13_weight", "w2_weight"):
+            turned = layer._parameters[name].data.transpose(1, 2).contiguous()
+            setattr(layer, name, torch.nn.Parameter(turned, requires_grad=False))
+
+    layer = torch.nn.Module()
+    for name, shape in {"w13_weight": (2, 8, 4), "w2_weight": (2, 4, 4)}.items():
+        setattr(layer, name, torch.nn.Parameter(torch.rand(shape), requires_grad=False))
+    recording_transposition(process)(None, layer)
+    first = dict(layer._parameters)
+    recording_transposition(process)(None, layer)  # a reload, on parameters that pass
+    layer._parameters.update(first)
+    layer.w2_weight = torch.nn.Parameter(layer.w2_weight.transpose(1, 2), requires_grad=False)
+    model = torch.nn.Sequential(layer, torch.nn.Linear(2, 2))
+    run_time_parameters_back(model)
+    assert all(layer._parameters[name] is first[name] for name in first)
+
+
+@pytest.mark.parametrize(("k", "scales"), [(96, 3), (80, 2), (4304, 134)])
+def test_a_layer_of_which_a_group_would_be_dropped_is_refused(k, scales):
+    layer = torch.nn.Module()
+    layer.prefix = "model.layers.0.mlp.down_proj"
+    layer.weight, layer.weight_scale = torch.empty(6, k), torch.empty(6, scales)
+    with pytest.raises(ValueError, match=rf"down_proj\.weight: has {k} inputs .*{scales} scales.*0\.23\.0 or newer"):
+        recording_layout(lambda self, layer: None, ("weight",))(None, layer)

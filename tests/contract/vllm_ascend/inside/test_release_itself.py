@@ -1,0 +1,55 @@
+"""What the release does without our hooks, and which of our patches it gets: the reasons for what the hooks do."""
+
+import pytest
+from contract.vllm_ascend.harness import RELEASE, build_model, engine, make_vllm_config
+from contract.vllm_ascend.updates import checkpoints, scheme_of, weights_of
+from vllm.model_executor.layers import fused_moe
+from vllm.model_executor.layers.rotary_embedding.common import ApplyRotaryEmb
+from vllm_ascend.quantization.methods.w8a8_mxfp8 import AscendW8A8MXFP8DynamicLinearMethod
+
+from verl.utils.vllm.npu_vllm_patch import apply_patches
+
+
+def built(directory):
+    config = make_vllm_config(directory, scheme_of(directory).description.to_json_dict(), load_format="dummy")
+    return config, scheme_of(directory)
+
+
+@pytest.mark.skipif(RELEASE == "0.18.0", reason="0.18.0 has no restore")
+def test_its_own_restore_moves_scales_before_0_26(tmp_path):
+    first, second = checkpoints(tmp_path, "qwen3", 2)
+    config, scheme = built(first)
+    with engine(config):
+        model = build_model(config)
+        layer = model.get_submodule("model.layers.0.mlp.down_proj")
+        # Kept alive, so that the allocator cannot hand the same memory out again.
+        weight, scale = layer.weight.data, layer.weight_scale.data
+        for each in [module for module in model.modules() if hasattr(module, "_mxfp8_transformed")]:
+            each.quant_method.quant_method.restore_weights_for_rl_loading(each)
+        model.load_weights(scheme.encode(weights_of(second).items()))
+        layer.quant_method.process_weights_after_loading(layer)
+        moved = layer.weight_scale.data_ptr() != scale.data_ptr()
+        assert moved == (RELEASE == "0.23.0")
+        assert layer.weight.data_ptr() == weight.data_ptr()
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
+def test_loading_into_the_run_time_layout_fails(tmp_path, kind):
+    first, second = checkpoints(tmp_path, kind, 2)
+    config, scheme = built(first)
+    with engine(config):
+        model = build_model(config)
+        with pytest.raises((AssertionError, RuntimeError, IndexError)):
+            model.load_weights(scheme.encode(weights_of(second).items()))
+
+
+def test_the_patches_that_it_gets():
+    def patched(owner, name):
+        return getattr(getattr(owner, name), "_verl_patched", False)
+
+    assert patched(AscendW8A8MXFP8DynamicLinearMethod, "process_weights_after_loading") == (RELEASE == "0.18.0")
+    assert patched(ApplyRotaryEmb, "__init__") == (RELEASE != "0.26.0rc1")
+    is_class = isinstance(getattr(fused_moe, "FusedMoE", None), type)
+    assert is_class == (RELEASE != "0.26.0rc1")
+    assert not is_class or patched(fused_moe.FusedMoE, "weight_loader")
+    assert apply_patches() == []
