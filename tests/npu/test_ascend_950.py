@@ -1,0 +1,152 @@
+"""What only an Ascend 950 can prove: that its kernels compute what everything else here is tested against.
+
+    python -m pytest -m npu tests/npu tests/utils/quantization      # on a machine with torch_npu and vllm-ascend
+
+Elsewhere each test is skipped with the reason. docs/ascend.md lists them.
+"""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from fixtures.engine import Engine, log_probs_of, weights_of
+from fixtures.fake_quant import fake_quantised, mxfp8_round_trip
+from fixtures.tiny import write_tiny_model
+from verl.trainer.config import RolloutConfig
+from verl.utils.quantization.mx import npu_mxfp8_quantize
+from verl.utils.vllm.npu_vllm_patch import check_vllm_ascend, npu_environment
+from verl.workers.rollout.quantization import get_scheme
+
+pytestmark = [
+    pytest.mark.npu,
+    pytest.mark.skipif(
+        importlib.util.find_spec("torch_npu") is None,
+        reason="needs an Ascend 950 with torch_npu and vllm-ascend; there is no torch_npu here",
+    ),
+]
+
+ROLLOUT = RolloutConfig(quantization="ascend", tensor_model_parallel_size=1, dtype="bfloat16")
+E8M0 = 293  # torch_npu.float8_e8m0fnu
+
+
+def moved(tensor):
+    """To the NPU; under the stand-in for torch_npu, which runs what it can of these tests, the CPU stands for it."""
+    import torch_npu
+
+    return tensor if torch_npu.__version__.endswith("+standin") else tensor.to("npu")
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def paired(scales):
+    """[.., G] as an operator takes them: [.., ceil(G / 2), 2]."""
+    return torch.nn.functional.pad(scales, (0, scales.shape[-1] % 2)).unflatten(-1, (-1, 2))
+
+
+def test_the_machine_is_an_ascend_950_with_a_vllm_ascend_built_for_it():
+    assert torch.npu.get_soc_version() == 260
+    check_vllm_ascend()
+
+
+@pytest.mark.parametrize("k", [4096, 96, 80])
+def test_quantised_product(k):
+    """`npu_quant_matmul` in the layouts that the hooks leave weights in, odd and partial groups included."""
+    import torch_npu
+
+    x, weight = randn(33, k), randn(64, k, seed=1)
+    values, scales = npu_mxfp8_quantize(moved(weight))
+    rows, row_scales = torch_npu.npu_dynamic_mx_quant(moved(x), dst_type=torch.float8_e4m3fn)
+    output = torch_npu.npu_quant_matmul(
+        rows,
+        values.transpose(0, 1).contiguous(),
+        paired(scales).transpose(0, 1).contiguous(),
+        scale_dtype=E8M0,
+        pertoken_scale=row_scales,
+        pertoken_scale_dtype=E8M0,
+        bias=None,
+        output_dtype=torch.bfloat16,
+        group_sizes=[1, 1, 32],
+    )
+    expected = mxfp8_round_trip(x).double() @ mxfp8_round_trip(weight).double().T
+    error = (output.cpu().double() - expected).abs().max() / expected.abs().max()
+    assert error < 2**-8  # the output's own rounding
+
+
+def test_a_block_too_small_for_its_scale():
+    """Where our quantiser and the operator's published source differ: every magnitude below 2^-118."""
+    x = torch.full((1, 32), 2.0**-124).bfloat16()
+    values, scales = npu_mxfp8_quantize(moved(x))
+    assert int(scales[0, 0]) == 0
+    assert not values.cpu().view(torch.uint8).any()
+
+
+def test_what_the_trainer_sends_from_an_npu_is_what_it_sends_from_a_cpu(tmp_path):
+    model = write_tiny_model(tmp_path, kind="qwen3_moe", dtype="bfloat16", hidden_size=96)
+    weights = weights_of(model)
+    here = dict(get_scheme(ROLLOUT, str(model)).encode(weights.items()))
+    there = dict(get_scheme(ROLLOUT, str(model)).encode((name, moved(tensor)) for name, tensor in weights.items()))
+    assert here.keys() == there.keys()
+    for name, tensor in here.items():
+        assert torch.equal(there[name].cpu().view(torch.uint8), tensor.contiguous().view(torch.uint8)), name
+
+
+@pytest.fixture
+def start(monkeypatch):
+    for name, value in npu_environment(os.environ).items():
+        monkeypatch.setenv(name, value)
+    started = []
+
+    def start(model_dir, **over):
+        scheme = get_scheme(ROLLOUT, str(model_dir))
+        started.append(Engine(model_dir, ROLLOUT, dtype="bfloat16", **(scheme.engine_overrides("npu") | over)))
+        return started[-1], scheme
+
+    yield start
+    for each in started:
+        each.close()
+
+
+def is_near(engine, source, stale):
+    """In bfloat16 rounding hides a part of what quantisation does: emulated on a CPU, 0.004 against 0.007 and 0.17."""
+    answers, log_probs = engine.sample()
+    plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    difference = (log_probs - log_probs_of(fake_quantised(source), answers)).abs().mean()
+    assert difference < (log_probs - log_probs_of(plain, answers)).abs().mean()
+    assert difference < 0.1 * (log_probs - log_probs_of(fake_quantised(stale), answers)).abs().mean()
+
+
+@pytest.mark.parametrize("enforce_eager", [True, False], ids=["eager", "graphs"])
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
+def test_engine_after_four_updates(tmp_path, start, kind, enforce_eager):
+    """Captured graphs must read the new weights: their addresses are those of the capture."""
+    options = dict(kind=kind, tied=False, std=0.02, dtype="bfloat16", hidden_size=128, moe_intermediate_size=64)
+    if kind == "qwen3":
+        del options["moe_intermediate_size"]
+    models = [write_tiny_model(tmp_path / str(seed), seed=seed, **options) for seed in range(4)]
+    engine, scheme = start(models[0], enforce_eager=enforce_eager)
+    addresses = engine.rpc("verl_parameter_addresses")
+    for version in range(1, 5):
+        source, stale = models[version % 4], models[version - 1]
+        engine.update(((name, moved(t)) for name, t in scheme.encode(weights_of(source).items())), version)
+        assert engine.rpc("verl_parameter_addresses") == addresses
+        is_near(engine, source, stale)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
+def test_sleep_and_wake_between_updates(tmp_path, start, kind):
+    models = [
+        write_tiny_model(tmp_path / str(seed), kind=kind, seed=seed, std=0.02, dtype="bfloat16") for seed in range(3)
+    ]
+    engine, scheme = start(models[0], enable_sleep_mode=True)
+    for version in range(1, 4):
+        engine.llm.sleep(level=1)
+        engine.llm.wake_up(tags=["weights"])
+        source, stale = models[version % 3], models[version - 1]
+        engine.update(scheme.encode(weights_of(source).items()), version)
+        engine.llm.wake_up(tags=["kv_cache"])
+        is_near(engine, source, stale)
