@@ -44,7 +44,7 @@ class QuantizationScheme(ABC):
         if chosen.name != "bfloat16":
             raise ValueError(
                 f"actor_rollout_ref.rollout.dtype={self._rollout.dtype}: the engine would compute in {chosen.name} "
-                f"({chosen.why}), and rollout.quantization={self._rollout.quantization} on {device} needs bfloat16; set "
+                f"({chosen.why}), and quantization={self._rollout.quantization} on {device} needs bfloat16; set "
                 "actor_rollout_ref.rollout.dtype=bfloat16"
             )
 
