@@ -3,9 +3,12 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fixtures.engine_cases import (
+    NamedRows,
     actor_config,
     encoded_program,
     export_program,
@@ -177,6 +180,19 @@ def test_a_conversion_that_turns_rows_is_seen_though_shapes_agree(tmp_path, monk
     monkeypatch.setattr(export, "revert_weight_conversion", turned)
     [(_, encoded)] = run_ranks(1, encoded_program, str(source), names)
     assert {name.rpartition(".")[2] for name, _ in encoded} == {"down_proj"}
+
+
+def test_shards_that_are_parts_of_rows_are_gathered_first(tmp_path):
+    source = write_tiny_model(tmp_path)
+
+    def program(rank):
+        engine = make_engine(source)
+        columns = DTensor.from_local(torch.randn(8, 4), init_device_mesh("cpu", (1,)), [Shard(1)], run_check=False)
+        rows = DTensor.from_local(torch.randn(8, 4), init_device_mesh("cpu", (1,)), [Shard(0)], run_check=False)
+        encoder = NamedRows({Q_PROJ})
+        return [export._encodable(engine.model, Q_PROJ, t, encoder, converts=False) for t in (columns, rows, rows[0])]
+
+    assert run_ranks(1, program) == [[False, True, False]]
 
 
 def test_shards_are_cast_before_they_are_gathered(tmp_path):

@@ -13,6 +13,7 @@ from verl.trainer.config import RolloutConfig
 from verl.utils.quantization.mx import mxfp8_dequantize
 from verl.workers.rollout.quantization import SCHEME_NAMES, get_scheme, scheme_class
 from verl.workers.rollout.quantization.scaled import ScaledWeights
+from verl.workers.rollout.weight_sync.encode_report import worst_error
 from verl.workers.rollout.weight_sync.manifest import TensorSpec, WeightUpdateError
 
 ROLLOUT = RolloutConfig(tensor_model_parallel_size=1, dtype="bfloat16")
@@ -78,6 +79,38 @@ def test_ascend_sends_what_an_independent_quantiser_makes(dense):
         assert (values.dtype, scales.dtype) == (torch.float8_e4m3fn, torch.uint8)
         assert scales.shape == (weight.shape[0], -(-weight.shape[1] // 32))
         assert torch.equal(mxfp8_dequantize(values, scales), mxfp8_round_trip(weight))
+
+
+def relative_error(weight):
+    exact, rounded = weight.double(), mxfp8_round_trip(weight).double()
+    return float((rounded - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_the_report_names_the_weight_that_lost_most(dense, pieces):
+    """As an independent quantiser has it, whether the rows were encoded together or by several ranks."""
+    weights = weights_of(dense)
+    # Just above a power of two, e4m3 is at its worst.
+    victim = "model.layers.1.mlp.up_proj.weight"
+    weights[victim] = torch.full_like(weights[victim], 1.0625 * 2**-4)
+    ranks = [scheme("ascend", dense) for _ in range(pieces)]
+    for name, weight in weights.items():
+        if not ranks[0].encodes_rows(name):
+            continue
+        for rank, rows in zip(ranks, weight.chunk(pieces), strict=True):
+            rank.encode_weight(name, rows)
+    reports = [rank.take_report().to_plain() for rank in ranks]
+    error, name = worst_error(reports)
+    assert name == max((n for n in weights if n in reports[0]["errors"]), key=lambda n: relative_error(weights[n]))
+    assert error == pytest.approx(relative_error(weights[name]), rel=1e-6)
+    assert all(report["seconds"] > 0 for report in reports)
+    assert worst_error([rank.take_report().to_plain() for rank in ranks]) is None, "it is taken once"
+
+
+def test_the_worst_error_of_zeros_and_of_nan():
+    assert worst_error([{"errors": {"a": [0.0, 0.0], "b": [1.0, 4.0]}}]) == (0.5, "b")
+    error, name = worst_error([{"errors": {"a": [float("nan"), 1.0], "b": [1.0, 4.0]}}])
+    assert name == "a" and error != error
 
 
 def test_ascend_streams(dense):
