@@ -21,12 +21,12 @@ class EncodeReport:
         self._sums: dict[str, torch.Tensor] = {}
 
     def add(self, name: str, sums: torch.Tensor) -> None:
-        """Count a weight, or some rows of one.
+        """Count a weight, or the rows of it that this process holds.
 
         Args:
             sums: [2], squared error and sum of squares; not read before `to_plain`, so that no device is waited for.
         """
-        self._sums[name] = self._sums[name] + sums if name in self._sums else sums
+        self._sums[name] = sums
 
     def to_plain(self) -> dict[str, Any]:
         """`seconds`, and `errors`: weight -> [squared error, sum of squares]."""
