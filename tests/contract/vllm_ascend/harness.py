@@ -77,7 +77,12 @@ def build_model(config: VllmConfig) -> nn.Module:
     """vLLM's own `get_model`: construction, loading as `load_format` says, processing after loading."""
     from vllm.model_executor.model_loader import get_model
 
-    return get_model(vllm_config=config)
+    before = torch.get_default_dtype()
+    try:
+        return get_model(vllm_config=config)
+    finally:
+        # Where building fails vLLM leaves the model's dtype behind as the default.
+        torch.set_default_dtype(before)
 
 
 def schemes(model: nn.Module) -> dict[str, str]:
