@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from fixtures.engine import Engine, log_probs_of, weights_of
 from fixtures.tiny import write_tiny_model
+from fixtures.torchao import torchao_directory
 from verl.trainer.config import RolloutConfig
 from verl.workers.rollout.quantization import get_scheme
 
@@ -16,7 +17,8 @@ pytestmark = pytest.mark.e2e
 
 
 @pytest.fixture
-def config_file(tmp_path):
+def config_file(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(torchao_directory())
     path = tmp_path / "torchao.json"
     path.write_text(json.dumps({"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": {}}))
     return path

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fixtures.torchao import torchao_directory
 from fixtures.training import TinyRun, alive, descendants, left_in_shared_memory, orphaned_shared_memory
 
 pytestmark = pytest.mark.e2e
@@ -104,9 +105,10 @@ def test_a_quantised_rollout_trains(tmp_path, kind, changes):
 
 
 @pytest.mark.parametrize("quantization", ["fp8", "torchao"])
-def test_other_quantisations_train(tmp_path, quantization):
+def test_other_quantisations_train(tmp_path, monkeypatch, quantization):
     changes = {"actor_rollout_ref__rollout__dtype": "bfloat16"}
     if quantization == "torchao":
+        monkeypatch.setenv("PYTHONPATH", str(torchao_directory()), prepend=os.pathsep)
         file = tmp_path / "torchao.json"
         file.write_text('{"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": {}}')
         changes["actor_rollout_ref__rollout__quantization_config_file"] = file

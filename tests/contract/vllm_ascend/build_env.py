@@ -34,7 +34,7 @@ CACHE = REPOSITORY / ".cache" / "contract"
 STANDIN = Path(__file__).resolve().parent / "torch_npu_standin"
 
 # Not taken from the main environment: the release has its own, or none (CUDA builds do not load next to a CPU torch).
-_LEFT_OUT = ("vllm", "__editable__", "torchvision", "torchaudio", "torchcodec", "torchao", "torch_npu", "triton")
+_LEFT_OUT = ("vllm", "__editable__", "torchvision", "torchaudio", "torchcodec", "torch_npu", "triton")
 # verl comes from the repository; its metadata (version, entry points) is where it was installed.
 _REPOSITORY_OWN = "verl"
 # Where files of these kinds come from another torch, Python never gets to see them.

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from fixtures.fake_quant import mxfp8_round_trip
 from fixtures.tiny import write_tiny_model
+from fixtures.torchao import torchao_directory
 from verl.trainer.config import RolloutConfig
 from verl.utils.quantization.mx import mxfp8_dequantize
 from verl.workers.rollout.quantization import SCHEME_NAMES, get_scheme, scheme_class
@@ -259,6 +260,11 @@ UNKNOWN = '{"_type": "Int3WeightOnlyConfig", "_version": 2, "_data": {}}'
 UNFIT = '{"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": {"groups": 1}}'
 
 
+@pytest.fixture
+def torchao(monkeypatch):
+    monkeypatch.syspath_prepend(torchao_directory())
+
+
 def test_torchao_needs_its_file(dense):
     with pytest.raises(ValueError, match=r"needs actor_rollout_ref\.rollout\.quantization_config_file"):
         scheme("torchao", dense).engine_overrides("cpu")
@@ -273,7 +279,7 @@ def test_torchao_has_to_be_installed(dense, monkeypatch):
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "{}", UNKNOWN, UNFIT])
-def test_torchao_refuses_a_damaged_file(dense, tmp_path, content):
+def test_torchao_refuses_a_damaged_file(dense, torchao, tmp_path, content):
     path = tmp_path / "torchao.json"
     if content is not None:
         path.write_text(content)
@@ -281,7 +287,7 @@ def test_torchao_refuses_a_damaged_file(dense, tmp_path, content):
         scheme("torchao", dense, quantization_config_file=str(path)).engine_overrides("cpu")
 
 
-def test_torchao_hands_its_file_on(dense, tmp_path):
+def test_torchao_hands_its_file_on(dense, torchao, tmp_path):
     path = tmp_path / "torchao.json"
     path.write_text(json.dumps({"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": {}}))
     overrides = scheme("torchao", dense, quantization_config_file=str(path)).engine_overrides("cpu")
