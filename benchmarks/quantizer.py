@@ -90,13 +90,20 @@ def measure(calls: dict[str, Callable], runs: int, clock: Callable[[], float]) -
 
 
 def check_bits(x: torch.Tensor, calls: dict[str, Callable]) -> None:
-    """All candidates quantise to the same bits, or the table would compare different things."""
+    """All candidates quantise to the same bits, or the table would compare different things.
+
+    What is used on this device has to. Of what is only compared, one that does not is left out, and said so.
+    """
     codes, scales = (part.view(torch.uint8).reshape(-1) for part in calls["quantise, C kernels"]())
-    for name, call in calls.items():
+    for name, call in list(calls.items()):
         if name.startswith("quantise"):
             other = [part.view(torch.uint8).reshape(-1) for part in call()]
             if not (torch.equal(other[0], codes) and torch.equal(other[1], scales)):
-                raise SystemExit(f"{name}: other bits than the C kernels for {x.dtype}")
+                message = f"{name}: other bits than the C kernels for {x.dtype}"
+                if name != "quantise, torch.compile":
+                    raise SystemExit(message)
+                print(f"\n{message}; it is left out")
+                del calls[name]
 
 
 def first_call() -> tuple[float, float]:

@@ -277,8 +277,8 @@ def check_npu_environment(environment: Mapping[str, str], *, sleep_mode: bool) -
         )
 
 
-def check_vllm_ascend() -> None:
-    """Refuse a vllm-ascend that cannot run MXFP8.
+def check_vllm_ascend() -> str:
+    """Refuse a vllm-ascend that cannot run MXFP8; the version of one that can.
 
     Raises:
         ValueError: it is missing, older than 0.18.0, or was built for another processor than the Ascend 950.
@@ -303,3 +303,4 @@ def check_vllm_ascend() -> None:
             f"{setting}: this vllm-ascend {version} was built for device type {built_for}, MXFP8 needs an Ascend 950 "
             "(A5); build it with SOC_VERSION=ascend950..."
         )
+    return version

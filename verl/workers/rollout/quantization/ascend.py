@@ -11,6 +11,7 @@ from torch import nn
 
 from verl.utils.quantization.mx import MX_BLOCK_SIZE, mxfp8_quantize, npu_mxfp8_quantize, squared_error
 from verl.utils.vllm.ascend_description import AscendDescription, resolve_description
+from verl.utils.vllm.ascend_release import refuse_unpaired_groups
 from verl.utils.vllm.npu_vllm_patch import check_vllm_ascend
 from verl.utils.vllm.vllm_fp8_utils import (
     MXFP8_BLOCK_QUANT_KWARGS,
@@ -42,8 +43,9 @@ class AscendScheme(ScaledScheme):
                 f"{device}; use fp8 there"
             )
         if device == "npu":
-            check_vllm_ascend()
+            release = check_vllm_ascend()
             self._refuse_dtype(device)
+            refuse_unpaired_groups(self.description.layers, self._rollout.tensor_model_parallel_size, release)
         refuse_fused_experts(self.description.layers)
         described = {**MXFP8_BLOCK_QUANT_KWARGS, **self.description.to_json_dict()}
         return {"quantization": "ascend", "hf_overrides": {"quantization_config": described}}
