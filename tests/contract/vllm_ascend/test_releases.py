@@ -67,3 +67,12 @@ def test_the_servers_arguments_on_the_releases_own_platform(release, tmp_path):
         "sleep_mode": True,
         "patched again": [],
     }
+
+
+@pytest.mark.parametrize("release", RELEASES)
+def test_the_tests_for_an_npu_run_as_far_as_the_stand_in_goes(release):
+    """Those of operators and of the sender: at least they call what there is, with what it takes."""
+    environment = build(release)
+    arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/npu", "-k", "product or trainer"]
+    done = environment.run(arguments, timeout=300, capture_output=True, text=True, cwd=environment.repository)
+    assert done.returncode == 0 and "4 passed" in done.stdout, f"{done.stdout[-4000:]}\n{done.stderr[-2000:]}"

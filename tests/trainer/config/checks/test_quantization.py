@@ -87,12 +87,21 @@ def test_a_file_that_is_not_used(decoder, plan_of, tmp_path):
     assert "quantization_config_file" in note and "quantization_side" in note
 
 
-def problems_on(device, run_files):
+def problems_on(device, run_files, value="ascend"):
     from verl.trainer.config import load_config
 
     found = Findings()
-    assert check_quantization(load_config(run_files.overrides(**{FIELD: "ascend"})), device, found) is None
+    check_quantization(load_config(run_files.overrides(**{FIELD: value})), device, found)
     return found.errors
+
+
+def test_a_description_that_would_quantise_against_the_users_wish(decoder, run_files):
+    """vllm-ascend detects it by itself where nothing else is named."""
+    assert problems_on("npu", run_files, "null") == []
+    (run_files.model / "quant_model_description.json").write_text("{}")
+    [problem] = problems_on("npu", run_files, "null")
+    assert "quantization=null" in problem and "quant_model_description.json" in problem
+    assert problems_on("cpu", run_files, "null") == []
 
 
 def test_ascend_on_cuda(decoder, run_files):

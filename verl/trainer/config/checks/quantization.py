@@ -19,7 +19,7 @@ class Quantisation(Protocol):
 def check_quantization(config: PPOConfig, device: str, found: Findings) -> Quantisation | None:
     """Ask the scheme for what the engine would be started with; None without one, or where it refuses."""
     roles = config.actor_rollout_ref
-    if roles.rollout.quantization is None:
+    if roles.rollout.quantization is None and device != "npu":
         return None
     # Here, not above: schemes are about tensors, and this package is importable without torch.
     from verl.workers.rollout.quantization import get_scheme
@@ -28,7 +28,6 @@ def check_quantization(config: PPOConfig, device: str, found: Findings) -> Quant
     try:
         scheme = get_scheme(roles.rollout, roles.model.path)
         scheme.engine_overrides(device)
-        scheme.summary()
     except (ValueError, NotImplementedError, OSError) as error:
         text, field = str(error), "actor_rollout_ref.rollout.quantization"
         # What is wrong with a file or a layer is said by those who know nothing of the config.
