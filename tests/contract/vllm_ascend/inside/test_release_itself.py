@@ -1,5 +1,7 @@
 """What the release does without our hooks, and which of our patches it gets: the reasons for what the hooks do."""
 
+from importlib import import_module
+
 import pytest
 from contract.vllm_ascend.harness import RELEASE, build_model, engine, make_vllm_config
 from contract.vllm_ascend.updates import checkpoints, scheme_of, weights_of
@@ -52,4 +54,7 @@ def test_the_patches_that_it_gets():
     is_class = isinstance(getattr(fused_moe, "FusedMoE", None), type)
     assert is_class == (RELEASE != "0.26.0rc1")
     assert not is_class or patched(fused_moe.FusedMoE, "weight_loader")
+    # Where there is no class to patch, the other half of the patch is left out too.
+    experts = import_module("vllm_ascend.ops.fused_moe.fused_moe").AscendUnquantizedFusedMoEMethod
+    assert patched(experts, "process_weights_after_loading") == is_class
     assert apply_patches() == []
