@@ -202,6 +202,16 @@ def test_expandable_segments_and_sleep_exclude_each_other(value):
     check_npu_environment(environment | {"PYTORCH_NPU_ALLOC_CONF": "page_size:1g"}, sleep_mode=True)
 
 
+def test_nz_must_be_off_in_the_engines_arguments_too():
+    def check(config):
+        check_npu_environment({"VLLM_ASCEND_ENABLE_NZ": "0"}, sleep_mode=True, engine_kwargs=config)
+
+    for fits in (None, {}, {"additional_config": None}, {"additional_config": {"weight_nz_mode": 0, "x": 1}}):
+        check(fits)
+    with pytest.raises(ValueError, match=r"additional_config\.weight_nz_mode=2: .*use 0"):
+        check({"additional_config": {"weight_nz_mode": 2}})
+
+
 def test_the_environment_of_a_replica():
     assert npu_environment({}) == {"VLLM_ASCEND_ENABLE_NZ": "0"}
     assert npu_environment({"VLLM_ASCEND_ENABLE_NZ": "1"}) == {"VLLM_ASCEND_ENABLE_NZ": "1"}

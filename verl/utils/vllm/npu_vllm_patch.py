@@ -254,15 +254,24 @@ def npu_environment(current: Mapping[str, str]) -> dict[str, str]:
     return environment
 
 
-def check_npu_environment(environment: Mapping[str, str], *, sleep_mode: bool) -> None:
+def check_npu_environment(
+    environment: Mapping[str, str], *, sleep_mode: bool, engine_kwargs: Mapping[str, Any] | None = None
+) -> None:
     """Refuse settings under which an engine on an NPU cannot take new weights.
 
     Args:
         sleep_mode: the engine sleeps between generations (`rollout.free_cache_engine`).
+        engine_kwargs: `rollout.engine_kwargs.vllm`, whose `additional_config` overrides the environment from 0.23 on.
 
     Raises:
         ValueError: naming the variable, its value and the one needed.
     """
+    mode = ((engine_kwargs or {}).get("additional_config") or {}).get("weight_nz_mode", 0)
+    if mode != 0:
+        raise ValueError(
+            f"actor_rollout_ref.rollout.engine_kwargs.vllm.additional_config.weight_nz_mode={mode}: weights in NPU's NZ "
+            "format cannot be replaced; use 0, or leave it out"
+        )
     nz = environment.get(_NZ, "1")
     if nz != "0":
         raise ValueError(

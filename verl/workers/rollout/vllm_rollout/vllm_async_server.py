@@ -55,7 +55,9 @@ class vLLMHttpServer:
         seed: int = 0,
     ):
         if device == "npu":
-            check_npu_environment(os.environ, sleep_mode=rollout.free_cache_engine)
+            check_npu_environment(
+                os.environ, sleep_mode=rollout.free_cache_engine, engine_kwargs=rollout.engine_kwargs.get("vllm")
+            )
         scheme = get_scheme(rollout, model.path)
         self._rollout = rollout
         self._model = model
