@@ -269,8 +269,8 @@ def check_npu_environment(
     mode = ((engine_kwargs or {}).get("additional_config") or {}).get("weight_nz_mode", 0)
     if mode != 0:
         raise ValueError(
-            f"actor_rollout_ref.rollout.engine_kwargs.vllm.additional_config.weight_nz_mode={mode}: weights in NPU's NZ "
-            "format cannot be replaced; use 0, or leave it out"
+            f"actor_rollout_ref.rollout.engine_kwargs.vllm.additional_config.weight_nz_mode={mode}: weights in NPU's "
+            "NZ format cannot be replaced; use 0, or leave it out"
         )
     nz = environment.get(_NZ, "1")
     if nz != "0":

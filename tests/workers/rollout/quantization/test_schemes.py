@@ -244,6 +244,14 @@ def test_fp8_refuses_packed_layers_that_end_inside_a_block(dense):
         scheme("fp8", dense).engine_overrides("cpu")
 
 
+@pytest.mark.parametrize("name", ["ascend", "fp8"])
+def test_an_engine_cannot_start_from_the_checkpoint(wide, name):
+    """It would hold plain weights cast to e4m3, without scales, and say nothing."""
+    with pytest.raises(ValueError, match=r"rollout\.load_format=auto: .*use dummy"):
+        scheme(name, wide, load_format="auto").engine_overrides("cpu")
+    assert scheme(name, wide).engine_overrides("cpu")["quantization"] == name
+
+
 def test_fp8_refuses_an_engine_in_float32(wide):
     with pytest.raises(ValueError, match=r"rollout\.dtype=float32: .*set actor_rollout_ref\.rollout\.dtype=bfloat16"):
         scheme("fp8", wide, dtype="float32").engine_overrides("cpu")

@@ -42,6 +42,7 @@ class AscendScheme(ScaledScheme):
                 f"actor_rollout_ref.rollout.quantization=ascend: runs on an Ascend NPU and, emulated, on a CPU, not on "
                 f"{device}; use fp8 there"
             )
+        self._refuse_load_format()
         if device == "npu":
             release = check_vllm_ascend()
             self._refuse_dtype(device)

@@ -43,6 +43,7 @@ class Fp8Scheme(ScaledScheme):
             )
         if device == "npu":
             raise ValueError(f"{_SETTING}: not on an Ascend NPU; use ascend there")
+        self._refuse_load_format()
         self._refuse_dtype(device)
         layers = self._layers.values()
         if device == "cpu" and any(layer.experts for layer in layers) and not torch.cpu._is_amx_tile_supported():

@@ -93,6 +93,15 @@ class ScaledScheme(QuantizationScheme):
         super().__init__(rollout, model_dir)
         self._report = EncodeReport()
 
+    def _refuse_load_format(self) -> None:
+        """Refuse an engine that would read the checkpoint itself, which holds nothing in e4m3, and no scales."""
+        load_format = self._rollout.load_format
+        if load_format != "dummy":
+            raise ValueError(
+                f"actor_rollout_ref.rollout.load_format={load_format}: with quantization={self._rollout.quantization} the "
+                "engine gets its first weights from the trainer, which quantises them; use dummy"
+            )
+
     @abstractmethod
     def quantises(self, name: str) -> bool:
         """Whether a checkpoint tensor is quantised."""
