@@ -98,8 +98,8 @@ class ScaledScheme(QuantizationScheme):
         load_format = self._rollout.load_format
         if load_format != "dummy":
             raise ValueError(
-                f"actor_rollout_ref.rollout.load_format={load_format}: with quantization={self._rollout.quantization} the "
-                "engine gets its first weights from the trainer, which quantises them; use dummy"
+                f"actor_rollout_ref.rollout.load_format={load_format}: with "
+                f"quantization={self._rollout.quantization} the engine's first weights come from the trainer; use dummy"
             )
 
     @abstractmethod
