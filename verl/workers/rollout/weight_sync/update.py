@@ -39,9 +39,9 @@ async def update_weights(sender: Sender, receivers: Sequence[Receiver], version:
     """Bring every receiver to `version`, or none: after an error all of them refuse to serve.
 
     Returns:
-        Metrics `weight_update/`: seconds `encode_s` (quantising), `send_s` (gathering and packing), `load_s`,
-        `finish_s` (to the run-time layout) and `total_s`; `MiB`, `buckets`; where something was quantised
-        `max_quantization_error`, the largest relative error of a weight, and `max_quantization_error_layer`.
+        Metrics `weight_update/`: seconds `begin_s` (to the load layout), `encode_s` (quantising), `send_s` (gathering
+        and packing), `load_s`, `finish_s` (to the run-time layout) and `total_s`; `MiB`, `buckets`; where something was
+        quantised `max_quantization_error`, the largest relative error of a weight, and `max_quantization_error_layer`.
 
     Raises:
         WeightUpdateError: anything went wrong, with the cause's own words.
@@ -49,6 +49,7 @@ async def update_weights(sender: Sender, receivers: Sequence[Receiver], version:
     started = time.perf_counter()
     try:
         await _all([sender.begin_export(version), *(receiver.begin_update(version) for receiver in receivers)])
+        begun = time.perf_counter() - started
         loading: asyncio.Future[Any] | None = None
         while True:
             bucket = await sender.next_bucket()
@@ -65,11 +66,14 @@ async def update_weights(sender: Sender, receivers: Sequence[Receiver], version:
         if isinstance(error, Exception) and not isinstance(error, WeightUpdateError):
             raise WeightUpdateError(reason) from error
         raise
-    return _metrics(export, received, time.perf_counter() - started)
+    return _metrics(export, received, begun, time.perf_counter() - started)
 
 
-def _metrics(export: dict[str, Any], received: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:
+def _metrics(
+    export: dict[str, Any], received: Sequence[dict[str, Any]], begun: float, seconds: float
+) -> dict[str, Any]:
     metrics = {
+        "weight_update/begin_s": begun,
         "weight_update/encode_s": export["encode"] + max(r["encode"] for r in received),
         "weight_update/send_s": export["seconds"] - export["encode"],
         "weight_update/load_s": max(r["load"] - r["encode"] for r in received),
