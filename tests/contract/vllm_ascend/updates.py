@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from contract.vllm_ascend.harness import build_model, engine, make_vllm_config
+from contract.vllm_ascend.reference import assert_same, engine_parameters, held
 from safetensors.torch import load_file
 from torch import nn
 from vllm.config import VllmConfig
@@ -44,6 +46,11 @@ def scheme_of(directory: Path, **rollout) -> AscendScheme:
     )
 
 
+def config_of(directory: Path, **rollout) -> VllmConfig:
+    """vLLM's configuration for that scheme, with random weights until the first update."""
+    return make_vllm_config(directory, scheme_of(directory, **rollout).description.to_json_dict(), load_format="dummy")
+
+
 class Updates:
     """The engine's end and the trainer's end of weight updates, in one process.
 
@@ -79,6 +86,19 @@ class Updates:
     def encoded(self, weights: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
         """What `send` would stream."""
         return list(self._scheme.encode(weights.items()))
+
+
+def assert_every_update_lands(sources: list[Path]) -> None:
+    """A model with random weights takes each of `sources`: the right bytes, always where the first ones were."""
+    first, *others = sources
+    config = config_of(first)
+    with engine(config):
+        model = build_model(config)
+        updates, before = Updates(model, config, scheme_of(first)), addresses(model)
+        for source in [*others, first, others[0]]:
+            updates.send(weights_of(source))
+            assert_same(held(model), engine_parameters(weights_of(source)))
+            assert addresses(model) == before
 
 
 def addresses(model: nn.Module) -> dict[str, tuple]:

@@ -4,9 +4,16 @@ import itertools
 
 import pytest
 import torch
-from contract.vllm_ascend.harness import RELEASE, build_model, engine, make_vllm_config
+from contract.vllm_ascend.harness import RELEASE, build_model, engine
 from contract.vllm_ascend.reference import assert_same, engine_parameters, held
-from contract.vllm_ascend.updates import Updates, addresses, checkpoints, scheme_of, weights_of
+from contract.vllm_ascend.updates import (
+    Updates,
+    assert_every_update_lands,
+    checkpoints,
+    config_of,
+    scheme_of,
+    weights_of,
+)
 
 from verl.utils.vllm.vllm_fp8_utils import mxfp8_layers
 
@@ -21,15 +28,7 @@ SIZES = {
 @pytest.mark.skipif(RELEASE == "0.18.0", reason="0.18.0 takes multiples of 64 only: see below")
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_linear_layers(tmp_path, sizes):
-    first, *others = checkpoints(tmp_path, "qwen3", **sizes)
-    config = config_of(first)
-    with engine(config):
-        model = build_model(config)
-        updates, before = Updates(model, config, scheme_of(first)), addresses(model)
-        for source in [*others, first, others[0]]:
-            updates.send(weights_of(source))
-            assert_same(held(model), engine_parameters(weights_of(source)))
-            assert addresses(model) == before
+    assert_every_update_lands(checkpoints(tmp_path, "qwen3", **sizes))
 
 
 @pytest.mark.skipif(RELEASE != "0.18.0", reason="later releases have ceil(K / 32) scales, and pad them to pairs")
@@ -57,10 +56,6 @@ def test_the_releases_own_restore_fails(tmp_path, k):
         layer = build_model(config).get_submodule("model.layers.0.mlp.down_proj")
         with pytest.raises(RuntimeError, match=r"shape '.*' is invalid for input"):
             layer.quant_method.quant_method.restore_weights_for_rl_loading(layer)
-
-
-def config_of(directory, **rollout):
-    return make_vllm_config(directory, scheme_of(directory, **rollout).description.to_json_dict(), load_format="dummy")
 
 
 EXPERTS = {"H = 96": (96, 64), "I = 96": (64, 96), "I = 48": (64, 48)}

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 from contract.vllm_ascend.forward import expert_layers, experts_output, in_float32, log_probs
-from contract.vllm_ascend.harness import build_model, engine, make_vllm_config
+from contract.vllm_ascend.harness import build_model, engine
 from contract.vllm_ascend.reference import canonical, packed, rounded
-from contract.vllm_ascend.updates import Updates, checkpoints, scheme_of, weights_of
+from contract.vllm_ascend.updates import Updates, checkpoints, config_of, scheme_of, weights_of
 from transformers import AutoModelForCausalLM
 
 from fixtures.fake_quant import fake_quantised
@@ -21,12 +21,11 @@ def assert_rounded(output, expected):
 
 def test_every_linear_layer_after_every_update(tmp_path):
     first, *others = checkpoints(tmp_path, "qwen3")
-    scheme = scheme_of(first)
-    config = make_vllm_config(first, scheme.description.to_json_dict(), load_format="dummy")
+    config = config_of(first)
     generator = torch.Generator().manual_seed(0)
     with engine(config):
         model = build_model(config)
-        updates = Updates(model, config, scheme)
+        updates = Updates(model, config, scheme_of(first))
         for source in others:
             updates.send(weights_of(source))
             weights = packed(weights_of(source))
@@ -45,12 +44,11 @@ def test_every_linear_layer_after_every_update(tmp_path):
 def test_a_dense_model_is_a_fake_quantised_one(tmp_path, kind, tied):
     # transformers' own deviation: a value that falls on the other side of a rounding boundary moves little.
     first, *others = checkpoints(tmp_path, kind, tied=tied, std=0.02)
-    scheme = scheme_of(first)
-    config = make_vllm_config(first, scheme.description.to_json_dict(), load_format="dummy")
+    config = config_of(first)
     ids = torch.randint(4, 100, (60,), generator=torch.Generator().manual_seed(0))
     with engine(config):
         model = in_float32(build_model(config))
-        updates = Updates(model, config, scheme)
+        updates = Updates(model, config, scheme_of(first))
         for source in [*others, first]:
             updates.send(weights_of(source))
             actual = log_probs(model, ids)
@@ -84,12 +82,11 @@ def experts_by_hand(x, logits, w13, w2, top_k):
 
 def test_the_experts_after_every_update(tmp_path):
     first, *others = checkpoints(tmp_path, "qwen3_moe")
-    scheme = scheme_of(first)
-    config = make_vllm_config(first, scheme.description.to_json_dict(), load_format="dummy")
+    config = config_of(first)
     generator = torch.Generator().manual_seed(0)
     with engine(config):
         model = build_model(config)
-        updates = Updates(model, config, scheme)
+        updates = Updates(model, config, scheme_of(first))
         for source in others:
             updates.send(weights_of(source))
             weights = packed(weights_of(source))

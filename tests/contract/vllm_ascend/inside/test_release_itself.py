@@ -3,8 +3,8 @@
 from importlib import import_module
 
 import pytest
-from contract.vllm_ascend.harness import RELEASE, build_model, engine, make_vllm_config
-from contract.vllm_ascend.updates import checkpoints, scheme_of, weights_of
+from contract.vllm_ascend.harness import RELEASE, build_model, engine
+from contract.vllm_ascend.updates import checkpoints, config_of, scheme_of, weights_of
 from vllm.model_executor.layers import fused_moe
 from vllm.model_executor.layers.rotary_embedding.common import ApplyRotaryEmb
 from vllm_ascend.quantization.methods.w8a8_mxfp8 import AscendW8A8MXFP8DynamicLinearMethod
@@ -13,7 +13,7 @@ from verl.utils.vllm.npu_vllm_patch import apply_patches
 
 
 def built(directory):
-    config = make_vllm_config(directory, scheme_of(directory).description.to_json_dict(), load_format="dummy")
+    config = config_of(directory)
     return config, scheme_of(directory)
 
 

@@ -5,29 +5,25 @@ import json
 import numpy as np
 import pytest
 import torch
-from contract.vllm_ascend.harness import build_model, engine, make_vllm_config
+from contract.vllm_ascend.harness import build_model, engine
 from contract.vllm_ascend.reference import assert_same, engine_parameters, held
-from contract.vllm_ascend.updates import Updates, addresses, checkpoints, scheme_of, weights_of
+from contract.vllm_ascend.updates import (
+    Updates,
+    addresses,
+    assert_every_update_lands,
+    checkpoints,
+    config_of,
+    scheme_of,
+    weights_of,
+)
 
 from verl.workers.rollout.weight_sync.manifest import WeightUpdateError
-
-
-def config_of(directory, **over):
-    return make_vllm_config(directory, scheme_of(directory).description.to_json_dict(), **over)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe", "llama"])
 def test_every_update_leaves_the_right_bytes_at_the_same_addresses(tmp_path, kind, tied):
-    first, *others = checkpoints(tmp_path, kind, tied=tied)
-    config = config_of(first, load_format="dummy")
-    with engine(config):
-        model = build_model(config)
-        updates, before = Updates(model, config, scheme_of(first)), addresses(model)
-        for source in [*others, first, others[0]]:
-            updates.send(weights_of(source))
-            assert_same(held(model), engine_parameters(weights_of(source)))
-            assert addresses(model) == before
+    assert_every_update_lands(checkpoints(tmp_path, kind, tied=tied))
 
 
 def test_layers_left_out_are_updated_as_they_are(tmp_path):
@@ -36,7 +32,7 @@ def test_layers_left_out_are_updated_as_they_are(tmp_path):
     ignore = tmp_path / "ignore.json"
     ignore.write_text(json.dumps({"ignore": [r"re:.*\.layers\.0\.mlp\.experts\..*", r"re:.*\.layers\.1\..*o_proj"]}))
     scheme = scheme_of(first, quantization_config_file=str(ignore))
-    config = make_vllm_config(first, scheme.description.to_json_dict(), load_format="dummy")
+    config = config_of(first, quantization_config_file=str(ignore))
     with engine(config):
         model = build_model(config)
         updates, before = Updates(model, config, scheme), addresses(model)
@@ -85,7 +81,7 @@ FAULTS = {
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
 def test_what_does_not_fit_is_refused_by_name_and_a_whole_update_heals(tmp_path, kind):
     first, second = checkpoints(tmp_path, kind, 2)
-    config = config_of(first, load_format="dummy")
+    config = config_of(first)
     weights = weights_of(second)
     with engine(config):
         model = build_model(config)
