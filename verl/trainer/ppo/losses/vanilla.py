@@ -7,7 +7,13 @@ from typing import Any
 
 import torch
 
-from verl.trainer.ppo.losses.aggregation import agg_loss
+from verl.trainer.ppo.losses.common import (
+    bounded_log_ratio,
+    clip_range,
+    clipped_surrogate,
+    token_means,
+    weighted_loss,
+)
 from verl.trainer.ppo.losses.registry import register_policy_loss
 
 
@@ -29,21 +35,13 @@ def compute_policy_loss_vanilla(
     Returns:
         the loss and `actor/{pg_clipfrac,pg_clipfrac_lower,ppo_kl}`, means over the mini-batch's tokens.
     """
-    if config is None:
-        raise ValueError("config=None: pass the actor section, it holds the clip ratios")
-    low = config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low
-    high = config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high
+    low, high = clip_range(config)
     per_token, clipped, clipped_lower, kl = clipped_policy_loss(
         old_log_prob, log_prob, advantages, clip_low=low, clip_high=high, clip_c=config.clip_ratio_c
     )
-    if rollout_is_weights is not None:
-        per_token = per_token * rollout_is_weights.detach()
-    denominators = getattr(config, "global_batch_info", None) or {}
+    loss = weighted_loss(per_token, response_mask, loss_agg_mode, config, rollout_is_weights)
     means = {"actor/pg_clipfrac": clipped, "actor/pg_clipfrac_lower": clipped_lower, "actor/ppo_kl": kl}
-    metrics = {
-        name: agg_loss(values.detach(), response_mask, "token-mean", **denominators) for name, values in means.items()
-    }
-    return agg_loss(per_token, response_mask, loss_agg_mode, **denominators), metrics
+    return loss, token_means(means, response_mask, config)
 
 
 def clipped_policy_loss(
@@ -69,14 +67,9 @@ def clipped_policy_loss(
     """
     if clip_c <= 1.0:
         raise ValueError(f"clip_ratio_c={clip_c}: must be greater than 1, the usual value is 3")
-    log_ratio = (log_prob - old_log_prob).clamp(-20.0, 20.0)
-    ratio = log_ratio.exp()
-    unclipped = -advantages * ratio
-    bounded = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
-    loss = torch.maximum(unclipped, bounded)
+    log_ratio = bounded_log_ratio(old_log_prob, log_prob)
+    loss, clipped = clipped_surrogate(log_ratio.exp(), advantages, clip_low, clip_high)
     ceiling = -advantages * clip_c
     negative = advantages < 0
-    dtype = loss.dtype
-    clipped = (bounded > unclipped).to(dtype)
-    clipped_lower = ((loss > ceiling) & negative).to(dtype)
+    clipped_lower = ((loss > ceiling) & negative).to(loss.dtype)
     return torch.where(negative, torch.minimum(loss, ceiling), loss), clipped, clipped_lower, -log_ratio
