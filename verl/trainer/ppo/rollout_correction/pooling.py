@@ -1,0 +1,32 @@
+"""Log-ratios of tokens, and one value of each sequence's tokens."""
+
+from __future__ import annotations
+
+import torch
+
+# exp() of a log-ratio is limited to exp(+-20): beyond it the number only says "far apart".
+LOG_RATIO_BOUND = 20.0
+
+
+def log_ratio(log_probs: torch.Tensor, rollout_log_probs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """d = log pi - log mu [B, T], 0 where `mask` [B, T] is 0: padding may hold -inf or NaN. Carries no gradient."""
+    return (log_probs.detach() - rollout_log_probs.detach()).masked_fill(~mask.bool(), 0.0)
+
+
+def sequence_sum(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Sum over the tokens with `mask` not 0, [B, T] -> [B]; 0 of none."""
+    return values.masked_fill(~mask.bool(), 0.0).sum(-1)
+
+
+def sequence_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean over them; 0 of none."""
+    return sequence_sum(values, mask) / mask.bool().sum(-1).clamp(min=1)
+
+
+def sequence_max(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Largest of them; 0 of none."""
+    empty = ~mask.bool().any(-1)
+    return values.masked_fill(~mask.bool(), float("-inf")).amax(-1).masked_fill(empty, 0.0)
+
+
+POOLING = {"sum": sequence_sum, "mean": sequence_mean, "max": sequence_max}
