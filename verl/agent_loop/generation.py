@@ -14,7 +14,7 @@ import torch
 
 from verl.agent_loop.agent_loop import AgentLoopOutput, get_agent_loop
 from verl.protocol import DataProto
-from verl.workers.reward import RewardLoop, RewardResult
+from verl.workers.reward import RewardLoop, RewardResult, extra_columns
 from verl.workers.rollout.client import LLMServerClient
 
 logger = logging.getLogger(__name__)
@@ -84,6 +84,7 @@ class SampleGenerator:
             self._tokenizer.decode(output.response_ids, skip_special_tokens=True),
             row["reward_model"].get("ground_truth"),
             row.get("extra_info") or {},
+            response_length=len(output.response_ids),
         )
         return ScoredSample(row, output, reward)
 
@@ -153,8 +154,7 @@ def _object_columns(samples: Sequence[ScoredSample]) -> dict[str, np.ndarray]:
         "stop_reason": [s.output.stop_reason for s in samples],
         "num_turns": [s.output.num_turns for s in samples],
     }
-    for key in sorted({key for s in samples for key in s.reward.extra}):
-        columns[key] = [s.reward.extra.get(key) for s in samples]
+    columns |= extra_columns([s.reward for s in samples])
     arrays = {}
     for name, values in columns.items():
         array = np.empty(len(values), dtype=object)

@@ -7,11 +7,11 @@ from verl.trainer.config.values import value_problems
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("algorithm.adv_estimator", "gae", ("not supported yet", "use grpo")),
         ("algorithm.adv_estimator", "grop", ("unknown", "did you mean grpo?")),
         ("algorithm.use_kl_in_reward", "True", ("not supported yet", "use_kl_loss")),
         ("algorithm.filter_groups.enable", "True", ("not supported yet", "False")),
-        ("algorithm.rollout_correction.rollout_is", "token", ("not supported yet", "null")),
+        ("algorithm.rollout_correction.rollout_is", "tokens", ("unknown", "did you mean token?")),
+        ("algorithm.rollout_correction.debug_rollout_actor_probs", "True", ("not supported yet", "False")),
         ("critic.optim.lr", "1e-4", ("not supported yet", "grpo")),
         ("critic.model.path", "/m", ("not supported yet", "grpo")),
         ("model_engine", "megatron", ("not supported yet", "dp")),
@@ -46,7 +46,8 @@ from verl.trainer.config.values import value_problems
         ("actor_rollout_ref.rollout.n", "0", ("at least 1", "samples")),
         ("data.truncation", "rigth", ("unknown", "did you mean right?")),
         ("data.train_batch_size", "0", ("at least 1 prompts",)),
-        ("reward.reward_manager.name", "dapo", ("not supported yet", "naive")),
+        ("reward.reward_manager.name", "prime", ("not supported yet", "naive")),
+        ("reward.reward_manager.name", "dappo", ("unknown", "did you mean dapo?")),
         ("reward.timeout", "0", ("above 0 seconds",)),
         ("trainer.logger", "[console,mlflow]", ("mlflow", "not supported yet", "tensorboard")),
         ("trainer.logger", "[consle]", ("unknown", "did you mean console?")),

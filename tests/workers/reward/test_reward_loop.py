@@ -24,9 +24,11 @@ SIGNATURE = "compute_score(data_source, solution_str, ground_truth, extra_info)"
 def config(path=None, **over):
     """The attributes of the `reward` config section."""
     values = {"name": "compute_score", "manager": "naive", "num_workers": 2, "timeout": 0.3, "reward_kwargs": {}}
-    values |= over
+    values |= {"own_kwargs": {}} | over
     return SimpleNamespace(
-        custom_reward_function=SimpleNamespace(path=None if path is None else str(path), name=values.pop("name")),
+        custom_reward_function=SimpleNamespace(
+            path=None if path is None else str(path), name=values.pop("name"), reward_kwargs=values.pop("own_kwargs")
+        ),
         reward_manager=SimpleNamespace(name=values.pop("manager")),
         **values,
     )
@@ -37,12 +39,12 @@ def start(tmp_path):
     """Give it the source of a reward function (None: the built-in scorers); loops are closed and checked at the end."""
     loops = []
 
-    def build(source=None, *, data_sources=(), **over):
+    def build(source=None, *, data_sources=(), components=(), **over):
         path = None
         if source is not None:
             path = tmp_path / f"reward_{len(loops)}.py"
             path.write_text(textwrap.dedent(source))
-        loops.append(RewardLoop(config(path, **over), data_sources=data_sources))
+        loops.append(RewardLoop(config(path, **over), data_sources=data_sources, components=components))
         return loops[-1]
 
     yield build
@@ -96,6 +98,101 @@ def test_a_sync_function_gets_its_arguments_by_keyword(start):
     assert [result.score for result in results] == [2.5, 3.5]
     assert [result.extra for result in results] == [{"seen": ["d", "truth", 0]}, {"seen": ["d", "truth", 1]}]
     assert all(result.error is None and 0 <= result.seconds < 0.3 for result in results)
+
+
+def test_keywords_of_both_sections_reach_the_scorer_and_the_managers_do_not(start):
+    for manager in ("naive", "dapo", "gdpo"):
+        loop = start(
+            """
+            def compute_score(a, b, **rest):
+                return {"score": a + b, "names": sorted(rest)}
+            """,
+            manager=manager,
+            reward_kwargs={"a": 1, "max_resp_len": 8, "overlong_buffer_cfg": {"enable": False}},
+            own_kwargs={"b": 2},
+            timeout=5.0,
+        )
+        (result,) = score(loop, "x")
+        assert (result.score, result.extra) == (
+            3.0,
+            {"names": ["data_source", "extra_info", "ground_truth", "solution_str"]},
+        )
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_num_workers_is_the_number_of_processes(start, count):
+    loop = start(
+        f"""
+        import os, time
+        def {SIGNATURE}:
+            time.sleep(0.05)
+            return {{"score": 1.0, "pid": os.getpid()}}
+        """,
+        num_workers=count,
+        timeout=5.0,
+    )
+    wait_until_ready(loop)
+    assert len(loop.worker_pids()) == count
+    assert {result.extra["pid"] for result in score(loop, *"x" * 12)} == set(loop.worker_pids())
+
+
+def test_without_num_workers_there_is_one_a_core_and_at_most_8(start, monkeypatch):
+    for cores, count in ((2, 2), (64, 8)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, cores=cores: set(range(cores)))
+        monkeypatch.setattr(
+            "verl.workers.reward.loop.WorkerPool",
+            lambda setup, count: SimpleNamespace(close=int, pids=list, count=count),
+        )
+        assert start(f"def {SIGNATURE}: return 1.0", num_workers=None)._pool.count == count
+
+
+DAPO = {"max_resp_len": 10, "overlong_buffer_cfg": {"enable": True, "len": 4, "penalty_factor": 0.5, "log": True}}
+
+
+def test_dapo_takes_a_penalty_for_length_off_the_score(start):
+    loop = start(
+        f"""
+        def {SIGNATURE}:
+            if solution_str == "bad":
+                raise KeyError
+            return 1.0 if solution_str == "number" else {{"score": 2, "acc": True}}
+        """,
+        manager="dapo",
+        reward_kwargs=DAPO,
+        timeout=5.0,
+    )
+
+    async def gather():
+        samples = [("number", 6), ("number", 7), ("dict", 10), ("dict", 0), ("bad", 10)]
+        return await asyncio.gather(*(loop.score("d", text, "", {}, response_length=n) for text, n in samples))
+
+    results = asyncio.run(gather())
+    assert [result.score for result in results] == [1.0, 0.875, 1.5, 2.0, 0.0]
+    assert results[1].extra == {"acc": 1.0, "score": 1.0, "overlong_reward": -0.125, "overlong": True}
+    assert results[3].extra == {"acc": True, "score": 2.0, "overlong_reward": 0.0, "overlong": False}
+    assert results[4].extra == {}
+    with pytest.raises(ValueError, match="name=dapo: pass response_length"):
+        score(loop, "number")
+
+
+def test_gdpo_ends_the_run_when_a_component_is_missing(start):
+    loop = start(
+        f"""
+        def {SIGNATURE}:
+            if solution_str == "slow":
+                raise KeyError
+            return {{"score": 1.0, "form": 1, "short": True}} if solution_str == "all" else {{"score": 1.0, "form": 1}}
+        """,
+        manager="gdpo",
+        components=["form", "short"],
+        timeout=5.0,
+    )
+    good, failed = score(loop, "all", "slow")
+    assert (good.score, good.extra) == (1.0, {"form": 1.0, "short": 1.0})
+    assert (failed.score, failed.extra, failed.error) == (0.0, {}, "exception")
+    assert extra_columns([good, failed]) == {"form": [1.0, 0.0], "short": [1.0, 0.0]}
+    with pytest.raises(RewardError, match=r"data_source=d: algorithm.gdpo_reward_keys=.*no short.*score, form"):
+        score(loop, "some")
 
 
 def test_an_async_function_runs_many_samples_at_once(start):
@@ -496,9 +593,18 @@ def test_a_file_that_does_not_exist(tmp_path):
 @pytest.mark.parametrize(
     ("over", "error", "message"),
     [
-        ({"manager": "dapo"}, NotImplementedError, "reward.reward_manager.name=dapo is not supported yet.*use naive"),
-        ({"manager": "gdpo"}, NotImplementedError, "gdpo is not supported yet"),
-        ({"manager": "batch"}, ValueError, "batch is unknown; use naive .*dapo, gdpo"),
+        ({"manager": "prime"}, NotImplementedError, "reward.reward_manager.name=prime is not supported yet; .*naive"),
+        ({"manager": "dago"}, ValueError, "dago is unknown; use one of dapo, gdpo, naive"),
+        (
+            {"manager": "dapo", "reward_kwargs": {"overlong_buffer_cfg": {"enable": 1}}},
+            ValueError,
+            "enable=1: give True",
+        ),
+        (
+            {"reward_kwargs": {"a": 1}, "own_kwargs": {"a": 2}},
+            ValueError,
+            "reward_kwargs.a=2: is 1 in reward.reward_kw",
+        ),
         ({"timeout": 0}, ValueError, "reward.timeout=0"),
         ({"timeout": math.inf}, ValueError, "reward.timeout=inf"),
         ({"num_workers": 0}, ValueError, "reward.num_workers=0"),
@@ -660,7 +766,8 @@ from types import SimpleNamespace as N
 from verl.workers.reward import RewardLoop
 
 async def main(path):
-    loop = RewardLoop(N(custom_reward_function=N(path=path, name="compute_score"), reward_manager=N(name="naive"),
+    function = N(path=path, name="compute_score", reward_kwargs={})
+    loop = RewardLoop(N(custom_reward_function=function, reward_manager=N(name="naive"),
                         num_workers=2, timeout=1000, reward_kwargs={}))
     tasks = [asyncio.create_task(loop.score("d", "x", "t", {})) for _ in range(1)]
     await asyncio.sleep(0.3)

@@ -1,11 +1,11 @@
 """Names that a config value may have. Plain strings: the registries behind some of them import torch."""
 
 # verl.trainer.ppo.core_algos holds the functions; a test compares the two.
-ADV_ESTIMATORS = ("grpo",)
-PLANNED_ADV_ESTIMATORS = (
+ADV_ESTIMATORS = (
     "gae",
     "gdpo",
     "gpg",
+    "grpo",
     "grpo_passk",
     "grpo_vectorized",
     "opo",
@@ -17,11 +17,29 @@ PLANNED_ADV_ESTIMATORS = (
     "rloo_vectorized",
     "tir_optimal_token_baseline",
 )
-# Estimators whose advantage of a sample depends on the other samples of its prompt.
-GROUP_ESTIMATORS = ("grpo",)
+PLANNED_ADV_ESTIMATORS: tuple[str, ...] = ()
+# Estimators that read a critic's values.
+CRITIC_ESTIMATORS = ("gae",)
+# Estimators that compare a sample with the greedy answer to its prompt.
+GREEDY_BASELINE_ESTIMATORS = ("remax",)
+# Estimators that read the sum of the squared probabilities at each token.
+SUM_PI_SQUARED_ESTIMATORS = ("optimal_token_baseline", "tir_optimal_token_baseline")
+# Estimators whose advantage of a sample is relative to the other samples of its prompt.
+GROUP_ESTIMATORS = (
+    "gdpo",
+    "gpg",
+    "grpo",
+    "grpo_passk",
+    "grpo_vectorized",
+    "opo",
+    "optimal_token_baseline",
+    "reinforce_plus_plus_baseline",
+    "rloo",
+    "rloo_vectorized",
+    "tir_optimal_token_baseline",
+)
 
-POLICY_LOSSES = ("vanilla",)
-PLANNED_POLICY_LOSSES = (
+POLICY_LOSSES = (
     "bypass_mode",
     "cispo",
     "clip_cov",
@@ -33,14 +51,16 @@ PLANNED_POLICY_LOSSES = (
     "gspo",
     "kl_cov",
     "sapo",
+    "vanilla",
 )
+PLANNED_POLICY_LOSSES: tuple[str, ...] = ()
 LOSS_AGG_MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
 _KL = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")
 KL_TYPES = (*_KL, *(f"{name}+" for name in _KL))
 PLANNED_KL_TYPES = ("full",)
 
-REWARD_MANAGERS = ("naive",)
-PLANNED_REWARD_MANAGERS = ("batch", "dapo", "gdpo", "limit", "prime", "remote")
+REWARD_MANAGERS = ("dapo", "gdpo", "naive")
+PLANNED_REWARD_MANAGERS = ("batch", "prime", "rate_limited", "remote")
 
 QUANTIZATIONS = ("fp8", "torchao", "ascend")
 

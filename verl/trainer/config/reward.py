@@ -16,6 +16,7 @@ class CustomRewardFunctionConfig:
 
     path: str | None = key(None, "Python file of your scorer; null for the built-in ones, chosen by data source")
     name: str = key("compute_score", "function in it: (data_source, solution_str, ground_truth, extra_info)")
+    reward_kwargs: dict[str, Any] = key({}, "further keywords for it, the same for every sample")
 
 
 @dataclass
@@ -24,7 +25,8 @@ class RewardManagerConfig:
 
     name: str = key(
         "naive",
-        "naive: the score at the last token",
+        "naive: the score is the reward; dapo: less a penalty for length (reward_kwargs.overlong_buffer_cfg); gdpo: "
+        "the score's components (algorithm.gdpo_reward_keys) go along",
         choices=names.REWARD_MANAGERS,
         planned=names.PLANNED_REWARD_MANAGERS,
         use="use naive",
@@ -45,7 +47,9 @@ class RewardConfig:
 
     custom_reward_function: CustomRewardFunctionConfig = section(CustomRewardFunctionConfig, "your scorer")
     reward_manager: RewardManagerConfig = section(RewardManagerConfig, "how scores become rewards")
-    reward_kwargs: dict[str, Any] = key({}, "further keywords for the scorer")
+    reward_kwargs: dict[str, Any] = key(
+        {}, "max_resp_len and overlong_buffer_cfg are the dapo manager's; others are keywords for the scorer"
+    )
     num_workers: int | None = key(
         None, "processes that score, null for one a core but at most 8", unit="processes", at_least=1
     )

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from verl.workers.reward.function import KWARGS_KEY, RewardFunctionError, check_path
+from verl.workers.reward.managers import ComponentError, make_manager
 from verl.workers.reward.pool import Outcome, RewardError, WorkerPool
 from verl.workers.reward.worker import Setup
 
@@ -25,19 +26,17 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
-MANAGERS = ("naive",)
-PLANNED_MANAGERS = ("dapo", "gdpo")
 _MOST_WORKERS = 8
 
 
 @dataclass(frozen=True)
 class RewardResult:
-    """The score of one sample.
+    """The reward of one sample.
 
     Attributes:
-        score: finite; 0.0 when `error` is set.
-        extra: what the function returned beside `score`, as built-in types; empty when `error` is set. A function that
-            returns a bare number gives `{"acc": score}`.
+        score: what the reward manager made of the function's score; finite, and 0.0 when `error` is set.
+        extra: what the function returned beside `score`, as built-in types, and what the manager added; empty when
+            `error` is set. A function that returns a bare number gives `{"acc": score}`.
         error: None, "exception", "timeout" or "bad_return".
         seconds: time spent scoring, without the wait for a free worker.
         detail: the traceback or reason of the error.
@@ -57,10 +56,12 @@ class RewardLoop:
     to 256 samples at once; something that it keeps in a module variable (a semaphore, a session) exists once a worker.
 
     Args:
-        config: the `reward` section: `custom_reward_function.path` (null: the built-in scorers) and `.name`,
-            `reward_kwargs` (keywords passed on), `num_workers` (null: one a core, at most 8), `timeout` (seconds that a
-            sample may take, counted from when its scoring starts), `reward_manager.name`.
+        config: the `reward` section: `custom_reward_function.path` (null: the built-in scorers), `.name` and
+            `.reward_kwargs`, `reward_kwargs` (the manager's keywords; others are the scorer's too), `num_workers`
+            (null: one a core, at most 8), `timeout` (seconds that a sample may take, counted from when its scoring
+            starts), `reward_manager.name`.
         num_workers: takes the place of `config.num_workers`.
+        components: `algorithm.gdpo_reward_keys`, which the gdpo manager asks every sample for.
         data_sources: built-in scorers to import while the workers start, rather than at their first sample; one that
             has no built-in scorer is reported at once. Unused with a function of the user's.
 
@@ -71,9 +72,18 @@ class RewardLoop:
     """
 
     def __init__(
-        self, config: RewardConfig, *, num_workers: int | None = None, data_sources: Iterable[str] = ()
+        self,
+        config: RewardConfig,
+        *,
+        num_workers: int | None = None,
+        components: Iterable[str] = (),
+        data_sources: Iterable[str] = (),
     ) -> None:
-        _check_manager(config.reward_manager.name)
+        from verl.trainer.config.reward_kwargs import kwargs_problems, scorer_kwargs
+
+        self._manager = make_manager(config, components)
+        if problems := kwargs_problems(config):
+            raise ValueError("; ".join(problems))
         timeout = float(config.timeout)
         if not 0 < timeout < float("inf"):
             raise ValueError(f"reward.timeout={config.timeout}: give the seconds that scoring one sample may take, > 0")
@@ -86,7 +96,7 @@ class RewardLoop:
         self._setup = Setup(
             path=None if path is None else check_path(path),
             name=config.custom_reward_function.name or "compute_score",
-            reward_kwargs=dict(config.reward_kwargs or {}),
+            reward_kwargs=scorer_kwargs(config),
             timeout=timeout,
             data_sources=tuple(dict.fromkeys(data_sources)),
         )
@@ -100,11 +110,24 @@ class RewardLoop:
         self._pool = WorkerPool(self._setup, count)
         self._finalizer = weakref.finalize(self, self._pool.close)
 
-    async def score(self, data_source: str, solution_str: str, ground_truth: Any, extra_info: Any) -> RewardResult:
+    async def score(
+        self,
+        data_source: str,
+        solution_str: str,
+        ground_truth: Any,
+        extra_info: Any,
+        *,
+        response_length: int | None = None,
+    ) -> RewardResult:
         """Score one sample; it waits for a free worker, then has `timeout` seconds.
 
+        Args:
+            data_source, solution_str, ground_truth, extra_info: what the scorer gets.
+            response_length: tokens of the response; a manager that looks at the length needs it.
+
         Raises:
-            RewardError: the loop is closed, or its workers cannot be restarted.
+            RewardError: the loop is closed, its workers cannot be restarted, or the scorer does not return a component
+                that the manager asks for.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Outcome] = loop.create_future()
@@ -130,7 +153,13 @@ class RewardLoop:
             job.cancelled = True
             raise
         self._count(outcome, data_source)
-        return RewardResult(outcome.score, outcome.extra, outcome.error, outcome.seconds, outcome.detail)
+        score, extra = outcome.score, outcome.extra
+        if outcome.error is None:
+            try:
+                score, extra = self._manager.reward(score, extra, response_length)
+            except ComponentError as error:
+                raise RewardError(f"data_source={data_source}: {error}") from error
+        return RewardResult(score, extra, outcome.error, outcome.seconds, outcome.detail)
 
     def begin_step(self) -> None:
         """Start the counts of a new step."""
@@ -193,15 +222,6 @@ class RewardLoop:
                 data_source,
                 detail,
             )
-
-
-def _check_manager(name: str) -> None:
-    if name in MANAGERS:
-        return
-    if name in PLANNED_MANAGERS:
-        raise NotImplementedError(f"reward.reward_manager.name={name} is not supported yet: it is planned; use naive")
-    planned = ", ".join(PLANNED_MANAGERS)
-    raise ValueError(f"reward.reward_manager.name={name} is unknown; use naive (not supported yet: {planned})")
 
 
 def extra_columns(results: Sequence[RewardResult]) -> dict[str, list[Any]]:

@@ -48,3 +48,67 @@ def test_nothing_of_the_file_runs(plan_of, run_files):
 
 def test_the_built_in_scorers_need_no_file(plan_of):
     plan_of(reward__custom_reward_function__path=None)
+
+
+BUFFER = "reward.reward_kwargs.overlong_buffer_cfg"
+
+
+def dapo(buffer, **kwargs):
+    """Overrides of the dapo manager; `None` leaves a keyword out."""
+    values = {"max_resp_len": 16, "overlong_buffer_cfg": buffer} | kwargs
+    text = ", ".join(f"{name}: {value}" for name, value in values.items() if value is not None)
+    return {"reward__reward_manager__name": "dapo", "reward__reward_kwargs": "{" + text + "}"}
+
+
+@pytest.mark.parametrize(
+    ("buffer", "kwargs", "start", "fix"),
+    [
+        (
+            "{enable: True, len: 4}",
+            {"max_resp_len": None},
+            "reward.reward_kwargs.max_resp_len is not set",
+            "max_response",
+        ),
+        ("{enable: True, len: 4}", {"max_resp_len": 0}, "reward.reward_kwargs.max_resp_len=0", "max_response_length"),
+        ("{enable: True, len: 4}", {"max_resp_len": 17}, "reward.reward_kwargs.max_resp_len=17", "give at most 16"),
+        ("{enable: True}", {}, f"{BUFFER}.len is not set", "at least 1"),
+        ("{enable: True, len: 0}", {}, f"{BUFFER}.len=0", "at least 1"),
+        ("{enable: True, len: 1.5}", {}, f"{BUFFER}.len=1.5", "at least 1"),
+        ("{enable: True, len: 17}", {}, f"{BUFFER}.len=17: is longer", "give at most 16"),
+        ("{enable: True, len: 4, penalty_factor: -1}", {}, f"{BUFFER}.penalty_factor=-1", "at least 0"),
+        ("{enable: True, len: 4, penalty_factor: .inf}", {}, f"{BUFFER}.penalty_factor=inf", "at least 0"),
+        ("{enable: True, len: 4, penalty_factor: x}", {}, f"{BUFFER}.penalty_factor=x", "give a number"),
+        ("{enable: 1, len: 4}", {}, f"{BUFFER}.enable=1", "True or False"),
+        ("{enable: True, len: 4, log: 1}", {}, f"{BUFFER}.log=1", "True or False"),
+        ("{enable: True, lenn: 4}", {}, f"{BUFFER}.lenn=4: there is no such key", "did you mean len?"),
+        ("3", {}, f"{BUFFER}=3", "this is a section"),
+    ],
+)
+def test_an_overlong_buffer_that_cannot_work(problem_of, buffer, kwargs, start, fix):
+    text = problem_of(**dapo(buffer, **kwargs))
+    assert text.startswith(start) and fix in text
+
+
+@pytest.mark.parametrize(
+    "buffer",
+    [
+        "{enable: True, len: 4, penalty_factor: 0.5, log: True}",
+        "{enable: True, len: 16}",
+        "{enable: False, len: 0}",
+        None,
+    ],
+)
+def test_an_overlong_buffer_that_works(plan_of, buffer):
+    plan_of(**dapo(buffer))
+
+
+def test_the_buffer_is_the_dapo_managers_alone(plan_of):
+    changes = dapo("{enable: True, len: 999}") | {"reward__reward_manager__name": "naive"}
+    notes = plan_of(**changes).notes
+    assert f"no effect on reward.reward_manager.name=naive: reward.reward_kwargs.max_resp_len, {BUFFER}" in notes
+
+
+def test_a_keyword_with_two_values(problem_of):
+    own = "reward__custom_reward_function__reward_kwargs"
+    text = problem_of(**{"reward__reward_kwargs": "{a: 1, b: 2}", own: "{a: 3, b: 2}"})
+    assert text.startswith("reward.custom_reward_function.reward_kwargs.a=3: is 1 in reward.reward_kwargs")

@@ -4,19 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from verl.trainer.config import names
 from verl.trainer.config.checks.batches import needs_ref
 from verl.trainer.config.ppo import PPOConfig
+from verl.trainer.config.reward_kwargs import KWARGS, MANAGER_KWARGS
+from verl.trainer.config.rollout_correction import PREFIX, resolve
 from verl.trainer.config.schema import walk
 
 _ACTOR = "actor_rollout_ref.actor."
 _REF = "actor_rollout_ref.ref."
 _ROLLOUT = "actor_rollout_ref.rollout."
+# By key: the estimators that read it.
+_ESTIMATOR_KEYS = {
+    "algorithm.gamma": ("gae", "reinforce_plus_plus"),
+    "algorithm.lam": ("gae",),
+    "algorithm.norm_adv_by_std_in_grpo": ("grpo", "grpo_vectorized", "grpo_passk", "gdpo"),
+}
+# By key of the actor: the policy losses that read it.
+_CLIPPED = ("vanilla", "gspo", "geo_mean", "clip_cov", "cispo", "dppo_tv", "dppo_kl")
+_LOSS_KEYS = {
+    "clip_ratio": _CLIPPED,
+    "clip_ratio_low": _CLIPPED,
+    "clip_ratio_high": _CLIPPED,
+    "clip_ratio_c": ("vanilla", "dppo_tv", "dppo_kl"),
+    "tau_pos": ("sapo",),
+    "tau_neg": ("sapo",),
+    "policy_loss.clip_cov_ratio": ("clip_cov",),
+    "policy_loss.clip_cov_lb": ("clip_cov",),
+    "policy_loss.clip_cov_ub": ("clip_cov",),
+    "policy_loss.kl_cov_ratio": ("kl_cov",),
+    "policy_loss.ppo_kl_coef": ("kl_cov",),
+    "policy_loss.dro_beta": ("dro",),
+}
+# Losses with an aggregation of their own; loss_agg_mode is left to the entropy bonus and the KL loss.
+_OWN_AGGREGATION = ("gspo", "sapo", "geo_mean")
 
 
 def idle_notes(config: PPOConfig, device: str) -> list[str]:
     """One line a reason: the changed keys that it makes ineffective."""
     defaults = {name: value for name, _, value in walk(PPOConfig())}
     changed = {name for name, _, value in walk(config) if value != defaults[name]}
+    changed |= {f"{KWARGS}.{name}" for name in config.reward.reward_kwargs}
     notes = []
     if device == "cpu":
         notes.append(
@@ -32,10 +60,26 @@ def idle_notes(config: PPOConfig, device: str) -> list[str]:
     return notes
 
 
+def _is_idle(estimator: str, users: tuple[str, ...]) -> bool:
+    """Whether one of ours does not read a key; what the user's estimators read is not known."""
+    return estimator in names.ADV_ESTIMATORS and estimator not in users
+
+
 def _idle(config: PPOConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
     roles, trainer = config.actor_rollout_ref, config.trainer
     actor, rollout = roles.actor, roles.rollout
-    yield f"on {config.algorithm.adv_estimator}", ("algorithm.gamma", "algorithm.lam")
+    algorithm = config.algorithm
+    yield (
+        f"on {algorithm.adv_estimator}",
+        tuple(key for key, users in _ESTIMATOR_KEYS.items() if _is_idle(algorithm.adv_estimator, users)),
+    )
+    if not algorithm.use_kl_in_reward:
+        yield "with algorithm.use_kl_in_reward=False", ("algorithm.kl_penalty", "algorithm.kl_ctrl.")
+    elif algorithm.kl_ctrl.type == "fixed":
+        keys = ("algorithm.kl_ctrl.horizon", "algorithm.kl_ctrl.target_kl")
+        yield "with algorithm.kl_ctrl.type=fixed", keys
+    if not algorithm.filter_groups.enable:
+        yield "with algorithm.filter_groups.enable=False", ("algorithm.filter_groups.",)
     if actor.use_dynamic_bsz:
         yield "with actor.use_dynamic_bsz=True", (_ACTOR + "ppo_micro_batch_size_per_gpu",)
     elif rollout.log_prob_use_dynamic_bsz is not True and roles.ref.log_prob_use_dynamic_bsz is not True:
@@ -48,12 +92,33 @@ def _idle(config: PPOConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
             yield "without dynamic micro-batches", (prefix + "log_prob_max_token_len_per_gpu",)
     if not needs_ref(config):
         yield (
-            "without a reference model (actor.use_kl_loss=False)",
-            (_REF, _ACTOR + "kl_loss_coef", _ACTOR + "kl_loss_type"),
+            "without a reference model (actor.use_kl_loss=False, algorithm.use_kl_in_reward=False)",
+            (_REF,),
         )
-    if actor.loss_agg_mode != "seq-mean-token-sum-norm":
+    if not actor.use_kl_loss:
+        yield "with actor.use_kl_loss=False", (_ACTOR + "kl_loss_coef", _ACTOR + "kl_loss_type")
+    correction = resolve(algorithm.rollout_correction)
+    if correction.rollout_is is None:
+        keys = (PREFIX + "rollout_is_threshold", PREFIX + "rollout_is_batch_normalize")
+        yield "with algorithm.rollout_correction.rollout_is=null", keys
+    if not correction.bypass_mode:
+        yield "with algorithm.rollout_correction.bypass_mode=False", (PREFIX + "loss_type",)
+    else:
+        sizes = ("use_dynamic_bsz", "micro_batch_size_per_gpu", "max_token_len_per_gpu")
+        yield "in bypass mode, which computes no old_log_probs", tuple(f"{_ROLLOUT}log_prob_{name}" for name in sizes)
+    loss, reason = actor.policy_loss.loss_mode, f"on actor.policy_loss.loss_mode={actor.policy_loss.loss_mode}"
+    if correction.bypass_mode:
+        # its two losses read what these two do
+        loss = "vanilla" if correction.loss_type == "ppo_clip" else "gpg"
+        reason = f"in bypass mode with loss_type={correction.loss_type}"
+        yield "in bypass mode", (_ACTOR + "policy_loss.loss_mode",)
+    if loss in names.POLICY_LOSSES:
+        yield reason, tuple(_ACTOR + name for name, users in _LOSS_KEYS.items() if loss not in users)
+    if loss in _OWN_AGGREGATION and actor.entropy_coeff == 0 and not actor.use_kl_loss:
+        yield f"{reason}, which aggregates in its own way", (_ACTOR + "loss_agg_mode", _ACTOR + "loss_scale_factor")
+    elif actor.loss_agg_mode != "seq-mean-token-sum-norm":
         yield f"on actor.loss_agg_mode={actor.loss_agg_mode}", (_ACTOR + "loss_scale_factor",)
-    if actor.clip_ratio_low is not None and actor.clip_ratio_high is not None:
+    if loss in _CLIPPED and actor.clip_ratio_low is not None and actor.clip_ratio_high is not None:
         yield "with clip_ratio_low and clip_ratio_high set", (_ACTOR + "clip_ratio",)
     if actor.optim.lr_scheduler_type != "cosine":
         yield f"on a {actor.optim.lr_scheduler_type} schedule", (_ACTOR + "optim.min_lr_ratio",)
@@ -86,3 +151,6 @@ def _idle(config: PPOConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
         )
     if config.reward.custom_reward_function.path is None:
         yield "with the built-in scorers", ("reward.custom_reward_function.name",)
+    if config.reward.reward_manager.name != "dapo":
+        managers = tuple(f"{KWARGS}.{name}" for name in MANAGER_KWARGS)
+        yield f"on reward.reward_manager.name={config.reward.reward_manager.name}", managers

@@ -1,4 +1,7 @@
-"""The user's reward function: its file compiles and has the name. Nothing is imported, so nothing of it runs here."""
+"""Rewards: the keywords hold together, and the user's file compiles and has the function.
+
+Nothing of that file is imported, so nothing of it runs here.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,31 @@ from pathlib import Path
 
 from verl.trainer.config.findings import Findings
 from verl.trainer.config.ppo import PPOConfig
+from verl.trainer.config.reward_kwargs import KWARGS, kwargs_problems, overlong_buffer
 
 _PATH = "reward.custom_reward_function.path"
 _NAME = "reward.custom_reward_function.name"
 
 
 def check_reward(config: PPOConfig, found: Findings) -> None:
-    """Look for the function in the source."""
+    """Check the keywords, then look for the function in the source."""
+    problems = kwargs_problems(config.reward)
+    found.errors += problems
+    if not problems:
+        _check_length(config, found)
+    _check_function(config, found)
+
+
+def _check_length(config: PPOConfig, found: Findings) -> None:
+    buffer, longest = overlong_buffer(config.reward), config.data.max_response_length
+    if buffer is not None and buffer.max_resp_len > longest:
+        found.errors.append(
+            f"{KWARGS}.max_resp_len={buffer.max_resp_len}: no response is longer than "
+            f"data.max_response_length={longest}, so that the whole penalty is never due; give at most {longest}"
+        )
+
+
+def _check_function(config: PPOConfig, found: Findings) -> None:
     function = config.reward.custom_reward_function
     if function.path is None:
         return

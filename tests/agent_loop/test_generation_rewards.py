@@ -1,0 +1,93 @@
+"""What generation tells the reward loop about a sample, and how rewards become columns. No engine, real workers."""
+
+import asyncio
+import textwrap
+
+import numpy as np
+import pytest
+
+from verl.agent_loop.agent_loop import AgentLoopBase, AgentLoopOutput, register
+from verl.agent_loop.generation import SampleGenerator, ScoredSample, to_batch
+from verl.trainer.config import CustomRewardFunctionConfig, RewardConfig, RewardManagerConfig
+from verl.workers.reward import RewardLoop, RewardResult
+
+
+@register("echo_for_this_test")
+class EchoLoop(AgentLoopBase):
+    """Answers with the row's own tokens."""
+
+    async def run(self, sampling_params, **row):
+        ids = row["answer_ids"]
+        return AgentLoopOutput(prompt_ids=[7], response_ids=ids, response_mask=[1] * len(ids))
+
+
+class Words:
+    """A tokenizer whose token `i` is the letter `a` + i; 0 is special and not part of the text."""
+
+    def decode(self, ids, skip_special_tokens):
+        assert skip_special_tokens
+        return "".join(chr(ord("a") + i) for i in ids if i)
+
+
+@pytest.fixture
+def generate(tmp_path):
+    """`generate(source, manager, kwargs, answers)`: the scored samples of rows that answer with these token ids."""
+
+    def run(source, manager, kwargs, answers):
+        path = tmp_path / "reward.py"
+        path.write_text(textwrap.dedent(source))
+        config = RewardConfig(
+            custom_reward_function=CustomRewardFunctionConfig(path=str(path)),
+            reward_manager=RewardManagerConfig(name=manager),
+            reward_kwargs=kwargs,
+            num_workers=1,
+            timeout=5.0,
+        )
+        rewards = RewardLoop(config)
+        generator = SampleGenerator(None, Words(), rewards, default_agent_loop="echo_for_this_test", response_length=8)
+        rows = [
+            {"uid": str(i), "data_source": "d", "reward_model": {}, "raw_prompt": [], "answer_ids": ids}
+            for i, ids in enumerate(answers)
+        ]
+        try:
+            return asyncio.run(generator.generate(rows, {}))[0]
+        finally:
+            rewards.close()
+
+    return run
+
+
+def test_the_length_that_dapo_punishes_is_in_tokens(generate):
+    samples = generate(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info): return len(solution_str)",
+        "dapo",
+        {"max_resp_len": 6, "overlong_buffer_cfg": {"enable": True, "len": 4, "penalty_factor": 1.0, "log": True}},
+        [[1, 1], [1, 1, 0, 0], [0] * 6, []],
+    )
+    # Special tokens count as length though the scorer does not see them.
+    assert [sample.reward.score for sample in samples] == [2.0, 2.0 - 0.5, 0.0 - 1.0, 0.0]
+    batch = to_batch(samples, pad_token_id=0, with_log_probs=False)
+    assert batch.batch["token_level_scores"].sum(dim=-1).tolist() == [2.0, 1.5, -1.0, 0.0]
+    assert batch.non_tensor_batch["overlong_reward"].tolist() == [0.0, -0.5, -1.0, 0.0]
+    assert batch.non_tensor_batch["score"].tolist() == [2.0, 2.0, 0.0, 0.0]
+
+
+def sample(reward):
+    row = {"uid": "0", "data_source": "d", "reward_model": {}, "raw_prompt": []}
+    return ScoredSample(row, AgentLoopOutput([1], [2], [1]), reward)
+
+
+def test_a_sample_that_could_not_be_scored_counts_as_zero_in_columns_of_numbers():
+    batch = to_batch(
+        [
+            sample(RewardResult(1.0, {"acc": 1.0, "pred": "4"}, None, 0.0)),
+            sample(RewardResult(0.0, {}, "timeout", 0.3)),
+            sample(RewardResult(0.5, {"pred": "5"}, None, 0.0)),
+        ],
+        pad_token_id=0,
+        with_log_probs=False,
+    )
+    columns = batch.non_tensor_batch
+    assert columns["acc"].tolist() == [1.0, 0.0, None]
+    assert columns["pred"].tolist() == ["4", None, "5"]
+    assert all(columns[name].dtype == np.dtype(object) for name in ("acc", "pred", "uid"))
