@@ -26,7 +26,7 @@ def correction_metrics(
     - rollout_corr/rollout_is_ratio_fraction_{high,low}: share of tokens, or of sequences, that lie beyond the bounds;
     - rollout_corr/rollout_is_seq_{mean,std,max,min,max_deviation}: of each sequence's mean weight, std unbiased,
       deviation from 1;
-    - rollout_corr/rollout_is_seq_fraction_{high,low}: share of sequences whose mean before bounding is beyond the bounds;
+    - rollout_corr/rollout_is_seq_fraction_{high,low}: share of sequences whose mean of unbounded weights is;
     - rollout_corr/rollout_is_oob_ratio: with a band, share of tokens whose weight becomes 0;
     - rollout_corr/rollout_is_batch_norm_factor: what the weights are divided by, if they are.
 
@@ -69,7 +69,7 @@ def _weight_metrics(
     mean, square = _mean(tokens), _mean(tokens.square())
     metrics = {
         "rollout_is_mean": mean,
-        "rollout_is_std": (square - mean.square()).clamp(min=0).sqrt(),
+        "rollout_is_std": _std(tokens),
         "rollout_is_max": _max(extremes),
         "rollout_is_min": _min(extremes),
         "rollout_is_eff_sample_size": torch.where(square > 0, mean.square() / square, torch.zeros_like(square)),
@@ -105,11 +105,9 @@ def _term_metrics(values: torch.Tensor, mask: torch.Tensor, rejection: Rejection
     band = bounds(rejection)
     tokens, sequences = values[mask], sequence_mean(values, mask)[mask.any(-1)]
     own = tokens if rejection.pooling is None else sequences
-    cut = tokens.clamp(band.lo, band.hi)
-    mean_cut = _mean(cut)
     return {
         "mean": _mean(tokens),
-        "std": (_mean(cut.square()) - mean_cut.square()).clamp(min=0).sqrt(),
+        "std": _std(tokens.clamp(band.lo, band.hi)),
         "max": _max(own),
         "min": _min(own),
         "fraction_high": _mean((own > band.hi).double()),
@@ -143,6 +141,10 @@ _ZERO = torch.zeros((), dtype=torch.float64)
 
 def _mean(values: torch.Tensor) -> torch.Tensor:
     return values.mean() if values.numel() else _ZERO
+
+
+def _std(values: torch.Tensor) -> torch.Tensor:
+    return values.std(correction=0) if values.numel() else _ZERO
 
 
 def _max(values: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,9 @@ def sequence_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def sequence_max(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Largest of them; 0 of none."""
     empty = ~mask.bool().any(-1)
-    return values.masked_fill(~mask.bool(), float("-inf")).amax(-1).masked_fill(empty, 0.0)
+    # One more column, for a batch of width 0.
+    values = torch.nn.functional.pad(values.masked_fill(~mask.bool(), float("-inf")), (0, 1), value=float("-inf"))
+    return values.amax(-1).masked_fill(empty, 0.0)
 
 
 POOLING = {"sum": sequence_sum, "mean": sequence_mean, "max": sequence_max}
