@@ -9,9 +9,11 @@ from transformers import AutoModelForCausalLM
 
 from fixtures.engine_cases import (
     actor_config,
+    bypass_program,
     make_batch,
     make_worker,
     optim_config,
+    selecting_program,
     worker_checkpoint_program,
     worker_config,
     worker_program,
@@ -19,6 +21,8 @@ from fixtures.engine_cases import (
 from fixtures.ranks import run_ranks
 from fixtures.tiny import write_tiny_model
 from verl.protocol import DataProto
+from verl.trainer.config.actor import PolicyLossConfig
+from verl.trainer.config.rollout_correction import Band, Correction
 from verl.workers.actor import ActorWorker, micro_batching
 from verl.workers.engine import MicroBatching
 from verl.workers.engine.batching import split_even, split_mini_batches
@@ -195,3 +199,64 @@ def test_it_joins_by_address_and_leaves(model_dir):
     assert dist.is_initialized()
     worker.close()
     assert not dist.is_initialized()
+
+
+# ---- bypass mode and losses that choose tokens ----------------------------------------------------------------------
+
+
+def bypass(ranks, config, correction, data, mini_batch=6):
+    shards, inverse = split_even(data, ranks)
+    updates = split_mini_batches(data, mini_batch, ranks)
+    before, metrics, seen, weights = zip(
+        *run_ranks(ranks, bypass_program, config, correction, shards, updates), strict=True
+    )
+    columns = torch.zeros(data.batch["response_mask"].shape)
+    for index, log_probs in seen:
+        if len(index):
+            columns[index] = log_probs
+    return DataProto.concat(list(before))[inverse], metrics[0], columns, weights[0]
+
+
+@pytest.mark.parametrize("loss_type", ["ppo_clip", "reinforce"])
+def test_bypass_mode_trains_with_another_loss_and_tells_what_it_saw(model_dir, loss_type):
+    data = make_batch(12)
+    config = worker_config(model_dir, actor=actor_config(use_kl_loss=False, ppo_epochs=2))
+    correction = Correction(bypass_mode=True, loss_type=loss_type, rollout_is="token", rollout_is_band=Band(0.5, 2.0))
+    _, plain, _, _ = bypass(1, config, None, data) if loss_type == "reinforce" else (None, None, None, None)
+    reference = None
+    for ranks in (1, 2):
+        before, metrics, seen, weights = bypass(ranks, config, correction, data)
+        # the first mini-batch is trained on by the policy as it was; the second by one that has changed
+        torch.testing.assert_close(seen[:6], before.batch["old_log_probs"][:6], atol=1e-5, rtol=1e-5)
+        difference = (seen[6:] - before.batch["old_log_probs"][6:]).abs().max()
+        assert 1e-4 < difference < 1.0
+        reference = reference or (metrics, weights)
+        assert metrics["actor/pg_loss"] == pytest.approx(reference[0]["actor/pg_loss"], rel=1e-4)
+        for name, weight in weights.items():
+            torch.testing.assert_close(weight, reference[1][name], atol=2e-5, rtol=1e-4)
+    if plain is not None:
+        assert reference[0]["actor/pg_loss"] != pytest.approx(plain["actor/pg_loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("loss_mode", ["clip_cov", "kl_cov"])
+def test_tokens_are_chosen_from_the_whole_mini_batch(model_dir, loss_mode):
+    data = make_batch(12)
+    data.meta_info["global_step"] = 7
+    policy_loss = PolicyLossConfig(
+        loss_mode=loss_mode, clip_cov_ratio=0.2, clip_cov_lb=0.1, clip_cov_ub=50.0, kl_cov_ratio=0.1
+    )
+    config = worker_config(model_dir, actor=actor_config(use_kl_loss=False, policy_loss=policy_loss))
+    reference = None
+    for ranks in (1, 2):
+        outcomes = run_ranks(ranks, selecting_program, config, split_mini_batches(data, 6, ranks))
+        chosen = torch.zeros(data.batch["response_mask"].shape, dtype=torch.int64)
+        for parts, _, _ in outcomes:
+            for index, selected in parts:
+                chosen[index] = selected
+        assert 0 < chosen.sum() < data.batch["response_mask"].sum()
+        assert not chosen[data.batch["response_mask"] == 0].any()
+        reference = reference or (chosen, *outcomes[0][1:])
+        assert torch.equal(chosen, reference[0])
+        assert outcomes[0][1]["actor/pg_loss"] == pytest.approx(reference[1]["actor/pg_loss"], rel=1e-4)
+        for name, weight in outcomes[0][2].items():
+            torch.testing.assert_close(weight, reference[2][name], atol=2e-5, rtol=1e-4)

@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 
 from verl.trainer.config import ConfigError, Plan, PPOConfig, check, from_hydra, searchpath
 from verl.trainer.config.overrides import Prepared, prepare
+from verl.utils import external
 
 # Hydra would make a directory with a log file and copies of the config for every run, wherever it is started.
 # Its logging is "none", not "disabled", which would switch off every logger that exists by then, verl's own included.
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         config = compose(list(sys.argv[1:] if arguments is None else arguments))
         if config is None:
             return
+        import_external_lib(config)
         plan = check(config)
     except ConfigError as error:
         sys.stderr.write(f"verl: the config cannot work: {error}\n")
@@ -66,6 +68,20 @@ def compose(arguments: list[str]) -> PPOConfig | None:
     finally:
         sys.argv = original
     return from_hydra(composed[0], prepared.given) if composed else None
+
+
+def import_external_lib(config: PPOConfig) -> None:
+    """Import the user's modules, so that the names they register are known when the config is checked.
+
+    Raises:
+        ConfigError: one does not import.
+    """
+    model = config.actor_rollout_ref.model
+    model.external_lib = external.absolute(model.external_lib or ())
+    try:
+        external.import_external(model.external_lib)
+    except external.ExternalLibError as error:
+        raise ConfigError([str(error)]) from error
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -7,29 +7,28 @@ their own shard of the data, in the same order.
 from __future__ import annotations
 
 import logging
-import resource
-import sys
+import zlib
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from verl.protocol import DataProto
-from verl.trainer.ppo.core_algos import get_policy_loss_fn
-from verl.utils.platform import choose_dtype, dist_backend, torch_device
-from verl.workers.engine.base import TrainEngine
+from verl.trainer.config.rollout_correction import Correction
+from verl.trainer.ppo.core_algos import get_policy_loss_fn, get_token_selector
+from verl.utils.external import import_external
+from verl.utils.platform import choose_dtype
+from verl.workers.engine.base import PolicyEngine
 from verl.workers.engine.export import RowEncoder
 from verl.workers.engine.fsdp import FSDPEngine
-from verl.workers.engine.micro_batch import MicroBatching
+from verl.workers.engine.micro_batch import MicroBatching, micro_batching
 from verl.workers.policy_objective import PolicyObjective
+from verl.workers.process_group import join_ranks, own_device, peak_memory_gb
 
 logger = logging.getLogger(__name__)
-
-_COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
 class ActorWorker:
@@ -43,6 +42,8 @@ class ActorWorker:
         total_training_steps: length of the learning-rate schedule.
         with_ref: also hold the reference policy, a frozen copy of the initial model.
         device: "cpu", "cuda" or "npu"; the first visible one of an accelerator unless several are.
+        bypass: the rollout correction of bypass mode: `old_log_probs` are the rollout engine's, and the loss corrects
+            for that; None for the loss that the `actor` section names.
     """
 
     def __init__(
@@ -56,17 +57,20 @@ class ActorWorker:
         total_training_steps: int,
         with_ref: bool,
         device: str,
+        bypass: Correction | None = None,
     ):
         self.rank = rank
         self.world_size = world_size
-        self._rendezvous = f"tcp://{master_addr}:{master_port}"
+        self._master = (master_addr, master_port)
         self._config = config
         self._total_training_steps = total_training_steps
         self._with_ref = with_ref
         self._device_type = device
+        self._bypass = bypass
         self._device = torch.device("cpu")
-        self._engine: TrainEngine | None = None
-        self._ref: TrainEngine | None = None
+        self._engine: PolicyEngine | None = None
+        self._ref: PolicyEngine | None = None
+        self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def init_model(self) -> None:
         """Join the other ranks and load the models.
@@ -75,26 +79,17 @@ class ActorWorker:
             ValueError: the checkpoint does not fit the model, or a setting is unknown.
         """
         actor = self._config.actor
-        self._policy_loss = get_policy_loss_fn(actor.policy_loss.loss_mode)
+        import_external(self._config.model.external_lib or ())
+        loss_mode = actor.policy_loss.loss_mode if self._bypass is None else "bypass_mode"
+        self._policy_loss, self._select_tokens = get_policy_loss_fn(loss_mode), get_token_selector(loss_mode)
         self._train_limits = micro_batching(
             actor.use_dynamic_bsz, actor.ppo_micro_batch_size_per_gpu, actor.ppo_max_token_len_per_gpu
         )
-        self._device = _own_device(self._device_type, self.rank)
-        mesh = self._join()
+        self._device = own_device(self._device_type, self.rank)
+        mesh = join_ranks(self._device_type, self.rank, self.world_size, *self._master)
         self._engine = self._make_engine(actor.fsdp_config, mesh, optim_config=actor.optim)
         if self._with_ref:
             self._ref = self._make_engine(self._config.ref.fsdp_config, mesh, optim_config=None)
-
-    def _join(self) -> DeviceMesh:
-        if not dist.is_initialized():
-            dist.init_process_group(
-                dist_backend(self._device_type),
-                init_method=self._rendezvous,
-                rank=self.rank,
-                world_size=self.world_size,
-                timeout=_COLLECTIVE_TIMEOUT,
-            )
-        return init_device_mesh(self._device_type, (self.world_size,))
 
     def _make_engine(self, fsdp_config: Any, mesh: DeviceMesh, optim_config: Any | None) -> FSDPEngine:
         return FSDPEngine(
@@ -108,21 +103,26 @@ class ActorWorker:
         )
 
     @property
-    def engine(self) -> TrainEngine:
+    def engine(self) -> PolicyEngine:
         """The engine of the policy."""
         if self._engine is None:
             raise RuntimeError("ActorWorker: call init_model() first")
         return self._engine
 
-    def compute_log_prob(self, data: DataProto) -> DataProto:
+    def compute_log_prob(self, data: DataProto, with_sum_pi_squared: bool = False) -> DataProto:
         """`old_log_probs` and `entropys` [B, T] float32 under the present policy, 0 where response_mask is 0.
+
+        Also, if asked for, `sum_pi_squared`: the sum over the vocabulary of each token's squared probability.
 
         Args:
             data: input_ids, attention_mask [B, P+T], responses, response_mask [B, T]; meta_info `temperature`.
         """
         limits = self._log_prob_limits(self._config.rollout)
-        log_probs, entropy = self.engine.log_probs(data, limits, calculate_entropy=True)
-        return DataProto.from_dict(tensors={"old_log_probs": log_probs, "entropys": entropy})
+        log_probs, entropy, *squares = self.engine.log_probs(
+            data, limits, calculate_entropy=True, calculate_sum_pi_squared=with_sum_pi_squared
+        )
+        columns = {"old_log_probs": log_probs, "entropys": entropy}
+        return DataProto.from_dict(tensors=columns | ({"sum_pi_squared": squares[0]} if squares else {}))
 
     def compute_ref_log_prob(self, data: DataProto) -> DataProto:
         """`ref_log_prob` [B, T] float32 under the reference policy; `data` as in `compute_log_prob`."""
@@ -158,9 +158,12 @@ class ActorWorker:
         """
         actor = self._config.actor
         history: list[dict[str, float]] = []
-        for _ in range(actor.ppo_epochs):
-            for mini_batch in mini_batches:
-                objective = PolicyObjective(self._policy_loss, actor, mini_batch.meta_info)
+        self._seen = []
+        for epoch in range(actor.ppo_epochs):
+            for number, mini_batch in enumerate(mini_batches):
+                if self._select_tokens is not None:
+                    mini_batch = self._with_selected_tokens(mini_batch, f"{epoch}.{number}")
+                objective = PolicyObjective(self._policy_loss, actor, mini_batch.meta_info, self._bypass)
                 metrics = self.engine.forward_backward(
                     mini_batch, objective, self._train_limits, entropy_grad=actor.entropy_coeff != 0
                 )
@@ -168,23 +171,53 @@ class ActorWorker:
                 step = self.engine.optimizer_step()
                 metrics["actor/grad_norm"], metrics["actor/lr"] = step["grad_norm"], step["lr"]
                 history.append(metrics)
+                if epoch == 0 and self._bypass is not None:
+                    self._seen += objective.seen
         self.engine.schedule_step()
         means = {name: sum(metrics[name] for metrics in history) / len(history) for name in history[0]}
         if actor.use_kl_loss:
             means["actor/kl_coef"] = actor.kl_loss_coef
-        means["actor/perf/max_memory_allocated_gb"] = self._peak_memory_gb()
+        means["actor/perf/max_memory_allocated_gb"] = peak_memory_gb(self._device)
         return means
 
-    def _peak_memory_gb(self) -> float:
-        """GiB at the peak, of the rank that needed most: allocated on an accelerator, resident on a CPU."""
-        if self._device.type == "cpu":
-            unit = 1 if sys.platform == "darwin" else 1024
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        else:
-            peak = torch.get_device_module(self._device).max_memory_allocated(self._device)
-        worst = torch.tensor(peak / 2**30, dtype=torch.float32, device=self._device)
-        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-        return worst.item()
+    def seen_log_probs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the last `update_actor` saw of the policy in bypass mode, when each sample was first trained on.
+
+        Returns:
+            `sample_index` [b] int64, this rank's samples' places in the batch (those with a token to train on), and
+            their log-probabilities [b, T] float32.
+        """
+        seen, self._seen = self._seen, []
+        if not seen:
+            return torch.empty(0, dtype=torch.int64), torch.empty(0, 0)
+        index, log_probs = (torch.cat(column).cpu() for column in zip(*seen, strict=True))
+        return index, log_probs.float()
+
+    def _with_selected_tokens(self, mini_batch: DataProto, number: str) -> DataProto:
+        """Add `selected_tokens` [b, T], what the loss chooses from the whole mini-batch under the present policy.
+
+        The choice is made alike on every rank from all ranks' samples, so it does not depend on how they are divided.
+        """
+        log_probs, *_ = self.engine.log_probs(mini_batch, self._train_limits, calculate_entropy=False)
+        names = ("sample_index", "old_log_probs", "advantages", "response_mask")
+        own = {**{name: mini_batch.batch[name] for name in names}, "log_probs": log_probs}
+        parts: list[Any] = [None] * self.world_size
+        dist.all_gather_object(parts, own)
+        whole = {name: torch.cat([part[name] for part in parts]) for name in own}
+        order = whole["sample_index"].argsort()
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order))
+        selected = self._select_tokens(
+            log_prob=whole["log_probs"][order],
+            old_log_prob=whole["old_log_probs"][order],
+            advantages=whole["advantages"][order],
+            response_mask=whole["response_mask"][order],
+            config=self._config.actor,
+            seed=zlib.crc32(f"{mini_batch.meta_info.get('global_step')}.{number}".encode()),
+        )
+        first = sum(len(part["sample_index"]) for part in parts[: self.rank])
+        mine = selected[place[first : first + len(mini_batch)]]
+        return mini_batch.select().union(DataProto.from_dict(tensors={"selected_tokens": mine.to(torch.int64)}))
 
     def export_weights(
         self, *, dtype: torch.dtype | None = None, encoder: RowEncoder | None = None
@@ -212,18 +245,3 @@ class ActorWorker:
         """Leave the group of ranks."""
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def micro_batching(use_dynamic_bsz: bool, micro_batch_size: int | None, max_token_len: int | None) -> MicroBatching:
-    """The limits that a section's three keys stand for."""
-    return MicroBatching(max_tokens=max_token_len) if use_dynamic_bsz else MicroBatching(size=micro_batch_size)
-
-
-def _own_device(device: str, rank: int) -> torch.device:
-    """This rank's device; where a process sees several of them, they are dealt out by rank."""
-    if device == "cpu":
-        return torch_device("cpu")
-    module = torch.get_device_module(torch_device(device))
-    own = torch_device(device, rank % module.device_count())
-    module.set_device(own)
-    return own

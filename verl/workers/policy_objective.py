@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from verl.trainer.ppo.core_algos import agg_loss, kl_penalty
+from verl.trainer.ppo.core_algos import agg_loss, get_token_selector, kl_penalty
 
 
 class PolicyObjective:
@@ -16,19 +16,28 @@ class PolicyObjective:
         policy_loss: an entry of the policy-loss registry.
         actor: the `actor` section.
         meta_info: of the mini-batch: `global_tokens`, `global_sequences`, `loss_scale_factor`.
+        rollout_correction: for a policy loss that corrects by itself, which finds it as `config.rollout_correction`.
+
+    Attributes:
+        seen: with `rollout_correction`, the `sample_index` [b] and log-probabilities [b, T] of each micro-batch so far.
     """
 
-    def __init__(self, policy_loss: Any, actor: Any, meta_info: dict[str, Any]):
+    def __init__(self, policy_loss: Any, actor: Any, meta_info: dict[str, Any], rollout_correction: Any | None = None):
         self._policy_loss = policy_loss
+        self._extra = ("selected_tokens",) if get_token_selector(policy_loss) is not None else ()
         self._actor = actor
         names = ("global_tokens", "global_sequences", "loss_scale_factor")
         self._denominators = {name: meta_info[name] for name in names}
-        self._loss_config = _WithBatchInfo(actor, self._denominators)
+        self._keeps_log_probs = rollout_correction is not None
+        self.seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._loss_config = _LossConfig(actor, self._denominators, rollout_correction)
 
     def __call__(
         self, log_probs: torch.Tensor, entropy: torch.Tensor, columns: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         actor, mask, mode = self._actor, columns["response_mask"], self._actor.loss_agg_mode
+        if self._keeps_log_probs and bool(mask.any()):  # a micro-batch without samples has no place in the batch
+            self.seen.append((columns["sample_index"], log_probs.detach()))
         loss, metrics = self._policy_loss(
             old_log_prob=columns["old_log_probs"],
             log_prob=log_probs,
@@ -37,6 +46,7 @@ class PolicyObjective:
             loss_agg_mode=mode,
             config=self._loss_config,
             rollout_is_weights=columns.get("rollout_is_weights"),
+            **{name: columns[name] for name in self._extra},
         )
         metrics = {"actor/pg_loss": loss.detach(), **metrics}
         metrics["actor/entropy"] = agg_loss(entropy.detach(), mask, "token-mean", **self._denominators)
@@ -50,12 +60,14 @@ class PolicyObjective:
         return loss, metrics
 
 
-class _WithBatchInfo:
-    """The actor section with `global_batch_info`, the mini-batch's denominators, for the policy loss to read."""
+class _LossConfig:
+    """The actor section with what only the policy loss needs: `global_batch_info`, the mini-batch's denominators, and
+    `rollout_correction`."""
 
-    def __init__(self, actor: Any, global_batch_info: dict[str, Any]):
+    def __init__(self, actor: Any, global_batch_info: dict[str, Any], rollout_correction: Any | None):
         self._actor = actor
         self.global_batch_info = global_batch_info
+        self.rollout_correction = rollout_correction
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._actor, name)

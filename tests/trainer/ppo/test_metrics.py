@@ -20,6 +20,11 @@ from verl.trainer.ppo.metrics import (
 P, T = 4, 6
 
 
+def mismatch_of(batch):
+    columns = batch.batch
+    return compute_mismatch_metrics(columns["old_log_probs"], columns["rollout_log_probs"], columns["response_mask"])
+
+
 def make_samples(lengths, seed=0, gaps=0.3):
     """One dict of plain lists a sample; `tool` marks tokens in the response that the model did not make."""
     rng = random.Random(seed)
@@ -174,7 +179,7 @@ def mismatch_by_loops(samples):
 @pytest.mark.parametrize("seed", range(3))
 def test_mismatch_against_loops(seed):
     samples = make_samples(LENGTHS, seed=seed)
-    metrics = compute_mismatch_metrics(make_batch(samples))
+    metrics = mismatch_of(make_batch(samples))
     expected = mismatch_by_loops(samples)
     assert_close(metrics, expected)
     assert metrics.keys() == expected.keys()
@@ -198,7 +203,7 @@ def test_degenerate_batches_give_finite_numbers(lengths):
         batch = make_batch(samples)
     timing = {"gen": 1.0, "update_actor": 1.0, "step": 0.0}
     metrics = compute_data_metrics(batch, 4, 6) | compute_timing_metrics(batch, timing)
-    metrics |= compute_throughput_metrics(batch, timing, 1) | compute_mismatch_metrics(batch)
+    metrics |= compute_throughput_metrics(batch, timing, 1) | mismatch_of(batch)
     assert all(math.isfinite(value) for value in metrics.values()), metrics
     tokens = sum(n for _, n in lengths)
     assert metrics["training/rollout_probs_diff_valid"] == int(tokens > 0)
@@ -212,7 +217,7 @@ def test_everything_masked_out_gives_neutral_numbers():
     samples = make_samples([(2, 3), (1, 2)])
     for s in samples:
         s["tool"] = [True] * len(s["old"])
-    metrics = compute_mismatch_metrics(make_batch(samples))
+    metrics = mismatch_of(make_batch(samples))
     ones = {"rollout_corr/training_ppl", "rollout_corr/rollout_ppl", "rollout_corr/ppl_ratio"}
     assert metrics == {name: float(name in ones) for name in metrics}
     assert compute_data_metrics(make_batch(samples), 4, 6)["critic/advantages/mean"] == 0.0
@@ -233,7 +238,7 @@ def test_pearson_where_it_is_undefined():
 def test_a_nan_in_the_data_is_not_hidden():
     batch = make_batch(make_samples(LENGTHS))
     batch.batch["old_log_probs"][0, 0] = float("nan")
-    metrics = compute_mismatch_metrics(batch)
+    metrics = mismatch_of(batch)
     assert math.isnan(metrics["rollout_corr/kl"]) and math.isnan(metrics["training/rollout_probs_diff_max"])
 
 

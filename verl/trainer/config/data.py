@@ -52,7 +52,12 @@ class DataConfig:
     return_raw_chat: bool = planned(True, "leaving the messages out of the batch")
     return_raw_input_ids: bool = planned(False, "untemplated prompt tokens in the batch")
     return_full_prompt: bool = planned(False, "the templated prompt text in the batch")
-    gen_batch_size: int | None = planned(None, "fetching other numbers of prompts than train_batch_size")
+    gen_batch_size: int | None = key(
+        None,
+        "prompts of one draw where algorithm.filter_groups drops some, null for train_batch_size",
+        unit="prompts",
+        at_least=1,
+    )
     dataloader_num_workers: int = planned(0, "loader processes", "use 0: the driver tokenises prompts itself")
     validation_shuffle: bool = planned(False, "shuffled validation prompts")
     image_key: str = planned("images", "images in prompts")

@@ -73,8 +73,12 @@ class TrainerConfig:
     balance_batch: bool = key(True, "even out the ranks' tokens")
     use_v1: bool = key(True, "there is one loop, which both values mean")
     v1: V1Config = section(V1Config, "the kind of loop")
-    critic_warmup: int = planned(0, "a critic")
-    max_critic_ckpt_to_keep: int | None = planned(None, "a critic")
+    critic_warmup: int = key(
+        0, "steps in which the critic alone learns, before the policy joins in", unit="training steps", at_least=0
+    )
+    max_critic_ckpt_to_keep: int | None = planned(
+        None, "keeping another number of the critic's checkpoints", "use max_actor_ckpt_to_keep: a checkpoint has both"
+    )
     default_hdfs_dir: str | None = planned(None, "copies on HDFS")
     del_local_ckpt_after_load: bool = planned(False, "deleting a checkpoint once loaded")
     esi_redundant_time: int = planned(0, "saving before an instance expires")

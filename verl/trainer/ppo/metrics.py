@@ -132,17 +132,19 @@ def compute_throughput_metrics(batch: DataProto, timing: Mapping[str, float], n_
     }
 
 
-def compute_mismatch_metrics(batch: DataProto) -> dict[str, float]:
+def compute_mismatch_metrics(
+    old_log_probs: torch.Tensor, rollout_log_probs: torch.Tensor, response_mask: torch.Tensor
+) -> dict[str, float]:
     """How far the policy that generated (rollout engine) is from the policy that is trained (training engine).
 
     Args:
-        batch: columns rollout_log_probs, old_log_probs [B,T] float and response_mask [B,T].
+        old_log_probs, rollout_log_probs: [B,T] float.
+        response_mask: [B,T], non-zero for a generated token.
 
     Returns:
-        `probability_metrics` and `off_policy_metrics` of those columns.
+        `probability_metrics` and `off_policy_metrics`.
     """
-    columns = batch.batch
-    arguments = columns["old_log_probs"], columns["rollout_log_probs"], columns["response_mask"]
+    arguments = old_log_probs, rollout_log_probs, response_mask
     return {**probability_metrics(*arguments), **off_policy_metrics(*arguments)}
 
 

@@ -6,12 +6,19 @@ One step, and for each stage the columns it reads and adds (`DataProto`, B sampl
     generate         rows: prompt_token_ids                          prompts, responses, input_ids, attention_mask,
                                                                      position_ids, response_mask, rollout_log_probs,
                                                                      weight_versions
-      (and rewards)  text, ground truth, as each sample finishes     token_level_scores
+      (and rewards)  text, ground truth, as each sample finishes     token_level_scores; reward_baselines [B]
     old_log_probs    input_ids, response_mask                        old_log_probs, entropys
     ref_log_prob     input_ids, response_mask                        ref_log_prob
-    advantages       token_level_scores, uid                         token_level_rewards, advantages, returns
-    update_actor     all of the above                                -
+    values           input_ids, response_mask                        values
+    correct_rollout  old_log_probs, rollout_log_probs                rollout_is_weights, accepted_mask
+    advantages       token_level_scores, uid, ref_log_prob, values   token_level_rewards, advantages, returns
+    drop_rejected    accepted_mask                                   response_mask without what was rejected
+    update_critic    values, returns                                 -
+    update_actor     all of the above but values and returns         -
     update_weights   -                                               the replicas serve version `step`
+
+Which of them run depends on the config: `ref_log_prob` with a KL term, `values` and `update_critic` with an estimator
+that needs a critic; in bypass mode the rollout's log-probabilities stand for `old_log_probs`, and the loss corrects.
 """
 
 from __future__ import annotations
@@ -19,20 +26,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-from collections.abc import Iterator
 from typing import Any
 
+from verl.agent_loop.metrics import compute_agent_metrics
 from verl.protocol import DataProto
 from verl.single_controller.session import RaySession
 from verl.trainer.config import Plan, PPOConfig
 from verl.trainer.ppo.checkpoint import CheckpointStore
+from verl.trainer.ppo.dynamic_sampling import DynamicSampling
 from verl.trainer.ppo.metrics import (
     compute_data_metrics,
-    compute_mismatch_metrics,
     compute_throughput_metrics,
     compute_timing_metrics,
 )
-from verl.trainer.ppo.rewards import apply_advantages
+from verl.trainer.ppo.off_policy import correct_rollout, drop_rejected, mismatch_metrics
+from verl.trainer.ppo.rewards import apply_advantages, apply_kl_penalty
 from verl.trainer.ppo.runtime import Runtime
 from verl.trainer.ppo.validation_run import ValidationRun
 from verl.utils.timing import marked_timer
@@ -54,6 +62,7 @@ class RayPPOTrainer:
         self.config, self.runtime, self.store = config, runtime, store
         self.validation = ValidationRun(config, runtime)
         self.step = 0
+        self.draws = runtime.draw()
 
     async def fit(self) -> None:
         """Train to the last step; validate before, during and after; save; log."""
@@ -65,26 +74,32 @@ class RayPPOTrainer:
                 tracking.log(await self.validate(tracking), self.step)
             if trainer.val_only:
                 return
-            for rows in self.batches():
+            while self.step < runtime.total_steps:
                 self.step += 1
                 timing: dict[str, float] = {}
                 with marked_timer("step", timing):
-                    batch = await runtime.generate(rows, self.step, timing)
-                    with marked_timer("old_log_prob", timing):
-                        batch = await runtime.old_log_probs(batch)
+                    batch, metrics = await self.generate(timing)
+                    batch = await self.old_log_probs(batch, timing)
                     if runtime.with_ref:
                         with marked_timer("ref", timing):
                             batch = await runtime.ref_log_prob(batch)
+                    if runtime.with_critic:
+                        with marked_timer("values", timing):
+                            batch = await runtime.values(batch)
                     with marked_timer("adv", timing):
-                        batch = apply_advantages(batch, self.config.algorithm)
-                    with marked_timer("update_actor", timing):
-                        metrics = await runtime.update_actor(batch)
+                        batch, of_advantages = self.advantages(batch)
+                    if runtime.with_critic:
+                        with marked_timer("update_critic", timing):
+                            metrics |= await runtime.update_critic(batch)
+                    if self.step > trainer.critic_warmup:
+                        with marked_timer("update_actor", timing):
+                            metrics |= await self.update_actor(batch)
                     with marked_timer("update_weights", timing):
                         metrics |= await runtime.update_weights(self.step)
                     if self.due(trainer.test_freq):
                         with marked_timer("testing", timing):
                             metrics |= await self.validate(tracking)
-                metrics |= self.describe(batch, timing)
+                metrics |= of_advantages | self.describe(batch, timing)
                 tracking.log(metrics, self.step)
                 progress.update(self.step, metrics)
                 if self.due(trainer.save_freq):
@@ -93,13 +108,46 @@ class RayPPOTrainer:
 
     # ---- stages that are more than one call ----
 
-    def batches(self) -> Iterator[list[dict[str, Any]]]:
-        """Batches of rows up to the last step, over as many epochs as that takes."""
-        while self.step < self.runtime.total_steps:
-            for rows in self.runtime.train_loader:
-                if self.step >= self.runtime.total_steps:
-                    return
-                yield self.runtime.rows(rows, self.step + 1)
+    async def generate(self, timing: dict[str, float]) -> tuple[DataProto, dict[str, float]]:
+        """A full batch of scored samples; with `filter_groups` from as many draws of prompts as that takes."""
+        runtime, algorithm = self.runtime, self.config.algorithm
+        runtime.begin_generation()
+        metrics: dict[str, float] = {}
+        if algorithm.filter_groups.enable:
+            sampling = DynamicSampling(
+                algorithm.filter_groups, self.config.data.train_batch_size, runtime.tokenizer.pad_token_id
+            )
+            while not sampling.full:
+                sampling.add(await runtime.generate(next(self.draws), timing))
+            batch, metrics = sampling.batch(), sampling.metrics()
+        else:
+            batch = await runtime.generate(next(self.draws), timing)
+        await runtime.end_generation(self.step)
+        batch.meta_info["global_step"] = self.step
+        return batch, metrics
+
+    async def old_log_probs(self, batch: DataProto, timing: dict[str, float]) -> DataProto:
+        """Add `old_log_probs`: the trainer's, or in bypass mode the rollout engine's, which costs no forward pass."""
+        if self.runtime.correction.bypass_mode:
+            return batch.union(DataProto.from_dict(tensors={"old_log_probs": batch.batch["rollout_log_probs"]}))
+        with marked_timer("old_log_prob", timing):
+            return await self.runtime.old_log_probs(batch)
+
+    def advantages(self, batch: DataProto) -> tuple[DataProto, dict[str, float]]:
+        """Correct for the rollout policy, turn scores into advantages, leave rejected tokens out of the updates."""
+        runtime, algorithm = self.runtime, self.config.algorithm
+        metrics: dict[str, float] = {}
+        if "rollout_log_probs" in batch.batch and not runtime.correction.bypass_mode:
+            batch, metrics = correct_rollout(batch, runtime.correction)
+        batch, of_kl = apply_kl_penalty(batch, algorithm, runtime.kl_controller)
+        return drop_rejected(apply_advantages(batch, algorithm)), metrics | of_kl
+
+    async def update_actor(self, batch: DataProto) -> dict[str, float]:
+        metrics = await self.runtime.update_actor(batch)
+        if self.runtime.correction.bypass_mode:
+            seen = await self.runtime.seen_log_probs(batch)
+            metrics |= mismatch_metrics(batch, seen, self.runtime.correction)
+        return metrics
 
     def due(self, every: int) -> bool:
         """Whether something that happens every `every` steps happens now; the last step always counts."""
@@ -132,9 +180,9 @@ class RayPPOTrainer:
         data, n_devices = self.config.data, self.config.trainer.n_gpus_per_node * self.config.trainer.nnodes
         return {
             "training/global_step": self.step,
-            "training/epoch": (self.step - 1) // self.runtime.steps_per_epoch,
+            "training/epoch": (self.runtime.draws - 1) // self.runtime.draws_per_epoch,
             **compute_data_metrics(batch, data.max_prompt_length, data.max_response_length),
-            **(compute_mismatch_metrics(batch) if "rollout_log_probs" in batch.batch else {}),
+            **compute_agent_metrics(batch),
             **compute_timing_metrics(batch, timing),
             **compute_throughput_metrics(batch, timing, n_devices),
             **self.runtime.seqlen_metrics(batch),

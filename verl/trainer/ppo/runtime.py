@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 
 from verl.agent_loop.generation import SampleGenerator, ScoredSample, to_batch
 from verl.protocol import DataProto
 from verl.single_controller.placement import Placement, place, replica_count, visible_devices
 from verl.single_controller.worker_group import WorkerGroup
 from verl.trainer.config import Plan, PPOConfig
-from verl.trainer.ppo.checkpoint import load_driver_state, save_driver_state
+from verl.trainer.config.checks.batches import needs_ref
+from verl.trainer.config.critic import needs_critic, resolve_critic
+from verl.trainer.config.rollout_correction import resolve
+from verl.trainer.ppo.advantages import get_adv_estimator_fn, required_columns
+from verl.trainer.ppo.checkpoint import CheckpointError, load_driver_state, save_driver_state
+from verl.trainer.ppo.kl_in_reward import get_kl_controller
 from verl.trainer.ppo.metrics import compute_seqlen_metrics
 from verl.trainer.ppo.validation import dump_generations
 from verl.utils.dataset.loader import build_dataloader
 from verl.utils.dataset.rl_dataset import create_rl_dataset
 from verl.utils.tokenizer import hf_tokenizer
-from verl.workers.engine.batching import split_even, split_mini_batches
+from verl.workers.engine.batching import ACTOR_COLUMNS, CRITIC_COLUMNS, partition, split_even, split_mini_batches
 from verl.workers.reward import RewardLoop
 from verl.workers.rollout.client import LLMServerClient
 from verl.workers.rollout.replica import ReplicaSet, vLLMReplica
@@ -61,6 +67,10 @@ class GroupSender:
         return {**export, "encode": report["seconds"], "worst": worst_error([report, *others])}
 
 
+async def _nothing() -> tuple[list[ScoredSample], dict[str, float]]:
+    return [], {}
+
+
 class Runtime:
     """Made from a checked config; `start` before anything else, `stop` in any case.
 
@@ -70,8 +80,12 @@ class Runtime:
 
     def __init__(self, config: PPOConfig, plan: Plan):
         self.config, self.plan = config, plan
-        actor = config.actor_rollout_ref.actor
-        self.with_ref = actor.use_kl_loss or config.algorithm.use_kl_in_reward
+        self.with_ref = needs_ref(config)
+        self.with_critic = needs_critic(config)
+        self.correction = resolve(config.algorithm.rollout_correction)
+        self.kl_controller = get_kl_controller(**dataclasses.asdict(config.algorithm.kl_ctrl))
+        self.draws = 0
+        self._dump: list[dict[str, Any]] = []
         self._placement: Placement | None = None
         self._group: WorkerGroup | None = None
         self._replicas: ReplicaSet | None = None
@@ -85,6 +99,8 @@ class Runtime:
         self._rewards = RewardLoop(self.config.reward)
         self._placement = place(self.config, self.plan.device)
         self._replicas = self._make_replicas(self._placement)
+        # Tools and agent loops are loaded here, so that what is wrong with them shows before anything has started.
+        self._generator = SampleGenerator(LLMServerClient(self._replicas), self.tokenizer, self._rewards, self.config)
         self._group = self._make_trainers(self._placement)
         starting = [asyncio.ensure_future(self._replicas.start()), asyncio.ensure_future(self._start_trainers())]
         try:
@@ -92,13 +108,6 @@ class Runtime:
         finally:
             for task in starting:
                 task.cancel()
-        self._generator = SampleGenerator(
-            LLMServerClient(self._replicas),
-            self.tokenizer,
-            self._rewards,
-            default_agent_loop=self.config.actor_rollout_ref.rollout.agent.default_agent_loop,
-            response_length=self.config.data.max_response_length,
-        )
 
     def _load_data(self) -> None:
         data, model = self.config.data, self.config.actor_rollout_ref.model
@@ -106,7 +115,11 @@ class Runtime:
         train = create_rl_dataset(data.train_files, self.tokenizer, data, max_samples=data.train_max_samples)
         seed = data.seed if data.seed is not None else self.config.trainer.seed
         self.train_loader = build_dataloader(
-            train, batch_size=data.train_batch_size, shuffle=data.shuffle, seed=seed, drop_last=True
+            train,
+            batch_size=data.gen_batch_size or data.train_batch_size,
+            shuffle=data.shuffle,
+            seed=seed,
+            drop_last=True,
         )
         validation = create_rl_dataset(data.val_files, self.tokenizer, data, max_samples=data.val_max_samples)
         self.val_loader = build_dataloader(
@@ -116,9 +129,9 @@ class Runtime:
             seed=seed,
             drop_last=False,
         )
-        self.steps_per_epoch = len(self.train_loader)
+        self.draws_per_epoch = len(self.train_loader)
         trainer = self.config.trainer
-        self.total_steps = trainer.total_training_steps or self.steps_per_epoch * trainer.total_epochs
+        self.total_steps = trainer.total_training_steps or self.draws_per_epoch * trainer.total_epochs
 
     def _make_replicas(self, placement: Placement) -> ReplicaSet:
         config, count = self.config, replica_count(self.config)
@@ -169,6 +182,8 @@ class Runtime:
                 "device": self.plan.device,
                 "total_training_steps": self.total_steps,
                 "with_ref": self.with_ref,
+                "critic": resolve_critic(self.config) if self.with_critic else None,
+                "actor_options": {"bypass": self.correction if self.correction.bypass_mode else None},
                 "seed": self.config.trainer.seed,
                 "rollout_dtype": self.plan.rollout_dtype,
             },
@@ -194,6 +209,19 @@ class Runtime:
                 stack.callback(self._group.stop)
 
     @property
+    def _with_baselines(self) -> bool:
+        return "reward_baselines" in self._estimator_columns
+
+    @property
+    def _with_sum_pi_squared(self) -> bool:
+        return "sum_pi_squared" in self._estimator_columns
+
+    @property
+    def _estimator_columns(self) -> tuple[str, ...]:
+        """What the estimator needs that is not always there."""
+        return required_columns(get_adv_estimator_fn(self.config.algorithm.adv_estimator))
+
+    @property
     def trainers(self) -> WorkerGroup:
         assert self._group is not None, "start() first"
         return self._group
@@ -210,28 +238,55 @@ class Runtime:
 
     # ---- stages ----
 
-    def rows(self, batch: Mapping[str, Sequence[Any]], step: int) -> list[dict[str, Any]]:
-        """A collated batch as one dict a prompt, each with a `uid` of its own."""
-        size = len(next(iter(batch.values())))
-        return [{**{key: column[i] for key, column in batch.items()}, "uid": f"{step}.{i}"} for i in range(size)]
+    def draw(self) -> Iterator[list[dict[str, Any]]]:
+        """Batches of prompts, one dict a prompt, each with a `uid` of its own; epoch after epoch, without end."""
+        while True:
+            for batch in self.train_loader:
+                self.draws += 1
+                size = len(next(iter(batch.values())))
+                yield [
+                    {**{key: column[i] for key, column in batch.items()}, "uid": f"{self.draws}.{i}"}
+                    for i in range(size)
+                ]
 
-    async def generate(self, rows: Sequence[dict[str, Any]], step: int, timing: dict[str, float]) -> DataProto:
-        """`rollout.n` scored samples for each row, next to each other; times go into `timing["gen"]`, `["reward"]`."""
+    def begin_generation(self) -> None:
+        """Before the first `generate` of a step."""
+        self.rewards.begin_step()
+
+    async def generate(self, rows: Sequence[dict[str, Any]], timing: dict[str, float]) -> DataProto:
+        """`rollout.n` scored samples for each row, next to each other; times are added to `gen` and `reward`.
+
+        Where the estimator compares with a greedy answer, that answer's score is the column `reward_baselines` [B].
+        """
         rollout = self.config.actor_rollout_ref.rollout
         sampling = {"temperature": rollout.temperature, "top_p": rollout.top_p, "top_k": rollout.top_k}
         if rollout.calculate_log_probs:
             sampling["logprobs"] = 0
-        self.rewards.begin_step()
-        samples, seconds = await self._generator.generate([row for row in rows for _ in range(rollout.n)], sampling)
-        timing |= seconds
+        sampled = self._generator.generate([row for row in rows for _ in range(rollout.n)], sampling)
+        greedy = self._generator.generate(list(rows), {"temperature": 0.0}) if self._with_baselines else _nothing()
+        (samples, seconds), (baselines, greedy_seconds) = await asyncio.gather(sampled, greedy)
+        for name in seconds:
+            timing[name] = timing.get(name, 0.0) + max(seconds[name], greedy_seconds.get(name, 0.0))
+        batch = to_batch(samples, pad_token_id=self.tokenizer.pad_token_id, with_log_probs=rollout.calculate_log_probs)
+        if self._with_baselines:
+            scores = torch.tensor([sample.reward.score for sample in baselines], dtype=torch.float32)
+            batch.batch["reward_baselines"] = scores.repeat_interleave(rollout.n)
+        batch.meta_info |= {"temperature": rollout.temperature}
+        if self.config.trainer.rollout_data_dir:
+            self._dump += [self.describe_sample(sample) for sample in samples]
+        return batch
+
+    async def end_generation(self, step: int) -> None:
+        """After the last `generate` of a step: judge the rewards, put the replicas to sleep, dump what they said.
+
+        Raises:
+            RewardError: every sample of the step failed to be scored.
+        """
         self.rewards.check_step()
         await self.replicas.sleep()
-        batch = to_batch(samples, pad_token_id=self.tokenizer.pad_token_id, with_log_probs=rollout.calculate_log_probs)
-        batch.meta_info |= {"temperature": rollout.temperature, "global_step": step}
         if self.config.trainer.rollout_data_dir:
-            rows_out = [self.describe_sample(sample) for sample in samples]
-            dump_generations(self.config.trainer.rollout_data_dir, step, rows_out)
-        return batch
+            dump_generations(self.config.trainer.rollout_data_dir, step, self._dump)
+            self._dump = []
 
     async def generate_validation(self, rows: Sequence[dict[str, Any]]) -> list[ScoredSample]:
         """`val_kwargs.n` scored samples for each row; greedy unless `val_kwargs.do_sample`."""
@@ -244,30 +299,50 @@ class Runtime:
         return samples
 
     async def old_log_probs(self, batch: DataProto) -> DataProto:
-        """Add `old_log_probs` and `entropys`."""
-        return batch.union(await self._on_shards("compute_log_prob", batch))
+        """Add `old_log_probs` and `entropys`, and `sum_pi_squared` for an estimator that names it."""
+        return batch.union(await self._on_shards("call", "compute_log_prob", batch, self._with_sum_pi_squared))
 
     async def ref_log_prob(self, batch: DataProto) -> DataProto:
         """Add `ref_log_prob`."""
-        return batch.union(await self._on_shards("compute_ref_log_prob", batch))
+        return batch.union(await self._on_shards("call", "compute_ref_log_prob", batch))
 
-    async def _on_shards(self, method: str, batch: DataProto) -> DataProto:
+    async def values(self, batch: DataProto) -> DataProto:
+        """Add the critic's `values`."""
+        return batch.union(await self._on_shards("call_critic", "compute_values", batch))
+
+    async def _on_shards(self, role: str, method: str, batch: DataProto, *arguments: Any) -> DataProto:
         shards, inverse = split_even(batch, len(self.trainers), balance=self.config.trainer.balance_batch)
-        parts = await self.trainers.each("call", [(method, shard) for shard in shards])
-        self._partitions = np.split(np.argsort(inverse), np.cumsum([len(shard) for shard in shards])[:-1])
+        parts = await self.trainers.each(role, [(method, shard, *arguments) for shard in shards])
         return DataProto.concat(parts)[inverse]
+
+    async def update_critic(self, batch: DataProto) -> dict[str, float]:
+        """One pass of optimizer steps of the critic over the batch; metrics `critic/*`."""
+        shards = self._mini_batches(batch, resolve_critic(self.config).ppo_mini_batch_size, CRITIC_COLUMNS)
+        return (await self.trainers.each("call_critic", [("update_critic", shard) for shard in shards]))[0]
 
     async def update_actor(self, batch: DataProto) -> dict[str, float]:
         """One pass of optimizer steps over the batch; metrics `actor/*`."""
+        shards = self._mini_batches(batch, self.config.actor_rollout_ref.actor.ppo_mini_batch_size, ACTOR_COLUMNS)
+        return (await self.trainers.each("call", [("update_actor", shard) for shard in shards]))[0]
+
+    def _mini_batches(self, batch: DataProto, prompts: int, columns: tuple[str, ...]) -> list[list[DataProto]]:
         config = self.config.actor_rollout_ref
-        shards = split_mini_batches(
+        return split_mini_batches(
             batch,
-            config.actor.ppo_mini_batch_size * config.rollout.n,
+            prompts * config.rollout.n,
             len(self.trainers),
+            columns=columns,
             balance=self.config.trainer.balance_batch,
             loss_scale_factor=config.actor.loss_scale_factor or self.config.data.max_response_length,
         )
-        return (await self.trainers.each("call", [("update_actor", shard) for shard in shards]))[0]
+
+    async def seen_log_probs(self, batch: DataProto) -> torch.Tensor:
+        """In bypass mode, log-probabilities [B, T] float32 of the policy when it trained on each sample of `batch`."""
+        seen = torch.zeros(batch.batch["response_mask"].shape)
+        for index, log_probs in await self.trainers.all("call", "seen_log_probs"):
+            if len(index):
+                seen[index] = log_probs
+        return seen
 
     async def update_weights(self, version: int) -> dict[str, Any]:
         """Bring every replica, restarted ones included, to the trainer's weights as `version`."""
@@ -287,8 +362,10 @@ class Runtime:
         }
 
     def seqlen_metrics(self, batch: DataProto) -> dict[str, float]:
-        """How evenly the tokens of the last forward pass lay on the ranks."""
-        return compute_seqlen_metrics(batch.batch["attention_mask"].sum(dim=-1).tolist(), self._partitions)
+        """How evenly a forward pass over the batch lays its tokens on the ranks."""
+        lengths = batch.batch["attention_mask"].sum(dim=-1).tolist()
+        parts = partition(batch, len(self.trainers), self.config.trainer.balance_batch)
+        return compute_seqlen_metrics(lengths, parts)
 
     def reward_metrics(self) -> dict[str, float]:
         return self.rewards.step_metrics()
@@ -298,11 +375,29 @@ class Runtime:
     async def save(self, directory: Path, step: int) -> None:
         """Write everything a run needs to go on into `directory`."""
         await self.trainers.all("call", "save_checkpoint", str(directory / "actor"))
-        save_driver_state(directory, {"step": step, "train_loader": self.train_loader.state_dict()})
+        if self.with_critic:
+            await self.trainers.all("call_critic", "save_checkpoint", str(directory / "critic"))
+        state = {
+            "step": step,
+            "train_loader": self.train_loader.state_dict(),
+            "draws": self.draws,
+            "kl_coef": self.kl_controller.value,
+        }
+        save_driver_state(directory, state)
 
     async def load(self, directory: Path) -> int:
         """Take the state of a checkpoint; the step it was written at."""
         state = load_driver_state(directory)
+        if self.with_critic and not (directory / "critic").is_dir():
+            raise CheckpointError(
+                f"{directory} has no critic, and algorithm.adv_estimator={self.config.algorithm.adv_estimator} trains "
+                "one: resume a run that had a critic, or start afresh with trainer.resume_mode=disable"
+            )
         await self.trainers.all("call", "load_checkpoint", str(directory / "actor"))
+        if self.with_critic:
+            await self.trainers.all("call_critic", "load_checkpoint", str(directory / "critic"))
         self.train_loader.load_state_dict(state["train_loader"])
+        self.draws = state.get("draws", state["step"])
+        if self.config.algorithm.kl_ctrl.type == "adaptive":
+            self.kl_controller.value = state.get("kl_coef", self.kl_controller.value)
         return int(state["step"])

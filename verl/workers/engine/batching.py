@@ -7,21 +7,14 @@ the denominators of its whole mini-batch, so that the loss is the same whatever 
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from verl.protocol import DataProto
 from verl.utils.seqlen_balancing import balanced_partition
 
-UPDATE_COLUMNS = (
-    "input_ids",
-    "attention_mask",
-    "responses",
-    "response_mask",
-    "old_log_probs",
-    "ref_log_prob",
-    "advantages",
-    "rollout_is_weights",
-)
-LOG_PROB_COLUMNS = ("input_ids", "attention_mask", "responses", "response_mask")
+FORWARD_COLUMNS = ("input_ids", "attention_mask", "responses", "response_mask")
+ACTOR_COLUMNS = (*FORWARD_COLUMNS, "old_log_probs", "ref_log_prob", "advantages", "rollout_is_weights")
+CRITIC_COLUMNS = (*FORWARD_COLUMNS, "values", "returns")
 
 
 def split_mini_batches(
@@ -29,24 +22,28 @@ def split_mini_batches(
     mini_batch_size_samples: int,
     dp_size: int,
     *,
+    columns: tuple[str, ...] = ACTOR_COLUMNS,
     balance: bool = True,
     loss_scale_factor: float | None = None,
 ) -> list[list[DataProto]]:
     """Cut into mini-batches of consecutive samples, and each of them among `dp_size` ranks.
 
     Args:
-        data: a whole batch with the columns of an update; others are left behind, of the non-tensor ones all but `uid`.
+        data: a whole batch.
         mini_batch_size_samples: samples in a mini-batch over all ranks; the last may be smaller.
+        columns: those that the update needs, where `data` has them; of the non-tensor ones `uid` alone goes along.
         balance: even out the tokens of the ranks; otherwise consecutive runs of samples.
         loss_scale_factor: divisor of `seq-mean-token-sum-norm` in tokens; by default the padded response width.
 
     Returns:
-        for each rank, its share of each mini-batch. meta_info holds `global_tokens` and `global_sequences`, the
-        response tokens and the sequences with at least one of them in the whole mini-batch, and `loss_scale_factor`.
+        for each rank, its share of each mini-batch, with a column `sample_index` [b] int64, each sample's place in
+        `data`. meta_info holds `global_tokens` and `global_sequences`, the response tokens and the sequences with at
+        least one of them in the whole mini-batch, and `loss_scale_factor`.
     """
     if mini_batch_size_samples < 1:
         raise ValueError(f"mini_batch_size_samples={mini_batch_size_samples}: must be at least 1")
-    data = _only(data, UPDATE_COLUMNS)
+    data = _only(data, columns)
+    data = data.union(DataProto.from_dict(tensors={"sample_index": torch.arange(len(data))}))
     ranks: list[list[DataProto]] = [[] for _ in range(dp_size)]
     for start in range(0, len(data), mini_batch_size_samples):
         mini_batch = data[start : start + mini_batch_size_samples]
@@ -57,7 +54,7 @@ def split_mini_batches(
             "global_sequences": int((tokens > 0).sum()),
             "loss_scale_factor": width if loss_scale_factor is None else loss_scale_factor,
         }
-        for rank, part in enumerate(_partition(mini_batch, dp_size, balance)):
+        for rank, part in enumerate(partition(mini_batch, dp_size, balance)):
             shard = mini_batch[part]
             shard.meta_info = {**data.meta_info, **denominators}
             ranks[rank].append(shard)
@@ -71,13 +68,13 @@ def split_even(data: DataProto, dp_size: int, balance: bool = True) -> tuple[lis
         the shards, holding the columns of a forward pass alone, and `inverse_order` [B] int64:
         `DataProto.concat(results)[inverse_order]` is in the order of `data`.
     """
-    parts = _partition(data, dp_size, balance)
-    data = _only(data, LOG_PROB_COLUMNS)
+    parts = partition(data, dp_size, balance)
+    data = _only(data, FORWARD_COLUMNS)
     return [data[part] for part in parts], np.argsort(np.concatenate(parts), kind="stable")
 
 
-def _partition(data: DataProto, dp_size: int, balance: bool) -> list[np.ndarray]:
-    """Row numbers of each rank's share; sizes differ by at most one."""
+def partition(data: DataProto, dp_size: int, balance: bool) -> list[np.ndarray]:
+    """Row numbers [b] of each rank's share; sizes differ by at most one."""
     if dp_size == 1 or not balance:
         return np.array_split(np.arange(len(data), dtype=np.int64), dp_size)
     lengths = data.batch["attention_mask"].sum(dim=-1).tolist()

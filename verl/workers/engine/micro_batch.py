@@ -39,6 +39,11 @@ class MicroBatching:
             raise ValueError(f"micro-batching by size={self.size} or max_tokens={self.max_tokens}: must be positive")
 
 
+def micro_batching(use_dynamic_bsz: bool, micro_batch_size: int | None, max_token_len: int | None) -> MicroBatching:
+    """The limits that a section's three keys stand for."""
+    return MicroBatching(max_tokens=max_token_len) if use_dynamic_bsz else MicroBatching(size=micro_batch_size)
+
+
 @dataclass
 class MicroBatch:
     """b samples, left-aligned, with N response tokens.
@@ -73,7 +78,7 @@ class AlignedBatch:
         self.response_mask = data.batch["response_mask"].to(device).bool()
         self.num_samples, self.response_width = self.response_mask.shape
         for name, column in data.batch.items():
-            if column.shape == self.response_mask.shape:
+            if column.shape in (self.response_mask.shape, self.response_mask.shape[:1]):
                 self.columns[name] = column.to(device)
         self._device = device
         self._width = mask.shape[1]

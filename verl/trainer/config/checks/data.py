@@ -39,10 +39,10 @@ def check_data(config: PPOConfig, found: Findings) -> DataInfo:
         if limit == 0:
             found.errors.append(f"data.{name}_max_samples=0: use at least 1, or -1 for all")
     train, val = _limited(train, data.train_max_samples), _limited(val, data.val_max_samples)
-    if train is not None and train < data.train_batch_size:
+    drawn = "train_batch_size" if data.gen_batch_size is None else "gen_batch_size"
+    if train is not None and train < getattr(data, drawn):
         found.errors.append(
-            f"data.train_batch_size={data.train_batch_size}: data.train_files has only {train} prompts; use at most "
-            f"{train}"
+            f"data.{drawn}={getattr(data, drawn)}: data.train_files has only {train} prompts; use at most {train}"
         )
     return DataInfo(train, val)
 
@@ -91,6 +91,17 @@ def _columns(path: Path) -> list[str]:
     if not isinstance(row, dict):
         raise ValueError(f"data file {path}: row 0 is a JSON {type(row).__name__}; every row has to be an object")
     return list(row)
+
+
+def column_names(files: str | list[str] | None) -> set[str]:
+    """Columns that at least one of the files has; those that cannot be read count as having none."""
+    found: set[str] = set()
+    try:
+        for path in data_paths(files) if files else []:
+            found.update(_columns(path))
+    except (FileNotFoundError, ValueError, OSError):
+        pass  # `check_data` reports it
+    return found
 
 
 def _check_custom_class(config: PPOConfig, found: Findings) -> None:

@@ -1,0 +1,51 @@
+import pytest
+
+from verl.utils.external import ExternalLibError, absolute, import_external
+
+
+def test_a_file_and_a_module_are_imported_once(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("import counted_by_external\ncounted_by_external.times += 1\n")
+    (tmp_path / "counted_by_external.py").write_text("times = 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for _ in range(2):
+        import_external(["counted_by_external", str(tmp_path / "mine.py")])
+    import counted_by_external
+
+    assert counted_by_external.times == 1
+
+
+def test_two_files_of_one_name_are_two_modules(tmp_path, monkeypatch):
+    (tmp_path / "seen_by_external.py").write_text("names = []\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.py").write_text(f"import seen_by_external\nseen_by_external.names += ['{folder}']\n")
+    import_external([str(tmp_path / "a" / "mine.py"), str(tmp_path / "b" / "mine.py")])
+    import seen_by_external
+
+    assert seen_by_external.names == ["a", "b"]
+
+
+def test_only_files_become_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert absolute(["package.module", "mine.py", "below/mine"]) == [
+        "package.module",
+        str(tmp_path / "mine.py"),
+        str(tmp_path / "below" / "mine"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("lib", "words"),
+    [
+        ("nowhere.py", "external_lib=.*nowhere.py: no such file"),
+        ("no_such_module_anywhere", "external_lib=no_such_module_anywhere does not import: ModuleNotFoundError"),
+        ("broken.py", "external_lib=.*broken.py does not import: ZeroDivisionError"),
+    ],
+)
+def test_what_cannot_be_imported_is_named(tmp_path, monkeypatch, lib, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.py").write_text("1 / 0\n")
+    for _ in range(2):  # a module that failed half way is not taken for imported
+        with pytest.raises(ExternalLibError, match=words):
+            import_external([lib])

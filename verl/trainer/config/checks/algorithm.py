@@ -1,0 +1,56 @@
+"""Dynamic sampling, KL terms and the critic's warm-up against the rest of the config."""
+
+from __future__ import annotations
+
+from verl.trainer.config.findings import Findings
+from verl.trainer.config.ppo import PPOConfig
+
+_FILTER = "algorithm.filter_groups"
+
+
+def check_algorithm(config: PPOConfig, found: Findings) -> None:
+    """What `algorithm` asks for has to be possible."""
+    _check_filter(config, found)
+    if config.algorithm.use_kl_in_reward and config.actor_rollout_ref.actor.use_kl_loss:
+        found.warnings.append(
+            "algorithm.use_kl_in_reward=True with actor_rollout_ref.actor.use_kl_loss=True: the KL divergence counts "
+            "twice, in the reward and in the loss; usually one of them is meant"
+        )
+    steps, warmup = config.trainer.total_training_steps, config.trainer.critic_warmup
+    if steps is not None and warmup >= steps:
+        found.warnings.append(
+            f"trainer.critic_warmup={warmup}: the run ends after trainer.total_training_steps={steps}, so the policy "
+            "is never trained"
+        )
+
+
+def _check_filter(config: PPOConfig, found: Findings) -> None:
+    groups, data, n = config.algorithm.filter_groups, config.data, config.actor_rollout_ref.rollout.n
+    drawn = data.gen_batch_size or data.train_batch_size
+    if not groups.enable:
+        if drawn != data.train_batch_size:
+            found.errors.append(
+                f"data.gen_batch_size={drawn}: differs from data.train_batch_size={data.train_batch_size}, which only "
+                f"{_FILTER}.enable=True makes sense of; leave it out"
+            )
+        return
+    if groups.metric is None:
+        found.errors.append(
+            f"{_FILTER}.metric is not set: name what has to differ within a group, seq_reward or a number that the "
+            "reward function returns, e.g. acc"
+        )
+    if n == 1:
+        found.errors.append(
+            f"{_FILTER}.enable=True with actor_rollout_ref.rollout.n=1: a group of one sample is never dropped; use "
+            "n=4 or more"
+        )
+    if groups.metric == "seq_final_reward" and config.algorithm.use_kl_in_reward:
+        found.errors.append(
+            f"{_FILTER}.metric=seq_final_reward with algorithm.use_kl_in_reward=True: groups are judged before the "
+            "KL penalty is known; use seq_reward"
+        )
+    if 0 < groups.max_num_gen_batches * drawn < data.train_batch_size:
+        found.errors.append(
+            f"{_FILTER}.max_num_gen_batches={groups.max_num_gen_batches}: x {drawn} prompts (data.gen_batch_size) "
+            f"never fill data.train_batch_size={data.train_batch_size}; use more"
+        )
