@@ -1,6 +1,7 @@
 """Policy losses: one pure function a file, found by name in a registry; their aggregation; the KL estimators."""
 
 # each registers itself
+from verl.trainer.ppo.losses import bypass as _bypass  # noqa: F401
 from verl.trainer.ppo.losses import cispo as _cispo  # noqa: F401
 from verl.trainer.ppo.losses import clip_cov as _clip_cov  # noqa: F401
 from verl.trainer.ppo.losses import dppo as _dppo  # noqa: F401
