@@ -104,15 +104,21 @@ class CheckpointConfig:
 
 @dataclass
 class PolicyLossConfig:
-    """Which policy loss."""
+    """Which policy loss, and the settings of single ones; docs/algorithms.md has their formulas."""
 
     loss_mode: str = key(
         "vanilla",
         "policy loss; vanilla is PPO's, clipped",
         choices=names.POLICY_LOSSES,
         planned=names.PLANNED_POLICY_LOSSES,
-        use="use vanilla",
+        use="use vanilla and algorithm.rollout_correction.bypass_mode=True",
     )
+    clip_cov_ratio: float = key(0.0002, "clip_cov: share of tokens whose gradient is dropped", above=0, at_most=1)
+    clip_cov_lb: float = key(1.0, "clip_cov: tokens to choose from have a covariance above this")
+    clip_cov_ub: float = key(5.0, "clip_cov: and below this")
+    kl_cov_ratio: float = key(0.0002, "kl_cov: share of tokens that are penalised", above=0, at_most=1)
+    ppo_kl_coef: float = key(0.1, "kl_cov: weight of their penalty", at_least=0)
+    dro_beta: float | None = key(None, "dro: weight of the quadratic penalty, which has no default", above=0)
 
 
 @dataclass
@@ -138,9 +144,19 @@ class ActorConfig:
     )
     ppo_epochs: int = key(1, "passes over the samples of a step", at_least=1)
     clip_ratio: float = key(0.2, "PPO's clip range where low or high is null", above=0)
-    clip_ratio_low: float | None = key(0.2, "the ratio is kept above 1 - this", above=0, at_most=1)
-    clip_ratio_high: float | None = key(0.2, "the ratio is kept below 1 + this", above=0)
-    clip_ratio_c: float = key(3.0, "dual clip: bound of the ratio where the advantage is negative", above=1)
+    clip_ratio_low: float | None = key(
+        0.2,
+        "the ratio is kept above 1 - this; from 1 on it has no lower bound; on dppo_*: bound of the divergence",
+        above=0,
+    )
+    clip_ratio_high: float | None = key(
+        0.2, "the ratio is kept below 1 + this; on dppo_*: bound of the divergence", above=0
+    )
+    clip_ratio_c: float = key(
+        3.0, "dual clip: bound of the ratio where the advantage is negative; on dppo_*: bound of every ratio", above=1
+    )
+    tau_pos: float = key(1.0, "sapo: sharpness of the gate where the advantage is positive", above=0)
+    tau_neg: float = key(1.05, "sapo: sharpness of the gate elsewhere", above=0)
     loss_agg_mode: str = key("token-mean", "how token losses become one number", choices=names.LOSS_AGG_MODES)
     loss_scale_factor: float | None = key(
         None, "divisor of seq-mean-token-sum-norm, null for data.max_response_length", unit="tokens", above=0

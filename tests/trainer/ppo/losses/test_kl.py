@@ -30,7 +30,7 @@ def test_values(name, suffix):
     torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["kl", "abs", "mse", "low_var_kl"])
+@pytest.mark.parametrize("name", ["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3"])
 def test_plus_has_the_gradient_of_k2(name):
     logprob = torch.tensor(DIFFERENCES, dtype=torch.float64, requires_grad=True)
     kl_penalty(logprob, torch.zeros_like(logprob), name + "+").sum().backward()
