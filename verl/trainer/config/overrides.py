@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,8 @@ from hydra.errors import HydraException
 from verl.trainer.config import build, legacy
 from verl.trainer.config.errors import ConfigError
 from verl.trainer.config.ppo import PPOConfig
+
+_BAND = re.compile(r"[0-9.]+_[0-9.]+")
 
 
 @dataclass
@@ -33,7 +36,7 @@ def prepare(overrides: Sequence[str]) -> Prepared:
     """
     prepared, problems = Prepared(), []
     for text in overrides:
-        text = _quoted_home(text)
+        text = _quoted_band(_quoted_home(text))
         try:
             override = OverridesParser.create().parse_override(text)
         except HydraException as error:
@@ -83,6 +86,12 @@ def _quoted_home(text: str) -> str:
     """Hydra takes no `~` in a value without quotes, where users mean their home directory."""
     name, equals, value = text.partition("=")
     return f"{name}={value!r}" if equals and value.startswith("~") else text
+
+
+def _quoted_band(text: str) -> str:
+    """A threshold's 0.5_5 is a band; Hydra, as YAML, takes it for the number 0.55 unless it is quoted."""
+    name, _, value = text.partition("=")
+    return f"{name}={value!r}" if name.endswith("_threshold") and _BAND.fullmatch(value) else text
 
 
 def _value_text(text: str) -> str:
