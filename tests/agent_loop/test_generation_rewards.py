@@ -8,7 +8,7 @@ import pytest
 
 from verl.agent_loop.agent_loop import AgentLoopBase, AgentLoopOutput, register
 from verl.agent_loop.generation import SampleGenerator, ScoredSample, to_batch
-from verl.trainer.config import CustomRewardFunctionConfig, RewardConfig, RewardManagerConfig
+from verl.trainer.config import CustomRewardFunctionConfig, PPOConfig, RewardConfig, RewardManagerConfig
 from verl.workers.reward import RewardLoop, RewardResult
 
 
@@ -44,7 +44,9 @@ def generate(tmp_path):
             timeout=5.0,
         )
         rewards = RewardLoop(config)
-        generator = SampleGenerator(None, Words(), rewards, default_agent_loop="echo_for_this_test", response_length=8)
+        config = PPOConfig()
+        config.actor_rollout_ref.rollout.agent.default_agent_loop = "echo_for_this_test"
+        generator = SampleGenerator(None, Words(), rewards, config)
         rows = [
             {"uid": str(i), "data_source": "d", "reward_model": {}, "raw_prompt": [], "answer_ids": ids}
             for i, ids in enumerate(answers)

@@ -2,5 +2,14 @@
 
 from verl.agent_loop.agent_loop import AgentLoopBase, AgentLoopOutput, get_agent_loop, register
 from verl.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
+from verl.agent_loop.tool_agent_loop import AgentData, ToolAgentLoop
 
-__all__ = ["AgentLoopBase", "AgentLoopOutput", "SingleTurnAgentLoop", "get_agent_loop", "register"]
+__all__ = [
+    "AgentData",
+    "AgentLoopBase",
+    "AgentLoopOutput",
+    "SingleTurnAgentLoop",
+    "ToolAgentLoop",
+    "get_agent_loop",
+    "register",
+]

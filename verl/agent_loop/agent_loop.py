@@ -7,10 +7,11 @@ tokens only, and keeps the model's own tokens as they were generated.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from verl.trainer.config import PPOConfig
 from verl.workers.rollout.client import LLMServerClient
 
 
@@ -24,9 +25,10 @@ class AgentLoopOutput:
         response_mask: 1 for the model's own tokens, 0 for others; as long as `response_ids`.
         response_logprobs: log-probability of each response token, 0.0 where the mask is 0; empty where not asked for.
         weight_versions: version of the weights that made each response token, -1 where the mask is 0.
-        stop_reason: `stop`, `length` or `abort`.
+        stop_reason: `stop`, `length`, `abort`, or `turns` (a cap on turns).
         num_turns: messages exchanged, the prompt included.
-        extra_fields: more columns for this sample.
+        extra_fields: more columns for this sample, None for samples without them; the reward function finds them in
+            `extra_info`. Numbers, strings, lists and dicts.
     """
 
     prompt_ids: list[int]
@@ -42,43 +44,79 @@ class AgentLoopOutput:
 class AgentLoopBase(ABC):
     """One loop per sample; it may keep state on itself.
 
+    A subclass with an `__init__` of its own takes these three, further ones by keyword, and hands the three on.
+
     Args:
         client: access to the replicas.
         tokenizer: the model's tokenizer.
-        response_length: cap on `response_ids`, in tokens.
+        config: the whole config.
+
+    Attributes:
+        prompt_length, response_length: caps on `prompt_ids` and `response_ids`, in tokens.
+        rollout_config: the section `actor_rollout_ref.rollout`.
     """
 
-    def __init__(self, client: LLMServerClient, tokenizer: Any, response_length: int):
+    def __init__(self, client: LLMServerClient, tokenizer: Any, config: PPOConfig):
         self.client = client
         self.tokenizer = tokenizer
-        self.response_length = response_length
+        self.config = config
+        self.rollout_config = config.actor_rollout_ref.rollout
+        self.prompt_length = config.data.max_prompt_length
+        self.response_length = config.data.max_response_length
+
+    @classmethod
+    def setup(cls, tokenizer: Any, config: PPOConfig) -> dict[str, Any]:
+        """What all loops of this class share, made once a run; every one is given it as keywords.
+
+        Raises:
+            ValueError: the loop cannot work with this config; said before the engine starts.
+        """
+        return {}
 
     @abstractmethod
     async def run(self, sampling_params: dict[str, Any], **row: Any) -> AgentLoopOutput:
         """Produce one sample from one row of the dataset."""
 
 
-_LOOPS: dict[str, type[AgentLoopBase]] = {}
+@dataclass(frozen=True)
+class RegisteredLoop:
+    """A class of loops and the keywords that it was registered with."""
+
+    loop: type[AgentLoopBase]
+    kwargs: Mapping[str, Any]
 
 
-def register(name: str) -> Callable[[type[AgentLoopBase]], type[AgentLoopBase]]:
-    """Class decorator: makes a loop available as `rollout.agent.default_agent_loop` or in the column `agent_name`."""
+_LOOPS: dict[str, RegisteredLoop] = {}
+
+
+def register(name: str, **kwargs: Any) -> Callable[[type[AgentLoopBase]], type[AgentLoopBase]]:
+    """Class decorator: makes a loop available as `rollout.agent.default_agent_loop` or in the column `agent_name`.
+
+    Args:
+        kwargs: further keywords for its `__init__`.
+    """
 
     def add(loop: type[AgentLoopBase]) -> type[AgentLoopBase]:
-        if name in _LOOPS and _LOOPS[name].__qualname__ != loop.__qualname__:
-            raise ValueError(f"agent loop {name!r} is registered twice: {_LOOPS[name]} and {loop}; choose another name")
-        _LOOPS[name] = loop
+        known = _LOOPS.get(name)
+        if known is not None and known.loop.__qualname__ != loop.__qualname__:
+            raise ValueError(f"agent loop {name!r} is registered twice: {known.loop} and {loop}; choose another name")
+        _LOOPS[name] = RegisteredLoop(loop, kwargs)
         return loop
 
     return add
 
 
-def get_agent_loop(name: str) -> type[AgentLoopBase]:
+def get_agent_loop(name: str) -> RegisteredLoop:
     """The loop registered under `name`.
 
     Raises:
         ValueError: unknown name; the message lists the known ones.
     """
     if name not in _LOOPS:
-        raise ValueError(f"agent loop {name!r} is not registered: use one of {sorted(_LOOPS)}")
+        raise ValueError(f"agent loop {name!r} is not registered: use one of {', '.join(agent_loop_names())}")
     return _LOOPS[name]
+
+
+def agent_loop_names() -> list[str]:
+    """Names of the registered loops."""
+    return sorted(_LOOPS)

@@ -12,8 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from verl.agent_loop.agent_loop import AgentLoopOutput, get_agent_loop
+from verl.agent_loop.agent_loop import AgentLoopBase, AgentLoopOutput, get_agent_loop
+from verl.agent_loop.loops_file import register_from_file
 from verl.protocol import DataProto
+from verl.trainer.config import PPOConfig
+from verl.utils.proto_columns import object_array
 from verl.workers.reward import RewardLoop, RewardResult, extra_columns
 from verl.workers.rollout.client import LLMServerClient
 
@@ -36,24 +39,24 @@ class SampleGenerator:
         client: access to the replicas.
         tokenizer: the model's tokenizer.
         rewards: scores one sample; runs off the event loop.
-        default_agent_loop: the loop for rows without the column `agent_name`.
-        response_length: cap in tokens.
+        config: the whole config.
+
+    Raises:
+        ValueError: the default agent loop is not known or cannot work, or the file of agent loops cannot be used.
     """
 
-    def __init__(
-        self,
-        client: LLMServerClient,
-        tokenizer: Any,
-        rewards: RewardLoop,
-        *,
-        default_agent_loop: str,
-        response_length: int,
-    ):
+    def __init__(self, client: LLMServerClient, tokenizer: Any, rewards: RewardLoop, config: PPOConfig):
         self._client = client
         self._tokenizer = tokenizer
         self._rewards = rewards
-        self._default_agent_loop = default_agent_loop
-        self._response_length = response_length
+        self._config = config
+        self._shared: dict[str, dict[str, Any]] = {}
+        agent = config.actor_rollout_ref.rollout.agent
+        if agent.agent_loop_config_path is not None:
+            register_from_file(agent.agent_loop_config_path)
+        # What is wrong with it shows now, not at the first sample.
+        self._default_agent_loop = agent.default_agent_loop
+        self._agent_loop(self._default_agent_loop)
 
     async def generate(
         self, rows: Sequence[dict[str, Any]], sampling_params: dict[str, Any]
@@ -75,18 +78,23 @@ class SampleGenerator:
         return samples, {"gen": self._answered_at - started, "reward": ended - self._answered_at}
 
     async def _sample(self, row: dict[str, Any], sampling_params: dict[str, Any]) -> ScoredSample:
-        loop_class = get_agent_loop(row.get("agent_name") or self._default_agent_loop)
-        loop = loop_class(self._client, self._tokenizer, self._response_length)
+        loop = self._agent_loop(row.get("agent_name") or self._default_agent_loop)
         output = await loop.run(sampling_params, **row)
         self._answered_at = time.perf_counter()
         reward = await self._rewards.score(
             row["data_source"],
             self._tokenizer.decode(output.response_ids, skip_special_tokens=True),
             row["reward_model"].get("ground_truth"),
-            row.get("extra_info") or {},
+            {**(row.get("extra_info") or {}), **output.extra_fields, "num_turns": output.num_turns},
             response_length=len(output.response_ids),
         )
         return ScoredSample(row, output, reward)
+
+    def _agent_loop(self, name: str) -> AgentLoopBase:
+        registered = get_agent_loop(name)
+        if name not in self._shared:
+            self._shared[name] = {**registered.loop.setup(self._tokenizer, self._config), **registered.kwargs}
+        return registered.loop(self._client, self._tokenizer, self._config, **self._shared[name])
 
 
 def to_batch(samples: Sequence[ScoredSample], *, pad_token_id: int, with_log_probs: bool) -> DataProto:
@@ -99,7 +107,11 @@ def to_batch(samples: Sequence[ScoredSample], *, pad_token_id: int, with_log_pro
     Returns:
         Columns `prompts` [B, P], `responses` [B, T], `input_ids`, `attention_mask`, `position_ids` [B, P + T],
         `response_mask` [B, T] int64; `rollout_log_probs` [B, T] float32; `weight_versions` [B, T] int64, -1 where no
-        model token stands; `token_level_scores` [B, T] float32 with the score at the last response token.
+        model token stands; `token_level_scores` [B, T] float32 with the score at the model's last token. Object columns
+        [B] of the rows, of the rewards' extra values and of the loops' extra fields, None where a sample has none.
+
+    Raises:
+        ValueError: an extra value or field has the name of another column.
     """
     size = len(samples)
     prompt_width = max(len(s.output.prompt_ids) for s in samples)
@@ -123,8 +135,7 @@ def to_batch(samples: Sequence[ScoredSample], *, pad_token_id: int, with_log_pro
         response_mask[i, :length] = out.response_mask
         versions[i, : len(out.weight_versions)] = out.weight_versions
         log_probs[i, : len(out.response_logprobs)] = out.response_logprobs
-        # An empty answer has no last token; its score stands at the first column, outside every mask.
-        scores[i, max(0, length - 1)] = sample.reward.score
+        scores[i, _last_own(out.response_mask)] = sample.reward.score
     attention_mask = np.concatenate([prompt_mask, answered], axis=1)
     columns = {
         "prompts": prompts,
@@ -144,6 +155,11 @@ def to_batch(samples: Sequence[ScoredSample], *, pad_token_id: int, with_log_pro
     )
 
 
+def _last_own(response_mask: Sequence[int]) -> int:
+    """Where the model's last token stands: estimators skip others. 0, outside every mask, if it has none."""
+    return max((i for i, own in enumerate(response_mask) if own), default=0)
+
+
 def _object_columns(samples: Sequence[ScoredSample]) -> dict[str, np.ndarray]:
     columns: dict[str, list[Any]] = {
         "uid": [s.row["uid"] for s in samples],
@@ -154,10 +170,14 @@ def _object_columns(samples: Sequence[ScoredSample]) -> dict[str, np.ndarray]:
         "stop_reason": [s.output.stop_reason for s in samples],
         "num_turns": [s.output.num_turns for s in samples],
     }
-    columns |= extra_columns([s.reward for s in samples])
-    arrays = {}
-    for name, values in columns.items():
-        array = np.empty(len(values), dtype=object)
-        array[:] = values
-        arrays[name] = array
-    return arrays
+    fields = [s.output.extra_fields for s in samples]
+    of_loops = {key: [field.get(key) for field in fields] for key in dict.fromkeys(key for f in fields for key in f)}
+    of_rewards = extra_columns([s.reward for s in samples])
+    for source, extra in (("the agent loop", of_loops), ("the reward function", of_rewards)):
+        taken = sorted(columns.keys() & extra.keys())
+        if taken:
+            raise ValueError(
+                f"{source} gives {', '.join(taken)}, a name that the batch has already; choose another one"
+            )
+        columns |= extra
+    return {name: object_array(values) for name, values in columns.items()}

@@ -1,0 +1,127 @@
+"""A user's functions block, exit and hang; the caller's event loop goes on."""
+
+import asyncio
+import subprocess
+import sys
+import time
+
+import pytest
+
+from verl.tools.utils.isolation import CallFailed, CallTimeout, IsolatedCalls
+
+
+async def heartbeat(beats):
+    while True:
+        beats.append(time.monotonic())
+        await asyncio.sleep(0.01)
+
+
+async def watched(coroutine):
+    """What the coroutine gives, and the longest time that this event loop stood still meanwhile."""
+    beats = []
+    task = asyncio.create_task(heartbeat(beats))
+    await asyncio.sleep(0)
+    try:
+        result = await coroutine
+    except (CallFailed, CallTimeout) as error:
+        result = error
+    finally:
+        task.cancel()
+    return result, beats
+
+
+def add(a, *, b):
+    return a + b
+
+
+async def add_async(a, *, b):
+    await asyncio.sleep(0)
+    return a + b
+
+
+def add_awaitable(a, *, b):
+    return add_async(a, b=b)
+
+
+@pytest.mark.parametrize("function", [add, add_async, add_awaitable])
+async def test_a_result_comes_back(function):
+    assert await IsolatedCalls().call(function, 1, b=2, timeout=30) == 3
+
+
+def sleep(seconds):
+    time.sleep(seconds)
+
+
+async def block(seconds):
+    time.sleep(seconds)
+
+
+@pytest.mark.parametrize("function", [sleep, block])
+async def test_a_function_that_blocks_does_not_block_the_caller(function):
+    _, beats = await watched(IsolatedCalls().call(function, 0.5, timeout=30))
+    assert len(beats) > 10
+
+
+async def async_hang():
+    await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("function", [lambda: time.sleep(20), async_hang])
+async def test_a_function_that_hangs_is_given_up(function):
+    started = time.monotonic()
+    with pytest.raises(CallTimeout):
+        await IsolatedCalls().call(function, timeout=0.1)
+    assert time.monotonic() - started < 10
+
+
+async def test_after_an_async_function_blocked_the_others_run_again():
+    calls = IsolatedCalls()
+    with pytest.raises(CallTimeout):
+        await calls.call(block, 20, timeout=0.1)
+    assert await calls.call(add_async, 1, b=2, timeout=30) == 3
+
+
+def stop_iteration():
+    raise StopIteration
+
+
+async def leave():
+    sys.exit(3)
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (lambda: 1 / 0, "ZeroDivisionError: division by zero"),
+        (stop_iteration, "StopIteration"),
+        (sys.exit, "SystemExit"),
+        (leave, "SystemExit: 3"),
+    ],
+)
+async def test_whatever_is_raised_becomes_a_failure(function, words):
+    calls = IsolatedCalls()
+    with pytest.raises(CallFailed, match=words):
+        await calls.call(function, timeout=30)
+    assert await calls.call(add_async, 1, b=2, timeout=30) == 3
+
+
+HANGING = """
+import asyncio, time
+from verl.tools.utils.isolation import CallTimeout, IsolatedCalls
+def hang(): time.sleep(600)
+async def in_thread(): await asyncio.to_thread(hang)
+async def block(): hang()
+async def main():
+    calls = IsolatedCalls()
+    for function in (hang, in_thread, block):
+        try:
+            await calls.call(function, timeout=0.05)
+        except CallTimeout:
+            print("given up")
+asyncio.run(main())
+"""
+
+
+def test_what_hangs_does_not_keep_the_process_from_ending():
+    done = subprocess.run([sys.executable, "-c", HANGING], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split("\n")[:3] == ["given up"] * 3 and done.returncode == 0, done.stderr

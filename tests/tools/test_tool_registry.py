@@ -1,0 +1,140 @@
+"""The tool config file: what it gives, and what is said about one that cannot work."""
+
+import textwrap
+
+import pytest
+import yaml
+
+from fixtures import tools as fake
+from fixtures.tools import schema, write_tool_config
+from verl.tools.utils.tool_registry import (
+    ToolConfigError,
+    initialize_tools_from_config,
+    read_tool_config,
+    tool_timeout,
+)
+
+OWN = """
+from verl.tools.base_tool import BaseTool
+from verl.tools.schemas import OpenAIFunctionToolSchema
+
+class WithSchema(BaseTool):
+    def get_openai_tool_schema(self):
+        function = {"name": "from_class", "description": "d"}
+        return OpenAIFunctionToolSchema.model_validate({"type": "function", "function": function})
+
+class Narrow(WithSchema):
+    async def execute(self, instance_id, parameters):
+        pass
+
+class Breaks(WithSchema):
+    def __init__(self, config, tool_schema):
+        raise OSError("no key")
+
+class NoTool:
+    pass
+"""
+
+
+def test_tools_of_a_file(tmp_path):
+    path = write_tool_config(
+        tmp_path / "tools.yaml",
+        (fake.Echo, "echo", ["text"], {}),
+        (fake.Hangs, "hangs", [], {"timeout": 2, "key": "k"}),
+    )
+    echo, hangs = initialize_tools_from_config(str(path))
+    assert (echo.name, hangs.name) == ("echo", "hangs") and isinstance(hangs, fake.Hangs)
+    assert hangs.config == {"type": "native", "timeout": 2, "key": "k"}
+    assert (tool_timeout(echo), tool_timeout(hangs)) == (30.0, 2.0)
+    # Chat templates are given what the file says, nothing added.
+    assert echo.tool_schema.model_dump(exclude_unset=True, exclude_none=True) == schema("echo", "text")
+    assert initialize_tools_from_config(None) == []
+
+
+def test_further_keywords_of_a_schema_are_kept(tmp_path):
+    written = schema("search", "query", additionalProperties=True)
+    written["function"]["parameters"]["properties"]["top"] = {"type": ["integer", "null"], "minimum": 1, "enum": [1, 2]}
+    (tmp_path / "tools.yaml").write_text(
+        yaml.safe_dump({"tools": [{"class_name": "fixtures.tools.Echo", "tool_schema": written}]})
+    )
+    (entry,) = read_tool_config(str(tmp_path / "tools.yaml"))
+    assert entry.tool_schema.model_dump(exclude_unset=True, exclude_none=True) == written
+
+
+def test_a_class_in_a_file_beside_the_config_and_a_schema_of_its_own(tmp_path, monkeypatch):
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    (folder / "own.py").write_text(OWN)
+    (folder / "tools.yaml").write_text("tools: [{class_name: own.py:WithSchema}]")
+    monkeypatch.chdir(tmp_path)
+    (tool,) = initialize_tools_from_config(str(folder / "tools.yaml"))
+    assert tool.name == "from_class"
+    (again,) = initialize_tools_from_config(str(folder / "tools.yaml"))
+    assert type(again) is type(tool)
+
+
+SCHEMA = "tool_schema: {type: function, function: {name: a, description: d}}"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "no such file"),
+        ("tools: [", "is not YAML"),
+        ("[]", "has no list 'tools'"),
+        ("tools: []", "has no list 'tools'"),
+        ("tools: [{config: {}}]", r"tools\[0\] has no class_name"),
+        (f"tools: [{{class_name: own.py:WithSchema, conf: 1, {SCHEMA}}}]", "no such key: conf"),
+        ("tools: [{class_name: own.py:WithSchema, config: [1]}]", "config is a list"),
+        ("tools: [{class_name: own.py:WithSchema, config: {type: mcp}}]", "type=mcp: only native"),
+        ("tools: [{class_name: own.py:WithSchema, config: {timeout: 0}}]", "timeout=0: give seconds"),
+        ("tools: [{class_name: own.py:WithSchema, config: {timeout: .inf}}]", "timeout=inf: give seconds"),
+        ("tools: [{class_name: own.py:WithSchema, config: {timeout: true}}]", "timeout=True: give seconds"),
+        ("tools: [{class_name: Own}]", "give package.module.Class, or path/to/file.py:Class"),
+        ("tools: [{class_name: nobody_has_this.Own}]", "no module nobody_has_this"),
+        ("tools: [{class_name: other.py:Own}]", "no such file"),
+        ("tools: [{class_name: own.py:Own}]", "has no class Own; it has BaseTool, Breaks"),
+        ("tools: [{class_name: broken.py:Own}]", "is not valid Python"),
+        ("tools: [{class_name: own.py:WithSchema, tool_schema: {type: function}}]", "tool_schema.function: Field"),
+        (
+            f"tools: [{{class_name: own.py:WithSchema, {SCHEMA}}}, {{class_name: own.py:WithSchema, {SCHEMA}}}]",
+            "a is there",
+        ),
+    ],
+)
+def test_a_file_that_cannot_work_is_refused_before_anything_is_imported(tmp_path, text, words):
+    path = tmp_path / "tools.yaml"
+    (tmp_path / "own.py").write_text(OWN + "raise SystemExit('imported')\n")
+    (tmp_path / "broken.py").write_text("class Own(:\n")
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ToolConfigError, match=words) as caught:
+        read_tool_config(str(path))
+    assert str(caught.value).startswith(f"actor_rollout_ref.rollout.multi_turn.tool_config_path={path}")
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ("class_name: own.py:NoTool", "not a subclass of verl.tools.base_tool.BaseTool"),
+        ("class_name: fixtures.tools.Nobody", "Nobody does not exist"),
+        ("class_name: fixtures.nowhere.Nobody", "does not import: ModuleNotFoundError"),
+        ("class_name: fails.py:Own", "does not import: ZeroDivisionError"),
+        ("class_name: own.py:Narrow", r"cannot be called as execute.*let both take \*\*kwargs"),
+        ("class_name: own.py:Breaks", "cannot be made: no key"),
+        ("class_name: fixtures.tools.Raises", "has no schema"),
+    ],
+)
+def test_a_class_that_cannot_work_is_refused_when_it_is_loaded(tmp_path, entry, words):
+    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "fails.py").write_text("class Own: pass\n1 / 0\n")
+    (tmp_path / "tools.yaml").write_text(f"tools:\n{textwrap.indent('- ' + entry, '  ')}\n")
+    with pytest.raises(ToolConfigError, match=words):
+        initialize_tools_from_config(str(tmp_path / "tools.yaml"))
+
+
+def test_two_classes_that_name_themselves_alike(tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "tools.yaml").write_text("tools: [{class_name: own.py:WithSchema}, {class_name: own.py:WithSchema}]")
+    with pytest.raises(ToolConfigError, match="from_class is there twice"):
+        initialize_tools_from_config(str(tmp_path / "tools.yaml"))

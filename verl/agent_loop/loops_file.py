@@ -1,0 +1,34 @@
+"""Agent loops from a YAML file (`rollout.agent.agent_loop_config_path`).
+
+- name: my_agent                           # for default_agent_loop and the column agent_name
+  _target_: my_loops.MyAgentLoop           # or path/to/file.py:MyAgentLoop, relative to this file
+  depth: 3                                 # further keywords of its __init__
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from verl.agent_loop.agent_loop import AgentLoopBase, agent_loop_names, get_agent_loop, register
+from verl.trainer.config.checks.agent import LOOPS_KEY, AgentLoopFileError, read_agent_loops
+from verl.utils.user_class import UserClassError, load_class
+
+
+def register_from_file(path: str) -> None:
+    """Register every loop of the file.
+
+    Raises:
+        AgentLoopFileError: as `read_agent_loops`; a class does not import, is no `AgentLoopBase`, or takes a name that
+            another loop has.
+    """
+    folder = Path(path).expanduser().parent
+    for i, entry in enumerate(read_agent_loops(path)):
+        where = f"{LOOPS_KEY}={path}: [{i}]"
+        try:
+            loop = load_class(entry.target, folder, AgentLoopBase)
+        except UserClassError as error:
+            raise AgentLoopFileError(f"{where}._target_={error}") from error
+        # A module may register its class itself; the file adds keywords to that.
+        if entry.name in agent_loop_names() and get_agent_loop(entry.name).loop is not loop:
+            raise AgentLoopFileError(f"{where}.name={entry.name}: another loop has this name; choose another one")
+        register(entry.name, **entry.kwargs)(loop)

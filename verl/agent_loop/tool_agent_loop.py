@@ -1,0 +1,219 @@
+"""A model that may call tools: it answers, its calls are run, their results are added, and it goes on."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from verl.agent_loop.agent_loop import AgentLoopBase, AgentLoopOutput, register
+from verl.agent_loop.chat_template import ChatRenderer
+from verl.agent_loop.tool_parser import PARSERS, ToolCall
+from verl.agent_loop.tool_session import Toolbox, ToolSession
+from verl.tools.utils.tool_registry import initialize_tools_from_config
+from verl.trainer.config import PPOConfig
+from verl.utils.dataset.prompts import truncated
+from verl.workers.reward.function import BadReturnError, plain
+from verl.workers.rollout.client import LLMServerClient
+from verl.workers.rollout.types import TokenOutput
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class AgentData:
+    """One sample so far; tools are given it as `agent_data`.
+
+    Attributes:
+        messages: the conversation, tool responses included.
+        tools_kwargs: the row's `extra_info.tools_kwargs`.
+        request_id: the same for all turns of the sample.
+        prompt_ids: tokens before the model's first one.
+        response_ids, response_mask, response_logprobs, weight_versions: as in `AgentLoopOutput`.
+        assistant_turns, user_turns: answers of the model, and rounds of tool responses.
+        tool_rewards: of the calls so far.
+        extra_fields: for tools to leave something in. Numbers, strings, lists and dicts of them become columns of the
+            batch, everything else ends with the sample.
+    """
+
+    messages: list[dict[str, Any]]
+    tools_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    prompt_ids: list[int] = field(default_factory=list)
+    response_ids: list[int] = field(default_factory=list)
+    response_mask: list[int] = field(default_factory=list)
+    response_logprobs: list[float] = field(default_factory=list)
+    weight_versions: list[int] = field(default_factory=list)
+    assistant_turns: int = 0
+    user_turns: int = 0
+    tool_rewards: list[float] = field(default_factory=list)
+    extra_fields: dict[str, Any] = field(default_factory=dict)
+
+    def add_answer(self, answer: TokenOutput, room: int) -> None:
+        """Append the model's own tokens as they are, at most `room` of them."""
+        tokens = answer.token_ids[:room]
+        self.response_ids += tokens
+        self.response_mask += [1] * len(tokens)
+        self.response_logprobs += answer.log_probs[: len(tokens)]
+        self.weight_versions += answer.weight_versions[: len(tokens)]
+        self.assistant_turns += 1
+
+    def add_tool_responses(self, tokens: list[int], with_log_probs: bool) -> None:
+        """Append tokens that the model did not make."""
+        self.response_ids += tokens
+        self.response_mask += [0] * len(tokens)
+        self.response_logprobs += [0.0] * len(tokens) if with_log_probs else []
+        self.weight_versions += [-1] * len(tokens)
+        self.user_turns += 1
+
+
+@register("tool_agent")
+class ToolAgentLoop(AgentLoopBase):
+    """Goes on until the model calls no tool, or there is no room or no turn left.
+
+    Tool responses that would leave the model no room are left out: a sample ends with the model's own token.
+
+    Args:
+        toolbox, renderer, parse: from `setup`.
+    """
+
+    def __init__(
+        self,
+        client: LLMServerClient,
+        tokenizer: Any,
+        config: PPOConfig,
+        *,
+        toolbox: Toolbox,
+        renderer: ChatRenderer,
+        parse: Callable[[str], list[ToolCall]],
+    ):
+        super().__init__(client, tokenizer, config)
+        self.toolbox, self.renderer, self.parse = toolbox, renderer, parse
+
+    @classmethod
+    def setup(cls, tokenizer: Any, config: PPOConfig) -> dict[str, Any]:
+        multi_turn = config.actor_rollout_ref.rollout.multi_turn
+        tools = initialize_tools_from_config(multi_turn.tool_config_path)
+        toolbox = Toolbox(
+            {tool.name: tool for tool in tools},
+            multi_turn.max_tool_response_length,
+            multi_turn.tool_response_truncate_side,
+        )
+        renderer = ChatRenderer(tokenizer, config.data.apply_chat_template_kwargs or {})
+        if tools and not renderer.shows_tools(toolbox.schemas()):
+            logger.warning(
+                "the chat template leaves the tools out of the prompt: the model learns of %s only from your messages",
+                ", ".join(toolbox.tools),
+            )
+        return {"toolbox": toolbox, "renderer": renderer, "parse": PARSERS[multi_turn.format]}
+
+    async def run(self, sampling_params: dict[str, Any], **row: Any) -> AgentLoopOutput:
+        info = row.get("extra_info") or {}
+        toolbox = self.toolbox.selected(info.get("tool_selection"))
+        schemas = toolbox.schemas()
+        data = AgentData(list(row["raw_prompt"]), _tools_kwargs(info, row.get("index")))
+        data.prompt_ids = self._prompt_ids(data.messages, schemas, row.get("index"))
+        session = ToolSession(toolbox, data.tools_kwargs, data)
+        data.tool_rewards = session.rewards
+        try:
+            stop_reason = await self._converse(data, session, schemas, sampling_params)
+            scores = await session.scores()
+        finally:
+            await session.close()
+        return AgentLoopOutput(
+            prompt_ids=data.prompt_ids,
+            response_ids=data.response_ids,
+            response_mask=data.response_mask,
+            response_logprobs=data.response_logprobs,
+            weight_versions=data.weight_versions,
+            stop_reason=stop_reason,
+            num_turns=1 + data.user_turns + data.assistant_turns,
+            extra_fields={
+                **_plain_fields(data.extra_fields),
+                "tool_rewards": list(session.rewards),
+                "rollout_reward_scores": scores,
+                "tool_call_counts": session.calls,
+                "tool_failures": dict(session.failures),
+                "tool_seconds": session.seconds,
+            },
+        )
+
+    async def _converse(
+        self, data: AgentData, session: ToolSession, schemas: list[dict[str, Any]], sampling_params: dict[str, Any]
+    ) -> str:
+        limits = self.rollout_config.multi_turn
+        room = self._room(len(data.prompt_ids))
+        while True:
+            left = room - len(data.response_ids)
+            answer = await self.client.generate(
+                data.prompt_ids + data.response_ids,
+                {**sampling_params, "max_tokens": min(left, sampling_params.get("max_tokens", left))},
+                session=data.request_id,
+            )
+            data.add_answer(answer, left)
+            if answer.stop_reason != "stop":
+                return answer.stop_reason
+            text = self.tokenizer.decode(answer.token_ids, skip_special_tokens=False)
+            calls = self.parse(text)
+            if not calls:
+                return "stop"
+            if _reached(data.assistant_turns, limits.max_assistant_turns):
+                return "turns"
+            if _reached(data.user_turns, limits.max_user_turns):
+                return "turns"
+            if len(data.response_ids) >= room:
+                return "length"
+            session.drop(len(calls[limits.max_parallel_calls :]))
+            responses = await session.run(calls[: limits.max_parallel_calls])
+            data.messages.append({"role": "assistant", "content": text})
+            data.messages += [{"role": "tool", "content": response} for response in responses]
+            added = self.renderer.tool_responses(answer.token_ids[-1], responses, schemas)
+            # A response nobody goes on from teaches nothing, and the score would stand on a masked token.
+            if len(data.response_ids) + len(added) >= room:
+                return "length"
+            data.add_tool_responses(added, with_log_probs=bool(answer.log_probs))
+
+    def _prompt_ids(self, messages: list[dict[str, Any]], schemas: list[dict[str, Any]], index: Any) -> list[int]:
+        # The dataset's tokens lack the tools.
+        tokens = self.renderer.prompt(messages, schemas)
+        try:
+            return truncated(tokens, self.prompt_length, self.config.data.truncation)
+        except ValueError:
+            raise ValueError(
+                f"the prompt of row {index} has {len(tokens)} tokens with the tools' schemas, "
+                f"data.max_prompt_length={self.prompt_length} and data.truncation=error; raise data.max_prompt_length "
+                f"to {len(tokens)} or more, or shorten the schemas"
+            ) from None
+
+    def _room(self, prompt_tokens: int) -> int:
+        """Response tokens that fit, whichever cap comes first."""
+        longest = self.rollout_config.max_model_len or self.prompt_length + self.response_length
+        return min(self.response_length, longest - prompt_tokens)
+
+
+def _reached(turns: int, cap: int | None) -> bool:
+    return cap is not None and turns >= cap
+
+
+def _tools_kwargs(info: Mapping[str, Any], index: Any) -> dict[str, Any]:
+    """`tools_kwargs` without the empty entries that Parquet adds for tools of other rows."""
+    given = info.get("tools_kwargs") or {}
+    kwargs = {name: value for name, value in given.items() if value is not None}
+    if info.get("need_tools_kwargs") and not kwargs:
+        raise ValueError(
+            f"row {index}: extra_info.need_tools_kwargs is True and extra_info.tools_kwargs is empty; give "
+            "{tool name: {create_kwargs: {...}}}, or leave need_tools_kwargs out"
+        )
+    return kwargs
+
+
+def _plain_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    found = {}
+    for name, value in fields.items():
+        try:
+            found[name] = plain(value, name)
+        except BadReturnError:
+            continue
+    return found

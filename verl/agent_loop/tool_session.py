@@ -1,0 +1,230 @@
+"""One sample's dealings with the tools: instances, calls that may fail in every way, and their end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from verl.agent_loop.tool_parser import ToolCall
+from verl.tools.base_tool import BaseTool
+from verl.tools.schemas import ToolResponse
+from verl.tools.utils.isolation import CallFailed, CallTimeout, IsolatedCalls
+from verl.tools.utils.tool_registry import tool_timeout
+
+logger = logging.getLogger(__name__)
+
+
+class CallError(Exception):
+    """A call that gave nothing: `kind` for the metric, the message for the model."""
+
+    def __init__(self, kind: str, message: str):
+        super().__init__(message)
+        self.kind = kind
+
+
+@dataclass(frozen=True)
+class Toolbox:
+    """All tools of a run.
+
+    Attributes:
+        tools: by name.
+        max_response_length: characters of a response that reach the model.
+        truncate_side: `left`, `right` or `middle`, see `truncate`.
+        calls: runs them.
+        reported: failures that the log has already.
+    """
+
+    tools: Mapping[str, BaseTool]
+    max_response_length: int
+    truncate_side: str
+    calls: IsolatedCalls = field(default_factory=IsolatedCalls)
+    reported: set[tuple[str, str]] = field(default_factory=set)
+
+    def schemas(self) -> list[dict[str, Any]]:
+        """What chat templates are given."""
+        return [tool.tool_schema.model_dump(exclude_unset=True, exclude_none=True) for tool in self.tools.values()]
+
+    def selected(self, names: Sequence[str] | None) -> Toolbox:
+        """The same with some of the tools only; all for None or none.
+
+        Raises:
+            ValueError: there is no such tool.
+        """
+        if not names:
+            return self
+        unknown = sorted(set(names) - set(self.tools))
+        if unknown:
+            raise ValueError(
+                f"extra_info.tool_selection names {', '.join(unknown)}: the tools are {', '.join(self.tools) or 'none'}"
+            )
+        chosen = {name: tool for name, tool in self.tools.items() if name in names}
+        return Toolbox(chosen, self.max_response_length, self.truncate_side, self.calls, self.reported)
+
+
+def truncate(text: str, length: int, side: str) -> str:
+    """At most `length` characters of `text`, and a note where some are missing.
+
+    Args:
+        side: `left` keeps the beginning, `right` the end, `middle` half of each, as in verl.
+    """
+    if len(text) <= length:
+        return text
+    if side == "left":
+        return text[:length] + "...(truncated)"
+    if side == "right":
+        return "(truncated)..." + text[-length:]
+    return text[: length - length // 2] + "...(truncated)..." + text[len(text) - length // 2 :]
+
+
+class ToolSession:
+    """The tools as one sample has them.
+
+    Args:
+        toolbox: the tools it may call.
+        tools_kwargs: by tool: `create_kwargs` and `execute_kwargs`.
+        agent_data: handed to every call.
+
+    Attributes:
+        rewards: of the calls, in order, without those that gave none.
+        calls: that were tried.
+        failures: counted by kind.
+        seconds: spent waiting for tools.
+    """
+
+    def __init__(self, toolbox: Toolbox, tools_kwargs: Mapping[str, Any], agent_data: Any):
+        self._toolbox = toolbox
+        self._kwargs = tools_kwargs
+        self._agent_data = agent_data
+        self._instances: dict[str, str] = {}
+        self._locks: dict[str, asyncio.Lock] = {}
+        self.rewards: list[float] = []
+        self.calls = 0
+        self.failures: Counter[str] = Counter()
+        self.seconds = 0.0
+
+    async def run(self, calls: Sequence[ToolCall]) -> list[str]:
+        """What the model is shown for each call, all of them run at the same time."""
+        started = asyncio.get_running_loop().time()
+        outcomes = await asyncio.gather(*(self._one(call) for call in calls))
+        self.seconds += asyncio.get_running_loop().time() - started
+        self.calls += len(calls)
+        self.rewards += [reward for _, reward in outcomes if reward is not None]
+        length, side = self._toolbox.max_response_length, self._toolbox.truncate_side
+        return [truncate(text, length, side) for text, _ in outcomes]
+
+    def drop(self, count: int) -> None:
+        """Count calls that are not run."""
+        if count:
+            self.failures["dropped"] += count
+
+    async def scores(self) -> dict[str, float]:
+        """`calc_reward` of every tool that was used and gives one."""
+        found: dict[str, float] = {}
+        for name, instance in self._instances.items():
+            tool = self._toolbox.tools[name]
+            try:
+                score = _number(await self._isolated(tool, tool.calc_reward, instance), name)
+            except CallError as error:
+                self._note(name, error)
+                continue
+            if score is not None:
+                found[name] = score
+        return found
+
+    async def close(self) -> None:
+        """Release every instance; a release that fails is logged and counted."""
+        instances, self._instances = self._instances, {}
+        for name, instance in instances.items():
+            tool = self._toolbox.tools[name]
+            try:
+                await self._isolated(tool, tool.release, instance)
+            except CallError as error:
+                self._note(name, CallError("release", str(error)))
+
+    async def _one(self, call: ToolCall) -> tuple[str, float | None]:
+        try:
+            return await self._execute(call)
+        except CallError as error:
+            self._note(call.name, error)
+            return f"Error: {error}", None
+
+    async def _execute(self, call: ToolCall) -> tuple[str, float | None]:
+        if call.problem is not None:
+            raise CallError("malformed", f'the tool call {call.problem}; write {{"name": ..., "arguments": {{...}}}}')
+        tool = self._toolbox.tools.get(call.name)
+        if tool is None:
+            known = ", ".join(self._toolbox.tools) or "none"
+            raise CallError("unknown_tool", f"there is no tool {call.name!r}; the tools are: {known}")
+        _check_arguments(tool, call.arguments)
+        kwargs = self._kwargs.get(call.name) or {}
+        instance = await self._instance(tool, kwargs.get("create_kwargs") or {})
+        extra = {**(kwargs.get("execute_kwargs") or {}), "agent_data": self._agent_data}
+        result = await self._isolated(tool, tool.execute, instance, call.arguments, **extra)
+        return _read_result(result, call.name)
+
+    async def _instance(self, tool: BaseTool, create_kwargs: Mapping[str, Any]) -> str:
+        # Two calls of one turn may both be the first.
+        async with self._locks.setdefault(tool.name, asyncio.Lock()):
+            if tool.name not in self._instances:
+                made = await self._isolated(tool, tool.create, create_kwargs=dict(create_kwargs))
+                self._instances[tool.name] = made[0] if isinstance(made, tuple) else made
+            return self._instances[tool.name]
+
+    async def _isolated(self, tool: BaseTool, function: Any, *args: Any, **kwargs: Any) -> Any:
+        timeout = tool_timeout(tool)
+        try:
+            return await self._toolbox.calls.call(function, *args, timeout=timeout, **kwargs)
+        except CallTimeout:
+            raise CallError("timed_out", f"{tool.name} did not answer within {timeout:g} seconds") from None
+        except CallFailed as error:
+            raise CallError("raised", f"{tool.name} failed: {error}") from None
+
+    def _note(self, name: str, error: CallError) -> None:
+        self.failures[error.kind] += 1
+        # The rest is in the metrics: a model that learns to call tools fails thousands of times.
+        level = logging.DEBUG if (name, error.kind) in self._toolbox.reported else logging.WARNING
+        if name in self._toolbox.tools or not name:
+            self._toolbox.reported.add((name, error.kind))
+            logger.log(level, "tool call: %s (further ones of this kind only in agent_loop/tool_failures)", error)
+
+
+def _check_arguments(tool: BaseTool, arguments: Mapping[str, Any]) -> None:
+    parameters = tool.tool_schema.function.parameters
+    known = ", ".join(parameters.properties) or "none"
+    missing = [name for name in parameters.required if name not in arguments]
+    if missing:
+        raise CallError("wrong_arguments", f"{tool.name} needs {', '.join(missing)}; its arguments are: {known}")
+    open_ended = (parameters.model_extra or {}).get("additionalProperties", False) is not False
+    odd = [name for name in arguments if name not in parameters.properties]
+    if odd and not open_ended:
+        raise CallError(
+            "wrong_arguments", f"{tool.name} has no argument {', '.join(map(repr, odd))}; its arguments are: {known}"
+        )
+
+
+def _read_result(result: Any, name: str) -> tuple[str, float | None]:
+    if not isinstance(result, tuple) or len(result) != 3 or not isinstance(result[0], ToolResponse):
+        raise CallError(
+            "raised", f"{name} returned a {type(result).__name__}, not (ToolResponse, reward, metrics): mend the tool"
+        )
+    response, reward, _ = result
+    if response.image or response.video:
+        raise CallError("raised", f"{name} returned images or video, which are not supported yet: return text")
+    return response.text or "", _number(reward, name)
+
+
+def _number(value: Any, name: str) -> float | None:
+    if value is None:
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise CallError("raised", f"{name} gave the reward {str(value)[:80]}, which is not a finite number")
+    return number

@@ -1,0 +1,145 @@
+"""The tool config file (`rollout.multi_turn.tool_config_path`): read, checked, and made into tools.
+
+tools:
+  - class_name: my_tools.Search            # or path/to/file.py:Search, relative to this file
+    config:                                # handed to the class
+      type: native
+      timeout: 30                          # seconds a call may take
+    tool_schema:                           # may be left out where the class gives one
+      type: function
+      function: {name: search, description: ..., parameters: {type: object, properties: {...}, required: [...]}}
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from verl.tools.base_tool import BaseTool
+from verl.tools.schemas import OpenAIFunctionToolSchema
+from verl.utils.user_class import UserClassError, check_class, load_class
+
+KEY = "actor_rollout_ref.rollout.multi_turn.tool_config_path"
+DEFAULT_TIMEOUT = 30.0
+_ENTRY_KEYS = ("class_name", "config", "tool_schema")
+
+
+class ToolConfigError(ValueError):
+    """A tool config file cannot be used; the message says which entry and why."""
+
+
+@dataclass(frozen=True)
+class ToolEntry:
+    """One entry of the file, checked as far as that goes without importing its class."""
+
+    class_name: str
+    config: dict[str, Any]
+    tool_schema: OpenAIFunctionToolSchema | None
+
+
+def read_tool_config(path: str) -> list[ToolEntry]:
+    """The entries of a tool config file; imports none of the classes.
+
+    Raises:
+        ToolConfigError: no such file, not YAML, or an entry that cannot work.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ToolConfigError(f"{KEY}={path}: no such file (looked for {file.absolute()}); give a YAML file")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ToolConfigError(f"{KEY}={path}: is not YAML ({' '.join(str(error).split())})") from error
+    tools = content.get("tools") if isinstance(content, Mapping) else None
+    if not isinstance(tools, list) or not tools:
+        raise ToolConfigError(f"{KEY}={path}: has no list 'tools'; write one entry with class_name for each tool")
+    entries = [_entry(tool, f"{KEY}={path}: tools[{i}]", file.parent) for i, tool in enumerate(tools)]
+    _check_names([entry.tool_schema.function.name for entry in entries if entry.tool_schema], path)
+    return entries
+
+
+def _entry(tool: Any, where: str, folder: Path) -> ToolEntry:
+    if not isinstance(tool, Mapping) or not isinstance(tool.get("class_name"), str):
+        raise ToolConfigError(f"{where} has no class_name; give package.module.Class, or path/to/file.py:Class")
+    odd = sorted(str(key) for key in set(tool) - {*_ENTRY_KEYS, "mcp"})
+    if odd:
+        raise ToolConfigError(f"{where}: there is no such key: {', '.join(odd)}; an entry has {', '.join(_ENTRY_KEYS)}")
+    config = tool.get("config") or {}
+    if not isinstance(config, Mapping):
+        raise ToolConfigError(f"{where}.config is a {type(config).__name__}; give a mapping")
+    kind = config.get("type", "native")
+    if kind != "native" or "mcp" in tool:
+        raise ToolConfigError(f"{where}.config.type={kind}: only native tools are supported yet; use native")
+    _timeout(config, where)
+    try:
+        check_class(tool["class_name"], folder)
+        schema = tool.get("tool_schema")
+        parsed = None if schema is None else OpenAIFunctionToolSchema.model_validate(schema)
+    except UserClassError as error:
+        raise ToolConfigError(f"{where}.class_name={error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ToolConfigError(f"{where}.tool_schema.{place}: {first['msg']}") from None
+    return ToolEntry(tool["class_name"], dict(config), parsed)
+
+
+def _timeout(config: Mapping[str, Any], where: str) -> float:
+    value = config.get("timeout", DEFAULT_TIMEOUT)
+    number = not isinstance(value, bool) and isinstance(value, int | float)
+    if not number or not 0 < value < math.inf:
+        raise ToolConfigError(f"{where}.config.timeout={value}: give seconds, above 0")
+    return float(value)
+
+
+def _check_names(names: list[str], path: str) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ToolConfigError(f"{KEY}={path}: {', '.join(twice)} is there twice; every tool needs a name of its own")
+
+
+def initialize_tools_from_config(path: str | None) -> list[BaseTool]:
+    """The tools of a file, in its order; none for None.
+
+    Raises:
+        ToolConfigError: as `read_tool_config`; or a class does not import, is no `BaseTool`, or cannot be made.
+    """
+    if path is None:
+        return []
+    folder = Path(path).expanduser().parent
+    tools = []
+    for i, entry in enumerate(read_tool_config(path)):
+        where = f"{KEY}={path}: tools[{i}]"
+        try:
+            tool = load_class(entry.class_name, folder, BaseTool)(entry.config, entry.tool_schema)
+        except UserClassError as error:
+            raise ToolConfigError(f"{where}.class_name={error}") from error
+        except Exception as error:  # whatever the user's __init__ raises
+            raise ToolConfigError(f"{where}: {entry.class_name} cannot be made: {error}") from error
+        _check_execute(tool, f"{where}: {entry.class_name}")
+        tools.append(tool)
+    _check_names([tool.name for tool in tools], path)
+    return tools
+
+
+def _check_execute(tool: BaseTool, where: str) -> None:
+    try:
+        inspect.signature(tool.execute).bind("", {}, agent_data=None)
+        inspect.signature(tool.create).bind(create_kwargs={})
+    except TypeError as error:
+        raise ToolConfigError(
+            f"{where} cannot be called as execute(instance_id, parameters, agent_data=...) and create("
+            f"create_kwargs=...): {error}; let both take **kwargs"
+        ) from None
+
+
+def tool_timeout(tool: BaseTool) -> float:
+    """Seconds that one call of `tool` may take."""
+    return _timeout(tool.config or {}, tool.name)
