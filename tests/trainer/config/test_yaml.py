@@ -42,7 +42,8 @@ def test_the_files_are_as_written():
 
 
 UNITS = {
-    "prompts", "samples", "tokens", "seconds", "MiB", "training steps", "epochs", "processes", "ranks", "devices"
+    "prompts", "samples", "tokens", "seconds", "MiB", "training steps", "epochs", "processes", "ranks", "devices",
+    "characters",
 }  # fmt: skip
 
 

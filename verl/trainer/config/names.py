@@ -74,3 +74,8 @@ LOGGER_PACKAGES = {
 }
 
 CHECKPOINT_CONTENTS = ("model", "optimizer", "extra", "hf_model")
+
+# verl.agent_loop registers the loops and holds the parsers; a test compares them.
+AGENT_LOOPS = ("single_turn_agent", "tool_agent")
+TOOL_FORMATS = ("hermes",)
+PLANNED_TOOL_FORMATS = ("gemma4", "gpt-oss", "qwen3_coder")

@@ -42,23 +42,39 @@ class CheckpointEngineConfig:
 class AgentConfig:
     """Who turns a prompt into a sample."""
 
-    default_agent_loop: str = key("single_turn_agent", "agent loop of rows without the column agent_name")
+    default_agent_loop: str = key(
+        "single_turn_agent",
+        "agent loop of rows without the column agent_name: single_turn_agent, tool_agent, or one of your own",
+    )
     num_workers: int = planned(0, "agent loops in processes of their own", "use 0: they run in the driver's process")
-    agent_loop_config_path: str | None = planned(None, "agent loops from a file", "use verl.agent_loop.register")
+    agent_loop_config_path: str | None = key(
+        None, "YAML list of agent loops of your own: {name, _target_, further keywords}", path=True
+    )
 
 
 @dataclass
 class MultiTurnConfig:
-    """Several turns and tools, known and not supported yet."""
+    """Several turns and tools."""
 
-    enable: bool = planned(False, "multi-turn rollout")
-    format: str = planned("hermes", "multi-turn rollout")
-    tool_config_path: str | None = planned(None, "tools")
-    interaction_config_path: str | None = planned(None, "multi-turn rollout")
-    max_assistant_turns: int | None = planned(None, "multi-turn rollout")
-    max_user_turns: int | None = planned(None, "multi-turn rollout")
-    max_parallel_calls: int = planned(1, "tools")
-    max_tool_response_length: int = planned(256, "tools")
+    enable: bool = key(False, "samples may have several turns; the agent loop decides whether they do")
+    format: str = key(
+        "hermes",
+        "how the model writes tool calls; hermes: JSON between <tool_call> and </tool_call>",
+        choices=tuple(names.TOOL_FORMATS),
+        planned=tuple(names.PLANNED_TOOL_FORMATS),
+        use="use hermes",
+    )
+    tool_config_path: str | None = key(None, "YAML file of the tools, null for none", path=True)
+    interaction_config_path: str | None = planned(None, "simulated users", "use an agent loop of your own")
+    max_assistant_turns: int | None = key(None, "answers of the model in a sample, null for any", at_least=1)
+    max_user_turns: int | None = key(None, "rounds of tool responses in a sample, null for any", at_least=1)
+    max_parallel_calls: int = key(1, "tool calls of one answer that are run; the rest are dropped", at_least=1)
+    max_tool_response_length: int = key(256, "longer tool responses are truncated", unit="characters", at_least=1)
+    tool_response_truncate_side: str = key(
+        "middle",
+        "left keeps the beginning of a long response, right the end, middle half of each",
+        choices=("left", "right", "middle"),
+    )
 
 
 @dataclass
@@ -128,7 +144,7 @@ class RolloutConfig:
     )
     agent: AgentConfig = section(AgentConfig, "who turns a prompt into a sample")
     server: ServerConfig = section(ServerConfig, "an OpenAI-compatible HTTP endpoint on each replica")
-    multi_turn: MultiTurnConfig = section(MultiTurnConfig, "several turns and tools: not supported yet")
+    multi_turn: MultiTurnConfig = section(MultiTurnConfig, "several turns and tools")
     quantization: str | None = key(
         None,
         "how the engine holds its weights; ascend: MXFP8 by vllm-ascend, emulated on a CPU; null: as they are sent",

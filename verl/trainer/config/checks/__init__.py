@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from verl.trainer.config.checks.agent import check_agent
+from verl.trainer.config.checks.algorithm import check_algorithm
 from verl.trainer.config.checks.batches import check_batches, check_replicas, rollout_devices, trainer_ranks
 from verl.trainer.config.checks.data import DataInfo, check_data
 from verl.trainer.config.checks.idle import idle_notes
+from verl.trainer.config.checks.lora import check_lora
 from verl.trainer.config.checks.machine import (
     check_device,
     check_directories,
@@ -15,8 +18,10 @@ from verl.trainer.config.checks.machine import (
     check_ports,
 )
 from verl.trainer.config.checks.model import check_model
+from verl.trainer.config.checks.policy_loss import check_policy_loss
 from verl.trainer.config.checks.quantization import Quantisation, check_quantization
 from verl.trainer.config.checks.reward import check_reward
+from verl.trainer.config.checks.rollout_correction import check_rollout_correction
 from verl.trainer.config.errors import ConfigError
 from verl.trainer.config.estimate import estimate_memory
 from verl.trainer.config.findings import Findings
@@ -46,10 +51,16 @@ def check(config: PPOConfig) -> Plan:
     if sizes_hold:
         check_batches(config, found)
         check_replicas(config, found)
+        check_algorithm(config, found)
+        check_policy_loss(config, found)
         check_ports(config, found)
     model = check_model(config, found) if sizes_hold else None
+    if model is not None and not wrong:
+        check_lora(config, model, found)
     data = check_data(config, found)
     check_reward(config, found)
+    check_agent(config, found)
+    check_rollout_correction(config, found)
     check_loggers(config, found)
     check_directories(config, found)
     device = None if "trainer.device" in wrong else check_device(config, found)
@@ -86,7 +97,7 @@ def _derive(
     micro = None if actor.use_dynamic_bsz else mini // ranks // (actor.ppo_micro_batch_size_per_gpu or 1)
     compute, engine = choose_dtype(device, actor.fsdp_config.dtype), choose_dtype(device, rollout.dtype)
     workers = config.reward.num_workers or min(_MOST_REWARD_WORKERS, cpu_cores())
-    steps = None if data.train is None else data.train // config.data.train_batch_size
+    steps = None if data.train is None else data.train // (config.data.gen_batch_size or config.data.train_batch_size)
     itemsize = 4 if engine.name == "float32" else 2
     update = None if model.parameters is None else model.parameters * itemsize
     if quantisation is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from verl.trainer.config import names
+from verl.trainer.config.checks.agent import rows_choose_loop
 from verl.trainer.config.checks.batches import needs_ref
 from verl.trainer.config.ppo import PPOConfig
 from verl.trainer.config.reward_kwargs import KWARGS, MANAGER_KWARGS
@@ -131,6 +132,8 @@ def _idle(config: PPOConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
         yield "with rollout.nnodes=0", (_ROLLOUT + "n_gpus_per_node",)
     if not rollout.server.enable_http:
         yield "with rollout.server.enable_http=False", (_ROLLOUT + "server.",)
+    if rollout.agent.default_agent_loop == "single_turn_agent" and not rows_choose_loop(config):
+        yield "with agent.default_agent_loop=single_turn_agent", (_ROLLOUT + "multi_turn.",)
     if rollout.quantization is None:
         keys = (_ROLLOUT + "quantization_config_file", _ROLLOUT + "quantization_side")
         yield "with rollout.quantization=null", keys
