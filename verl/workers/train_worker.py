@@ -1,4 +1,4 @@
-"""One trainer rank as it runs in its own process: an `ActorWorker`, and the sending end of the weight update."""
+"""One trainer rank as it runs in its own process: actor, critic if any, and the sending end of the weight update."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from verl.trainer.config import ActorRolloutRefConfig
+from verl.trainer.config import ActorRolloutRefConfig, CriticConfig
 from verl.workers.actor import ActorWorker
+from verl.workers.critic import CriticWorker
 from verl.workers.rollout.quantization import QuantizationScheme, get_scheme
 from verl.workers.rollout.weight_sync.encode_report import EncodeReport
 from verl.workers.rollout.weight_sync.manifest import dtype_from_name
@@ -29,6 +30,8 @@ class TrainWorker:
         with_ref: load the reference model too.
         seed: of this run; ranks derive theirs from it.
         rollout_dtype: dtype name the weights are sent in.
+        critic: the section `critic` as `resolve_critic` completes it; None for no critic.
+        actor_options: more keyword arguments of `ActorWorker`.
     """
 
     def __init__(
@@ -42,9 +45,13 @@ class TrainWorker:
         with_ref: bool,
         seed: int,
         rollout_dtype: str,
+        critic: CriticConfig | None = None,
+        actor_options: dict[str, Any] | None = None,
     ):
         self._rank, self._world_size, self._config, self._device = rank, world_size, config, device
         self._total_training_steps, self._with_ref, self._seed = total_training_steps, with_ref, seed
+        self._critic_config, self._actor_options = critic, actor_options or {}
+        self._critic: CriticWorker | None = None
         self._send_dtype = dtype_from_name(rollout_dtype)
         self._sender: WeightSender | None = None
         # What the engine's workers quantise travels as it is.
@@ -59,7 +66,7 @@ class TrainWorker:
             return host, probe.getsockname()[1]
 
     def setup(self, host: str, port: int) -> None:
-        """Join the process group and load the model."""
+        """Join the process group and load the models."""
         self._actor = ActorWorker(
             self._rank,
             self._world_size,
@@ -69,13 +76,30 @@ class TrainWorker:
             total_training_steps=self._total_training_steps,
             with_ref=self._with_ref,
             device=self._device,
+            **self._actor_options,
         )
         torch.manual_seed(self._seed + self._rank)
         self._actor.init_model()
+        if self._critic_config is not None:
+            self._critic = CriticWorker(
+                self._rank,
+                self._world_size,
+                host,
+                port,
+                self._critic_config,
+                total_training_steps=self._total_training_steps,
+                device=self._device,
+            )
+            self._critic.init_model()
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Call a method of the `ActorWorker`."""
         return getattr(self._actor, method)(*arguments)
+
+    def call_critic(self, method: str, *arguments: Any) -> Any:
+        """Call a method of the `CriticWorker`."""
+        assert self._critic is not None, "this run has no critic"
+        return getattr(self._critic, method)(*arguments)
 
     def begin_export(self, version: int) -> None:
         """Start sending the weights as `version`; on the other ranks `join_export` must run at the same time."""

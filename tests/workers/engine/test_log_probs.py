@@ -26,7 +26,7 @@ def chunk(request, monkeypatch):
 def test_values_against_loops(chunk, temperature):
     logits = torch.randn(11, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 4
     targets = torch.arange(11) % 7
-    log_probs, entropy = token_log_probs(logits, targets, temperature)
+    log_probs, entropy, _ = token_log_probs(logits, targets, temperature)
     for i in range(11):
         expected = reference(logits[i].tolist(), int(targets[i]), temperature)
         assert log_probs[i].item() == pytest.approx(expected[0], rel=1e-10)
@@ -36,20 +36,20 @@ def test_values_against_loops(chunk, temperature):
 def test_gradients(chunk):
     logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64, requires_grad=True)
     targets = torch.tensor([0, 6, 3, 3, 2])
-    assert torch.autograd.gradcheck(lambda x: token_log_probs(x, targets, 0.7, entropy_grad=True), (logits,))
+    assert torch.autograd.gradcheck(lambda x: token_log_probs(x, targets, 0.7, entropy_grad=True)[:2], (logits,))
     assert torch.autograd.gradcheck(lambda x: token_log_probs(x, targets, 0.7)[0], (logits,))
 
 
 def test_entropy_without_gradient():
     logits = torch.randn(3, 4, requires_grad=True)
-    log_probs, entropy = token_log_probs(logits, torch.zeros(3, dtype=torch.int64), 1.0)
+    log_probs, entropy, _ = token_log_probs(logits, torch.zeros(3, dtype=torch.int64), 1.0)
     assert log_probs.requires_grad and not entropy.requires_grad
 
 
 def test_half_precision_is_computed_in_float32():
     logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(2)).bfloat16().requires_grad_()
     targets = torch.arange(6)
-    log_probs, _ = token_log_probs(logits, targets, 0.5)
+    log_probs, *_ = token_log_probs(logits, targets, 0.5)
     expected = (logits.detach().double() / 0.5).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     assert log_probs.dtype == torch.float32
     torch.testing.assert_close(log_probs.double(), expected, rtol=1e-5, atol=1e-5)
@@ -59,7 +59,7 @@ def test_half_precision_is_computed_in_float32():
 
 def test_extreme_logits():
     logits = torch.tensor([[0.0, -math.inf, 0.0], [1e30, -1e30, 0.0]], requires_grad=True)
-    log_probs, entropy = token_log_probs(logits, torch.tensor([0, 0]), 0.5, entropy_grad=True)
+    log_probs, entropy, _ = token_log_probs(logits, torch.tensor([0, 0]), 0.5, entropy_grad=True)
     (log_probs.sum() + entropy.sum()).backward()
     torch.testing.assert_close(log_probs.detach(), torch.tensor([-math.log(2), 0.0]))
     torch.testing.assert_close(entropy.detach(), torch.tensor([math.log(2), 0.0]))
@@ -68,7 +68,7 @@ def test_extreme_logits():
 
 def test_no_rows():
     logits = torch.empty(0, 9, requires_grad=True)
-    log_probs, entropy = token_log_probs(logits, torch.empty(0, dtype=torch.int64), 1.0)
+    log_probs, entropy, _ = token_log_probs(logits, torch.empty(0, dtype=torch.int64), 1.0)
     log_probs.sum().backward()
     assert log_probs.shape == entropy.shape == (0,)
 

@@ -1,4 +1,4 @@
-"""The training engine on FSDP2 (`fully_shard`): any Hugging Face causal language model, any device."""
+"""The training engines on FSDP2 (`fully_shard`): any Hugging Face causal language model, any device."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from verl.protocol import DataProto
+from verl.trainer.config import lora_options
 from verl.workers.engine import checkpoint, export, optim
-from verl.workers.engine.base import LossFn, TrainEngine
+from verl.workers.engine.base import LossFn, PolicyEngine, TrainEngine, ValueEngine, ValueLossFn
 from verl.workers.engine.errors import NonFiniteError
 from verl.workers.engine.export import RowEncoder
 from verl.workers.engine.loading import load_sharded_model, parse_dtype
@@ -21,11 +22,11 @@ from verl.workers.engine.log_probs import token_log_probs
 from verl.workers.engine.micro_batch import AlignedBatch, MicroBatch, MicroBatching
 
 
-class FSDPEngine(TrainEngine):
+class FSDPTrainEngine(TrainEngine):
     """A model whose parameters, gradients and optimizer state are sharded over the ranks of `mesh`.
 
     Args:
-        model_config: the `actor_rollout_ref.model` section.
+        model_config: a `model` section.
         fsdp_config: an `fsdp_config` section.
         mesh: one dimension, all ranks.
         device: this rank's device.
@@ -34,6 +35,8 @@ class FSDPEngine(TrainEngine):
         optim_config: the `optim` section; None for an engine that only runs forward.
         total_training_steps: length of the learning-rate schedule.
     """
+
+    _value_head = False
 
     def __init__(
         self,
@@ -60,35 +63,18 @@ class FSDPEngine(TrainEngine):
             override_config=model_config.override_config,
             gradient_checkpointing=trains and model_config.enable_gradient_checkpointing,
             reshard_after_forward=fsdp_config.reshard_after_forward,
+            value_head=self._value_head,
+            # Neither the reference policy nor the critic has adapters.
+            lora=lora_options(model_config) if trains and not self._value_head else None,
         )
         if not trains:
             self.model.requires_grad_(False)
         self._pad_to_width = not model_config.use_remove_padding
-        self._head_input = _SelectRows(self.model.get_output_embeddings())
         self._optimizer = _make_optimizer(self.model, optim_config, device) if trains else None
         self._lr_at = _make_schedule(optim_config, total_training_steps) if trains else None
         self._clip = optim_config.clip_grad if trains else None
         self._schedule_step = 0
         self._mini_batch: DataProto | None = None
-
-    def forward_backward(
-        self, mini_batch: DataProto, loss_fn: LossFn, micro_batching: MicroBatching, *, entropy_grad: bool = False
-    ) -> dict[str, float]:
-        self.model.train()
-        self._mini_batch = mini_batch
-        aligned = AlignedBatch(mini_batch, self._device, pad_to_width=self._pad_to_width)
-        totals: dict[str, torch.Tensor] = {}
-        losses, rows = [], []
-        for micro_batch in aligned.micro_batches(micro_batching, self._group):
-            log_probs, entropy = self._forward(micro_batch, aligned, _temperature(mini_batch), entropy_grad)
-            loss, metrics = loss_fn(log_probs, entropy, _columns(aligned, micro_batch))
-            loss.backward()
-            losses.append(loss.detach())
-            rows.append(micro_batch.rows)
-            for name, value in {**metrics, "loss": loss}.items():
-                totals[name] = totals.get(name, 0) + torch.as_tensor(value).detach()
-        self._raise_if_not_finite(losses, rows)
-        return self._sum_over_ranks(totals)
 
     def optimizer_step(self) -> dict[str, float]:
         assert self._optimizer is not None and self._lr_at is not None, "this engine only runs forward"
@@ -109,23 +95,6 @@ class FSDPEngine(TrainEngine):
 
     def schedule_step(self) -> None:
         self._schedule_step += 1
-
-    @torch.no_grad()
-    def log_probs(
-        self, data: DataProto, micro_batching: MicroBatching, *, calculate_entropy: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        self.model.eval()
-        aligned = AlignedBatch(data, self._device, pad_to_width=self._pad_to_width)
-        log_probs = torch.zeros(aligned.response_mask.shape, dtype=torch.float32, device=self._device)
-        entropy = torch.zeros_like(log_probs) if calculate_entropy else None
-        for micro_batch in aligned.micro_batches(micro_batching, self._group):
-            some_log_probs, some_entropy = self._forward(micro_batch, aligned, _temperature(data), False)
-            if len(micro_batch.rows):
-                log_probs[micro_batch.rows] = some_log_probs
-                if entropy is not None:
-                    entropy[micro_batch.rows] = some_entropy
-        self._reshard()
-        return log_probs.cpu(), None if entropy is None else entropy.cpu()
 
     def export_weights(
         self, *, dtype: torch.dtype | None = None, encoder: RowEncoder | None = None
@@ -165,17 +134,49 @@ class FSDPEngine(TrainEngine):
         )
         dist.barrier(group=self._group)
 
-    def _forward(
-        self, micro_batch: MicroBatch, aligned: AlignedBatch, temperature: float, entropy_grad: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities and entropies [b, T] float32 of a micro-batch."""
-        logits = self._head_input.logits(self.model, micro_batch.input_ids, micro_batch.predictors)
-        flat = token_log_probs(logits, micro_batch.targets, temperature, entropy_grad=entropy_grad)
-        shape = (micro_batch.input_ids.shape[0], aligned.response_width)
-        log_probs, entropy = (
-            values.new_zeros(shape[0] * shape[1]).index_put((micro_batch.slots,), values).view(shape) for values in flat
-        )
-        return log_probs, entropy
+    def _accumulate(
+        self,
+        mini_batch: DataProto,
+        micro_batching: MicroBatching,
+        loss_of: Callable[[MicroBatch, AlignedBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]],
+    ) -> dict[str, float]:
+        """Run `loss_of` forward and backward over this rank's micro-batches; sums over them and over the ranks."""
+        self.model.train()
+        self._mini_batch = mini_batch
+        aligned = AlignedBatch(mini_batch, self._device, pad_to_width=self._pad_to_width)
+        totals: dict[str, torch.Tensor] = {}
+        losses, rows = [], []
+        for micro_batch in aligned.micro_batches(micro_batching, self._group):
+            loss, metrics = loss_of(micro_batch, aligned)
+            loss.backward()
+            losses.append(loss.detach())
+            rows.append(micro_batch.rows)
+            for name, value in {**metrics, "loss": loss}.items():
+                totals[name] = totals.get(name, 0) + torch.as_tensor(value).detach()
+        self._raise_if_not_finite(losses, rows)
+        return self._sum_over_ranks(totals)
+
+    @torch.no_grad()
+    def _collect(
+        self,
+        data: DataProto,
+        micro_batching: MicroBatching,
+        count: int,
+        forward: Callable[[MicroBatch, AlignedBatch], Sequence[torch.Tensor]],
+    ) -> list[torch.Tensor]:
+        """The `count` [b, T] tensors that `forward` makes of each micro-batch, joined in the order of `data`, on the
+        CPU."""
+        self.model.eval()
+        aligned = AlignedBatch(data, self._device, pad_to_width=self._pad_to_width)
+        shape = aligned.response_mask.shape
+        whole = [torch.zeros(shape, dtype=torch.float32, device=self._device) for _ in range(count)]
+        for micro_batch in aligned.micro_batches(micro_batching, self._group):
+            parts = forward(micro_batch, aligned)
+            if len(micro_batch.rows):
+                for column, part in zip(whole, parts, strict=True):
+                    column[micro_batch.rows] = part.to(column.dtype)
+        self._reshard()
+        return [column.cpu() for column in whole]
 
     def _reshard(self) -> None:
         """Free what FSDP keeps gathered after a forward pass, expecting a backward that does not come."""
@@ -212,6 +213,80 @@ class FSDPEngine(TrainEngine):
         raise NonFiniteError(what, self._mini_batch.meta_info.get("global_step"), everyone)
 
 
+class FSDPEngine(FSDPTrainEngine, PolicyEngine):
+    """The policy, or its frozen reference."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._head_input = _SelectRows(self.model.get_output_embeddings())
+
+    def forward_backward(
+        self, mini_batch: DataProto, loss_fn: LossFn, micro_batching: MicroBatching, *, entropy_grad: bool = False
+    ) -> dict[str, float]:
+        temperature = _temperature(mini_batch)
+
+        def loss_of(micro_batch: MicroBatch, aligned: AlignedBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            log_probs, entropy = self._forward(micro_batch, aligned, temperature, entropy_grad=entropy_grad)
+            return loss_fn(log_probs, entropy, _columns(aligned, micro_batch))
+
+        return self._accumulate(mini_batch, micro_batching, loss_of)
+
+    def log_probs(
+        self,
+        data: DataProto,
+        micro_batching: MicroBatching,
+        *,
+        calculate_entropy: bool,
+        calculate_sum_pi_squared: bool = False,
+    ) -> tuple[Any, ...]:
+        temperature = _temperature(data)
+
+        def forward(micro_batch: MicroBatch, aligned: AlignedBatch) -> tuple[torch.Tensor, ...]:
+            return self._forward(micro_batch, aligned, temperature, sum_pi_squared=calculate_sum_pi_squared)
+
+        log_probs, entropy, *more = self._collect(data, micro_batching, 2 + calculate_sum_pi_squared, forward)
+        return log_probs, entropy if calculate_entropy else None, *more
+
+    def _forward(
+        self,
+        micro_batch: MicroBatch,
+        aligned: AlignedBatch,
+        temperature: float,
+        *,
+        entropy_grad: bool = False,
+        sum_pi_squared: bool = False,
+    ) -> tuple[torch.Tensor, ...]:
+        """Log-probabilities, entropies and, if asked for, sums of squares [b, T] float32 of a micro-batch."""
+        logits = self._head_input.logits(self.model, micro_batch.input_ids, micro_batch.predictors)
+        flat = token_log_probs(
+            logits, micro_batch.targets, temperature, entropy_grad=entropy_grad, sum_pi_squared=sum_pi_squared
+        )
+        return tuple(_spread(some, micro_batch, aligned) for some in flat if some is not None)
+
+
+class FSDPValueEngine(FSDPTrainEngine, ValueEngine):
+    """The critic."""
+
+    _value_head = True
+
+    def forward_backward(
+        self, mini_batch: DataProto, loss_fn: ValueLossFn, micro_batching: MicroBatching
+    ) -> dict[str, float]:
+        def loss_of(micro_batch: MicroBatch, aligned: AlignedBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            return loss_fn(self._forward(micro_batch, aligned), _columns(aligned, micro_batch))
+
+        return self._accumulate(mini_batch, micro_batching, loss_of)
+
+    def values(self, data: DataProto, micro_batching: MicroBatching) -> torch.Tensor:
+        [values] = self._collect(data, micro_batching, 1, lambda *micro_batch: [self._forward(*micro_batch)])
+        return values
+
+    def _forward(self, micro_batch: MicroBatch, aligned: AlignedBatch) -> torch.Tensor:
+        """Values [b, T] float32 of a micro-batch."""
+        flat = self.model(micro_batch.input_ids, _positions(micro_batch.input_ids), micro_batch.predictors)
+        return _spread(flat.squeeze(-1), micro_batch, aligned)
+
+
 class _SelectRows:
     """Lets the output head see only the hidden states whose logits are needed.
 
@@ -229,7 +304,7 @@ class _SelectRows:
 
     def logits(self, model: torch.nn.Module, input_ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Logits [N, V] of the flattened positions `rows` [N] of `input_ids` [b, S], right-padded sequences."""
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0).expand_as(input_ids)
+        positions = _positions(input_ids)
         self._rows = rows
         try:
             logits = model(input_ids=input_ids, attention_mask=None, position_ids=positions, use_cache=False).logits
@@ -268,6 +343,16 @@ def _make_schedule(config: Any, run_steps: int) -> Callable[[int], float]:
     return lr_at
 
 
+def _positions(input_ids: torch.Tensor) -> torch.Tensor:
+    return torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0).expand_as(input_ids)
+
+
+def _spread(flat: torch.Tensor, micro_batch: MicroBatch, aligned: AlignedBatch) -> torch.Tensor:
+    """Put [N] numbers of response tokens into their places of [b, T]; 0 elsewhere."""
+    shape = (micro_batch.input_ids.shape[0], aligned.response_width)
+    return flat.new_zeros(shape[0] * shape[1]).index_put((micro_batch.slots,), flat).view(shape)
+
+
 def _temperature(data: DataProto) -> float:
     temperature = float(data.meta_info["temperature"])
     if temperature <= 0:
@@ -276,9 +361,9 @@ def _temperature(data: DataProto) -> float:
 
 
 def _columns(aligned: AlignedBatch, micro_batch: MicroBatch) -> dict[str, torch.Tensor]:
-    """The micro-batch's [b, T] columns; all zero for one without samples."""
+    """The micro-batch's [b, T] and [b] columns; one sample of zeros for one without samples."""
     if len(micro_batch.rows) == 0:
-        return {name: column.new_zeros(1, aligned.response_width) for name, column in aligned.columns.items()}
+        return {name: column.new_zeros(1, *column.shape[1:]) for name, column in aligned.columns.items()}
     return {name: column[micro_batch.rows] for name, column in aligned.columns.items()}
 
 

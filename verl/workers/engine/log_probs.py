@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies from logits, without a second copy of the logits in memory."""
+"""Log-probabilities, entropies and sums of squares from logits, without a second copy of the logits in memory."""
 
 from __future__ import annotations
 
@@ -11,30 +11,35 @@ _CHUNK_ELEMENTS = 2**24  # of the float32 working copy: 64 MiB
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """log softmax(logits / temperature)[target] and the entropy of each row, computed a few rows at a time."""
+    """For each row log softmax(logits / temperature)[target], entropy and sum of squares, a few rows at a time."""
 
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, temperature: float, entropy_grad: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx: Any, logits: torch.Tensor, targets: torch.Tensor, temperature: float, entropy_grad: bool, squares: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         rows = logits.shape[0]
         dtype = torch.promote_types(logits.dtype, torch.float32)
         log_probs, entropy, log_z = (torch.empty(rows, dtype=dtype, device=logits.device) for _ in range(3))
+        sum_pi_squared = torch.empty_like(entropy) if squares else None
         for part in _chunks(logits):
             scaled = _scaled(logits[part], temperature, dtype)
             log_z[part] = scaled.logsumexp(dim=-1)
             log_probs[part] = scaled.gather(1, targets[part].unsqueeze(1)).squeeze(1) - log_z[part]
             probs = (scaled - log_z[part].unsqueeze(1)).exp_()
+            if sum_pi_squared is not None:
+                sum_pi_squared[part] = torch.linalg.vector_norm(probs, dim=-1).square_()
             entropy[part] = log_z[part] - probs.mul_(scaled).sum(dim=-1)
         ctx.save_for_backward(logits, targets, log_z, entropy)
         ctx.temperature = temperature
         ctx.entropy_grad = entropy_grad
-        if not entropy_grad:
-            ctx.mark_non_differentiable(entropy)
-        return log_probs, entropy
+        constant = [] if entropy_grad else [entropy]
+        ctx.mark_non_differentiable(*constant, *([] if sum_pi_squared is None else [sum_pi_squared]))
+        return log_probs, entropy, sum_pi_squared
 
     @staticmethod
-    def backward(ctx: Any, grad_log_probs: torch.Tensor, grad_entropy: torch.Tensor) -> tuple[Any, ...]:
+    def backward(
+        ctx: Any, grad_log_probs: torch.Tensor, grad_entropy: torch.Tensor, _: torch.Tensor | None
+    ) -> tuple[Any, ...]:
         logits, targets, log_z, entropy = ctx.saved_tensors
         grad = torch.empty_like(logits)
         for part in _chunks(logits):
@@ -47,23 +52,29 @@ class _TokenLogProbs(torch.autograd.Function):
                 # dH/dz = -p (log p + H)
                 d_scaled.sub_(log_p.add_(entropy[part].unsqueeze(1)).mul_(probs).mul_(grad_entropy[part].unsqueeze(1)))
             grad[part] = d_scaled.div_(ctx.temperature).to(grad.dtype)
-        return grad, None, None, None
+        return grad, None, None, None, None
 
 
 def token_log_probs(
-    logits: torch.Tensor, targets: torch.Tensor, temperature: float, *, entropy_grad: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities of `targets` and entropies under softmax(logits / temperature).
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: float,
+    *,
+    entropy_grad: bool = False,
+    sum_pi_squared: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Log-probabilities of `targets`, entropies and sums of squares of pi = softmax(logits / temperature).
 
     Args:
         logits: [N, V], any floating dtype.
         targets: [N] int64.
         entropy_grad: differentiate the entropy too.
+        sum_pi_squared: also sum pi(v)^2 over the vocabulary, without a gradient.
 
     Returns:
-        two [N] tensors in float32 (float64 for float64 logits).
+        [N] tensors in float32 (float64 for float64 logits), None in place of a sum that is not asked for.
     """
-    return _TokenLogProbs.apply(logits, targets, temperature, entropy_grad)
+    return _TokenLogProbs.apply(logits, targets, temperature, entropy_grad, sum_pi_squared)
 
 
 def _chunks(logits: torch.Tensor) -> Iterator[slice]:

@@ -1,0 +1,255 @@
+"""The critic worker: columns, metrics, steps, checkpoints; on one rank and on two, whatever the split."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+
+from fixtures.critic_cases import (
+    critic_batch,
+    critic_checkpoint_program,
+    critic_config,
+    make_critic,
+    set_head,
+    update_program,
+)
+from fixtures.ranks import run_ranks
+from fixtures.tiny import write_tiny_model
+from verl.protocol import DataProto
+from verl.trainer.config.actor import CheckpointConfig
+from verl.trainer.config.critic import CriticOptimConfig
+from verl.trainer.ppo.core_algos import LOSS_AGG_MODES
+from verl.workers.critic import CriticWorker
+from verl.workers.engine import NonFiniteError
+from verl.workers.engine.batching import CRITIC_COLUMNS, split_even, split_mini_batches
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return str(write_tiny_model(tmp_path_factory.mktemp("model")))
+
+
+def mini_batches(data, size, ranks, **options):
+    return split_mini_batches(data, size, ranks, columns=CRITIC_COLUMNS, **options)
+
+
+def plain_steps(model_dir, data, size, clip, optimizer_steps):
+    """Clipped AdamW steps on an unsharded model, the loss a loop over tokens; metrics of each step and the weights."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    head = torch.nn.Linear(64, 1)
+    with torch.no_grad():
+        head.weight.copy_(torch.linspace(-1.0, 1.0, 65)[:-1].view(1, 64) / 4)
+        head.bias.fill_(-0.25)
+    backbone = dict(model.model.named_parameters())
+    parameters = [*backbone.values(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.01, foreach=False)
+    history = []
+    for start in list(range(0, len(data), size))[:optimizer_steps]:
+        part = data[start : start + size]
+        states = model.model(
+            input_ids=part.batch["input_ids"],
+            attention_mask=part.batch["attention_mask"],
+            position_ids=part.batch["position_ids"],
+        ).last_hidden_state
+        predicted = head(states).squeeze(-1)[:, -8:-1]
+        terms, values, clipped = [], [], 0
+        for b, t in part.batch["response_mask"].nonzero().tolist():
+            v, old, target = predicted[b, t], part.batch["values"][b, t], part.batch["returns"][b, t]
+            near = torch.minimum(torch.maximum(v, old - clip), old + clip)
+            terms.append(torch.maximum((v - target) ** 2, (near - target) ** 2) / 2)
+            values.append(v.item())
+            clipped += ((near - target) ** 2 > (v - target) ** 2).item()
+        loss = sum(terms) / len(terms)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        history.append(
+            {
+                "critic/vf_loss": loss.item(),
+                "critic/vf_clipfrac": clipped / len(terms),
+                "critic/vpred_mean": sum(values) / len(values),
+                "critic/grad_norm": norm.item(),
+                "critic/lr": 1e-3,
+            }
+        )
+    weights = {f"model.{name}": parameter.detach() for name, parameter in backbone.items()}
+    weights |= {f"score.{name}": parameter.detach() for name, parameter in head.named_parameters()}
+    return history, weights
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_two_steps_against_plain_torch(model_dir, ranks):
+    """Metrics are means over the optimizer steps; the weights are those of the same steps unsharded."""
+    data = critic_batch(12)
+    steps, expected = plain_steps(model_dir, data, 6, 0.5, 2)
+    outcomes = run_ranks(ranks, update_program, [(critic_config(model_dir), mini_batches(data, 6, ranks))])
+    for [(history, weights)] in outcomes:
+        [metrics] = history
+        assert set(metrics) == set(steps[0])
+        assert all(type(value) is float for value in metrics.values())
+        for name in metrics:
+            mean = (steps[0][name] + steps[1][name]) / 2
+            assert metrics[name] == pytest.approx(mean, rel=1e-4, abs=1e-7), name
+        assert 0 < metrics["critic/vf_clipfrac"] < 1
+        assert set(weights) == set(expected)
+        for name, tensor in expected.items():
+            # Adam divides by the gradient's size: where that is rounding, so is the step's direction
+            assert (weights[name] - tensor).abs().mean() < 2e-6, name
+            if name != "score.bias":
+                assert torch.equal(weights[name].isfinite(), tensor.isfinite())
+
+
+def split_cases(model_dir, data, ranks):
+    """One optimizer step at learning rate 0 with every aggregation and several cuts."""
+    cuts = [{"ppo_micro_batch_size_per_gpu": 2}, {"use_dynamic_bsz": True, "ppo_max_token_len_per_gpu": 40}]
+    if ranks == 1:
+        cuts += [{"ppo_micro_batch_size_per_gpu": 100}, {"ppo_micro_batch_size_per_gpu": 1}]
+    return [
+        (
+            critic_config(model_dir, loss_agg_mode=mode, optim=CriticOptimConfig(lr=0.0), **cut),
+            mini_batches(data, 13, ranks, balance=index == 0),
+        )
+        for mode in LOSS_AGG_MODES
+        for index, cut in enumerate(cuts)
+    ]
+
+
+def test_the_split_does_not_matter(model_dir):
+    data, reference = critic_batch(13), {}
+    for ranks in (1, 2):
+        cases = split_cases(model_dir, data, ranks)
+        results, *others = run_ranks(ranks, update_program, cases)
+        for other in others:
+            assert [history for history, _ in other] == [history for history, _ in results], "ranks disagree"
+        for (config, _), (history, _) in zip(cases, results, strict=True):
+            expected = reference.setdefault(config.loss_agg_mode, history[0])
+            assert history[0]["critic/grad_norm"] > 0
+            for name, value in expected.items():
+                assert history[0][name] == pytest.approx(value, rel=1e-5, abs=1e-8), (name, config.loss_agg_mode)
+    assert len({round(metrics["critic/vf_loss"], 6) for metrics in reference.values()}) == len(LOSS_AGG_MODES)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_step_gives_the_same_weights_on_one_rank_and_two(tmp_path, tied):
+    path = str(write_tiny_model(tmp_path / "model", tied=tied))
+    data, found = critic_batch(12), []
+    for ranks in (1, 2):
+        [first, *_] = run_ranks(ranks, update_program, [(critic_config(path), mini_batches(data, 12, ranks))])
+        found.append(first[0][1])
+    assert set(found[0]) == set(found[1])
+    before = AutoModelForCausalLM.from_pretrained(path).state_dict()
+    for name, tensor in found[0].items():
+        assert (found[1][name] - tensor).abs().mean() < 2e-6, name
+        assert name not in before or not torch.equal(before[name], tensor), f"{name} did not learn"
+
+
+def test_a_zero_head_learns(model_dir):
+    """From V = 0 everywhere to the returns; the backbone from the second step on."""
+    data = critic_batch(12)
+    data.batch["returns"] = 0.4 * (data.batch["responses"] % 3 - 1) * data.batch["response_mask"].float()
+
+    def program(rank):
+        worker = make_critic(critic_config(model_dir, optim=CriticOptimConfig(lr=3e-3)), rank)
+        losses = []
+        for _ in range(12):
+            data.batch["values"] = worker.compute_values(data).batch["values"]
+            losses.append(worker.update_critic(mini_batches(data, 12, 1)[0])["critic/vf_loss"])
+        return losses
+
+    [losses] = run_ranks(1, program)
+    assert losses[-1] < 0.3 * losses[0]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_values_column_in_the_order_of_the_batch(model_dir, ranks):
+    data = critic_batch(13)
+
+    def values_of(config):
+        shards, inverse = split_even(data, ranks)
+        parts = run_ranks(ranks, values_column_program, config, shards)
+        return DataProto.concat(parts)[inverse].batch["values"]
+
+    by_size = values_of(critic_config(model_dir))
+    by_tokens = values_of(critic_config(model_dir, use_dynamic_bsz=True, forward_max_token_len_per_gpu=32))
+    assert by_size.shape == (13, 7) and by_size.any()
+    assert not by_size[data.batch["response_mask"] == 0].any()
+    torch.testing.assert_close(by_size, by_tokens, rtol=1e-5, atol=1e-6)
+
+
+def values_column_program(rank, config, shards):
+    worker = make_critic(config, rank)
+    set_head(worker.engine.model)
+    result = worker.compute_values(shards[rank])
+    assert list(result.batch.keys()) == ["values"]
+    return result
+
+
+def test_epochs_repeat_the_mini_batches_and_the_schedule_counts_updates(model_dir):
+    data = critic_batch(12)
+    optim = CriticOptimConfig(lr=1e-3, lr_warmup_steps=4)
+    cases = [
+        (critic_config(model_dir, ppo_epochs=epochs, optim=optim), [mini_batches(data, 6, 1)[0] * repeats])
+        for epochs, repeats in ((2, 1), (1, 2))
+    ]
+    [((twice, weights), (doubled, others))] = run_ranks(1, update_program, cases, 3)
+    assert [metrics["critic/lr"] for metrics in twice] == pytest.approx([0.0, 2.5e-4, 5e-4])
+    assert twice == doubled
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 2), (1, 2), (2, 1)])
+def test_resuming_is_the_same_as_going_on(tmp_path, model_dir, before, after):
+    """Weights, optimizer and schedule, with another number of ranks too."""
+    data = critic_batch(12)
+    config = critic_config(model_dir, optim=CriticOptimConfig(lr=1e-3, lr_warmup_steps=4))
+    path = str(tmp_path / "critic")
+
+    def run(ranks, load, save):
+        return run_ranks(ranks, critic_checkpoint_program, config, mini_batches(data, 4, ranks), load, save)[0]
+
+    run(before, None, path)
+    metrics, weights = run(after, path, None)
+    [[(history, straight)]] = run_ranks(1, straight_program, config, mini_batches(data, 4, 1))
+    assert metrics["critic/lr"] == history[1]["critic/lr"] == pytest.approx(2.5e-4)
+    for name, value in history[1].items():
+        assert metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    for name, tensor in straight.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=0, atol=2e-5)
+
+
+def straight_program(rank, config, updates):
+    worker = make_critic(config, rank)
+    history = [worker.update_critic(updates[rank]) for _ in range(2)]
+    return [(history, dict(worker.engine.export_weights()))]
+
+
+def test_contents_of_a_checkpoint(tmp_path, model_dir):
+    data = critic_batch(12)
+    saved = CheckpointConfig(save_contents=["model", "hf_model"], load_contents=["model"])
+    config = critic_config(model_dir, {"tokenizer_path": model_dir}, checkpoint=saved)
+    path = tmp_path / "critic"
+    [(_, weights)] = run_ranks(1, critic_checkpoint_program, config, mini_batches(data, 12, 1), None, str(path))
+    assert sorted(entry.name for entry in path.iterdir()) == ["huggingface", "model"]
+    model = AutoModelForTokenClassification.from_pretrained(path / "huggingface")
+    assert torch.equal(model.score.weight, weights["score.weight"])
+    run_ranks(1, critic_checkpoint_program, config, mini_batches(data, 12, 1), str(path), None)
+    everything = critic_config(model_dir)
+    with pytest.raises(FileNotFoundError, match="optimizer"):
+        run_ranks(1, critic_checkpoint_program, everything, mini_batches(data, 12, 1), str(path), None)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_return_that_is_not_finite_stops_every_rank(model_dir, ranks):
+    data = critic_batch(12)
+    data.batch["returns"][2, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match="prompt-1"):
+        run_ranks(ranks, update_program, [(critic_config(model_dir), mini_batches(data, 12, ranks))])
+
+
+def test_limits_are_judged_before_the_model_is_read():
+    config = critic_config("nowhere", ppo_micro_batch_size_per_gpu=None)
+    worker = CriticWorker(0, 1, "127.0.0.1", 0, config, total_training_steps=1, device="cpu")
+    with pytest.raises(RuntimeError, match=r"init_model\(\) first"):
+        worker.compute_values(critic_batch(2))
+    with pytest.raises(ValueError, match="micro_batch_size_per_gpu"):
+        worker.init_model()

@@ -1,0 +1,160 @@
+"""The critic: the value model of PPO, on a rank of the trainer, beside the actor.
+
+Every method but the constructor is collective: all ranks call it with their own shard of the data, in the same order.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from verl.protocol import DataProto
+from verl.trainer.config import CriticConfig
+from verl.trainer.ppo.core_algos import agg_loss, compute_value_loss
+from verl.utils.platform import choose_dtype
+from verl.workers.engine.base import ValueEngine
+from verl.workers.engine.fsdp import FSDPValueEngine
+from verl.workers.engine.micro_batch import micro_batching
+from verl.workers.process_group import join_ranks, own_device
+
+_DENOMINATORS = ("global_tokens", "global_sequences", "loss_scale_factor")
+
+
+class CriticWorker:
+    """One rank of the critic.
+
+    Args:
+        rank: this rank, of `world_size`.
+        master_addr: where rank 0 listens for the others, unless another worker of this process has joined them already.
+        master_port: on which port.
+        config: the `critic` section as `verl.trainer.config.critic.resolve_critic` completes it.
+        total_training_steps: length of the learning-rate schedule.
+        device: "cpu", "cuda" or "npu".
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        master_addr: str,
+        master_port: int,
+        config: CriticConfig,
+        *,
+        total_training_steps: int,
+        device: str,
+    ):
+        self.rank = rank
+        self.world_size = world_size
+        self._master = (master_addr, master_port)
+        self._config = config
+        self._total_training_steps = total_training_steps
+        self._device_type = device
+        self._engine: ValueEngine | None = None
+
+    def init_model(self) -> None:
+        """Join the other ranks and load the model.
+
+        Raises:
+            ValueError: the checkpoint does not fit the model, or a setting is unknown or missing.
+        """
+        config = self._config
+        dynamic = bool(config.use_dynamic_bsz)
+        self._train_limits = micro_batching(
+            dynamic, config.ppo_micro_batch_size_per_gpu, config.ppo_max_token_len_per_gpu
+        )
+        self._forward_limits = micro_batching(
+            dynamic, config.forward_micro_batch_size_per_gpu, config.forward_max_token_len_per_gpu
+        )
+        device = own_device(self._device_type, self.rank)
+        self._engine = FSDPValueEngine(
+            config.model,
+            config.fsdp,
+            mesh=join_ranks(self._device_type, self.rank, self.world_size, *self._master),
+            device=device,
+            compute_dtype=choose_dtype(self._device_type, config.fsdp.dtype).name,
+            optim_config=config.optim,
+            total_training_steps=self._total_training_steps,
+        )
+
+    @property
+    def engine(self) -> ValueEngine:
+        """The engine of the value model."""
+        if self._engine is None:
+            raise RuntimeError("CriticWorker: call init_model() first")
+        return self._engine
+
+    def compute_values(self, data: DataProto) -> DataProto:
+        """`values` [B, T] float32: at each response token the value of the state it was chosen in, 0 where
+        response_mask is 0.
+
+        Args:
+            data: input_ids, attention_mask [B, P+T], responses, response_mask [B, T].
+        """
+        return DataProto.from_dict(tensors={"values": self.engine.values(data, self._forward_limits)})
+
+    def update_critic(self, mini_batches: list[DataProto]) -> dict[str, float]:
+        """Train on this rank's share of each mini-batch, `ppo_epochs` times over, one optimizer step each.
+
+        Args:
+            mini_batches: as `verl.workers.engine.batching.split_mini_batches` makes them, with `values` and `returns`.
+
+        Returns:
+            `critic/{vf_loss,vf_clipfrac,vpred_mean,grad_norm,lr}`, means over the optimizer steps; equal on all ranks.
+
+        Raises:
+            NonFiniteError: loss or gradient is NaN or infinite; raised on all ranks before the optimizer step.
+        """
+        history: list[dict[str, float]] = []
+        for _ in range(self._config.ppo_epochs or 1):
+            for mini_batch in mini_batches:
+                objective = ValueObjective(self._config, mini_batch)
+                metrics = self.engine.forward_backward(mini_batch, objective, self._train_limits)
+                metrics["critic/vf_loss"] = metrics.pop("loss")
+                step = self.engine.optimizer_step()
+                metrics["critic/grad_norm"], metrics["critic/lr"] = step["grad_norm"], step["lr"]
+                history.append(metrics)
+        self.engine.schedule_step()
+        return {name: sum(metrics[name] for metrics in history) / len(history) for name in history[0]}
+
+    def save_checkpoint(self, path: str | Path) -> None:
+        """Write what `critic.checkpoint.save_contents` names into `path`, `hf_model` into `path/huggingface`."""
+        wanted = list(self._config.checkpoint.save_contents)
+        self.engine.save(path, [part for part in wanted if part != "hf_model"])
+        if "hf_model" in wanted:
+            self.engine.export_hf(Path(path) / "huggingface")
+
+    def load_checkpoint(self, path: str | Path) -> None:
+        """Read what `critic.checkpoint.load_contents` names."""
+        wanted = self._config.checkpoint.load_contents
+        self.engine.load(path, [part for part in wanted if part != "hf_model"])
+
+    def close(self) -> None:
+        """Leave the group of ranks."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class ValueObjective:
+    """The value loss of one micro-batch, as a part of the mini-batch's."""
+
+    def __init__(self, config: CriticConfig, mini_batch: DataProto):
+        self._config = config
+        self._denominators = {name: mini_batch.meta_info[name] for name in _DENOMINATORS}
+
+    def __call__(
+        self, values: torch.Tensor, columns: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        mask = columns["response_mask"]
+        loss, clipped = compute_value_loss(
+            vpreds=values,
+            returns=columns["returns"],
+            values=columns["values"],
+            response_mask=mask,
+            cliprange_value=self._config.cliprange_value,
+            loss_agg_mode=self._config.loss_agg_mode or "token-mean",
+            **self._denominators,
+        )
+        mean = agg_loss(values.detach(), mask, "token-mean", **self._denominators)
+        return loss, {"critic/vf_clipfrac": clipped, "critic/vpred_mean": mean}

@@ -1,0 +1,117 @@
+"""Turns a causal language model into one that gives each position a value: a scalar head in place of the LM head."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
+
+# The name that transformers' models for token and sequence classification give their head.
+HEAD = "score"
+# What a scalar head is called in checkpoints: theirs, and that of TRL's models with a value head.
+_HEADS_READ = (f"{HEAD}.", "v_head.summary.")
+_INDEX = "model.safetensors.index.json"
+_WHOLE = "model.safetensors"
+
+
+def output_head_keys(model: PreTrainedModel) -> set[str]:
+    """Names of the LM head's weights, which a value model does without."""
+    name = _output_head_name(model)
+    return {f"{name}.{key}" for key, _ in model.get_output_embeddings().named_parameters()}
+
+
+def to_value_model(model: PreTrainedModel, head: dict[str, torch.Tensor] | None = None) -> None:
+    """Replace the LM head by `score`, a `Linear(hidden, 1)` in float32 that is tied to nothing.
+
+    `model(input_ids, position_ids, rows)` then returns the values [N, 1] float32 at the flattened positions `rows` [N]
+    of `input_ids` [b, S], right-padded sequences. What the model does to logits (soft-capping, scaling) has no part in
+    them. Saved, it is a model for token classification with one label, where transformers has one of this architecture.
+
+    A new head starts at zero: with V = 0 the first advantages are plain returns, where a random head would add noise of
+    the size of the hidden states, which differs by orders of magnitude between models. The hidden states differ from
+    position to position, so a zero head has a gradient and moves with the first step, and the backbone with the second.
+
+    Args:
+        head: `weight` [1, hidden] and, optionally, `bias` [1] of a trained head.
+
+    Raises:
+        NotImplementedError: the model has no backbone apart from its head.
+    """
+    if model.base_model is model:
+        raise NotImplementedError(
+            f"{type(model).__name__} has no backbone besides its output head: it cannot be a critic yet; use another "
+            "architecture for critic.model.path"
+        )
+    old, name = model.get_output_embeddings(), _output_head_name(model)
+    new = torch.nn.Linear(old.weight.shape[-1], 1, dtype=torch.float32, device=old.weight.device)
+    if new.weight.device.type != "meta":
+        with torch.no_grad():
+            for key, parameter in new.named_parameters():
+                parameter.copy_((head or {}).get(key, torch.zeros(())))
+    owner, _, attribute = name.rpartition(".")
+    delattr(model.get_submodule(owner), attribute)
+    model.add_module(HEAD, new)
+    model.all_tied_weights_keys = {
+        alias: kept for alias, kept in model.all_tied_weights_keys.items() if not alias.startswith(f"{name}.")
+    }
+    model.config.tie_word_embeddings = False
+    model.config.num_labels = 1
+    saved_as = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.get(model.config.model_type)
+    if saved_as is not None:
+        model.config.architectures = [saved_as]
+    # On the instance: every architecture has a class of its own, whose forward makes logits.
+    model.forward = functools.partial(_values, model)  # type: ignore[method-assign]
+
+
+def _values(
+    model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor, rows: torch.Tensor
+) -> torch.Tensor:
+    states = model.base_model(input_ids=input_ids, attention_mask=None, position_ids=position_ids, use_cache=False)
+    hidden = states.last_hidden_state
+    return model.get_submodule(HEAD)(hidden.reshape(-1, hidden.shape[-1])[rows].float())
+
+
+def read_head(path: str, unexpected: Iterable[str]) -> dict[str, torch.Tensor] | None:
+    """The scalar head among the checkpoint's weights that a causal language model has no use for, if there is one.
+
+    Raises:
+        ValueError: the head gives more than one number, or is in another format than safetensors.
+    """
+    found = {
+        key.removeprefix(prefix): _read_tensor(Path(path), key)
+        for prefix in _HEADS_READ
+        for key in unexpected
+        if key in (f"{prefix}weight", f"{prefix}bias")
+    }
+    if "weight" not in found:
+        return None
+    if found["weight"].shape[0] != 1:
+        raise ValueError(
+            f"critic.model.path={path!r}: its head gives {found['weight'].shape[0]} numbers, a value is one; use a "
+            "checkpoint with num_labels=1, or of a causal language model"
+        )
+    return found
+
+
+def _read_tensor(folder: Path, key: str) -> torch.Tensor:
+    file = folder / _WHOLE
+    if (folder / _INDEX).is_file():
+        file = folder / json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"][key]
+    if not file.is_file():
+        raise ValueError(
+            f"critic.model.path={str(folder)!r}: its head {key} is not in safetensors; convert the checkpoint with "
+            "save_pretrained"
+        )
+    with safe_open(file, framework="pt") as tensors:
+        return tensors.get_tensor(key)
+
+
+def _output_head_name(model: PreTrainedModel) -> str:
+    head = model.get_output_embeddings()
+    return next(name for name, module in model.named_modules() if module is head)
