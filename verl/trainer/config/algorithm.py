@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from verl.trainer.config import names
+from verl.trainer.config.rollout_correction import RolloutCorrectionConfig
 from verl.trainer.config.schema import key, planned, section
 
 _KL_LOSS = "use actor_rollout_ref.actor.use_kl_loss=True"
@@ -31,19 +32,6 @@ class FilterGroupsConfig:
 
 
 @dataclass
-class RolloutCorrectionConfig:
-    """Importance weights and rejection between rollout and trainer."""
-
-    rollout_is: str | None = planned(None, "rollout correction")
-    rollout_is_threshold: float | str = planned(2.0, "rollout correction")
-    rollout_is_batch_normalize: bool = planned(False, "rollout correction")
-    rollout_rs: str | None = planned(None, "rollout correction")
-    rollout_rs_threshold: float | str | None = planned(None, "rollout correction")
-    bypass_mode: bool = planned(False, "rollout correction")
-    loss_type: str = planned("ppo_clip", "rollout correction")
-
-
-@dataclass
 class AlgorithmConfig:
     """From rewards to advantages."""
 
@@ -62,6 +50,6 @@ class AlgorithmConfig:
     kl_ctrl: KLCtrlConfig = section(KLCtrlConfig, "weight of a KL term in the reward: not supported yet")
     filter_groups: FilterGroupsConfig = section(FilterGroupsConfig, "group filtering: not supported yet")
     rollout_correction: RolloutCorrectionConfig = section(
-        RolloutCorrectionConfig, "importance weights between rollout and trainer: not supported yet"
+        RolloutCorrectionConfig, "importance weights and rejection between rollout and trainer"
     )
     use_pf_ppo: bool = planned(False, "PF-PPO")
