@@ -23,6 +23,7 @@ from verl.trainer.config.critic import CriticConfig
 from verl.trainer.config.data import CustomClassConfig, DataConfig
 from verl.trainer.config.errors import ConfigError
 from verl.trainer.config.load import from_hydra, load_config
+from verl.trainer.config.lora import LoraOptions, lora_options
 from verl.trainer.config.model import LoraConfig, ModelConfig
 from verl.trainer.config.plan import Plan
 from verl.trainer.config.ppo import ActorRolloutRefConfig, PPOConfig, RayKwargs
@@ -54,6 +55,7 @@ __all__ = [
     "FilterGroupsConfig",
     "KLCtrlConfig",
     "LoraConfig",
+    "LoraOptions",
     "MegatronConfig",
     "ModelConfig",
     "MultiTurnConfig",
@@ -74,4 +76,5 @@ __all__ = [
     "check",
     "from_hydra",
     "load_config",
+    "lora_options",
 ]

@@ -7,7 +7,7 @@ import math
 import os
 import struct
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ class ModelFiles:
         parameters: elements of all weights.
         nbytes: bytes of all weights in the files.
         tensors: how many.
+        shapes: by name; empty where the files do not tell.
     """
 
     path: Path
@@ -43,6 +44,7 @@ class ModelFiles:
     parameters: int | None
     nbytes: int | None
     tensors: int | None
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def number(self, *names: str) -> int | None:
         """The first of these fields of config.json that is a number."""
@@ -86,17 +88,17 @@ def read_model(path: str | Path) -> ModelFiles:
         )
     config = _read_json(path / "config.json", "the directory of a Hugging Face model has one")
     text = config.get("text_config")
-    sizes = _weights(path)
-    parameters, nbytes, tensors = sizes if sizes is not None else (None, None, None)
-    return ModelFiles(path, text if isinstance(text, dict) else config, parameters, nbytes, tensors)
+    weights = _weights(path)
+    parameters, nbytes, tensors = _sum(weights) if weights is not None else (None, None, None)
+    shapes = {name: tuple(tensor["shape"]) for name, tensor in (weights or {}).items()}
+    return ModelFiles(path, text if isinstance(text, dict) else config, parameters, nbytes, tensors, shapes)
 
 
-def _weights(path: Path) -> tuple[int, int, int] | None:
+def _weights(path: Path) -> dict[str, Any] | None:
     if (path / _INDEX).is_file():
         return _sharded(path)
     if (path / _WHOLE).is_file():
-        header = read_header(path / _WHOLE)
-        return _sum(header)
+        return read_header(path / _WHOLE)
     for name in _BIN:
         if (path / name).is_file():
             _check_bin(path, name)
@@ -107,11 +109,11 @@ def _weights(path: Path) -> tuple[int, int, int] | None:
     )
 
 
-def _sharded(path: Path) -> tuple[int, int, int]:
+def _sharded(path: Path) -> dict[str, Any]:
     weight_map = _read_json(path / _INDEX, "").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelFilesError(f"{_INDEX} has no weight_map; copy it again")
-    total = (0, 0, 0)
+    whole: dict[str, Any] = {}
     for name in sorted(set(weight_map.values())):
         if not (path / name).is_file():
             raise ModelFilesError(f"{name} is missing, which {_INDEX} lists; copy it there")
@@ -119,8 +121,8 @@ def _sharded(path: Path) -> tuple[int, int, int]:
         absent = [tensor for tensor, file in weight_map.items() if file == name and tensor not in header]
         if absent:
             raise ModelFilesError(f"{name} lacks {absent[0]}, which {_INDEX} says is there; copy both again")
-        total = tuple(a + b for a, b in zip(total, _sum(header), strict=True))  # type: ignore[assignment]
-    return total
+        whole |= header
+    return whole
 
 
 def read_header(path: Path) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Saves and loads an engine's state: sharded model and optimizer, schedule, random numbers.
 
-`model/` and `optimizer/` are torch.distributed.checkpoint directories, readable with any number of ranks;
-`engine.json` is the schedule; `rng_rank_R.pt` the generators of rank R.
+`model/` and `optimizer/` are torch.distributed.checkpoint directories, readable with any number of ranks; of a model
+with adapters they hold the adapters alone, and `lora_adapter/` holds them once more, as peft reads them. `engine.json`
+is the schedule; `rng_rank_R.pt` the generators of rank R.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+
+from verl.workers.engine import lora
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +49,9 @@ def save_state(
     rank = dist.get_rank(group)
     path.mkdir(parents=True, exist_ok=True)
     if "model" in contents:
-        dcp.save(get_model_state_dict(model), checkpoint_id=str(path / "model"), process_group=group)
+        dcp.save(_trained(model), checkpoint_id=str(path / "model"), process_group=group)
+        if lora.has_adapters(model):
+            lora.write_adapter(model, path / lora.DIRECTORY, writes=rank == 0)
     if "optimizer" in contents:
         dcp.save(get_optimizer_state_dict(model, optimizer), checkpoint_id=str(path / "optimizer"), process_group=group)
     if "extra" in contents:
@@ -70,6 +76,7 @@ def load_state(
 
     Raises:
         FileNotFoundError: a part is not in the checkpoint.
+        ValueError: the checkpoint is of another model, or of other adapters.
     """
     _check_contents(contents, optimizer)
     for part in contents:
@@ -80,9 +87,11 @@ def load_state(
                 "resume from a checkpoint that was saved with it"
             )
     if "model" in contents:
-        state = get_model_state_dict(model)
+        state = _trained(model)
+        _check_fits(path, state, model)
         dcp.load(state, checkpoint_id=str(path / "model"), process_group=group)
-        set_model_state_dict(model, state)
+        # With adapters, the model has frozen weights besides.
+        set_model_state_dict(model, state, options=StateDictOptions(strict=not lora.has_adapters(model)))
     if "optimizer" in contents:
         state = get_optimizer_state_dict(model, optimizer)
         dcp.load(state, checkpoint_id=str(path / "optimizer"), process_group=group)
@@ -101,6 +110,34 @@ def load_state(
             dist.get_world_size(group),
         )
     return int(engine["schedule_step"])
+
+
+def _trained(model: torch.nn.Module) -> dict[str, Any]:
+    """The model's state dict, of one with adapters without the frozen weights, which come from its own directory."""
+    state = get_model_state_dict(model)
+    if not lora.has_adapters(model):
+        return state
+    return {name: state[name] for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _check_fits(path: Path, state: dict[str, Any], model: torch.nn.Module) -> None:
+    """The checkpoint has the tensors of `state` and no others: DCP would leave some out without a word."""
+    if lora.has_adapters(model) and (path / lora.DIRECTORY).is_dir():
+        lora.check_same_scale(model, path / lora.DIRECTORY)
+    saved = {
+        name: tuple(entry.size)
+        for name, entry in dcp.FileSystemReader(str(path / "model")).read_metadata().state_dict_metadata.items()
+        if isinstance(entry, dcp.metadata.TensorStorageMetadata)
+    }
+    ours = {name: tuple(value.shape) for name, value in state.items() if isinstance(value, torch.Tensor)}
+    differing = sorted(name for name in saved.keys() | ours.keys() if saved.get(name) != ours.get(name))
+    if differing:
+        name = differing[0]
+        raise ValueError(
+            f"checkpoint {path} is of another model: {name} has shape {saved.get(name, 'none')} there and "
+            f"{ours.get(name, 'none')} here ({len(differing)} differ); resume with the actor_rollout_ref.model.path, "
+            "lora_rank and target_modules that it was saved with, or start afresh (trainer.resume_mode=disable)"
+        )
 
 
 def _check_contents(contents: Sequence[str], optimizer: torch.optim.Optimizer | None) -> None:

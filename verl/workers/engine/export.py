@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from verl.workers.engine.loading import decoder_layer_names
+from verl.workers.engine.lora import merged_view
 
 _SHARD_BYTES = 5 * 10**9
 
@@ -36,7 +37,8 @@ def export_weights(
 
     transformers keeps some weights in another form than their checkpoints, packed experts for example. Its own
     conversion is undone for one decoder layer at a time: no more than a layer (one parameter, where nothing is to be
-    converted) is gathered at once. Collective: every rank must exhaust the stream.
+    converted) is gathered at once. Adapters are added to their layers' weights, each rank to the rows that it holds.
+    Collective: every rank must exhaust the stream.
 
     Args:
         dtype: of the floating tensors, None for each parameter's own; shards are cast before they are gathered.
@@ -45,16 +47,17 @@ def export_weights(
             without its rows being cut, mixed or turned. Others are gathered and come as they are.
     """
     converts = bool(getattr(model, "_weight_conversions", None))
-    shards = model.state_dict(keep_vars=True)
+    shards, adapters = merged_view(model.state_dict(keep_vars=True), model)
     for names in _groups(model, shards, by_layer=converts):
         # By suffix of the name; None for what is not encoded.
         gathered: dict[str | None, dict[str, torch.Tensor]] = {}
         for name in names:
-            if encoder is not None and _encodable(model, name, shards[name], encoder, converts):
-                for suffix, part in encoder.encode_weight(name, _local(shards[name], dtype)).items():
-                    gathered.setdefault(suffix, {})[name] = _gather_rows(part, shards[name])
+            shard = shards[name] if name not in adapters else adapters[name].merged(shards[name], dtype)
+            if encoder is not None and _encodable(model, name, shard, encoder, converts):
+                for suffix, part in encoder.encode_weight(name, _local(shard, dtype)).items():
+                    gathered.setdefault(suffix, {})[name] = _gather_rows(part, shard)
             else:
-                gathered.setdefault(None, {})[name] = _whole(shards[name], dtype)
+                gathered.setdefault(None, {})[name] = _whole(shard, dtype)
         if converts:
             gathered = {suffix: revert_weight_conversion(model, tensors) for suffix, tensors in gathered.items()}
             for suffix in gathered.keys() - {None, ""}:

@@ -18,6 +18,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from verl.trainer.config import LoraOptions
+from verl.workers.engine.lora import add_adapters, has_adapters
+from verl.workers.engine.value_head import HEAD, output_head_keys, read_head, to_value_model
+
 logger = logging.getLogger(__name__)
 
 _DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
@@ -41,6 +45,8 @@ def load_sharded_model(
     override_config: Mapping[str, Any] | None = None,
     gradient_checkpointing: bool = False,
     reshard_after_forward: bool = True,
+    value_head: bool = False,
+    lora: LoraOptions | None = None,
 ) -> PreTrainedModel:
     """Read a model and shard it, one FSDP unit a decoder layer and one for the rest.
 
@@ -52,20 +58,25 @@ def load_sharded_model(
         override_config: replaces fields of the model's config; `attn_implementation` is the attention backend.
         gradient_checkpointing: recompute a layer's activations in the backward pass.
         reshard_after_forward: free a layer's gathered parameters between forward and backward.
+        value_head: give it a scalar head, see `verl.workers.engine.value_head`.
+        lora: put adapters on it, which are then all that is trained; see `verl.workers.engine.lora`.
 
     Raises:
         ValueError: the checkpoint lacks weights of the model or holds them in other shapes.
     """
     override = dict(override_config or {})
     attention = override.pop("attn_implementation", None)  # None: the best that transformers finds
+    section = "critic.model" if value_head else "actor_rollout_ref.model"
     options = {
-        "config": read_config(path, trust_remote_code, override),
+        "config": read_config(path, trust_remote_code, override, section),
         "dtype": dtype,
         "trust_remote_code": trust_remote_code,
         "attn_implementation": attention,
     }
     alone = mesh.size() == 1
-    source = read_checkpoint(path, **options) if mesh.get_rank() == 0 else None
+    source = read_checkpoint(path, section, value_head, **options) if mesh.get_rank() == 0 else None
+    if source is not None and lora is not None:
+        add_adapters(source, lora, fill=True)
     if alone:
         assert source is not None
         model = source.to(device)
@@ -73,17 +84,23 @@ def load_sharded_model(
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(**options)
         model.tie_weights()  # every parameter was replaced by one without storage
+        if value_head:
+            to_value_model(model)
+        if lora is not None:
+            add_adapters(model, lora, fill=False)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     names = decoder_layer_names(model)
-    _shard(model, names, mesh, dtype, compute_dtype, reshard_after_forward)
+    _shard(model, names, mesh, dtype, compute_dtype, reshard_after_forward, value_head)
     if not alone:
         model.to_empty(device=device)
         _receive(model, source, mesh, device)
     return model
 
 
-def read_config(path: str, trust_remote_code: bool, override: Mapping[str, Any]) -> PreTrainedConfig:
+def read_config(
+    path: str, trust_remote_code: bool, override: Mapping[str, Any], section: str = "actor_rollout_ref.model"
+) -> PreTrainedConfig:
     """The model's config with some fields replaced.
 
     Raises:
@@ -95,24 +112,30 @@ def read_config(path: str, trust_remote_code: bool, override: Mapping[str, Any])
     unknown = sorted(set(unused) & set(override))
     if unknown:
         raise ValueError(
-            f"actor_rollout_ref.model.override_config: {type(config).__name__} has no {', '.join(unknown)}; see "
+            f"{section}.override_config: {type(config).__name__} has no {', '.join(unknown)}; see "
             f"{path}/config.json for its fields"
         )
     return config
 
 
-def read_checkpoint(path: str, **options: Any) -> PreTrainedModel:
-    """`from_pretrained` that refuses to invent weights which the checkpoint lacks."""
+def read_checkpoint(path: str, section: str, value_head: bool, **options: Any) -> PreTrainedModel:
+    """`from_pretrained` that refuses to invent weights which the checkpoint lacks, the value head's excepted."""
     model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    replaced = output_head_keys(model) if value_head else set()
     for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
-        found = sorted(map(str, info.get(problem) or ()))
+        found = sorted(set(map(str, info.get(problem) or ())) - replaced)
         if found:
             shown = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
             raise ValueError(
-                f"actor_rollout_ref.model.path={path!r} does not fit its own config.json, {problem}: {shown}; "
+                f"{section}.path={path!r} does not fit its own config.json, {problem}: {shown}; "
                 "use a complete checkpoint of this architecture"
             )
-    if info.get("unexpected_keys"):
+    if value_head:
+        head = read_head(path, info.get("unexpected_keys") or ())
+        to_value_model(model, head)
+        if head is not None:
+            logger.info("%s: its scalar head is the value head", path)
+    elif info.get("unexpected_keys"):
         logger.warning("%s: not used by the model: %s", path, sorted(info["unexpected_keys"])[:5])
     return model
 
@@ -135,13 +158,20 @@ def _shard(
     dtype: torch.dtype,
     compute_dtype: torch.dtype,
     reshard_after_forward: bool,
+    value_head: bool,
 ) -> None:
     policy = MixedPrecisionPolicy(
-        param_dtype=None if compute_dtype == dtype else compute_dtype, reduce_dtype=torch.float32
+        # Adapters are float32 whatever the model is.
+        param_dtype=None if compute_dtype == dtype and not has_adapters(model) else compute_dtype,
+        reduce_dtype=torch.float32,
     )
     for name in layers:
         layer = model.get_submodule(name)
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
+    if value_head:
+        # A value has to tell more steps apart than bfloat16 has.
+        exact = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+        fully_shard(model.get_submodule(HEAD), mesh=mesh, mp_policy=exact, reshard_after_forward=reshard_after_forward)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
