@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fixtures.engine_cases import actor_config, make_batch
-from verl.trainer.ppo.core_algos import agg_loss, compute_policy_loss_vanilla, kl_penalty
+from verl.trainer.ppo.core_algos import agg_loss, compute_policy_loss_vanilla, kl_penalty, register_policy_loss
 from verl.workers.policy_objective import PolicyObjective
 
 
@@ -59,3 +59,21 @@ def test_what_a_registered_loss_is_called_with(case):
     assert seen["config"].clip_ratio_high == 0.28
     assert seen["config"].global_batch_info == {k: info[k] for k in info if k != "temperature"}
     assert loss == metrics["actor/custom"] == metrics["actor/pg_loss"]
+
+
+def test_a_loss_that_chooses_tokens_gets_them_and_no_other_does(case):
+    log_probs, entropy, columns, info = case
+    columns = {**columns, "selected_tokens": torch.ones_like(columns["response_mask"])}
+    seen = []
+
+    def loss(**arguments):
+        seen.append(arguments.get("selected_tokens"))
+        return agg_loss(arguments["log_prob"], arguments["response_mask"], "token-sum"), {}
+
+    @register_policy_loss("test_policy_objective_chooses", select_tokens=lambda **columns: columns)
+    def choosing(**arguments):
+        return loss(**arguments)
+
+    for function in (loss, choosing):
+        PolicyObjective(function, actor_config(use_kl_loss=False), info)(log_probs, entropy, columns)
+    assert seen[0] is None and seen[1] is columns["selected_tokens"]
