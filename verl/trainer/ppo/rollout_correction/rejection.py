@@ -30,7 +30,7 @@ def rejection_mask(
     kept = response_mask.bool()
     for rejection in rejections:
         kept = kept & keeps(statistic(log_probs, rollout_log_probs, response_mask, rejection), rejection)
-    return response_mask * kept.to(response_mask.dtype)
+    return kept.to(response_mask.dtype)
 
 
 def statistic(
