@@ -83,7 +83,7 @@ def grade(load_example, monkeypatch):
         function = CustomRewardFunctionConfig(
             path=path, reward_kwargs={"base_url": url, "model": "judge", "backoff": 0.01, "retries": 2, **kwargs}
         )
-        loop = RewardLoop(RewardConfig(custom_reward_function=function, num_workers=1))
+        loop = RewardLoop(RewardConfig(custom_reward_function=function, num_workers=1, timeout=8.0))
 
         async def gather():
             return await asyncio.gather(*(loop.score("d", answer, "42", {"question": "6x7"}) for answer in answers))
