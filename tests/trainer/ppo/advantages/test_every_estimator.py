@@ -30,6 +30,7 @@ def altered(batch, change):
 def test_finite_float32_and_0_off_the_mask(batch, config, name):
     for result in run(name, batch, config):
         assert result.dtype == torch.float32 and result.shape == batch.response_mask.shape
+        assert result.is_contiguous()
         assert torch.isfinite(result).all()
         assert not result[~batch.response_mask.bool()].any()
         assert result[batch.response_mask.bool()].any()

@@ -51,9 +51,8 @@ def test_a_column_that_is_not_there():
 
     with pytest.raises(ValueError, match="test_registry_needs_more asks for the column reward_baselines") as error:
         arguments(estimator)
-    assert "name one of config, index, non_tensor_batch, response_mask, token_level_rewards, values," in str(
-        error.value
-    )
+    columns = "config, index, non_tensor_batch, response_mask, token_level_rewards, values"
+    assert f"name one of {columns}, or give reward_baselines a default" in str(error.value)
 
 
 def test_a_column_of_objects_is_found_elsewhere():

@@ -41,15 +41,17 @@ def compute_gae_advantage_return(
     """
     if config is not None:
         gamma, lam = config.gamma, config.lam
-    live = response_mask.bool()
-    rewards, values = token_level_rewards.double(), torch.where(live, values.double(), 0.0)
-    advantages = torch.zeros_like(values)
-    next_value = torch.zeros_like(values[:, 0])
+    # Time first: each step of the scan then touches one run of memory.
+    live, rewards, value = (
+        column.T.contiguous() for column in (response_mask.bool(), token_level_rewards.double(), values.double())
+    )
+    advantages = torch.zeros_like(value)
+    next_value = torch.zeros_like(value[0])
     carried = torch.zeros_like(next_value)
-    for t in reversed(range(values.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        carried = torch.where(live[:, t], delta + gamma * lam * carried, carried)
-        next_value = torch.where(live[:, t], values[:, t], next_value)
-        advantages[:, t] = carried
-    returns = torch.where(live, advantages + values, 0.0)
-    return whiten(advantages, live).to(torch.float32), returns.to(torch.float32)
+    for t in reversed(range(len(value))):
+        delta = rewards[t] + gamma * next_value - value[t]
+        carried = torch.where(live[t], delta + gamma * lam * carried, carried)
+        next_value = torch.where(live[t], value[t], next_value)
+        advantages[t] = carried
+    returns = torch.where(live, advantages + value, 0.0).T.to(torch.float32)
+    return whiten(advantages.T, live.T).to(torch.float32).contiguous(), returns.contiguous()

@@ -37,13 +37,15 @@ def compute_reinforce_plus_plus_outcome_advantage(
     """
     if config is not None:
         gamma = config.gamma
-    live = response_mask.bool()
-    returns = torch.zeros_like(token_level_rewards, dtype=torch.float64)
-    later = torch.zeros_like(returns[:, 0])
-    for t in reversed(range(returns.shape[1])):
-        later = torch.where(live[:, t], token_level_rewards[:, t].double() + gamma * later, later)
-        returns[:, t] = later
-    return whiten(returns, live).to(torch.float32), torch.where(live, returns, 0.0).to(torch.float32)
+    # Time first: each step of the scan then touches one run of memory.
+    live, rewards = (column.T.contiguous() for column in (response_mask.bool(), token_level_rewards.double()))
+    returns = torch.zeros_like(rewards)
+    later = torch.zeros_like(rewards[0])
+    for t in reversed(range(len(rewards))):
+        later = torch.where(live[t], rewards[t] + gamma * later, later)
+        returns[t] = later
+    advantages, returns = whiten(returns.T, live.T), torch.where(live, returns, 0.0).T
+    return advantages.to(torch.float32).contiguous(), returns.to(torch.float32).contiguous()
 
 
 @register_adv_est("reinforce_plus_plus_baseline")
