@@ -10,6 +10,7 @@ from fixtures.critic_cases import (
     critic_config,
     make_critic,
     set_head,
+    split_program,
     update_program,
 )
 from fixtures.ranks import run_ranks
@@ -19,7 +20,7 @@ from verl.trainer.config.actor import CheckpointConfig
 from verl.trainer.config.critic import CriticOptimConfig
 from verl.trainer.ppo.core_algos import LOSS_AGG_MODES
 from verl.workers.critic import CriticWorker
-from verl.workers.engine import NonFiniteError
+from verl.workers.engine import MicroBatching, NonFiniteError
 from verl.workers.engine.batching import CRITIC_COLUMNS, split_even, split_mini_batches
 
 
@@ -100,17 +101,17 @@ def test_two_steps_against_plain_torch(model_dir, ranks):
 
 
 def split_cases(model_dir, data, ranks):
-    """One optimizer step at learning rate 0 with every aggregation and several cuts."""
-    cuts = [{"ppo_micro_batch_size_per_gpu": 2}, {"use_dynamic_bsz": True, "ppo_max_token_len_per_gpu": 40}]
-    if ranks == 1:
-        cuts += [{"ppo_micro_batch_size_per_gpu": 100}, {"ppo_micro_batch_size_per_gpu": 1}]
+    """One optimizer step with every aggregation and several cuts."""
+    cuts = [MicroBatching(size=2), MicroBatching(max_tokens=40)]
+    cuts += [MicroBatching(size=100), MicroBatching(size=1)] if ranks == 1 else []
     return [
         (
-            critic_config(model_dir, loss_agg_mode=mode, optim=CriticOptimConfig(lr=0.0), **cut),
-            mini_batches(data, 13, ranks, balance=index == 0),
+            critic_config(model_dir, loss_agg_mode=mode),
+            limits,
+            mini_batches(data, 13, ranks, balance=limits.size is None),
         )
         for mode in LOSS_AGG_MODES
-        for index, cut in enumerate(cuts)
+        for limits in cuts
     ]
 
 
@@ -118,15 +119,15 @@ def test_the_split_does_not_matter(model_dir):
     data, reference = critic_batch(13), {}
     for ranks in (1, 2):
         cases = split_cases(model_dir, data, ranks)
-        results, *others = run_ranks(ranks, update_program, cases)
-        for other in others:
-            assert [history for history, _ in other] == [history for history, _ in results], "ranks disagree"
-        for (config, _), (history, _) in zip(cases, results, strict=True):
-            expected = reference.setdefault(config.loss_agg_mode, history[0])
-            assert history[0]["critic/grad_norm"] > 0
+        results, *others = run_ranks(ranks, split_program, cases)
+        assert all(other == results for other in others), "ranks disagree"
+        for (config, limits, _), metrics in zip(cases, results, strict=True):
+            expected = reference.setdefault(config.loss_agg_mode, metrics)
+            assert metrics["grad_norm"] > 0
             for name, value in expected.items():
-                assert history[0][name] == pytest.approx(value, rel=1e-5, abs=1e-8), (name, config.loss_agg_mode)
-    assert len({round(metrics["critic/vf_loss"], 6) for metrics in reference.values()}) == len(LOSS_AGG_MODES)
+                context = f"{name} with {config.loss_agg_mode}, {ranks} ranks, {limits}"
+                assert metrics[name] == pytest.approx(value, rel=1e-5, abs=1e-8), context
+    assert len({round(metrics["loss"], 6) for metrics in reference.values()}) == len(LOSS_AGG_MODES)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from verl.trainer.config.critic import resolve_critic
+from verl.trainer.config.lora import adapter_parameters, lora_options
 from verl.trainer.config.model_files import ModelFiles
 from verl.trainer.config.ppo import PPOConfig
+from verl.utils.platform import choose_dtype
 
 _MIB, _GIB = 1 << 20, 1 << 30
 # Resident memory of processes that hold no model yet.
@@ -51,6 +55,7 @@ def estimate_memory(
     ranks: int,
     replicas: int,
     reward_workers: int,
+    critic: ModelFiles | None = None,
 ) -> MemoryEstimate | None:
     """What the run takes of the host's memory; None where the model's files do not tell its size.
 
@@ -64,8 +69,15 @@ def estimate_memory(
     others = 2 * min(bucket, model.parameters * itemsize) + _DRIVER_BASE + reward_workers * _REWARD_WORKER
     trainer, replica, cache = _TRAINER_BASE, _REPLICA_BASE, 0
     if device == "cpu":
-        trainer += trainer_state_bytes(config, model.parameters, ranks)
-        trainer += activation_bytes(config, model, _ITEMSIZE[compute_dtype], ranks)
+        lora = lora_options(config.actor_rollout_ref.model)
+        adapters = None if lora is None else adapter_parameters(lora, model.shapes)
+        trainer += trainer_state_bytes(config, model.parameters, ranks, adapters)
+        activations = activation_bytes(config, model, _ITEMSIZE[compute_dtype], ranks)
+        if critic is not None and critic.parameters is not None:
+            trainer += critic_state_bytes(config, critic.parameters, ranks)
+            # Actor and critic take turns.
+            activations = max(activations, critic_activation_bytes(config, critic, device, ranks))
+        trainer += activations
         length = rollout.max_model_len or config.data.max_prompt_length + config.data.max_response_length
         cache = cpu_cache_bytes(model, itemsize, length, rollout.max_num_seqs)
         replica += model.parameters * itemsize + cache
@@ -76,32 +88,54 @@ def estimate_memory(
     return MemoryEstimate(trainer, replica, cache, others, total)
 
 
-def trainer_state_bytes(config: PPOConfig, parameters: int, ranks: int) -> int:
-    """Sharded over the ranks: master weights, gradients and AdamW's two moments, and the reference model's weights."""
+def trainer_state_bytes(config: PPOConfig, parameters: int, ranks: int, adapters: int | None = None) -> int:
+    """Sharded over the ranks: master weights, gradients and AdamW's two moments, and the reference model's weights.
+
+    With `adapters` trained parameters in float32, the model itself has neither gradients nor moments.
+    """
     actor, ref = config.actor_rollout_ref.actor, config.actor_rollout_ref.ref
-    per_parameter = 4 * _ITEMSIZE[actor.fsdp_config.model_dtype]
+    per_parameter = (4 if adapters is None else 1) * _ITEMSIZE[actor.fsdp_config.model_dtype]
     if actor.use_kl_loss:
         per_parameter += _ITEMSIZE[ref.fsdp_config.model_dtype]
-    return parameters * per_parameter // ranks
+    return (parameters * per_parameter + (adapters or 0) * 4 * _ITEMSIZE["float32"]) // ranks
+
+
+def critic_state_bytes(config: PPOConfig, parameters: int, ranks: int) -> int:
+    """Sharded over the ranks: the critic's master weights, gradients and AdamW's two moments."""
+    return parameters * 4 * _ITEMSIZE[config.critic.fsdp.model_dtype] // ranks
 
 
 def activation_bytes(config: PPOConfig, model: ModelFiles, itemsize: int, ranks: int) -> int:
     """Of one micro-batch: what the layers keep for the backward pass, logits of the response tokens with gradient."""
-    data, actor = config.data, config.actor_rollout_ref.actor
-    longest = data.max_prompt_length + data.max_response_length
-    samples = max(1, actor.ppo_mini_batch_size * config.actor_rollout_ref.rollout.n // ranks)
-    if not actor.use_dynamic_bsz:
-        samples = min(samples, actor.ppo_micro_batch_size_per_gpu or samples)
-    tokens = samples * longest
-    if actor.use_dynamic_bsz:
-        tokens = min(tokens, actor.ppo_max_token_len_per_gpu)
+    data = config.data
+    tokens = _micro_batch_tokens(config, config.actor_rollout_ref.actor, ranks)
+    kept = _kept_bytes(model, tokens, itemsize, config.actor_rollout_ref.model.enable_gradient_checkpointing)
+    responses = tokens * data.max_response_length // (data.max_prompt_length + data.max_response_length)
+    logits = 2 * responses * (model.number("vocab_size") or 0) * itemsize
+    return kept + logits + min(_LOGITS_CHUNK, 2 * logits)
+
+
+def critic_activation_bytes(config: PPOConfig, model: ModelFiles, device: str, ranks: int) -> int:
+    """Of one micro-batch of the critic, which has no logits."""
+    critic = resolve_critic(config)
+    itemsize = _ITEMSIZE[choose_dtype(device, critic.fsdp.dtype).name]
+    tokens = _micro_batch_tokens(config, critic, ranks)
+    return _kept_bytes(model, tokens, itemsize, critic.model.enable_gradient_checkpointing)
+
+
+def _micro_batch_tokens(config: PPOConfig, section: Any, ranks: int) -> int:
+    longest = config.data.max_prompt_length + config.data.max_response_length
+    samples = max(1, section.ppo_mini_batch_size * config.actor_rollout_ref.rollout.n // ranks)
+    if section.use_dynamic_bsz:
+        return min(samples * longest, section.ppo_max_token_len_per_gpu)
+    return min(samples, section.ppo_micro_batch_size_per_gpu or samples) * longest
+
+
+def _kept_bytes(model: ModelFiles, tokens: int, itemsize: int, recomputed: bool) -> int:
     hidden, layers = model.hidden or 0, model.layers or 0
     inner = model.number("intermediate_size") or 4 * hidden
     one_layer = tokens * (8 * hidden + 4 * inner) * itemsize
-    recomputed = config.actor_rollout_ref.model.enable_gradient_checkpointing
-    kept = tokens * hidden * layers * itemsize + one_layer if recomputed else one_layer * layers
-    logits = 2 * tokens * data.max_response_length // longest * (model.number("vocab_size") or 0) * itemsize
-    return kept + logits + min(_LOGITS_CHUNK, 2 * logits)
+    return tokens * hidden * layers * itemsize + one_layer if recomputed else one_layer * layers
 
 
 def cpu_cache_bytes(model: ModelFiles, itemsize: int, tokens_per_request: int, max_requests: int) -> int:

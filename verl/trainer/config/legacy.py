@@ -24,6 +24,9 @@ _MOVED = (
     ("ray_init", "ray_kwargs.ray_init"),
     ("actor_rollout_ref.actor.grad_clip", "actor_rollout_ref.actor.optim.clip_grad"),
     ("actor_rollout_ref.actor.optim.warmup_style", "actor_rollout_ref.actor.optim.lr_scheduler_type"),
+    ("critic.grad_clip", "critic.optim.clip_grad"),
+    ("critic.optim.warmup_style", "critic.optim.lr_scheduler_type"),
+    ("critic.model.fsdp_config.", "critic.fsdp."),
 )
 _OLD_SECTIONS = ("custom_reward_function", "reward_model", "ray_init")
 
@@ -61,7 +64,13 @@ def _old_leaves(values: dict[str, Any]) -> list[tuple[str, Any]]:
         found += list(_leaves(values.pop(section), section))
     actor = values.get("actor_rollout_ref", {})
     actor = actor.get("actor", {}) if isinstance(actor, dict) else {}
-    found += [(key, value) for key, value in _leaves(actor, "actor_rollout_ref.actor") if current_name(key) != key]
+    sections = {"actor_rollout_ref.actor": actor, "critic": values.get("critic", {})}
+    found += [
+        (key, value)
+        for name, section in sections.items()
+        for key, value in _leaves(section, name)
+        if current_name(key) != key
+    ]
     return found
 
 
@@ -76,9 +85,14 @@ def _copy(value: Any) -> Any:
 
 
 def _remove(values: dict[str, Any], path: list[str]) -> None:
-    for name in path[:-1]:
-        values = values.get(name, {})
-    values.pop(path[-1], None)
+    """Take out a key, and the sections that it leaves empty: an old one would be an unknown key."""
+    name, *inner = path
+    if name not in values:
+        return
+    if inner:
+        _remove(values[name], inner)
+    if not inner or not values[name]:
+        del values[name]
 
 
 def _put(values: dict[str, Any], path: list[str], value: Any) -> None:

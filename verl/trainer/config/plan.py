@@ -8,6 +8,36 @@ from verl.trainer.config.estimate import MemoryEstimate
 
 
 @dataclass
+class CriticPlan:
+    """The critic's part.
+
+    Attributes:
+        parameters: of its model; None where its files do not tell.
+        compute_dtype, master_dtype: torch dtype names.
+        optimizer_steps_per_step: mini-batches times `ppo_epochs`.
+        samples_per_mini_batch: over all ranks; `samples_per_rank` the share of one.
+    """
+
+    parameters: int | None
+    compute_dtype: str
+    master_dtype: str
+    optimizer_steps_per_step: int
+    samples_per_mini_batch: int
+    samples_per_rank: int
+
+    def rows(self) -> list[tuple[str, str]]:
+        size = "of unknown size" if self.parameters is None else f"{_millions(self.parameters)} parameters"
+        return [
+            ("critic", f"{size}, in {self.compute_dtype}; master weights {self.master_dtype}"),
+            (
+                "",
+                f"{_count(self.optimizer_steps_per_step)} optimizer steps a step, of "
+                f"{_count(self.samples_per_mini_batch)} samples, {_count(self.samples_per_rank)} on each rank",
+            ),
+        ]
+
+
+@dataclass
 class Plan:
     """Derived from a config, the model, the data and the machine; the run uses `device` and the dtypes.
 
@@ -26,6 +56,7 @@ class Plan:
         steps_per_epoch, total_steps: training steps; None where a dataset class of the user's decides.
         trainer_ranks, replicas, tensor_parallel, reward_workers: processes.
         parameters: of the model; None where its files do not tell.
+        critic: the critic's part; None without one.
         update_bytes, update_buckets: what one weight update moves, at least; None likewise.
         memory: estimate for the host.
         available_bytes: host memory that is free now, or None.
@@ -59,6 +90,7 @@ class Plan:
     tensor_parallel: int
     reward_workers: int
     parameters: int | None
+    critic: CriticPlan | None
     update_bytes: int | None
     update_buckets: int | None
     memory: MemoryEstimate | None
@@ -114,6 +146,8 @@ class Plan:
             ("trainer computes in", f"{self.compute_dtype} ({self.compute_why}); master weights {self.master_dtype}"),
             ("engine computes in", f"{self.rollout_dtype} ({self.rollout_why})"),
         ]
+        if self.critic is not None:
+            rows += self.critic.rows()
         if self.rollout_weights is not None:
             rows.append(("engine's weights", self.rollout_weights))
         if self.update_bytes is not None:

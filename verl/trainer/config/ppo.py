@@ -43,7 +43,7 @@ class PPOConfig:
 
     data: DataConfig = section(DataConfig, "files, columns, lengths and batches of prompts")
     actor_rollout_ref: ActorRolloutRefConfig = section(ActorRolloutRefConfig, "the model in its three roles")
-    critic: CriticConfig = section(CriticConfig, "the value model: not supported yet")
+    critic: CriticConfig = section(CriticConfig, "the value model of PPO")
     algorithm: AlgorithmConfig = section(AlgorithmConfig, "from rewards to advantages")
     reward: RewardConfig = section(RewardConfig, "how a response is scored")
     trainer: TrainerConfig = section(TrainerConfig, "length of the run, devices, validation, checkpoints, logs")

@@ -7,6 +7,7 @@ from pathlib import Path
 from verl.trainer.config.checks.agent import check_agent
 from verl.trainer.config.checks.algorithm import check_algorithm
 from verl.trainer.config.checks.batches import check_batches, check_replicas, rollout_devices, trainer_ranks
+from verl.trainer.config.checks.critic import check_critic, check_critic_model
 from verl.trainer.config.checks.data import DataInfo, check_data
 from verl.trainer.config.checks.idle import idle_notes
 from verl.trainer.config.checks.lora import check_lora
@@ -22,11 +23,12 @@ from verl.trainer.config.checks.policy_loss import check_policy_loss
 from verl.trainer.config.checks.quantization import Quantisation, check_quantization
 from verl.trainer.config.checks.reward import check_reward
 from verl.trainer.config.checks.rollout_correction import check_rollout_correction
+from verl.trainer.config.critic import resolve_critic
 from verl.trainer.config.errors import ConfigError
 from verl.trainer.config.estimate import estimate_memory
 from verl.trainer.config.findings import Findings
 from verl.trainer.config.model_files import ModelFiles
-from verl.trainer.config.plan import Plan
+from verl.trainer.config.plan import CriticPlan, Plan
 from verl.trainer.config.ppo import PPOConfig
 from verl.trainer.config.schema import walk
 from verl.trainer.config.values import value_problems
@@ -52,9 +54,11 @@ def check(config: PPOConfig) -> Plan:
         check_batches(config, found)
         check_replicas(config, found)
         check_algorithm(config, found)
+        check_critic(config, found)
         check_policy_loss(config, found)
         check_ports(config, found)
     model = check_model(config, found) if sizes_hold else None
+    critic = check_critic_model(config, model, found) if sizes_hold else None
     if model is not None and not wrong:
         check_lora(config, model, found)
     data = check_data(config, found)
@@ -68,7 +72,7 @@ def check(config: PPOConfig) -> Plan:
     if found.errors:
         raise ConfigError(found.errors)
     assert device is not None and model is not None
-    plan = _derive(config, device, model, data, quantisation)
+    plan = _derive(config, device, model, critic, data, quantisation)
     check_memory(plan.memory, plan.available_bytes, found)
     plan.warnings, plan.notes = found.warnings, found.notes + idle_notes(config, device)
     return plan
@@ -87,7 +91,12 @@ def _check_engine_kwargs(config: PPOConfig, found: Findings) -> None:
 
 
 def _derive(
-    config: PPOConfig, device: str, model: ModelFiles, data: DataInfo, quantisation: Quantisation | None
+    config: PPOConfig,
+    device: str,
+    model: ModelFiles,
+    critic: ModelFiles | None,
+    data: DataInfo,
+    quantisation: Quantisation | None,
 ) -> Plan:
     roles, trainer = config.actor_rollout_ref, config.trainer
     actor, rollout = roles.actor, roles.rollout
@@ -130,6 +139,7 @@ def _derive(
         tensor_parallel=rollout.tensor_model_parallel_size,
         reward_workers=workers,
         parameters=model.parameters,
+        critic=None if critic is None else _critic(config, device, critic),
         update_bytes=update,
         update_buckets=None if update is None else -(-update // bucket),
         memory=estimate_memory(
@@ -141,10 +151,24 @@ def _derive(
             ranks=ranks,
             replicas=replicas,
             reward_workers=workers,
+            critic=critic,
         ),
         available_bytes=available_memory_bytes(),
         checkpoints=_checkpoints(config),
         logs=_logs(config),
+    )
+
+
+def _critic(config: PPOConfig, device: str, files: ModelFiles) -> CriticPlan:
+    critic = resolve_critic(config)
+    n, prompts = config.actor_rollout_ref.rollout.n, critic.ppo_mini_batch_size or 1
+    return CriticPlan(
+        parameters=files.parameters,
+        compute_dtype=choose_dtype(device, critic.fsdp.dtype).name,
+        master_dtype=choose_dtype(device, critic.fsdp.model_dtype).name,
+        optimizer_steps_per_step=config.data.train_batch_size // prompts * (critic.ppo_epochs or 1),
+        samples_per_mini_batch=prompts * n,
+        samples_per_rank=prompts * n // trainer_ranks(config),
     )
 
 

@@ -15,22 +15,9 @@ _TP = "actor_rollout_ref.rollout.tensor_model_parallel_size"
 
 def check_batches(config: PPOConfig, found: Findings) -> None:
     """Prompts, mini-batches, ranks and micro-batches have to divide; the nearest sizes that do are named."""
-    data, actor, n = config.data, config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout.n
-    prompts, mini, ranks = data.train_batch_size, actor.ppo_mini_batch_size, trainer_ranks(config)
-
-    def fits(size: int) -> bool:
-        return prompts % size == 0 and size * n % ranks == 0
-
-    if not fits(mini):
-        found.errors.append(_mini_batch_error(prompts, mini, n, ranks, fits))
-    elif not actor.use_dynamic_bsz and actor.ppo_micro_batch_size_per_gpu is not None:
-        share, micro = mini * n // ranks, actor.ppo_micro_batch_size_per_gpu
-        if share % micro:
-            found.errors.append(
-                f"{_MICRO}={micro}: does not divide the {share} samples that a rank has of a mini-batch "
-                f"({_MINI}={mini} prompts x rollout.n={n} / {ranks} ranks); "
-                f"use {near(micro, share, lambda size: share % size == 0)}"
-            )
+    actor, n = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout.n
+    micro = None if actor.use_dynamic_bsz else actor.ppo_micro_batch_size_per_gpu
+    check_division((_MINI, actor.ppo_mini_batch_size), (_MICRO, micro), config, found)
     if n == 1 and config.algorithm.adv_estimator in names.GROUP_ESTIMATORS:
         found.warnings.append(
             f"actor_rollout_ref.rollout.n=1 with algorithm.adv_estimator={config.algorithm.adv_estimator}: a sample is "
@@ -39,22 +26,46 @@ def check_batches(config: PPOConfig, found: Findings) -> None:
     _check_micro_batching(config, found)
 
 
-def _mini_batch_error(prompts: int, mini: int, n: int, ranks: int, fits: Callable[[int], bool]) -> str:
-    if prompts % mini:
+def check_division(mini: tuple[str, int], micro: tuple[str, int | None], config: PPOConfig, found: Findings) -> None:
+    """A step's prompts divide into mini-batches, these among the ranks, a rank's share into micro-batches.
+
+    Args:
+        mini: key and value in prompts.
+        micro: key and value in samples, None where micro-batches are made otherwise.
+    """
+    prompts, n, ranks = config.data.train_batch_size, config.actor_rollout_ref.rollout.n, trainer_ranks(config)
+
+    def fits(size: int) -> bool:
+        return prompts % size == 0 and size * n % ranks == 0
+
+    if not fits(mini[1]):
+        found.errors.append(_mini_batch_error(prompts, mini, n, ranks, fits))
+    elif micro[1] is not None:
+        share, size = mini[1] * n // ranks, micro[1]
+        if share % size:
+            found.errors.append(
+                f"{micro[0]}={size}: does not divide the {share} samples that a rank has of a mini-batch "
+                f"({mini[0]}={mini[1]} prompts x rollout.n={n} / {ranks} ranks); "
+                f"use {near(size, share, lambda size: share % size == 0)}"
+            )
+
+
+def _mini_batch_error(prompts: int, mini: tuple[str, int], n: int, ranks: int, fits: Callable[[int], bool]) -> str:
+    key, size = mini
+    if prompts % size:
         why = (
             f"is larger than data.train_batch_size={prompts} prompts"
-            if mini > prompts
+            if size > prompts
             else f"does not divide data.train_batch_size={prompts} prompts"
         )
     else:
-        why = f"x rollout.n={n} = {mini * n} samples do not divide among {ranks} ranks (trainer.n_gpus_per_node)"
-    sizes = near(mini, prompts, fits)
+        why = f"x rollout.n={n} = {size * n} samples do not divide among {ranks} ranks (trainer.n_gpus_per_node)"
+    sizes = near(size, prompts, fits)
     if sizes:
-        return f"{_MINI}={mini}: {why}; use {sizes}"
+        return f"{key}={size}: {why}; use {sizes}"
     rows = near(prompts, prompts + ranks, lambda size: size * n % ranks == 0)
     return (
-        f"{_MINI}={mini}: {why}, and no other does; use data.train_batch_size={rows}, or another "
-        "trainer.n_gpus_per_node"
+        f"{key}={size}: {why}, and no other does; use data.train_batch_size={rows}, or another trainer.n_gpus_per_node"
     )
 
 
@@ -62,7 +73,7 @@ def _check_micro_batching(config: PPOConfig, found: Findings) -> None:
     roles = config.actor_rollout_ref
     actor, longest = roles.actor, config.data.max_prompt_length + config.data.max_response_length
     prefix = "actor_rollout_ref.actor."
-    _check_limits(
+    check_limits(
         (prefix + "use_dynamic_bsz", actor.use_dynamic_bsz),
         (_MICRO, actor.ppo_micro_batch_size_per_gpu),
         (prefix + "ppo_max_token_len_per_gpu", actor.ppo_max_token_len_per_gpu),
@@ -85,16 +96,17 @@ def _check_micro_batching(config: PPOConfig, found: Findings) -> None:
         dynamic, size, tokens = (
             (f"actor_rollout_ref.{name}.{key}", inherited if own is None else own) for key, own, inherited in values
         )
-        _check_limits(dynamic, size, tokens, longest, found)
+        check_limits(dynamic, size, tokens, longest, found)
 
 
-def _check_limits(
+def check_limits(
     dynamic: tuple[str, bool | None],
     size: tuple[str, int | None],
     tokens: tuple[str, int | None],
     longest: int,
     found: Findings,
 ) -> None:
+    """A section's three keys and their values: they limit micro-batches, to sizes that a sample fits into."""
     if not dynamic[1]:
         if size[1] is None:
             found.errors.append(f"{size[0]} is not set: give the samples a rank runs at once, or set {dynamic[0]}=True")

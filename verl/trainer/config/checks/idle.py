@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from verl.trainer.config import names
 from verl.trainer.config.checks.agent import rows_choose_loop
 from verl.trainer.config.checks.batches import needs_ref
+from verl.trainer.config.critic import needs_critic, resolve_critic
 from verl.trainer.config.ppo import PPOConfig
 from verl.trainer.config.reward_kwargs import KWARGS, MANAGER_KWARGS
 from verl.trainer.config.rollout_correction import PREFIX, resolve
@@ -96,6 +97,8 @@ def _idle(config: PPOConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
             "without a reference model (actor.use_kl_loss=False, algorithm.use_kl_in_reward=False)",
             (_REF,),
         )
+    if roles.model.lora_rank == 0 and roles.model.lora_adapter_path is None:
+        yield "without adapters (model.lora_rank=0)", ("actor_rollout_ref.model.lora_alpha",)
     if not actor.use_kl_loss:
         yield "with actor.use_kl_loss=False", (_ACTOR + "kl_loss_coef", _ACTOR + "kl_loss_type")
     correction = resolve(algorithm.rollout_correction)
@@ -125,6 +128,7 @@ def _idle(config: PPOConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
         yield f"on a {actor.optim.lr_scheduler_type} schedule", (_ACTOR + "optim.min_lr_ratio",)
     if (actor.optim.lr_warmup_steps or -1) >= 0:
         yield "with optim.lr_warmup_steps set", (_ACTOR + "optim.lr_warmup_steps_ratio",)
+    yield from _idle_of_critic(config)
     if not rollout.val_kwargs.do_sample:
         sampling = tuple(f"{_ROLLOUT}val_kwargs.{name}" for name in ("temperature", "top_p", "top_k"))
         yield "on greedy validation (val_kwargs.do_sample=False)", sampling
@@ -157,3 +161,21 @@ def _idle(config: PPOConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
     if config.reward.reward_manager.name != "dapo":
         managers = tuple(f"{KWARGS}.{name}" for name in MANAGER_KWARGS)
         yield f"on reward.reward_manager.name={config.reward.reward_manager.name}", managers
+
+
+def _idle_of_critic(config: PPOConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
+    if not needs_critic(config):
+        yield f"without a critic (algorithm.adv_estimator={config.algorithm.adv_estimator})", ("critic.",)
+        return
+    critic = resolve_critic(config)
+    limits = ("micro_batch_size_per_gpu", "max_token_len_per_gpu")
+    idle, reason = limits if critic.use_dynamic_bsz else limits[::-1], "with" if critic.use_dynamic_bsz else "without"
+    yield f"{reason} dynamic micro-batches", (f"critic.ppo_{idle[0]}", f"critic.forward_{idle[0]}")
+    if critic.optim.lr_scheduler_type != "cosine":
+        yield f"on a {critic.optim.lr_scheduler_type} schedule", ("critic.optim.min_lr_ratio",)
+    if (critic.optim.lr_warmup_steps or -1) >= 0:
+        yield "with critic.optim.lr_warmup_steps set", ("critic.optim.lr_warmup_steps_ratio",)
+    if config.trainer.save_freq <= 0:
+        yield "without checkpoints (trainer.save_freq)", ("critic.checkpoint.save_contents",)
+    if "hf_model" not in critic.checkpoint.save_contents:
+        yield "without hf_model in critic.checkpoint.save_contents", ("critic.model.tokenizer_path",)

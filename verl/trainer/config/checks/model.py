@@ -57,14 +57,15 @@ def _check_lengths(config: PPOConfig, files: ModelFiles, found: Findings) -> Non
         positions = override
     wanted = max(longest, rollout.max_model_len or 0)
     # Scaled rotary embeddings reach further than the number in the config.
-    if positions is not None and wanted > positions and not _scales_positions(files):
+    if positions is not None and wanted > positions and not scales_positions(files):
         what = caps if wanted == longest else f"actor_rollout_ref.rollout.max_model_len={rollout.max_model_len}"
         found.errors.append(
             f"{what}: {wanted} tokens, but the model has {positions} positions; lower it to at most {positions}"
         )
 
 
-def _scales_positions(files: ModelFiles) -> bool:
+def scales_positions(files: ModelFiles) -> bool:
+    """Whether the model reaches further than the number of positions in its config."""
     scaling = files.config.get("rope_scaling") or files.config.get("rope_parameters") or {}
     return isinstance(scaling, dict) and "factor" in scaling
 
