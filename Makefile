@@ -3,7 +3,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 python := .venv/bin/python
 
-.PHONY: help setup quickstart test contract lint format bench lock
+.PHONY: help setup quickstart test contract lint format bench sweep study lock
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -33,6 +33,12 @@ format: setup ## let ruff mend what it can
 
 bench: setup ## benchmarks; each prints a table
 	@for benchmark in quantizer weight_update generation; do $(python) benchmarks/$$benchmark.py || exit 1; done
+
+sweep: setup ## every estimator and loss on the quickstart's task; writes its table into docs/algorithms.md
+	$(python) benchmarks/sweep.py --write docs/algorithms.md $(ARGS)
+
+study: setup ## rollouts with and without correction; writes table and picture of docs/rollout_correction.md
+	$(python) benchmarks/correction_study.py --write docs/rollout_correction.md --picture docs/rollout_correction.png $(ARGS)
 
 lock: setup ## resolve requirements/cpu.lock anew
 	@scripts/lock.sh

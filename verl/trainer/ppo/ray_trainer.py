@@ -33,7 +33,7 @@ from verl.protocol import DataProto
 from verl.single_controller.session import RaySession
 from verl.trainer.config import Plan, PPOConfig
 from verl.trainer.ppo.checkpoint import CheckpointStore
-from verl.trainer.ppo.dynamic_sampling import DynamicSampling
+from verl.trainer.ppo.dynamic_sampling import GroupFilter
 from verl.trainer.ppo.metrics import (
     compute_data_metrics,
     compute_throughput_metrics,
@@ -114,12 +114,14 @@ class RayPPOTrainer:
         runtime.begin_generation()
         metrics: dict[str, float] = {}
         if algorithm.filter_groups.enable:
-            sampling = DynamicSampling(
-                algorithm.filter_groups, self.config.data.train_batch_size, runtime.tokenizer.pad_token_id
+            groups = GroupFilter(
+                algorithm.filter_groups,
+                train_batch_size=self.config.data.train_batch_size,
+                pad_token_id=runtime.tokenizer.pad_token_id,
             )
-            while not sampling.full:
-                sampling.add(await runtime.generate(next(self.draws), timing))
-            batch, metrics = sampling.batch(), sampling.metrics()
+            while not groups.full:
+                groups.add(await runtime.generate(next(self.draws), timing))
+            batch, metrics = groups.take(), groups.metrics()
         else:
             batch = await runtime.generate(next(self.draws), timing)
         await runtime.end_generation(self.step)

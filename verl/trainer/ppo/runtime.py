@@ -96,7 +96,7 @@ class Runtime:
     async def start(self) -> None:
         """Load the data, then start trainer ranks and replicas at the same time."""
         self._load_data()
-        self._rewards = RewardLoop(self.config.reward)
+        self._rewards = RewardLoop(self.config.reward, components=self.config.algorithm.gdpo_reward_keys or ())
         self._placement = place(self.config, self.plan.device)
         self._replicas = self._make_replicas(self._placement)
         # Tools and agent loops are loaded here, so that what is wrong with them shows before anything has started.

@@ -1,0 +1,118 @@
+"""Does a quantised rollout need correction? GRPO on the quickstart's task with three rollouts, several seeds each.
+
+    python benchmarks/correction_study.py [--steps 50] [--seeds 1 2 3] [--picture docs/rollout_correction.png]
+                                          [--write docs/rollout_correction.md]
+
+The rollout computes in float32; in MXFP8 without correction; in MXFP8 with truncated importance weights on each token
+(preset decoupled_token_is). Nothing else differs within a seed. Prints a table and draws two curves for each: reward in
+training and the KL between rollout and trainer, lines for the mean and bands from the lowest to the highest seed.
+About 20 minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import machine
+from quickstart_runs import VALIDATION, run, series, write_section
+
+QUANTIZATION = "actor_rollout_ref.rollout.quantization"
+VARIANTS: dict[str, dict[str, Any]] = {
+    "float32": {QUANTIZATION: "null"},
+    "MXFP8": {QUANTIZATION: "ascend"},
+    "MXFP8, token TIS": {
+        QUANTIZATION: "ascend",
+        "algorithm.rollout_correction.preset": "decoupled_token_is",
+    },
+}
+REWARD, MISMATCH = "critic/score/mean", "rollout_corr/k3_kl"
+Steps = dict[int, dict[str, Any]]
+
+
+def table(runs: dict[str, list[Steps]], options: argparse.Namespace) -> str:
+    """The end of each variant in Markdown, seeds apart, with the machine that they belong to."""
+    described = machine.describe()
+    lines = [
+        f"`make study`, {options.steps} steps, seeds {', '.join(map(str, options.seeds))}; {described['date']}, "
+        f"{described['kind']}, {described['cores']}.",
+        "",
+        "| rollout | validation reward before | after, each seed | mean | KL (k3) in the first step | mean | last step |",
+        "|-|-|-|-|-|-|-|",
+    ]
+    for name, seeds in runs.items():
+        before = [series(steps, VALIDATION)[0][1] for steps in seeds]
+        after = [series(steps, VALIDATION)[-1][1] for steps in seeds]
+        kl = [[value for _, value in series(steps, MISMATCH)] for steps in seeds]
+        first, mean, last = (
+            statistics.mean(f(values) for values in kl) for f in (lambda v: v[0], statistics.mean, lambda v: v[-1])
+        )
+        lines.append(
+            f"| {name} | {statistics.mean(before):.3f} | {', '.join(f'{value:.3f}' for value in after)} "
+            f"| {statistics.mean(after):.3f} | {first:.1e} | {mean:.1e} | {last:.1e} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(runs: dict[str, list[Steps]], path: Path) -> None:
+    """Reward and mismatch over the steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for axis, metric, title in (
+        (axes[0], REWARD, "reward in training, mean of the step"),
+        (axes[1], MISMATCH, "KL of rollout and trainer (k3), nats per token"),
+    ):
+        for name, seeds in runs.items():
+            curves = [dict(series(steps, metric)) for steps in seeds]
+            steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+            values = [[curve[step] for curve in curves] for step in steps]
+            (line,) = axis.plot(steps, [statistics.mean(column) for column in values], label=name)
+            lowest, highest = [min(column) for column in values], [max(column) for column in values]
+            axis.fill_between(steps, lowest, highest, alpha=0.2, color=line.get_color())
+        axis.set_title(title)
+        axis.set_xlabel("training step")
+    axes[1].set_yscale("log")
+    axes[0].legend()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--picture", type=Path, help="where to draw the curves")
+    parser.add_argument("--write", type=Path, help="a document to put the table into")
+    options = parser.parse_args()
+    print(machine.header(), flush=True)
+    runs: dict[str, list[Steps]] = {name: [] for name in VARIANTS}
+    with tempfile.TemporaryDirectory() as directory:
+        for seed in options.seeds:
+            for number, (name, keys) in enumerate(VARIANTS.items()):
+                settings = {
+                    "trainer.seed": seed,
+                    "trainer.total_training_steps": options.steps,
+                    "trainer.test_freq": options.steps,
+                    **keys,
+                }
+                steps = run(Path(directory) / f"{number}.{seed}", settings)
+                runs[name].append(steps)
+                before, *_, after = (value for _, value in series(steps, VALIDATION))
+                mismatch = statistics.mean(value for _, value in series(steps, MISMATCH))
+                print(f"{name:<20} seed {seed}: {before:.3f} -> {after:.3f}, k3 {mismatch:.1e}", flush=True)
+    text = table(runs, options)
+    print(f"\n{text}")
+    if options.picture:
+        draw(runs, options.picture)
+    if options.write:
+        write_section(options.write, "study", text)
+
+
+if __name__ == "__main__":
+    main()

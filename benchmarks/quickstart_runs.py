@@ -1,0 +1,56 @@
+"""Runs of the quickstart with other keys, for the benchmarks that compare algorithms on it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from verl.utils.tracking import read_steps
+
+ROOT = Path(__file__).resolve().parents[1]
+VALIDATION = "val-aux/reasoning_gym/spell_backward/reward/mean@4"
+
+
+def run(directory: Path, overrides: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Run `examples/quickstart/run.sh` into `directory`; the metrics by step. Its output is in `directory`/log.txt.
+
+    Raises:
+        RuntimeError: the run failed; with the end of its output.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    log = directory / "log.txt"
+    keys = {"trainer.default_local_dir": directory, "trainer.save_freq": -1, "trainer.logger": "[file]", **overrides}
+    with log.open("w") as output:
+        status = subprocess.run(
+            [ROOT / "examples/quickstart/run.sh", *(f"{key}={value}" for key, value in keys.items())],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+            check=False,
+        ).returncode
+    if status:
+        raise RuntimeError(f"the run in {directory} ended with status {status}:\n{log.read_text()[-3000:]}")
+    return {record["step"]: record["data"] for record in read_steps(directory / "metrics.jsonl")}
+
+
+def series(steps: dict[int, dict[str, Any]], name: str) -> list[tuple[int, float]]:
+    """(step, value) of a metric."""
+    return [(step, data[name]) for step, data in sorted(steps.items()) if name in data]
+
+
+def write_section(document: Path, name: str, text: str) -> None:
+    """Replace what stands between `<!-- NAME -->` and `<!-- /NAME -->` in a document.
+
+    Raises:
+        ValueError: the document has no such place.
+    """
+    content = document.read_text(encoding="utf-8")
+    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    if begin not in content or end not in content:
+        raise ValueError(f"{document}: lacks the lines {begin.strip()} and {end}: put them where the text belongs")
+    head, rest = content.split(begin, 1)
+    document.write_text(head + begin + text.strip() + "\n" + end + rest.split(end, 1)[1], encoding="utf-8")
