@@ -1,0 +1,73 @@
+"""The calculator example with the real engine, through the command line: what the model made and what the tool made
+stay apart in training."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from fixtures.training import TinyRun
+
+pytestmark = pytest.mark.e2e
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "tool_agent"
+# Enough to write calls that the parser finds, whatever stands in them.
+SHORT = dict(train_rows=32, test_rows=8, warm_steps=60, warm_batch=16, calls=0.8, warm_lr=4e-3)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    spec = importlib.util.spec_from_file_location("example_tool_agent_prepare", EXAMPLE / "prepare.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    root = tmp_path_factory.mktemp("tool_agent")
+    script.prepare(root / "prepared", script.Settings(**SHORT))
+    run = TinyRun(root)
+    run.run(
+        actor_rollout_ref__model__path=root / "prepared" / "model",
+        data__train_files=root / "prepared" / "train.parquet",
+        data__val_files=root / "prepared" / "test.parquet",
+        data__max_prompt_length=32,
+        data__max_response_length=48,
+        reward__custom_reward_function__path=EXAMPLE / "reward.py",
+        actor_rollout_ref__rollout__agent__default_agent_loop="tool_agent",
+        actor_rollout_ref__rollout__multi_turn__enable=True,
+        actor_rollout_ref__rollout__multi_turn__tool_config_path=EXAMPLE / "tool_config.yaml",
+        actor_rollout_ref__rollout__multi_turn__max_assistant_turns=3,
+        trainer__rollout_data_dir=root / "dumps",
+        trainer__total_training_steps=2,
+        trainer__test_freq=2,
+    )
+    return run
+
+
+def dumped(run):
+    return [json.loads(line) for path in sorted((run.root / "dumps").glob("*.jsonl")) for line in path.open()]
+
+
+def test_both_engines_agree_on_the_models_tokens_and_the_tools_are_masked(run):
+    data = run.metrics()
+    assert sorted(data) == [1, 2]
+    for step in (1, 2):
+        # Tool tokens have the log-probability 0: were they among those compared, this would be near 1.
+        assert data[step]["training/rollout_probs_diff_max"] < 1e-4
+        assert data[step]["training/rollout_probs_diff_valid"] == 1
+        assert data[step]["tool_call_counts/max"] >= 1 and data[step]["num_turns/max"] >= 4
+        assert data[step]["num_turns/max"] <= 6
+
+
+def test_the_text_has_what_the_tool_said(run):
+    texts = [sample["output"] for sample in dumped(run)]
+    called = [text for text in texts if "<tool_response>" in text]
+    assert len(texts) == 64 and called
+    for text in called:
+        call, _, rest = text.partition("<tool_response>")
+        assert "<tool_call>" in call and "</tool_call>" in call and "</tool_response>=" in rest
+
+
+def test_the_reward_function_is_told_of_the_calls(run):
+    for sample in dumped(run):
+        assert sample["used_tool"] == float("<tool_response>" in sample["output"])
+    validation = run.metrics()[2]
+    assert any(name.startswith("val-") and "used_tool" in name for name in validation)
