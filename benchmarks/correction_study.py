@@ -40,7 +40,7 @@ def table(runs: dict[str, list[Steps]], options: argparse.Namespace) -> str:
         f"`make study`, {options.steps} steps, seeds {', '.join(map(str, options.seeds))}; {described['date']}, "
         f"{described['kind']}, {described['cores']}.",
         "",
-        "| rollout | validation reward before | after, each seed | mean | KL (k3) in the first step | mean | last step |",
+        "| rollout | validation reward before | after, by seed | mean | KL (k3) in the first step | mean | last step |",
         "|-|-|-|-|-|-|-|",
     ]
     for name, seeds in runs.items():

@@ -8,8 +8,6 @@ from verl.trainer.config.values import value_problems
     ("key", "value", "words"),
     [
         ("algorithm.adv_estimator", "grop", ("unknown", "did you mean grpo?")),
-        ("algorithm.use_kl_in_reward", "True", ("not supported yet", "use_kl_loss")),
-        ("algorithm.filter_groups.enable", "True", ("not supported yet", "False")),
         ("algorithm.rollout_correction.rollout_is", "tokens", ("unknown", "did you mean token?")),
         ("algorithm.rollout_correction.debug_rollout_actor_probs", "True", ("not supported yet", "False")),
         ("critic.model.lora_rank", "8", ("not supported yet", "the whole critic is trained")),
@@ -65,7 +63,7 @@ from verl.trainer.config.values import value_problems
         ("trainer.logger", "[consle]", ("unknown", "did you mean console?")),
         ("trainer.v1.trainer_mode", "separate_async", ("not supported yet", "sync")),
         ("trainer.nnodes", "2", ("not supported yet", "use 1")),
-        ("trainer.critic_warmup", "5", ("not supported yet", "use 0")),
+        ("trainer.critic_warmup", "-1", ("at least 0",)),
         ("trainer.device", "tpu", ("unknown", "cpu")),
         ("trainer.resume_mode", "never", ("unknown", "disable")),
     ],

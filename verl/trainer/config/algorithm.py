@@ -9,26 +9,30 @@ from verl.trainer.config import names
 from verl.trainer.config.rollout_correction import RolloutCorrectionConfig
 from verl.trainer.config.schema import key, planned, section
 
-_KL_LOSS = "use actor_rollout_ref.actor.use_kl_loss=True"
-
 
 @dataclass
 class KLCtrlConfig:
-    """Weight of a KL term in the reward."""
+    """Weight of the KL penalty in the reward."""
 
-    type: str = planned("fixed", "KL in the reward", _KL_LOSS)
-    kl_coef: float = planned(0.001, "KL in the reward", _KL_LOSS)
-    horizon: int = planned(10000, "KL in the reward", _KL_LOSS)
-    target_kl: float = planned(0.1, "KL in the reward", _KL_LOSS)
+    type: str = key(
+        "fixed", "fixed: kl_coef stays; adaptive: it is steered towards target_kl", choices=("fixed", "adaptive")
+    )
+    kl_coef: float = key(0.001, "weight of the KL penalty, the first one where it is adaptive", at_least=0)
+    horizon: int = key(10000, "samples over which an adaptive weight reacts", unit="samples", at_least=1)
+    target_kl: float = key(0.1, "mean KL per token that an adaptive weight aims at", above=0)
 
 
 @dataclass
 class FilterGroupsConfig:
-    """Dropping groups whose samples all scored the same (DAPO)."""
+    """Dropping groups whose samples all scored the same, and generating others in their place (DAPO)."""
 
-    enable: bool = planned(False, "group filtering")
-    metric: str | None = planned(None, "group filtering")
-    max_num_gen_batches: int = planned(0, "group filtering")
+    enable: bool = key(False, "drop such groups and generate until a step's batch is full of others")
+    metric: str | None = key(
+        None, "what must differ: seq_reward, seq_final_reward, or a number that the reward function returns, e.g. acc"
+    )
+    max_num_gen_batches: int = key(
+        0, "batches of prompts to generate for one step, at most; 0 for no limit", at_least=0
+    )
 
 
 @dataclass
@@ -37,18 +41,28 @@ class AlgorithmConfig:
 
     adv_estimator: str = key(
         "gae",
-        "advantage estimator; set it to grpo",
+        "advantage estimator; gae needs a critic, remax a greedy answer more a prompt, the others neither",
         choices=names.ADV_ESTIMATORS,
-        planned=names.PLANNED_ADV_ESTIMATORS,
-        use="use grpo",
     )
     norm_adv_by_std_in_grpo: bool = key(True, "divide by the group's standard deviation; False is Dr. GRPO")
+    gdpo_reward_keys: list[str] | None = key(
+        None, "gdpo: names of the rewards to normalise one by one, which the reward function returns beside its score"
+    )
+    gdpo_reward_weights: list[float] | None = key(None, "gdpo: weights of those rewards; null for 1 each")
     gamma: float = key(1.0, "discount of later rewards, per token; no part of grpo", above=0, at_most=1)
     lam: float = key(1.0, "GAE's trade-off of bias and variance; no part of grpo", at_least=0, at_most=1)
-    use_kl_in_reward: bool = planned(False, "KL in the reward", _KL_LOSS)
-    kl_penalty: str = planned("kl", "KL in the reward", _KL_LOSS)
-    kl_ctrl: KLCtrlConfig = section(KLCtrlConfig, "weight of a KL term in the reward: not supported yet")
-    filter_groups: FilterGroupsConfig = section(FilterGroupsConfig, "group filtering: not supported yet")
+    use_kl_in_reward: bool = key(False, "take the KL divergence from the reference model off each token's reward")
+    kl_penalty: str = key(
+        "kl",
+        "its estimator",
+        choices=names.KL_TYPES,
+        planned=names.PLANNED_KL_TYPES,
+        use="use kl",
+    )
+    kl_ctrl: KLCtrlConfig = section(KLCtrlConfig, "weight of the KL penalty in the reward")
+    filter_groups: FilterGroupsConfig = section(
+        FilterGroupsConfig, "dropping groups whose samples all scored the same (DAPO)"
+    )
     rollout_correction: RolloutCorrectionConfig = section(
         RolloutCorrectionConfig, "importance weights and rejection between rollout and trainer"
     )

@@ -17,6 +17,15 @@ ON = {F + "enable": True, F + "metric": "acc"}
             {**ON, F + "max_num_gen_batches": 3, "data__gen_batch_size": 2},
             ("max_num_gen_batches=3: x 2 prompts", "train_batch_size=8"),
         ),
+        ({"algorithm__adv_estimator": "gdpo"}, ("gdpo_reward_keys is not set", "beside its score")),
+        (
+            {
+                "algorithm__adv_estimator": "gdpo",
+                "algorithm__gdpo_reward_keys": "[acc,form]",
+                "algorithm__gdpo_reward_weights": "[1.0]",
+            },
+            ("gdpo_reward_weights=[1.0]: 1 weights for 2", "[acc,form]"),
+        ),
         ({"data__gen_batch_size": 16}, ("data.gen_batch_size=16", "filter_groups.enable=True")),
         ({**ON, "data__gen_batch_size": 41}, ("data.gen_batch_size=41", "only 40 prompts", "at most 40")),
     ],
@@ -30,6 +39,7 @@ def test_what_works(plan_of):
     plan = plan_of(**ON, **{F + "max_num_gen_batches": 4, "data__gen_batch_size": 2})
     assert plan.steps_per_epoch == 20
     plan_of(algorithm__use_kl_in_reward=True, algorithm__kl_ctrl__type="adaptive", algorithm__kl_ctrl__horizon=100)
+    plan_of(algorithm__adv_estimator="gdpo", algorithm__gdpo_reward_keys="[acc,form]")
 
 
 @pytest.mark.parametrize(

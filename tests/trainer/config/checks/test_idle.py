@@ -8,6 +8,8 @@ R = "actor_rollout_ref__rollout__"
     ("changes", "key"),
     [
         ({"algorithm__gamma": 0.9}, "algorithm.gamma"),
+        ({"algorithm__gdpo_reward_weights": "[1.0]"}, "algorithm.gdpo_reward_weights"),
+        ({"algorithm__gdpo_reward_keys": "[acc]"}, "algorithm.gdpo_reward_keys"),
         ({A + "use_dynamic_bsz": True}, "actor.ppo_micro_batch_size_per_gpu"),
         ({A + "ppo_max_token_len_per_gpu": 99}, "actor.ppo_max_token_len_per_gpu"),
         ({A + "kl_loss_coef": 0.1}, "actor.kl_loss_coef"),

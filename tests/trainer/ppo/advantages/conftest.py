@@ -24,11 +24,11 @@ def config():
 def batch():
     """15 samples of 8 columns.
 
-    Ragged masks with gaps, groups of 4, 3 and 1, an empty response among others, a group of empty ones, a group of
+    Ragged masks with gaps, groups of 4, 3, 2 and 1, empty responses among others, a group of empty ones, a group of
     equal rewards, rewards off the mask, and NaN where nothing may be read.
     """
     generator = torch.Generator().manual_seed(7)
-    index = np.array(list("abacbaefbadddff"), dtype=object)
+    index = np.array(list("abacbaefbadddfe"), dtype=object)
     index[3] = "lonely"
     size, width = len(index), 8
     lengths = [8, 5, 3, 6, 0, 7, 2, 0, 4, 8, 5, 1, 6, 0, 0]
@@ -42,6 +42,7 @@ def batch():
     rewards[flat, 7] = 0.1
     log_probs = torch.log(torch.rand(size, width, generator=generator).clamp(min=1e-3))
     nan_off_mask = torch.where(mask.bool(), 0.0, torch.nan)
+    nan_off_mask[::2] = 0.0  # what nobody may read can also look sound
     tensors = {
         "token_level_rewards": rewards,
         "response_mask": mask,

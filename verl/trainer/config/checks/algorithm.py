@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from verl.trainer.config.findings import Findings
 from verl.trainer.config.ppo import PPOConfig
+from verl.trainer.config.schema import show
 
 _FILTER = "algorithm.filter_groups"
 
@@ -11,6 +12,7 @@ _FILTER = "algorithm.filter_groups"
 def check_algorithm(config: PPOConfig, found: Findings) -> None:
     """What `algorithm` asks for has to be possible."""
     _check_filter(config, found)
+    _check_gdpo(config, found)
     if config.algorithm.use_kl_in_reward and config.actor_rollout_ref.actor.use_kl_loss:
         found.warnings.append(
             "algorithm.use_kl_in_reward=True with actor_rollout_ref.actor.use_kl_loss=True: the KL divergence counts "
@@ -21,6 +23,22 @@ def check_algorithm(config: PPOConfig, found: Findings) -> None:
         found.warnings.append(
             f"trainer.critic_warmup={warmup}: the run ends after trainer.total_training_steps={steps}, so the policy "
             "is never trained"
+        )
+
+
+def _check_gdpo(config: PPOConfig, found: Findings) -> None:
+    keys, weights = config.algorithm.gdpo_reward_keys, config.algorithm.gdpo_reward_weights
+    if config.algorithm.adv_estimator != "gdpo":
+        return
+    if not keys:
+        found.errors.append(
+            "algorithm.gdpo_reward_keys is not set: gdpo needs the names of the rewards that the reward function "
+            "returns beside its score, e.g. [format_reward,accuracy_reward]"
+        )
+    elif weights is not None and len(weights) != len(keys):
+        found.errors.append(
+            f"algorithm.gdpo_reward_weights={show(weights)}: {len(weights)} weights for {len(keys)} "
+            f"algorithm.gdpo_reward_keys={show(keys)}; give one weight a key"
         )
 
 

@@ -21,6 +21,7 @@ _ESTIMATOR_KEYS = {
     "algorithm.gamma": ("gae", "reinforce_plus_plus"),
     "algorithm.lam": ("gae",),
     "algorithm.norm_adv_by_std_in_grpo": ("grpo", "grpo_vectorized", "grpo_passk", "gdpo"),
+    "algorithm.gdpo_reward_weights": ("gdpo",),
 }
 # By key of the actor: the policy losses that read it.
 _CLIPPED = ("vanilla", "gspo", "geo_mean", "clip_cov", "cispo", "dppo_tv", "dppo_kl")
@@ -75,6 +76,8 @@ def _idle(config: PPOConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
         f"on {algorithm.adv_estimator}",
         tuple(key for key, users in _ESTIMATOR_KEYS.items() if _is_idle(algorithm.adv_estimator, users)),
     )
+    if _is_idle(algorithm.adv_estimator, ("gdpo",)) and config.reward.reward_manager.name != "gdpo":
+        yield f"on {algorithm.adv_estimator} without the gdpo reward manager", ("algorithm.gdpo_reward_keys",)
     if not algorithm.use_kl_in_reward:
         yield "with algorithm.use_kl_in_reward=False", ("algorithm.kl_penalty", "algorithm.kl_ctrl.")
     elif algorithm.kl_ctrl.type == "fixed":

@@ -73,7 +73,7 @@ def estimator_arguments(
     parameters = _parameters(function)
     named = [parameter.name for parameter in parameters if parameter.kind in _BY_KEYWORD]
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
-        named += [name for name in _CORE if name not in named]
+        named += _CORE
     required = {*required_columns(function), *(name for name in _CORE if name in named)}
     for name in named:
         if name in required and name not in offered:
