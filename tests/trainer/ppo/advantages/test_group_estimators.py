@@ -118,7 +118,7 @@ def test_grpo_passk(batch, config, by_std):
         deviation = statistics.stdev([total, *others]) + 1e-6 if by_std and others else 1.0
         scores.append(lead / deviation)
     assert scores[1] == scores[8] == 0.0
-    assert sum(score > 0.1 and row.any() for score, row in zip(scores, batch.response_mask, strict=True)) == 1
+    assert sum(score > 0.1 and row.any() for score, row in zip(scores, batch.response_mask, strict=True)) == 2
     config.norm_adv_by_std_in_grpo = by_std
     result = adv.compute_grpo_passk_outcome_advantage(
         batch.token_level_rewards, batch.response_mask, batch.index, config=config

@@ -3,7 +3,10 @@
 from verl.trainer.ppo.advantages.gae import compute_gae_advantage_return
 from verl.trainer.ppo.advantages.gdpo import compute_gdpo_outcome_advantage
 from verl.trainer.ppo.advantages.gpg import compute_gpg_outcome_advantage
-from verl.trainer.ppo.advantages.grpo import compute_grpo_outcome_advantage
+from verl.trainer.ppo.advantages.grpo import (
+    compute_grpo_outcome_advantage,
+    compute_grpo_vectorized_outcome_advantage,
+)
 from verl.trainer.ppo.advantages.grpo_passk import compute_grpo_passk_outcome_advantage
 from verl.trainer.ppo.advantages.opo import compute_opo_outcome_advantage
 from verl.trainer.ppo.advantages.optimal_token_baseline import (
@@ -29,6 +32,7 @@ __all__ = [
     "compute_gpg_outcome_advantage",
     "compute_grpo_outcome_advantage",
     "compute_grpo_passk_outcome_advantage",
+    "compute_grpo_vectorized_outcome_advantage",
     "compute_multi_turn_optimal_token_baseline_advantage",
     "compute_opo_outcome_advantage",
     "compute_optimal_token_baseline_advantage",

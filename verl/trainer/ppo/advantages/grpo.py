@@ -43,3 +43,7 @@ def compute_grpo_outcome_advantage(
     groups = group(index, reward)
     advantage = groups.normalised(reward, epsilon) if norm_adv_by_std_in_grpo else groups.centred(reward)
     return on_tokens(advantage, response_mask)
+
+
+# verl has two implementations of the one formula.
+compute_grpo_vectorized_outcome_advantage = compute_grpo_outcome_advantage
