@@ -191,13 +191,16 @@ def test_merged_rows_are_encoded_where_they_are(models, actor, model, ranks):
             assert torch.equal(sent[name], tensor)
 
 
-def test_the_reference_policy_has_no_adapters(models):
+def test_the_reference_policy_has_no_adapters(tmp_path, models):
+    """Not even the one to start from."""
+    adapter = write_with_peft(models["qwen3"], tmp_path / "adapter")
     config = worker_config(models["qwen3"])
-    config = replace(config, model=replace(config.model, **LORA))
+    config = replace(config, model=replace(config.model, lora_adapter_path=str(adapter)))
     data = make_batch(8)
-    outcome = run_ranks(1, reference_program, config, [data], split_mini_batches(data, 4, 1))[0]
-    before, reference, after = outcome
-    assert torch.equal(before, reference)
+    [(before, reference, after)] = run_ranks(1, reference_program, config, [data], split_mini_batches(data, 4, 1))
+    [(plain, _)] = run_ranks(1, log_prob_program, models["qwen3"], [data], LIMITS, {})
+    assert torch.equal(reference, plain)
+    assert (before - plain).abs().max() > 0.1
     assert (after - before).abs().max() > 1e-4
 
 
@@ -307,7 +310,7 @@ def test_starting_from_an_adapter_of_pefts(tmp_path, models, actor, over, ranks)
     assert_near(result["stream_before"], expected)
     assert_near(result["stream"], merged_by_peft(models["qwen3"], tmp_path / "c" / "lora_adapter", tmp_path / "after"))
     # a policy that drops units at random is not the one that sampled
-    again = run(ranks, models["qwen3"], actor, options)
+    again = run(ranks, models["qwen3"], actor, options, seed=9)
     assert again["history"] == result["history"]
 
 
