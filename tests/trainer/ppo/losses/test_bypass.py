@@ -18,7 +18,7 @@ from verl.trainer.ppo.core_algos import LOSS_AGG_MODES, get_policy_loss_fn
 from verl.trainer.ppo.losses.bypass import compute_policy_loss_bypass_mode
 
 CLIP = {"clip_ratio": 0.5, "clip_ratio_low": 0.2, "clip_ratio_high": 0.28, "clip_ratio_c": 3.0}
-REJECTIONS = (Rejection("token_k1", Band(0.6, 1.6)), Rejection("seq_mean_k1", Band(0.8, 1.15)))
+REJECTIONS = (Rejection("token_k1", Band(0.7, 1.9)), Rejection("seq_mean_k1", Band(0.8, 1.15)))
 
 
 def config_of(correction, **more):
@@ -60,11 +60,11 @@ def sequences(batch):
 
 
 def kept_tokens(sequence, rejected):
-    """Whether each token passes 0.6 <= ratio <= 1.6 and its sequence 0.8 <= geometric mean <= 1.15."""
+    """Whether each token passes 0.7 <= ratio <= 1.9 and its sequence 0.8 <= geometric mean <= 1.15."""
     if not rejected or not sequence:
         return [True] * len(sequence)
     geometric = math.exp(math.fsum(p - m for m, p, _ in sequence) / len(sequence))
-    return [0.6 <= math.exp(min(p - m, 50)) <= 1.6 and 0.8 <= geometric <= 1.15 for m, p, _ in sequence]
+    return [0.7 <= math.exp(min(p - m, 50)) <= 1.9 and 0.8 <= geometric <= 1.15 for m, p, _ in sequence]
 
 
 def clipped_loss(m, p, a):
