@@ -1,24 +1,37 @@
 """Policy losses: one pure function a file, found by name in a registry; their aggregation; the KL estimators."""
 
-# each registers itself
-from verl.trainer.ppo.losses import bypass as _bypass  # noqa: F401
-from verl.trainer.ppo.losses import cispo as _cispo  # noqa: F401
-from verl.trainer.ppo.losses import clip_cov as _clip_cov  # noqa: F401
-from verl.trainer.ppo.losses import dppo as _dppo  # noqa: F401
-from verl.trainer.ppo.losses import dro as _dro  # noqa: F401
-from verl.trainer.ppo.losses import geo_mean as _geo_mean  # noqa: F401
-from verl.trainer.ppo.losses import gpg as _gpg  # noqa: F401
-from verl.trainer.ppo.losses import gspo as _gspo  # noqa: F401
-from verl.trainer.ppo.losses import kl_cov as _kl_cov  # noqa: F401
-from verl.trainer.ppo.losses import sapo as _sapo  # noqa: F401
-from verl.trainer.ppo.losses import vanilla as _vanilla  # noqa: F401
 from verl.trainer.ppo.losses.aggregation import LOSS_AGG_MODES, agg_loss
+from verl.trainer.ppo.losses.bypass import compute_policy_loss_bypass_mode
+from verl.trainer.ppo.losses.cispo import compute_policy_loss_cispo
+from verl.trainer.ppo.losses.clip_cov import compute_policy_loss_clip_cov
+from verl.trainer.ppo.losses.dppo import compute_policy_loss_dppo_kl, compute_policy_loss_dppo_tv
+from verl.trainer.ppo.losses.dro import compute_policy_loss_dro
+from verl.trainer.ppo.losses.geo_mean import compute_policy_loss_geo_mean
+from verl.trainer.ppo.losses.gpg import compute_policy_loss_gpg
+from verl.trainer.ppo.losses.gspo import compute_policy_loss_gspo
 from verl.trainer.ppo.losses.kl import kl_penalty
+from verl.trainer.ppo.losses.kl_cov import compute_policy_loss_kl_cov
 from verl.trainer.ppo.losses.registry import get_policy_loss_fn, get_token_selector, register_policy_loss
+from verl.trainer.ppo.losses.sapo import compute_policy_loss_sapo
+from verl.trainer.ppo.losses.value import compute_value_loss
+from verl.trainer.ppo.losses.vanilla import compute_policy_loss_vanilla
 
 __all__ = [
     "LOSS_AGG_MODES",
     "agg_loss",
+    "compute_policy_loss_bypass_mode",
+    "compute_policy_loss_cispo",
+    "compute_policy_loss_clip_cov",
+    "compute_policy_loss_dppo_kl",
+    "compute_policy_loss_dppo_tv",
+    "compute_policy_loss_dro",
+    "compute_policy_loss_geo_mean",
+    "compute_policy_loss_gpg",
+    "compute_policy_loss_gspo",
+    "compute_policy_loss_kl_cov",
+    "compute_policy_loss_sapo",
+    "compute_policy_loss_vanilla",
+    "compute_value_loss",
     "get_policy_loss_fn",
     "get_token_selector",
     "kl_penalty",
