@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -243,11 +243,12 @@ class Runtime:
         while True:
             for batch in self.train_loader:
                 self.draws += 1
-                size = len(next(iter(batch.values())))
-                yield [
-                    {**{key: column[i] for key, column in batch.items()}, "uid": f"{self.draws}.{i}"}
-                    for i in range(size)
-                ]
+                yield self.rows(batch, self.draws)
+
+    def rows(self, batch: Mapping[str, Sequence[Any]], number: int) -> list[dict[str, Any]]:
+        """A collated batch as one dict a prompt, each with a `uid` of its own."""
+        size = len(next(iter(batch.values())))
+        return [{**{key: column[i] for key, column in batch.items()}, "uid": f"{number}.{i}"} for i in range(size)]
 
     def begin_generation(self) -> None:
         """Before the first `generate` of a step."""
