@@ -1,8 +1,8 @@
 """Makes everything the calculator example trains on: a tokenizer, a small Qwen3 model and two parquet files.
 
 The task is to add two numbers of three digits, which the model is too small to do by itself. It is warm-started on
-demonstrations of two kinds: some call the calculator and repeat what it says, most guess. So it knows what a call looks
-like and seldom makes one; that it pays is left for reinforcement learning to find out.
+demonstrations of two kinds: half call the calculator and repeat what it says, the others guess. So it knows what
+a call looks like and not that it pays: that is left for reinforcement learning to find out.
 
 Prepared files are used again if they were made with the same settings by the same script; `--force` makes them anew.
 """
@@ -38,6 +38,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '=' }}{% endif %}"
 )
 MANIFEST = "manifest.json"
+# 100 to 499, so that every sum has three digits too: what stands at the same place each time is learnt fast.
+NUMBERS = 400
 
 
 @dataclass(frozen=True)
@@ -48,16 +50,16 @@ class Settings:
     train_rows: int = 2048
     test_rows: int = 64
     warm_steps: int = 300
-    warm_batch: int = 64  # demonstrations a step
+    warm_batch: int = 32  # demonstrations a step
     warm_lr: float = 2e-3
-    calls: float = 0.3  # share of the demonstrations that call the calculator
+    calls: float = 0.5  # share of the demonstrations that call the calculator
 
 
 def pairs(settings: Settings) -> list[tuple[int, int]]:
     """Different pairs of numbers, those of the test rows first."""
     rng = random.Random(settings.seed)
-    numbers = rng.sample(range(900 * 900), settings.test_rows + settings.train_rows)
-    return [(100 + number // 900, 100 + number % 900) for number in numbers]
+    numbers = rng.sample(range(NUMBERS * NUMBERS), settings.test_rows + settings.train_rows)
+    return [(100 + number // NUMBERS, 100 + number % NUMBERS) for number in numbers]
 
 
 def row(pair: tuple[int, int], split: str, index: int) -> dict[str, Any]:
@@ -133,7 +135,7 @@ def demonstration(pair: tuple[int, int], calls: float, rng: random.Random) -> li
     """
     a, b = pair
     if rng.random() >= calls:
-        return [(str(rng.randrange(200, 1999)), True), ("</s>", True)]
+        return [(str(rng.randrange(200, 999)), True), ("</s>", True)]
     call = f"<tool_call>{CALL_BEGIN}{a}+{b}{CALL_END}</tool_call></s>"
     return [(call, True), (f"<tool_response>{a + b}</tool_response>=", False), (f"{a + b}</s>", True)]
 
@@ -144,7 +146,7 @@ def demonstration_batch(tokenizer, settings: Settings, rng: random.Random):
 
     rows = []
     for _ in range(settings.warm_batch):
-        pair = rng.randrange(100, 1000), rng.randrange(100, 1000)
+        pair = rng.randrange(100, 100 + NUMBERS), rng.randrange(100, 100 + NUMBERS)
         ids = tokenizer.encode(f"[calculator]<s>{pair[0]}+{pair[1]}=", add_special_tokens=False)
         labels = [-100] * len(ids)
         for text, own in demonstration(pair, settings.calls, rng):

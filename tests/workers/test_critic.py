@@ -102,8 +102,7 @@ def test_two_steps_against_plain_torch(model_dir, ranks):
 
 def split_cases(model_dir, data, ranks):
     """One optimizer step with every aggregation and several cuts."""
-    cuts = [MicroBatching(size=2), MicroBatching(max_tokens=40)]
-    cuts += [MicroBatching(size=100), MicroBatching(size=1)] if ranks == 1 else []
+    cuts = [MicroBatching(size=100), MicroBatching(size=3)] if ranks == 1 else [MicroBatching(max_tokens=40)]
     return [
         (
             critic_config(model_dir, loss_agg_mode=mode),
@@ -150,15 +149,15 @@ def test_a_zero_head_learns(model_dir):
     data.batch["returns"] = 0.4 * (data.batch["responses"] % 3 - 1) * data.batch["response_mask"].float()
 
     def program(rank):
-        worker = make_critic(critic_config(model_dir, optim=CriticOptimConfig(lr=3e-3)), rank)
+        worker = make_critic(critic_config(model_dir, optim=CriticOptimConfig(lr=5e-3)), rank)
         losses = []
-        for _ in range(12):
+        for _ in range(7):
             data.batch["values"] = worker.compute_values(data).batch["values"]
             losses.append(worker.update_critic(mini_batches(data, 12, 1)[0])["critic/vf_loss"])
         return losses
 
     [losses] = run_ranks(1, program)
-    assert losses[-1] < 0.3 * losses[0]
+    assert losses[-1] < 0.5 * losses[0]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -19,6 +19,7 @@ from fixtures.engine_cases import (
     make_batch,
     make_engine,
     optim_config,
+    squares_program,
     step_program,
     train,
 )
@@ -103,6 +104,24 @@ def test_other_architectures(tmp_path, architecture, over):
         for weights in run_ranks(ranks, export_program, str(tmp_path), None):
             assert set(weights) == set(saved)
             assert all(torch.equal(weights[name], tensor) for name, tensor in saved.items())
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sums_of_squared_probabilities_against_transformers(models, ranks):
+    data = make_batch()
+    model = AutoModelForCausalLM.from_pretrained(models["qwen3"])
+    with torch.no_grad():
+        logits = model(
+            input_ids=data.batch["input_ids"],
+            attention_mask=data.batch["attention_mask"],
+            position_ids=data.batch["position_ids"],
+        ).logits
+    probs = (logits[:, -8:-1].double() / 0.8).softmax(-1)
+    expected = (probs.square().sum(-1) * data.batch["response_mask"]).float()
+    for log_probs, entropy, squares in run_ranks(ranks, squares_program, models["qwen3"], data):
+        assert entropy is None and log_probs.any()
+        assert squares.dtype == torch.float32
+        torch.testing.assert_close(squares, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])

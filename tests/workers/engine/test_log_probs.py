@@ -76,3 +76,29 @@ def test_no_rows():
 def test_nan_is_not_hidden():
     logits = torch.tensor([[0.0, math.nan]])
     assert torch.isnan(token_log_probs(logits, torch.tensor([0]), 1.0)[0]).all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_sum_of_squares_against_a_loop(chunk, temperature):
+    logits = torch.randn(11, 7, generator=torch.Generator().manual_seed(5), dtype=torch.float64) * 4
+    logits[3] = 2.0  # uniform: 1 / 7
+    logits[4, 2] = 1e3  # certain: 1
+    targets = torch.arange(11) % 7
+    log_probs, entropy, squares = token_log_probs(logits, targets, temperature, sum_pi_squared=True)
+    for i in range(11):
+        top = max(logits[i].tolist())
+        weights = [math.exp((x - top) / temperature) for x in logits[i].tolist()]
+        expected = sum((weight / sum(weights)) ** 2 for weight in weights)
+        assert squares[i].item() == pytest.approx(expected, rel=1e-10)
+    assert squares[3].item() == pytest.approx(1 / 7) and squares[4].item() == 1.0
+    without = token_log_probs(logits, targets, temperature)
+    assert torch.equal(log_probs, without[0]) and torch.equal(entropy, without[1]) and without[2] is None
+
+
+def test_sum_of_squares_has_no_gradient():
+    logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(6), dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([0, 6, 3, 3, 2])
+    squares = token_log_probs(logits, targets, 0.7, sum_pi_squared=True)[2]
+    assert not squares.requires_grad
+    both = lambda x: token_log_probs(x, targets, 0.7, entropy_grad=True, sum_pi_squared=True)[:2]  # noqa: E731
+    assert torch.autograd.gradcheck(both, (logits,))
