@@ -101,12 +101,20 @@ def test_both_sides_of_the_bounds_are_in_the_batch(name):
 
 def test_dppo_kl_survives_a_log_probability_above_zero_by_rounding():
     old, new = torch.tensor([[-1e-7, 1e-7]]), torch.tensor([[1e-7, -0.5]], requires_grad=True)
-    ones = torch.ones(1, 2)
-    loss, metrics = get_policy_loss_fn("dppo_kl")(old, new, -ones, ones, "token-mean", CONFIG)
+    advantages, ones = torch.tensor([[1.0, -1.0]]), torch.ones(1, 2)
+    loss, metrics = get_policy_loss_fn("dppo_kl")(old, new, advantages, ones, "token-mean", CONFIG)
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(new.grad).all()
-    # the second one fell from probability 1 to 0.6, a large divergence
+    # the first one stayed where it was; the second one fell from probability 1 to 0.6, a large divergence
     assert metrics[CLIPFRAC].item() == 0.5
+
+
+@pytest.mark.parametrize(("old_prob", "outside"), [(0.980, 0.0), (0.979, 1.0)])
+def test_dppo_kl_at_probability_one(old_prob, outside):
+    # 0.98 log 0.98 + 0.02 log(0.02 / 1e-8) = 0.270, 0.979 log 0.979 + 0.021 log(0.021 / 1e-8) = 0.285; the bound: 0.28
+    old, one = torch.tensor([[old_prob]], dtype=torch.float64).log(), torch.ones(1, 1)
+    _, metrics = get_policy_loss_fn("dppo_kl")(old, torch.zeros_like(old), one, one, "token-mean", CONFIG)
+    assert metrics[CLIPFRAC].item() == outside
 
 
 @pytest.mark.parametrize("beta", [None, 0.0, -1.0])
