@@ -13,6 +13,7 @@ from fixtures.critic_cases import (
     split_program,
     update_program,
 )
+from fixtures.engine_cases import worker_config
 from fixtures.ranks import run_ranks
 from fixtures.tiny import write_tiny_model
 from verl.protocol import DataProto
@@ -22,6 +23,7 @@ from verl.trainer.ppo.core_algos import LOSS_AGG_MODES
 from verl.workers.critic import CriticWorker
 from verl.workers.engine import MicroBatching, NonFiniteError
 from verl.workers.engine.batching import CRITIC_COLUMNS, split_even, split_mini_batches
+from verl.workers.train_worker import TrainWorker
 
 
 @pytest.fixture(scope="module")
@@ -253,3 +255,37 @@ def test_limits_are_judged_before_the_model_is_read():
         worker.compute_values(critic_batch(2))
     with pytest.raises(ValueError, match="micro_batch_size_per_gpu"):
         worker.init_model()
+
+
+def test_beside_the_actor_in_one_process(model_dir):
+    """Both join the same ranks; options reach the actor."""
+    worker = TrainWorker(
+        0,
+        world_size=1,
+        config=worker_config(model_dir),
+        device="cpu",
+        total_training_steps=10,
+        with_ref=False,
+        seed=0,
+        rollout_dtype="float32",
+        critic=critic_config(model_dir),
+        actor_options={"bypass": None},
+    )
+    data = critic_batch(12)
+    try:
+        worker.setup(*worker.rendezvous(loopback=True))
+        assert worker.call("compute_log_prob", data).batch["old_log_probs"].any()
+        before = worker.call_critic("compute_values", data).batch["values"]
+        metrics = worker.call_critic("update_critic", mini_batches(data, 12, 1)[0])
+        after = worker.call_critic("compute_values", data).batch["values"]
+    finally:
+        worker.call("close")
+    assert metrics["critic/grad_norm"] > 0
+    assert not before.any() and after.any()
+
+
+def test_a_run_without_a_critic_has_none(model_dir):
+    options = {"world_size": 1, "config": worker_config(model_dir), "device": "cpu", "total_training_steps": 1}
+    worker = TrainWorker(0, **options, with_ref=False, seed=0, rollout_dtype="float32")
+    with pytest.raises(AssertionError, match="no critic"):
+        worker.call_critic("compute_values", critic_batch(2))

@@ -83,7 +83,7 @@ def load_state(
         file = path / (_ENGINE_FILE if part == "extra" else part)
         if not file.exists():
             raise FileNotFoundError(
-                f"checkpoint {path} has no {file.name}: leave {part!r} out of actor.checkpoint.load_contents, or "
+                f"checkpoint {path} has no {file.name}: leave {part!r} out of checkpoint.load_contents, or "
                 "resume from a checkpoint that was saved with it"
             )
     if "model" in contents:
@@ -135,7 +135,7 @@ def _check_fits(path: Path, state: dict[str, Any], model: torch.nn.Module) -> No
         name = differing[0]
         raise ValueError(
             f"checkpoint {path} is of another model: {name} has shape {saved.get(name, 'none')} there and "
-            f"{ours.get(name, 'none')} here ({len(differing)} differ); resume with the actor_rollout_ref.model.path, "
+            f"{ours.get(name, 'none')} here ({len(differing)} differ); resume with the model.path, "
             "lora_rank and target_modules that it was saved with, or start afresh (trainer.resume_mode=disable)"
         )
 
