@@ -13,7 +13,7 @@ from fixtures.critic_cases import (
     split_program,
     update_program,
 )
-from fixtures.engine_cases import worker_config
+from fixtures.engine_cases import fsdp_config, worker_config
 from fixtures.ranks import run_ranks
 from fixtures.tiny import write_tiny_model
 from verl.protocol import DataProto
@@ -160,6 +160,20 @@ def test_a_zero_head_learns(model_dir):
 
     [losses] = run_ranks(1, program)
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_step_with_bfloat16_masters(model_dir, ranks):
+    """The head stays in float32 beside them."""
+    data = critic_batch(12)
+    config = critic_config(model_dir, fsdp=fsdp_config(model_dtype="bf16", dtype="bfloat16"))
+    exact = run_ranks(1, update_program, [(critic_config(model_dir), mini_batches(data, 12, 1))])[0][0][0][0]
+    for [(history, weights)] in run_ranks(ranks, update_program, [(config, mini_batches(data, 12, ranks))]):
+        assert history[0]["critic/vf_loss"] == pytest.approx(exact["critic/vf_loss"], rel=0.05)
+        assert history[0]["critic/grad_norm"] == pytest.approx(exact["critic/grad_norm"], rel=0.1)
+        assert weights["score.weight"].dtype == torch.float32
+        assert weights["model.norm.weight"].dtype == torch.bfloat16
+        assert not torch.equal(weights["score.weight"], weights["score.weight"].bfloat16().float())
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

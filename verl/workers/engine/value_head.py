@@ -33,9 +33,9 @@ def to_value_model(model: PreTrainedModel, head: dict[str, torch.Tensor] | None 
     of `input_ids` [b, S], right-padded sequences. What the model does to logits (soft-capping, scaling) has no part in
     them. Saved, it is a model for token classification with one label, where transformers has one of this architecture.
 
-    A new head starts at zero: with V = 0 the first advantages are plain returns, where a random head would add noise of
-    the size of the hidden states, which differs by orders of magnitude between models. The hidden states differ from
-    position to position, so a zero head has a gradient and moves with the first step, and the backbone with the second.
+    A new head starts at zero: with V = 0 the first advantages are plain returns, where a random head would add noise as
+    large as the model's hidden states make it. The hidden states differ from position to position, so a zero head has a
+    gradient and moves with the first step, and the backbone with the second.
 
     Args:
         head: `weight` [1, hidden] and, optionally, `bias` [1] of a trained head.
