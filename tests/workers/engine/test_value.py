@@ -166,7 +166,9 @@ def test_a_saved_critic_is_a_model_for_token_classification_and_is_read_again(tm
         ).logits
     expected = logits[:, -8:-1, 0] * data.batch["response_mask"]
     torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)
-    assert json.loads((tmp_path / "saved" / "config.json").read_text())["tie_word_embeddings"] is False
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    assert config["architectures"] == ["Qwen3ForTokenClassification"]
     for ranks in (1, 2):
         again = run_ranks(ranks, values_program, critic_config(tmp_path / "saved"), [data] * ranks, ALL, False)
         for other, _ in again:
