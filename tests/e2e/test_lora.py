@@ -15,14 +15,14 @@ def test_adapters_and_mxfp8(tmp_path):
     run = TinyRun(tmp_path)
     run.run(
         actor_rollout_ref__model__lora_rank=8,
-        actor_rollout_ref__actor__optim__lr=1e-2,
+        actor_rollout_ref__actor__optim__lr=5e-2,
         actor_rollout_ref__rollout__quantization="ascend",
         actor_rollout_ref__actor__checkpoint__save_contents="[model,optimizer,extra,hf_model]",
         trainer__save_freq=2,
     )
     for metrics in run.metrics().values():
-        # What MXFP8 alone makes of it is the same; a weight update without adapters would show in step 2.
-        assert metrics["training/rollout_probs_diff_mean"] < 0.004
+        # 0.001 is what MXFP8 makes of it; a weight update that leaves the adapters out, 0.008 in step 2.
+        assert metrics["training/rollout_probs_diff_mean"] < 0.003
         assert metrics["actor/grad_norm"] > 0
     actor = run.out / "global_step_2" / "actor"
     written = load_file(actor / "huggingface" / "model.safetensors")
@@ -33,4 +33,4 @@ def test_adapters_and_mxfp8(tmp_path):
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(run.model), actor / "lora_adapter")
     for name, tensor in adapted.merge_and_unload().state_dict().items():
         if name in written:
-            torch.testing.assert_close(written[name], tensor, rtol=0, atol=1e-6)
+            torch.testing.assert_close(written[name], tensor, rtol=0, atol=1e-5)
