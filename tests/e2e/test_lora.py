@@ -23,7 +23,6 @@ def test_adapters_and_mxfp8(tmp_path):
     for metrics in run.metrics().values():
         # 0.001 is what MXFP8 makes of it; a weight update that leaves the adapters out, 0.008 in step 2.
         assert metrics["training/rollout_probs_diff_mean"] < 0.003
-        assert metrics["actor/grad_norm"] > 0
     actor = run.out / "global_step_2" / "actor"
     written = load_file(actor / "huggingface" / "model.safetensors")
     base = load_file(run.model / "model.safetensors")
