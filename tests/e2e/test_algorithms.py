@@ -1,4 +1,4 @@
-"""Whole runs of the algorithms that have more parts than GRPO: critic, dynamic sampling, greedy baselines, bypass mode."""
+"""Whole runs of what has more parts than GRPO: a critic, dynamic sampling, greedy baselines, bypass mode."""
 
 import json
 from collections import defaultdict
@@ -18,7 +18,7 @@ from verl.trainer.ppo.core_algos import register_adv_est
 
 @register_adv_est("spy")
 def spy(token_level_rewards, response_mask, index, config, non_tensor_batch):
-    rows = [[str(uid), score, float(hit)] for uid, score, hit in zip(index, token_level_rewards.sum(-1).tolist(), non_tensor_batch["hits"])]
+    rows = [[str(uid), float(hits)] for uid, hits in zip(index, non_tensor_batch["hits"])]
     with open(os.path.join(os.path.dirname(__file__), "seen.jsonl"), "a") as file:
         file.write(json.dumps(rows) + "\\n")
     advantages = token_level_rewards.sum(-1, keepdim=True) * response_mask
@@ -76,7 +76,7 @@ def test_dynamic_sampling_trains_on_a_full_batch_of_mixed_groups(tmp_path):
     assert len(batches) == 2
     for batch, data in zip(batches, (metrics[1], metrics[2]), strict=True):
         groups = defaultdict(list)
-        for uid, _, hits in batch:
+        for uid, hits in batch:
             groups[uid].append(hits)
         assert len(groups) == 8
         assert all(len(hits) == 4 and len(set(hits)) > 1 for hits in groups.values())

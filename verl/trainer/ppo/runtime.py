@@ -239,7 +239,7 @@ class Runtime:
     # ---- stages ----
 
     def draw(self) -> Iterator[list[dict[str, Any]]]:
-        """Batches of prompts, one dict a prompt, each with a `uid` of its own; epoch after epoch, without end."""
+        """Batches of training prompts, one dict a prompt; epoch after epoch, without end."""
         while True:
             for batch in self.train_loader:
                 self.draws += 1
