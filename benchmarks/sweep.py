@@ -104,16 +104,23 @@ def main() -> None:
     names = [name for name in ROWS if options.only is None or any(word in name for word in options.only)]
     if not names:
         sys.exit(f"--only {' '.join(options.only)}: no row has such a name; there are {', '.join(ROWS)}")
-    results = {}
+    results, failed = {}, []
     with tempfile.TemporaryDirectory() as directory:
         for name in names:
-            results[name] = measure(name, options.steps, Path(directory))
+            try:
+                results[name] = measure(name, options.steps, Path(directory))
+            except RuntimeError as error:  # the others are worth having all the same
+                failed.append(name)
+                print(f"{name}: {error}", flush=True)
+                continue
             before, after, pace = results[name]
             print(f"{name:<60} {before:.3f} -> {after:.3f}   {pace:.2f} s a step", flush=True)
     text = table(results, options.steps)
     print(f"\n{text}")
     if options.write:
         write_section(options.write, "sweep", text)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
