@@ -21,7 +21,6 @@ PLANNED_ADV_ESTIMATORS: tuple[str, ...] = ()
 # Estimators that read a critic's values.
 CRITIC_ESTIMATORS = ("gae",)
 # Estimators that compare a sample with the greedy answer to its prompt.
-GREEDY_BASELINE_ESTIMATORS = ("remax",)
 # Estimators that read the sum of the squared probabilities at each token.
 SUM_PI_SQUARED_ESTIMATORS = ("optimal_token_baseline", "tir_optimal_token_baseline")
 # Estimators whose advantage of a sample is relative to the other samples of its prompt.

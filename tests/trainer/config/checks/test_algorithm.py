@@ -37,7 +37,7 @@ def test_what_cannot_work(problem_of, changes, words):
 
 def test_what_works(plan_of):
     plan = plan_of(**ON, **{F + "max_num_gen_batches": 4, "data__gen_batch_size": 2})
-    assert plan.steps_per_epoch == 20
+    assert plan.steps_per_epoch == 5
     plan_of(algorithm__use_kl_in_reward=True, algorithm__kl_ctrl__type="adaptive", algorithm__kl_ctrl__horizon=100)
     plan_of(algorithm__adv_estimator="gdpo", algorithm__gdpo_reward_keys="[acc,form]")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from verl.trainer.config.critic import needs_critic
 from verl.trainer.config.findings import Findings
 from verl.trainer.config.ppo import PPOConfig
 from verl.trainer.config.schema import show
@@ -19,7 +20,12 @@ def check_algorithm(config: PPOConfig, found: Findings) -> None:
             "twice, in the reward and in the loss; usually one of them is meant"
         )
     steps, warmup = config.trainer.total_training_steps, config.trainer.critic_warmup
-    if steps is not None and warmup >= steps:
+    if warmup and not needs_critic(config):
+        found.errors.append(
+            f"trainer.critic_warmup={warmup}: there is no critic with algorithm.adv_estimator="
+            f"{config.algorithm.adv_estimator}, and for that long nothing would be trained; leave it out"
+        )
+    elif steps is not None and warmup >= steps:
         found.warnings.append(
             f"trainer.critic_warmup={warmup}: the run ends after trainer.total_training_steps={steps}, so the policy "
             "is never trained"
@@ -30,6 +36,11 @@ def _check_gdpo(config: PPOConfig, found: Findings) -> None:
     keys, weights = config.algorithm.gdpo_reward_keys, config.algorithm.gdpo_reward_weights
     if config.algorithm.adv_estimator != "gdpo":
         return
+    if config.algorithm.use_kl_in_reward:
+        found.errors.append(
+            "algorithm.use_kl_in_reward=True: gdpo takes its rewards from algorithm.gdpo_reward_keys, which no KL "
+            "penalty reaches; use actor_rollout_ref.actor.use_kl_loss=True"
+        )
     if not keys:
         found.errors.append(
             "algorithm.gdpo_reward_keys is not set: gdpo needs the names of the rewards that the reward function "
