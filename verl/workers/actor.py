@@ -236,15 +236,11 @@ class ActorWorker:
 
     def save_checkpoint(self, path: str | Path) -> None:
         """Write what `actor.checkpoint.save_contents` names into `path`, `hf_model` into `path/huggingface`."""
-        wanted = list(self._config.actor.checkpoint.save_contents)
-        self.engine.save(path, [part for part in wanted if part != "hf_model"])
-        if "hf_model" in wanted:
-            self.engine.export_hf(Path(path) / "huggingface")
+        self.engine.save(path, self._config.actor.checkpoint.save_contents)
 
     def load_checkpoint(self, path: str | Path) -> None:
         """Read what `actor.checkpoint.load_contents` names."""
-        wanted = self._config.actor.checkpoint.load_contents
-        self.engine.load(path, [part for part in wanted if part != "hf_model"])
+        self.engine.load(path, self._config.actor.checkpoint.load_contents)
 
     def export_hf(self, path: str | Path) -> None:
         """Write the policy as a Hugging Face directory."""
