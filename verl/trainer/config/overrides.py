@@ -41,7 +41,8 @@ def prepare(overrides: Sequence[str]) -> Prepared:
             override = OverridesParser.create().parse_override(text)
         except (HydraException, ValueError) as error:  # Python reads no integer of thousands of digits
             reason = str(error).splitlines()[0]
-            problems.append(f"{text:.200}: cannot be read as key=value ({reason}); quote values that hold , = or spaces")
+            quote = "quote values that hold , = or spaces"
+            problems.append(f"{text:.200}: cannot be read as key=value ({reason}); {quote}")
             continue
         name = override.key_or_group
         if name == "hydra" or name.startswith(("hydra.", "hydra/")):

@@ -14,6 +14,11 @@ KEYS = [
     ("actor_rollout_ref.model.lora_adapter_path", "", {}),
     ("actor_rollout_ref.rollout.multi_turn.tool_config_path", ".yaml", TOOL_AGENT),
     ("actor_rollout_ref.rollout.agent.agent_loop_config_path", ".yaml", {}),
+    (
+        "actor_rollout_ref.rollout.quantization_config_file",
+        ".json",
+        {"actor_rollout_ref__rollout__quantization": "ascend"},
+    ),
     ("critic.model.path", "", {"critic__enable": True}),
     ("reward.custom_reward_function.path", ".py", {}),
     ("trainer.default_local_dir", "", {}),
