@@ -1,6 +1,9 @@
+import sys
+
 import pytest
 
 from verl.utils.external import ExternalLibError, absolute, import_external
+from verl.utils.user_class import load_class
 
 
 def test_a_file_and_a_module_are_imported_once(tmp_path, monkeypatch):
@@ -52,3 +55,11 @@ def test_what_cannot_be_imported_is_named(tmp_path, monkeypatch, lib, words):
     for _ in range(2):  # a module that failed half way is not taken for imported
         with pytest.raises(ExternalLibError, match=words):
             import_external([lib])
+
+
+def test_a_file_that_is_a_library_and_has_a_class_is_one_module(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "both.py").write_text("class Mine: pass\nregistered = Mine\n")
+    import_external(["both.py"])
+    found = load_class("both.py:Mine", tmp_path, object)
+    assert sys.modules[found.__module__].registered is found

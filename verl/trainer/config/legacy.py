@@ -22,7 +22,6 @@ _MOVED = (
     ("reward_model.overlong_buffer_cfg", _BUFFER),
     ("reward_model.overlong_buffer.", f"{_BUFFER}."),
     ("reward_model.overlong_buffer", _BUFFER),
-    ("reward_model.max_resp_len", "reward.reward_kwargs.max_resp_len"),
     ("reward_model.reward_manager.", "reward.reward_manager."),
     ("reward_model.reward_manager", "reward.reward_manager.name"),
     ("reward_model.num_workers", "reward.num_workers"),
