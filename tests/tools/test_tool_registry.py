@@ -93,6 +93,7 @@ SCHEMA = "tool_schema: {type: function, function: {name: a, description: d}}"
         ("tools: [{class_name: Own}]", "give package.module.Class, or path/to/file.py:Class"),
         ("tools: [{class_name: nobody_has_this.Own}]", "no module nobody_has_this"),
         ("tools: [{class_name: other.py:Own}]", "no such file"),
+        ("tools: [{class_name: folder.py:Own}]", "folder.py:Own: is a directory"),
         ("tools: [{class_name: own.py:Own}]", "has no class Own; it has BaseTool, Breaks"),
         ("tools: [{class_name: broken.py:Own}]", "is not valid Python"),
         ("tools: [{class_name: own.py:WithSchema, tool_schema: {type: function}}]", "tool_schema.function: Field"),
@@ -106,6 +107,7 @@ def test_a_file_that_cannot_work_is_refused_before_anything_is_imported(tmp_path
     path = tmp_path / "tools.yaml"
     (tmp_path / "own.py").write_text(OWN + "raise SystemExit('imported')\n")
     (tmp_path / "broken.py").write_text("class Own(:\n")
+    (tmp_path / "folder.py").mkdir()
     if text is not None:
         path.write_text(text)
     with pytest.raises(ToolConfigError, match=words) as caught:

@@ -1,6 +1,9 @@
+import sys
+
 import pytest
 
 from verl.utils.external import ExternalLibError, absolute, import_external
+from verl.utils.user_class import load_class
 
 
 def test_a_file_and_a_module_are_imported_once(tmp_path, monkeypatch):
@@ -39,6 +42,8 @@ def test_only_files_become_absolute(tmp_path, monkeypatch):
     ("lib", "words"),
     [
         ("nowhere.py", "external_lib=.*nowhere.py: no such file"),
+        ("folder.py", "external_lib=.*folder.py: is a directory"),
+        ("x" * 300 + ".py", "external_lib=.*xxx.py: no such file"),
         ("no_such_module_anywhere", "external_lib=no_such_module_anywhere does not import: ModuleNotFoundError"),
         ("broken.py", "external_lib=.*broken.py does not import: ZeroDivisionError"),
     ],
@@ -46,6 +51,15 @@ def test_only_files_become_absolute(tmp_path, monkeypatch):
 def test_what_cannot_be_imported_is_named(tmp_path, monkeypatch, lib, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.py").write_text("1 / 0\n")
+    (tmp_path / "folder.py").mkdir()
     for _ in range(2):  # a module that failed half way is not taken for imported
         with pytest.raises(ExternalLibError, match=words):
             import_external([lib])
+
+
+def test_a_file_that_is_a_library_and_has_a_class_is_one_module(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "both.py").write_text("class Mine: pass\nregistered = Mine\n")
+    import_external(["both.py"])
+    found = load_class("both.py:Mine", tmp_path, object)
+    assert sys.modules[found.__module__].registered is found

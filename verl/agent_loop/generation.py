@@ -157,7 +157,7 @@ def to_batch(samples: Sequence[ScoredSample], *, pad_token_id: int, with_log_pro
 
 def _last_own(response_mask: Sequence[int]) -> int:
     """Where the model's last token stands: estimators skip others. 0, outside every mask, if it has none."""
-    return max((i for i, own in enumerate(response_mask) if own), default=0)
+    return next((i for i in reversed(range(len(response_mask))) if response_mask[i]), 0)
 
 
 def _object_columns(samples: Sequence[ScoredSample]) -> dict[str, np.ndarray]:
@@ -169,6 +169,7 @@ def _object_columns(samples: Sequence[ScoredSample]) -> dict[str, np.ndarray]:
         "raw_prompt": [s.row["raw_prompt"] for s in samples],
         "stop_reason": [s.output.stop_reason for s in samples],
         "num_turns": [s.output.num_turns for s in samples],
+        "reward_error": [s.reward.error for s in samples],
     }
     fields = [s.output.extra_fields for s in samples]
     of_loops = {key: [field.get(key) for field in fields] for key in dict.fromkeys(key for f in fields for key in f)}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import importlib.util
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from verl.utils.user_files import file_problem, import_file
 
 KEY = "actor_rollout_ref.model.external_lib"
 
@@ -34,30 +33,12 @@ def import_external(libs: Sequence[str]) -> None:
         ExternalLibError: one does not exist or does not import.
     """
     for lib in libs:
+        problem = file_problem(lib) if is_file_name(lib) else None
+        if problem is not None:
+            raise ExternalLibError(f"{KEY}={lib}: {problem}; give a Python file or a module's name")
         try:
-            _import_file(lib) if is_file_name(lib) else importlib.import_module(lib)
-        except ExternalLibError:
-            raise
+            import_file(Path(lib)) if is_file_name(lib) else importlib.import_module(lib)
         except Exception as error:
             raise ExternalLibError(
                 f"{KEY}={lib} does not import: {type(error).__name__}: {error}; mend it, or leave it out"
             ) from error
-
-
-def _import_file(lib: str) -> None:
-    path = Path(lib).expanduser().absolute()
-    if not path.is_file():
-        raise ExternalLibError(f"{KEY}={lib}: no such file (looked for {path}); give a Python file or a module's name")
-    # Of the path, so that two files of one name do not get in each other's way.
-    name = f"verl_external_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    if name in sys.modules:
-        return
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ast
-import hashlib
 import importlib
 import importlib.util
 import sys
 from pathlib import Path
+
+from verl.utils.user_files import file_problem, import_file
 
 
 class UserClassError(ValueError):
@@ -44,6 +45,8 @@ def check_class(spec: str, folder: Path) -> None:
     _check_file(spec, place)
     try:
         tree = ast.parse(place.read_bytes(), filename=str(place))
+    except OSError as error:
+        raise UserClassError(f"{spec}: {place} cannot be read ({error.strerror})") from error
     except (SyntaxError, ValueError) as error:
         raise UserClassError(f"{spec}: {place} is not valid Python ({error})") from error
     bound = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
@@ -70,10 +73,10 @@ def load_class(spec: str, folder: Path, base: type) -> type:
         UserClassError: it is not there, does not import, or is no subclass of `base`.
     """
     place, name = split_spec(spec, folder)
+    if isinstance(place, Path):
+        _check_file(spec, place)
     try:
-        module = importlib.import_module(place) if isinstance(place, str) else _import_file(spec, place)
-    except UserClassError:
-        raise
+        module = importlib.import_module(place) if isinstance(place, str) else import_file(place)
     except Exception as error:  # whatever the user's module raises
         raise UserClassError(f"{spec} does not import: {type(error).__name__}: {error}") from error
     found = getattr(module, name, None)
@@ -84,24 +87,6 @@ def load_class(spec: str, folder: Path, base: type) -> type:
 
 
 def _check_file(spec: str, path: Path) -> None:
-    if not path.is_file():
-        raise UserClassError(f"{spec}: no such file (looked for {path.absolute()})")
-
-
-def _import_file(spec: str, path: Path):
-    _check_file(spec, path)
-    path = path.resolve()
-    # Of the path, so that two files of one name do not get in each other's way.
-    module_name = f"verl_user_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    if module_name in sys.modules:
-        return sys.modules[module_name]
-    module_spec = importlib.util.spec_from_file_location(module_name, path)
-    assert module_spec is not None and module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_name] = module
-    try:
-        module_spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[module_name]
-        raise
-    return module
+    problem = file_problem(path)
+    if problem is not None:
+        raise UserClassError(f"{spec}: {problem}")

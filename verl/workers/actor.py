@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,20 +109,23 @@ class ActorWorker:
             raise RuntimeError("ActorWorker: call init_model() first")
         return self._engine
 
-    def compute_log_prob(self, data: DataProto, with_sum_pi_squared: bool = False) -> DataProto:
-        """`old_log_probs` and `entropys` [B, T] float32 under the present policy, 0 where response_mask is 0.
-
-        Also, if asked for, `sum_pi_squared`: the sum over the vocabulary of each token's squared probability.
+    def compute_log_prob(self, data: DataProto, extras: Sequence[str] = ()) -> DataProto:
+        """`old_log_probs` [B, T] float32 under the present policy, 0 where response_mask is 0.
 
         Args:
             data: input_ids, attention_mask [B, P+T], responses, response_mask [B, T]; meta_info `temperature`.
+            extras: further columns of that kind: `entropys`, and `sum_pi_squared`, the sum over the vocabulary of the
+                squared probabilities.
         """
         limits = self._log_prob_limits(self._config.rollout)
         log_probs, entropy, *squares = self.engine.log_probs(
-            data, limits, calculate_entropy=True, calculate_sum_pi_squared=with_sum_pi_squared
+            data,
+            limits,
+            calculate_entropy="entropys" in extras,
+            calculate_sum_pi_squared="sum_pi_squared" in extras,
         )
-        columns = {"old_log_probs": log_probs, "entropys": entropy}
-        return DataProto.from_dict(tensors=columns | ({"sum_pi_squared": squares[0]} if squares else {}))
+        columns = {"old_log_probs": log_probs, "entropys": entropy, "sum_pi_squared": squares[0] if squares else None}
+        return DataProto.from_dict(tensors={name: column for name, column in columns.items() if column is not None})
 
     def compute_ref_log_prob(self, data: DataProto) -> DataProto:
         """`ref_log_prob` [B, T] float32 under the reference policy; `data` as in `compute_log_prob`."""
@@ -199,25 +202,31 @@ class ActorWorker:
         The choice is made alike on every rank from all ranks' samples, so it does not depend on how they are divided.
         """
         log_probs, *_ = self.engine.log_probs(mini_batch, self._train_limits, calculate_entropy=False)
-        names = ("sample_index", "old_log_probs", "advantages", "response_mask")
-        own = {**{name: mini_batch.batch[name] for name in names}, "log_probs": log_probs}
+        columns = mini_batch.batch
+        mask = columns["response_mask"].bool()
+        # The tokens alone, one after the other: padding may be most of a batch of long responses.
+        own = {
+            "log_prob": log_probs[mask],
+            "old_log_prob": columns["old_log_probs"][mask],
+            "advantages": columns["advantages"][mask],
+            "sample": columns["sample_index"].unsqueeze(-1).expand(mask.shape)[mask],
+        }
         parts: list[Any] = [None] * self.world_size
         dist.all_gather_object(parts, own)
         whole = {name: torch.cat([part[name] for part in parts]) for name in own}
-        order = whole["sample_index"].argsort()
-        place = torch.empty_like(order)
-        place[order] = torch.arange(len(order))
+        order = whole.pop("sample").argsort(stable=True)
         selected = self._select_tokens(
-            log_prob=whole["log_probs"][order],
-            old_log_prob=whole["old_log_probs"][order],
-            advantages=whole["advantages"][order],
-            response_mask=whole["response_mask"][order],
+            **{name: values[order].unsqueeze(0) for name, values in whole.items()},
+            response_mask=torch.ones(1, len(order)),
             config=self._config.actor,
             seed=zlib.crc32(f"{mini_batch.meta_info.get('global_step')}.{number}".encode()),
         )
-        first = sum(len(part["sample_index"]) for part in parts[: self.rank])
-        mine = selected[place[first : first + len(mini_batch)]]
-        return mini_batch.select().union(DataProto.from_dict(tensors={"selected_tokens": mine.to(torch.int64)}))
+        chosen = torch.empty_like(order)
+        chosen[order] = selected.squeeze(0).to(order.dtype)
+        first = sum(len(part["sample"]) for part in parts[: self.rank])
+        marked = torch.zeros(mask.shape, dtype=torch.int64)
+        marked[mask] = chosen[first : first + len(own["sample"])]
+        return mini_batch.select().union(DataProto.from_dict(tensors={"selected_tokens": marked}))
 
     def export_weights(
         self, *, dtype: torch.dtype | None = None, encoder: RowEncoder | None = None
@@ -227,15 +236,11 @@ class ActorWorker:
 
     def save_checkpoint(self, path: str | Path) -> None:
         """Write what `actor.checkpoint.save_contents` names into `path`, `hf_model` into `path/huggingface`."""
-        wanted = list(self._config.actor.checkpoint.save_contents)
-        self.engine.save(path, [part for part in wanted if part != "hf_model"])
-        if "hf_model" in wanted:
-            self.engine.export_hf(Path(path) / "huggingface")
+        self.engine.save(path, self._config.actor.checkpoint.save_contents)
 
     def load_checkpoint(self, path: str | Path) -> None:
         """Read what `actor.checkpoint.load_contents` names."""
-        wanted = self._config.actor.checkpoint.load_contents
-        self.engine.load(path, [part for part in wanted if part != "hf_model"])
+        self.engine.load(path, self._config.actor.checkpoint.load_contents)
 
     def export_hf(self, path: str | Path) -> None:
         """Write the policy as a Hugging Face directory."""

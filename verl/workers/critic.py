@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from verl.protocol import DataProto
 from verl.trainer.config import CriticConfig
@@ -120,20 +119,11 @@ class CriticWorker:
 
     def save_checkpoint(self, path: str | Path) -> None:
         """Write what `critic.checkpoint.save_contents` names into `path`, `hf_model` into `path/huggingface`."""
-        wanted = list(self._config.checkpoint.save_contents)
-        self.engine.save(path, [part for part in wanted if part != "hf_model"])
-        if "hf_model" in wanted:
-            self.engine.export_hf(Path(path) / "huggingface")
+        self.engine.save(path, self._config.checkpoint.save_contents)
 
     def load_checkpoint(self, path: str | Path) -> None:
         """Read what `critic.checkpoint.load_contents` names."""
-        wanted = self._config.checkpoint.load_contents
-        self.engine.load(path, [part for part in wanted if part != "hf_model"])
-
-    def close(self) -> None:
-        """Leave the group of ranks."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        self.engine.load(path, self._config.checkpoint.load_contents)
 
 
 class ValueObjective:

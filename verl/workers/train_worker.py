@@ -31,7 +31,7 @@ class TrainWorker:
         seed: of this run; ranks derive theirs from it.
         rollout_dtype: dtype name the weights are sent in.
         critic: the section `critic` as `resolve_critic` completes it; None for no critic.
-        actor_options: more keyword arguments of `ActorWorker`.
+        actor_options: more keyword arguments of `ActorWorker`; they win over those above.
     """
 
     def __init__(
@@ -73,10 +73,9 @@ class TrainWorker:
             host,
             port,
             self._config,
-            total_training_steps=self._total_training_steps,
             with_ref=self._with_ref,
             device=self._device,
-            **self._actor_options,
+            **{"total_training_steps": self._total_training_steps, **self._actor_options},
         )
         torch.manual_seed(self._seed + self._rank)
         self._actor.init_model()

@@ -178,6 +178,88 @@ def test_wrong_types_name_field_value_and_what_is_expected_all_at_once():
         assert expected in line and (line.startswith(f"- {override}: ") or "{" in override or "[" in override)
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("actor_rollout_ref.actor.use_token_level_loss=True", "loss_agg_mode=token-mean"),
+        ("actor_rollout_ref.actor.tis_imp_ratio_cap=2", "rollout_is=token, with the cap as"),
+        ("algorithm.rollout_correction.use_pure_rollout_correction=True", "bypass_mode=True with"),
+        ("algorithm.rollout_correction.use_policy_gradient=True", "loss_type=reinforce"),
+        ("algorithm.rollout_correction.rollout_rs_threshold_lower=0.5", "rollout_rs_threshold='0.5_2.0'"),
+        ("algorithm.rollout_correction.rollout_token_veto_threshold=1e-4", "there is no veto"),
+        ("actor_rollout_ref.rollout.multi_turn.tokenization_sanity_check_mode=strict", "leave it out"),
+        ("+actor_rollout_ref.rollout.multi_turn.use_inference_chat_template=False", "leave it out"),
+        ("critic.rollout_n=8", "leave it out, actor_rollout_ref.rollout.n counts"),
+        ("actor_rollout_ref.rollout.trace.backend=weave", "traces of samples"),
+    ],
+)
+def test_keys_of_verl_that_are_not_here_name_the_way_here(override, words):
+    text = refused(override)
+    assert text.startswith(override.lstrip("+").split("=")[0].split(".trace.")[0]) and words in text, text
+
+
+def test_a_section_that_is_not_here_is_said_once(tmp_path):
+    given = ["reward_model.rollout.name=vllm", "reward.reward_model.rollout.n=1", "reward_model.micro_batch_size=2"]
+    text = refused(*given)
+    assert text.startswith("reward.reward_model: reward models are not run here") and "\n" not in text
+    assert "examples/reward_model" in text and "reward.custom_reward_function" in text
+    (tmp_path / "mine.yaml").write_text("defaults: [ppo_trainer, _self_]\nreward_model: {rollout: {n: 1, name: x}}\n")
+    assert refused(config_path=tmp_path, config_name="mine") == text
+
+
+def test_every_key_that_a_hint_names_exists():
+    import re
+
+    from verl.trainer.config import build, hints
+
+    known = {*build.key_types(PPOConfig), *build.sections(PPOConfig)}
+    for key, text in (*hints._HINTS.items(), *hints._SECTIONS.items()):
+        assert key not in known
+        named = re.findall(r"\b(?:actor_rollout_ref|algorithm|reward|trainer)\.[a-z_.]+\b", text)
+        assert all(name in known or key.startswith(f"{name}.") for name in named), (key, named)
+
+
+@pytest.mark.parametrize("old", ["reward_model.overlong_buffer", "custom_reward_function.overlong_buffer"])
+def test_an_overlong_buffer_in_its_earlier_places(old, tmp_path):
+    expected = {"overlong_buffer_cfg": {"enable": True, "len": 4}}
+    config = load_config([f"+{old}.enable=True", f"+{old}.len=4", "reward_model.reward_manager=dapo"])
+    assert config.reward.reward_kwargs == expected and config.reward.reward_manager.name == "dapo"
+    section, name = old.split(".")
+    (tmp_path / "mine.yaml").write_text(
+        f"defaults: [ppo_trainer, _self_]\n{section}: {{{name}: {{enable: True, len: 4}}}}\n"
+    )
+    assert load_config(config_path=tmp_path, config_name="mine").reward.reward_kwargs == expected
+    config = load_config(["reward_model.overlong_buffer_cfg.len=4", "+reward_model.reward_kwargs.max_resp_len=9"])
+    assert config.reward.reward_kwargs == {"overlong_buffer_cfg": {"len": 4}, "max_resp_len": 9}
+
+
+def test_the_earlier_name_of_bypass_mode(tmp_path):
+    old = "bypass_old_logprob_for_rollout"
+    assert load_config([f"algorithm.rollout_correction.{old}=True"]).algorithm.rollout_correction.bypass_mode is True
+    (tmp_path / "mine.yaml").write_text(
+        f"defaults: [ppo_trainer, _self_]\nalgorithm: {{rollout_correction: {{{old}: True}}}}\n"
+    )
+    config = load_config(config_path=tmp_path, config_name="mine")
+    assert config.algorithm.rollout_correction.bypass_mode is True
+
+
+def test_an_error_about_a_key_that_moved_names_it_as_it_was_given():
+    text = refused("custom_reward_function.pth=x")
+    assert text.startswith("custom_reward_function.pth, now reward.custom_reward_function.pth: there is no such key")
+
+
+def test_numbers_that_fit_nowhere():
+    for text in ("9" * 400, "-" + "9" * 400):
+        assert "optim.lr=" in (problem := refused(f"actor_rollout_ref.actor.optim.lr={text}"))
+        assert problem.endswith("...: give a number") and len(problem) < 300
+    for value in (2**31, -(2**31), "2147483648.0", "9" * 400):
+        problem = refused(f"data.train_batch_size={value}")
+        assert problem.startswith("data.train_batch_size=") and "give a whole number" in problem
+    assert "cannot be read as key=value (Exceeds the limit" in refused(f"data.seed={'9' * 5000}")
+    assert refused(f"data.train_batch_size={2**31}").endswith("a whole number, at most 2147483647")
+    assert load_config([f"trainer.seed={2**31 - 1}"]).trainer.seed == 2**31 - 1
+
+
 def test_a_section_is_no_value():
     assert "trainer is a section" in refused("trainer=3")
 

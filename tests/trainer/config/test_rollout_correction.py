@@ -218,6 +218,37 @@ def test_all_problems_are_listed():
     assert len(caught.value.problems) == 4
 
 
+@pytest.mark.parametrize(
+    ("preset", "key", "value", "says"),
+    [
+        ("bypass_pg_is", "bypass_mode", "False", "True"),
+        ("bypass_pg_is", "loss_type", "ppo_clip", "reinforce"),
+        ("bypass_pg_is", "rollout_is", "null", "sequence"),
+        ("decoupled_geo_rs", "rollout_rs", "null", "seq_mean_k1"),
+        ("decoupled_token_icepop", "rollout_is_threshold", "2.0", "0.5_5.0"),
+    ],
+)
+def test_a_default_that_contradicts_the_preset_on_the_command_line(preset, key, value, says):
+    start = "algorithm.rollout_correction."
+    for given in (
+        [f"{start}preset={preset}", f"{start}{key}={value}"],
+        [f"algorithm.rollout_correction={{preset: {preset}, {key}: {value}}}"],
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load_config(given)
+        expected = f"{start}{key}={value}: {start}preset={preset} says {says}; leave one of the two out"
+        assert caught.value.problems == (expected,)
+    same = load_config([f"{start}preset={preset}", f"{start}{key}={says!r}"]).algorithm.rollout_correction
+    assert resolve(same) == EXPECTED[preset]
+
+
+@pytest.mark.parametrize(
+    ("earlier", "now"), [("geometric", "seq_mean_k1"), ("sequence", "seq_sum_k1"), ("token", "token_k1")]
+)
+def test_terms_by_their_earlier_names(earlier, now):
+    assert f"did you mean {now}?" in refused(rollout_rs=earlier, rollout_rs_threshold=2.0)
+
+
 def test_bands_on_the_command_line():
     def correction(*overrides):
         config = load_config([f"algorithm.rollout_correction.{override}" for override in overrides])

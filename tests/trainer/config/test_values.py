@@ -17,6 +17,10 @@ from verl.trainer.config.values import value_problems
         ("critic.cliprange_value", "0", ("above 0",)),
         ("critic.loss_agg_mode", "token_mean", ("unknown", "did you mean token-mean?")),
         ("model_engine", "megatron", ("not supported yet", "dp")),
+        ("actor_rollout_ref.actor.optim.betas", "[0.9]", ("1 values; give 2", "two moments")),
+        ("actor_rollout_ref.actor.optim.betas", "[0.9,0.99,0.999]", ("3 values; give 2",)),
+        ("actor_rollout_ref.actor.optim.betas", "[0.9,1.0]", ("below 1",)),
+        ("critic.optim.betas", "[-0.1,0.9]", ("at least 0",)),
         ("actor_rollout_ref.actor.strategy", "megatron", ("not supported yet", "fsdp2")),
         ("actor_rollout_ref.actor.megatron.tensor_model_parallel_size", "2", ("not supported yet", "fsdp2")),
         ("actor_rollout_ref.actor.fsdp_config.param_offload", "True", ("not supported yet", "use False")),
@@ -69,7 +73,10 @@ from verl.trainer.config.values import value_problems
     ],
 )
 def test_a_value_that_does_not_work_is_named_with_what_to_use(problems_of, key, value, words):
-    found = [problem for problem in problems_of(**{key.replace(".", "__"): value}) if problem.startswith(key)]
+    # with every role there is: what an absent one cannot do is none of its problems
+    roles = {"critic__enable": True, "actor_rollout_ref__actor__use_kl_loss": True}
+    changes = roles | {key.replace(".", "__"): value}
+    found = [problem for problem in problems_of(**changes) if problem.startswith(key)]
     assert len(found) == 1
     assert all(word in found[0] for word in words), found[0]
 

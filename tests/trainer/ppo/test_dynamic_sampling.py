@@ -81,15 +81,12 @@ def test_token_level_metrics_are_sums_over_the_response():
     batch = batch_of({"a": [0.5, -2.0], "b": [1.0]}, widths={"b": (1, 0)})
     assert group_values(batch, "seq_reward").tolist() == [0.5, -2.0, 1.0]  # that of an empty response too
     assert group_values(batch, "seq_final_reward").tolist() == [0.5, -2.0, 1.0]
-    batch.batch["token_level_rewards"] = batch.batch["token_level_scores"] - 0.25
-    assert group_values(batch, "seq_final_reward").tolist() == [-0.25, -2.75, 0.25]
-    assert group_values(batch, "seq_reward").tolist() == [0.5, -2.0, 1.0]
 
 
-def test_small_differences_between_token_rewards_are_not_lost():
+def test_small_differences_between_token_scores_are_not_lost():
     batch = batch_of({"a": [0.0, 0.0]})
-    batch.batch["token_level_rewards"] = torch.tensor([[1e8, 1.0, 0.0], [1e8, 2.0, 0.0]])
-    assert keep_groups(["a", "a"], group_values(batch, "seq_final_reward")).all()
+    batch.batch["token_level_scores"] = torch.tensor([[1e8, 1.0, 0.0], [1e8, 2.0, 0.0]])
+    assert keep_groups(["a", "a"], group_values(batch, "seq_reward")).all()
 
 
 def test_a_number_that_the_reward_function_returned():
@@ -133,12 +130,12 @@ def group_filter(needed, limit=0, metric="seq_reward"):
 def test_groups_are_collected_over_batches_and_the_surplus_is_discarded():
     groups = group_filter(3)
     groups.add(batch_of({"a": [0, 0], "b": [0, 1], "c": [1, 1]}, widths={"c": (9, 9)}))
-    assert (groups.full, groups.missing) == (False, 2)
+    assert not groups.full
     with pytest.raises(ValueError, match="1 of 3 prompts"):
         groups.take()
     groups.add(batch_of({"d": [0, 0], "e": [0, 0], "f": [1, 1]}))  # a batch of which nothing is kept
     groups.add(batch_of({"g": [1, 0], "h": [1, 0], "i": [0, 1]}, widths={"g": (4, 1), "h": (1, 5), "i": (8, 8)}))
-    assert (groups.full, groups.missing) == (True, 0)
+    assert groups.full
     batch = groups.take()
     assert batch.non_tensor_batch["uid"].tolist() == ["b", "b", "g", "g", "h", "h"]
     assert batch.batch["token_level_scores"].sum(-1).tolist() == [0, 1, 1, 0, 1, 0]
@@ -224,3 +221,43 @@ def test_a_batch_of_other_extra_values_joins():
     groups.add(batch_of({"a": [0, 1]}, extras={"acc": {"a": [0.0, 1.0]}}))
     groups.add(batch_of({"b": [0, 1]}))
     assert groups.take().non_tensor_batch["acc"].tolist() == [0.0, 1.0, None, None]
+
+
+# ---- samples whose scoring failed -----------------------------------------------------------------------------------
+
+
+def with_errors(batch, failed):
+    """`batch` as it is when the scoring of some samples failed: score 0, and the error's kind in a column."""
+    errors = np.array(["timeout" if i in failed else None for i in range(len(batch))], dtype=object)
+    batch.non_tensor_batch["reward_error"] = errors
+    for i in failed:
+        batch.batch["token_level_scores"][i] = 0.0
+    return batch
+
+
+def test_a_failed_score_makes_no_difference_within_a_group():
+    values = np.array([1.0, 1.0, np.nan, 1.0, 0.0, np.nan, np.nan, np.nan])
+    uids = ["a"] * 3 + ["b"] * 3 + ["c"] * 2
+    assert keep_groups(uids, values).tolist() == [False] * 3 + [True] * 3 + [False] * 2
+
+
+@pytest.mark.parametrize("metric", ["seq_reward", "acc"])
+def test_a_failed_sample_has_no_value(metric):
+    batch = with_errors(batch_of({"a": [1, 1], "b": [0]}, extras={"acc": {"a": [1.0, ...], "b": [0.0]}}), failed={1})
+    np.testing.assert_array_equal(group_values(batch, metric), [1.0, np.nan, 0.0])
+
+
+def test_a_draw_that_could_not_be_scored_does_not_end_the_run():
+    groups = GroupFilter(FilterGroupsConfig(enable=True, metric="acc"), train_batch_size=1, pad_token_id=0)
+    groups.add(with_errors(batch_of({"a": [0, 0]}), failed={0, 1}))
+    assert not groups.full
+    groups.add(batch_of({"b": [1, 0]}, extras={"acc": {"b": [1.0, 0.0]}}))
+    assert groups.take().non_tensor_batch["uid"].tolist() == ["b", "b"]
+    assert groups.metrics()["dynamic_sampling/dropped_groups"] == 1.0
+
+
+def test_the_error_says_that_scores_failed():
+    config = FilterGroupsConfig(enable=True, metric="seq_reward", max_num_gen_batches=1)
+    groups = GroupFilter(config, train_batch_size=1, pad_token_id=0)
+    with pytest.raises(DynamicSamplingError, match=r"1 groups could not be scored at all.*See why the reward function"):
+        groups.add(with_errors(batch_of({"a": [0, 0]}), failed={0, 1}))

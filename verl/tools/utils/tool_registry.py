@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from verl.tools.base_tool import BaseTool
 from verl.tools.schemas import OpenAIFunctionToolSchema
 from verl.utils.user_class import UserClassError, check_class, load_class
+from verl.utils.user_files import read_yaml
 
 KEY = "actor_rollout_ref.rollout.multi_turn.tool_config_path"
 DEFAULT_TIMEOUT = 30.0
@@ -50,17 +50,16 @@ def read_tool_config(path: str) -> list[ToolEntry]:
     Raises:
         ToolConfigError: no such file, not YAML, or an entry that cannot work.
     """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise ToolConfigError(f"{KEY}={path}: no such file (looked for {file.absolute()}); give a YAML file")
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ToolConfigError(f"{KEY}={path}: is not YAML ({' '.join(str(error).split())})") from error
+        content = read_yaml(path)
+    except ValueError as error:
+        raise ToolConfigError(f"{KEY}={path}: {error}") from error
     tools = content.get("tools") if isinstance(content, Mapping) else None
     if not isinstance(tools, list) or not tools:
         raise ToolConfigError(f"{KEY}={path}: has no list 'tools'; write one entry with class_name for each tool")
-    entries = [_entry(tool, f"{KEY}={path}: tools[{i}]", file.parent) for i, tool in enumerate(tools)]
+    entries = [
+        _entry(tool, f"{KEY}={path}: tools[{i}]", Path(path).expanduser().parent) for i, tool in enumerate(tools)
+    ]
     _check_names([entry.tool_schema.function.name for entry in entries if entry.tool_schema], path)
     return entries
 

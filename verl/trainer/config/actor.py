@@ -27,7 +27,7 @@ class OptimConfig:
         -1, "length of the schedule; negative or null for the run's", unit="training steps"
     )
     weight_decay: float = key(0.01, "decoupled weight decay", at_least=0)
-    betas: list[float] = key([0.9, 0.999], "decay rates of AdamW's two moments")
+    betas: list[float] = key([0.9, 0.999], "decay rates of AdamW's two moments", at_least=0, below=1, items=2)
     clip_grad: float | None = key(1.0, "largest norm of the gradient, null for no clipping", above=0)
     num_cycles: float = planned(0.5, "another number of cosine cycles")
     optimizer: str = planned("AdamW", "another optimizer")
@@ -110,8 +110,6 @@ class PolicyLossConfig:
         "vanilla",
         "policy loss; vanilla is PPO's, clipped",
         choices=names.POLICY_LOSSES,
-        planned=names.PLANNED_POLICY_LOSSES,
-        use="use vanilla and algorithm.rollout_correction.bypass_mode=True",
     )
     clip_cov_ratio: float = key(0.0002, "clip_cov: share of tokens whose gradient is dropped", above=0, at_most=1)
     clip_cov_lb: float = key(1.0, "clip_cov: tokens to choose from have a covariance above this")

@@ -12,8 +12,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from verl.trainer.config.errors import ConfigError
+from verl.trainer.config.hints import hint as hint_for
 from verl.trainer.config.schema import key_of, show
 
+_LARGEST_INT = 2**31 - 1
+_LONGEST_SHOWN = 200
 _TYPE_NAMES = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -30,7 +33,7 @@ def build(cls: type, values: Mapping[str, Any]) -> Any:
     problems: list[str] = []
     config = _build(cls, values, "", tuple(key_types(cls)), problems)
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(dict.fromkeys(problems))
     return config
 
 
@@ -53,7 +56,7 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str, known: tuple[str, 
             try:
                 arguments[name] = _absolute(convert(value, hint)) if name in _paths(cls) else convert(value, hint)
             except _Mismatch as error:
-                problems.append(f"{path}={show(value)}: give {error}")
+                problems.append(f"{path}={_short(value)}: give {error}")
     return cls(**arguments)
 
 
@@ -74,7 +77,8 @@ def convert(value: Any, hint: Any) -> Any:
             return _convert_one(value, option)
         except _Mismatch:
             continue
-    raise _Mismatch(describe(hint))
+    too_large = int in options and isinstance(value, int) and abs(value) > _LARGEST_INT
+    raise _Mismatch(describe(hint) + (f", at most {_LARGEST_INT}" if too_large else ""))
 
 
 def _convert_one(value: Any, hint: Any) -> Any:
@@ -117,7 +121,7 @@ def _to_bool(value: Any) -> bool:
 
 def _to_int(value: Any) -> int:
     number = _to_float(value) if isinstance(value, str | float) else value
-    if not isinstance(number, int | float) or number != int(number):
+    if not isinstance(number, int | float) or number != int(number) or abs(number) > _LARGEST_INT:
         raise _Mismatch
     return int(number)
 
@@ -125,7 +129,7 @@ def _to_int(value: Any) -> int:
 def _to_float(value: Any) -> float:
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise _Mismatch from None
     if number != number or number in (float("inf"), float("-inf")):
         raise _Mismatch
@@ -149,7 +153,10 @@ def describe(hint: Any) -> str:
 
 
 def unknown_key(key: str, known: tuple[str, ...]) -> str:
-    """What is wrong with an unknown key, and which known ones are nearest."""
+    """What is wrong with an unknown key, and what to use: the way here of one that verl has, or the nearest known."""
+    verls = hint_for(key)
+    if verls is not None:
+        return verls
     near = nearest(key, known)
     hint = f"; did you mean {' or '.join(near)}?" if near else ", and none like it"
     return f"{key}: there is no such key{hint}"
@@ -206,6 +213,11 @@ def _union(hint: Any) -> list[Any]:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return list(typing.get_args(hint))
     return [hint]
+
+
+def _short(value: Any) -> str:
+    text = show(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 def _leaves(path: str, value: Any) -> list[str]:

@@ -7,14 +7,21 @@ from typing import Any
 
 from verl.trainer.config.errors import ConfigError
 
+_BUFFER = "reward.reward_kwargs.overlong_buffer_cfg"
 # Old name, or the old section with a dot behind it -> where it is now. The first that fits wins.
 _MOVED = (
     ("custom_reward_function.reward_kwargs.", "reward.reward_kwargs."),
     ("custom_reward_function.reward_kwargs", "reward.reward_kwargs"),
+    ("custom_reward_function.overlong_buffer.", f"{_BUFFER}."),
+    ("custom_reward_function.overlong_buffer", _BUFFER),
     ("custom_reward_function.", "reward.custom_reward_function."),
     ("custom_reward_function", "reward.custom_reward_function"),
     ("reward_model.reward_kwargs.", "reward.reward_kwargs."),
     ("reward_model.reward_kwargs", "reward.reward_kwargs"),
+    ("reward_model.overlong_buffer_cfg.", f"{_BUFFER}."),
+    ("reward_model.overlong_buffer_cfg", _BUFFER),
+    ("reward_model.overlong_buffer.", f"{_BUFFER}."),
+    ("reward_model.overlong_buffer", _BUFFER),
     ("reward_model.reward_manager.", "reward.reward_manager."),
     ("reward_model.reward_manager", "reward.reward_manager.name"),
     ("reward_model.num_workers", "reward.num_workers"),
@@ -27,6 +34,10 @@ _MOVED = (
     ("critic.grad_clip", "critic.optim.clip_grad"),
     ("critic.optim.warmup_style", "critic.optim.lr_scheduler_type"),
     ("critic.model.fsdp_config.", "critic.fsdp."),
+    (
+        "algorithm.rollout_correction.bypass_old_logprob_for_rollout",
+        "algorithm.rollout_correction.bypass_mode",
+    ),
 )
 _OLD_SECTIONS = ("custom_reward_function", "reward_model", "ray_init")
 
@@ -62,12 +73,9 @@ def _old_leaves(values: dict[str, Any]) -> list[tuple[str, Any]]:
         if not isinstance(values[section], dict):
             raise ConfigError([f"{section}={values[section]}: this is a section, now {current_name(section)}"])
         found += list(_leaves(values.pop(section), section))
-    actor = values.get("actor_rollout_ref", {})
-    actor = actor.get("actor", {}) if isinstance(actor, dict) else {}
-    sections = {"actor_rollout_ref.actor": actor, "critic": values.get("critic", {})}
     found += [
         (key, value)
-        for name, section in sections.items()
+        for name, section in values.items()
         for key, value in _leaves(section, name)
         if current_name(key) != key
     ]

@@ -18,6 +18,7 @@ from verl.trainer.config.build import build
 from verl.trainer.config.errors import ConfigError
 from verl.trainer.config.overrides import prepare
 from verl.trainer.config.ppo import PPOConfig
+from verl.trainer.config.rollout_correction import contradictions
 
 
 def load_config(
@@ -31,7 +32,7 @@ def load_config(
         config_name: that file, without `.yaml`.
 
     Raises:
-        ConfigError: an unknown key, a value of a wrong type, or a file that cannot be composed.
+        ConfigError: as `from_hydra`, or a file that cannot be composed.
     """
     prepared = prepare(overrides)
     searchpath.register()
@@ -56,10 +57,12 @@ def from_hydra(composed: DictConfig, given: Collection[str] = ()) -> PPOConfig:
     """The dataclasses of a composed config, interpolations resolved.
 
     Args:
-        given: keys that overrides set; they win over old spellings in files.
+        given: keys that overrides set; they win over old spellings in files, and contradict a preset also where they
+            set the default.
 
     Raises:
-        ConfigError: an unknown key, a value of a wrong type, or an interpolation that leads nowhere.
+        ConfigError: an unknown key, a value of a wrong type, an interpolation that leads nowhere, or a key beside a
+            preset that says otherwise.
     """
     # A file may use another's keys through interpolation, old spellings included: resolve first, move then.
     try:
@@ -69,7 +72,12 @@ def from_hydra(composed: DictConfig, given: Collection[str] = ()) -> PPOConfig:
     except OmegaConfBaseException as error:
         raise ConfigError([f"{getattr(error, 'full_key', None) or 'config'}: {str(error).splitlines()[0]}"]) from error
     values.pop("hydra", None)
-    return build(PPOConfig, _without_missing(legacy.migrate(values, given)))
+    config = build(PPOConfig, _without_missing(legacy.migrate(values, given)))
+    # Only here is it known that a key was given, where it is given its default.
+    problems = contradictions(config.algorithm.rollout_correction, given)
+    if problems:
+        raise ConfigError(problems)
+    return config
 
 
 def _without_missing(values: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,8 +114,8 @@ def _as_set(value: Any) -> Any:
 
 def _read_config(path: Path, place: str) -> dict[str, Any]:
     """An adapter's config, its weights' file being whole and of a kind that is supported."""
-    if not path.is_dir():
-        problem = "is a file" if path.exists() else "no such directory"
+    if not os.path.isdir(path):
+        problem = "is a file" if os.path.exists(path) else "no such directory"
         raise ValueError(f"{place}: {problem}; give the directory of a peft adapter")
     for name in (_CONFIG_FILE, _WEIGHTS_FILE):
         if not (path / name).is_file():

@@ -17,11 +17,8 @@ ADV_ESTIMATORS = (
     "rloo_vectorized",
     "tir_optimal_token_baseline",
 )
-PLANNED_ADV_ESTIMATORS: tuple[str, ...] = ()
 # Estimators that read a critic's values.
 CRITIC_ESTIMATORS = ("gae",)
-# Estimators that compare a sample with the greedy answer to its prompt.
-GREEDY_BASELINE_ESTIMATORS = ("remax",)
 # Estimators that read the sum of the squared probabilities at each token.
 SUM_PI_SQUARED_ESTIMATORS = ("optimal_token_baseline", "tir_optimal_token_baseline")
 # Estimators whose advantage of a sample is relative to the other samples of its prompt.
@@ -53,7 +50,6 @@ POLICY_LOSSES = (
     "sapo",
     "vanilla",
 )
-PLANNED_POLICY_LOSSES: tuple[str, ...] = ()
 LOSS_AGG_MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
 _KL = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")
 KL_TYPES = (*_KL, *(f"{name}+" for name in _KL))

@@ -39,23 +39,25 @@ def prepare(overrides: Sequence[str]) -> Prepared:
         text = _quoted_band(_quoted_home(text))
         try:
             override = OverridesParser.create().parse_override(text)
-        except HydraException as error:
+        except (HydraException, ValueError) as error:  # Python reads no integer of thousands of digits
             reason = str(error).splitlines()[0]
-            problems.append(f"{text}: cannot be read as key=value ({reason}); quote values that hold , = or spaces")
+            quote = "quote values that hold , = or spaces"
+            problems.append(f"{text:.200}: cannot be read as key=value ({reason}); {quote}")
             continue
         name = override.key_or_group
         if name == "hydra" or name.startswith(("hydra.", "hydra/")):
             prepared.overrides.append(text)
             continue
-        problem = _problem(override, legacy.current_name(name))
-        if problem is not None:
-            problems.append(problem)
-            continue
         current = legacy.current_name(name)
+        problem = _problem(override, current)
+        if problem is not None:
+            moved = name != current and problem.startswith(f"{current}:")
+            problems.append(f"{name}, now {problem}" if moved else problem)
+            continue
         prepared.overrides.append(f"++{current}={_value_text(text)}")
-        prepared.given.add(current)
+        prepared.given.update(_keys(current, override.value()) if current in build.sections(PPOConfig) else [current])
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(dict.fromkeys(problems))
     return prepared
 
 
@@ -75,6 +77,13 @@ def _problem(override: Override, name: str) -> str | None:
     if name in known or any(name.startswith(f"{open_key}.") for open_key in _open_keys()):
         return None
     return build.unknown_key(name, tuple(known))
+
+
+def _keys(name: str, value: Any) -> list[str]:
+    """The keys that a section's value sets."""
+    if not isinstance(value, dict) or name not in build.sections(PPOConfig):
+        return [name]
+    return [key for inner, item in value.items() for key in _keys(f"{name}.{inner}", item)]
 
 
 def _open_keys() -> list[str]:

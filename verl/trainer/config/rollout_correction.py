@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,8 @@ RS_TERMS = (
     "seq_max_k3",
     "binary_kl",
 )
+# Terms by their names in earlier versions of verl.
+_EARLIER = {"geometric": "seq_mean_k1", "sequence": "seq_sum_k1", "token": "token_k1"}
 
 
 @dataclass
@@ -161,23 +164,33 @@ def resolve(config: RolloutCorrectionConfig) -> Correction:
 
 
 def _with_preset(config: RolloutCorrectionConfig, problems: list[str]) -> RolloutCorrectionConfig:
-    """A key at its default cannot be told from one that was not given: the preset decides it."""
+    """A key at its default cannot be told here from one that was not given: the preset decides it."""
     if config.preset is None:
         return config
     if config.preset not in PRESETS:
         problems.append(f"{PREFIX}preset={config.preset}: {_unknown(config.preset, (*PRESETS, None))}")
         return config
     defaults = RolloutCorrectionConfig()
-    filled = dataclasses.replace(defaults, **PRESETS[config.preset])
-    for field in dataclasses.fields(config):
-        given, default, value = (getattr(one, field.name) for one in (config, defaults, filled))
-        if field.name == "preset" or _same(given, default) or _same(given, value):
-            continue
-        problems.append(
-            f"{PREFIX}{field.name}={show(given)}: {PREFIX}preset={config.preset} says {show(value)}; leave one of the "
-            "two out"
-        )
-    return filled
+    changed = [name for name in _names() if not _same(getattr(config, name), getattr(defaults, name))]
+    problems += contradictions(config, [PREFIX + name for name in changed])
+    return dataclasses.replace(defaults, **PRESETS[config.preset])
+
+
+def contradictions(config: RolloutCorrectionConfig, given: Collection[str]) -> list[str]:
+    """What the preset says otherwise of the keys that were `given` (dotted names), one line a key."""
+    if config.preset not in PRESETS:
+        return []
+    filled = dataclasses.replace(RolloutCorrectionConfig(), **PRESETS[config.preset])
+    return [
+        f"{PREFIX}{name}={show(getattr(config, name))}: {PREFIX}preset={config.preset} says "
+        f"{show(getattr(filled, name))}; leave one of the two out"
+        for name in _names()
+        if PREFIX + name in given and not _same(getattr(config, name), getattr(filled, name))
+    ]
+
+
+def _names() -> list[str]:
+    return [field.name for field in dataclasses.fields(RolloutCorrectionConfig) if field.name != "preset"]
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -284,6 +297,7 @@ def _merged(number: float) -> str:
 
 def _unknown(value: Any, known: tuple[Any, ...]) -> str:
     names = [show(name) for name in known]
-    near = difflib.get_close_matches(str(value), names, n=1)
+    earlier = [_EARLIER[value]] if value in _EARLIER and _EARLIER[value] in known else []
+    near = earlier or difflib.get_close_matches(str(value), names, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     return f"{show(value)} is unknown{hint}; use one of {', '.join(names)}"

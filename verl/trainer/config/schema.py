@@ -29,7 +29,8 @@ class Key:
         planned: values that are known and not supported yet.
         only: values supported so far; None for any.
         use: for `only` and `planned`: what to use instead.
-        at_least, above, at_most: bounds of a number.
+        at_least, above, at_most, below: bounds of a number, in a list of each.
+        items: how many a list holds.
         required: null is an error.
         path: a path on this host; `~` and relative ones are made absolute.
     """
@@ -43,6 +44,8 @@ class Key:
     at_least: float | None = None
     above: float | None = None
     at_most: float | None = None
+    below: float | None = None
+    items: int | None = None
     required: bool = False
     path: bool = False
 

@@ -6,7 +6,9 @@ import difflib
 import sys
 from typing import Any
 
+from verl.trainer.config.critic import needs_critic
 from verl.trainer.config.ppo import PPOConfig
+from verl.trainer.config.ref import needs_ref
 from verl.trainer.config.schema import Key, key_of, show, walk
 
 # Names that a user's own code may have added, and the registry (module, attribute) that then knows them.
@@ -17,12 +19,19 @@ _EXTENSIBLE = {
 
 
 def value_problems(config: PPOConfig) -> dict[str, str]:
-    """By key: what is wrong with each value that is missing, unknown, out of bounds or not supported yet."""
+    """By key: what is wrong with each value that is missing, unknown, out of bounds or not supported yet.
+
+    A feature that is not there is none to miss in a role that the run does not have.
+    """
     problems = {}
+    absent = () if needs_ref(config) else ("actor_rollout_ref.ref.",)
+    absent += () if needs_critic(config) else ("critic.",)
     for name, field, value in walk(config):
         key = key_of(field)
         if value is None and key.required:
             problems[name] = f"{name} is not set: give a {key.help}"
+            continue
+        if name.startswith(absent) and _is_planned(key, value):
             continue
         problem = _problem(name, key, value)
         if problem is not None:
@@ -30,16 +39,28 @@ def value_problems(config: PPOConfig) -> dict[str, str]:
     return problems
 
 
+def _is_planned(key: Key, value: Any) -> bool:
+    """Whether a value belongs to a feature that is known and not supported yet."""
+    if key.only is not None:
+        return not any(_equal(value, only) for only in key.only)
+    return isinstance(value, str) and value in key.planned
+
+
 def _problem(name: str, key: Key, value: Any) -> str | None:
-    if key.only is not None and not any(_equal(value, only) for only in key.only):
+    if key.only is not None and _is_planned(key, value):
         return f" is not supported yet ({key.help.split(':')[0]}): {key.use}"
     if value is None:
         return None
-    for item in value if isinstance(value, list) else [value]:
+    items = value if isinstance(value, list) else [value]
+    if key.items is not None and len(items) != key.items:
+        return f": {len(items)} values; give {key.items}, {key.help}"
+    for item in items:
         if key.choices and item not in key.choices and item not in _registered(name):
             return _no_choice(key, item)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return _out_of_bounds(key, value)
+        if isinstance(item, int | float) and not isinstance(item, bool):
+            problem = _out_of_bounds(key, item)
+            if problem is not None:
+                return problem
     return None
 
 
@@ -61,6 +82,7 @@ def _out_of_bounds(key: Key, value: float) -> str | None:
         (key.at_least, value < (key.at_least or 0), "at least"),
         (key.above, value <= (key.above or 0), "above"),
         (key.at_most, value > (key.at_most or 0), "at most"),
+        (key.below, value >= (key.below or 0), "below"),
     )
     for bound, broken, words in bounds:
         if bound is not None and broken:

@@ -35,22 +35,27 @@ def group_values(batch: DataProto, metric: str) -> np.ndarray:
 
     Args:
         batch: `token_level_scores` [B, T], and the extra values of the rewards.
-        metric: `seq_reward`: the sum of a sample's scores; `seq_final_reward`: that of `token_level_rewards` [B, T],
-            or of the scores while the batch has none, which is the same unless a KL penalty is taken off them;
-            otherwise a number that the reward function returned. `score` is the score of a sample where the rewards
-            have no extra value of that name.
+        metric: `seq_reward` or `seq_final_reward`: the sum of a sample's scores; otherwise a number that the reward
+            function returned. `score` is the score of a sample where the rewards have no extra value of that name.
 
     Returns:
-        float64 [B].
+        float64 [B], NaN for a sample whose scoring failed (`reward_error`).
 
     Raises:
         ValueError: no such column, or a sample has no finite number there.
     """
     assert batch.batch is not None
+    failed = np.array([error is not None for error in batch.non_tensor_batch.get("reward_error", [None] * len(batch))])
+    return np.where(failed, np.nan, _values(batch, metric, failed))
+
+
+def _values(batch: DataProto, metric: str, failed: np.ndarray) -> np.ndarray:
+    """The metric [B]; anything for samples that failed."""
     if metric in TOKEN_METRICS or (metric == "score" and metric not in batch.non_tensor_batch):
-        final = metric == "seq_final_reward" and "token_level_rewards" in batch.batch
-        column = batch.batch["token_level_rewards" if final else "token_level_scores"]
-        return column.double().sum(dim=-1).cpu().numpy()
+        # Groups are judged before a KL penalty is known, so that the final reward is the score.
+        return batch.batch["token_level_scores"].double().sum(dim=-1).cpu().numpy()
+    if metric not in batch.non_tensor_batch and failed.all():
+        return np.zeros(len(batch))  # nothing was returned that could have had it
     if metric not in batch.non_tensor_batch:
         there = sorted(
             name for name, values in batch.non_tensor_batch.items() if len(values) and all(map(_is_number, values))
@@ -60,13 +65,13 @@ def group_values(batch: DataProto, metric: str) -> np.ndarray:
             f"use one of {', '.join([*TOKEN_METRICS, *there])}, or return it from the reward function"
         )
     values = batch.non_tensor_batch[metric]
-    missing = [value for value in values if not _is_number(value)]
+    missing = [value for value, error in zip(values, failed, strict=True) if not error and not _is_number(value)]
     if missing:
         raise ValueError(
             f"{_ENABLE}.metric={metric}: {len(missing)} of {len(values)} samples have no finite number there, one has "
             f"{missing[0]!r:.80}; return it with every sample, or use seq_reward"
         )
-    return values.astype(np.float64)
+    return np.where(failed, 0.0, values).astype(np.float64)
 
 
 def _is_number(value: Any) -> bool:
@@ -78,7 +83,7 @@ def keep_groups(uids: Sequence[Any], values: Sequence[float]) -> np.ndarray:
 
     Args:
         uids: [B] the group of each sample, in any order.
-        values: [B] finite.
+        values: [B] finite, or NaN for a sample that was not scored, which makes no difference.
 
     Returns:
         bool [B].
@@ -92,8 +97,13 @@ def keep_groups(uids: Sequence[Any], values: Sequence[float]) -> np.ndarray:
     keep = np.zeros(len(groups), bool)
     for rows in _rows_of(groups).values():
         # Compared, since the standard deviation of equal values may be above 0 by rounding: three times 0.1.
-        keep[rows] = len(rows) == 1 or numbers_[rows].min() < numbers_[rows].max()
+        scored = _scored(numbers_[rows])
+        keep[rows] = len(rows) == 1 or (len(scored) > 0 and scored.min() < scored.max())
     return keep
+
+
+def _scored(values: np.ndarray) -> np.ndarray:
+    return values[~np.isnan(values)]
 
 
 def _groups(uids: Sequence[Any]) -> list[Any]:
@@ -129,7 +139,7 @@ class GroupFilter:
         self._needed, self._pad_token_id = train_batch_size, pad_token_id
         self._kept: list[DataProto] = []
         self._uids: set[Any] = set()
-        self._num_batches = self._num_kept = self._barren = 0
+        self._num_batches = self._num_kept = self._num_unscored = self._barren = 0
         self._equal_at: Counter[float] = Counter()
         self._lowest, self._highest = np.inf, -np.inf
 
@@ -137,11 +147,6 @@ class GroupFilter:
     def full(self) -> bool:
         """Whether there are enough groups for the step."""
         return self._num_kept >= self._needed
-
-    @property
-    def missing(self) -> int:
-        """Prompts that the step still lacks."""
-        return max(0, self._needed - self._num_kept)
 
     def add(self, batch: DataProto) -> None:
         """Take the groups of one generation batch that are kept.
@@ -168,13 +173,18 @@ class GroupFilter:
             self._check_limits()
 
     def _count(self, groups: Sequence[Any], values: np.ndarray, keep: np.ndarray) -> None:
-        self._lowest, self._highest = min(self._lowest, values.min()), max(self._highest, values.max())
+        self._lowest = min(self._lowest, _scored(values).min(initial=np.inf))
+        self._highest = max(self._highest, _scored(values).max(initial=-np.inf))
         for rows in _rows_of(groups).values():
             if keep[rows[0]]:
                 self._num_kept, self._barren = self._num_kept + 1, 0
+                continue
+            self._barren += 1
+            scored = _scored(values[rows])
+            if len(scored):
+                self._equal_at[float(scored[0])] += 1
             else:
-                self._barren += 1
-                self._equal_at[float(values[rows[0]])] += 1
+                self._num_unscored += 1
 
     def _check_limits(self) -> None:
         if 0 < self._most_batches <= self._num_batches:
@@ -190,6 +200,9 @@ class GroupFilter:
 
     def _summary(self) -> str:
         low, high, between = self._ends()
+        unscored = f"; {self._num_unscored} groups could not be scored at all" if self._num_unscored else ""
+        if not self._equal_at:
+            return f"{self._num_kept} of the {self._needed} prompts that a step needs are there{unscored}"
         parts = [f"{low} with {self._metric} {self._lowest:g} for every sample"]
         if self._highest > self._lowest:
             parts.append(f"{high} with {self._highest:g} for every sample")
@@ -198,11 +211,13 @@ class GroupFilter:
         dropped = self._equal_at.total()
         return (
             f"{self._num_kept} of the {self._needed} prompts that a step needs are there; {dropped} of "
-            f"{dropped + self._num_kept} groups were all-equal ({', '.join(parts)})"
+            f"{dropped + self._num_kept} groups were all-equal ({', '.join(parts)}){unscored}"
         )
 
     def _advice(self) -> str:
         low, high, between = self._ends()
+        if self._num_unscored > self._equal_at.total():
+            return "See why the reward function fails (the log has its traceback)"
         if low >= max(high, between):
             return (
                 "Most of these get the lowest value: use easier prompts, more samples (actor_rollout_ref.rollout.n) or "
@@ -240,7 +255,7 @@ class GroupFilter:
         return {
             "train/num_gen_batches": float(self._num_batches),
             "dynamic_sampling/kept_groups": float(self._num_kept),
-            "dynamic_sampling/dropped_groups": float(self._equal_at.total()),
+            "dynamic_sampling/dropped_groups": float(self._equal_at.total() + self._num_unscored),
             "dynamic_sampling/dropped_groups_lowest": float(low),
             "dynamic_sampling/dropped_groups_highest": float(high),
             "dynamic_sampling/surplus_groups": float(max(0, self._num_kept - self._needed)),

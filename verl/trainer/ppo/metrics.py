@@ -11,9 +11,8 @@ import numpy as np
 import torch
 
 from verl.protocol import DataProto
+from verl.trainer.ppo.losses.kl import LOG_RATIO_BOUND
 
-# exp() of a log-ratio is limited to exp(+-20), as in verl: beyond it the number only says "far apart".
-LOG_RATIO_BOUND = 20.0
 # Which stages work on every token; generation makes the response tokens only.
 ALL_TOKEN_STAGES = ("old_log_prob", "ref", "values", "adv", "update_critic", "update_actor")
 

@@ -5,9 +5,9 @@ One step, and for each stage the columns it reads and adds (`DataProto`, B sampl
     stage            reads                                           adds
     generate         rows: prompt_token_ids                          prompts, responses, input_ids, attention_mask,
                                                                      position_ids, response_mask, rollout_log_probs,
-                                                                     weight_versions
+                                                                     weight_versions, reward_error
       (and rewards)  text, ground truth, as each sample finishes     token_level_scores; reward_baselines [B]
-    old_log_probs    input_ids, response_mask                        old_log_probs, entropys
+    old_log_probs    input_ids, response_mask                        old_log_probs; entropys, sum_pi_squared
     ref_log_prob     input_ids, response_mask                        ref_log_prob
     values           input_ids, response_mask                        values
     correct_rollout  old_log_probs, rollout_log_probs                rollout_is_weights, accepted_mask
@@ -18,7 +18,8 @@ One step, and for each stage the columns it reads and adds (`DataProto`, B sampl
     update_weights   -                                               the replicas serve version `step`
 
 Which of them run depends on the config: `ref_log_prob` with a KL term, `values` and `update_critic` with an estimator
-that needs a critic; in bypass mode the rollout's log-probabilities stand for `old_log_probs`, and the loss corrects.
+that needs a critic; columns behind a semicolon are there where the estimator names them. In bypass mode the rollout's
+log-probabilities stand for `old_log_probs`, and the loss corrects.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ class RayPPOTrainer:
             batch, metrics = groups.take(), groups.metrics()
         else:
             batch = await runtime.generate(next(self.draws), timing)
-        await runtime.end_generation(self.step)
+        metrics |= await runtime.end_generation(self.step)
         batch.meta_info["global_step"] = self.step
         return batch, metrics
 
@@ -188,7 +189,6 @@ class RayPPOTrainer:
             **compute_timing_metrics(batch, timing),
             **compute_throughput_metrics(batch, timing, n_devices),
             **self.runtime.seqlen_metrics(batch),
-            **self.runtime.reward_metrics(),
         }
 
     def tracking(self) -> Tracking:

@@ -67,6 +67,13 @@ class GroupSender:
         return {**export, "encode": report["seconds"], "worst": worst_error([report, *others])}
 
 
+# Tensor columns of every batch when advantages are computed; `reward_baselines` is made for who names it.
+ALWAYS_THERE = (
+    *("prompts", "responses", "input_ids", "attention_mask", "position_ids", "response_mask", "weight_versions"),
+    *("token_level_scores", "token_level_rewards", "reward_baselines"),
+)
+
+
 async def _nothing() -> tuple[list[ScoredSample], dict[str, float]]:
     return [], {}
 
@@ -84,6 +91,7 @@ class Runtime:
         self.with_critic = needs_critic(config)
         self.correction = resolve(config.algorithm.rollout_correction)
         self.kl_controller = get_kl_controller(**dataclasses.asdict(config.algorithm.kl_ctrl))
+        self._on_demand = self._estimator_columns()
         self.draws = 0
         self._dump: list[dict[str, Any]] = []
         self._placement: Placement | None = None
@@ -130,8 +138,8 @@ class Runtime:
             drop_last=False,
         )
         self.draws_per_epoch = len(self.train_loader)
-        trainer = self.config.trainer
-        self.total_steps = trainer.total_training_steps or self.draws_per_epoch * trainer.total_epochs
+        trainer, steps_per_epoch = self.config.trainer, len(train) // data.train_batch_size
+        self.total_steps = trainer.total_training_steps or steps_per_epoch * trainer.total_epochs
 
     def _make_replicas(self, placement: Placement) -> ReplicaSet:
         config, count = self.config, replica_count(self.config)
@@ -183,7 +191,10 @@ class Runtime:
                 "total_training_steps": self.total_steps,
                 "with_ref": self.with_ref,
                 "critic": resolve_critic(self.config) if self.with_critic else None,
-                "actor_options": {"bypass": self.correction if self.correction.bypass_mode else None},
+                "actor_options": {
+                    "bypass": self.correction if self.correction.bypass_mode else None,
+                    "total_training_steps": max(1, self.total_steps - self.config.trainer.critic_warmup),
+                },
                 "seed": self.config.trainer.seed,
                 "rollout_dtype": self.plan.rollout_dtype,
             },
@@ -208,18 +219,31 @@ class Runtime:
             if self._group is not None:
                 stack.callback(self._group.stop)
 
-    @property
-    def _with_baselines(self) -> bool:
-        return "reward_baselines" in self._estimator_columns
-
-    @property
-    def _with_sum_pi_squared(self) -> bool:
-        return "sum_pi_squared" in self._estimator_columns
-
-    @property
     def _estimator_columns(self) -> tuple[str, ...]:
-        """What the estimator needs that is not always there."""
-        return required_columns(get_adv_estimator_fn(self.config.algorithm.adv_estimator))
+        """Columns that the estimator cannot do without.
+
+        Raises:
+            ValueError: this run never has one of them.
+        """
+        name = self.config.algorithm.adv_estimator
+        wanted = required_columns(get_adv_estimator_fn(name))
+        bypass, with_log_probs = self.correction.bypass_mode, self.config.actor_rollout_ref.rollout.calculate_log_probs
+        there = {
+            *ALWAYS_THERE,
+            "old_log_probs",
+            *(("rollout_log_probs",) if with_log_probs else ()),
+            *(() if bypass else ("entropys", "sum_pi_squared")),
+            *(("ref_log_prob",) if self.with_ref else ()),
+            *(("values",) if self.with_critic else ()),
+            *(("rollout_is_weights",) if self.correction.rollout_is and not bypass else ()),
+        }
+        if lacking := [column for column in wanted if column not in there]:
+            hint = "; critic.enable=True gives values" if "values" in lacking else ""
+            raise ValueError(
+                f"algorithm.adv_estimator={name} asks for {', '.join(lacking)}, which this run does not have: it has "
+                f"{', '.join(sorted(there))}{hint}"
+            )
+        return wanted
 
     @property
     def trainers(self) -> WorkerGroup:
@@ -263,13 +287,14 @@ class Runtime:
         sampling = {"temperature": rollout.temperature, "top_p": rollout.top_p, "top_k": rollout.top_k}
         if rollout.calculate_log_probs:
             sampling["logprobs"] = 0
+        with_baselines = "reward_baselines" in self._on_demand
         sampled = self._generator.generate([row for row in rows for _ in range(rollout.n)], sampling)
-        greedy = self._generator.generate(list(rows), {"temperature": 0.0}) if self._with_baselines else _nothing()
+        greedy = self._generator.generate(list(rows), {"temperature": 0.0}) if with_baselines else _nothing()
         (samples, seconds), (baselines, greedy_seconds) = await asyncio.gather(sampled, greedy)
         for name in seconds:
             timing[name] = timing.get(name, 0.0) + max(seconds[name], greedy_seconds.get(name, 0.0))
         batch = to_batch(samples, pad_token_id=self.tokenizer.pad_token_id, with_log_probs=rollout.calculate_log_probs)
-        if self._with_baselines:
+        if with_baselines:
             scores = torch.tensor([sample.reward.score for sample in baselines], dtype=torch.float32)
             batch.batch["reward_baselines"] = scores.repeat_interleave(rollout.n)
         batch.meta_info |= {"temperature": rollout.temperature}
@@ -277,8 +302,11 @@ class Runtime:
             self._dump += [self.describe_sample(sample) for sample in samples]
         return batch
 
-    async def end_generation(self, step: int) -> None:
+    async def end_generation(self, step: int) -> dict[str, float]:
         """After the last `generate` of a step: judge the rewards, put the replicas to sleep, dump what they said.
+
+        Returns:
+            `reward/*`: what scoring the step's samples took.
 
         Raises:
             RewardError: every sample of the step failed to be scored.
@@ -288,6 +316,7 @@ class Runtime:
         if self.config.trainer.rollout_data_dir:
             dump_generations(self.config.trainer.rollout_data_dir, step, self._dump)
             self._dump = []
+        return self.rewards.step_metrics()
 
     async def generate_validation(self, rows: Sequence[dict[str, Any]]) -> list[ScoredSample]:
         """`val_kwargs.n` scored samples for each row; greedy unless `val_kwargs.do_sample`."""
@@ -300,8 +329,9 @@ class Runtime:
         return samples
 
     async def old_log_probs(self, batch: DataProto) -> DataProto:
-        """Add `old_log_probs` and `entropys`, and `sum_pi_squared` for an estimator that names it."""
-        return batch.union(await self._on_shards("call", "compute_log_prob", batch, self._with_sum_pi_squared))
+        """Add `old_log_probs`, and `entropys` and `sum_pi_squared` for an estimator that names them."""
+        extras = [name for name in ("entropys", "sum_pi_squared") if name in self._on_demand]
+        return batch.union(await self._on_shards("call", "compute_log_prob", batch, extras))
 
     async def ref_log_prob(self, batch: DataProto) -> DataProto:
         """Add `ref_log_prob`."""
@@ -367,9 +397,6 @@ class Runtime:
         lengths = batch.batch["attention_mask"].sum(dim=-1).tolist()
         parts = partition(batch, len(self.trainers), self.config.trainer.balance_batch)
         return compute_seqlen_metrics(lengths, parts)
-
-    def reward_metrics(self) -> dict[str, float]:
-        return self.rewards.step_metrics()
 
     # ---- checkpoints ----
 

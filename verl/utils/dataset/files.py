@@ -1,6 +1,7 @@
 """Rows of Parquet, JSON and JSON-lines files, with errors that name the file and the row. Torch-free."""
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,8 @@ def data_paths(files: str | Path | Sequence[str | Path]) -> list[Path]:
     if not paths:
         raise ValueError("no data file is given: set data.train_files (or data.val_files) to a path or a list of paths")
     for path in paths:
-        if not path.is_file():
-            problem = "is a directory; list its files" if path.is_dir() else "does not exist; check the path"
+        if not os.path.isfile(path):
+            problem = "is a directory; list its files" if os.path.isdir(path) else "does not exist; check the path"
             raise FileNotFoundError(f"data file {path} {problem}")
         if path.suffix not in _SUFFIXES:
             raise ValueError(f"data file {path}: its suffix {path.suffix!r} is none of {', '.join(_SUFFIXES)}")

@@ -68,11 +68,11 @@ class TrainEngine(ABC):
 
     @abstractmethod
     def save(self, path: str | Path, contents: Sequence[str] = ("model", "optimizer", "extra")) -> None:
-        """Write a resumable state into directory `path`."""
+        """Write a resumable state into directory `path`; `hf_model` among the contents adds `path/huggingface`."""
 
     @abstractmethod
     def load(self, path: str | Path, contents: Sequence[str] = ("model", "optimizer", "extra")) -> None:
-        """Read what `save` wrote, with any number of ranks."""
+        """Read what `save` wrote, with any number of ranks; `hf_model` is not read again."""
 
     @abstractmethod
     def export_hf(self, path: str | Path) -> None:

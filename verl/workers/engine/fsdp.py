@@ -104,18 +104,20 @@ class FSDPTrainEngine(TrainEngine):
     def save(self, path: str | Path, contents: Sequence[str] = checkpoint.CONTENTS) -> None:
         checkpoint.save_state(
             Path(path),
-            contents,
+            [part for part in contents if part != checkpoint.HF_MODEL],
             model=self.model,
             optimizer=self._optimizer,
             schedule_step=self._schedule_step,
             device=self._device,
             group=self._group,
         )
+        if checkpoint.HF_MODEL in contents:
+            self.export_hf(Path(path) / "huggingface")
 
     def load(self, path: str | Path, contents: Sequence[str] = checkpoint.CONTENTS) -> None:
         step = checkpoint.load_state(
             Path(path),
-            contents,
+            [part for part in contents if part != checkpoint.HF_MODEL],
             model=self.model,
             optimizer=self._optimizer,
             device=self._device,

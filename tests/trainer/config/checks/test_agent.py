@@ -40,9 +40,19 @@ def test_a_loop_of_the_users_file(plan_of, problem_of, tmp_path):
     assert "own" in problem_of(**{LOOP: "other", LOOPS: path})
 
 
-def test_a_loop_that_a_module_of_the_users_may_register(plan_of, tmp_path):
-    (tmp_path / "lib.py").write_text("")
-    plan_of(**{LOOP: "own", "actor_rollout_ref__model__external_lib": f"[{tmp_path / 'lib.py'}]"})
+def test_a_loop_that_a_module_of_the_users_registered(plan_of, problem_of, tmp_path):
+    from verl.utils.external import import_external
+
+    lib = tmp_path / "lib.py"
+    lib.write_text(
+        "from verl.agent_loop import AgentLoopBase, register\n"
+        "@register('registered_for_this_test')\n"
+        "class Own(AgentLoopBase):\n    async def run(self, params, **row): ...\n"
+    )
+    import_external([str(lib)])
+    changes = {"actor_rollout_ref__model__external_lib": f"[{lib}]"}
+    plan_of(**{LOOP: "registered_for_this_test"}, **changes)
+    assert "did you mean registered_for_this_test?" in problem_of(**{LOOP: "registred_for_this_test"}, **changes)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +73,12 @@ def test_a_loops_file_that_cannot_work(problem_of, tmp_path, text, words):
         path.write_text(text)
     problem = problem_of(**{LOOPS: path})
     assert problem.startswith(f"actor_rollout_ref.rollout.agent.agent_loop_config_path={path}") and words in problem
+
+
+def test_a_directory_is_no_file(problem_of, tmp_path):
+    for key in (LOOPS, TOOLS):
+        problem = problem_of(**{LOOP: "tool_agent", ENABLE: True, key: tmp_path})
+        assert f"={tmp_path}: is a directory (looked for {tmp_path}); give a YAML file" in problem
 
 
 def test_a_tools_file_that_cannot_work(problem_of, tools):

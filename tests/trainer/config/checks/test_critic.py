@@ -133,6 +133,42 @@ def test_its_model(run_files, problem_of, critic_model):
     assert "has 20 positions, and a sample may have 32 tokens" in problem
 
 
+def test_a_vocabulary_that_the_weights_do_not_have(problem_of, plan_of, critic_model):
+    problem = problem_of(**GAE, critic__model__path=critic_model, critic__model__override_config="{vocab_size: 31}")
+    assert problem.startswith("critic.model.override_config.vocab_size=31: ") and "has 32 rows" in problem
+    problem = problem_of(actor_rollout_ref__model__override_config="{vocab_size: 64}")
+    assert problem.startswith("actor_rollout_ref.model.override_config.vocab_size=64: ")
+    plan_of(actor_rollout_ref__model__override_config="{vocab_size: 32}")
+
+
+def test_its_tokenizer(problem_of, plan_of, critic_model, tmp_path):
+    for folder in (tmp_path / "nowhere", tmp_path):
+        problem = problem_of(**GAE, critic__model__path=critic_model, critic__model__tokenizer_path=folder)
+        assert problem.startswith(f"critic.model.tokenizer_path={folder}: no tokenizer there")
+    plan_of(**GAE, critic__model__path=critic_model, critic__model__tokenizer_path=critic_model)
+
+
+def test_a_checkpoint_of_nothing(problem_of, problems_of, plan_of, critic_model):
+    actor = {"actor_rollout_ref__actor__checkpoint__save_contents": "[]"}
+    both = actor | GAE | {"critic__model__path": critic_model, "critic__checkpoint__save_contents": "[]"}
+    problem = problem_of(**actor, trainer__save_freq=5)
+    assert problem.startswith("actor_rollout_ref.actor.checkpoint.save_contents=[]: ") and "save_freq=5" in problem
+    starts = [problem.split("=")[0] for problem in problems_of(**both, trainer__save_freq=5)]
+    assert starts == [f"{role}.checkpoint.save_contents" for role in ("actor_rollout_ref.actor", "critic")]
+    plan_of(**both)
+
+
+def test_features_that_are_not_there_in_a_critic_that_is_not_there(plan_of, problem_of, problems_of, critic_model):
+    changes = {"critic__fsdp__param_offload": True, "critic__shuffle": True, "critic__strategy": "megatron"}
+    plan = plan_of(**changes)
+    assert (
+        "no effect without a critic (algorithm.adv_estimator=grpo): "
+        "critic.fsdp.param_offload, critic.shuffle, critic.strategy"
+    ) in plan.notes
+    assert "critic.strategy=megatrn: megatrn is unknown" in problem_of(critic__strategy="megatrn")
+    assert len(problems_of(**GAE, critic__model__path=critic_model, **changes)) == 3
+
+
 def test_the_plan_and_the_notes(plan_of, critic_model):
     plan = plan_of(**GAE, critic__model__path=critic_model, critic__ppo_mini_batch_size=2, critic__ppo_epochs=3)
     assert plan.critic.optimizer_steps_per_step == 12

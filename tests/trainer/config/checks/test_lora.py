@@ -7,6 +7,7 @@ LAYERS = {
     "model.embed_tokens.weight": (32, 16),
     "model.layers.0.self_attn.q_proj.weight": (32, 16),
     "model.layers.0.self_attn.o_proj.weight": (16, 32),
+    "model.layers.0.mlp.up_proj.weight": (32, 16),
     "model.layers.0.input_layernorm.weight": (16,),
     "lm_head.weight": (32, 16),
 }
@@ -49,7 +50,22 @@ def with_adapter(path, **changes):
         ({"exclude_modules": "[q_proj]"}, "exclude_modules=[q_proj]: there are no adapters with"),
         ({"lora_rank": 4, "target_modules": "[]"}, "target_modules=[]: no layer would be trained; use all-linear"),
         ({"lora_rank": 4, "target_modules": "[qproj]"}, "target_modules: the model has no qproj; near it are q_proj"),
-        ({"lora_rank": 4, "target_modules": "[zzz]"}, "no zzz; near it are embed_tokens, lm_head, o_proj, q_proj"),
+        (
+            {"lora_rank": 4, "target_modules": "[zzz]"},
+            "no zzz; near it are embed_tokens, lm_head, o_proj, q_proj, up_proj",
+        ),
+        (
+            {"lora_rank": 4, "target_modules": "[mlp.q_proj]"},
+            "target_modules: the model has no mlp.q_proj; near it are",
+        ),
+        ({"lora_rank": 4, "target_modules": "'.*(v|k)_proj'"}, "which no layer has; names are such as model.layers.0"),
+        ({"lora_rank": 4, "exclude_modules": "[qproj]"}, "exclude_modules: the model has no qproj; near it are q_proj"),
+        ({"lora_rank": 4, "exclude_modules": "'.*zzz'"}, "exclude_modules=.*zzz: is a regular expression"),
+        ({"lora_rank": 4, "exclude_modules": "'.*_proj'"}, "exclude_modules=.*_proj: leaves no layer of"),
+        (
+            {"lora_rank": 4, "target_modules": "[q_proj]", "exclude_modules": "[self_attn.q_proj]"},
+            "exclude_modules=[self_attn.q_proj]: leaves no layer of actor_rollout_ref.model.target_modules=[q_proj]",
+        ),
         ({"lora_rank": 4, "target_modules": "q_proj"}, "use [q_proj]"),
         ({"lora_rank": 4, "target_modules": "'q_(proj'"}, "is no regular expression (missing ), unterminated"),
         ({"lora_rank": 4, "target_parameters": "[gate_up_proj]"}, "target_parameters=[gate_up_proj] is not supported"),
@@ -66,7 +82,8 @@ def test_keys_that_cannot_work(problem_of, changes, text):
     "changes",
     [
         {"lora_rank": 4},
-        {"lora_rank": 4, "lora_alpha": 32, "target_modules": "[q_proj,self_attn.o_proj]", "exclude_modules": "[x]"},
+        {"lora_rank": 4, "lora_alpha": 32, "target_modules": "[q_proj,self_attn.o_proj]", "exclude_modules": "[mlp]"},
+        {"lora_rank": 4, "target_modules": "'layers.0.*q_proj'", "exclude_modules": "[layers.0.self_attn.o_proj]"},
         {"lora_rank": 4, "target_modules": "'.*(q|o)_proj'", "lora__merge": True},
         {"lora_rank": 0, "lora_alpha": 16, "target_modules": "all-linear", "exclude_modules": "null"},
     ],

@@ -102,6 +102,21 @@ def test_an_overlong_buffer_that_works(plan_of, buffer):
     plan_of(**dapo(buffer))
 
 
+@pytest.mark.parametrize(
+    ("buffer", "words"),
+    [
+        (None, ("without", f"{BUFFER}.enable=True")),
+        ("{enable: False, len: 4}", ("without", f"{BUFFER}.enable=True")),
+        ("{enable: True, len: 4, penalty_factor: 0}", ("with", f"{BUFFER}.penalty_factor=0")),
+    ],
+)
+def test_dapo_without_a_penalty_is_noted(plan_of, buffer, words):
+    (note,) = [note for note in plan_of(**dapo(buffer)).notes if "reward_manager.name=dapo" in note]
+    assert all(word in note for word in words), note
+    plan = plan_of(**dapo("{enable: True, len: 4}"))
+    assert not [note for note in plan.notes if "reward_manager.name=dapo" in note]
+
+
 def test_the_buffer_is_the_dapo_managers_alone(plan_of):
     changes = dapo("{enable: True, len: 999}") | {"reward__reward_manager__name": "naive"}
     notes = plan_of(**changes).notes

@@ -75,7 +75,7 @@ def test_a_core_column_that_is_not_there():
     ("column", "estimators"),
     [
         ("values", names.CRITIC_ESTIMATORS),
-        ("reward_baselines", names.GREEDY_BASELINE_ESTIMATORS),
+        ("reward_baselines", ("remax",)),
         ("sum_pi_squared", names.SUM_PI_SQUARED_ESTIMATORS),
     ],
 )

@@ -106,7 +106,7 @@ def _derive(
     micro = None if actor.use_dynamic_bsz else mini // ranks // (actor.ppo_micro_batch_size_per_gpu or 1)
     compute, engine = choose_dtype(device, actor.fsdp_config.dtype), choose_dtype(device, rollout.dtype)
     workers = config.reward.num_workers or min(_MOST_REWARD_WORKERS, cpu_cores())
-    steps = None if data.train is None else data.train // (config.data.gen_batch_size or config.data.train_batch_size)
+    steps = None if data.train is None else data.train // config.data.train_batch_size
     itemsize = 4 if engine.name == "float32" else 2
     update = None if model.parameters is None else model.parameters * itemsize
     if quantisation is not None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from verl.tools.utils.tool_registry import ToolConfigError, read_tool_config
 from verl.trainer.config import names
@@ -16,6 +15,7 @@ from verl.trainer.config.checks.data import column_names
 from verl.trainer.config.findings import Findings
 from verl.trainer.config.ppo import PPOConfig
 from verl.utils.user_class import UserClassError, check_class
+from verl.utils.user_files import read_yaml
 
 LOOPS_KEY = "actor_rollout_ref.rollout.agent.agent_loop_config_path"
 _DEFAULT_KEY = "actor_rollout_ref.rollout.agent.default_agent_loop"
@@ -47,11 +47,12 @@ def check_agent(config: PPOConfig, found: Findings) -> None:
             found.errors.append(str(error))
             return
     default = rollout.agent.default_agent_loop
-    # A module of the user's may register others when it is imported.
-    if default not in known and not config.actor_rollout_ref.model.external_lib:
+    if default not in known:
+        near = difflib.get_close_matches(default, known, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
         found.errors.append(
-            f"{_DEFAULT_KEY}={default} is unknown: use one of {', '.join(sorted(known))}, or name the file of your own "
-            f"loop in {LOOPS_KEY}"
+            f"{_DEFAULT_KEY}={default} is unknown{hint}: use one of {', '.join(sorted(known))}, or name the file of "
+            f"your own loop in {LOOPS_KEY}"
         )
     _check_multi_turn(config, found)
 
@@ -62,16 +63,14 @@ def read_agent_loops(path: str) -> list[AgentLoopEntry]:
     Raises:
         AgentLoopFileError: no such file, not YAML, or an entry that cannot work.
     """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise AgentLoopFileError(f"{LOOPS_KEY}={path}: no such file (looked for {file.absolute()}); give a YAML file")
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise AgentLoopFileError(f"{LOOPS_KEY}={path}: is not YAML ({' '.join(str(error).split())})") from error
+        content = read_yaml(path)
+    except ValueError as error:
+        raise AgentLoopFileError(f"{LOOPS_KEY}={path}: {error}") from error
     if not isinstance(content, list) or not content:
         raise AgentLoopFileError(f"{LOOPS_KEY}={path}: is no list; write one entry {{name, _target_}} for each loop")
-    entries = [_entry(item, f"{LOOPS_KEY}={path}: [{i}]", file.parent) for i, item in enumerate(content)]
+    folder = Path(path).expanduser().parent
+    entries = [_entry(item, f"{LOOPS_KEY}={path}: [{i}]", folder) for i, item in enumerate(content)]
     given = [entry.name for entry in entries]
     twice = sorted({name for name in given if given.count(name) > 1})
     if twice:
@@ -91,7 +90,7 @@ def _entry(item: Any, where: str, folder: Path) -> AgentLoopEntry:
 
 
 def _registered() -> list[str]:
-    # The registry needs torch; nobody has registered anything if it was never imported.
+    # The registry needs torch; nobody has registered anything if it was never imported. A user's modules are by now.
     return sys.modules[_REGISTRY].agent_loop_names() if _REGISTRY in sys.modules else []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from verl.trainer.config.critic import needs_critic
 from verl.trainer.config.findings import Findings
 from verl.trainer.config.ppo import PPOConfig
 from verl.trainer.config.schema import show
@@ -13,16 +14,49 @@ def check_algorithm(config: PPOConfig, found: Findings) -> None:
     """What `algorithm` asks for has to be possible."""
     _check_filter(config, found)
     _check_gdpo(config, found)
+    _check_kl_ctrl(config, found)
     if config.algorithm.use_kl_in_reward and config.actor_rollout_ref.actor.use_kl_loss:
         found.warnings.append(
             "algorithm.use_kl_in_reward=True with actor_rollout_ref.actor.use_kl_loss=True: the KL divergence counts "
             "twice, in the reward and in the loss; usually one of them is meant"
         )
     steps, warmup = config.trainer.total_training_steps, config.trainer.critic_warmup
-    if steps is not None and warmup >= steps:
+    if warmup and not needs_critic(config):
+        found.errors.append(
+            f"trainer.critic_warmup={warmup}: there is no critic with algorithm.adv_estimator="
+            f"{config.algorithm.adv_estimator}, and for that long nothing would be trained; leave it out"
+        )
+    elif steps is not None and warmup >= steps:
         found.warnings.append(
             f"trainer.critic_warmup={warmup}: the run ends after trainer.total_training_steps={steps}, so the policy "
             "is never trained"
+        )
+
+
+def _check_kl_ctrl(config: PPOConfig, found: Findings) -> None:
+    control, n = config.algorithm.kl_ctrl, config.actor_rollout_ref.rollout.n
+    if not config.algorithm.use_kl_in_reward:
+        return
+    if control.type == "fixed":
+        if control.kl_coef == 0:
+            found.warnings.append(
+                "algorithm.kl_ctrl.kl_coef=0 with algorithm.use_kl_in_reward=True: the penalty counts nothing, and the "
+                "reference model is held for its metrics alone"
+            )
+        return
+    if control.kl_coef == 0:
+        found.errors.append(
+            "algorithm.kl_ctrl.kl_coef=0 with algorithm.kl_ctrl.type=adaptive: it is steered by factors, and so stays "
+            "0; start from e.g. 0.001"
+        )
+    samples = config.data.train_batch_size * n
+    smallest = samples // 5 + 1
+    if control.horizon < smallest:
+        found.errors.append(
+            f"algorithm.kl_ctrl.horizon={control.horizon}: a step of {samples} samples (data.train_batch_size="
+            f"{config.data.train_batch_size} x actor_rollout_ref.rollout.n={n}) changes the weight by up to 0.2 x "
+            f"{samples} / {control.horizon} of itself, which takes it to 0 or below; use at least {smallest}, usual "
+            "is many times that"
         )
 
 
@@ -30,6 +64,11 @@ def _check_gdpo(config: PPOConfig, found: Findings) -> None:
     keys, weights = config.algorithm.gdpo_reward_keys, config.algorithm.gdpo_reward_weights
     if config.algorithm.adv_estimator != "gdpo":
         return
+    if config.algorithm.use_kl_in_reward:
+        found.errors.append(
+            "algorithm.use_kl_in_reward=True: gdpo takes its rewards from algorithm.gdpo_reward_keys, which no KL "
+            "penalty reaches; use actor_rollout_ref.actor.use_kl_loss=True"
+        )
     if not keys:
         found.errors.append(
             "algorithm.gdpo_reward_keys is not set: gdpo needs the names of the rewards that the reward function "
@@ -39,6 +78,15 @@ def _check_gdpo(config: PPOConfig, found: Findings) -> None:
         found.errors.append(
             f"algorithm.gdpo_reward_weights={show(weights)}: {len(weights)} weights for {len(keys)} "
             f"algorithm.gdpo_reward_keys={show(keys)}; give one weight a key"
+        )
+    elif weights is not None and not any(weights):
+        found.errors.append(
+            f"algorithm.gdpo_reward_weights={show(weights)}: every advantage would be 0; use null for 1 each"
+        )
+    if keys and ("" in keys or len(set(keys)) < len(keys)):
+        found.errors.append(
+            f"algorithm.gdpo_reward_keys={show(keys)}: {'an empty name' if '' in keys else 'a name is there twice'}; "
+            "give each reward's name once"
         )
 
 
@@ -52,7 +100,7 @@ def _check_filter(config: PPOConfig, found: Findings) -> None:
                 f"{_FILTER}.enable=True makes sense of; leave it out"
             )
         return
-    if groups.metric is None:
+    if not groups.metric:
         found.errors.append(
             f"{_FILTER}.metric is not set: name what has to differ within a group, seq_reward or a number that the "
             "reward function returns, e.g. acc"

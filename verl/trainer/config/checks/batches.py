@@ -7,6 +7,7 @@ from collections.abc import Callable
 from verl.trainer.config import names
 from verl.trainer.config.findings import Findings
 from verl.trainer.config.ppo import PPOConfig
+from verl.trainer.config.ref import needs_ref
 
 _MINI = "actor_rollout_ref.actor.ppo_mini_batch_size"
 _MICRO = "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"
@@ -137,11 +138,6 @@ def rollout_devices(config: PPOConfig) -> int:
     """Devices (on a CPU, shares of it) that the replicas divide among them."""
     rollout = config.actor_rollout_ref.rollout
     return rollout.n_gpus_per_node * rollout.nnodes or trainer_ranks(config)
-
-
-def needs_ref(config: PPOConfig) -> bool:
-    """Whether a reference model is held."""
-    return config.actor_rollout_ref.actor.use_kl_loss or config.algorithm.use_kl_in_reward
 
 
 def near(size: int, largest: int, fits: Callable[[int], bool]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from verl.trainer.config import names
 from verl.trainer.config.checks.batches import check_division, check_limits
-from verl.trainer.config.checks.model import scales_positions
+from verl.trainer.config.checks.model import TOKENIZER_FILES, check_vocabulary, has_tokenizer, scales_positions
 from verl.trainer.config.critic import needs_critic, resolve_critic
 from verl.trainer.config.findings import Findings
 from verl.trainer.config.model_files import ModelFiles, ModelFilesError, read_model
@@ -90,6 +90,8 @@ def check_critic_model(config: PPOConfig, policy: ModelFiles | None, found: Find
     except OSError as error:
         found.errors.append(f"{_PATH}={path}: cannot be read ({error.strerror}: {error.filename})")
         return None
+    check_vocabulary("critic.model", config.critic.model.override_config, files, found)
+    _check_tokenizer(config.critic.model.tokenizer_path, found)
     data = config.data
     longest = data.max_prompt_length + data.max_response_length
     positions = files.number("max_position_embeddings", "n_positions")
@@ -108,3 +110,11 @@ def check_critic_model(config: PPOConfig, policy: ModelFiles | None, found: Find
             "use a model with its tokenizer"
         )
     return files
+
+
+def _check_tokenizer(folder: str | None, found: Findings) -> None:
+    if folder is not None and not has_tokenizer(folder):
+        found.errors.append(
+            f"critic.model.tokenizer_path={folder}: no tokenizer there (none of {', '.join(TOKENIZER_FILES)}); leave "
+            "it out for the policy's"
+        )

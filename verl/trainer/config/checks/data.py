@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from verl.trainer.config.findings import Findings
 from verl.trainer.config.ppo import PPOConfig
 from verl.utils.dataset.files import count_rows, data_paths
+from verl.utils.user_files import file_problem
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def _rows(field: str, files: str | list[str] | None, prompt_key: str, found: Fin
         return None  # reported as not set
     try:
         paths = data_paths(files)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         found.errors.append(f"{field}: {error}")
         return None
     counts = [_file(field, path, prompt_key, found) for path in paths]
@@ -109,5 +110,6 @@ def _check_custom_class(config: PPOConfig, found: Findings) -> None:
     assert custom.path is not None
     if not custom.name:
         found.errors.append(f"data.custom_cls.name is not set, but data.custom_cls.path={custom.path}; name the class")
-    if not Path(custom.path).expanduser().is_file():
-        found.errors.append(f"data.custom_cls.path={custom.path}: no such file; give the Python file of the class")
+    problem = file_problem(custom.path)
+    if problem is not None:
+        found.errors.append(f"data.custom_cls.path={custom.path}: {problem}; give the Python file of the class")

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 from verl.trainer.config import names
 from verl.trainer.config.checks.agent import rows_choose_loop
-from verl.trainer.config.checks.batches import needs_ref
 from verl.trainer.config.critic import needs_critic, resolve_critic
 from verl.trainer.config.ppo import PPOConfig
+from verl.trainer.config.ref import needs_ref
 from verl.trainer.config.reward_kwargs import KWARGS, MANAGER_KWARGS
 from verl.trainer.config.rollout_correction import PREFIX, resolve
 from verl.trainer.config.schema import walk

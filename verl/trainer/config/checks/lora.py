@@ -5,11 +5,15 @@ from __future__ import annotations
 import difflib
 
 from verl.trainer.config.findings import Findings
-from verl.trainer.config.lora import ALL_LINEAR, lora_options
+from verl.trainer.config.lora import ALL_LINEAR, LoraOptions, lora_options, matches
 from verl.trainer.config.model_files import ModelFiles
 from verl.trainer.config.ppo import PPOConfig
+from verl.trainer.config.schema import show
 
-_TARGETS = "actor_rollout_ref.model.target_modules"
+_MODEL = "actor_rollout_ref.model."
+_TARGETS, _EXCLUDED = f"{_MODEL}target_modules", f"{_MODEL}exclude_modules"
+# A checkpoint may leave out, or have besides, the name under which the model keeps its body.
+_BODIES = ("", "model.", "transformer.")
 
 
 def check_lora(config: PPOConfig, files: ModelFiles, found: Findings) -> None:
@@ -19,27 +23,50 @@ def check_lora(config: PPOConfig, files: ModelFiles, found: Findings) -> None:
     except (ValueError, OSError) as error:
         found.errors.append(str(error))
         return
-    if options is not None and options.adapter_path is None:
-        _check_targets(options.target_modules, files, found)
+    # The names of a model with experts may differ from those of its checkpoint.
+    if options is not None and options.adapter_path is None and not any(".experts." in name for name in files.shapes):
+        _check_layers(options, files, found)
 
 
-def _check_targets(targets: str | list[str], files: ModelFiles, found: Findings) -> None:
-    layers = {
-        name.removesuffix(".weight").rpartition(".")[2]
+def _check_layers(options: LoraOptions, files: ModelFiles, found: Findings) -> None:
+    layers = sorted(
+        name.removesuffix(".weight")
         for name, shape in files.shapes.items()
         if name.endswith(".weight") and len(shape) == 2
-    }
-    if targets == ALL_LINEAR or not layers:
+    )
+    if not layers:
         return
-    if isinstance(targets, str):
-        if targets in layers:
-            found.errors.append(
-                f"{_TARGETS}={targets}: is a regular expression over whole names, which no layer has; use [{targets}]"
-            )
+    targets, excluded, before = options.target_modules, options.exclude_modules, len(found.errors)
+    _check_names(_TARGETS, targets, layers, found)
+    _check_names(_EXCLUDED, excluded, layers, found)
+    if len(found.errors) > before or not excluded:
         return
-    if any(".experts." in name for name in files.shapes):
-        return  # the model's own names may differ from those of its checkpoint
-    for target in targets:
-        if target.rpartition(".")[2] not in layers:
-            near = difflib.get_close_matches(target.rpartition(".")[2], layers, n=3, cutoff=0.5) or sorted(layers)
-            found.errors.append(f"{_TARGETS}: the model has no {target}; near it are {', '.join(near)}")
+    body = [name for name in layers if not name.endswith(("embed_tokens", "lm_head", "wte", "wpe"))]
+    wanted = body if targets == ALL_LINEAR else [name for name in layers if _fits(name, targets)]
+    if all(matches(name, excluded) for name in wanted):
+        found.errors.append(
+            f"{_EXCLUDED}={show(excluded)}: leaves no layer of {_TARGETS}={show(targets)}; leave some of it out"
+        )
+
+
+def _check_names(key: str, given: str | list[str] | None, layers: list[str], found: Findings) -> None:
+    ends = sorted({name.rpartition(".")[2] for name in layers})
+    if isinstance(given, list):
+        # What is excluded may be any module, so also what layers are in.
+        names = layers if key == _TARGETS else [*layers, *_outer(layers)]
+        for wanted in given:
+            if not any(_fits(name, [wanted]) for name in names):
+                near = difflib.get_close_matches(wanted.rpartition(".")[2], ends, n=3, cutoff=0.5) or ends
+                found.errors.append(f"{key}: the model has no {wanted}; near it are {', '.join(near)}")
+    elif given and given != ALL_LINEAR and not any(_fits(name, given) for name in layers):
+        fix = f"use [{given}]" if given in ends else f"names are such as {layers[len(layers) // 2]}"
+        found.errors.append(f"{key}={given}: is a regular expression over whole names, which no layer has; {fix}")
+
+
+def _fits(name: str, modules: str | list[str]) -> bool:
+    return any(matches(body + part, modules) for body in _BODIES for part in (name, name.partition(".")[2]) if part)
+
+
+def _outer(layers: list[str]) -> set[str]:
+    parts = [name.split(".") for name in layers]
+    return {".".join(part[:i]) for part in parts for i in range(1, len(part))}

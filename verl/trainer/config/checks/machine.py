@@ -11,11 +11,15 @@ from pathlib import Path
 
 from verl.trainer.config import names
 from verl.trainer.config.checks.batches import rollout_devices
+from verl.trainer.config.critic import needs_critic
 from verl.trainer.config.estimate import MemoryEstimate
 from verl.trainer.config.findings import Findings
 from verl.trainer.config.plan import size
 from verl.trainer.config.ppo import PPOConfig
 from verl.utils.platform import count_devices, cpu_cores, detect_device
+
+# Linux's limits; longer paths are errors only when a directory is made.
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095
 
 
 def check_device(config: PPOConfig, found: Findings) -> str | None:
@@ -68,6 +72,7 @@ def check_directories(config: PPOConfig, found: Findings) -> None:
         problem = _not_writable(Path(path)) if path else None
         if problem:
             found.errors.append(f"trainer.{name}={path}: {problem}; choose another directory")
+    _check_contents(config, found)
     if trainer.resume_mode != "resume_path":
         return
     resume = trainer.resume_from_path
@@ -75,13 +80,28 @@ def check_directories(config: PPOConfig, found: Findings) -> None:
         found.errors.append(
             "trainer.resume_from_path is not set: trainer.resume_mode=resume_path needs a global_step_N directory"
         )
-    elif not Path(resume).is_dir():
+    elif not os.path.isdir(resume):
         found.errors.append(f"trainer.resume_from_path={resume}: no such directory; give a global_step_N directory")
     elif not re.fullmatch(r"global_step_\d+", Path(resume).name):
         found.errors.append(f"trainer.resume_from_path={resume}: is not a global_step_N directory; give one")
 
 
+def _check_contents(config: PPOConfig, found: Findings) -> None:
+    if config.trainer.save_freq <= 0:
+        return
+    roles = {"actor_rollout_ref.actor": config.actor_rollout_ref.actor}
+    roles |= {"critic": config.critic} if needs_critic(config) else {}
+    for name, role in roles.items():
+        if not role.checkpoint.save_contents:
+            found.errors.append(
+                f"{name}.checkpoint.save_contents=[]: nothing of it would be saved every trainer.save_freq="
+                f"{config.trainer.save_freq} steps; use [model,optimizer,extra], or trainer.save_freq=-1"
+            )
+
+
 def _not_writable(path: Path) -> str | None:
+    if len(os.fsencode(path)) > _LONGEST_PATH or any(len(os.fsencode(part)) > _LONGEST_NAME for part in path.parts):
+        return f"is too long (a name may have {_LONGEST_NAME} bytes, the whole {_LONGEST_PATH})"
     nearest = next(folder for folder in (path, *path.parents) if folder.exists() or folder.is_symlink())
     if not nearest.is_dir():
         return f"{nearest} is not a directory"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
+from typing import Any
 
 from verl.trainer.config.findings import Findings
 from verl.trainer.config.model_files import ModelFiles, ModelFilesError, read_model
 from verl.trainer.config.ppo import PPOConfig
 
 _PATH = "actor_rollout_ref.model.path"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def check_model(config: PPOConfig, found: Findings) -> ModelFiles | None:
@@ -26,6 +27,7 @@ def check_model(config: PPOConfig, found: Findings) -> ModelFiles | None:
         found.errors.append(f"{_PATH}={model.path}: cannot be read ({error.strerror}: {error.filename})")
         return None
     _check_tokenizer(config, found)
+    check_vocabulary("actor_rollout_ref.model", model.override_config, files, found)
     _check_lengths(config, files, found)
     _check_heads(config, files, found)
     return files
@@ -33,12 +35,27 @@ def check_model(config: PPOConfig, found: Findings) -> ModelFiles | None:
 
 def _check_tokenizer(config: PPOConfig, found: Findings) -> None:
     model = config.actor_rollout_ref.model
-    folder = Path(model.tokenizer_path or model.path or "")
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    folder = model.tokenizer_path or model.path or ""
+    if not has_tokenizer(folder):
         field = f"actor_rollout_ref.model.tokenizer_path={folder}" if model.tokenizer_path else f"{_PATH}={folder}"
         found.errors.append(
-            f"{field}: no tokenizer there (none of {', '.join(_TOKENIZER_FILES)}); copy it there, or set "
+            f"{field}: no tokenizer there (none of {', '.join(TOKENIZER_FILES)}); copy it there, or set "
             "actor_rollout_ref.model.tokenizer_path"
+        )
+
+
+def has_tokenizer(folder: str) -> bool:
+    """Whether a directory has one of the `TOKENIZER_FILES`."""
+    return any(os.path.isfile(os.path.join(folder, name)) for name in TOKENIZER_FILES)
+
+
+def check_vocabulary(section: str, override: dict[str, Any], files: ModelFiles, found: Findings) -> None:
+    """`override_config` cannot give a checkpoint other rows than it has."""
+    wanted, have = override.get("vocab_size"), files.number("vocab_size")
+    if wanted is not None and have is not None and wanted != have:
+        found.errors.append(
+            f"{section}.override_config.vocab_size={wanted}: the checkpoint in {files.path} has {have} rows in its "
+            "embeddings; leave it out"
         )
 
 

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from verl.trainer.config.findings import Findings
 from verl.trainer.config.ppo import PPOConfig
+from verl.utils.user_files import file_problem
 
 
 class Quantisation(Protocol):
@@ -20,6 +21,11 @@ def check_quantization(config: PPOConfig, device: str, found: Findings) -> Quant
     """Ask the scheme for what the engine would be started with; None without one, or where it refuses."""
     roles = config.actor_rollout_ref
     if roles.rollout.quantization is None and device != "npu":
+        return None
+    file = roles.rollout.quantization_config_file
+    problem = None if file is None else file_problem(file)
+    if problem is not None:
+        found.errors.append(f"actor_rollout_ref.rollout.quantization_config_file={file}: {problem}; give a JSON file")
         return None
     # Here, not above: schemes are about tensors, and this package is importable without torch.
     from verl.workers.rollout.quantization import get_scheme

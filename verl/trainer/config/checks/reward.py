@@ -11,7 +11,8 @@ from pathlib import Path
 
 from verl.trainer.config.findings import Findings
 from verl.trainer.config.ppo import PPOConfig
-from verl.trainer.config.reward_kwargs import KWARGS, kwargs_problems, overlong_buffer
+from verl.trainer.config.reward_kwargs import BUFFER, KWARGS, kwargs_problems, overlong_buffer
+from verl.utils.user_files import file_problem
 
 _PATH = "reward.custom_reward_function.path"
 _NAME = "reward.custom_reward_function.name"
@@ -23,6 +24,7 @@ def check_reward(config: PPOConfig, found: Findings) -> None:
     found.errors += problems
     if not problems:
         _check_length(config, found)
+        _note_no_penalty(config, found)
     _check_function(config, found)
 
 
@@ -35,14 +37,26 @@ def _check_length(config: PPOConfig, found: Findings) -> None:
         )
 
 
+def _note_no_penalty(config: PPOConfig, found: Findings) -> None:
+    if config.reward.reward_manager.name != "dapo":
+        return
+    buffer = overlong_buffer(config.reward)
+    if buffer is None or buffer.penalty_factor == 0:
+        key = f"{BUFFER}.enable=True" if buffer is None else f"{BUFFER}.penalty_factor=0"
+        found.notes.append(
+            f"reward.reward_manager.name=dapo {'without' if buffer is None else 'with'} {key}: no response is punished "
+            "for its length, the reward is the score"
+        )
+
+
 def _check_function(config: PPOConfig, found: Findings) -> None:
     function = config.reward.custom_reward_function
     if function.path is None:
         return
     path = Path(function.path).expanduser()
-    if not path.is_file():
-        problem = "is a directory" if path.is_dir() else "no such file"
-        found.errors.append(f"{_PATH}={function.path}: {problem} (looked for {path.absolute()}); give a Python file")
+    problem = file_problem(path)
+    if problem is not None:
+        found.errors.append(f"{_PATH}={function.path}: {problem}; give a Python file")
         return
     try:
         tree = ast.parse(path.read_bytes(), filename=str(path))

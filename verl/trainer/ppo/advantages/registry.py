@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from verl.trainer.config import names
 from verl.trainer.ppo.registry import F, Registry
 
-ADV_ESTIMATORS = Registry("advantage estimator", "algorithm.adv_estimator", planned=names.PLANNED_ADV_ESTIMATORS)
+ADV_ESTIMATORS = Registry("advantage estimator", "algorithm.adv_estimator")
 
 _CORE = ("token_level_rewards", "response_mask", "index", "config")
 _NON_TENSORS = "non_tensor_batch"

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from verl.trainer.ppo.losses.aggregation import agg_loss
+from verl.trainer.ppo.losses.kl import LOG_RATIO_BOUND
 
 
 def required(config: Any) -> Any:
@@ -29,7 +30,7 @@ def clip_range(config: Any) -> tuple[float, float]:
 
 def bounded_log_ratio(old_log_prob: torch.Tensor, log_prob: torch.Tensor) -> torch.Tensor:
     """log_prob - old_log_prob kept in +-20, against an overflow of its exponential."""
-    return (log_prob - old_log_prob).clamp(-20.0, 20.0)
+    return (log_prob - old_log_prob).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
 
 
 def clipped_surrogate(

@@ -8,9 +8,9 @@ import torch
 
 from verl.trainer.ppo.losses.aggregation import agg_loss, masked_sum
 from verl.trainer.ppo.losses.common import clip_range, denominators, token_means
+from verl.trainer.ppo.losses.kl import LOG_RATIO_BOUND
 from verl.trainer.ppo.losses.registry import register_policy_loss
 
-_LARGEST_LOG_RATIO = 20.0
 _SMALLEST_WEIGHT = 1e-10
 
 
@@ -48,7 +48,7 @@ def compute_policy_loss_geo_mean(
     clamped = log_ratio.clamp(-low, high)
     sign = advantages.sign()
     pessimistic = sign * torch.minimum(sign * log_ratio, sign * clamped)
-    per_sequence = -mean(advantages) * mean(pessimistic).clamp(max=_LARGEST_LOG_RATIO).exp()
+    per_sequence = -mean(advantages) * mean(pessimistic).clamp(max=LOG_RATIO_BOUND).exp()
     if rollout_is_weights is not None:
         per_sequence = per_sequence * mean((rollout_is_weights.detach() + _SMALLEST_WEIGHT).log()).exp()
     loss = agg_loss(

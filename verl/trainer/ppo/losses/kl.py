@@ -6,6 +6,9 @@ from collections.abc import Callable
 
 import torch
 
+# exp() of a log-ratio is limited to exp(+-20): beyond it the number only says "far apart".
+LOG_RATIO_BOUND = 20.0
+
 
 def _k1(log_ratio: torch.Tensor) -> torch.Tensor:
     return log_ratio
@@ -17,7 +20,7 @@ def _k2(log_ratio: torch.Tensor) -> torch.Tensor:
 
 def _k3(log_ratio: torch.Tensor) -> torch.Tensor:
     # the exponent is bounded against overflow, the result against single tokens that would rule the batch
-    negative = (-log_ratio).clamp(-20.0, 20.0)
+    negative = (-log_ratio).clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     return (negative.exp() - negative - 1).clamp(-10.0, 10.0)
 
 

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from verl.trainer.config import names
 from verl.trainer.ppo.registry import F, Registry
 
-POLICY_LOSSES = Registry(
-    "policy loss", "actor_rollout_ref.actor.policy_loss.loss_mode", planned=names.PLANNED_POLICY_LOSSES
-)
+POLICY_LOSSES = Registry("policy loss", "actor_rollout_ref.actor.policy_loss.loss_mode")
 _SELECTORS: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 

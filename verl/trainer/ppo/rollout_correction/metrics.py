@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from verl.trainer.config.rollout_correction import Correction, Rejection
+from verl.trainer.ppo.losses.kl import LOG_RATIO_BOUND
 from verl.trainer.ppo.rollout_correction.pooling import log_ratio, sequence_mean, sequence_sum
 from verl.trainer.ppo.rollout_correction.rejection import bounds, keeps, statistic
 from verl.trainer.ppo.rollout_correction.weights import batch_norm_factor, bounded, raw_weights
@@ -63,7 +64,11 @@ def _weight_metrics(
     # One value a sequence: its tokens all have the same.
     judged = of_sequences if level == "sequence" else of_tokens
     if level == "sequence":
-        extremes = sequence_sum(log_ratio(log_probs, rollout_log_probs, mask), mask)[rows].clamp(-20.0, 20.0).exp()
+        extremes = (
+            sequence_sum(log_ratio(log_probs, rollout_log_probs, mask), mask)[rows]
+            .clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+            .exp()
+        )
     else:
         extremes = tokens
     mean, square = _mean(tokens), _mean(tokens.square())

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import torch
 
-# exp() of a log-ratio is limited to exp(+-20): beyond it the number only says "far apart".
-LOG_RATIO_BOUND = 20.0
-
 
 def log_ratio(log_probs: torch.Tensor, rollout_log_probs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """d = log pi - log mu [B, T], 0 where `mask` [B, T] is 0: padding may hold -inf or NaN. Carries no gradient."""

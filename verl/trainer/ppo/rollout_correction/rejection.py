@@ -8,7 +8,8 @@ from collections.abc import Iterable
 import torch
 
 from verl.trainer.config.rollout_correction import Band, Rejection
-from verl.trainer.ppo.rollout_correction.pooling import LOG_RATIO_BOUND, POOLING, log_ratio
+from verl.trainer.ppo.losses.kl import LOG_RATIO_BOUND
+from verl.trainer.ppo.rollout_correction.pooling import POOLING, log_ratio
 
 _PROBABILITY_MARGIN = 1e-6
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from verl.trainer.config.rollout_correction import Correction
-from verl.trainer.ppo.rollout_correction.pooling import LOG_RATIO_BOUND, log_ratio, sequence_mean, sequence_sum
+from verl.trainer.ppo.losses.kl import LOG_RATIO_BOUND
+from verl.trainer.ppo.rollout_correction.pooling import log_ratio, sequence_mean, sequence_sum
 
 
 def importance_weights(

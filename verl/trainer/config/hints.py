@@ -1,0 +1,43 @@
+"""Keys of verl that do not exist here: what to use in their place."""
+
+from __future__ import annotations
+
+_CORRECTION = "algorithm.rollout_correction."
+_MULTI_TURN = "actor_rollout_ref.rollout.multi_turn."
+_KEPT = "the model's tokens are kept as they were generated, so that there is nothing to compare; leave it out"
+_BYPASS = f"use {_CORRECTION}bypass_mode=True with {_CORRECTION}loss_type=reinforce"
+_VETO = "there is no veto by one token; rollout_rs=seq_max_k2 rejects a sequence for its farthest token"
+_HINTS = {
+    "actor_rollout_ref.actor.use_token_level_loss": "use actor_rollout_ref.actor.loss_agg_mode=token-mean",
+    "actor_rollout_ref.actor.tis_imp_ratio_cap": (
+        f"use {_CORRECTION}rollout_is=token, with the cap as {_CORRECTION}rollout_is_threshold"
+    ),
+    "actor_rollout_ref.actor.rollout_n": "leave it out, actor_rollout_ref.rollout.n counts",
+    "critic.rollout_n": "leave it out, actor_rollout_ref.rollout.n counts",
+    f"{_CORRECTION}use_pure_rollout_correction": _BYPASS,
+    f"{_CORRECTION}use_policy_gradient": _BYPASS,
+    f"{_CORRECTION}rollout_is_threshold_lower": f"give a band: {_CORRECTION}rollout_is_threshold='0.5_5.0'",
+    f"{_CORRECTION}rollout_rs_threshold_lower": f"give a band: {_CORRECTION}rollout_rs_threshold='0.5_2.0'",
+    f"{_CORRECTION}rollout_token_veto_threshold": _VETO,
+    f"{_CORRECTION}rollout_is_veto_threshold": _VETO,
+    f"{_MULTI_TURN}tokenization_sanity_check_mode": _KEPT,
+    f"{_MULTI_TURN}use_inference_chat_template": _KEPT,
+}
+# Whole sections, said once however many of their keys are given.
+_SECTIONS = {
+    "reward.reward_model.": (
+        "reward.reward_model: reward models are not run here; leave all keys of this section out and let "
+        "reward.custom_reward_function ask one, as in examples/reward_model"
+    ),
+    "actor_rollout_ref.rollout.trace.": (
+        "actor_rollout_ref.rollout.trace: traces of samples are not written here; leave its keys out, "
+        "trainer.rollout_data_dir keeps the samples"
+    ),
+}
+
+
+def hint(key: str) -> str | None:
+    """What to say about an unknown key (dotted, by its present name); None for one that verl has not either."""
+    if key in _HINTS:
+        return f"{key}: there is no such key; {_HINTS[key]}"
+    return next((text for section, text in _SECTIONS.items() if key.startswith(section)), None)
