@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
-from quickstart_runs import VALIDATION, run, series, write_section
+from quickstart_runs import run, series, validation, write_section
 
 QUANTIZATION = "actor_rollout_ref.rollout.quantization"
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -44,8 +44,8 @@ def table(runs: dict[str, list[Steps]], options: argparse.Namespace) -> str:
         "|-|-|-|-|-|-|-|",
     ]
     for name, seeds in runs.items():
-        before = [series(steps, VALIDATION)[0][1] for steps in seeds]
-        after = [series(steps, VALIDATION)[-1][1] for steps in seeds]
+        before = [validation(steps)[0][1] for steps in seeds]
+        after = [validation(steps)[-1][1] for steps in seeds]
         kl = [[value for _, value in series(steps, MISMATCH)] for steps in seeds]
         first, mean, last = (
             statistics.mean(f(values) for values in kl) for f in (lambda v: v[0], statistics.mean, lambda v: v[-1])
@@ -103,7 +103,7 @@ def main() -> None:
                 }
                 steps = run(Path(directory) / f"{number}.{seed}", settings)
                 runs[name].append(steps)
-                before, *_, after = (value for _, value in series(steps, VALIDATION))
+                before, *_, after = (value for _, value in validation(steps))
                 mismatch = statistics.mean(value for _, value in series(steps, MISMATCH))
                 print(f"{name:<20} seed {seed}: {before:.3f} -> {after:.3f}, k3 {mismatch:.1e}", flush=True)
     text = table(runs, options)

@@ -11,7 +11,7 @@ from typing import Any
 from verl.utils.tracking import read_steps
 
 ROOT = Path(__file__).resolve().parents[1]
-VALIDATION = "val-aux/reasoning_gym/spell_backward/reward/mean@4"
+_VALIDATION = "reasoning_gym/spell_backward/reward/mean@4"
 
 
 def run(directory: Path, overrides: dict[str, Any]) -> dict[int, dict[str, Any]]:
@@ -35,6 +35,11 @@ def run(directory: Path, overrides: dict[str, Any]) -> dict[int, dict[str, Any]]
     if status:
         raise RuntimeError(f"the run in {directory} ended with status {status}:\n{log.read_text()[-3000:]}")
     return {record["step"]: record["data"] for record in read_steps(directory / "metrics.jsonl")}
+
+
+def validation(steps: dict[int, dict[str, Any]]) -> list[tuple[int, float]]:
+    """(step, mean reward on held-out words); which group it is in depends on what else the scorer returns."""
+    return series(steps, f"val-aux/{_VALIDATION}") or series(steps, f"val-core/{_VALIDATION}")
 
 
 def series(steps: dict[int, dict[str, Any]], name: str) -> list[tuple[int, float]]:

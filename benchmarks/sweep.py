@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
-from quickstart_runs import VALIDATION, run, series, write_section
+from quickstart_runs import run, validation, write_section
 
 ESTIMATOR, LOSS = "algorithm.adv_estimator", "actor_rollout_ref.actor.policy_loss.loss_mode"
 CRITIC = {"critic.model.path": "outputs/quickstart/model", "critic.optim.lr": 1e-3, "algorithm.lam": 0.95}
@@ -74,7 +74,7 @@ def measure(name: str, steps: int, directory: Path) -> tuple[float, float, float
         **ROWS[name],
     }
     recorded = run(directory / "".join(c if c.isalnum() else "_" for c in name), keys)
-    rewards = series(recorded, VALIDATION)
+    rewards = validation(recorded)
     seconds = [data["timing_s/step"] - data.get("timing_s/testing", 0.0) for step, data in recorded.items() if step]
     return rewards[0][1], rewards[-1][1], statistics.median(seconds)
 
