@@ -45,8 +45,17 @@ def test_only_what_an_update_needs_travels():
         "old_log_probs",
         "ref_log_prob",
         "advantages",
+        "sample_index",
     }
     assert set(shard.non_tensor_batch) == {"uid"}
+
+
+def test_a_sample_knows_its_place_in_the_batch():
+    data = make_batch(12)
+    for rank in split_mini_batches(data, 6, 2):
+        for shard in rank:
+            index = shard.batch["sample_index"]
+            assert torch.equal(shard.batch["input_ids"], data.batch["input_ids"][index])
 
 
 def test_balance_evens_out_the_tokens():
