@@ -51,6 +51,10 @@ ADAPTIVE = {"algorithm__use_kl_in_reward": True, "algorithm__kl_ctrl__type": "ad
         ),
         ({"data__gen_batch_size": 16}, ("data.gen_batch_size=16", "filter_groups.enable=True")),
         ({**ON, "data__gen_batch_size": 41}, ("data.gen_batch_size=41", "only 40 prompts", "at most 40")),
+        (
+            {**ON, "data__gen_batch_size": 4, "data__train_batch_size": 44},
+            ("data.train_batch_size=44", "only 40 prompts"),
+        ),
     ],
 )
 def test_what_cannot_work(problem_of, changes, words):

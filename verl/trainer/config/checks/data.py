@@ -40,11 +40,10 @@ def check_data(config: PPOConfig, found: Findings) -> DataInfo:
         if limit == 0:
             found.errors.append(f"data.{name}_max_samples=0: use at least 1, or -1 for all")
     train, val = _limited(train, data.train_max_samples), _limited(val, data.val_max_samples)
-    drawn = "train_batch_size" if data.gen_batch_size is None else "gen_batch_size"
-    if train is not None and train < getattr(data, drawn):
-        found.errors.append(
-            f"data.{drawn}={getattr(data, drawn)}: data.train_files has only {train} prompts; use at most {train}"
-        )
+    for name in ("train_batch_size", "gen_batch_size"):
+        size = getattr(data, name)
+        if train is not None and size is not None and train < size:
+            found.errors.append(f"data.{name}={size}: data.train_files has only {train} prompts; use at most {train}")
     return DataInfo(train, val)
 
 
