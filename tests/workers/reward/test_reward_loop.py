@@ -761,9 +761,12 @@ def test_close_ends_busy_and_idle_workers_and_says_so_to_waiting_samples(start, 
 
 
 DRIVER = """
-import asyncio, sys
+import asyncio, signal, sys
 from types import SimpleNamespace as N
 from verl.workers.reward import RewardLoop
+
+# Tests that a shell runs in the background inherit an ignored Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 async def main(path):
     function = N(path=path, name="compute_score", reward_kwargs={})
