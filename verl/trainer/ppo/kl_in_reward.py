@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 
 from verl.trainer.ppo.losses import kl_penalty
-from verl.trainer.ppo.losses.aggregation import masked_sum
+from verl.trainer.ppo.losses.aggregation import sequence_mean
 
 
 class KLController(Protocol):
@@ -84,7 +84,6 @@ def penalised_rewards(
     """
     kl = kl_penalty(old_log_probs, ref_log_prob, estimator)
     kl = torch.where(response_mask.bool(), kl, torch.zeros((), dtype=kl.dtype))
-    tokens = response_mask.bool().sum(dim=-1)
-    per_sequence = masked_sum(kl.double(), response_mask, dim=-1)[tokens > 0] / tokens[tokens > 0]
+    per_sequence = sequence_mean(kl.double(), response_mask)[response_mask.bool().any(dim=-1)]
     current = per_sequence.mean().item() if per_sequence.numel() else 0.0
     return (token_level_scores - kl_coef * kl).to(torch.float32), current

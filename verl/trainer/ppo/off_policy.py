@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from verl.protocol import DataProto
+from verl.trainer.config.rollout_correction import Correction
 from verl.trainer.ppo.metrics import compute_mismatch_metrics
-from verl.trainer.ppo.rollout_correction import apply_rollout_correction
+from verl.trainer.ppo.rollout_correction import apply_rollout_correction, correction_metrics
 
 
-def correct_rollout(batch: DataProto, correction: Any) -> tuple[DataProto, dict[str, float]]:
+def correct_rollout(batch: DataProto, correction: Correction) -> tuple[DataProto, dict[str, float]]:
     """Add `rollout_is_weights` [B, T] float32 (where asked for) and `accepted_mask` [B, T], what rejection leaves.
 
     Reads `old_log_probs`, `rollout_log_probs` and `response_mask`, which stays: a score stands at the last token, and
@@ -27,7 +26,7 @@ def correct_rollout(batch: DataProto, correction: Any) -> tuple[DataProto, dict[
     return batch.union(DataProto.from_dict(tensors=added)), {**compute_mismatch_metrics(*arguments), **metrics}
 
 
-def mismatch_metrics(batch: DataProto, training_log_probs: torch.Tensor, correction: Any) -> dict[str, float]:
+def mismatch_metrics(batch: DataProto, training_log_probs: torch.Tensor, correction: Correction) -> dict[str, float]:
     """How far apart the policies are on the tokens of a batch, and what the correction makes of it.
 
     Args:
@@ -35,8 +34,7 @@ def mismatch_metrics(batch: DataProto, training_log_probs: torch.Tensor, correct
         training_log_probs: [B, T], of the policy that is trained.
     """
     arguments = training_log_probs, batch.batch["rollout_log_probs"], batch.batch["response_mask"]
-    *_, metrics = apply_rollout_correction(*arguments, correction)
-    return {**compute_mismatch_metrics(*arguments), **metrics}
+    return {**compute_mismatch_metrics(*arguments), **correction_metrics(*arguments, correction)}
 
 
 def drop_rejected(batch: DataProto) -> DataProto:

@@ -19,6 +19,11 @@ def masked_sum(values: torch.Tensor, mask: torch.Tensor, dim: int | None = None)
     return kept.sum() if dim is None else kept.sum(dim=dim)
 
 
+def sequence_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean over each sequence's tokens, [B, T] -> [B]; 0 of none."""
+    return masked_sum(values, mask, dim=-1) / mask.bool().sum(dim=-1).clamp(min=1)
+
+
 def agg_loss(
     loss_mat: torch.Tensor,
     loss_mask: torch.Tensor,

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from verl.trainer.ppo.losses.aggregation import agg_loss, masked_sum
+from verl.trainer.ppo.losses.aggregation import agg_loss, sequence_mean
 from verl.trainer.ppo.losses.common import clip_range, denominators, token_means
 from verl.trainer.ppo.losses.kl import LOG_RATIO_BOUND
 from verl.trainer.ppo.losses.registry import register_policy_loss
@@ -39,21 +39,17 @@ def compute_policy_loss_geo_mean(
         clip range and A > 0; outside and A < 0; old_log_prob - log_prob.
     """
     low, high = clip_range(config)
-    lengths = response_mask.bool().sum(dim=-1)
-
-    def mean(values: torch.Tensor) -> torch.Tensor:
-        return masked_sum(values, response_mask, dim=-1) / lengths.clamp(min=1)
-
     log_ratio = log_prob - old_log_prob
     clamped = log_ratio.clamp(-low, high)
     sign = advantages.sign()
     pessimistic = sign * torch.minimum(sign * log_ratio, sign * clamped)
-    per_sequence = -mean(advantages) * mean(pessimistic).clamp(max=LOG_RATIO_BOUND).exp()
+    log_weight = sequence_mean(pessimistic, response_mask).clamp(max=LOG_RATIO_BOUND)
+    per_sequence = -sequence_mean(advantages, response_mask) * log_weight.exp()
     if rollout_is_weights is not None:
-        per_sequence = per_sequence * mean((rollout_is_weights.detach() + _SMALLEST_WEIGHT).log()).exp()
-    loss = agg_loss(
-        per_sequence.unsqueeze(-1), (lengths > 0).unsqueeze(-1), "seq-mean-token-sum", **denominators(config)
-    )
+        log_weights = (rollout_is_weights.detach() + _SMALLEST_WEIGHT).log()
+        per_sequence = per_sequence * sequence_mean(log_weights, response_mask).exp()
+    has_tokens = response_mask.bool().any(dim=-1, keepdim=True)
+    loss = agg_loss(per_sequence.unsqueeze(-1), has_tokens, "seq-mean-token-sum", **denominators(config))
     outside = log_ratio != clamped
     shares = {
         "actor/pg_clipfrac": (outside & (advantages > 0)).to(log_ratio.dtype),

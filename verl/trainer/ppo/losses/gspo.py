@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from verl.trainer.ppo.losses.aggregation import masked_sum
+from verl.trainer.ppo.losses.aggregation import sequence_mean
 from verl.trainer.ppo.losses.common import clip_range, clipped_surrogate, token_means, weighted_loss
 from verl.trainer.ppo.losses.registry import register_policy_loss
 
@@ -37,8 +37,7 @@ def compute_policy_loss_gspo(
     """
     low, high = clip_range(config)
     log_ratio = log_prob - old_log_prob
-    lengths = response_mask.bool().sum(dim=-1).clamp(min=1)
-    of_sequence = (masked_sum(log_ratio, response_mask, dim=-1) / lengths).detach().unsqueeze(-1)
+    of_sequence = sequence_mean(log_ratio, response_mask).detach().unsqueeze(-1)
     # the difference first: it is exactly 0
     ratio = (log_prob - log_prob.detach() + of_sequence).clamp(max=_LARGEST_LOG_RATIO).exp()
     per_token, clipped = clipped_surrogate(ratio, advantages, low, high)

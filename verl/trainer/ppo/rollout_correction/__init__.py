@@ -3,8 +3,7 @@
 Throughout: mu is the rollout engine's policy, pi the trainer's, d = log pi - log mu of a token that was generated.
 """
 
-from verl.trainer.ppo.rollout_correction.apply import apply_rollout_correction
-from verl.trainer.ppo.rollout_correction.metrics import correction_metrics
+from verl.trainer.ppo.rollout_correction.apply import apply_rollout_correction, correction_metrics
 from verl.trainer.ppo.rollout_correction.rejection import rejection_mask
 from verl.trainer.ppo.rollout_correction.weights import importance_weights
 

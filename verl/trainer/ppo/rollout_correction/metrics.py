@@ -2,75 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from verl.trainer.config.rollout_correction import Correction, Rejection
-from verl.trainer.ppo.losses.kl import LOG_RATIO_BOUND
-from verl.trainer.ppo.rollout_correction.pooling import log_ratio, sequence_mean, sequence_sum
-from verl.trainer.ppo.rollout_correction.rejection import bounds, keeps, statistic
-from verl.trainer.ppo.rollout_correction.weights import batch_norm_factor, bounded, raw_weights
+from verl.trainer.ppo.losses.aggregation import sequence_mean
+from verl.trainer.ppo.rollout_correction.rejection import bounds, keeps
+from verl.trainer.ppo.rollout_correction.weights import batch_norm_factor, bounded
 
 
-def correction_metrics(
-    log_probs: torch.Tensor, rollout_log_probs: torch.Tensor, response_mask: torch.Tensor, correction: Correction
-) -> dict[str, float]:
-    """What `correction` does to a batch, whatever the mode; nothing where it neither weights nor rejects.
-
-    Means, extremes and shares are over the tokens with response_mask 1 and over the sequences that have one; a mean,
-    maximum, minimum or share of nothing is 0.
-
-    With rollout_is, of the bounded weights before they are divided by their mean:
-
-    - rollout_corr/rollout_is_{mean,std}: over tokens, std of the population;
-    - rollout_corr/rollout_is_{max,min}: over tokens; for `sequence` of exp(sum d) before any bound but that of +-20;
-    - rollout_corr/rollout_is_eff_sample_size: mean(w)^2 / mean(w^2) over tokens, in 0..1 (A. Kong, 1992);
-    - rollout_corr/rollout_is_ratio_fraction_{high,low}: share of tokens, or of sequences, that lie beyond the bounds;
-    - rollout_corr/rollout_is_seq_{mean,std,max,min,max_deviation}: of each sequence's mean weight, std unbiased,
-      deviation from 1;
-    - rollout_corr/rollout_is_seq_fraction_{high,low}: share of sequences whose mean of unbounded weights is;
-    - rollout_corr/rollout_is_oob_ratio: with a band, share of tokens whose weight becomes 0;
-    - rollout_corr/rollout_is_batch_norm_factor: what the weights are divided by, if they are.
-
-    With rollout_rs, for each TERM and the statistic it looks at (`rejection.statistic`; k1 is d):
-
-    - rollout_corr/rollout_rs_TERM_{mean,std}: over tokens, std of the population and of values cut to the bounds;
-    - rollout_corr/rollout_rs_TERM_{max,min,fraction_high,fraction_low}: over tokens, or over sequences for seq_*;
-    - rollout_corr/rollout_rs_TERM_seq_{mean,std,max,min,max_deviation,fraction_high,fraction_low}: over sequences, of
-      the value or, for a term on tokens, its mean; std unbiased, deviation from 0;
-    - rollout_corr/rollout_rs_TERM_{masked_fraction,seq_masked_fraction}: share of tokens that are rejected, and of
-      sequences that lose at least one;
-    - rollout_corr/rollout_rs_{masked_fraction,seq_masked_fraction}: by all terms together.
+def weight_metrics(raw: torch.Tensor, mask: torch.Tensor, correction: Correction) -> dict[str, torch.Tensor]:
+    """Those of rollout_is, by name without `rollout_corr/`; see `correction_metrics`.
 
     Args:
-        log_probs: log pi, [B, T] float: old_log_probs, or what the trainer saw.
-        rollout_log_probs: log mu, [B, T] float.
-        response_mask: [B, T], not 0 for a generated token; before any rejection.
+        raw: `weights.raw_weights` [B, T].
+        mask: [B, T] bool.
     """
-    columns = log_probs.double(), rollout_log_probs.double(), response_mask.bool()
-    values = {**_weight_metrics(*columns, correction), **_rejection_metrics(*columns, correction)}
-    return {f"rollout_corr/{name}": value.item() for name, value in values.items()}
-
-
-def _weight_metrics(
-    log_probs: torch.Tensor, rollout_log_probs: torch.Tensor, mask: torch.Tensor, correction: Correction
-) -> dict[str, torch.Tensor]:
     level, band = correction.rollout_is, correction.rollout_is_band
-    if level is None:
-        return {}
-    raw = raw_weights(log_probs, rollout_log_probs, mask, level)
+    assert level is not None
     weights, rows = bounded(raw, correction), mask.any(-1)
     tokens, of_tokens = weights[mask], raw[mask]
     sequences, of_sequences = (sequence_mean(x, mask)[rows] for x in (weights, raw))
     # One value a sequence: its tokens all have the same.
     judged = of_sequences if level == "sequence" else of_tokens
-    if level == "sequence":
-        extremes = (
-            sequence_sum(log_ratio(log_probs, rollout_log_probs, mask), mask)[rows]
-            .clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
-            .exp()
-        )
-    else:
-        extremes = tokens
+    extremes = of_sequences if level == "sequence" else tokens
     mean, square = _mean(tokens), _mean(tokens.square())
     metrics = {
         "rollout_is_mean": mean,
@@ -91,19 +47,22 @@ def _weight_metrics(
     return metrics
 
 
-def _rejection_metrics(
-    log_probs: torch.Tensor, rollout_log_probs: torch.Tensor, mask: torch.Tensor, correction: Correction
+def rejection_metrics(
+    statistics: Sequence[tuple[Rejection, torch.Tensor]], kept: torch.Tensor, mask: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    metrics: dict[str, torch.Tensor] = {}
-    kept = mask
-    for rejection in correction.rejections:
-        values = statistic(log_probs, rollout_log_probs, mask, rejection)
-        keep = keeps(values, rejection)
-        kept = kept & keep
+    """Those of rollout_rs, by name without `rollout_corr/`; see `correction_metrics`.
+
+    Args:
+        statistics: each term with its `rejection.statistic` [B, T]; at least one.
+        kept: [B, T] bool, what all of them keep.
+        mask: [B, T] bool.
+    """
+    metrics = _masked_fractions("rollout_rs", kept, mask)
+    for rejection, values in statistics:
         prefix = f"rollout_rs_{rejection.term}"
         metrics |= {f"{prefix}_{name}": value for name, value in _term_metrics(values, mask, rejection).items()}
-        metrics |= _masked_fractions(prefix, keep, mask)
-    return metrics | (_masked_fractions("rollout_rs", kept, mask) if correction.rejections else {})
+        metrics |= _masked_fractions(prefix, keeps(values, rejection), mask)
+    return metrics
 
 
 def _term_metrics(values: torch.Tensor, mask: torch.Tensor, rejection: Rejection) -> dict[str, torch.Tensor]:

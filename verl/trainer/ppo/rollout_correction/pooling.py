@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from verl.trainer.ppo.losses.aggregation import masked_sum, sequence_mean
+
 
 def log_ratio(log_probs: torch.Tensor, rollout_log_probs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """d = log pi - log mu [B, T], 0 where `mask` [B, T] is 0: padding may hold -inf or NaN. Carries no gradient."""
@@ -12,12 +14,7 @@ def log_ratio(log_probs: torch.Tensor, rollout_log_probs: torch.Tensor, mask: to
 
 def sequence_sum(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Sum over the tokens with `mask` not 0, [B, T] -> [B]; 0 of none."""
-    return values.masked_fill(~mask.bool(), 0.0).sum(-1)
-
-
-def sequence_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean over them; 0 of none."""
-    return sequence_sum(values, mask) / mask.bool().sum(-1).clamp(min=1)
+    return masked_sum(values, mask, dim=-1)
 
 
 def sequence_max(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

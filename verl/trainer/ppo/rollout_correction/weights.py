@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from verl.trainer.config.rollout_correction import Correction
+from verl.trainer.ppo.losses.aggregation import sequence_mean
 from verl.trainer.ppo.losses.kl import LOG_RATIO_BOUND
-from verl.trainer.ppo.rollout_correction.pooling import log_ratio, sequence_mean, sequence_sum
+from verl.trainer.ppo.rollout_correction.pooling import log_ratio, sequence_sum
 
 
 def importance_weights(
