@@ -272,7 +272,7 @@ def test_limits_are_judged_before_the_model_is_read():
 
 
 def test_beside_the_actor_in_one_process(model_dir):
-    """Both join the same ranks; options reach the actor."""
+    """Both join the same ranks."""
     worker = TrainWorker(
         0,
         world_size=1,
@@ -283,7 +283,7 @@ def test_beside_the_actor_in_one_process(model_dir):
         seed=0,
         rollout_dtype="float32",
         critic=critic_config(model_dir),
-        actor_options={"bypass": None},
+        bypass=None,
     )
     data = critic_batch(12)
     try:

@@ -7,7 +7,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from verl.agent_loop.tool_parser import ToolCall
@@ -63,7 +63,7 @@ class Toolbox:
                 f"extra_info.tool_selection names {', '.join(unknown)}: the tools are {', '.join(self.tools) or 'none'}"
             )
         chosen = {name: tool for name, tool in self.tools.items() if name in names}
-        return Toolbox(chosen, self.max_response_length, self.truncate_side, self.calls, self.reported)
+        return replace(self, tools=chosen)
 
 
 def truncate(text: str, length: int, side: str) -> str:

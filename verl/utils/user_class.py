@@ -8,7 +8,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from verl.utils.user_files import file_problem, import_file
+from verl.utils.user_files import file_problem, import_file, top_level_names
 
 
 class UserClassError(ValueError):
@@ -49,16 +49,10 @@ def check_class(spec: str, folder: Path) -> None:
         raise UserClassError(f"{spec}: {place} cannot be read ({error.strerror})") from error
     except (SyntaxError, ValueError) as error:
         raise UserClassError(f"{spec}: {place} is not valid Python ({error})") from error
-    bound = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
-    bound |= {
-        (alias.asname or alias.name).split(".")[0]
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Import | ast.ImportFrom)
-        for alias in node.names
-    }
-    bound |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    if name not in bound and "*" not in bound:
-        raise UserClassError(f"{spec}: {place} has no class {name}; it has {', '.join(sorted(bound)) or 'nothing'}")
+    names, open_ended = top_level_names(tree)
+    if name not in names and not open_ended:
+        there = ", ".join(sorted(set(names))) or "nothing"
+        raise UserClassError(f"{spec}: {place} has no class {name}; it has {there}")
 
 
 def load_class(spec: str, folder: Path, base: type) -> type:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.util
 import os
@@ -60,3 +61,30 @@ def import_file(path: Path) -> ModuleType:
         del sys.modules[name]
         raise
     return module
+
+
+def top_level_names(tree: ast.Module) -> tuple[list[str], bool]:
+    """Names that the module defines, and whether it may define others (a star import, or `__getattr__`)."""
+    names: list[str] = []
+    open_ended = False
+    pending: list[ast.stmt] = list(tree.body)
+    while pending:
+        node = pending.pop(0)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.append(node.name)
+            open_ended |= node.name == "__getattr__"
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names += [(alias.asname or alias.name).split(".")[0] for alias in node.names]
+            open_ended |= any(alias.name == "*" for alias in node.names)
+        else:
+            names += [
+                inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store)
+            ]
+            pending += [statement for body in _bodies(node) for statement in body]
+    return names, open_ended
+
+
+def _bodies(node: ast.stmt) -> list[list[ast.stmt]]:
+    """The statements that an `if`, `try`, `with` or loop may run."""
+    bodies = [getattr(node, name, []) for name in ("body", "orelse", "finalbody")]
+    return bodies + [handler.body for handler in getattr(node, "handlers", [])]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from verl.trainer.config import ActorRolloutRefConfig, CriticConfig
+from verl.trainer.config.rollout_correction import Correction
 from verl.workers.actor import ActorWorker
 from verl.workers.critic import CriticWorker
 from verl.workers.rollout.quantization import QuantizationScheme, get_scheme
@@ -31,7 +32,8 @@ class TrainWorker:
         seed: of this run; ranks derive theirs from it.
         rollout_dtype: dtype name the weights are sent in.
         critic: the section `critic` as `resolve_critic` completes it; None for no critic.
-        actor_options: more keyword arguments of `ActorWorker`; they win over those above.
+        critic_warmup: the first training steps, in which the critic alone learns.
+        bypass: as in `ActorWorker`.
     """
 
     def __init__(
@@ -46,11 +48,12 @@ class TrainWorker:
         seed: int,
         rollout_dtype: str,
         critic: CriticConfig | None = None,
-        actor_options: dict[str, Any] | None = None,
+        critic_warmup: int = 0,
+        bypass: Correction | None = None,
     ):
         self._rank, self._world_size, self._config, self._device = rank, world_size, config, device
         self._total_training_steps, self._with_ref, self._seed = total_training_steps, with_ref, seed
-        self._critic_config, self._actor_options = critic, actor_options or {}
+        self._critic_config, self._critic_warmup, self._bypass = critic, critic_warmup, bypass
         self._critic: CriticWorker | None = None
         self._send_dtype = dtype_from_name(rollout_dtype)
         self._sender: WeightSender | None = None
@@ -73,9 +76,10 @@ class TrainWorker:
             host,
             port,
             self._config,
+            total_training_steps=max(1, self._total_training_steps - self._critic_warmup),
             with_ref=self._with_ref,
             device=self._device,
-            **{"total_training_steps": self._total_training_steps, **self._actor_options},
+            bypass=self._bypass,
         )
         torch.manual_seed(self._seed + self._rank)
         self._actor.init_model()

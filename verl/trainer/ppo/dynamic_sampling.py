@@ -243,11 +243,14 @@ class GroupFilter:
         """
         if not self.full:
             raise ValueError(f"GroupFilter: {self._num_kept} of {self._needed} prompts are there; add a batch first")
-        batch = pad_and_concat(self._kept, self._pad_token_id)
-        groups = list(_rows_of(_groups(batch.non_tensor_batch["uid"])).values())
-        taken = batch[[row for rows in groups[: self._needed] for row in rows]]
-        # Once more, for the padding that only the surplus needed.
-        return pad_and_concat([taken], self._pad_token_id)
+        taken: list[DataProto] = []
+        missing = self._needed
+        for batch in self._kept:
+            groups = list(_rows_of(_groups(batch.non_tensor_batch["uid"])).values())[:missing]
+            if groups:
+                taken.append(batch[[row for rows in groups for row in rows]])
+            missing -= len(groups)
+        return pad_and_concat(taken, self._pad_token_id)
 
     def metrics(self) -> dict[str, float]:
         """Counts of the step: generation batches, and groups kept, dropped (at which end) and left over."""

@@ -88,7 +88,7 @@ class Runtime:
     def __init__(self, config: PPOConfig, plan: Plan):
         self.config, self.plan = config, plan
         self.with_ref = needs_ref(config)
-        self.with_critic = needs_critic(config)
+        self._critic = resolve_critic(config) if needs_critic(config) else None
         self.correction = resolve(config.algorithm.rollout_correction)
         self.kl_controller = get_kl_controller(**dataclasses.asdict(config.algorithm.kl_ctrl))
         self._on_demand = self._estimator_columns()
@@ -190,11 +190,9 @@ class Runtime:
                 "device": self.plan.device,
                 "total_training_steps": self.total_steps,
                 "with_ref": self.with_ref,
-                "critic": resolve_critic(self.config) if self.with_critic else None,
-                "actor_options": {
-                    "bypass": self.correction if self.correction.bypass_mode else None,
-                    "total_training_steps": max(1, self.total_steps - self.config.trainer.critic_warmup),
-                },
+                "critic": self._critic,
+                "critic_warmup": self.config.trainer.critic_warmup,
+                "bypass": self.correction if self.correction.bypass_mode else None,
                 "seed": self.config.trainer.seed,
                 "rollout_dtype": self.plan.rollout_dtype,
             },
@@ -244,6 +242,11 @@ class Runtime:
                 f"{', '.join(sorted(there))}{hint}"
             )
         return wanted
+
+    @property
+    def with_critic(self) -> bool:
+        """Whether a critic is trained beside the policy."""
+        return self._critic is not None
 
     @property
     def trainers(self) -> WorkerGroup:
@@ -348,7 +351,8 @@ class Runtime:
 
     async def update_critic(self, batch: DataProto) -> dict[str, float]:
         """One pass of optimizer steps of the critic over the batch; metrics `critic/*`."""
-        shards = self._mini_batches(batch, resolve_critic(self.config).ppo_mini_batch_size, CRITIC_COLUMNS)
+        assert self._critic is not None and self._critic.ppo_mini_batch_size is not None
+        shards = self._mini_batches(batch, self._critic.ppo_mini_batch_size, CRITIC_COLUMNS)
         return (await self.trainers.each("call_critic", [("update_critic", shard) for shard in shards]))[0]
 
     async def update_actor(self, batch: DataProto) -> dict[str, float]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.machinery
 import logging
-import sys
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from verl.utils.dataset.prompts import (
     truncated,
 )
 from verl.utils.proto_columns import object_array
+from verl.utils.user_files import import_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -250,16 +250,11 @@ def load_dataset_class(path: str, name: str | None) -> type[Dataset]:
         )
     if not file.is_file():
         raise FileNotFoundError(f"data.custom_cls.path={path} does not exist; give the Python file of the class {name}")
-    module_name = f"verl_custom_dataset_{file.stem}"
-    spec = importlib.util.spec_from_file_location(module_name, file)
-    if spec is None or spec.loader is None:
+    if file.suffix not in importlib.machinery.all_suffixes():
         raise ValueError(f"data.custom_cls.path={path} is not a Python file (.py)")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # pickling an instance looks its module up here
     try:
-        spec.loader.exec_module(module)
+        module = import_file(file)
     except Exception as error:  # whatever the user's file raises
-        del sys.modules[module_name]
         raise ValueError(f"data.custom_cls.path={path} does not import: {type(error).__name__}: {error}") from error
     cls = getattr(module, name, None)
     if not (isinstance(cls, type) and issubclass(cls, Dataset)):

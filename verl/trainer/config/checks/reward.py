@@ -12,7 +12,7 @@ from pathlib import Path
 from verl.trainer.config.findings import Findings
 from verl.trainer.config.ppo import PPOConfig
 from verl.trainer.config.reward_kwargs import BUFFER, KWARGS, kwargs_problems, overlong_buffer
-from verl.utils.user_files import file_problem
+from verl.utils.user_files import file_problem, top_level_names
 
 _PATH = "reward.custom_reward_function.path"
 _NAME = "reward.custom_reward_function.name"
@@ -65,36 +65,9 @@ def _check_function(config: PPOConfig, found: Findings) -> None:
         reason = error.msg if isinstance(error, SyntaxError) else str(error)
         found.errors.append(f"{_PATH}={function.path}: is not valid Python ({path.name}{line}: {reason}); mend it")
         return
-    names, open_ended = _top_level_names(tree)
+    names, open_ended = top_level_names(tree)
     if function.name in names or open_ended:
         return
     near = difflib.get_close_matches(function.name, names, n=1)
     hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(names) or 'no function'}"
     found.errors.append(f"{_NAME}={function.name}: {path} does not define it ({hint}); set {_NAME}")
-
-
-def _top_level_names(tree: ast.Module) -> tuple[list[str], bool]:
-    """Names that the module defines, and whether it may define others (a star import, or `__getattr__`)."""
-    names: list[str] = []
-    open_ended = False
-    pending: list[ast.stmt] = list(tree.body)
-    while pending:
-        node = pending.pop(0)
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            names.append(node.name)
-            open_ended |= node.name == "__getattr__"
-        elif isinstance(node, ast.Import | ast.ImportFrom):
-            names += [(alias.asname or alias.name).split(".")[0] for alias in node.names]
-            open_ended |= any(alias.name == "*" for alias in node.names)
-        else:
-            names += [
-                inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store)
-            ]
-            pending += [statement for body in _bodies(node) for statement in body]
-    return names, open_ended
-
-
-def _bodies(node: ast.stmt) -> list[list[ast.stmt]]:
-    """The statements that an `if`, `try`, `with` or loop may run."""
-    bodies = [getattr(node, name, []) for name in ("body", "orelse", "finalbody")]
-    return bodies + [handler.body for handler in getattr(node, "handlers", [])]
