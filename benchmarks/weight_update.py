@@ -60,7 +60,8 @@ class Pair:
 
     async def update(self, sender: Any = None) -> dict[str, Any]:
         self.version += 1
-        return await update_weights(sender or GroupSender(self.trainer), [self.replica], self.version)
+        metrics, _ = await update_weights(sender or GroupSender(self.trainer), [self.replica], self.version)
+        return metrics
 
 
 async def start(model_dir: Path, rollout: RolloutConfig, dtype: str) -> Pair:
@@ -106,7 +107,8 @@ class FileSender:
         self._directory, self._dtype = directory, dtype
         self._scheme = get_scheme(config.rollout, str(config.model.path))
 
-    async def begin_export(self, version: int) -> None:
+    async def begin_export(self, version: int, base: int | None) -> None:
+        assert base is None
         weights = load_file(self._directory / "model.safetensors")
         cast = ((name, tensor.to(self._dtype)) for name, tensor in weights.items())
         self._sender.begin(version, self._scheme.encode(cast))
@@ -117,7 +119,11 @@ class FileSender:
     async def finish_export(self) -> dict[str, Any]:
         report = self._scheme.take_report()
         manifest, seconds = self._sender.manifest(), self._sender.seconds
-        return {"manifest": manifest, "seconds": seconds, "encode": report.seconds, "worst": None}
+        sizes = {"full_bytes": self._sender.nbytes}
+        return {"manifest": manifest, "seconds": seconds, "encode": report.seconds, "worst": None, **sizes}
+
+    async def abort_export(self) -> None:
+        self._sender.abort()
 
 
 class Copy:

@@ -30,18 +30,27 @@ PROMPT = [1, 10, 11, 12, 45]
 SAMPLING = {"temperature": 1.0, "logprobs": 0, "ignore_eos": True, "max_tokens": 6}
 
 
+def exported(sender):
+    totals = {"seconds": sender.seconds, "full_bytes": sender.nbytes}
+    return {"manifest": sender.manifest(), "encode": 0.0, "worst": None, **totals}
+
+
 class Sender:
     def __init__(self, weights):
         self.weights, self.sender = weights, WeightSender(1 << 20)
 
-    async def begin_export(self, version):
+    async def begin_export(self, version, base):
+        assert base is None
         self.sender.begin(version, self.weights.items())
+
+    async def abort_export(self):
+        self.sender.abort()
 
     async def next_bucket(self):
         return self.sender.next_bucket()
 
     async def finish_export(self):
-        return {"manifest": self.sender.manifest(), "seconds": self.sender.seconds, "encode": 0.0, "worst": None}
+        return exported(self.sender)
 
 
 def replica(rank, model_dir, quantization=None, **server):
@@ -161,6 +170,9 @@ class MortalSender:
     def begin_export(self, version):
         self.sender.begin(version, self.scheme.encode(self.weights.items()))
 
+    def abort_export(self):
+        self.sender.abort()
+
     def next_bucket(self):
         if self.buckets == self.fatal:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -168,7 +180,7 @@ class MortalSender:
         return self.sender.next_bucket()
 
     def finish_export(self):
-        return {"manifest": self.sender.manifest(), "seconds": self.sender.seconds, "encode": 0.0, "worst": None}
+        return exported(self.sender)
 
 
 class Remote:
@@ -177,8 +189,12 @@ class Remote:
     def __init__(self, actor, before=lambda index: None):
         self.actor, self.before, self.index = actor, before, 0
 
-    async def begin_export(self, version):
+    async def begin_export(self, version, base):
+        assert base is None
         await self.actor.begin_export.remote(version)
+
+    async def abort_export(self):
+        await self.actor.abort_export.remote()
 
     async def next_bucket(self):
         self.before(self.index)

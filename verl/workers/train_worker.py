@@ -120,7 +120,18 @@ class TrainWorker:
     def finish_export(self) -> dict[str, Any]:
         """`manifest` of everything sent, `seconds` to gather, encode and pack it, and the `report` of encoding."""
         assert self._sender is not None, "begin_export first"
-        return {"manifest": self._sender.manifest(), "seconds": self._sender.seconds, "report": self._report()}
+        manifest = self._sender.manifest()
+        return {
+            "manifest": manifest,
+            "seconds": self._sender.seconds,
+            "full_bytes": self._sender.nbytes,
+            "report": self._report(),
+        }
+
+    def abort_export(self) -> None:
+        """Give an export up that was begun: the other ranks still gather to its end."""
+        if self._sender is not None:
+            self._sender.abort()
 
     def join_export(self) -> dict[str, Any]:
         """Take part in encoding and gathering the shards that rank 0 sends; the report of encoding."""

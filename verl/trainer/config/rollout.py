@@ -33,7 +33,21 @@ class CheckpointEngineConfig:
         use="use naive",
     )
     update_weights_bucket_megabytes: int = key(
-        2048, "size of a bucket, at most; two are in memory; a larger tensor gets its own", unit="MiB", at_least=1
+        2048, "size of a bucket, at most; a larger tensor gets its own", unit="MiB", at_least=1
+    )
+    buckets_in_flight: int = key(
+        2, "buckets in memory at a time: filled, waiting or being loaded", unit="buckets", at_least=2
+    )
+    delta: str = key(
+        "auto",
+        "send only what changed since the last update; auto: where trainer and engine know it, else everything",
+        choices=("auto", "off"),
+    )
+    delta_check_interval: int = key(
+        100,
+        "after so many updates of changes alone, compare the engine with a whole update; 0 for never",
+        unit="updates",
+        at_least=0,
     )
     engine_kwargs: dict[str, Any] = planned({}, "settings of other transports")
 

@@ -37,7 +37,8 @@ from verl.workers.rollout.client import LLMServerClient
 from verl.workers.rollout.replica import ReplicaSet, vLLMReplica
 from verl.workers.rollout.vllm_rollout.engine_args import engine_environment
 from verl.workers.rollout.weight_sync.encode_report import worst_error
-from verl.workers.rollout.weight_sync.update import update_weights
+from verl.workers.rollout.weight_sync.manifest import WeightUpdateError
+from verl.workers.rollout.weight_sync.update import WeightUpdates
 from verl.workers.train_worker import TrainWorker
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,9 @@ class GroupSender:
         self._group = group
         self._others: list[asyncio.Future[Any]] = []
 
-    async def begin_export(self, version: int) -> None:
+    async def begin_export(self, version: int, base: int | None = None) -> None:
+        if base is not None:
+            raise WeightUpdateError(f"the trainer does not keep version {base}")
         self._others = [
             asyncio.ensure_future(self._group.rank(rank, "join_export")) for rank in range(1, len(self._group))
         ]
@@ -58,6 +61,10 @@ class GroupSender:
 
     async def next_bucket(self) -> dict[str, Any]:
         return await self._group.rank(0, "next_bucket")
+
+    async def abort_export(self) -> None:
+        await self._group.rank(0, "abort_export")
+        await asyncio.gather(*self._others, return_exceptions=True)
 
     async def finish_export(self) -> dict[str, Any]:
         others = await asyncio.gather(*self._others)
@@ -92,6 +99,12 @@ class Runtime:
         self.correction = resolve(config.algorithm.rollout_correction)
         self.kl_controller = get_kl_controller(**dataclasses.asdict(config.algorithm.kl_ctrl))
         self._on_demand = self._estimator_columns()
+        engine = config.actor_rollout_ref.rollout.checkpoint_engine
+        self._updates = WeightUpdates(
+            delta=engine.delta == "auto",
+            check_interval=engine.delta_check_interval,
+            buckets_in_flight=engine.buckets_in_flight,
+        )
         self.draws = 0
         self._dump: list[dict[str, Any]] = []
         self._placement: Placement | None = None
@@ -382,7 +395,7 @@ class Runtime:
     async def update_weights(self, version: int) -> dict[str, Any]:
         """Bring every replica, restarted ones included, to the trainer's weights as `version`."""
         await self.replicas.restart_dead()
-        return await update_weights(GroupSender(self.trainers), self.replicas.alive, version)
+        return await self._updates.update(GroupSender(self.trainers), self.replicas.alive, version)
 
     # ---- what is read off ----
 

@@ -151,6 +151,32 @@ class _Dequantising:
             # Past nn.Module.__setattr__: derived from the parameters, so no parameter or buffer itself.
             layer.__dict__[name] = made
 
+    def refresh_after_patch(self, layer: nn.Module, places: Mapping[str, torch.Tensor]) -> None:
+        """Dequantise again the blocks in which something changed.
+
+        Args:
+            places: by parameter, int64 places in the flattened parameter as it is loaded.
+        """
+        for key in self.keys:
+            shape = layer._mxfp8_original_shapes[key]
+            k, groups = shape[-1], _groups(shape[-1])
+            blocks = [places[f"{key}_scale"]] if f"{key}_scale" in places else []
+            if key in places:
+                row = torch.div(places[key], k, rounding_mode="floor")
+                blocks.append(row * groups + torch.div(places[key] - row * k, MX_BLOCK_SIZE, rounding_mode="floor"))
+            if not blocks:
+                continue
+            changed = torch.cat(blocks).unique()
+            made = layer.__dict__[f"_dequantised_{key}"]
+            if k % MX_BLOCK_SIZE or len(changed) > made.numel() // MX_BLOCK_SIZE // 2:
+                _dequantised(layer, key, layer._mxfp8_compute_dtype, made)
+                continue
+            weight, scale = getattr(layer, key).data, getattr(layer, f"{key}_scale").data
+            values = weight.transpose(-1, -2).contiguous().view(torch.uint8).view(-1, MX_BLOCK_SIZE)[changed]
+            scales = scale.transpose(-2, -3).flatten(-2)[..., :groups].flatten()[changed]
+            fresh = mxfp8_dequantize(values.view(torch.float8_e4m3fn), scales[:, None], made.dtype)
+            made.view(-1, MX_BLOCK_SIZE)[changed] = fresh
+
 
 class AscendCpuLinearMethod(_Dequantising, LinearMethodBase):
     """`weight` [N, K] float8_e4m3fn and `weight_scale` [N, ceil(K/32)] uint8, as loaded."""

@@ -5,6 +5,7 @@ Everything that reaches into vLLM for loading weights into a live engine is here
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -13,7 +14,9 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from verl.utils.vllm.layout_map import LayoutMap, LoadTrace, Target, parameters_by_storage, storage_of
 from verl.utils.vllm.npu_vllm_patch import run_time_parameters_back
+from verl.utils.vllm.patching import EnginePatcher
 from verl.utils.vllm.write_log import WriteLog
 
 
@@ -26,16 +29,30 @@ class LayerHooks(Protocol):
     def finish(self, model: nn.Module) -> None:
         """Bring them into their run-time layout."""
 
+    def targets(self, model: nn.Module) -> list[tuple[torch.Tensor, Target]]:
+        """For each of their parameters, in the load layout: what loaders write to, and where it is run from."""
 
-class _Without:
-    """A model as vLLM's reload walks it, some of its layers left out."""
+    def refresh(self, model: nn.Module, places: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        """Make anew what they derive from weights that were changed in place (by layer and parameter)."""
 
-    def __init__(self, model: nn.Module, left_out: Iterable[nn.Module]):
-        left_out = {id(layer) for layer in left_out}
-        self._layers = [layer for layer in model.modules() if id(layer) not in left_out]
+
+class _Some:
+    """Some layers of a model, as vLLM's reload walks them, which keeps a flag on the model itself."""
+
+    def __init__(self, model: nn.Module, layers: Iterable[nn.Module]):
+        self._model = model
+        self._layers = list(layers)
 
     def modules(self) -> Iterator[nn.Module]:
         return iter(self._layers)
+
+    @property
+    def _do_torchao_reload(self) -> bool:
+        return getattr(self._model, "_do_torchao_reload", False)
+
+    @_do_torchao_reload.setter
+    def _do_torchao_reload(self, value: bool) -> None:
+        self._model._do_torchao_reload = value
 
 
 class LayerwiseLoadSession:
@@ -60,6 +77,8 @@ class LayerwiseLoadSession:
         self._vllm_config = vllm_config
         self._device = device
         self._hooks = hooks
+        self._patcher: EnginePatcher | None = None
+        self._trace: LoadTrace | None = None
 
     def begin(self) -> None:
         """Put every layer back into its load layout."""
@@ -77,7 +96,8 @@ class LayerwiseLoadSession:
             }
         )
         self._watch = self._log if in_place else nullcontext()
-        self._reloaded = _Without(self._model, in_place.values()) if in_place else self._model
+        left_out = {id(layer) for layer in in_place.values()}
+        self._reloaded = _Some(self._model, (layer for layer in self._model.modules() if id(layer) not in left_out))
         # Parameters before the reload: afterwards the layers hold stand-ins on the meta device.
         self._owners = {
             name: layer for name, layer in self._model.named_modules() if layer._parameters and name not in in_place
@@ -87,17 +107,28 @@ class LayerwiseLoadSession:
             for name, layer in self._owners.items()
         }
         self._written: set[int] = set()
+        self._trace = self._new_trace() if self._patcher is None else None
         with self._context():
-            _forget_packed_experts(self._model)
+            _forget_packed_experts(self._reloaded)
             initialize_layerwise_reload(self._reloaded)
         self._open = dict(self._owners)
+        self._expected = {name: _expected_numel(layer) for name, layer in self._open.items()}
+
+    def _new_trace(self) -> LoadTrace:
+        own_layout = self._hooks.targets(self._model) if self._hooks is not None else []
+        loaded = {storage_of(loaded): (loaded, target) for loaded, target in own_layout}
+        return LoadTrace(loaded, parameters_by_storage(self._owners))
 
     @torch.no_grad()
     def load(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load views of shared memory: what a layer still waits with is copied, so that the memory may be reused."""
         tensors = list(named_tensors)
-        borrowed = {tensor.untyped_storage().data_ptr() for _, tensor in tensors}
-        with self._context(), self._watch:
+        borrowed = {storage_of(tensor) for _, tensor in tensors}
+        if self._patcher is not None:
+            self._patcher.keep(tensors)
+        if self._trace is not None:
+            self._trace.bring(tensors)
+        with self._context(), self._watch, self._trace or nullcontext():
             self._load(tensors)
         self._settle(borrowed)
 
@@ -116,6 +147,9 @@ class LayerwiseLoadSession:
             raise ValueError(f"parameter {drawn[-1]}: {type(error).__name__}: {error}") from error
 
     def _settle(self, borrowed: set[int]) -> None:
+        if self._trace is not None:
+            self._trace.settle()
+        keep = self._trace.keep if self._trace is not None else torch.Tensor.clone
         for name in list(self._open):
             info = _layer_info(self._open[name])
             if not _is_open(info):
@@ -126,8 +160,8 @@ class LayerwiseLoadSession:
                 for key, value in arguments.arguments.items():
                     if not isinstance(value, torch.Tensor) or value.is_meta:
                         continue
-                    if value.untyped_storage().data_ptr() in borrowed:
-                        arguments.arguments[key] = value.clone()
+                    if storage_of(value) in borrowed:
+                        arguments.arguments[key] = keep(value)
 
     def unwritten(self) -> list[str]:
         """Names of parameters (engine names) that hold less than a whole new value."""
@@ -152,15 +186,87 @@ class LayerwiseLoadSession:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         with self._context():
-            tied = [layer for layer in self._open.values() if _layer_info(layer).load_numel <= 0]
+            tied = {name: layer for name, layer in self._open.items() if _layer_info(layer).load_numel <= 0}
             if self._hooks is not None:
                 self._hooks.finish(self._model)
-            finalize_layerwise_reload(self._reloaded, self._vllm_config.model_config)
-            for layer in tied:
-                quant_method = getattr(layer, "quant_method", None)
-                if quant_method is not None and any(p is not None for p in layer._parameters.values()):
-                    quant_method.process_weights_after_loading(layer)
-        self._owners, self._open = {}, {}
+            with self._trace or nullcontext():
+                finalize_layerwise_reload(self._reloaded, self._vllm_config.model_config)
+            derived = {name: make for name, layer in tied.items() if (make := _processing(layer)) is not None}
+            for make in derived.values():
+                make()
+        if self._trace is not None:
+            self._trace.settle()
+            self._patcher = self._new_patcher(self._trace.map, tied, derived)
+        self._trace, self._owners, self._open = None, {}, {}
+
+    def _new_patcher(
+        self, layout: LayoutMap, tied: Mapping[str, nn.Module], derived: Mapping[str, Callable[[], None]]
+    ) -> EnginePatcher:
+        filled: dict[str, int] = {}
+        for name, count in layout.filled().items():
+            layer = name.rpartition(".")[0]
+            filled[layer] = filled.get(layer, 0) + count
+        reloaded = {
+            name: layer
+            for name, layer in self._owners.items()
+            if name not in tied and filled.get(name, 0) < self._expected[name]
+        }
+        # On a CPU a product's weight is packed next to the parameter, where that is kept.
+        packed = {
+            name: make
+            for name, layer in self._owners.items()
+            if name not in reloaded and hasattr(layer, "cpu_linear") and (make := _processing(layer)) is not None
+        }
+        return EnginePatcher(
+            self._model,
+            layout,
+            reloaded=reloaded,
+            derived={**derived, **packed},
+            refresh=lambda places: self._hooks.refresh(self._model, places) if self._hooks is not None else None,
+            reload=self._reload_some,
+        )
+
+    # ---- patches, instead of a load ----
+
+    @property
+    def patchable(self) -> bool:
+        """Whether single elements can be changed: a whole load was watched, and what has to be kept is kept."""
+        return self._patcher is not None and self._patcher.complete
+
+    def begin_patch(self) -> None:
+        """Before the first `patch`.
+
+        Raises:
+            RuntimeError: nothing was recorded, or an engine's parameter is not where it was: load everything.
+        """
+        run_time_parameters_back(self._model)
+        if not self.patchable:
+            raise RuntimeError("no load of this engine was recorded yet: changes alone cannot be placed")
+        assert self._patcher is not None
+        moved = self._patcher.moved()
+        if moved is not None:
+            self._patcher = None
+            raise RuntimeError(f"{moved} is not in the memory it was loaded into: changes alone cannot be placed")
+
+    def patch(self, name: str, places: torch.Tensor | None, start: int, values: torch.Tensor) -> None:
+        """Change elements of a checkpoint tensor; see `EnginePatcher.patch`."""
+        assert self._patcher is not None
+        self._patcher.patch(name, places, start, values)
+
+    def finish_patch(self) -> None:
+        """After the last `patch`."""
+        assert self._patcher is not None
+        with self._context():
+            self._patcher.finish()
+
+    def _reload_some(self, layers: Mapping[str, nn.Module], tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+        some = _Some(self._model, layers.values())
+        _forget_packed_experts(some)
+        initialize_layerwise_reload(some)
+        self._load(list(tensors))
+        finalize_layerwise_reload(some, self._vllm_config.model_config)
 
     @contextmanager
     def _context(self) -> Iterator[None]:
@@ -182,7 +288,15 @@ def _roll_back(model: nn.Module) -> None:
             info.reset()
 
 
-def _forget_packed_experts(model: nn.Module) -> None:
+def _processing(layer: nn.Module) -> Callable[[], None] | None:
+    """What makes anew what a layer keeps beside its parameters, if anything."""
+    quant_method = getattr(layer, "quant_method", None)
+    if quant_method is None or all(parameter is None for parameter in layer._parameters.values()):
+        return None
+    return functools.partial(quant_method.process_weights_after_loading, layer)
+
+
+def _forget_packed_experts(model: nn.Module | _Some) -> None:
     """Make unquantised experts on a CPU pack their weights again.
 
     Their method takes an existing kernel as a sign that weights need no more than copying (vLLM 0.32), which holds for

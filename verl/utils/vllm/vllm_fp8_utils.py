@@ -30,6 +30,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from verl.utils.vllm.layout_map import Target
+
 MXFP8_BLOCK_SIZE = 32
 MXFP8_BLOCK_QUANT_KWARGS: dict[str, Any] = {
     "quant_method": "ascend",
@@ -102,6 +104,43 @@ def apply_mxfp8_transformation_after_loading(model: nn.Module) -> None:
     for name, layer in mxfp8_layers(model).items():
         if not layer._mxfp8_transformed:
             _apply(name, layer)
+
+
+def run_time_targets(model: nn.Module) -> list[tuple[torch.Tensor, Target]]:
+    """For each weight and scale of the MXFP8 layers: what loaders write to, and where it is run from.
+
+    Only while the layers are in their load layout.
+    """
+    found = []
+    for name, layer in mxfp8_layers(model).items():
+        for key, pair in _record(name, layer).items():
+            shape = layer._mxfp8_original_shapes[key]
+            strides = pair.run_weight.transpose(-1, -2).stride()
+            steps = zip(_flat(shape), shape, strides, strict=True)
+            found.append((pair.weight.data, Target.laid_out(f"{name}.{key}", name, pair.run_weight, steps)))
+            *rows, groups = shape = layer._mxfp8_original_shapes[key + _SCALE]
+            *lead, pairs, row, parity = pair.run_scale.stride()
+            row_steps = zip(_flat(shape)[:-1], rows, (*lead, row), strict=True)
+            steps = (*row_steps, (2, -(-groups // 2), pairs), (1, 2, parity))
+            found.append((pair.scale.data, Target.laid_out(f"{name}.{key}{_SCALE}", name, pair.run_scale, steps)))
+    return found
+
+
+def refresh_patched(model: nn.Module, places: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    """Tell layers that keep something derived from their weights what was changed in place.
+
+    Args:
+        places: by layer and parameter, int64 places in the flattened parameter as it is loaded.
+    """
+    layers = mxfp8_layers(model)
+    for name, changed in places.items():
+        refresh = getattr(getattr(layers.get(name), "quant_method", None), "refresh_after_patch", None)
+        if refresh is not None:
+            refresh(layers[name], changed)
+
+
+def _flat(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta").stride()
 
 
 def record_run_time_layout(layer: nn.Module, load_shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -55,14 +55,14 @@ class vLLMReplica:
         finally:
             self.in_flight -= 1
 
-    async def begin_update(self, version: int) -> None:
+    async def begin_update(self, version: int, base: int | None = None) -> None:
         await self._call("wake_up", ["weights"])
-        await self._call("begin_update", version)
+        await self._call("begin_update", version, base)
 
     async def load_bucket(self, bucket: dict[str, Any]) -> None:
         await self._call("load_bucket", bucket)
 
-    async def finish_update(self, manifest: dict[str, Any]) -> dict[str, float]:
+    async def finish_update(self, manifest: dict[str, Any]) -> dict[str, Any]:
         await self._call("wake_up", ["kv_cache"])
         return await self._call("finish_update", manifest)
 

@@ -1,6 +1,7 @@
 """The transaction without an engine: buckets, manifest, receiver, and the driver's part."""
 
 import asyncio
+import hashlib
 import multiprocessing
 import os
 
@@ -8,11 +9,13 @@ import pytest
 import torch
 
 from verl.workers.rollout.weight_sync.bucket import BucketWriter, read_bucket
+from verl.workers.rollout.weight_sync.delta import DeltaBlock, bits
+from verl.workers.rollout.weight_sync.encode_report import EncodeReport
 from verl.workers.rollout.weight_sync.manifest import Manifest, TensorSpec, WeightUpdateError, check_arrived
 from verl.workers.rollout.weight_sync.receiver import WeightReceiver
 from verl.workers.rollout.weight_sync.sender import WeightSender
 from verl.workers.rollout.weight_sync.shm import SegmentReader, SharedSegment
-from verl.workers.rollout.weight_sync.update import update_weights
+from verl.workers.rollout.weight_sync.update import WeightUpdates, update_weights
 
 
 class DictSession:
@@ -33,6 +36,22 @@ class DictSession:
 
     def finish(self):
         self.weights = dict(self.loaded)
+        self.finished += 1
+
+    @property
+    def patchable(self):
+        return bool(self.weights)
+
+    def begin_patch(self):
+        self.patched = 0
+
+    def patch(self, name, places, start, values):
+        flat = bits(self.weights[name]).view(-1)
+        where = torch.arange(start, start + values.numel()) if places is None else places
+        flat[where] = bits(values)
+        self.patched += 1
+
+    def finish_patch(self):
         self.finished += 1
 
 
@@ -69,6 +88,39 @@ def send(receiver, tensors, bucket_bytes=1 << 20, version=1):
     for bucket, _sender in buckets_of(tensors, bucket_bytes, version):
         receiver.load_bucket(bucket)
     return receiver.finish(_sender.manifest())
+
+
+def delta_buckets(old, new, version, base, bucket_bytes=1 << 20):
+    """What changed, a bucket for each piece (with the writer that keeps its memory)."""
+    pairs, writers = [], []
+    for name, tensor in new.items():
+        block, flat = DeltaBlock(), tensor.contiguous().view(-1)
+        before = old[name].contiguous().view(-1)
+        block.add(name, tuple(tensor.shape), 0, flat, (bits(flat) != bits(before)).nonzero().squeeze(-1))
+        if block.pieces:
+            pairs.append((block.to_bytes(), [piece.to_plain() for piece in block.pieces]))
+    for index, (memory, pieces) in enumerate(pairs or [(torch.empty(0, dtype=torch.uint8), [])]):
+        writer = BucketWriter(bucket_bytes)
+        if memory.numel():
+            writer.add("", memory)
+        sealed = writer.seal(version=version, index=index, last=index == max(len(pairs) - 1, 0))
+        writers.append(writer)
+        yield {**sealed, "entries": [], "base": base, "pieces": pieces}, writers
+
+
+def delta_manifest(buckets):
+    pieces = [piece for bucket in buckets for piece in bucket["pieces"]]
+    return {
+        "version": buckets[0]["version"],
+        "base": buckets[0]["base"],
+        "num_buckets": len(buckets),
+        "num_pieces": len(pieces),
+        "num_values": sum(piece["count"] for piece in pieces),
+    }
+
+
+def raw(tensor):
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def equal(a, b):
@@ -236,32 +288,48 @@ def test_segment_of_a_dead_sender_is_an_error_that_says_so():
 class LocalSender:
     def __init__(self, tensors, bucket_bytes, fail_at=None):
         self.sender, self.tensors, self.fail_at = WeightSender(bucket_bytes), tensors, fail_at
-        self.sent = 0
+        self.bucket_bytes, self.kept, self.kept_version, self.bases = bucket_bytes, {}, None, []
+        self.aborted = 0
 
-    async def begin_export(self, version):
-        self.sender.begin(version, self.tensors.items())
+    async def begin_export(self, version, base):
+        self.bases.append(base)
+        self.sent, self.version, self.base = 0, version, base
+        if base is None:
+            self.sender.begin(version, self.tensors.items())
+        elif base != self.kept_version:
+            raise WeightUpdateError(f"the trainer keeps version {self.kept_version}, not {base}")
+        else:
+            self.deltas = list(delta_buckets(self.kept, self.tensors, version, base, self.bucket_bytes))
 
     async def next_bucket(self):
         if self.sent == self.fail_at:
             raise OSError("the trainer went away")
         self.sent += 1
-        return self.sender.next_bucket()
+        return self.sender.next_bucket() if self.base is None else self.deltas[self.sent - 1][0]
 
     async def finish_export(self):
-        return {"manifest": self.sender.manifest(), "seconds": self.sender.seconds, "encode": 0.0, "worst": None}
+        self.kept, self.kept_version = {k: t.clone() for k, t in self.tensors.items()}, self.version
+        full = sum(t.nbytes for t in self.tensors.values())
+        manifest = self.sender.manifest() if self.base is None else delta_manifest([b for b, _ in self.deltas])
+        return {"manifest": manifest, "seconds": 0.0, "encode": 0.0, "worst": None, "full_bytes": full}
+
+    async def abort_export(self):
+        self.aborted, self.kept_version = self.aborted + 1, None
 
 
 class LocalReceiver:
     def __init__(self, names, fail_at=None):
         self.receiver, self.fail_at, self.refusal = WeightReceiver(DictSession(names)), fail_at, None
+        self.fails = 1
 
-    async def begin_update(self, version):
+    async def begin_update(self, version, base):
         self.refusal = None
-        self.receiver.begin(version)
+        self.receiver.begin(version, base)
 
     async def load_bucket(self, bucket):
         await asyncio.sleep(0)
-        if bucket["index"] == self.fail_at:
+        if bucket["index"] == self.fail_at and self.fails:
+            self.fails -= 1
             raise ConnectionError("the worker died")
         self.receiver.load_bucket(bucket)
 
@@ -271,11 +339,15 @@ class LocalReceiver:
     async def abort_update(self, reason):
         self.receiver.version, self.refusal = None, reason
 
+    async def parameter_hashes(self):
+        return [{name: hashlib.sha256(raw(t)).hexdigest() for name, t in self.receiver._session.weights.items()}]
+
 
 async def test_driver_brings_all_receivers_to_one_version():
     tensors = weights()
     receivers = [LocalReceiver(tensors) for _ in range(2)]
-    metrics = await update_weights(LocalSender(tensors, 600), receivers, 5)
+    metrics, patchable = await update_weights(LocalSender(tensors, 600), receivers, 5)
+    assert patchable
     assert [r.receiver.version for r in receivers] == [5, 5]
     assert all(equal(r.receiver._session.weights, tensors) for r in receivers)
     assert metrics["weight_update/buckets"] > 2
@@ -291,3 +363,206 @@ async def test_after_a_death_in_the_middle_no_receiver_serves(who):
         await update_weights(sender, receivers, 5)
     assert [r.receiver.version for r in receivers] == [None, None]
     assert all("version 5 failed" in r.refusal for r in receivers)
+
+
+# ---- deltas ----
+
+
+def nudged(tensors, seed):
+    """A copy in which one element in ten has another last bit."""
+    generator = torch.Generator().manual_seed(seed)
+    copies = {}
+    for name, tensor in tensors.items():
+        flat = tensor.contiguous().clone().view(-1)
+        bits(flat)[torch.rand(flat.numel(), generator=generator) < 0.1] ^= 1
+        copies[name] = flat.view(tensor.shape)
+    return copies
+
+
+def send_delta(receiver, old, new, version, base, spoil=lambda buckets: buckets, manifest=None):
+    pairs = list(delta_buckets(old, new, version, base))
+    buckets = [bucket for bucket, _ in pairs]
+    receiver.begin(version, base)
+    for bucket in spoil(buckets):
+        receiver.load_bucket(bucket)
+    return receiver.finish({**delta_manifest(buckets), **(manifest or {})})
+
+
+def test_deltas_add_up_to_what_a_whole_update_brings():
+    tensors = weights()
+    receiver = WeightReceiver(DictSession(tensors))
+    assert send(receiver, tensors, version=0)["patchable"]
+    for version in range(1, 6):
+        old, tensors = tensors, nudged(tensors, version)
+        statistics = send_delta(receiver, old, tensors, version, version - 1)
+        assert receiver.version == version
+        assert equal(receiver._session.weights, {name: t.contiguous() for name, t in tensors.items()})
+        assert 0 < statistics["bytes"] < sum(t.nbytes for t in tensors.values())
+
+
+def test_nothing_changed_is_a_delta_too():
+    tensors = weights()
+    receiver = WeightReceiver(DictSession(tensors))
+    send(receiver, tensors, version=3)
+    assert send_delta(receiver, tensors, tensors, 4, 3)["bytes"] == 0
+    assert receiver.version == 4
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda b: b[1:], "bucket 1 of version 2 arrived where bucket 0"),
+        (lambda b: [b[0], b[0], *b[1:]], "bucket 0 of version 2 arrived where bucket 1"),
+        (lambda b: b[:-1], "num_buckets is"),
+        (lambda b: [{**b[0], "base": 0}, *b[1:]], "relative to version 0, where 1 was due"),
+        (lambda b: [{**b[0], "pieces": []}, *b[1:]], "num_pieces is"),
+        (lambda b: [piece_with(b[0], name="ghost"), *b[1:]], "'ghost': a delta to .* no such parameter"),
+        (lambda b: [piece_with(b[0], shape=[91]), *b[1:]], r"a delta to float32\[91\], .* given float32\[13, 7\]"),
+        (lambda b: [piece_with(b[0], dtype="int32"), *b[1:]], r"a delta to int32\[13, 7\]"),
+        (lambda b: [piece_with(b[0], start=1000), *b[1:]], "does not lie inside it"),
+        (lambda b: [piece_with(b[0], length=2), *b[1:]], "out of range|does not lie inside it"),
+    ],
+    ids=["dropped", "twice", "cut short", "base", "emptied", "name", "shape", "dtype", "start", "index"],
+)
+def test_a_spoiled_delta_is_refused_and_only_a_whole_update_heals(spoil, words):
+    tensors = weights()
+    receiver = WeightReceiver(DictSession(tensors))
+    send(receiver, tensors, version=1)
+    with pytest.raises(WeightUpdateError, match=words):
+        send_delta(receiver, tensors, nudged(tensors, 1), 2, 1, spoil)
+    assert receiver.version is None
+    with pytest.raises(WeightUpdateError, match="the engine has none: send everything"):
+        send_delta(receiver, tensors, nudged(tensors, 1), 2, 1)
+    send(receiver, tensors, version=2)
+    assert receiver.version == 2
+
+
+def piece_with(bucket, **changes):
+    return {**bucket, "pieces": [{**bucket["pieces"][0], **changes}]}
+
+
+def test_a_delta_twice_out_of_order_or_before_everything_is_refused():
+    tensors = weights()
+    changed = nudged(tensors, 1)
+    receiver = WeightReceiver(DictSession(tensors))
+    with pytest.raises(WeightUpdateError, match="a delta to version 0 arrived, the engine has none"):
+        send_delta(receiver, tensors, changed, 1, 0)
+    send(receiver, tensors, version=0)
+    send_delta(receiver, tensors, changed, 1, 0)
+    with pytest.raises(WeightUpdateError, match="a delta to version 0 arrived, the engine has version 1"):
+        send_delta(receiver, tensors, changed, 1, 0)
+
+
+def test_a_delta_is_refused_where_the_engine_quantises():
+    tensors = {"w": torch.zeros(3)}
+    receiver = WeightReceiver(DictSession(tensors), PassThrough(), encodes=True)
+    assert not send(receiver, tensors, version=0)["patchable"]
+    with pytest.raises(WeightUpdateError, match="the engine quantises what arrives"):
+        receiver.begin(1, 0)
+
+
+class PassThrough:
+    """A quantisation that changes nothing."""
+
+    def encode(self, named_tensors):
+        return named_tensors
+
+    def check_arriving(self, name, tensor, arrived):
+        assert name in arrived
+
+    def check_complete(self, arrived):
+        assert arrived
+
+    def take_report(self):
+        return EncodeReport()
+
+
+async def test_a_run_sends_changes_after_everything_and_checks_them_now_and_then():
+    tensors = weights()
+    sender, receivers = LocalSender(tensors, 600), [LocalReceiver(tensors) for _ in range(2)]
+    updates = WeightUpdates(delta=True, check_interval=3)
+    seen = []
+    for version in range(8):
+        metrics = await updates.update(sender, receivers, version)
+        seen.append((metrics["weight_update/delta"], metrics.get("weight_update/delta_mismatches")))
+        expected = {name: t.contiguous() for name, t in sender.tensors.items()}
+        assert all(r.receiver.version == version and equal(r.receiver._session.weights, expected) for r in receivers)
+        sender.tensors = nudged(sender.tensors, version)
+    assert seen == [
+        (0.0, None),
+        (1.0, None),
+        (1.0, None),
+        (1.0, 0.0),
+        (1.0, None),
+        (1.0, None),
+        (1.0, 0.0),
+        (1.0, None),
+    ]
+    assert sender.bases == [None, 0, 1, 2, None, 3, 4, 5, None, 6]
+
+
+async def test_a_flipped_bit_is_found_by_the_check_and_mended(caplog):
+    tensors = weights()
+    sender, receiver = LocalSender(tensors, 600), LocalReceiver(tensors)
+    updates = WeightUpdates(delta=True, check_interval=1)
+    await updates.update(sender, [receiver], 0)
+    bits(receiver.receiver._session.weights["big"])[17, 3] ^= 4
+    metrics = await updates.update(sender, [receiver], 1)
+    assert metrics["weight_update/delta_mismatches"] == 1.0
+    assert "the first is big" in caplog.text
+    assert equal(receiver.receiver._session.weights, {name: t.contiguous() for name, t in tensors.items()})
+
+
+@pytest.mark.parametrize("who", ["sender restarted", "replica restarted", "version gap", "died in the middle"])
+async def test_where_changes_alone_are_no_good_everything_is_sent(who, caplog):
+    tensors = weights()
+    sender, receivers = LocalSender(tensors, 600), [LocalReceiver(tensors) for _ in range(2)]
+    updates = WeightUpdates(delta=True)
+    await updates.update(sender, receivers, 0)
+    sender.tensors = nudged(tensors, 0)
+    if who == "sender restarted":
+        sender.kept, sender.kept_version = {}, None
+    elif who == "replica restarted":
+        receivers[1] = LocalReceiver(tensors)
+    elif who == "version gap":
+        receivers[1].receiver.version = 7
+    else:
+        receivers[1].fail_at, receivers[1].fails = 1, 1
+    metrics = await updates.update(sender, receivers, 1)
+    assert metrics["weight_update/delta_refused"] == 1.0 and metrics["weight_update/delta"] == 0.0
+    assert "everything is sent instead" in caplog.text
+    expected = {name: t.contiguous() for name, t in sender.tensors.items()}
+    assert all(r.receiver.version == 1 and equal(r.receiver._session.weights, expected) for r in receivers)
+    assert sender.aborted == 1
+    assert (await updates.update(sender, receivers, 2))["weight_update/delta"] == 1.0
+
+
+async def test_without_deltas_everything_is_sent_every_time():
+    tensors = weights()
+    sender, receivers = LocalSender(tensors, 600), [LocalReceiver(tensors)]
+    updates = WeightUpdates(delta=False)
+    for version in range(3):
+        await updates.update(sender, receivers, version)
+    assert sender.bases == [None, None, None]
+
+
+async def test_no_more_buckets_are_in_flight_than_allowed():
+    tensors = {f"w{i}": torch.zeros(100) for i in range(12)}
+    flying, most = 0, 0
+
+    class Counting(LocalSender):
+        async def next_bucket(self):
+            nonlocal flying, most
+            flying, most = flying + 1, max(most, flying + 1)
+            return await super().next_bucket()
+
+    class Slow(LocalReceiver):
+        async def load_bucket(self, bucket):
+            nonlocal flying
+            for _ in range(5):
+                await asyncio.sleep(0)
+            await super().load_bucket(bucket)
+            flying -= 1
+
+    await update_weights(Counting(tensors, 400), [Slow(tensors)], 0, buckets_in_flight=2)
+    assert most == 2

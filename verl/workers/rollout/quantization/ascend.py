@@ -12,12 +12,15 @@ from torch import nn
 from verl.utils.quantization.mx import MX_BLOCK_SIZE, mxfp8_quantize, npu_mxfp8_quantize, squared_error
 from verl.utils.vllm.ascend_description import AscendDescription, resolve_description
 from verl.utils.vllm.ascend_release import refuse_unpaired_groups
+from verl.utils.vllm.layout_map import Target
 from verl.utils.vllm.npu_vllm_patch import check_vllm_ascend
 from verl.utils.vllm.vllm_fp8_utils import (
     MXFP8_BLOCK_QUANT_KWARGS,
     apply_mxfp8_transformation_after_loading,
     mxfp8_layers,
+    refresh_patched,
     restore_mxfp8_weights_for_loading,
+    run_time_targets,
 )
 from verl.workers.rollout.quantization.scaled import ScaledScheme, ScaledWeights, refuse_fused_experts
 
@@ -83,3 +86,11 @@ class AscendScheme(ScaledScheme):
     @staticmethod
     def finish(model: nn.Module) -> None:
         apply_mxfp8_transformation_after_loading(model)
+
+    @staticmethod
+    def targets(model: nn.Module) -> list[tuple[torch.Tensor, Target]]:
+        return run_time_targets(model)
+
+    @staticmethod
+    def refresh(model: nn.Module, places: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        refresh_patched(model, places)

@@ -11,6 +11,7 @@ from torch import nn
 
 from verl.trainer.config import RolloutConfig
 from verl.utils.platform import choose_dtype
+from verl.utils.vllm.layout_map import Target
 from verl.workers.rollout.weight_sync.encode_report import EncodeReport
 from verl.workers.rollout.weight_sync.manifest import TensorSpec
 
@@ -90,6 +91,16 @@ class QuantizationScheme(ABC):
     @staticmethod
     def finish(model: nn.Module) -> None:
         """Bring them into their run-time layout."""
+        return
+
+    @staticmethod
+    def targets(model: nn.Module) -> list[tuple[torch.Tensor, Target]]:
+        """For each parameter that is loaded in place, in the load layout: what loaders write to, and what is run."""
+        return []
+
+    @staticmethod
+    def refresh(model: nn.Module, places: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        """Make anew what layers derive from weights of which single places were changed (by layer and parameter)."""
         return
 
     @classmethod

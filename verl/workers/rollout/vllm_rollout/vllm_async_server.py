@@ -179,13 +179,13 @@ class vLLMHttpServer:
 
     # ---- the weight update ----
 
-    async def begin_update(self, version: int) -> None:
-        """Drain what is in flight and bring the engine to its load layout."""
+    async def begin_update(self, version: int, base: int | None = None) -> None:
+        """Drain what is in flight and bring the engine to its load layout, or with `base` get ready for changes."""
         self._serving.clear()
         self._refusal = None
         try:
             await self._engine.pause_generation(mode="wait", clear_cache=False)
-            await self._workers("verl_begin_update", version, worker_settings(self._rollout))
+            await self._workers("verl_begin_update", version, worker_settings(self._rollout), base)
         except BaseException as error:
             self._refuse(str(error))
             raise
@@ -202,7 +202,7 @@ class vLLMHttpServer:
         """Check what arrived, bring the engine to its run-time layout, commit the version, and serve again.
 
         Returns:
-            As `WeightReceiver.finish`, the largest of all workers.
+            As `WeightReceiver.finish`, the largest of all workers; `patchable` where all of them are.
         """
         try:
             statistics = await self._workers("verl_finish_update", manifest)
@@ -215,7 +215,15 @@ class vLLMHttpServer:
             raise
         self._commit(int(manifest["version"]))
         # Where the workers quantise, each does so with all weights: `worst` is None for all of them or for none.
-        return {key: max(values) if values[0] is not None else None for key, values in _columns(statistics).items()}
+        columns = _columns(statistics)
+        patchable = all(columns.pop("patchable")) and not self._gives_weights_up
+        largest = {key: max(values) if values[0] is not None else None for key, values in columns.items()}
+        return {**largest, "patchable": patchable}
+
+    @property
+    def _gives_weights_up(self) -> bool:
+        """Whether the engine sleeps without its weights between two updates."""
+        return self._device == "cuda" and self._rollout.free_cache_engine
 
     async def abort_update(self, reason: str) -> None:
         """Give an update up. The replica refuses every request until a whole update succeeds."""

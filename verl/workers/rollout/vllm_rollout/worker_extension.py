@@ -23,17 +23,22 @@ class WeightUpdateExtension:
 
     _verl_receiver: WeightReceiver | None = None
 
-    def verl_begin_update(self, version: int, quantization: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Put the model into its load layout; `quantization` is what `worker_settings` made of the rollout's config."""
-        return _reported(self._verl_begin, version, quantization or {})
+    def verl_begin_update(
+        self, version: int, quantization: dict[str, Any] | None = None, base: int | None = None
+    ) -> dict[str, Any]:
+        """Put the model into its load layout, or with `base` get ready for what changed since that version.
 
-    def _verl_begin(self, version: int, quantization: dict[str, Any]) -> None:
+        `quantization` is what `worker_settings` made of the rollout's config.
+        """
+        return _reported(self._verl_begin, version, quantization or {}, base)
+
+    def _verl_begin(self, version: int, quantization: dict[str, Any], base: int | None) -> None:
         if self._verl_receiver is None:
             scheme = worker_scheme(quantization, self.vllm_config.model_config.model)
             session = load_session(self.model_runner.model, self.vllm_config, torch.device(self.device), scheme)
             encodes = quantization.get("quantization_side") == "receiver"
             self._verl_receiver = WeightReceiver(session, scheme, encodes=encodes)
-        self._verl_receiver.begin(version)
+        self._verl_receiver.begin(version, base)
 
     def verl_load_bucket(self, bucket: dict[str, Any]) -> dict[str, Any]:
         """Load one bucket out of shared memory."""

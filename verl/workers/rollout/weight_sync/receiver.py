@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from verl.workers.rollout.weight_sync.bucket import read_bucket
+from verl.workers.rollout.weight_sync.delta import Piece, decode
 from verl.workers.rollout.weight_sync.encode_report import EncodeReport, worst_error
 from verl.workers.rollout.weight_sync.manifest import Manifest, TensorSpec, WeightUpdateError, check_arrived
 from verl.workers.rollout.weight_sync.shm import SegmentReader
@@ -26,6 +27,19 @@ class LoadSession(Protocol):
         """Parameters of the engine that this session has not written in full; called before `finish`."""
 
     def finish(self) -> None: ...
+
+    @property
+    def patchable(self) -> bool:
+        """Whether single elements can be changed in place, now that a whole load has shown where they are."""
+
+    def begin_patch(self) -> None:
+        """Before the first `patch`; raises where the layout is not known, or not as it was."""
+
+    def patch(self, name: str, places: torch.Tensor | None, start: int, values: torch.Tensor) -> None:
+        """Change elements of a checkpoint tensor: `places` of it flattened, or those from `start` on."""
+
+    def finish_patch(self) -> None:
+        """After the last `patch`."""
 
 
 class Quantisation(Protocol):
@@ -47,12 +61,13 @@ class Quantisation(Protocol):
 class WeightReceiver:
     """Loads buckets in order and commits a version only where everything arrived and everything was written.
 
-    After any error the receiver is out of service (`version` is None) until a whole update succeeds.
+    An update is whole, or a delta to the version that is being served. After any error the receiver is out of service
+    (`version` is None) until a whole update succeeds.
 
     Args:
         session: the engine's loading hooks.
         quantisation: of the rollout, if any; its checks see what is loaded.
-        encodes: weights come unquantised, and are encoded here.
+        encodes: weights come unquantised, and are encoded here: deltas are refused.
     """
 
     def __init__(self, session: LoadSession, quantisation: Quantisation | None = None, *, encodes: bool = False):
@@ -61,83 +76,180 @@ class WeightReceiver:
         self._quantisation = quantisation
         self._encodes = encodes
         self._reader = SegmentReader()
-        self._arrived: Manifest | None = None
+        self._open: _Whole | _Delta | None = None
+        # What the engine was given by the last whole update.
+        self._specs: dict[str, TensorSpec] = {}
         self.version: int | None = None
 
-    def begin(self, version: int) -> None:
-        """Start loading `version`; the version that was being served is given up from here on."""
-        self.version = None
-        self._arrived = Manifest(version)
-        # What the engine is given: the same tensors, or the encoded ones.
-        self._loaded: dict[str, TensorSpec] = {}
-        self._last_seen = False
-        self._seconds = {"load": 0.0, "finish": 0.0}
-        if self._quantisation is not None:
-            self._quantisation.take_report()  # what an update that failed left behind
-        self._session.begin()
+    def begin(self, version: int, base: int | None = None) -> None:
+        """Start loading `version`; the version that was being served is given up from here on.
+
+        Args:
+            base: the version that a delta is relative to; None for a whole update.
+
+        Raises:
+            WeightUpdateError: a delta to another version than the one served, or to an engine that cannot take any.
+        """
+        serving, self.version, self._open = self.version, None, None
+        if base is None:
+            self._open = _Whole(version, self._session, self._quantisation, self._encodes)
+        elif serving != base:
+            has = "none" if serving is None else f"version {serving}"
+            raise WeightUpdateError(f"a delta to version {base} arrived, the engine has {has}: send everything")
+        elif self._encodes:
+            raise WeightUpdateError("the engine quantises what arrives, and cannot tell what a change amounts to")
+        else:
+            self._open = _Delta(version, base, self._session, self._quantisation, self._specs)
 
     def load_bucket(self, bucket: dict[str, Any]) -> None:
-        """Load one bucket (a plain dict from `BucketWriter.seal`).
+        """Load one bucket (a plain dict from `BucketWriter.seal`; with `pieces`, what changed).
 
         Raises:
             WeightUpdateError: out of order, of another version, cut short, or naming a parameter twice.
         """
-        arrived = self._loading()
+        update = self._take()
         started = time.perf_counter()
         version, index = int(bucket["version"]), int(bucket["index"])
-        if version != arrived.version or index != arrived.num_buckets or self._last_seen:
-            self._fail(
-                f"bucket {index} of version {version} arrived where bucket {arrived.num_buckets} of version "
-                f"{arrived.version} was due" + (" (the last bucket had been seen)" if self._last_seen else "")
+        if version != update.version or index != update.num_buckets or update.last_seen:
+            raise WeightUpdateError(
+                f"bucket {index} of version {version} arrived where bucket {update.num_buckets} of version "
+                f"{update.version} was due" + (" (the last bucket had been seen)" if update.last_seen else "")
             )
         memory = self._reader.open(bucket["segment"]) if bucket["segment"] else torch.empty(0, dtype=torch.uint8)
-        tensors = read_bucket(memory, bucket)
-        for name, tensor in tensors:
-            arrived.add(TensorSpec.of(name, tensor))
-        if self._quantisation is not None:
-            tensors = list(self._quantisation.encode(tensors)) if self._encodes else tensors
-            for name, tensor in tensors:
-                self._loaded[name] = TensorSpec.of(name, tensor)
-                self._quantisation.check_arriving(name, tensor, self._loaded)
-        self._session.load(tensors)
-        arrived.num_buckets += 1
-        self._last_seen = bool(bucket["last"])
-        self._seconds["load"] += time.perf_counter() - started
+        update.load(memory, bucket)
+        update.num_buckets += 1
+        update.last_seen = bool(bucket["last"])
+        update.seconds["load"] += time.perf_counter() - started
+        self._open = update
 
     def finish(self, manifest: dict[str, Any]) -> dict[str, Any]:
         """Check against the sender's manifest, bring the weights to the run-time layout, and commit.
 
         Returns:
             Seconds spent in `load`, of which `encode`, and in `finish`; `bytes` received; the `worst` error of a weight
-            that was encoded here, as (relative error, name), or None.
+            that was encoded here, as (relative error, name), or None; `patchable`: whether a delta may follow.
         """
-        arrived = self._loading()
+        update = self._take()
         started = time.perf_counter()
-        check_arrived(Manifest.from_plain(manifest), arrived)
+        update.finish(manifest)
+        self._specs, self.version = update.loaded, update.version
+        update.seconds["finish"] = time.perf_counter() - started
+        report = self._quantisation.take_report() if self._quantisation is not None else EncodeReport()
+        return {
+            **update.seconds,
+            "encode": report.seconds,
+            "bytes": float(update.nbytes),
+            "worst": worst_error([report.to_plain()]),
+            "patchable": self._session.patchable and not self._encodes,
+        }
+
+    def _take(self) -> _Whole | _Delta:
+        """The open update, which an error on the way closes: only another one can mend what it left."""
+        update, self._open = self._open, None
+        if update is None:
+            raise WeightUpdateError("no weight update is open: begin first")
+        return update
+
+
+class _Update:
+    """One update while it arrives."""
+
+    def __init__(self, version: int):
+        self.version = version
+        self.num_buckets = 0
+        self.last_seen = False
+        self.nbytes = 0
+        self.seconds = {"load": 0.0, "finish": 0.0}
+
+
+class _Whole(_Update):
+    """Every weight, through the load layout."""
+
+    def __init__(self, version: int, session: LoadSession, quantisation: Quantisation | None, encodes: bool):
+        super().__init__(version)
+        self._session, self._quantisation, self._encodes = session, quantisation, encodes
+        self._arrived = Manifest(version)
+        # What the engine is given: the same tensors, or the encoded ones.
+        self.loaded: dict[str, TensorSpec] = {}
+        if quantisation is not None:
+            quantisation.take_report()  # what an update that failed left behind
+        session.begin()
+
+    def load(self, memory: torch.Tensor, bucket: dict[str, Any]) -> None:
+        tensors = read_bucket(memory, bucket)
+        for name, tensor in tensors:
+            self._arrived.add(TensorSpec.of(name, tensor))
+        if self._encodes:
+            assert self._quantisation is not None
+            tensors = list(self._quantisation.encode(tensors))
+        for name, tensor in tensors:
+            self.loaded[name] = TensorSpec.of(name, tensor)
+            if self._quantisation is not None:
+                self._quantisation.check_arriving(name, tensor, self.loaded)
+        self._session.load(tensors)
+
+    def finish(self, manifest: dict[str, Any]) -> None:
+        self._arrived.num_buckets, self.nbytes = self.num_buckets, self._arrived.nbytes
+        check_arrived(Manifest.from_plain(manifest), self._arrived)
         if self._quantisation is not None:
-            self._quantisation.check_complete(self._loaded)
+            self._quantisation.check_complete(self.loaded)
         unwritten = self._session.unwritten()
         if unwritten:
-            self._fail(
-                f"version {arrived.version}: {len(unwritten)} parameters of the engine were not written, the first is "
+            raise WeightUpdateError(
+                f"version {self.version}: {len(unwritten)} parameters of the engine were not written, the first is "
                 f"{unwritten[0]!r}: the checkpoint names of the trainer and of the engine differ"
             )
         self._session.finish()
-        self._arrived, self.version = None, arrived.version
-        self._seconds["finish"] = time.perf_counter() - started
-        report = self._quantisation.take_report() if self._quantisation is not None else EncodeReport()
-        return {
-            **self._seconds,
-            "encode": report.seconds,
-            "bytes": float(arrived.nbytes),
-            "worst": worst_error([report.to_plain()]),
+
+
+class _Delta(_Update):
+    """What changed since `base`, in place."""
+
+    def __init__(
+        self,
+        version: int,
+        base: int,
+        session: LoadSession,
+        quantisation: Quantisation | None,
+        specs: Mapping[str, TensorSpec],
+    ):
+        super().__init__(version)
+        self._base, self._session, self._quantisation, self.loaded = base, session, quantisation, dict(specs)
+        self._pieces = self._values = 0
+        session.begin_patch()
+
+    def load(self, memory: torch.Tensor, bucket: dict[str, Any]) -> None:
+        block = memory[: int(bucket["nbytes"])]
+        if bucket.get("base") != self._base:
+            raise WeightUpdateError(f"a bucket relative to version {bucket.get('base')}, where {self._base} was due")
+        for plain in bucket["pieces"]:
+            piece = Piece.from_plain(plain)
+            spec, sent = self.loaded.get(piece.name), TensorSpec(piece.name, piece.shape, piece.dtype)
+            if spec != sent:
+                known = "no such parameter" if spec is None else f"{spec.dtype}{list(spec.shape)}"
+                raise WeightUpdateError(
+                    f"parameter {piece.name!r}: a delta to {sent.dtype}{list(sent.shape)}, the engine was given {known}"
+                )
+            places, values = decode(block, piece)
+            if self._quantisation is not None:
+                self._quantisation.check_arriving(piece.name, values, self.loaded)
+            self._session.patch(piece.name, places, piece.start, values)
+            self._pieces += 1
+            self._values += piece.count
+        self.nbytes += block.numel()
+
+    def finish(self, manifest: dict[str, Any]) -> None:
+        arrived = {
+            "version": self.version,
+            "base": self._base,
+            "num_buckets": self.num_buckets,
+            "num_pieces": self._pieces,
+            "num_values": self._values,
         }
-
-    def _loading(self) -> Manifest:
-        if self._arrived is None:
-            raise WeightUpdateError("no weight update is open: begin first")
-        return self._arrived
-
-    def _fail(self, message: str) -> None:
-        self._arrived = None
-        raise WeightUpdateError(message)
+        for key, value in arrived.items():
+            if manifest.get(key) != value:
+                raise WeightUpdateError(
+                    f"delta from version {self._base} to {self.version}: {key} is {manifest.get(key)} at the sender "
+                    f"and {value} here"
+                )
+        self._session.finish_patch()

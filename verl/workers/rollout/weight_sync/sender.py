@@ -80,6 +80,18 @@ class WeightSender:
         assert self._manifest is not None, "begin() first"
         return self._manifest.to_plain()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything sent so far."""
+        assert self._manifest is not None, "begin() first"
+        return self._manifest.nbytes
+
+    def abort(self) -> None:
+        """Exhaust the stream without sending it."""
+        for _ in self._stream or ():
+            pass
+        self._stream = None
+
     def close(self) -> None:
         """Give the shared memory back."""
         for writer in self._writers:
