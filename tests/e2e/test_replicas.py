@@ -180,7 +180,9 @@ class MortalSender:
         return self.sender.next_bucket()
 
     def finish_export(self):
-        return exported(self.sender)
+        # Spelled out: a function of this module would make the actor import it.
+        totals = {"seconds": self.sender.seconds, "full_bytes": self.sender.nbytes}
+        return {"manifest": self.sender.manifest(), "encode": 0.0, "worst": None, **totals}
 
 
 class Remote:
