@@ -174,7 +174,7 @@ async def update_weights(
         reason = f"the update to version {version} failed: {error}"
         aborts = [sender.abort_export(), *(receiver.abort_update(reason) for receiver in receivers)]
         await asyncio.gather(*aborts, return_exceptions=True)
-        if isinstance(error, Exception) and not isinstance(error, WeightUpdateError):
+        if isinstance(error, Exception):
             raise WeightUpdateError(reason) from error
         raise
     metrics = _metrics(export, received, begun, time.perf_counter() - started)

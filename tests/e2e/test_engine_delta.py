@@ -1,0 +1,108 @@
+"""Changes written into a running engine leave it, bit for bit, as a whole update would, after each of twenty of them.
+
+The independent reference is the whole update itself, through the engine's own loaders and layouts: after every delta
+the hashes of all parameters are taken, the same weights are sent whole, and the hashes have to be the same.
+"""
+
+import pytest
+import torch
+
+from fixtures.engine import Engine, weights_of
+from fixtures.tiny import write_tiny_model
+from verl.trainer.config import RolloutConfig
+from verl.utils.vllm import plugin
+from verl.workers.rollout.quantization import get_scheme
+from verl.workers.rollout.weight_sync.bucket import BucketWriter
+from verl.workers.rollout.weight_sync.delta import DeltaBlock, bits
+from verl.workers.rollout.weight_sync.manifest import WeightUpdateError
+
+pytestmark = pytest.mark.e2e
+
+STEPS = 20
+
+
+def nudged(weights, step):
+    """What an optimizer step at a small learning rate makes of some weights: every element moves, a little."""
+    generator = torch.Generator().manual_seed(step)
+    return {name: tensor + 2e-5 * torch.randn(tensor.shape, generator=generator) for name, tensor in weights.items()}
+
+
+def encoded(scheme, weights, dtype):
+    return {name: t.contiguous() for name, t in scheme.encode((n, w.to(dtype)) for n, w in weights.items())}
+
+
+def send_changes(engine, old, new, version):
+    """One bucket with what differs; returns bytes sent, and the engine's statistics."""
+    block = DeltaBlock()
+    for name, tensor in new.items():
+        flat = tensor.view(-1)
+        changed = (bits(flat) != bits(old[name].view(-1))).nonzero().squeeze(-1)
+        block.add(name, tuple(tensor.shape), 0, flat, changed)
+    writer = BucketWriter(1 << 24)
+    if block.pieces:
+        writer.add("", block.to_bytes())
+    bucket = writer.seal(version=version, index=0, last=True)
+    pieces = [piece.to_plain() for piece in block.pieces]
+    engine.checked("verl_begin_update", version, engine.quantization, version - 1)
+    engine.checked("verl_load_bucket", {**bucket, "entries": [], "base": version - 1, "pieces": pieces})
+    manifest = {"version": version, "base": version - 1, "num_buckets": 1, "num_pieces": len(pieces)}
+    values = sum(piece["count"] for piece in pieces)
+    return engine.checked("verl_finish_update", {**manifest, "num_values": values})
+
+
+def twenty_steps(engine, scheme, weights, dtype):
+    """Every other delta follows a delta; after each, hashes are compared with a whole update's."""
+    sent = encoded(scheme, weights, dtype)
+    version, patchable = 0, False
+    while not patchable:
+        patchable = engine.update(sent.items(), version)[0]["patchable"]
+        version += 1
+        assert version <= 2
+    addresses = engine.rpc("verl_parameter_addresses")
+    moved = 0
+    for step in range(STEPS):
+        before = engine.rpc("verl_parameter_hashes")
+        weights, old = nudged(weights, step), sent
+        sent = encoded(scheme, weights, dtype)
+        send_changes(engine, old, sent, version)
+        assert engine.llm.reset_prefix_cache()
+        hashes = engine.rpc("verl_parameter_hashes")
+        moved += hashes != before
+        derived = engine.sample(4)
+        engine.update(sent.items(), version + 1)
+        assert engine.rpc("verl_parameter_hashes") == hashes
+        # What layers derive from their parameters is no parameter: it shows in what they compute.
+        assert derived[0] == engine.sample(4)[0]
+        torch.testing.assert_close(derived[1], engine.sample(4)[1], rtol=0, atol=0)
+        version += 2
+    assert moved == STEPS
+    assert engine.rpc("verl_parameter_addresses") == addresses
+    return version
+
+
+ODD = {"hidden_size": 96, "intermediate_size": 192, "moe_intermediate_size": 192}
+PARTIAL = {"hidden_size": 96, "intermediate_size": 80}
+RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+CASES = {
+    "dense, tied, in MXFP8": ("ascend", "qwen3", True, PARTIAL, {}),
+    "experts, in MXFP8, on two ranks": ("ascend", "qwen3_moe", False, ODD, RANKS),
+    "dense, packed by the engine": (None, "llama", False, {}, {}),
+    "experts, packed by the engine": (None, "qwen3_moe", True, {}, {"dtype": "bfloat16"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_twenty_steps_of_changes_leave_what_whole_updates_leave(tmp_path, monkeypatch, case):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    quantization, kind, tied, sizes, over = CASES[case]
+    model_dir = write_tiny_model(tmp_path / "model", kind=kind, tied=tied, std=0.02, **sizes)
+    rollout = RolloutConfig(quantization=quantization, tensor_model_parallel_size=over.get("tensor_parallel_size", 1))
+    plugin.register()
+    scheme = get_scheme(rollout, str(model_dir))
+    engine = Engine(model_dir, rollout, **scheme.engine_overrides("cpu"), **over)
+    try:
+        version = twenty_steps(engine, scheme, weights_of(model_dir), getattr(torch, over.get("dtype", "float32")))
+        with pytest.raises(WeightUpdateError, match="a delta to version 3 arrived, the engine has version"):
+            engine.checked("verl_begin_update", version, engine.quantization, 3)
+    finally:
+        engine.close()
