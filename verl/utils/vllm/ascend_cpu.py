@@ -25,7 +25,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.utils import set_weight_attrs
 
 from verl.utils.quantization.mx import MX_BLOCK_SIZE, mxfp8_dequantize, mxfp8_quantize
-from verl.utils.vllm.vllm_fp8_utils import record_run_time_layout
+from verl.utils.vllm.vllm_fp8_utils import record_run_time_layout, scales_as_loaded
 
 _QUANTISED, _FLOAT = "W8A8_MXFP8", "FLOAT"
 # Names that checkpoints give an expert's projections: gate, up, down.
@@ -126,7 +126,7 @@ def _to_run_time_layout(layer: nn.Module, keys: tuple[str, ...]) -> None:
 def _dequantised(layer: nn.Module, key: str, dtype: torch.dtype, out: torch.Tensor | None) -> torch.Tensor:
     """A weight [.., N, K] in the dtype that it is multiplied in, from its run-time layout."""
     values = getattr(layer, key).data.transpose(-1, -2).contiguous()
-    scales = getattr(layer, f"{key}_scale").data.transpose(-2, -3).flatten(-2)[..., : _groups(values.shape[-1])]
+    scales = scales_as_loaded(getattr(layer, f"{key}_scale").data, _groups(values.shape[-1]))
     return mxfp8_dequantize(values, scales.contiguous(), dtype, out=out)
 
 
@@ -173,7 +173,7 @@ class _Dequantising:
                 continue
             weight, scale = getattr(layer, key).data, getattr(layer, f"{key}_scale").data
             values = weight.transpose(-1, -2).contiguous().view(torch.uint8).view(-1, MX_BLOCK_SIZE)[changed]
-            scales = scale.transpose(-2, -3).flatten(-2)[..., :groups].flatten()[changed]
+            scales = scales_as_loaded(scale, groups).flatten()[changed]
             fresh = mxfp8_dequantize(values.view(torch.float8_e4m3fn), scales[:, None], made.dtype)
             made.view(-1, MX_BLOCK_SIZE)[changed] = fresh
 

@@ -215,7 +215,7 @@ class LayerwiseLoadSession:
         packed = {
             name: make
             for name, layer in self._owners.items()
-            if name not in reloaded and hasattr(layer, "cpu_linear") and (make := _processing(layer)) is not None
+            if name not in reloaded and _is_packed(self._model, layer) and (make := _processing(layer)) is not None
         }
         return EnginePatcher(
             self._model,
@@ -272,7 +272,9 @@ class LayerwiseLoadSession:
     def _context(self) -> Iterator[None]:
         from vllm.config import set_current_vllm_config
 
-        with set_current_vllm_config(self._vllm_config), self._device:
+        # On a CPU tensors are made there anyway, and the device's mode costs as much as many of the calls inside.
+        device = nullcontext() if self._device.type == "cpu" else self._device
+        with set_current_vllm_config(self._vllm_config), device:
             yield
 
 
@@ -294,6 +296,15 @@ def _processing(layer: nn.Module) -> Callable[[], None] | None:
     if quant_method is None or all(parameter is None for parameter in layer._parameters.values()):
         return None
     return functools.partial(quant_method.process_weights_after_loading, layer)
+
+
+def _is_packed(model: nn.Module, layer: nn.Module) -> bool:
+    """Whether a product is computed from a packed copy of a layer's weight; a table of embeddings is only looked up."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    heads = {id(head) for module in model.modules() if (head := getattr(module, "lm_head", None)) is not None}
+    table = isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead)
+    return hasattr(layer, "cpu_linear") and (not table or id(layer) in heads)
 
 
 def _forget_packed_experts(model: nn.Module | _Some) -> None:
