@@ -7,13 +7,12 @@ the hashes of all parameters are taken, the same weights are sent whole, and the
 import pytest
 import torch
 
+from fixtures.deltas import Changes, nudged
 from fixtures.engine import Engine, weights_of
 from fixtures.tiny import write_tiny_model
 from verl.trainer.config import RolloutConfig
 from verl.utils.vllm import plugin
 from verl.workers.rollout.quantization import get_scheme
-from verl.workers.rollout.weight_sync.bucket import BucketWriter
-from verl.workers.rollout.weight_sync.delta import DeltaBlock, bits
 from verl.workers.rollout.weight_sync.manifest import WeightUpdateError
 
 pytestmark = pytest.mark.e2e
@@ -21,33 +20,15 @@ pytestmark = pytest.mark.e2e
 STEPS = 20
 
 
-def nudged(weights, step):
-    """What an optimizer step at a small learning rate makes of some weights: every element moves, a little."""
-    generator = torch.Generator().manual_seed(step)
-    return {name: tensor + 2e-5 * torch.randn(tensor.shape, generator=generator) for name, tensor in weights.items()}
-
-
 def encoded(scheme, weights, dtype):
     return {name: t.contiguous() for name, t in scheme.encode((n, w.to(dtype)) for n, w in weights.items())}
 
 
 def send_changes(engine, old, new, version):
-    """One bucket with what differs; returns bytes sent, and the engine's statistics."""
-    block = DeltaBlock()
-    for name, tensor in new.items():
-        flat = tensor.view(-1)
-        changed = (bits(flat) != bits(old[name].view(-1))).nonzero().squeeze(-1)
-        block.add(name, tuple(tensor.shape), 0, flat, changed)
-    writer = BucketWriter(1 << 24)
-    if block.pieces:
-        writer.add("", block.to_bytes())
-    bucket = writer.seal(version=version, index=0, last=True)
-    pieces = [piece.to_plain() for piece in block.pieces]
+    changes = Changes(old, new, version)
     engine.checked("verl_begin_update", version, engine.quantization, version - 1)
-    engine.checked("verl_load_bucket", {**bucket, "entries": [], "base": version - 1, "pieces": pieces})
-    manifest = {"version": version, "base": version - 1, "num_buckets": 1, "num_pieces": len(pieces)}
-    values = sum(piece["count"] for piece in pieces)
-    return engine.checked("verl_finish_update", {**manifest, "num_values": values})
+    engine.checked("verl_load_bucket", changes.bucket)
+    return engine.checked("verl_finish_update", changes.manifest)
 
 
 def twenty_steps(engine, scheme, weights, dtype):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 from vllm.config import VllmConfig
 
+from fixtures.deltas import Changes
 from fixtures.tiny import write_tiny_model
 from verl.trainer.config import RolloutConfig
 from verl.utils.vllm.compat import load_session
@@ -80,7 +81,16 @@ class Updates:
             bucket = self._sender.next_bucket()
             self._receiver.load_bucket(bucket)
             last = bucket["last"]
-        self._receiver.finish(self._sender.manifest())
+        self.patchable = self._receiver.finish(self._sender.manifest())["patchable"]
+        assert self._receiver.version == self._version
+
+    def send_changes(self, old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor]) -> None:
+        """What changed since `old`, which the engine has, written in place."""
+        self._version += 1
+        changes = Changes(dict(self.encoded(old)), dict(self.encoded(new)), self._version)
+        self._receiver.begin(self._version, self._version - 1)
+        self._receiver.load_bucket(changes.bucket)
+        self._receiver.finish(changes.manifest)
         assert self._receiver.version == self._version
 
     def encoded(self, weights: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:

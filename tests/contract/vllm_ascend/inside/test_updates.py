@@ -17,6 +17,7 @@ from contract.vllm_ascend.updates import (
     weights_of,
 )
 
+from fixtures.deltas import nudged
 from verl.workers.rollout.weight_sync.manifest import WeightUpdateError
 
 
@@ -24,6 +25,25 @@ from verl.workers.rollout.weight_sync.manifest import WeightUpdateError
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe", "llama"])
 def test_every_update_leaves_the_right_bytes_at_the_same_addresses(tmp_path, kind, tied):
     assert_every_update_lands(checkpoints(tmp_path, kind, tied=tied))
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
+def test_changes_written_in_place_leave_the_bytes_of_a_whole_update(tmp_path, kind):
+    (source,) = checkpoints(tmp_path, kind, 1, tied=kind == "qwen3")
+    config, scheme = config_of(source), scheme_of(source)
+    weights = weights_of(source)
+    with engine(config):
+        model = build_model(config)
+        updates, before = Updates(model, config, scheme), addresses(model)
+        updates.send(weights)
+        if not updates.patchable:  # what a layer is made from is kept by the next whole update
+            updates.send(weights)
+        assert updates.patchable
+        for step in range(5):
+            old, weights = weights, nudged(weights, step, 10 ** (step - 5))
+            updates.send_changes(old, weights)
+            assert_same(held(model), engine_parameters(weights))
+            assert addresses(model) == before
 
 
 def test_layers_left_out_are_updated_as_they_are(tmp_path):
