@@ -2,6 +2,9 @@ import pickle
 
 import pytest
 
+from verl.trainer.config import RolloutConfig
+from verl.trainer.config.delta import whole_updates_why
+from verl.trainer.config.rollout import CheckpointEngineConfig
 from verl.utils.platform import choose_dtype
 
 MIB = 1 << 20
@@ -43,12 +46,21 @@ def test_dtypes_and_the_weight_update(plan_of, run_files):
 def test_memory_against_the_sum_by_hand(plan_of, run_files):
     run_files.write_safetensors(run_files.weights, {"a": (25600, 1024)})
     parameters = 25600 * 1024
-    fixed = dict(actor_rollout_ref__rollout__dtype="float32", actor_rollout_ref__actor__fsdp_config__dtype="float32")
+    delta = "actor_rollout_ref__rollout__checkpoint_engine__delta"
+    fixed = {
+        "actor_rollout_ref__rollout__dtype": "float32",
+        "actor_rollout_ref__actor__fsdp_config__dtype": "float32",
+        delta: "off",
+    }
     one, two = plan_of(**fixed).memory, plan_of(**fixed, trainer__n_gpus_per_node=2).memory
     with_ref = plan_of(**fixed, actor_rollout_ref__actor__use_kl_loss=True).memory
     # float32 master weights, gradients, two moments: 16 bytes a parameter, halved on two ranks; the reference 4 more
     assert abs(one.trainer_bytes - two.trainer_bytes - 8 * parameters) < MIB
     assert with_ref.trainer_bytes - one.trainer_bytes == 4 * parameters
+    # what was sent last, in float32 too: the trainer's ranks share it, the engine has all of it
+    changes = plan_of(**(fixed | {delta: "auto"}), trainer__n_gpus_per_node=2).memory
+    assert changes.trainer_bytes - two.trainer_bytes == 2 * parameters
+    assert changes.replica_bytes - two.replica_bytes == 4 * parameters
     half = plan_of(**(fixed | {"actor_rollout_ref__rollout__dtype": "bfloat16"})).memory
     # 8192 requests of 32 tokens take a block of 128 tokens each: keys and values of 2 layers with 2 heads of 8
     many = plan_of(**fixed, actor_rollout_ref__rollout__max_num_seqs=8192).memory
@@ -81,6 +93,31 @@ def test_the_table(plan_of, run_files):
         "note: no effect on a CPU",
     ):
         assert part in text, part
+
+
+@pytest.mark.parametrize(
+    ("over", "words"),
+    [
+        ({}, "bucket(s), then what changed"),
+        ({"checkpoint_engine__delta": "off"}, "always (checkpoint_engine.delta=off)"),
+    ],
+)
+def test_the_table_tells_whether_updates_after_the_first_are_whole(plan_of, run_files, over, words):
+    run_files.write_safetensors(run_files.weights, {"a": (256, 1024)})
+    assert words in plan_of(**{f"actor_rollout_ref__rollout__{key}": value for key, value in over.items()}).render()
+
+
+def test_why_updates_are_whole():
+    def why(device, delta="auto", **rollout):
+        return whole_updates_why(
+            RolloutConfig(checkpoint_engine=CheckpointEngineConfig(delta=delta), **rollout), device
+        )
+
+    assert why("cpu") is why("npu") is why("cpu", quantization="ascend") is None
+    assert why("cuda", free_cache_engine=False) is why("cpu", quantization_side="receiver") is None
+    assert "gives its weights up" in why("cuda")
+    assert "quantization_side=receiver" in why("cpu", quantization="ascend", quantization_side="receiver")
+    assert "delta=off" in why("npu", delta="off")
 
 
 def test_filtered_prompts_are_at_most_so_many(plan_of):

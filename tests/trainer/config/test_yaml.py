@@ -43,7 +43,7 @@ def test_the_files_are_as_written():
 
 UNITS = {
     "prompts", "samples", "tokens", "seconds", "MiB", "training steps", "epochs", "processes", "ranks", "devices",
-    "characters",
+    "characters", "buckets", "updates",
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from verl.trainer.config.critic import resolve_critic
+from verl.trainer.config.delta import whole_updates_why
 from verl.trainer.config.lora import adapter_parameters, lora_options
 from verl.trainer.config.model_files import ModelFiles
 from verl.trainer.config.ppo import PPOConfig
@@ -66,7 +67,8 @@ def estimate_memory(
     rollout = config.actor_rollout_ref.rollout
     itemsize = _ITEMSIZE[rollout_dtype]
     bucket = rollout.checkpoint_engine.update_weights_bucket_megabytes * _MIB
-    others = 2 * min(bucket, model.parameters * itemsize) + _DRIVER_BASE + reward_workers * _REWARD_WORKER
+    in_flight = rollout.checkpoint_engine.buckets_in_flight
+    others = in_flight * min(bucket, model.parameters * itemsize) + _DRIVER_BASE + reward_workers * _REWARD_WORKER
     trainer, replica, cache = _TRAINER_BASE, _REPLICA_BASE, 0
     if device == "cpu":
         lora = lora_options(config.actor_rollout_ref.model)
@@ -84,6 +86,12 @@ def estimate_memory(
         if rollout.quantization is not None:
             # What computes on a CPU is dequantised; the quantised weights, a byte and their scales, are kept besides.
             replica += model.parameters * 33 // 32
+        if whole_updates_why(rollout, device) is None:
+            # What was sent last, and for weights that the engine packs the form that changes are made in.
+            encoded = rollout.quantization in ("ascend", "fp8")
+            kept = model.parameters * 33 // 32 if encoded else model.parameters * itemsize
+            trainer += kept // ranks
+            replica += 0 if rollout.quantization == "ascend" else kept
     total = trainer * ranks + replica * replicas + others
     return MemoryEstimate(trainer, replica, cache, others, total)
 

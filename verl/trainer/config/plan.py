@@ -57,7 +57,8 @@ class Plan:
         trainer_ranks, replicas, tensor_parallel, reward_workers: processes.
         parameters: of the model; None where its files do not tell.
         critic: the critic's part; None without one.
-        update_bytes, update_buckets: what one weight update moves, at least; None likewise.
+        update_bytes, update_buckets: what a whole weight update moves, at least; None likewise.
+        whole_updates_why: why no update sends only what changed; None where updates do, after the first.
         memory: estimate for the host.
         available_bytes: host memory that is free now, or None.
         checkpoints, logs: where they go.
@@ -93,6 +94,7 @@ class Plan:
     critic: CriticPlan | None
     update_bytes: int | None
     update_buckets: int | None
+    whole_updates_why: str | None
     memory: MemoryEstimate | None
     available_bytes: int | None
     checkpoints: str
@@ -151,7 +153,8 @@ class Plan:
         if self.rollout_weights is not None:
             rows.append(("engine's weights", self.rollout_weights))
         if self.update_bytes is not None:
-            rows.append(("weight update", f"{size(self.update_bytes)} in {self.update_buckets} bucket(s)"))
+            then = "then what changed" if self.whole_updates_why is None else f"always ({self.whole_updates_why})"
+            rows.append(("weight update", f"{size(self.update_bytes)} in {self.update_buckets} bucket(s), {then}"))
         if self.memory is not None:
             free = "" if self.available_bytes is None else f", {size(self.available_bytes)} available"
             rows.append(("host memory", f"about {size(self.memory.total_bytes)}{free}"))

@@ -22,6 +22,7 @@ from verl.single_controller.worker_group import WorkerGroup
 from verl.trainer.config import Plan, PPOConfig
 from verl.trainer.config.checks.batches import needs_ref
 from verl.trainer.config.critic import needs_critic, resolve_critic
+from verl.trainer.config.delta import whole_updates_why
 from verl.trainer.config.rollout_correction import resolve
 from verl.trainer.ppo.advantages import get_adv_estimator_fn, required_columns
 from verl.trainer.ppo.checkpoint import CheckpointError, load_driver_state, save_driver_state
@@ -101,7 +102,7 @@ class Runtime:
         self._on_demand = self._estimator_columns()
         engine = config.actor_rollout_ref.rollout.checkpoint_engine
         self._updates = WeightUpdates(
-            delta=engine.delta == "auto",
+            delta=whole_updates_why(config.actor_rollout_ref.rollout, plan.device) is None,
             check_interval=engine.delta_check_interval,
             buckets_in_flight=engine.buckets_in_flight,
         )

@@ -24,6 +24,7 @@ from verl.trainer.config.checks.quantization import Quantisation, check_quantiza
 from verl.trainer.config.checks.reward import check_reward
 from verl.trainer.config.checks.rollout_correction import check_rollout_correction
 from verl.trainer.config.critic import resolve_critic
+from verl.trainer.config.delta import whole_updates_why
 from verl.trainer.config.errors import ConfigError
 from verl.trainer.config.estimate import estimate_memory
 from verl.trainer.config.findings import Findings
@@ -142,6 +143,7 @@ def _derive(
         critic=None if critic is None else _critic(config, device, critic),
         update_bytes=update,
         update_buckets=None if update is None else -(-update // bucket),
+        whole_updates_why=whole_updates_why(rollout, device),
         memory=estimate_memory(
             config,
             model,

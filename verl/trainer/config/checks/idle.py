@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from verl.trainer.config import names
 from verl.trainer.config.checks.agent import rows_choose_loop
 from verl.trainer.config.critic import needs_critic, resolve_critic
+from verl.trainer.config.delta import whole_updates_why
 from verl.trainer.config.ppo import PPOConfig
 from verl.trainer.config.ref import needs_ref
 from verl.trainer.config.reward_kwargs import KWARGS, MANAGER_KWARGS
@@ -54,7 +55,7 @@ def idle_notes(config: PPOConfig, device: str) -> list[str]:
             "no effect on a CPU: rollout.gpu_memory_utilization, rollout.free_cache_engine, "
             "rollout.cudagraph_capture_sizes"
         )
-    for reason, keys in _idle(config):
+    for reason, keys in _idle(config, device):
         named = sorted(
             name for name in changed for key in keys if name == key or (key[-1] == "." and name.startswith(key))
         )
@@ -68,7 +69,7 @@ def _is_idle(estimator: str, users: tuple[str, ...]) -> bool:
     return estimator in names.ADV_ESTIMATORS and estimator not in users
 
 
-def _idle(config: PPOConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _idle(config: PPOConfig, device: str) -> Iterator[tuple[str, tuple[str, ...]]]:
     roles, trainer = config.actor_rollout_ref, config.trainer
     actor, rollout = roles.actor, roles.rollout
     algorithm = config.algorithm
@@ -144,6 +145,9 @@ def _idle(config: PPOConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
     if rollout.quantization is None:
         keys = (_ROLLOUT + "quantization_config_file", _ROLLOUT + "quantization_side")
         yield "with rollout.quantization=null", keys
+    whole = whole_updates_why(rollout, device)
+    if whole is not None:
+        yield f"with {whole}", (_ROLLOUT + "checkpoint_engine.delta_check_interval",)
     if not rollout.calculate_log_probs:
         yield "with rollout.calculate_log_probs=False", (_ROLLOUT + "logprobs_mode",)
     if not config.data.shuffle and config.data.train_max_samples < 0:

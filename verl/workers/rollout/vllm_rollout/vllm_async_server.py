@@ -216,14 +216,9 @@ class vLLMHttpServer:
         self._commit(int(manifest["version"]))
         # Where the workers quantise, each does so with all weights: `worst` is None for all of them or for none.
         columns = _columns(statistics)
-        patchable = all(columns.pop("patchable")) and not self._gives_weights_up
+        patchable = all(columns.pop("patchable"))
         largest = {key: max(values) if values[0] is not None else None for key, values in columns.items()}
         return {**largest, "patchable": patchable}
-
-    @property
-    def _gives_weights_up(self) -> bool:
-        """Whether the engine sleeps without its weights between two updates."""
-        return self._device == "cuda" and self._rollout.free_cache_engine
 
     async def abort_update(self, reason: str) -> None:
         """Give an update up. The replica refuses every request until a whole update succeeds."""
