@@ -159,10 +159,10 @@ def test_arithmetic(calculator, expression, shown):
     ],
 )
 def test_what_is_no_arithmetic_or_too_much_is_refused_at_once(calculator, expression):
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(ValueError):
         calculator.evaluate(expression)
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_the_schema_is_what_the_demonstrations_call(calculator, script):

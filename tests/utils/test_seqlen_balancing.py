@@ -41,12 +41,12 @@ def test_ragged_lengths_come_out_even(k):
     assert max(sums) - min(sums) < max(in_order) - min(in_order)
 
 
-def test_deterministic_and_fast():
+def test_deterministic_and_cheap():
     rng = random.Random(1)
     lengths = [rng.randrange(1, 4096) for _ in range(4096)]
-    started = time.perf_counter()
+    started = time.process_time()
     first = balanced_partition(lengths, 8)
-    assert time.perf_counter() - started < 2.0
+    assert time.process_time() - started < 2.0
     assert first == balanced_partition(lengths, 8)
 
 

@@ -12,10 +12,11 @@ def test_a_name_accumulates_and_others_stay_apart():
     for _ in range(2):
         with marked_timer("gen", timings):
             time.sleep(0.02)
+    begin = time.perf_counter()
     with marked_timer("adv", timings):
-        pass
-    assert 0.04 <= timings["gen"] < 1.0
-    assert 0.0 <= timings["adv"] < 0.02
+        time.sleep(0.01)
+    assert timings["gen"] >= 0.04
+    assert 0.01 <= timings["adv"] <= time.perf_counter() - begin
 
 
 def test_a_block_that_raises_is_timed():

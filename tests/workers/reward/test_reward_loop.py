@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,11 +20,13 @@ import pytest
 from verl.workers.reward import RewardError, RewardFunctionError, RewardLoop, RewardResult, extra_columns
 
 SIGNATURE = "compute_score(data_source, solution_str, ground_truth, extra_info)"
+SHORT = 1.0
+"""Timeout in seconds of tests in which a sample hangs; in others none must reach its own, however slow the machine."""
 
 
 def config(path=None, **over):
     """The attributes of the `reward` config section."""
-    values = {"name": "compute_score", "manager": "naive", "num_workers": 2, "timeout": 0.3, "reward_kwargs": {}}
+    values = {"name": "compute_score", "manager": "naive", "num_workers": 2, "timeout": 60.0, "reward_kwargs": {}}
     values |= {"own_kwargs": {}} | over
     return SimpleNamespace(
         custom_reward_function=SimpleNamespace(
@@ -34,9 +37,18 @@ def config(path=None, **over):
     )
 
 
+WAITING = """
+import os, time
+def wait_for_file(path):
+    while not os.path.exists(path):
+        time.sleep(0.005)
+"""
+
+
 @pytest.fixture
 def start(tmp_path):
     """Give it the source of a reward function (None: the built-in scorers); loops are closed and checked at the end."""
+    (tmp_path / "waiting.py").write_text(WAITING)
     loops = []
 
     def build(source=None, *, data_sources=(), components=(), **over):
@@ -62,26 +74,30 @@ def alive(pid):
         return False
 
 
-def wait_until_gone(pids, seconds=5.0):
+def wait_until_gone(pids, seconds=60.0):
     end = time.monotonic() + seconds
     while (left := [pid for pid in pids if alive(pid)]) and time.monotonic() < end:
         time.sleep(0.02)
     return left
 
 
-def wait_until_ready(loop, seconds=20.0):
-    """The constructor waits for the first worker only; tests that measure how work is shared need all of them."""
-    end = time.monotonic() + seconds
-    while not all(worker.ready for worker in loop._pool._workers):
-        assert time.monotonic() < end
-        time.sleep(0.02)
+def wait_until_ready(loop):
+    """The constructor waits for the first worker only; tests of how work is shared need all of them."""
+    asyncio.run(until(lambda: all(worker.ready for worker in loop._pool._workers)))
 
 
-def score(loop, *answers):
+async def until(condition, seconds=60.0):
+    """Wait until `condition()` holds; the limit is for tests that hang."""
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def score(loop, *answers, truth="truth"):
     """Score the answers at the same time, in order."""
 
     async def gather():
-        return await asyncio.gather(*(loop.score("d", answer, "truth", {"i": i}) for i, answer in enumerate(answers)))
+        return await asyncio.gather(*(loop.score("d", answer, truth, {"i": i}) for i, answer in enumerate(answers)))
 
     return asyncio.run(gather())
 
@@ -97,7 +113,7 @@ def test_a_sync_function_gets_its_arguments_by_keyword(start):
     results = score(loop, "ab", "abc")
     assert [result.score for result in results] == [2.5, 3.5]
     assert [result.extra for result in results] == [{"seen": ["d", "truth", 0]}, {"seen": ["d", "truth", 1]}]
-    assert all(result.error is None and 0 <= result.seconds < 0.3 for result in results)
+    assert all(result.error is None for result in results)
 
 
 def test_keywords_of_both_sections_reach_the_scorer_and_the_managers_do_not(start):
@@ -110,7 +126,6 @@ def test_keywords_of_both_sections_reach_the_scorer_and_the_managers_do_not(star
             manager=manager,
             reward_kwargs={"a": 1, "max_resp_len": 8, "overlong_buffer_cfg": {"enable": False}},
             own_kwargs={"b": 2},
-            timeout=5.0,
         )
         (result,) = score(loop, "x")
         assert (result.score, result.extra) == (
@@ -129,7 +144,6 @@ def test_num_workers_is_the_number_of_processes(start, count):
             return {{"score": 1.0, "pid": os.getpid()}}
         """,
         num_workers=count,
-        timeout=5.0,
     )
     wait_until_ready(loop)
     assert len(loop.worker_pids()) == count
@@ -159,7 +173,6 @@ def test_dapo_takes_a_penalty_for_length_off_the_score(start):
         """,
         manager="dapo",
         reward_kwargs=DAPO,
-        timeout=5.0,
     )
 
     async def gather():
@@ -185,7 +198,6 @@ def test_gdpo_ends_the_run_when_a_component_is_missing(start):
         """,
         manager="gdpo",
         components=["form", "short"],
-        timeout=5.0,
     )
     good, failed = score(loop, "all", "slow")
     assert (good.score, good.extra) == (1.0, {"form": 1.0, "short": 1.0})
@@ -199,17 +211,15 @@ def test_an_async_function_runs_many_samples_at_once(start):
     loop = start(
         f"""
         import asyncio
+        all_here = asyncio.Barrier(50)
         async def {SIGNATURE}:
-            await asyncio.sleep(0.1)
+            await all_here.wait()
             return float(solution_str)
         """,
         num_workers=1,
-        timeout=5.0,
     )
-    begin = time.monotonic()
     results = score(loop, *map(str, range(50)))
     assert [result.score for result in results] == [float(i) for i in range(50)]
-    assert time.monotonic() - begin < 2.0  # one after the other takes 5 s
 
 
 @pytest.mark.parametrize("keyword", ["def", "async def"])
@@ -220,7 +230,6 @@ def test_what_counts_as_a_score(start, keyword):
         {keyword} {SIGNATURE}:
             return eval(solution_str)
         """,
-        timeout=5.0,
     )
     good = {
         "1": 1.0,
@@ -257,7 +266,6 @@ def test_extra_values_arrive_as_built_in_types(start):
             return dict(score=1, a=np.float32(0.5), b=np.arange(3), c=(1, {{"d": None}}), e=Text("t"), f=Level.HIGH,
                         g=np.bool_(True))
         """,
-        timeout=5.0,
     )
     (result,) = score(loop, "x")
     assert result.extra == {"a": 0.5, "b": [0, 1, 2], "c": [1, {"d": None}], "e": "t", "f": 3, "g": True}
@@ -317,18 +325,16 @@ def test_a_hang_costs_its_own_sample_and_nothing_else(start, keyword, how):
             if solution_str == "hang":
                 {HANGS[how]}
             return 1.0
-        """
+        """,
+        timeout=SHORT,
     )
     before = loop.worker_pids()
-    begin = time.monotonic()
     results = score(loop, *["good"] * 40, "hang", *["good"] * 40)
-    took = time.monotonic() - begin
     assert [i for i, result in enumerate(results) if result.error] == [40]
     assert (results[40].error, results[40].score) == ("timeout", 0.0)
-    assert results[40].seconds >= 0.3
-    assert 0.3 <= took < 3.0
+    assert results[40].seconds >= SHORT
     assert loop.step_metrics()["reward/num_timeouts"] == 1
-    assert loop.step_metrics()["reward/seconds_max"] >= 0.3
+    assert loop.step_metrics()["reward/seconds_max"] >= SHORT
     assert len([pid for pid in before if alive(pid)]) == 1  # the hung one is gone
     assert score(loop, "good")[0].score == 1.0
     assert len(loop.worker_pids()) == 2  # and replaced
@@ -344,7 +350,8 @@ def test_an_await_that_never_ends_is_cancelled_without_a_new_worker(start):
             except asyncio.CancelledError:
                 await asyncio.sleep(1000)  # even one that does not obey
             return 1.0
-        """
+        """,
+        timeout=SHORT,
     )
     before = loop.worker_pids()
     results = score(loop, "good", "hang", "good")
@@ -364,6 +371,7 @@ def test_a_blocked_event_loop_fails_the_blocking_sample_and_repeats_the_waiting_
             return 1.0
         """,
         num_workers=1,
+        timeout=SHORT,
     )
     results = score(loop, *["good"] * 5, "block", *["good"] * 5)
     assert [result.error for result in results] == [None] * 5 + ["timeout"] + [None] * 5
@@ -375,12 +383,13 @@ def test_time_in_the_queue_is_not_charged(start):
             f"""
             import time
             {keyword} {SIGNATURE}:
-                time.sleep(0.05)
+                time.sleep(0.1)
                 return 1.0
             """,
             num_workers=1,
+            timeout=SHORT,
         )
-        assert all(result.error is None for result in score(loop, *["x"] * 20))  # 1 s in all, 0.3 s each allowed
+        assert all(result.error is None for result in score(loop, *["x"] * 15))  # longer than SHORT in all
 
 
 @pytest.mark.parametrize("keyword", ["def", "async def"])
@@ -409,7 +418,8 @@ def test_what_a_hung_function_started_ends_with_it(start, tmp_path):
             child = subprocess.Popen(["sleep", "1000"])
             open(solution_str, "w").write(str(child.pid))
             child.wait()
-        """
+        """,
+        timeout=SHORT,
     )
     note = tmp_path / "pid"
     assert score(loop, str(note))[0].error == "timeout"
@@ -422,7 +432,6 @@ def test_megabytes_of_extra_pass_and_far_too_many_are_refused(start):
         def {SIGNATURE}:
             return {{"score": 1.0, "log": "x" * int(solution_str)}}
         """,
-        timeout=5.0,
     )
     small, large, huge = score(loop, "3", str(5 * 2**20), str(40 * 2**20))
     assert (small.score, large.score) == (1.0, 1.0)
@@ -431,40 +440,41 @@ def test_megabytes_of_extra_pass_and_far_too_many_are_refused(start):
     assert "40 MiB" in huge.detail
 
 
-def test_the_callers_event_loop_is_never_blocked(start):
+def test_the_callers_event_loop_is_never_blocked(start, tmp_path):
+    """Each sample is done only when the caller's loop, which waits for it, has made a file."""
     loop = start(
         f"""
-        import time
+        from waiting import wait_for_file
         def {SIGNATURE}:
-            time.sleep(1000 if solution_str == "hang" else 0.02)
+            wait_for_file(solution_str)
             return 1.0
-        """
+        """,
+        timeout=2.0,
     )
 
     async def watch():
-        gaps, running = [], True
+        paths = [tmp_path / f"{i}" for i in range(20)]
 
-        async def tick():
-            while running:
-                begin = time.monotonic()
+        async def make():
+            for path in paths:
                 await asyncio.sleep(0.005)
-                gaps.append(time.monotonic() - begin)
+                if path != paths[3]:  # its sample hangs, and its worker is replaced
+                    path.touch()
 
-        ticker = asyncio.create_task(tick())
-        await asyncio.gather(*(loop.score("d", "hang" if i == 3 else "x", "t", {}) for i in range(20)))
-        running = False
-        await ticker
-        return max(gaps)
+        maker = asyncio.create_task(make())
+        results = await asyncio.gather(*(loop.score("d", str(path), "t", {}) for path in paths))
+        await maker
+        return results
 
-    assert asyncio.run(watch()) < 0.2
+    assert [i for i, result in enumerate(asyncio.run(watch())) if result.error] == [3]
 
 
 def test_scoring_starts_with_the_first_sample_not_with_the_last(start):
     loop = start(f"def {SIGNATURE}: return 1.0")
 
     async def trickle():
-        first = await asyncio.wait_for(loop.score("d", "x", "t", {}), 5)  # nothing else is coming
-        second = await asyncio.wait_for(loop.score("d", "y", "t", {}), 5)
+        first = await asyncio.wait_for(loop.score("d", "x", "t", {}), 60)  # nothing else is coming
+        second = await asyncio.wait_for(loop.score("d", "y", "t", {}), 60)
         return first, second
 
     assert [result.score for result in asyncio.run(trickle())] == [1.0, 1.0]
@@ -473,10 +483,10 @@ def test_scoring_starts_with_the_first_sample_not_with_the_last(start):
 def test_a_cancelled_caller_is_not_counted_and_its_sample_not_scored(start, tmp_path):
     loop = start(
         f"""
-        import time
+        from waiting import wait_for_file
         def {SIGNATURE}:
-            open(ground_truth + "/" + solution_str, "w").close()
-            time.sleep(0.1)
+            open(ground_truth + "/seen/" + solution_str, "w").close()
+            wait_for_file(ground_truth + "/go")
             return 1.0
         """,
         num_workers=1,
@@ -484,10 +494,12 @@ def test_a_cancelled_caller_is_not_counted_and_its_sample_not_scored(start, tmp_
     (tmp_path / "seen").mkdir()
 
     async def cancel():
-        tasks = [asyncio.create_task(loop.score("d", name, str(tmp_path / "seen"), {})) for name in "abcd"]
-        await asyncio.sleep(0.05)
+        tasks = [asyncio.create_task(loop.score("d", name, str(tmp_path), {})) for name in "abcd"]
+        await until((tmp_path / "seen" / "a").exists)
         for task in tasks[:3]:
             task.cancel()
+        await asyncio.gather(*tasks[:3], return_exceptions=True)
+        (tmp_path / "go").touch()
         return await tasks[3]
 
     assert asyncio.run(cancel()).score == 1.0
@@ -496,7 +508,7 @@ def test_a_cancelled_caller_is_not_counted_and_its_sample_not_scored(start, tmp_
 
 
 def test_every_sample_of_a_step_failing_stops_the_run(start):
-    loop = start(f"def {SIGNATURE}: return 1.0 if solution_str == 'good' else 1 / 0", timeout=1.0)
+    loop = start(f"def {SIGNATURE}: return 1.0 if solution_str == 'good' else 1 / 0")
     loop.check_step()  # no sample yet
     score(loop, "bad", "good")
     loop.check_step()
@@ -517,15 +529,21 @@ def test_seconds_are_those_of_scoring(start):
         f"""
         import time
         def {SIGNATURE}:
+            begin = time.monotonic()
             time.sleep(float(solution_str))
-            return 1.0
+            return {{"score": 1.0, "own": time.monotonic() - begin}}
         """,
-        timeout=5.0,
+        num_workers=1,
     )
-    score(loop, "0.1", "0.2")
+    begin = time.monotonic()
+    results = score(loop, "0.1", "0.2", "0.1")
+    took = time.monotonic() - begin
+    seconds = [result.seconds for result in results]
+    assert all(result.extra["own"] <= result.seconds for result in results)
+    assert sum(seconds) <= took  # one after the other: the wait for the worker is in none of them
     metrics = loop.step_metrics()
-    assert metrics["reward/seconds_max"] == pytest.approx(0.2, abs=0.05)
-    assert metrics["reward/seconds_mean"] == pytest.approx(0.15, abs=0.05)
+    assert metrics["reward/seconds_max"] == max(seconds)
+    assert metrics["reward/seconds_mean"] == pytest.approx(sum(seconds) / 3)
 
 
 def test_a_plain_function_may_hand_back_a_coroutine(start):
@@ -574,11 +592,9 @@ def test_a_callable_object_and_a_file_beside_it(start, tmp_path):
         (f"def {SIGNATURE}: pass", {"name": "compute"}, "compute does not exist.*it has compute_score"),
     ],
 )
-def test_a_function_that_does_not_load_is_named_at_once(start, source, over, message):
-    begin = time.monotonic()
+def test_a_function_that_does_not_load_is_named(start, source, over, message):
     with pytest.raises(RewardFunctionError, match=message) as caught:
         start(source, **over)
-    assert time.monotonic() - begin < 10
     assert isinstance(caught.value, ValueError)
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
@@ -635,7 +651,7 @@ def test_a_function_that_stops_loading_during_the_run_ends_it(start, tmp_path):
 
 def test_built_in_scorers_take_the_same_path(start):
     sources = ["openai/gsm8k", "math_dapo"]  # the others are prepared when their first sample comes
-    loop = start(data_sources=sources, timeout=5.0)
+    loop = start(data_sources=sources)
 
     async def gather():
         return await asyncio.gather(
@@ -650,9 +666,21 @@ def test_built_in_scorers_take_the_same_path(start):
     assert (gsm8k.score, gsm8k.extra) == (1.0, {"acc": 1.0})
     assert (dapo.score, dapo.extra) == (-1.0, {"acc": False, "pred": "41"})
     assert (gym.score, latex.score) == (1.0, 1.0)
-    assert gym.seconds < 0.1  # the import is not charged to the sample
     assert unknown.error == "exception"
     assert "who/knows has no built-in scorer" in unknown.detail
+
+
+def test_the_import_of_a_scorer_is_not_charged_to_its_sample(start, tmp_path, monkeypatch):
+    package = tmp_path / "reasoning_gym"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        f"import time; time.sleep({2 * SHORT})\ndef get_score_answer_fn(task): return lambda answer, entry: 1.0"
+    )
+    (package / "factory.py").write_text("DATASETS = {'slow': None}")
+    monkeypatch.syspath_prepend(tmp_path)
+    loop = start(timeout=SHORT)
+    result = asyncio.run(loop.score("reasoning_gym/slow", "x", "x", {}))
+    assert (result.score, result.error) == (1.0, None)
 
 
 def test_a_source_without_a_scorer_is_found_at_the_start():
@@ -661,99 +689,122 @@ def test_a_source_without_a_scorer_is_found_at_the_start():
 
 
 @pytest.mark.parametrize("keyword", ["def", "async def"])
-def test_512_trivial_samples_take_well_below_half_a_second(start, keyword):
-    loop = start(f"{keyword} {SIGNATURE}: return float(len(solution_str))", timeout=5.0)
+def test_512_trivial_samples_cost_well_below_half_a_second_of_processor_time(start, keyword):
+    loop = start(f"{keyword} {SIGNATURE}: return float(len(solution_str))")
+    wait_until_ready(loop)
     answers = ["x" * (i % 7) for i in range(512)]
-    taken = []
-    while len(taken) < 10 and min(taken, default=1.0) > 0.4:  # other programs may take the processor for a while
-        begin = time.monotonic()
-        results = score(loop, *answers)
-        taken.append(time.monotonic() - begin)
-        assert [result.score for result in results] == [float(i % 7) for i in range(512)]
-    assert min(taken) < 0.4, taken
+    score(loop, *answers)
+    begin = processor_seconds(loop)
+    results = score(loop, *answers)
+    spent = processor_seconds(loop) - begin
+    assert [result.score for result in results] == [float(i % 7) for i in range(512)]
+    assert spent < 0.4
 
 
-SLEEP = f"""
-import time
-def {SIGNATURE}:
-    time.sleep(float(solution_str))
-    return 1.0
-"""
+def processor_seconds(loop):
+    """What this process and the workers have used of the processors, whatever else runs beside them."""
+    ticks = 0
+    for pid in loop.worker_pids():
+        ticks += sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
-def test_samples_that_travel_together_are_shared_fairly_and_timed_one_by_one(start):
-    loop = start(SLEEP, timeout=0.5)
+def test_samples_that_travel_together_are_shared_fairly_and_timed_one_by_one(start, tmp_path):
+    loop = start(
+        f"""
+        import time
+        from waiting import wait_for_file
+        def {SIGNATURE}:
+            wait_for_file(ground_truth)
+            time.sleep(float(solution_str))
+            return 1.0
+        """,
+        timeout=3.0,
+    )
     wait_until_ready(loop)
-    score(loop, *["0"] * 100)  # now the loop sends samples in groups
-    begin = time.monotonic()
-    results = score(loop, *["0.05"] * 40)
-    assert time.monotonic() - begin < 1.6  # 1 s when shared by two workers; 2 s on one
-    assert [result.error for result in results] == [None] * 40
+    score(loop, *["0"] * 100, truth=tmp_path)  # quick ones: from now on samples travel together
+    gate, all_submitted, outcomes = tmp_path / "gate", threading.Event(), []
+    loop._pool.submit(("d", "0", str(tmp_path), {}), lambda _: all_submitted.wait(60))  # holds the pool's thread
+    for _ in range(40):
+        loop._pool.submit(("d", "0.2", str(gate), {}), outcomes.append)
+    all_submitted.set()
+    asyncio.run(until(lambda: all(worker.running for worker in loop._pool._workers)))
+    first, second = (len(worker.running) for worker in loop._pool._workers)
+    assert first == second
+    gate.touch()
+    asyncio.run(until(lambda: len(outcomes) == 40))
+    assert [outcome.error for outcome in outcomes] == [None] * 40  # a group may take longer than the timeout
 
 
-def test_a_slow_sample_does_not_hold_up_the_ones_behind_it(start):
-    loop = start(SLEEP, timeout=5.0)
+def test_a_slow_sample_does_not_hold_up_the_ones_behind_it(start, tmp_path):
+    loop = start(
+        f"""
+        import time
+        from waiting import wait_for_file
+        def {SIGNATURE}:
+            wait_for_file(ground_truth) if solution_str == "slow" else time.sleep(0.03)
+            return 1.0
+        """
+    )
     wait_until_ready(loop)
-    score(loop, "0.03", "0.03")
-    finished = []
-
-    async def follow(text):
-        await loop.score("d", text, "t", {})
-        finished.append(text)
+    score(loop, "quick", "quick")
+    go = tmp_path / "go"
 
     async def gather():
-        await asyncio.gather(*map(follow, ["0.03", "0.03", "1.0", *["0.03"] * 11]))
+        tasks = [asyncio.create_task(loop.score("d", text, str(go), {})) for text in ["quick"] * 2 + ["slow"]]
+        others = await asyncio.gather(*(loop.score("d", "quick", str(go), {}) for _ in range(11)))
+        go.touch()
+        return others + await asyncio.gather(*tasks)
 
-    asyncio.run(gather())
-    assert finished == ["0.03"] * 13 + ["1.0"]
+    assert [result.error for result in asyncio.run(gather())] == [None] * 14
 
 
-def test_async_samples_are_spread_over_the_workers(start):
+def test_async_samples_are_spread_over_the_workers(start, tmp_path):
     loop = start(
         f"""
         import asyncio, os
         async def {SIGNATURE}:
-            await asyncio.sleep(1.0)
+            open(ground_truth + "/" + solution_str, "w").close()
+            while not os.path.exists(ground_truth + "/go"):
+                await asyncio.sleep(0.005)
             return {{"score": 1.0, "pid": os.getpid()}}
-        """,
-        timeout=5.0,
+        """
     )
     wait_until_ready(loop)
 
     async def trickle():
         tasks = []
-        for _ in range(20):
-            tasks.append(asyncio.create_task(loop.score("d", "x", "t", {})))
-            await asyncio.sleep(0.01)
+        for i in range(20):
+            tasks.append(asyncio.create_task(loop.score("d", str(i), str(tmp_path), {})))
+            await until((tmp_path / str(i)).exists)
+        (tmp_path / "go").touch()
         return [(await task).extra["pid"] for task in tasks]
 
     pids = asyncio.run(trickle())
-    assert [pids.count(pid) for pid in loop.worker_pids()] == pytest.approx([10, 10], abs=3)
+    assert [pids.count(pid) for pid in loop.worker_pids()] == [10, 10]
 
 
 @pytest.mark.parametrize("keyword", ["def", "async def"])
-def test_close_ends_busy_and_idle_workers_and_says_so_to_waiting_samples(start, keyword):
+def test_close_ends_busy_and_idle_workers_and_says_so_to_waiting_samples(start, tmp_path, keyword):
     loop = start(
         f"""
-        import time
+        import os, time
         {keyword} {SIGNATURE}:
+            open(f"{{ground_truth}}/{{os.getpid()}}", "w").close()
             time.sleep(1000)
-        """,
-        timeout=100,
-        num_workers=2,
+        """
     )
+    wait_until_ready(loop)
     pids = loop.worker_pids()
 
     async def close_while_scoring():
-        tasks = [asyncio.create_task(loop.score("d", "x", "t", {})) for _ in range(3)]
-        await asyncio.sleep(0.2)
-        begin = time.monotonic()
+        tasks = [asyncio.create_task(loop.score("d", "x", str(tmp_path), {})) for _ in range(3)]
+        await until(lambda: all((tmp_path / str(pid)).exists() for pid in pids))
         await asyncio.to_thread(loop.close)
-        return time.monotonic() - begin, await asyncio.gather(*tasks, return_exceptions=True)
+        return await asyncio.gather(*tasks, return_exceptions=True)
 
-    took, results = asyncio.run(close_while_scoring())
-    assert took < 3
-    assert [type(result) for result in results] == [RewardError] * 3
+    results = asyncio.run(close_while_scoring())
+    assert [type(result) for result in results] == [RewardError] * 3  # not waited for until their timeout
     assert not [pid for pid in pids if alive(pid)]
     loop.close()
     with pytest.raises(RewardError, match="closed"):
@@ -803,7 +854,7 @@ def test_no_worker_outlives_the_driver(tmp_path, how, body):
         assert all(alive(pid) for pid in pids) or mode == "leave"
         if mode == "wait":
             driver.send_signal(how)
-        driver.wait(timeout=10)
+        driver.wait(timeout=60)
         assert not wait_until_gone(pids)
     finally:
         driver.kill()
@@ -821,7 +872,7 @@ def test_a_driver_without_a_main_guard_is_not_run_again(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("print('started', flush=True)\n" + DRIVER)
     done = subprocess.run(
-        [sys.executable, str(script), str(reward), "leave"], capture_output=True, text=True, timeout=30
+        [sys.executable, str(script), str(reward), "leave"], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("started") == 1
