@@ -53,6 +53,7 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str, known: tuple[str, 
                     f"{path}={show(value)}: this is a section; set one of its keys, {_some_keys(hint, path)}"
                 )
         else:
+            value = _unquoted(value, _choices(cls).get(name, ()))
             try:
                 arguments[name] = _absolute(convert(value, hint)) if name in _paths(cls) else convert(value, hint)
             except _Mismatch as error:
@@ -109,6 +110,12 @@ def _convert_one(value: Any, hint: Any) -> Any:
     if origin is float and isinstance(value, int | float | str):
         return _to_float(value)
     raise _Mismatch
+
+
+def _unquoted(value: Any, choices: tuple[Any, ...]) -> Any:
+    """A choice that YAML took for a truth value: `off` and `on` without quotes."""
+    word = {True: "on", False: "off"}[value] if isinstance(value, bool) else None
+    return word if word in choices else value
 
 
 def _to_bool(value: Any) -> bool:
@@ -203,6 +210,11 @@ def _hints(cls: type) -> dict[str, Any]:
 @functools.cache
 def _paths(cls: type) -> frozenset[str]:
     return frozenset(field.name for field in dataclasses.fields(cls) if key_of(field).path)
+
+
+@functools.cache
+def _choices(cls: type) -> dict[str, tuple[Any, ...]]:
+    return {field.name: key_of(field).choices for field in dataclasses.fields(cls)}
 
 
 def _absolute(path: str | None) -> str | None:
