@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import machine
-from quickstart_runs import run, series, validation, write_section
+from quickstart_runs import run, series, validation
+from tables import write_section
 
 QUANTIZATION = "actor_rollout_ref.rollout.quantization"
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 
 _COMMON = {"tie_word_embeddings": True, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -18,7 +19,7 @@ CONFIGS = {
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
-        max_position_embeddings=256,
+        max_position_embeddings=1024,
         **_COMMON,
     ),
     "135M": LlamaConfig(
@@ -34,13 +35,39 @@ CONFIGS = {
 }
 
 
+def _scaled(hidden: int, layers: int, vocabulary: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=hidden * 8 // 3 // 32 * 32,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 128,
+        max_position_embeddings=1024,
+        **_COMMON,
+    )
+
+
+# For how things grow: the shape stays alike, so that the size is all that differs.
+GROWTH = {
+    "1M": _scaled(128, 4, 2048),
+    "5M": _scaled(256, 6, 2048),
+    "21M": _scaled(384, 12, 4096),
+    "59M": _scaled(640, 12, 8192),
+    "190M": _scaled(1024, 16, 8192),
+    "500M": _scaled(1408, 22, 16384),
+}
+
+
 def write_model(size: str, directory: Path) -> Path:
-    """A model of `CONFIGS` in bfloat16, with a tokenizer of one word a token; returns its directory."""
+    """A model of `CONFIGS` or `GROWTH` in bfloat16, with a tokenizer of one word a token; returns its directory."""
     torch.manual_seed(0)
-    config = CONFIGS[size]
+    config = (CONFIGS | GROWTH)[size]
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(directory)
     words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, config.vocab_size)}
     tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = Whitespace()
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<pad>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(directory)
+    template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **special).save_pretrained(directory)
     return directory

@@ -45,17 +45,3 @@ def validation(steps: dict[int, dict[str, Any]]) -> list[tuple[int, float]]:
 def series(steps: dict[int, dict[str, Any]], name: str) -> list[tuple[int, float]]:
     """(step, value) of a metric."""
     return [(step, data[name]) for step, data in sorted(steps.items()) if name in data]
-
-
-def write_section(document: Path, name: str, text: str) -> None:
-    """Replace what stands between `<!-- NAME -->` and `<!-- /NAME -->` in a document.
-
-    Raises:
-        ValueError: the document has no such place.
-    """
-    content = document.read_text(encoding="utf-8")
-    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-    if begin not in content or end not in content:
-        raise ValueError(f"{document}: lacks the lines {begin.strip()} and {end}: put them where the text belongs")
-    head, rest = content.split(begin, 1)
-    document.write_text(head + begin + text.strip() + "\n" + end + rest.split(end, 1)[1], encoding="utf-8")

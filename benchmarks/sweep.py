@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import machine
-from quickstart_runs import run, validation, write_section
+from quickstart_runs import run, validation
+from tables import write_section
 
 ESTIMATOR, LOSS = "algorithm.adv_estimator", "actor_rollout_ref.actor.policy_loss.loss_mode"
 CRITIC = {"critic.model.path": "outputs/quickstart/model", "critic.optim.lr": 1e-3, "algorithm.lam": 0.95}

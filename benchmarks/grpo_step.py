@@ -1,0 +1,143 @@
+"""A GRPO step of this project against TRL's `GRPOTrainer`: same model, prompts, lengths, samples and optimizer steps.
+
+    python benchmarks/grpo_step.py [--sizes 0.8M 135M] [--lengths equal ragged] [--rounds 5] [--write DOCUMENT]
+
+Both sides run at the same time in processes of their own and take turns: each stops at a gate before each step, and
+one step of ours is followed by one of TRL's, so that each ratio compares figures of the same moments. A step lasts from
+the gate to the gate: generation, rewards, old log-probabilities, updates, and in ours the weight update and logging.
+
+What is the same: weights in float32 on both sides, sampling at temperature 1, no KL term, learning rate 1e-6 with AdamW
+and clipping, no gradient checkpointing, samples of a micro-batch, two optimizer steps a generation (so that both sides
+compute old log-probabilities; with one TRL would skip them), and the tokens of every answer: a prompt says how long its
+answer is (`task.py`), and both sides generate that many tokens; the benchmark fails where the counts differ.
+
+What is not: ours is `python3 -m verl.trainer.main_ppo` with a vLLM engine and a metrics file. TRL generates with
+transformers' `generate`, its default, and logs nothing. Its ways to do better do not work on a CPU: vLLM in the same
+process, because `load_weights` on an engine whose CPU kernels have packed their weights fails at the first step;
+`use_transformers_continuous_batching`, because it wants a GPU (see docs/performance.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import machine
+import models
+import runs
+import tables
+from pace import PacedProcess
+from runs import Load
+
+LOADS = {
+    ("0.8M", "equal"): Load(prompts=32, n=16, shortest=6, longest=6, updates=2, micro_batch=256),
+    ("0.8M", "ragged"): Load(prompts=16, n=8, shortest=32, longest=256, updates=2, micro_batch=32),
+    ("135M", "equal"): Load(prompts=8, n=4, shortest=32, longest=32, updates=2, micro_batch=16),
+    ("135M", "ragged"): Load(prompts=8, n=4, shortest=32, longest=256, updates=2, micro_batch=8),
+}
+TARGETS = {"equal": 1.0, "ragged": 1.3}
+WARM_UP = 2
+STAGES = ("old_log_prob", "adv", "update_actor", "update_weights")
+
+
+@dataclass
+class Outcome:
+    """Seconds a step, by round; and what ours spent in its stages (`timing_s`, medians)."""
+
+    ours: list[float]
+    trl: list[float]
+    stages: dict[str, float]
+
+    def ratio(self) -> float:
+        """TRL's step in steps of ours, the median over the rounds; above 1 ours is faster."""
+        return statistics.median(theirs / ours for ours, theirs in zip(self.ours, self.trl, strict=True))
+
+
+def measure(size: str, load: Load, rounds: int, work: Path, with_trl: bool) -> Outcome:
+    """Both sides in turn."""
+    model_dir = models.write_model(size, work / "model")
+    config = runs.keys(load, model_dir, work / "ours", steps=1000)
+    sides = {"ours": PacedProcess(runs.command(config), runs.environment(), runs.HERE.parent, work / "ours.log")}
+    if with_trl:
+        specification = work / "load.json"
+        specification.write_text(load.to_json())
+        command = [".cache/trl/bin/python", str(runs.HERE / "trl_side.py"), str(specification), str(model_dir)]
+        # As ours: threads that wait by spinning take the cores from whatever else runs.
+        variables = {
+            "OMP_NUM_THREADS": str(machine.usable_cores()),
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "HF_HUB_OFFLINE": "1",
+        }
+        sides["trl"] = PacedProcess([*command, str(work / "trl")], variables, runs.HERE.parent, work / "trl.log")
+    seconds: dict[str, list[float]] = {"ours": [], "trl": []}
+    try:
+        for side in sides.values():
+            side.arrived()
+        for number in range(WARM_UP + rounds):
+            for name, side in sides.items():
+                elapsed, tokens = side.step()
+                if tokens != load.tokens:
+                    raise RuntimeError(f"{name} generated {tokens} tokens instead of {load.tokens}")
+                if number >= WARM_UP:
+                    seconds[name].append(elapsed)
+        recorded = runs.metrics(config)[WARM_UP : WARM_UP + rounds]
+    finally:
+        for side in sides.values():
+            side.close()
+    return Outcome(**seconds, stages={stage: runs.median(recorded, f"timing_s/{stage}") for stage in STAGES})
+
+
+def row(size: str, lengths: str, load: Load, outcome: Outcome) -> list[str]:
+    """A line of the table."""
+    ours = statistics.median(outcome.ours)
+    spread = f"{load.shortest} to {load.longest}" if load.shortest < load.longest else str(load.longest)
+    rest = ours - sum(outcome.stages.values())
+    stages = ", ".join(f"{name} {value:.2f}" for name, value in {"generation and rest": rest, **outcome.stages}.items())
+    if not outcome.trl:
+        return [size, lengths, f"{load.samples} x {spread}", f"{ours:.2f}", "-", "-", "-", stages]
+    ratios = [theirs / mine for mine, theirs in zip(outcome.ours, outcome.trl, strict=True)]
+    return [
+        size,
+        lengths,
+        f"{load.samples} x {spread}",
+        f"{ours:.2f}",
+        f"{statistics.median(outcome.trl):.2f}",
+        f"**{outcome.ratio():.2f}** ({min(ratios):.2f} to {max(ratios):.2f})",
+        f"{TARGETS[lengths]:.1f}",
+        stages,
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", default=["0.8M", "135M"], choices=["0.8M", "135M"])
+    parser.add_argument("--lengths", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--rounds", type=int, default=5, help=f"measured steps of each side, after {WARM_UP}")
+    parser.add_argument("--prompts", type=int, help="a step, instead of the load's own number")
+    parser.add_argument("--without-trl", action="store_true", help="ours alone")
+    tables.add_write_option(parser)
+    options = parser.parse_args()
+    print(machine.header(), flush=True)
+    if not options.without_trl:
+        subprocess.run([runs.HERE.parent / "scripts/setup_trl.sh"], check=True)
+    rows = []
+    for (size, lengths), load in LOADS.items():
+        if size in options.sizes and lengths in options.lengths:
+            load = load.scaled(options.prompts)
+            with tempfile.TemporaryDirectory() as work:
+                outcome = measure(size, load, options.rounds, Path(work), not options.without_trl)
+            rows.append(row(size, lengths, load, outcome))
+            print(*rows[-1], sep="  ", flush=True)
+    head = ["model", "lengths", "samples x tokens", "ours, s", "TRL, s", "TRL / ours", "target", "ours by stage, s"]
+    text = f"{tables.caption('make bench-step')} Median of {options.rounds} rounds.\n\n{tables.markdown(head, rows)}"
+    print(f"\n{text}")
+    if options.write:
+        tables.write_section(options.write, "grpo_step", text)
+
+
+if __name__ == "__main__":
+    main()
