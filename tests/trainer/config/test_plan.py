@@ -50,7 +50,7 @@ def test_memory_against_the_sum_by_hand(plan_of, run_files):
     fixed = {
         "actor_rollout_ref__rollout__dtype": "float32",
         "actor_rollout_ref__actor__fsdp_config__dtype": "float32",
-        delta: "off",
+        delta: "'off'",
     }
     one, two = plan_of(**fixed).memory, plan_of(**fixed, trainer__n_gpus_per_node=2).memory
     with_ref = plan_of(**fixed, actor_rollout_ref__actor__use_kl_loss=True).memory
@@ -99,7 +99,7 @@ def test_the_table(plan_of, run_files):
     ("over", "words"),
     [
         ({}, "bucket(s), then what changed"),
-        ({"checkpoint_engine__delta": "off"}, "always (checkpoint_engine.delta=off)"),
+        ({"checkpoint_engine__delta": "'off'"}, "always (checkpoint_engine.delta=off)"),
     ],
 )
 def test_the_table_tells_whether_updates_after_the_first_are_whole(plan_of, run_files, over, words):
