@@ -53,9 +53,10 @@ class Sender:
         return exported(self.sender)
 
 
-def replica(rank, model_dir, quantization=None, **server):
+def replica(rank, model_dir, quantization=None, partial_rollout=False, response_length=64, **server):
     rollout = RolloutConfig(
         quantization=quantization,
+        partial_rollout=partial_rollout,
         tensor_model_parallel_size=1,
         dtype="float32",
         enforce_eager=True,
@@ -68,7 +69,7 @@ def replica(rank, model_dir, quantization=None, **server):
         "device": "cpu",
         "dtype": "float32",
         "prompt_length": 64,
-        "response_length": 64,
+        "response_length": response_length,
     }
     environment = engine_environment(device="cpu", threads=1, tensor_parallel_size=1)
     return vLLMReplica(rank, arguments, {"num_cpus": 0, "runtime_env": {"env_vars": environment}})

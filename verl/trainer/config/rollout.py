@@ -152,6 +152,10 @@ class RolloutConfig:
     log_prob_max_token_len_per_gpu: int | None = key(
         None, "tokens a rank runs forward at once for old_log_probs, null for the actor's", unit="tokens", at_least=1
     )
+    partial_rollout: bool = key(
+        False,
+        "weight updates cut unfinished answers, which go on under the new weights; no step waits for the longest",
+    )
     checkpoint_engine: CheckpointEngineConfig = section(CheckpointEngineConfig, "how new weights reach the replicas")
     engine_kwargs: dict[str, Any] = key(
         {"vllm": {}}, "vllm.*: arguments of vLLM's AsyncEngineArgs, which have the last word"

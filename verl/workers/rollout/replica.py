@@ -47,11 +47,13 @@ class vLLMReplica:
         self.alive = True
         return report
 
-    async def generate(self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str) -> TokenOutput:
+    async def generate(
+        self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str, answered: list[int]
+    ) -> TokenOutput:
         """See `vLLMHttpServer.generate`. A dead actor is `ReplicaUnavailable` like one that refuses."""
         self.in_flight += 1
         try:
-            return await self._call("generate", prompt_ids, sampling_params, request_id)
+            return await self._call("generate", prompt_ids, sampling_params, request_id, answered)
         finally:
             self.in_flight -= 1
 

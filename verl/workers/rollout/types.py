@@ -13,7 +13,8 @@ class TokenOutput:
         token_ids: generated tokens, the end-of-sequence token included where the model made it.
         log_probs: log-probability of each token under the distribution it was sampled from (after temperature, top-p
             and top-k), natural log; empty where they were not asked for.
-        stop_reason: `stop` (end of sequence or a stop token), `length` (token cap) or `abort`.
+        stop_reason: `stop` (end of sequence or a stop token), `length` (token cap), or, from a replica, `abort`: cut
+            short by a weight update.
         weight_versions: version of the weights that made each token.
     """
 

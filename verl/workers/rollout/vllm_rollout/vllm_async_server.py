@@ -7,7 +7,9 @@ State of a replica, as far as weights go:
     serving(v) --begin_update--> updating --finish_update--> serving(v + 1)
     updating --any error--> refusing, until a whole update succeeds
 
-Requests that come while it is updating wait; requests that come while it is refusing get `ReplicaUnavailable`.
+Requests that come while it is updating wait; requests that come while it is refusing get `ReplicaUnavailable`. An
+update lets the requests in flight finish first, or with `rollout.partial_rollout` cuts them: they return what tokens
+they have (`stop_reason` "abort"), and the client asks for the rest.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any
 
 from verl.trainer.config import ModelConfig, RolloutConfig
 from verl.utils.vllm.npu_vllm_patch import check_npu_environment
+from verl.workers.rollout.continuation import after_cut, check_continuable
 from verl.workers.rollout.quantization import SCHEME_NAMES, get_scheme, worker_settings
 from verl.workers.rollout.types import ReplicaUnavailable, TokenOutput
 from verl.workers.rollout.vllm_rollout.engine_args import engine_args
@@ -77,6 +80,7 @@ class vLLMHttpServer:
         self._version: int | None = None
         self._refusal: str | None = None
         self._serving = asyncio.Event()
+        self._in_flight: set[str] = set()
         self._engine: Any = None
         self._http: Any = None
 
@@ -116,34 +120,44 @@ class vLLMHttpServer:
             return None
         return self._refusal or "the engine is taking new weights"
 
-    async def generate(self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str) -> TokenOutput:
-        """Generate one answer.
+    async def generate(
+        self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str, answered: list[int]
+    ) -> TokenOutput:
+        """Generate one answer, or what comes after the first `answered` tokens of one.
 
         Args:
             prompt_ids: prompt tokens.
-            sampling_params: vLLM's sampling parameters by name; `max_tokens` defaults to the response cap.
+            sampling_params: vLLM's sampling parameters by name, of the whole answer; `max_tokens` defaults to the
+                response cap.
             request_id: unique among the requests in flight.
+            answered: tokens that the answer has already.
+
+        Returns:
+            What was generated now. `stop_reason` is "abort" where an update or `sleep` cut it.
 
         Raises:
             ReplicaUnavailable: the replica refuses to serve, or its engine died.
-            ValueError: a prompt that leaves no room for an answer, or an unknown sampling parameter.
+            ValueError: a prompt that leaves no room for an answer, an unknown sampling parameter, or with
+                `partial_rollout` one that an answer in parts cannot have.
         """
         from vllm.inputs import TokensPrompt
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        parameters = self._sampling_params(len(prompt_ids), sampling_params)
+        parameters = self._sampling_params(len(prompt_ids), sampling_params, len(answered))
+        prompt = TokensPrompt(prompt_token_ids=[*prompt_ids, *answered])
         await self._wait_until_serving()
         version, final = self._version, None
+        self._in_flight.add(request_id)
         try:
-            async for output in self._engine.generate(
-                TokensPrompt(prompt_token_ids=prompt_ids), parameters, request_id
-            ):
+            async for output in self._engine.generate(prompt, parameters, request_id):
                 final = output.outputs[0]
         except EngineDeadError as error:
             self._refuse(f"its engine died: {error}")
             raise ReplicaUnavailable(f"replica {self._rank}: {self._refusal}") from error
+        finally:
+            self._in_flight.discard(request_id)
         assert final is not None and version is not None
-        # An update drains what is in flight before it begins, so one request never sees two versions.
+        # An update drains or cuts what is in flight before it begins, so one request never sees two versions.
         assert version == self._version
         return TokenOutput(
             token_ids=list(final.token_ids),
@@ -152,10 +166,12 @@ class vLLMHttpServer:
             weight_versions=[version] * len(final.token_ids),
         )
 
-    def _sampling_params(self, prompt_length: int, given: dict[str, Any]) -> Any:
+    def _sampling_params(self, prompt_length: int, given: dict[str, Any], answered: int) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        if self._rollout.partial_rollout:
+            check_continuable(given)
         room = self._max_len - prompt_length
         if room < 1:
             raise ValueError(
@@ -165,7 +181,8 @@ class vLLMHttpServer:
         merged = {"max_tokens": self._response_length} | given
         merged["max_tokens"] = min(merged["max_tokens"], room)
         try:
-            return SamplingParams(**merged, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
+            rest = after_cut(merged, answered)
+            return SamplingParams(**rest, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
         except TypeError as error:
             raise ValueError(f"sampling parameters {sorted(given)}: {error}") from error
 
@@ -180,15 +197,25 @@ class vLLMHttpServer:
     # ---- the weight update ----
 
     async def begin_update(self, version: int, base: int | None = None) -> None:
-        """Drain what is in flight and bring the engine to its load layout, or with `base` get ready for changes."""
+        """Drain or cut what is in flight; bring the engine to its load layout, or with `base` get ready for changes."""
         self._serving.clear()
         self._refusal = None
         try:
+            if self._rollout.partial_rollout:
+                await self._cut()
+            # What came over HTTP has no client that would go on with it.
             await self._engine.pause_generation(mode="wait", clear_cache=False)
             await self._workers("verl_begin_update", version, worker_settings(self._rollout), base)
         except BaseException as error:
             self._refuse(str(error))
             raise
+
+    async def _cut(self) -> None:
+        """End every answer at the token that it has reached."""
+        while self._in_flight:
+            await self._engine.abort(list(self._in_flight))
+            # Again for one that was still on its way into the engine.
+            await asyncio.sleep(0.001)
 
     async def load_bucket(self, bucket: dict[str, Any]) -> None:
         """Load one bucket in every worker of this replica."""
@@ -258,6 +285,8 @@ class vLLMHttpServer:
         """Free the key-value cache and set the weights aside (level 1 on an NPU, 2 elsewhere); nothing on a CPU."""
         if self._device != "cpu" and self._rollout.free_cache_engine:
             self._serving.clear()
+            if self._rollout.partial_rollout:
+                await self._cut()
             await self._engine.sleep(level=1 if self._device == "npu" else 2)
 
     async def wake_up(self, tags: list[str]) -> None:

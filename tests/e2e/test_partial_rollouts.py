@@ -1,0 +1,99 @@
+"""Answers that weight updates cut: the parts are what an uncut answer would have been, each token under its weights."""
+
+import asyncio
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from e2e.test_replicas import PROMPT, Sender, ray_session, replica  # noqa: F401  (ray_session is a fixture)
+from fixtures.tiny import write_tiny_model
+from verl.workers.rollout.client import LLMServerClient
+from verl.workers.rollout.replica import ReplicaSet
+from verl.workers.rollout.weight_sync.update import update_weights
+
+pytestmark = pytest.mark.e2e
+
+LONGEST = 1500
+GREEDY = {"temperature": 0.0, "logprobs": 0, "ignore_eos": True, "max_tokens": LONGEST}
+
+
+def reference(model_dir, tokens):
+    """Log-probability [len(tokens)] of each token after `PROMPT` and those before it."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    ids = torch.tensor([[*PROMPT, *tokens]])
+    with torch.no_grad():
+        log_probs = torch.log_softmax(model(ids).logits[0].double(), -1)
+    return log_probs[len(PROMPT) - 1 : -1].gather(1, ids[0, len(PROMPT) :, None])[:, 0].float()
+
+
+class Rollout:
+    """One replica, whose weights are replaced while it answers."""
+
+    def __init__(self, pool, model_dirs):
+        self.pool, self.client = pool, LLMServerClient(pool)
+        self.weights = [load_file(each / "model.safetensors") for each in model_dirs]
+        self.version = 0
+
+    async def update(self):
+        self.version += 1
+        weights = self.weights[self.version % len(self.weights)]
+        await update_weights(Sender(weights), self.pool.alive, self.version)
+
+    async def cut(self, sampling, times=4):
+        """The answer, cut at least `times` times with at least ten tokens between the cuts."""
+        answer = asyncio.ensure_future(self.client.generate(PROMPT, sampling))
+        for _ in range(times):
+            # The engine runs both: when this one has its tokens, so many more are in the other.
+            await self.client.generate(PROMPT, {"max_tokens": 10, "ignore_eos": True})
+            await self.update()
+        return await answer
+
+
+async def test_an_answer_cut_by_updates(tmp_path, ray_session):  # noqa: F811
+    size = {"max_position_embeddings": 2048}
+    model_dirs = [write_tiny_model(tmp_path / str(seed), seed=seed, **size) for seed in range(2)]
+    server = replica(0, model_dirs[0], partial_rollout=True, response_length=LONGEST)
+    pool = ReplicaSet([server])
+    same = Rollout(pool, model_dirs[:1])
+    try:
+        await pool.start()
+        await same.update()
+
+        # The same weights: token by token what the uncut answer is.
+        uncut = await same.client.generate(PROMPT, GREEDY)
+        cut = await same.cut(GREEDY)
+        assert same.client.cuts >= 4 and len(set(cut.weight_versions)) >= 4, "no cut fell into the answer"
+        assert cut.token_ids == uncut.token_ids and cut.stop_reason == uncut.stop_reason == "length"
+        assert len(cut.token_ids) == len(cut.log_probs) == LONGEST
+        assert (torch.tensor(cut.log_probs) - torch.tensor(uncut.log_probs)).abs().max() < 1e-4
+
+        # Stop tokens and the least number of tokens count over the cuts.
+        stops = {"temperature": 1.0, "stop_token_ids": list(range(0, 128, 2)), "min_tokens": 1000, "seed": 3}
+        stopped = await same.cut({**stops, "max_tokens": LONGEST})
+        assert len(set(stopped.weight_versions)) >= 3
+        assert all(token % 2 for token in stopped.token_ids[:1000])
+        # One in two stops it: after fifty more it has, unless the count began anew at a cut.
+        assert 1000 < len(stopped.token_ids) < 1050
+        assert stopped.stop_reason == "stop" and stopped.token_ids[-1] % 2 == 0
+
+        # Other weights at every update: each token is the version's that it is said to be, keys and values included.
+        other = Rollout(pool, model_dirs)
+        other.version = same.version
+        answer = await other.cut({**GREEDY, "temperature": 1.0})
+        versions = torch.tensor(answer.weight_versions)
+        assert len(versions) == LONGEST and (versions.diff() >= 0).all() and len(set(answer.weight_versions)) >= 3
+        # The answer began under what the last update of `same` had brought: model 0.
+        of = [0 if version <= same.version else version % 2 for version in answer.weight_versions]
+        expected = torch.stack([reference(each, answer.token_ids) for each in model_dirs])
+        chosen = expected[torch.tensor(of), torch.arange(LONGEST)]
+        wrong = expected[1 - torch.tensor(of), torch.arange(LONGEST)]
+        assert (torch.tensor(answer.log_probs) - chosen).abs().max() < 1e-3
+        assert (torch.tensor(answer.log_probs) - wrong).abs().median() > 1e-2
+
+        # What a second request cannot go on with is said at the first one.
+        with pytest.raises(ValueError, match=r"presence_penalty.*partial_rollout=False"):
+            await other.client.generate(PROMPT, {"presence_penalty": 1.0})
+    finally:
+        await pool.stop()

@@ -1,0 +1,87 @@
+"""An answer in parts: sampling parameters of the rest, and how the client puts the parts together."""
+
+import pytest
+
+from verl.workers.rollout.client import LLMServerClient
+from verl.workers.rollout.continuation import after_cut, check_continuable
+from verl.workers.rollout.types import NoReplicaLeft, ReplicaUnavailable, TokenOutput
+
+SAMPLING = {"temperature": 1.0, "max_tokens": 10, "logprobs": 0}
+
+
+def test_what_is_left_of_the_budget():
+    assert after_cut({"max_tokens": 10, "min_tokens": 6}, 4) == {"max_tokens": 6, "min_tokens": 2}
+    assert after_cut({"max_tokens": 10, "min_tokens": 6}, 8) == {"max_tokens": 2, "min_tokens": 0}
+    kept = {"max_tokens": 10, "stop_token_ids": [3], "temperature": 0.7, "top_p": 0.9}
+    assert after_cut(kept, 4) == {**kept, "max_tokens": 6}
+    assert after_cut(kept, 0) == kept
+
+
+def test_a_seeded_answer_draws_other_numbers_after_each_cut_and_the_same_ones_in_each_run():
+    seeds = [after_cut({"max_tokens": 10, "seed": 5}, cut)["seed"] for cut in range(5)]
+    assert seeds[0] == 5 and len(set(seeds)) == 5
+    assert seeds == [after_cut({"max_tokens": 10, "seed": 5}, cut)["seed"] for cut in range(5)]
+    assert "seed" not in after_cut({"max_tokens": 10}, 3)
+
+
+@pytest.mark.parametrize("name", ["presence_penalty", "frequency_penalty", "structured_outputs", "n"])
+def test_parameters_with_a_state_of_their_own_are_refused(name):
+    check_continuable(SAMPLING)
+    with pytest.raises(ValueError, match=rf"{name}: .*partial_rollout=False"):
+        check_continuable({**SAMPLING, name: 1})
+
+
+class Counting:
+    """A replica that answers with the position of each token, a few at a time, then is cut or dies."""
+
+    def __init__(self, rank, script):
+        self.rank, self.script, self.alive, self.in_flight = rank, script, True, 0
+        self.asked = []
+
+    async def generate(self, prompt_ids, sampling_params, request_id, answered):
+        self.asked.append(list(answered))
+        what, count, version = self.script.pop(0)
+        if what == "dies":
+            self.alive = False
+            raise ReplicaUnavailable(f"replica {self.rank} died")
+        if what == "refuses":
+            raise ReplicaUnavailable(f"replica {self.rank} refuses")
+        tokens = list(range(len(answered), len(answered) + count))
+        return TokenOutput(tokens, [-float(token) for token in tokens], what, [version] * count)
+
+
+class Pool:
+    def __init__(self, *replicas):
+        self.replicas = list(replicas)
+
+    @property
+    def alive(self):
+        return [replica for replica in self.replicas if replica.alive]
+
+
+async def test_the_parts_are_one_answer():
+    replica = Counting(0, [("abort", 3, 1), ("abort", 0, 2), ("abort", 2, 3), ("length", 4, 5)])
+    client = LLMServerClient(Pool(replica))
+    output = await client.generate([7], SAMPLING)
+    assert output.token_ids == list(range(9))
+    assert output.log_probs == [-float(token) for token in range(9)]
+    assert output.weight_versions == [1, 1, 1, 3, 3, 5, 5, 5, 5]
+    assert output.stop_reason == "length" and client.cuts == 3
+    assert [len(answered) for answered in replica.asked] == [0, 3, 3, 5]
+
+
+async def test_another_replica_goes_on_from_the_last_cut():
+    first, second = Counting(0, [("abort", 3, 1), ("dies", 0, 0)]), Counting(1, [("stop", 2, 2)])
+    client = LLMServerClient(Pool(first, second))
+    output = await client.generate([7], SAMPLING, session="s")
+    assert output.token_ids == list(range(5)) and output.weight_versions == [1, 1, 1, 2, 2]
+    assert second.asked == [[0, 1, 2]] and client.retries == 1
+
+
+async def test_who_refused_before_an_update_is_asked_again_after_it():
+    first = Counting(0, [("refuses", 0, 0), ("stop", 1, 2)])
+    second = Counting(1, [("abort", 2, 1), ("dies", 0, 0)])
+    output = await LLMServerClient(Pool(first, second)).generate([7], SAMPLING)
+    assert output.weight_versions == [1, 1, 2]
+    with pytest.raises(NoReplicaLeft, match="refuses"):
+        await LLMServerClient(Pool(Counting(0, [("refuses", 0, 0)]))).generate([7], SAMPLING)
