@@ -1,16 +1,18 @@
-"""Seconds spent in the named stages of a step."""
+"""Seconds spent in the named stages of a step; the same readings of the clock are the stages' spans in the timeline."""
 
 import time
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 
+from verl.utils.timeline import own_track, record
+
 
 @contextmanager
-def marked_timer(name: str, timings: MutableMapping[str, float]) -> Iterator[None]:
+def marked_timer(name: str, timings: MutableMapping[str, float], **args: int) -> Iterator[None]:
     """Add the wall-clock seconds of the block to `timings[name]`.
 
     A name used twice accumulates, so a stage may be entered once for each mini-batch. The time of a block that raises
-    is counted too.
+    is counted too. `args` are shown beside the stage in the timeline.
 
     Example:
         >>> timings = {}
@@ -18,8 +20,15 @@ def marked_timer(name: str, timings: MutableMapping[str, float]) -> Iterator[Non
         ...     generate()
         >>> timings["gen"]  # seconds
     """
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        timings[name] = timings.get(name, 0.0) + time.perf_counter() - start
+    with own_track():
+        start = time.monotonic_ns()
+        try:
+            yield
+        finally:
+            add_stage(name, timings, start, time.monotonic_ns(), **args)
+
+
+def add_stage(name: str, timings: MutableMapping[str, float], start_ns: int, end_ns: int, **args: int) -> None:
+    """Add a stage that lasted from one reading of `time.monotonic_ns` to another to `timings[name]`, in seconds."""
+    timings[name] = timings.get(name, 0.0) + (end_ns - start_ns) / 1e9
+    record(name, "stage", start_ns, end_ns, **args)

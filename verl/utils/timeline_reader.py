@@ -1,0 +1,130 @@
+"""What a timeline says about each step: the stages' seconds, and what the processes were busy with.
+
+    python3 -m verl.utils.timeline_reader timeline.json
+
+prints for each step its seconds and which share of them some engine spent in forward passes (`engine`), some trainer
+rank in forward, backward and optimizer (`train`), and nobody in either (`overhead`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+Event = dict[str, Any]
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class StepShares:
+    """One step.
+
+    Attributes:
+        seconds: its length.
+        engine, train: shares of it in which at least one engine, or trainer rank, computed.
+        overhead: share in which none of either did.
+        busy: by process, the share in which that process computed.
+    """
+
+    seconds: float
+    engine: float
+    train: float
+    overhead: float
+    busy: dict[str, float]
+
+
+def read_events(path: str | Path) -> list[Event]:
+    """The events of a trace file, of a run that ended in whatever way; a damaged line is left out with a warning."""
+    events = []
+    for number, line in enumerate(Path(path).read_text(errors="replace").splitlines(), start=1):
+        text = line.strip().rstrip(",")
+        if text in ("", "[", "]"):
+            continue
+        try:
+            events.append(json.loads(text))
+        except ValueError:
+            logger.warning("%s: line %d is damaged and is left out", path, number)
+    return events
+
+
+def step_windows(events: Iterable[Event]) -> dict[int, Interval]:
+    """Begin and end of each step, in microseconds."""
+    return {
+        int(event["args"]["step"]): (event["ts"], event["ts"] + event["dur"])
+        for event in _complete(events, "stage")
+        if event["name"] == "step"
+    }
+
+
+def stage_seconds(events: Sequence[Event]) -> dict[int, dict[str, float]]:
+    """By step, the seconds of each of the driver's stages that began in it; what `timing_s/*` are."""
+    seconds: dict[int, dict[str, float]] = {}
+    for step, (begin, end) in step_windows(events).items():
+        sums = seconds[step] = {}
+        for event in _complete(events, "stage"):
+            if begin <= event["ts"] < end:
+                sums[event["name"]] = sums.get(event["name"], 0.0) + event["dur"] / 1e6
+    return seconds
+
+
+def step_shares(events: Sequence[Event]) -> dict[int, StepShares]:
+    """What each step's time went to. Processes that compute at the same time count once, but for `busy`."""
+    names = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
+    engine, train = _complete(events, "engine"), _complete(events, "train")
+    of_process: dict[str, list[Event]] = {}
+    for event in (*engine, *train):
+        of_process.setdefault(names[event["pid"]], []).append(event)
+    return {
+        step: StepShares(
+            seconds=(window[1] - window[0]) / 1e6,
+            engine=_share(engine, window),
+            train=_share(train, window),
+            overhead=1 - _share([*engine, *train], window),
+            busy={name: _share(own, window) for name, own in sorted(of_process.items())},
+        )
+        for step, window in step_windows(events).items()
+    }
+
+
+def _share(events: Iterable[Event], window: Interval) -> float:
+    """Of the window, in which at least one of the events was going on."""
+    begin, end = window
+    return covered([(event["ts"], event["ts"] + event["dur"]) for event in events], begin, end) / (end - begin)
+
+
+def covered(intervals: Iterable[Interval], begin: float, end: float) -> float:
+    """How much of [begin, end] lies in at least one of `intervals`."""
+    total, reached = 0.0, begin
+    for start, stop in sorted(intervals):
+        total += max(0.0, min(stop, end) - max(start, reached))
+        reached = min(max(reached, stop), end)
+    return total
+
+
+def _complete(events: Iterable[Event], category: str) -> list[Event]:
+    return [event for event in events if event["ph"] == "X" and event.get("cat") == category]
+
+
+def main() -> None:
+    """Print the shares of each step."""
+    parser = argparse.ArgumentParser(description="what each step's time went to")
+    parser.add_argument("timeline", type=Path, nargs="+", help="trainer.timeline of a run; one file for each host")
+    events = [event for path in parser.parse_args().timeline for event in read_events(path)]
+    for step, shares in sorted(step_shares(events).items()):
+        busy = ", ".join(f"{name} {share:.0%}" for name, share in shares.busy.items())
+        sys.stdout.write(
+            f"step {step}: {shares.seconds:.3f} s, engine {shares.engine:.1%}, train {shares.train:.1%}, "
+            f"overhead {shares.overhead:.1%} ({busy})\n"
+        )
+
+
+if __name__ == "__main__":
+    main()
