@@ -191,6 +191,7 @@ def test_wrong_types_name_field_value_and_what_is_expected_all_at_once():
         ("+actor_rollout_ref.rollout.multi_turn.use_inference_chat_template=False", "leave it out"),
         ("critic.rollout_n=8", "leave it out, actor_rollout_ref.rollout.n counts"),
         ("actor_rollout_ref.rollout.trace.backend=weave", "traces of samples"),
+        ("trainer.profile_steps=[1,2]", "use trainer.timeline"),
     ],
 )
 def test_keys_of_verl_that_are_not_here_name_the_way_here(override, words):
@@ -205,6 +206,12 @@ def test_a_section_that_is_not_here_is_said_once(tmp_path):
     assert "examples/reward_model" in text and "reward.custom_reward_function" in text
     (tmp_path / "mine.yaml").write_text("defaults: [ppo_trainer, _self_]\nreward_model: {rollout: {n: 1, name: x}}\n")
     assert refused(config_path=tmp_path, config_name="mine") == text
+
+
+@pytest.mark.parametrize("section", ["global_profiler", "actor_rollout_ref.actor.profiler", "critic.profiler"])
+def test_profilers_are_said_once_and_name_the_timeline(section):
+    text = refused(f"{section}.enable=True", f"{section}.tool=nsys")
+    assert text.startswith(f"{section}: ") and "trainer.timeline" in text and "\n" not in text
 
 
 def test_every_key_that_a_hint_names_exists():

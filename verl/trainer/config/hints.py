@@ -20,9 +20,12 @@ _HINTS = {
     f"{_CORRECTION}rollout_rs_threshold_lower": f"give a band: {_CORRECTION}rollout_rs_threshold='0.5_2.0'",
     f"{_CORRECTION}rollout_token_veto_threshold": _VETO,
     f"{_CORRECTION}rollout_is_veto_threshold": _VETO,
+    "trainer.profile_steps": "use trainer.timeline, which holds every step",
     f"{_MULTI_TURN}tokenization_sanity_check_mode": _KEPT,
     f"{_MULTI_TURN}use_inference_chat_template": _KEPT,
 }
+_PROFILER = "{}: device profilers are not run here; leave its keys out, trainer.timeline shows what each process does"
+_PROFILED = ("critic", *(f"actor_rollout_ref.{role}" for role in ("actor", "ref", "rollout")))
 # Whole sections, said once however many of their keys are given.
 _SECTIONS = {
     "reward.reward_model.": (
@@ -33,6 +36,8 @@ _SECTIONS = {
         "actor_rollout_ref.rollout.trace: traces of samples are not written here; leave its keys out, "
         "trainer.rollout_data_dir keeps the samples"
     ),
+    "global_profiler.": _PROFILER.format("global_profiler"),
+    **{f"{role}.profiler.": _PROFILER.format(f"{role}.profiler") for role in _PROFILED},
 }
 
 

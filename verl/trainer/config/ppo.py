@@ -34,7 +34,7 @@ class RayKwargs:
     """Settings of Ray."""
 
     ray_init: dict[str, Any] = key({"num_cpus": None}, "arguments of ray.init; null ones are left out")
-    timeline_json_file: str | None = planned(None, "a Ray timeline")
+    timeline_json_file: str | None = planned(None, "a Ray timeline", "use trainer.timeline")
 
 
 @dataclass

@@ -70,6 +70,9 @@ class TrainerConfig:
     validation_data_dir: str | None = key(
         None, "directory for all validation samples as JSON lines, null for none", path=True
     )
+    timeline: str | None = key(
+        None, "file for a timeline of all processes, which Perfetto opens, null for none", path=True
+    )
     balance_batch: bool = key(True, "even out the ranks' tokens")
     use_v1: bool = key(True, "there is one loop, which both values mean")
     v1: V1Config = section(V1Config, "the kind of loop")

@@ -61,6 +61,12 @@ def test_directories_that_cannot_be_written(problem_of, run_files):
     assert "trainer.rollout_data_dir=" in problem_of(trainer__rollout_data_dir=run_files.reward)
 
 
+def test_a_timeline_that_cannot_be_written(problem_of, plan_of, run_files):
+    assert "trainer.timeline=" in problem_of(trainer__timeline=run_files.reward / "trace.json")
+    assert "is a directory" in problem_of(trainer__timeline=run_files.root)
+    plan_of(trainer__timeline=run_files.root / "new" / "trace.json")
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_directory_without_permission(problem_of, run_files):
     closed = run_files.root / "closed"

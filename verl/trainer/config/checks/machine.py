@@ -72,6 +72,11 @@ def check_directories(config: PPOConfig, found: Findings) -> None:
         problem = _not_writable(Path(path)) if path else None
         if problem:
             found.errors.append(f"trainer.{name}={path}: {problem}; choose another directory")
+    if trainer.timeline:
+        path = Path(trainer.timeline)
+        problem = "is a directory" if path.is_dir() else _not_writable(path.parent)
+        if problem:
+            found.errors.append(f"trainer.timeline={path}: {problem}; choose another file")
     _check_contents(config, found)
     if trainer.resume_mode != "resume_path":
         return
