@@ -4,10 +4,10 @@ import asyncio
 
 import pytest
 import torch
+from e2e.test_replicas import PROMPT, Sender, ray_session, replica  # noqa: F401  (ray_session is a fixture)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from e2e.test_replicas import PROMPT, Sender, ray_session, replica  # noqa: F401  (ray_session is a fixture)
 from fixtures.tiny import write_tiny_model
 from verl.workers.rollout.client import LLMServerClient
 from verl.workers.rollout.replica import ReplicaSet
