@@ -32,6 +32,9 @@ class LayerHooks(Protocol):
     def targets(self, model: nn.Module) -> list[tuple[torch.Tensor, Target]]:
         """For each of their parameters, in the load layout: what loaders write to, and where it is run from."""
 
+    def begin_patch(self, model: nn.Module) -> None:
+        """Before single elements are changed: the layers have to be as they run."""
+
     def refresh(self, model: nn.Module, places: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         """Make anew what they derive from weights that were changed in place (by layer and parameter)."""
 
@@ -240,6 +243,8 @@ class LayerwiseLoadSession:
             RuntimeError: nothing was recorded, or an engine's parameter is not where it was: load everything.
         """
         run_time_parameters_back(self._model)
+        if self._hooks is not None:
+            self._hooks.begin_patch(self._model)
         if not self.patchable:
             raise RuntimeError("no load of this engine was recorded yet: changes alone cannot be placed")
         assert self._patcher is not None

@@ -18,6 +18,10 @@ from verl.utils.vllm.layout_map import BITS, LayoutMap, Target, storage_of
 _CHUNK = 1 << 22
 
 
+def _place(tensor: torch.Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+    return tensor.data_ptr(), tensor.size(), tensor.stride()
+
+
 class EnginePatcher:
     """Made from a recorded load; used in the order `check`, `patch` for each change, `finish`.
 
@@ -83,7 +87,7 @@ class EnginePatcher:
         for target in self._targets():
             layer, key = self._layers[target.layer], target.name.rpartition(".")[2]
             parameter = layer._parameters.get(key)
-            if parameter is None or parameter.data_ptr() != target.run.data_ptr():
+            if parameter is None or _place(parameter) != _place(target.run):
                 return target.name
         return None
 

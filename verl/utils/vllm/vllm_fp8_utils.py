@@ -135,6 +135,13 @@ def run_time_targets(model: nn.Module) -> list[tuple[torch.Tensor, Target]]:
     return found
 
 
+def run_time_layout_back(model: nn.Module) -> None:
+    """Give MXFP8 layers the parameters that they run on, where waking up replaced them."""
+    for name, layer in mxfp8_layers(model).items():
+        if layer._mxfp8_transformed:
+            _own_parameters_back(layer, _record(name, layer))
+
+
 def refresh_patched(model: nn.Module, places: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
     """Tell layers that keep something derived from their weights what was changed in place.
 
@@ -207,11 +214,8 @@ def _release_restores(layer: nn.Module) -> bool:
 
 def _restore(name: str, layer: nn.Module) -> None:
     record = _record(name, layer)
+    _own_parameters_back(layer, record)
     for key, pair in record.items():
-        # vllm-ascend 0.18.0 wakes experts up as new parameters, without loaders: the old ones still hold the memory.
-        for parameter_name, parameter in ((key, pair.weight), (key + _SCALE, pair.scale)):
-            if layer._parameters[parameter_name] is not parameter:
-                layer._parameters[parameter_name] = parameter
         if (pair.weight.data_ptr(), pair.scale.data_ptr()) != (pair.run_weight.data_ptr(), pair.run_scale.data_ptr()):
             raise RuntimeError(f"{name}.{key}: its memory was replaced since it was loaded, which graphs do not notice")
     if _release_restores(layer):
@@ -221,6 +225,14 @@ def _restore(name: str, layer: nn.Module) -> None:
         pair.weight.data = pair.run_weight.transpose(-1, -2)
         pair.scale.data = pair.load_scale()
     layer._mxfp8_transformed = False
+
+
+def _own_parameters_back(layer: nn.Module, record: Mapping[str, _Pair]) -> None:
+    """vllm-ascend 0.18.0 wakes experts up as new parameters, without loaders: the old ones still hold the memory."""
+    for key, pair in record.items():
+        for name, parameter in ((key, pair.weight), (key + _SCALE, pair.scale)):
+            if layer._parameters[name] is not parameter:
+                layer._parameters[name] = parameter
 
 
 def _apply(name: str, layer: nn.Module) -> None:

@@ -14,6 +14,8 @@ from contract.vllm_ascend.harness import RELEASE, build_model, engine, make_vllm
 from contract.vllm_ascend.reference import assert_same, engine_parameters, held
 from contract.vllm_ascend.updates import Updates, addresses, checkpoints, scheme_of, weights_of
 
+from fixtures.deltas import nudged
+
 
 class Pool:
     """Memory as CaMemAllocator keeps it: parts with a tag lose their content while asleep, never their address."""
@@ -85,6 +87,17 @@ def test_updates_between_sleeps(tmp_path, worker, kind, tags):
             assert_same(held(model), engine_parameters(weights_of(source)))
             assert addresses(model) == before
             assert loaders(model) == with_loader
+        weights = weights_of(others[0])
+        updates.send(weights)  # of what a layer is made from, the second whole update at the latest keeps a copy
+        for step in range(3):
+            old, weights = weights, nudged(weights, step, 1e-2)
+            sleeper.sleep(level=1)
+            sleeper.wake_up(tags[0])
+            updates.send_changes(old, weights)
+            for rest in tags[1:]:
+                sleeper.wake_up(rest)
+            assert_same(held(model), engine_parameters(weights))
+            assert addresses(model) == before
 
 
 def test_experts_that_are_not_quantised(tmp_path, worker):

@@ -20,6 +20,7 @@ from verl.utils.vllm.vllm_fp8_utils import (
     mxfp8_layers,
     refresh_patched,
     restore_mxfp8_weights_for_loading,
+    run_time_layout_back,
     run_time_targets,
 )
 from verl.workers.rollout.quantization.scaled import ScaledScheme, ScaledWeights, refuse_fused_experts
@@ -90,6 +91,10 @@ class AscendScheme(ScaledScheme):
     @staticmethod
     def targets(model: nn.Module) -> list[tuple[torch.Tensor, Target]]:
         return run_time_targets(model)
+
+    @staticmethod
+    def begin_patch(model: nn.Module) -> None:
+        run_time_layout_back(model)
 
     @staticmethod
     def refresh(model: nn.Module, places: Mapping[str, Mapping[str, torch.Tensor]]) -> None:

@@ -99,6 +99,11 @@ class QuantizationScheme(ABC):
         return []
 
     @staticmethod
+    def begin_patch(model: nn.Module) -> None:
+        """Before single elements are changed: the layers have to be as they run."""
+        return
+
+    @staticmethod
     def refresh(model: nn.Module, places: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         """Make anew what layers derive from weights of which single places were changed (by layer and parameter)."""
         return
