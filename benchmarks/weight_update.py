@@ -9,10 +9,12 @@ weights. Every round does each of these once, one after the other, so that ratio
   processes can do;
 - the update with `rollout.quantization=ascend`, quantised by the sender, and by the receiver;
 - the update without quantisation;
-- the way around: write the weights as safetensors, read them back, and send those.
+- the way around: write the weights as safetensors, read them back, and send those;
+- what changed alone, after every weight moved by a learning rate up or down, as Adam's first step moves it.
 
 The tables have medians over the rounds, and medians of the per-round ratios to the copy. Encoding and sending go on
-while the bucket before is loaded, so that the parts add up to more than the whole.
+while the bucket before is loaded, so that the parts add up to more than the whole. How many bytes a step changes
+depends on how large the weights are: `--std` is that of the 135M model's linear layers by default, SmolLM2-135M's.
 """
 
 import argparse
@@ -31,6 +33,7 @@ import models
 import ray
 import torch
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 from verl.single_controller.worker_group import WorkerGroup
 from verl.trainer.config import ActorConfig, ActorRolloutRefConfig, FSDPConfig, ModelConfig, RolloutConfig
@@ -43,10 +46,32 @@ from verl.workers.rollout.weight_sync.sender import WeightSender
 from verl.workers.rollout.weight_sync.update import update_weights
 from verl.workers.train_worker import TrainWorker
 
-TARGET = 3.0
+TARGET = 2.0
 COPY = "copying its bytes twice"
+SENDER = "update, quantised by the sender"
+LEARNING_RATES = (1e-6, 1e-5, 1e-4)
+# Of transformers' random weights, and of SmolLM2-135M's linear layers (0.18 to 0.28, embeddings 0.14).
+RANDOM_STD, SMOLLM2_STD = 0.02, 0.2
 PARTS = ("begin_s", "encode_s", "send_s", "load_s", "finish_s", "total_s")
 _TRAINER_ENVIRONMENT = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+class MovingWorker(TrainWorker):
+    """A trainer rank whose weights can be moved without training."""
+
+    def move(self, learning_rate: float, seed: int) -> None:
+        """Every weight up or down by `learning_rate`."""
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in self._actor.engine.module.parameters():
+            weight = parameter.data.to_local() if isinstance(parameter.data, DTensor) else parameter.data
+            up = torch.randint(0, 2, weight.shape, generator=generator, dtype=torch.int8)
+            weight += learning_rate * (2 * up - 1)
+
+    def scale(self, factor: float) -> None:
+        """Every matrix times `factor`."""
+        for parameter in self._actor.engine.module.parameters():
+            if parameter.dim() > 1:
+                parameter.data.mul_(factor)
 
 
 @dataclass
@@ -58,10 +83,13 @@ class Pair:
     replica: vLLMReplica
     version: int = 0
 
-    async def update(self, sender: Any = None) -> dict[str, Any]:
+    async def update(self, sender: Any = None, *, base: int | None = None) -> dict[str, Any]:
         self.version += 1
-        metrics, _ = await update_weights(sender or GroupSender(self.trainer), [self.replica], self.version)
+        metrics, _ = await update_weights(sender or GroupSender(self.trainer), [self.replica], self.version, base=base)
         return metrics
+
+    async def changes(self) -> dict[str, Any]:
+        return await self.update(base=self.version)
 
 
 async def start(model_dir: Path, rollout: RolloutConfig, dtype: str) -> Pair:
@@ -70,7 +98,7 @@ async def start(model_dir: Path, rollout: RolloutConfig, dtype: str) -> Pair:
     actor = ActorConfig(use_dynamic_bsz=True, fsdp_config=FSDPConfig(dtype="float32"))
     config = ActorRolloutRefConfig(model=model, actor=actor, rollout=rollout)
     trainer = WorkerGroup(
-        TrainWorker,
+        MovingWorker,
         [{"num_cpus": 0, "runtime_env": {"env_vars": _TRAINER_ENVIRONMENT}}],
         {
             "world_size": 1,
@@ -144,18 +172,20 @@ async def timed(call: Callable[[], Awaitable[Any]]) -> tuple[float, Any]:
     return time.perf_counter() - started, result
 
 
-async def measure(size: str, dtype: str, rounds: int, work: Path) -> float:
-    """Print the table of one model size; the ratio of the update to the copy."""
+async def measure(size: str, dtype: str, rounds: int, std: float, work: Path) -> dict[str, Any]:
+    """Print the table of one model size; the records of every row."""
     model_dir = models.write_model(size, work / size)
     base = RolloutConfig(
         quantization="ascend", tensor_model_parallel_size=1, dtype=dtype, enforce_eager=True, max_num_seqs=16
     )
     pairs = {
-        "update, quantised by the sender": await start(model_dir, base, dtype),
+        SENDER: await start(model_dir, base, dtype),
         "update, by the receiver": await start(model_dir, replace(base, quantization_side="receiver"), dtype),
         "update, not quantised": await start(model_dir, replace(base, quantization=None), dtype),
     }
-    first = next(iter(pairs.values()))
+    first = pairs[SENDER]
+    for pair in pairs.values():
+        await pair.trainer.all("scale", std / RANDOM_STD)
     metrics = await first.update()
     copy = Copy(int(metrics["weight_update/MiB"] * 2**20))
     bucket_bytes = base.checkpoint_engine.update_weights_bucket_megabytes << 20
@@ -172,16 +202,25 @@ async def measure(size: str, dtype: str, rounds: int, work: Path) -> float:
     calls |= {name: pair.update for name, pair in pairs.items()}
     calls["through safetensors files"] = through_files
     records: dict[str, list[tuple[float, dict[str, Any]]]] = {name: [] for name in calls}
+    rates = {f"changes alone, lr {rate:g}": rate for rate in LEARNING_RATES}
+    records |= {name: [] for name in rates}
     for number in range(rounds + 1):
         for name, call in calls.items():
             outcome = await timed(call)
             if number:  # the first round only warms up
                 records[name].append(outcome)
+        # What went through files is not what the trainer sent last.
+        await first.update()
+        for name, rate in rates.items():
+            await first.trainer.all("move", rate, number)
+            outcome = await timed(first.changes)
+            if number:
+                records[name].append(outcome)
     for pair in pairs.values():
         await pair.replica.stop()
         pair.trainer.stop()
     print_table(size, dtype, records)
-    return ratio(records, "update, quantised by the sender")
+    return records
 
 
 def ratio(records: dict[str, list[tuple[float, dict[str, Any]]]], name: str) -> float:
@@ -204,30 +243,43 @@ def print_table(size: str, dtype: str, records: dict[str, list[tuple[float, dict
         print(line + (f"{mebibytes[0]:>8.1f}" if mebibytes else ""))
 
 
-async def run(sizes: list[str], dtype: str, rounds: int) -> dict[str, float]:
-    ratios = {}
+async def run(sizes: list[str], dtype: str, rounds: int, std: float) -> dict[str, dict[str, Any]]:
+    found = {}
     for size in sizes:
         with tempfile.TemporaryDirectory() as work:
-            ratios[size] = await measure(size, dtype, rounds, Path(work))
-    return ratios
+            found[size] = await measure(size, dtype, rounds, std, Path(work))
+    return found
+
+
+def of_whole(records: dict[str, list[tuple[float, dict[str, Any]]]], name: str) -> tuple[float, float]:
+    """Bytes and seconds of changes alone as shares of a whole update's, medians over the rounds."""
+    pairs = list(zip(records[name], records[SENDER], strict=True))
+    sent = (a["weight_update/MiB"] / b["weight_update/MiB"] for (_, a), (_, b) in pairs)
+    return statistics.median(sent), statistics.median(a / b for (a, _), (b, _) in pairs)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--sizes", nargs="+", default=list(models.CONFIGS), choices=list(models.CONFIGS))
     parser.add_argument("--rounds", type=int, default=9, help="measured rounds, after one to warm up")
+    parser.add_argument("--std", type=float, default=SMOLLM2_STD, help="of the weights")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the engine")
     arguments = parser.parse_args()
     print(machine.header())
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
     try:
         dtype = choose_dtype("cpu", arguments.dtype).name
-        ratios = asyncio.run(run(arguments.sizes, dtype, arguments.rounds))
+        found = asyncio.run(run(arguments.sizes, dtype, arguments.rounds, arguments.std))
     finally:
         ray.shutdown()
     print(f"\n{machine.kind()}: the update, times copying its bytes twice (target for 135M: {TARGET:.0f})")
-    for size, value in ratios.items():
-        print(f"  {size:<6}{value:>7.2f}")
+    for size, records in found.items():
+        print(f"  {size:<6}{ratio(records, SENDER):>7.2f}")
+    print("changes alone, of a whole update's bytes and time (target for 135M at 1e-6: 1 %, 0.5)")
+    for size, records in found.items():
+        for name in (name for name in records if name.startswith("changes")):
+            sent, seconds = of_whole(records, name)
+            print(f"  {size:<6}{name.split()[-1]:>7}{sent:>9.2%}{seconds:>7.2f}")
 
 
 if __name__ == "__main__":
