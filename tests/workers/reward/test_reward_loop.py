@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from verl.workers.reward import RewardError, RewardFunctionError, RewardLoop, RewardResult, extra_columns
+from verl.workers.reward.counts import check_scored, reward_metrics
 
 SIGNATURE = "compute_score(data_source, solution_str, ground_truth, extra_info)"
 SHORT = 1.0
@@ -250,7 +251,7 @@ def test_what_counts_as_a_score(start, keyword):
     for source, result in zip(bad, results[len(good) :], strict=True):
         assert (result.score, result.extra) == (0.0, {}), source
         assert result.error == ("exception" if source == "np.ones(2)" else "bad_return"), (source, result)
-    assert loop.step_metrics()["reward/num_errors"] == len(bad)
+    assert reward_metrics(results)["reward/num_errors"] == len(bad)
 
 
 def test_extra_values_arrive_as_built_in_types(start):
@@ -292,8 +293,7 @@ def test_a_raise_scores_zero_and_only_the_first_traceback_is_logged(start, caplo
         others = score(loop, "good", "bad2", "bad3")
     assert (first.score, first.error) == (0.0, "exception")
     assert [result.score for result in others] == [1.0, 0.0, 0.0]
-    assert loop.step_metrics()["reward/num_errors"] == 3
-    loop.check_step()
+    assert reward_metrics([first, *others])["reward/num_errors"] == 3
     (record,) = caplog.records
     for part in ("in compute_score", "in helper", "KeyError: 'lost bad1'", "data_source=d"):
         assert part in record.getMessage()
@@ -333,8 +333,8 @@ def test_a_hang_costs_its_own_sample_and_nothing_else(start, keyword, how):
     assert [i for i, result in enumerate(results) if result.error] == [40]
     assert (results[40].error, results[40].score) == ("timeout", 0.0)
     assert results[40].seconds >= SHORT
-    assert loop.step_metrics()["reward/num_timeouts"] == 1
-    assert loop.step_metrics()["reward/seconds_max"] >= SHORT
+    assert reward_metrics(results)["reward/num_timeouts"] == 1
+    assert reward_metrics(results)["reward/seconds_max"] >= SHORT
     assert len([pid for pid in before if alive(pid)]) == 1  # the hung one is gone
     assert score(loop, "good")[0].score == 1.0
     assert len(loop.worker_pids()) == 2  # and replaced
@@ -503,25 +503,21 @@ def test_a_cancelled_caller_is_not_counted_and_its_sample_not_scored(start, tmp_
         return await tasks[3]
 
     assert asyncio.run(cancel()).score == 1.0
-    assert loop._num_samples == 1
     assert sorted(path.name for path in (tmp_path / "seen").iterdir()) == ["a", "d"]
 
 
 def test_every_sample_of_a_step_failing_stops_the_run(start):
     loop = start(f"def {SIGNATURE}: return 1.0 if solution_str == 'good' else 1 / 0")
-    loop.check_step()  # no sample yet
-    score(loop, "bad", "good")
-    loop.check_step()
-    loop.begin_step()
-    score(loop, "bad", "bad")
+    check_scored([], loop.scorer)
+    check_scored(score(loop, "bad", "good"), loop.scorer)
+    failed = score(loop, "bad", "bad")
     with pytest.raises(RewardError, match=r"(?s)all 2 samples of this step.*2 errors.*ZeroDivisionError") as caught:
-        loop.check_step()
+        check_scored(failed, loop.scorer)
+    assert loop.scorer in str(caught.value)
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
-    loop.begin_step()
-    assert loop.step_metrics() == dict.fromkeys(
+    assert reward_metrics([]) == dict.fromkeys(
         ["reward/num_errors", "reward/num_timeouts", "reward/seconds_mean", "reward/seconds_max"], 0.0
     )
-    loop.check_step()
 
 
 def test_seconds_are_those_of_scoring(start):
@@ -541,7 +537,7 @@ def test_seconds_are_those_of_scoring(start):
     seconds = [result.seconds for result in results]
     assert all(result.extra["own"] <= result.seconds for result in results)
     assert sum(seconds) <= took  # one after the other: the wait for the worker is in none of them
-    metrics = loop.step_metrics()
+    metrics = reward_metrics(results)
     assert metrics["reward/seconds_max"] == max(seconds)
     assert metrics["reward/seconds_mean"] == pytest.approx(sum(seconds) / 3)
 

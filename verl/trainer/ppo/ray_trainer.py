@@ -112,7 +112,6 @@ class RayPPOTrainer:
     async def generate(self, timing: dict[str, float]) -> tuple[DataProto, dict[str, float]]:
         """A full batch of scored samples; with `filter_groups` from as many draws of prompts as that takes."""
         runtime, algorithm = self.runtime, self.config.algorithm
-        runtime.begin_generation()
         metrics: dict[str, float] = {}
         if algorithm.filter_groups.enable:
             groups = GroupFilter(

@@ -33,7 +33,8 @@ from verl.utils.dataset.loader import build_dataloader
 from verl.utils.dataset.rl_dataset import create_rl_dataset
 from verl.utils.tokenizer import hf_tokenizer
 from verl.workers.engine.batching import ACTOR_COLUMNS, CRITIC_COLUMNS, partition, split_even, split_mini_batches
-from verl.workers.reward import RewardLoop
+from verl.workers.reward import RewardLoop, RewardResult
+from verl.workers.reward.counts import check_scored, reward_metrics
 from verl.workers.rollout.client import LLMServerClient
 from verl.workers.rollout.replica import ReplicaSet, vLLMReplica
 from verl.workers.rollout.vllm_rollout.engine_args import engine_environment
@@ -107,6 +108,7 @@ class Runtime:
             buckets_in_flight=engine.buckets_in_flight,
         )
         self.draws = 0
+        self._scored: list[RewardResult] = []
         self._dump: list[dict[str, Any]] = []
         self._placement: Placement | None = None
         self._group: WorkerGroup | None = None
@@ -291,10 +293,6 @@ class Runtime:
         size = len(next(iter(batch.values())))
         return [{**{key: column[i] for key, column in batch.items()}, "uid": f"{number}.{i}"} for i in range(size)]
 
-    def begin_generation(self) -> None:
-        """Before the first `generate` of a step."""
-        self.rewards.begin_step()
-
     async def generate(self, rows: Sequence[dict[str, Any]], timing: dict[str, float]) -> DataProto:
         """`rollout.n` scored samples for each row, next to each other; times are added to `gen` and `reward`.
 
@@ -315,12 +313,13 @@ class Runtime:
             scores = torch.tensor([sample.reward.score for sample in baselines], dtype=torch.float32)
             batch.batch["reward_baselines"] = scores.repeat_interleave(rollout.n)
         batch.meta_info |= {"temperature": rollout.temperature}
+        self._scored += [sample.reward for sample in (*samples, *baselines)]
         if self.config.trainer.rollout_data_dir:
             self._dump += [self.describe_sample(sample) for sample in samples]
         return batch
 
     async def end_generation(self, step: int) -> dict[str, float]:
-        """After the last `generate` of a step: judge the rewards, put the replicas to sleep, dump what they said.
+        """After the last `generate` of a step: judge its rewards, put the replicas to sleep, dump what they said.
 
         Returns:
             `reward/*`: what scoring the step's samples took.
@@ -328,21 +327,21 @@ class Runtime:
         Raises:
             RewardError: every sample of the step failed to be scored.
         """
-        self.rewards.check_step()
+        scored, self._scored = self._scored, []
+        check_scored(scored, self.rewards.scorer)
         await self.replicas.sleep()
         if self.config.trainer.rollout_data_dir:
             dump_generations(self.config.trainer.rollout_data_dir, step, self._dump)
             self._dump = []
-        return self.rewards.step_metrics()
+        return reward_metrics(scored)
 
     async def generate_validation(self, rows: Sequence[dict[str, Any]]) -> list[ScoredSample]:
         """`val_kwargs.n` scored samples for each row; greedy unless `val_kwargs.do_sample`."""
         kwargs = self.config.actor_rollout_ref.rollout.val_kwargs
         temperature = kwargs.temperature if kwargs.do_sample else 0.0
         sampling = {"temperature": temperature, "top_p": kwargs.top_p, "top_k": kwargs.top_k}
-        self.rewards.begin_step()
         samples, _ = await self._generator.generate([row for row in rows for _ in range(kwargs.n)], sampling)
-        self.rewards.check_step()
+        check_scored([sample.reward for sample in samples], self.rewards.scorer)
         return samples
 
     async def old_log_probs(self, batch: DataProto) -> DataProto:

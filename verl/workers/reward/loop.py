@@ -1,7 +1,6 @@
-"""The reward loop: `await loop.score(...)` for each sample as it finishes, and the counts of a step.
+"""The reward loop: `await loop.score(...)` for each sample as it finishes.
 
-A scorer that raises, hangs or returns no score gives its sample 0.0 and a count; a step in which every sample fails
-ends the run.
+A scorer that raises, hangs or returns no score gives its sample 0.0 and an error.
 """
 
 from __future__ import annotations
@@ -101,8 +100,7 @@ class RewardLoop:
             data_sources=tuple(dict.fromkeys(data_sources)),
         )
         self._lock = threading.Lock()
-        self._first_detail: str | None = None
-        self.begin_step()
+        self._has_failed = False
         try:
             pickle.dumps(self._setup)
         except (pickle.PicklingError, TypeError, AttributeError) as error:
@@ -152,44 +150,22 @@ class RewardLoop:
         except asyncio.CancelledError:
             job.cancelled = True
             raise
-        self._count(outcome, data_source)
-        score, extra = outcome.score, outcome.extra
+        score, extra, detail = outcome.score, outcome.extra, outcome.detail
+        if outcome.error == "timeout":
+            detail = f"no score within reward.timeout={self._setup.timeout:g} s"
+        if outcome.error is not None:
+            self._report(outcome.error, detail, data_source)
         if outcome.error is None:
             try:
                 score, extra = self._manager.reward(score, extra, response_length)
             except ComponentError as error:
                 raise RewardError(f"data_source={data_source}: {error}") from error
-        return RewardResult(score, extra, outcome.error, outcome.seconds, outcome.detail)
+        return RewardResult(score, extra, outcome.error, outcome.seconds, detail)
 
-    def begin_step(self) -> None:
-        """Start the counts of a new step."""
-        with self._lock:
-            self._num_samples = self._num_errors = self._num_timeouts = 0
-            self._seconds_sum = self._seconds_max = 0.0
-            self._step_detail: str | None = None
-
-    def step_metrics(self) -> dict[str, float]:
-        """Counts since `begin_step`: samples whose scorer failed or timed out, and seconds per sample."""
-        with self._lock:
-            return {
-                "reward/num_errors": float(self._num_errors),
-                "reward/num_timeouts": float(self._num_timeouts),
-                "reward/seconds_mean": self._seconds_sum / max(self._num_samples, 1),
-                "reward/seconds_max": self._seconds_max,
-            }
-
-    def check_step(self) -> None:
-        """Raise RewardError if there were samples since `begin_step` and scoring failed for every one of them."""
-        with self._lock:
-            failed = self._num_errors + self._num_timeouts
-            if failed == 0 or failed < self._num_samples:
-                return
-            what = self._setup.path or "the built-in scorers"
-            raise RewardError(
-                f"scoring failed for all {failed} samples of this step ({self._num_errors} errors, "
-                f"{self._num_timeouts} timeouts of {self._setup.timeout:g} s) with {what}; the first: "
-                f"{self._step_detail}"
-            )
+    @property
+    def scorer(self) -> str:
+        """Who scores, in words."""
+        return self._setup.path or "the built-in scorers"
 
     def close(self) -> None:
         """End the worker processes and whatever they started; may be called twice."""
@@ -199,26 +175,14 @@ class RewardLoop:
         """Process ids of the workers."""
         return self._pool.pids()
 
-    def _count(self, outcome: Outcome, data_source: str) -> None:
-        detail = outcome.detail
-        if outcome.error == "timeout":
-            detail = f"no score within reward.timeout={self._setup.timeout:g} s"
-        first = False
+    def _report(self, error: str, detail: str, data_source: str) -> None:
         with self._lock:
-            self._num_samples += 1
-            self._num_timeouts += outcome.error == "timeout"
-            self._num_errors += outcome.error in ("exception", "bad_return")
-            self._seconds_sum += outcome.seconds
-            self._seconds_max = max(self._seconds_max, outcome.seconds)
-            if outcome.error is not None:
-                self._step_detail = self._step_detail or detail
-                first = self._first_detail is None
-                self._first_detail = self._first_detail or detail
+            first, self._has_failed = not self._has_failed, True
         if first:
             _LOG.error(
                 "reward: %s while scoring a sample of data_source=%s; it gets 0.0. Further failures are only counted "
                 "(reward/num_errors, reward/num_timeouts). The first one:\n%s",
-                outcome.error,
+                error,
                 data_source,
                 detail,
             )
