@@ -54,7 +54,8 @@ class DataConfig:
     return_full_prompt: bool = planned(False, "the templated prompt text in the batch")
     gen_batch_size: int | None = key(
         None,
-        "prompts of one draw where algorithm.filter_groups drops some, null for train_batch_size",
+        "prompts of one draw where algorithm.filter_groups drops some, or under way with rollout.partial_rollout; null "
+        "for train_batch_size",
         unit="prompts",
         at_least=1,
     )

@@ -7,6 +7,10 @@ _MULTI_TURN = "actor_rollout_ref.rollout.multi_turn."
 _KEPT = "the model's tokens are kept as they were generated, so that there is nothing to compare; leave it out"
 _BYPASS = f"use {_CORRECTION}bypass_mode=True with {_CORRECTION}loss_type=reinforce"
 _VETO = "there is no veto by one token; rollout_rs=seq_max_k2 rejects a sequence for its farthest token"
+_PARTIAL = (
+    "use actor_rollout_ref.rollout.partial_rollout=True: data.gen_batch_size prompts are under way, and a step takes "
+    "the first data.train_batch_size that are done"
+)
 _HINTS = {
     "actor_rollout_ref.actor.use_token_level_loss": "use actor_rollout_ref.actor.loss_agg_mode=token-mean",
     "actor_rollout_ref.actor.tis_imp_ratio_cap": (
@@ -21,6 +25,7 @@ _HINTS = {
     f"{_CORRECTION}rollout_token_veto_threshold": _VETO,
     f"{_CORRECTION}rollout_is_veto_threshold": _VETO,
     "trainer.profile_steps": "use trainer.timeline, which holds every step",
+    "actor_rollout_ref.rollout.over_sample_rate": _PARTIAL,
     f"{_MULTI_TURN}tokenization_sanity_check_mode": _KEPT,
     f"{_MULTI_TURN}use_inference_chat_template": _KEPT,
 }
@@ -31,6 +36,9 @@ _SECTIONS = {
     "reward.reward_model.": (
         "reward.reward_model: reward models are not run here; leave all keys of this section out and let "
         "reward.custom_reward_function ask one, as in examples/reward_model"
+    ),
+    "async_training.": (
+        f"async_training: there is no such section; {_PARTIAL}; actor_rollout_ref.rollout.max_staleness bounds how old"
     ),
     "actor_rollout_ref.rollout.trace.": (
         "actor_rollout_ref.rollout.trace: traces of samples are not written here; leave its keys out, "

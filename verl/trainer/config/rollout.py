@@ -154,7 +154,13 @@ class RolloutConfig:
     )
     partial_rollout: bool = key(
         False,
-        "weight updates cut unfinished answers, which go on under the new weights; no step waits for the longest",
+        "a step takes the first data.train_batch_size prompts that are done; updates cut the others, which go on",
+    )
+    max_staleness: int = key(
+        8,
+        "updates between an answer's oldest token and its step with partial_rollout; older ones are waited for",
+        unit="updates",
+        at_least=1,
     )
     checkpoint_engine: CheckpointEngineConfig = section(CheckpointEngineConfig, "how new weights reach the replicas")
     engine_kwargs: dict[str, Any] = key(

@@ -122,6 +122,8 @@ class RayPPOTrainer:
             while not groups.full:
                 groups.add(await runtime.generate(next(self.draws), timing))
             batch, metrics = groups.take(), groups.metrics()
+        elif self.config.actor_rollout_ref.rollout.partial_rollout:
+            batch, metrics = await runtime.generate_partial(self.step, timing)
         else:
             batch = await runtime.generate(next(self.draws), timing)
         metrics |= await runtime.end_generation(self.step)

@@ -28,9 +28,11 @@ from verl.trainer.ppo.advantages import get_adv_estimator_fn, required_columns
 from verl.trainer.ppo.checkpoint import CheckpointError, load_driver_state, save_driver_state
 from verl.trainer.ppo.kl_in_reward import get_kl_controller
 from verl.trainer.ppo.metrics import compute_seqlen_metrics
+from verl.trainer.ppo.partial_rollout import CarriedGroups, Position, Prompt, carried_groups, staleness_metrics
 from verl.trainer.ppo.validation import dump_generations
 from verl.utils.dataset.loader import build_dataloader
 from verl.utils.dataset.rl_dataset import create_rl_dataset
+from verl.utils.timing import marked_timer
 from verl.utils.tokenizer import hf_tokenizer
 from verl.workers.engine.batching import ACTOR_COLUMNS, CRITIC_COLUMNS, partition, split_even, split_mini_batches
 from verl.workers.reward import RewardLoop, RewardResult
@@ -108,6 +110,7 @@ class Runtime:
             buckets_in_flight=engine.buckets_in_flight,
         )
         self.draws = 0
+        self._carried: CarriedGroups[Any] | None = None
         self._scored: list[RewardResult] = []
         self._dump: list[dict[str, Any]] = []
         self._placement: Placement | None = None
@@ -125,6 +128,8 @@ class Runtime:
         self._replicas = self._make_replicas(self._placement)
         # Tools and agent loops are loaded here, so that what is wrong with them shows before anything has started.
         self._generator = SampleGenerator(LLMServerClient(self._replicas), self.tokenizer, self._rewards, self.config)
+        self._carried = carried_groups(self.config, lambda row: self._answers([row]))
+        self._prompts = self.prompts()
         self._group = self._make_trainers(self._placement)
         starting = [asyncio.ensure_future(self._replicas.start()), asyncio.ensure_future(self._start_trainers())]
         try:
@@ -138,9 +143,10 @@ class Runtime:
         self.tokenizer = hf_tokenizer(model.tokenizer_path or model.path, trust_remote_code=model.trust_remote_code)
         train = create_rl_dataset(data.train_files, self.tokenizer, data, max_samples=data.train_max_samples)
         seed = data.seed if data.seed is not None else self.config.trainer.seed
+        by_prompt = self.config.actor_rollout_ref.rollout.partial_rollout
         self.train_loader = build_dataloader(
             train,
-            batch_size=data.gen_batch_size or data.train_batch_size,
+            batch_size=1 if by_prompt else data.gen_batch_size or data.train_batch_size,
             shuffle=data.shuffle,
             seed=seed,
             drop_last=True,
@@ -232,6 +238,8 @@ class Runtime:
                 stack.push_async_callback(self._replicas.stop)
             if self._group is not None:
                 stack.callback(self._group.stop)
+            if self._carried is not None:
+                stack.push_async_callback(self._carried.close)
 
     def _estimator_columns(self) -> tuple[str, ...]:
         """Columns that the estimator cannot do without.
@@ -288,6 +296,14 @@ class Runtime:
                 self.draws += 1
                 yield self.rows(batch, self.draws)
 
+    def prompts(self) -> Iterator[Prompt]:
+        """`draw`, prompt by prompt, where the loader's batches have one."""
+        draws = self.draw()
+        while True:
+            here = self.train_loader.state_dict()
+            (row,) = next(draws)
+            yield Prompt(row, Position(self.draws, here["epoch"], here["samples"]))
+
     def rows(self, batch: Mapping[str, Sequence[Any]], number: int) -> list[dict[str, Any]]:
         """A collated batch as one dict a prompt, each with a `uid` of its own."""
         size = len(next(iter(batch.values())))
@@ -298,18 +314,42 @@ class Runtime:
 
         Where the estimator compares with a greedy answer, that answer's score is the column `reward_baselines` [B].
         """
+        (samples, seconds), (baselines, greedy_seconds) = await self._answers(rows)
+        for name in seconds:
+            timing[name] = timing.get(name, 0.0) + max(seconds[name], greedy_seconds.get(name, 0.0))
+        return self._lay_out(samples, baselines)
+
+    async def generate_partial(self, step: int, timing: dict[str, float]) -> tuple[DataProto, dict[str, float]]:
+        """As `generate` for `train_batch_size` prompts, those that are done first; the others go on.
+
+        Returns:
+            the batch, and `partial_rollout/*`: how old it is, and how many prompts go on.
+        """
+        assert self._carried is not None
+        with marked_timer("gen", timing):
+            groups = await self._carried.take(step, self.total_steps - step + 1, self._prompts)
+        batch = self._lay_out(
+            [sample for (samples, _), _ in groups for sample in samples],
+            [baseline for _, (baselines, _) in groups for baseline in baselines],
+        )
+        carried = {"partial_rollout/carried_prompts": float(len(self._carried.positions()))}
+        return batch, staleness_metrics(batch, step - 1) | carried
+
+    async def _answers(self, rows: Sequence[dict[str, Any]]) -> Any:
+        """`rollout.n` scored samples for each row, greedy ones where the estimator compares; each with its times."""
         rollout = self.config.actor_rollout_ref.rollout
         sampling = {"temperature": rollout.temperature, "top_p": rollout.top_p, "top_k": rollout.top_k}
         if rollout.calculate_log_probs:
             sampling["logprobs"] = 0
-        with_baselines = "reward_baselines" in self._on_demand
         sampled = self._generator.generate([row for row in rows for _ in range(rollout.n)], sampling)
+        with_baselines = "reward_baselines" in self._on_demand
         greedy = self._generator.generate(list(rows), {"temperature": 0.0}) if with_baselines else _nothing()
-        (samples, seconds), (baselines, greedy_seconds) = await asyncio.gather(sampled, greedy)
-        for name in seconds:
-            timing[name] = timing.get(name, 0.0) + max(seconds[name], greedy_seconds.get(name, 0.0))
+        return await asyncio.gather(sampled, greedy)
+
+    def _lay_out(self, samples: list[ScoredSample], baselines: list[ScoredSample]) -> DataProto:
+        rollout = self.config.actor_rollout_ref.rollout
         batch = to_batch(samples, pad_token_id=self.tokenizer.pad_token_id, with_log_probs=rollout.calculate_log_probs)
-        if with_baselines:
+        if baselines:
             scores = torch.tensor([sample.reward.score for sample in baselines], dtype=torch.float32)
             batch.batch["reward_baselines"] = scores.repeat_interleave(rollout.n)
         batch.meta_info |= {"temperature": rollout.temperature}
@@ -427,6 +467,7 @@ class Runtime:
             "train_loader": self.train_loader.state_dict(),
             "draws": self.draws,
             "kl_coef": self.kl_controller.value,
+            "carried": [tuple(position) for position in self._carried.positions()] if self._carried else [],
         }
         save_driver_state(directory, state)
 
@@ -443,6 +484,12 @@ class Runtime:
             await self.trainers.all("call_critic", "load_checkpoint", str(directory / "critic"))
         self.train_loader.load_state_dict(state["train_loader"])
         self.draws = state.get("draws", state["step"])
+        carried = [Position(*position) for position in state.get("carried", ())]
+        if self._carried is not None:
+            rows = [self.rows(self.train_loader.read(at.epoch, at.sample), at.number)[0] for at in carried]
+            self._carried.resume([Prompt(*each) for each in zip(rows, carried, strict=True)])
+        elif carried:
+            logger.warning("%d prompts that partial rollouts had under way are left out", len(carried))
         if self.config.algorithm.kl_ctrl.type == "adaptive":
             self.kl_controller.value = state.get("kl_coef", self.kl_controller.value)
         return int(state["step"])

@@ -82,6 +82,10 @@ class EpochDataLoader(StatefulDataLoader):
             self.sampler.epoch += 1
             self.sampler.start = 0
 
+    def read(self, epoch: int, sample: int) -> Any:
+        """The prompt at a position as a batch of one; the loader stays where it is."""
+        return self.collate_fn([self.dataset[int(self.sampler.order(epoch)[sample])]])
+
     def state_dict(self) -> dict[str, int | bool]:
         """Plain numbers, fit for JSON; taken between two batches, it stands for the batch that comes next."""
         sampler = self.sampler

@@ -19,6 +19,7 @@ from verl.trainer.config.checks.machine import (
     check_ports,
 )
 from verl.trainer.config.checks.model import check_model
+from verl.trainer.config.checks.partial_rollout import check_partial_rollout
 from verl.trainer.config.checks.policy_loss import check_policy_loss
 from verl.trainer.config.checks.quantization import Quantisation, check_quantization
 from verl.trainer.config.checks.reward import check_reward
@@ -57,6 +58,7 @@ def check(config: PPOConfig) -> Plan:
         check_algorithm(config, found)
         check_critic(config, found)
         check_policy_loss(config, found)
+        check_partial_rollout(config, found)
         check_ports(config, found)
     model = check_model(config, found) if sizes_hold else None
     critic = check_critic_model(config, model, found) if sizes_hold else None

@@ -94,10 +94,10 @@ def _check_filter(config: PPOConfig, found: Findings) -> None:
     groups, data, n = config.algorithm.filter_groups, config.data, config.actor_rollout_ref.rollout.n
     drawn = data.gen_batch_size or data.train_batch_size
     if not groups.enable:
-        if drawn != data.train_batch_size:
+        if drawn != data.train_batch_size and not config.actor_rollout_ref.rollout.partial_rollout:
             found.errors.append(
                 f"data.gen_batch_size={drawn}: differs from data.train_batch_size={data.train_batch_size}, which only "
-                f"{_FILTER}.enable=True makes sense of; leave it out"
+                f"{_FILTER}.enable=True or actor_rollout_ref.rollout.partial_rollout=True makes sense of; leave it out"
             )
         return
     if not groups.metric:

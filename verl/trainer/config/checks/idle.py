@@ -148,6 +148,8 @@ def _idle(config: PPOConfig, device: str) -> Iterator[tuple[str, tuple[str, ...]
     whole = whole_updates_why(rollout, device)
     if whole is not None:
         yield f"with {whole}", (_ROLLOUT + "checkpoint_engine.delta_check_interval",)
+    if not rollout.partial_rollout:
+        yield "with rollout.partial_rollout=False", (_ROLLOUT + "max_staleness",)
     if not rollout.calculate_log_probs:
         yield "with rollout.calculate_log_probs=False", (_ROLLOUT + "logprobs_mode",)
     if not config.data.shuffle and config.data.train_max_samples < 0:
