@@ -8,8 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fixtures import trace_format
 from fixtures.torchao import torchao_directory
 from fixtures.training import TinyRun, alive, descendants, left_in_shared_memory, orphaned_shared_memory
+from verl.utils.timeline_reader import read_events, stage_seconds, step_shares
 
 pytestmark = pytest.mark.e2e
 
@@ -21,6 +23,33 @@ def prompts_of(directory):
     }
 
 
+def check_timeline(path, metrics, ended=True):
+    """Every process is in it, the stages are those of the log, and both sides compute for some of each step."""
+    if ended:
+        json.loads(path.read_text())
+    events = read_events(path)
+    trace_format.check(events)
+    names = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
+    spans = {(names[event["pid"]], event["name"]) for event in events if event["ph"] in "Xb"}
+    assert {
+        ("driver", "sample"),
+        ("trainer rank 0", "backward"),
+        ("trainer rank 0", "optimizer"),
+        ("replica 0", "request"),
+        ("replica 0 worker 0", "forward"),
+        ("replica 0 worker 0", "update: load a bucket"),
+        ("reward worker 0", "score"),
+    } <= spans
+    stages, shares = stage_seconds(events), step_shares(events)
+    for step in metrics.keys() - {0}:
+        logged = {name: value for name, value in metrics[step].items() if name.startswith("timing_s/")}
+        logged.pop("timing_s/save_checkpoint", None)  # after the step
+        assert {f"timing_s/{name}": value for name, value in stages[step].items()} == pytest.approx(logged, rel=0.02)
+        share = shares[step]
+        assert 0 < share.engine < 1 and 0 < share.train < 1 and 0 < share.overhead < 1
+        assert share.engine + share.train + share.overhead == pytest.approx(1, abs=0.01)
+
+
 def test_a_run_leaves_log_checkpoint_and_model_and_nothing_else(tmp_path):
     run = TinyRun(tmp_path)
     before = orphaned_shared_memory()
@@ -29,6 +58,7 @@ def test_a_run_leaves_log_checkpoint_and_model_and_nothing_else(tmp_path):
         trainer__test_freq=2,
         trainer__save_freq=2,
         trainer__rollout_data_dir=tmp_path / "dumps",
+        trainer__timeline=tmp_path / "trace.json",
         actor_rollout_ref__actor__use_kl_loss=True,
         actor_rollout_ref__actor__checkpoint__save_contents="[model,optimizer,extra,hf_model]",
     )
@@ -64,6 +94,7 @@ def test_a_run_leaves_log_checkpoint_and_model_and_nothing_else(tmp_path):
     dumped = prompts_of(tmp_path / "dumps")
     assert sorted(dumped) == [1, 2] and all(len(set(rows)) == 8 and len(rows) == 32 for rows in dumped.values())
     assert left_in_shared_memory(before) == set()
+    check_timeline(tmp_path / "trace.json", metrics)
 
 
 def test_two_ranks_and_two_replicas_train_like_one(tmp_path):

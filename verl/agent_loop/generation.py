@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from verl.agent_loop.loops_file import register_from_file
 from verl.protocol import DataProto
 from verl.trainer.config import PPOConfig
 from verl.utils.proto_columns import object_array
+from verl.utils.timeline import spanned
 from verl.workers.reward import RewardLoop, RewardResult, extra_columns
 from verl.workers.rollout.client import LLMServerClient
 
@@ -30,6 +31,14 @@ class ScoredSample:
     row: dict[str, Any]
     output: AgentLoopOutput
     reward: RewardResult
+
+
+class GenerationTimes(NamedTuple):
+    """Readings of `time.monotonic_ns`: at the start, at the last answer, and at the last score."""
+
+    started: int
+    answered: int
+    ended: int
 
 
 class SampleGenerator:
@@ -60,13 +69,13 @@ class SampleGenerator:
 
     async def generate(
         self, rows: Sequence[dict[str, Any]], sampling_params: dict[str, Any]
-    ) -> tuple[list[ScoredSample], dict[str, float]]:
+    ) -> tuple[list[ScoredSample], GenerationTimes]:
         """One sample for each row, in the rows' order; a row that should give `n` samples comes `n` times.
 
         Returns:
-            The samples; and seconds: `gen` until the last answer, `reward` from there until the last score.
+            The samples, and when they were there.
         """
-        started = time.perf_counter()
+        started = time.monotonic_ns()
         self._answered_at = started
         tasks = [asyncio.create_task(self._sample(row, sampling_params)) for row in rows]
         try:
@@ -74,13 +83,13 @@ class SampleGenerator:
         finally:
             for task in tasks:
                 task.cancel()
-        ended = time.perf_counter()
-        return samples, {"gen": self._answered_at - started, "reward": ended - self._answered_at}
+        return samples, GenerationTimes(started, self._answered_at, time.monotonic_ns())
 
+    @spanned("sample", "sample", overlaps=True)
     async def _sample(self, row: dict[str, Any], sampling_params: dict[str, Any]) -> ScoredSample:
         loop = self._agent_loop(row.get("agent_name") or self._default_agent_loop)
         output = await loop.run(sampling_params, **row)
-        self._answered_at = time.perf_counter()
+        self._answered_at = time.monotonic_ns()
         reward = await self._rewards.score(
             row["data_source"],
             self._tokenizer.decode(output.response_ids, skip_special_tokens=True),

@@ -10,6 +10,7 @@ import torch
 
 from verl.trainer.config import ActorRolloutRefConfig, CriticConfig
 from verl.trainer.config.rollout_correction import Correction
+from verl.utils.timeline import join_timeline, span, spanned
 from verl.workers.actor import ActorWorker
 from verl.workers.critic import CriticWorker
 from verl.workers.rollout.quantization import QuantizationScheme, get_scheme
@@ -34,6 +35,7 @@ class TrainWorker:
         critic: the section `critic` as `resolve_critic` completes it; None for no critic.
         critic_warmup: the first training steps, in which the critic alone learns.
         bypass: as in `ActorWorker`.
+        timeline: for `join_timeline`.
     """
 
     def __init__(
@@ -50,7 +52,9 @@ class TrainWorker:
         critic: CriticConfig | None = None,
         critic_warmup: int = 0,
         bypass: Correction | None = None,
+        timeline: dict[str, Any] | None = None,
     ):
+        join_timeline(timeline, f"trainer rank {rank}")
         self._rank, self._world_size, self._config, self._device = rank, world_size, config, device
         self._total_training_steps, self._with_ref, self._seed = total_training_steps, with_ref, seed
         self._critic_config, self._critic_warmup, self._bypass = critic, critic_warmup, bypass
@@ -97,13 +101,16 @@ class TrainWorker:
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Call a method of the `ActorWorker`."""
-        return getattr(self._actor, method)(*arguments)
+        with span(method):
+            return getattr(self._actor, method)(*arguments)
 
     def call_critic(self, method: str, *arguments: Any) -> Any:
         """Call a method of the `CriticWorker`."""
         assert self._critic is not None, "this run has no critic"
-        return getattr(self._critic, method)(*arguments)
+        with span(f"critic: {method}"):
+            return getattr(self._critic, method)(*arguments)
 
+    @spanned("export: begin")
     def begin_export(self, version: int) -> None:
         """Start sending the weights as `version`; on the other ranks `join_export` must run at the same time."""
         if self._sender is None:
@@ -112,11 +119,13 @@ class TrainWorker:
         self._report()  # what an update that failed left behind
         self._sender.begin(version, self._encoded())
 
+    @spanned("export: gather, encode and pack a bucket")
     def next_bucket(self) -> dict[str, Any]:
         """Fill and describe the next bucket."""
         assert self._sender is not None, "begin_export first"
         return self._sender.next_bucket()
 
+    @spanned("export: finish")
     def finish_export(self) -> dict[str, Any]:
         """`manifest` of everything sent, `seconds` to gather, encode and pack it, and the `report` of encoding."""
         assert self._sender is not None, "begin_export first"
@@ -133,6 +142,7 @@ class TrainWorker:
         if self._sender is not None:
             self._sender.abort()
 
+    @spanned("export: gather and encode")
     def join_export(self) -> dict[str, Any]:
         """Take part in encoding and gathering the shards that rank 0 sends; the report of encoding."""
         self._report()

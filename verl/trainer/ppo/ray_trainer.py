@@ -44,6 +44,7 @@ from verl.trainer.ppo.off_policy import correct_rollout, drop_rejected, mismatch
 from verl.trainer.ppo.rewards import apply_advantages, apply_kl_penalty
 from verl.trainer.ppo.runtime import Runtime
 from verl.trainer.ppo.validation_run import ValidationRun
+from verl.utils.timeline import close_timeline, open_timeline, spanned
 from verl.utils.timing import marked_timer
 from verl.utils.tracking import Progress, Tracking
 
@@ -78,7 +79,7 @@ class RayPPOTrainer:
             while self.step < runtime.total_steps:
                 self.step += 1
                 timing: dict[str, float] = {}
-                with marked_timer("step", timing):
+                with marked_timer("step", timing, step=self.step):
                     batch, metrics = await self.generate(timing)
                     batch = await self.old_log_probs(batch, timing)
                     if runtime.with_ref:
@@ -157,6 +158,7 @@ class RayPPOTrainer:
         """Whether something that happens every `every` steps happens now; the last step always counts."""
         return every > 0 and (self.step % every == 0 or self.step == self.runtime.total_steps)
 
+    @spanned("validate")
     async def validate(self, tracking: Tracking) -> dict[str, float]:
         metrics, table = await self.validation.run(self.step)
         if table:
@@ -211,12 +213,15 @@ class RayPPOTrainer:
 async def train(config: PPOConfig, plan: Plan) -> None:
     """Start everything, train, stop everything, whatever happens in between."""
     store = CheckpointStore(config.trainer.default_local_dir, config.trainer.max_actor_ckpt_to_keep)
+    if config.trainer.timeline is not None:
+        open_timeline(config.trainer.timeline)
     runtime = Runtime(config, plan)
     try:
         await runtime.start()
         await RayPPOTrainer(config, runtime, store).fit()
     finally:
         await runtime.stop()
+        close_timeline()
 
 
 def run(config: PPOConfig, plan: Plan) -> None:

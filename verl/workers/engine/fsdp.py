@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from verl.protocol import DataProto
 from verl.trainer.config import lora_options
+from verl.utils.timeline import span, spanned
 from verl.workers.engine import checkpoint, export, optim
 from verl.workers.engine.base import LossFn, PolicyEngine, TrainEngine, ValueEngine, ValueLossFn
 from verl.workers.engine.errors import NonFiniteError
@@ -76,6 +77,7 @@ class FSDPTrainEngine(TrainEngine):
         self._schedule_step = 0
         self._mini_batch: DataProto | None = None
 
+    @spanned("optimizer", "train")
     def optimizer_step(self) -> dict[str, float]:
         assert self._optimizer is not None and self._lr_at is not None, "this engine only runs forward"
         grads = optim.local_grads(self.model.parameters())
@@ -149,8 +151,10 @@ class FSDPTrainEngine(TrainEngine):
         totals: dict[str, torch.Tensor] = {}
         losses, rows = [], []
         for micro_batch in aligned.micro_batches(micro_batching, self._group):
-            loss, metrics = loss_of(micro_batch, aligned)
-            loss.backward()
+            with span("forward", "train", samples=len(micro_batch.rows)):
+                loss, metrics = loss_of(micro_batch, aligned)
+            with span("backward", "train"):
+                loss.backward()
             losses.append(loss.detach())
             rows.append(micro_batch.rows)
             for name, value in {**metrics, "loss": loss}.items():
@@ -173,7 +177,8 @@ class FSDPTrainEngine(TrainEngine):
         shape = aligned.response_mask.shape
         whole = [torch.zeros(shape, dtype=torch.float32, device=self._device) for _ in range(count)]
         for micro_batch in aligned.micro_batches(micro_batching, self._group):
-            parts = forward(micro_batch, aligned)
+            with span("forward", "train", samples=len(micro_batch.rows)):
+                parts = forward(micro_batch, aligned)
             if len(micro_batch.rows):
                 for column, part in zip(whole, parts, strict=True):
                     column[micro_batch.rows] = part.to(column.dtype)

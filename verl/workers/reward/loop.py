@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from verl.utils.timeline import current_timeline
 from verl.workers.reward.function import KWARGS_KEY, RewardFunctionError, check_path
 from verl.workers.reward.managers import ComponentError, make_manager
 from verl.workers.reward.pool import Outcome, RewardError, WorkerPool
@@ -98,6 +99,7 @@ class RewardLoop:
             reward_kwargs=scorer_kwargs(config),
             timeout=timeout,
             data_sources=tuple(dict.fromkeys(data_sources)),
+            timeline=current_timeline(),
         )
         self._lock = threading.Lock()
         self._has_failed = False

@@ -75,7 +75,8 @@ class _Job:
 class _Worker:
     """One worker process and what the driver knows about it; `running` keeps the order in which samples were sent."""
 
-    def __init__(self, setup: bytes) -> None:
+    def __init__(self, number: int, setup: bytes) -> None:
+        self.number = number
         ours, theirs = socket.socketpair()
         with tempfile.TemporaryFile() as slot, theirs:
             slot.truncate(SLOT.size)
@@ -84,7 +85,7 @@ class _Worker:
             for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
                 ours.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", _SOCKET_SECONDS, 0))
             self.process = subprocess.Popen(
-                _command(theirs.fileno(), slot.fileno()),
+                _command(number, theirs.fileno(), slot.fileno()),
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
                 pass_fds=(theirs.fileno(), slot.fileno()),
@@ -123,10 +124,10 @@ class _Worker:
         return code
 
 
-def _command(socket_fd: int, slot_fd: int) -> list[str]:
+def _command(number: int, socket_fd: int, slot_fd: int) -> list[str]:
     code = (
         f"import sys; sys.path[:] = {sys.path!r}; from verl.workers.reward.worker import main; "
-        f"main({socket_fd}, {slot_fd}, {os.getpid()})"
+        f"main({number}, {socket_fd}, {slot_fd}, {os.getpid()})"
     )
     return [sys.executable, "-c", code]
 
@@ -198,7 +199,8 @@ class WorkerPool:
             while not self._closing:
                 if self._broken is None:
                     while len(self._workers) < self._num_workers:
-                        self._workers.append(_Worker(self._pickled_setup))
+                        free = set(range(self._num_workers)) - {worker.number for worker in self._workers}
+                        self._workers.append(_Worker(min(free), self._pickled_setup))
                     self._dispatch()
                 self._listen()
                 self._enforce_limits()

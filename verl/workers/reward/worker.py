@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
+from verl.utils.timeline import join_timeline, span, spanned
 from verl.workers.reward.function import ARGUMENTS, BadReturnError, ScoreFunction, load_function, read_return
 
 MAX_EXTRA_BYTES = 16 * 2**20
@@ -37,16 +38,18 @@ NOBODY = -1
 
 @dataclass(frozen=True)
 class Setup:
-    """What a worker needs to know before its first sample; `timeout` is in seconds per sample."""
+    """What a worker needs to know before its first sample; `timeout` is in seconds per sample, `timeline` for
+    `join_timeline`."""
 
     path: str | None
     name: str
     reward_kwargs: dict[str, Any]
     timeout: float
     data_sources: tuple[str, ...] = ()
+    timeline: dict[str, Any] | None = None
 
 
-def main(socket_fd: int, slot_fd: int, parent_pid: int) -> None:
+def main(number: int, socket_fd: int, slot_fd: int, parent_pid: int) -> None:
     """Serve until the driver closes its end of the socket, or dies."""
     os.set_inheritable(socket_fd, False)
     os.set_inheritable(slot_fd, False)
@@ -57,6 +60,7 @@ def main(socket_fd: int, slot_fd: int, parent_pid: int) -> None:
         setup = connection.recv()
     except EOFError:
         return
+    join_timeline(setup.timeline, f"reward worker {number}")
     try:
         function = load_function(setup.path, setup.name, setup.reward_kwargs)
         _prepare(function, setup.data_sources)
@@ -107,7 +111,8 @@ def _serve_sync(connection: Connection, function: ScoreFunction) -> None:
         connection.send(("start",))
         for number, payload in batch:
             begin = time.perf_counter()
-            outcome = score_one(function, payload)
+            with span("score"):
+                outcome = score_one(function, payload)
             send_done(connection, number, outcome, time.perf_counter() - begin)
 
 
@@ -192,6 +197,7 @@ class _AsyncServer:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
+    @spanned("score", "reward", overlaps=True)
     async def _score(self, number: int, payload: bytes) -> None:
         loop = asyncio.get_running_loop()
         begin = time.perf_counter()
