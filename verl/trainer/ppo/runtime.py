@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from verl.agent_loop.generation import SampleGenerator, ScoredSample, to_batch
+from verl.agent_loop.generation import GenerationTimes, SampleGenerator, ScoredSample, to_batch
 from verl.protocol import DataProto
 from verl.single_controller.placement import Placement, place, replica_count, visible_devices
 from verl.single_controller.worker_group import WorkerGroup
@@ -32,7 +32,8 @@ from verl.trainer.ppo.partial_rollout import CarriedGroups, Position, Prompt, ca
 from verl.trainer.ppo.validation import dump_generations
 from verl.utils.dataset.loader import build_dataloader
 from verl.utils.dataset.rl_dataset import create_rl_dataset
-from verl.utils.timing import marked_timer
+from verl.utils.timeline import current_timeline, spanned
+from verl.utils.timing import add_stage, marked_timer
 from verl.utils.tokenizer import hf_tokenizer
 from verl.workers.engine.batching import ACTOR_COLUMNS, CRITIC_COLUMNS, partition, split_even, split_mini_batches
 from verl.workers.reward import RewardLoop, RewardResult
@@ -78,6 +79,13 @@ class GroupSender:
         return {**export, "encode": report["seconds"], "worst": worst_error([report, *others])}
 
 
+def _add_generation(timing: dict[str, float], *all_times: GenerationTimes) -> None:
+    """`gen` until the last answer, `reward` from there until the last score."""
+    started, answered = min(t.started for t in all_times), max(t.answered for t in all_times)
+    add_stage("gen", timing, started, answered)
+    add_stage("reward", timing, answered, max(t.ended for t in all_times))
+
+
 # Tensor columns of every batch when advantages are computed; `reward_baselines` is made for who names it.
 ALWAYS_THERE = (
     *("prompts", "responses", "input_ids", "attention_mask", "position_ids", "response_mask", "weight_versions"),
@@ -85,8 +93,8 @@ ALWAYS_THERE = (
 )
 
 
-async def _nothing() -> tuple[list[ScoredSample], dict[str, float]]:
-    return [], {}
+async def _nothing() -> tuple[list[ScoredSample], None]:
+    return [], None
 
 
 class Runtime:
@@ -174,6 +182,7 @@ class Runtime:
             "prompt_length": config.data.max_prompt_length,
             "response_length": config.data.max_response_length,
             "seed": config.trainer.seed,
+            "timeline": current_timeline(),
         }
         environment = engine_environment(
             device=self.plan.device,
@@ -217,6 +226,7 @@ class Runtime:
                 "bypass": self.correction if self.correction.bypass_mode else None,
                 "seed": self.config.trainer.seed,
                 "rollout_dtype": self.plan.rollout_dtype,
+                "timeline": current_timeline(),
             },
         )
 
@@ -309,14 +319,14 @@ class Runtime:
         size = len(next(iter(batch.values())))
         return [{**{key: column[i] for key, column in batch.items()}, "uid": f"{number}.{i}"} for i in range(size)]
 
+    @spanned("generate")
     async def generate(self, rows: Sequence[dict[str, Any]], timing: dict[str, float]) -> DataProto:
         """`rollout.n` scored samples for each row, next to each other; times are added to `gen` and `reward`.
 
         Where the estimator compares with a greedy answer, that answer's score is the column `reward_baselines` [B].
         """
-        (samples, seconds), (baselines, greedy_seconds) = await self._answers(rows)
-        for name in seconds:
-            timing[name] = timing.get(name, 0.0) + max(seconds[name], greedy_seconds.get(name, 0.0))
+        (samples, times), (baselines, greedy_times) = await self._answers(rows)
+        _add_generation(timing, times, greedy_times or times)
         return self._lay_out(samples, baselines)
 
     async def generate_partial(self, step: int, timing: dict[str, float]) -> tuple[DataProto, dict[str, float]]:

@@ -21,6 +21,7 @@ import time
 from typing import Any
 
 from verl.trainer.config import ModelConfig, RolloutConfig
+from verl.utils.timeline import join_timeline, spanned
 from verl.utils.vllm.npu_vllm_patch import check_npu_environment
 from verl.workers.rollout.continuation import after_cut, check_continuable
 from verl.workers.rollout.quantization import SCHEME_NAMES, get_scheme, worker_settings
@@ -43,6 +44,7 @@ class vLLMHttpServer:
         dtype: torch dtype name the engine computes in.
         prompt_length, response_length: caps in tokens.
         seed: of the engine's sampler; each replica adds its rank.
+        timeline: for `join_timeline`.
     """
 
     def __init__(
@@ -56,7 +58,10 @@ class vLLMHttpServer:
         prompt_length: int,
         response_length: int,
         seed: int = 0,
+        timeline: dict[str, Any] | None = None,
     ):
+        join_timeline(timeline, f"replica {replica_rank}")
+        self._timeline = timeline
         if device == "npu":
             check_npu_environment(
                 os.environ, sleep_mode=rollout.free_cache_engine, engine_kwargs=rollout.engine_kwargs.get("vllm")
@@ -102,6 +107,8 @@ class vLLMHttpServer:
             # Pydantic's own do not survive pickling.
             raise ValueError(f"vLLM refuses what its engine should be started with: {error}") from None
         self._engine = AsyncLLM.from_vllm_config(config, disable_log_stats=self._rollout.disable_log_stats)
+        if self._timeline is not None:
+            await self._engine.collective_rpc("verl_join_timeline", args=(self._timeline, f"replica {self._rank}"))
         self._max_len = config.model_config.max_model_len
         if self._rollout.load_format != "dummy":
             self._commit(0)
@@ -120,6 +127,7 @@ class vLLMHttpServer:
             return None
         return self._refusal or "the engine is taking new weights"
 
+    @spanned("request", "request", overlaps=True)
     async def generate(
         self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str, answered: list[int]
     ) -> TokenOutput:
@@ -196,6 +204,7 @@ class vLLMHttpServer:
 
     # ---- the weight update ----
 
+    @spanned("update: drain or cut, begin")
     async def begin_update(self, version: int, base: int | None = None) -> None:
         """Drain or cut what is in flight; bring the engine to its load layout, or with `base` get ready for changes."""
         self._serving.clear()
@@ -217,6 +226,7 @@ class vLLMHttpServer:
             # Again for one that was still on its way into the engine.
             await asyncio.sleep(0.001)
 
+    @spanned("update: load a bucket")
     async def load_bucket(self, bucket: dict[str, Any]) -> None:
         """Load one bucket in every worker of this replica."""
         try:
@@ -225,6 +235,7 @@ class vLLMHttpServer:
             self._refuse(str(error))
             raise
 
+    @spanned("update: finish")
     async def finish_update(self, manifest: dict[str, Any]) -> dict[str, Any]:
         """Check what arrived, bring the engine to its run-time layout, commit the version, and serve again.
 
@@ -281,6 +292,7 @@ class vLLMHttpServer:
         await self._engine.check_health()
         return {"version": self._version, "refusal": self._refusal}
 
+    @spanned("sleep")
     async def sleep(self) -> None:
         """Free the key-value cache and set the weights aside (level 1 on an NPU, 2 elsewhere); nothing on a CPU."""
         if self._device != "cpu" and self._rollout.free_cache_engine:
@@ -289,6 +301,7 @@ class vLLMHttpServer:
                 await self._cut()
             await self._engine.sleep(level=1 if self._device == "npu" else 2)
 
+    @spanned("wake up")
     async def wake_up(self, tags: list[str]) -> None:
         """Take memory back: `["weights"]` before an update, `["kv_cache"]` after it; nothing on a CPU."""
         if self._device != "cpu" and self._rollout.free_cache_engine:

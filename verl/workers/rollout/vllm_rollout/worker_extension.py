@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from verl.utils.timeline import join_timeline, spanned
 from verl.utils.vllm.compat import load_session
 from verl.workers.rollout.quantization import worker_scheme
 from verl.workers.rollout.weight_sync.manifest import WeightUpdateError
@@ -23,6 +24,13 @@ class WeightUpdateExtension:
 
     _verl_receiver: WeightReceiver | None = None
 
+    def verl_join_timeline(self, timeline: dict[str, Any], replica: str) -> None:
+        """Record this worker's forward passes and weight updates; see `join_timeline`."""
+        join_timeline(timeline, f"{replica} worker {self.rank}")
+        for method, name in (("execute_model", "forward"), ("sample_tokens", "sample")):
+            setattr(self.model_runner, method, spanned(name, "engine")(getattr(self.model_runner, method)))
+
+    @spanned("update: begin")
     def verl_begin_update(
         self, version: int, quantization: dict[str, Any] | None = None, base: int | None = None
     ) -> dict[str, Any]:
@@ -40,11 +48,13 @@ class WeightUpdateExtension:
             self._verl_receiver = WeightReceiver(session, scheme, encodes=encodes)
         self._verl_receiver.begin(version, base)
 
+    @spanned("update: load a bucket")
     def verl_load_bucket(self, bucket: dict[str, Any]) -> dict[str, Any]:
         """Load one bucket out of shared memory."""
         assert self._verl_receiver is not None, "verl_begin_update first"
         return _reported(self._verl_receiver.load_bucket, bucket)
 
+    @spanned("update: finish")
     def verl_finish_update(self, manifest: dict[str, Any]) -> dict[str, Any]:
         """Check, bring the model to its run-time layout, commit; the result holds the receiver's statistics."""
         assert self._verl_receiver is not None, "verl_begin_update first"
