@@ -20,7 +20,7 @@ from verl.workers.rollout.weight_sync.receiver import WeightReceiver
 
 
 class WeightUpdateExtension:
-    """Mixed into vLLM's worker class, which brings `model_runner`, `vllm_config` and `device`."""
+    """Mixed into vLLM's worker class, which brings `model_runner`, `vllm_config`, `device` and `rank`."""
 
     _verl_receiver: WeightReceiver | None = None
 
