@@ -1,8 +1,8 @@
 """Where the trainer's ranks and the replicas run.
 
 Hybrid (`rollout.nnodes=0`): replicas share the trainer's devices; replica `r` with tensor parallelism `t` sits on the
-devices of trainer ranks `r*t .. r*t + t - 1`. Standalone (`rollout.nnodes=1`): replicas have devices of their own.
-On a CPU both only mean processes, since cores are shared anyway.
+devices of trainer ranks `r*t .. r*t + t - 1`. Standalone (`rollout.nnodes=n`): they have devices of their own on n
+nodes, so many replicas on each. On a CPU, where cores are shared anyway, both only say on which node a process runs.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from verl.trainer.config import PPOConfig
+from verl.utils.platform import devices_environment
 
 _RESOURCE = {"cuda": "GPU", "npu": "NPU"}
 
@@ -55,57 +56,84 @@ def place(config: PPOConfig, device: str) -> Placement:
     """Reserve devices and say where each process goes.
 
     Raises:
-        RuntimeError: the cluster has fewer devices than the config asks for.
+        RuntimeError: the cluster has fewer devices or nodes than the config asks for.
     """
     nodes, per_node = config.trainer.nnodes, config.trainer.n_gpus_per_node
-    replicas = replica_count(config)
+    rollout, replicas = config.actor_rollout_ref.rollout, replica_count(config)
     if device == "cpu":
-        # Ranks and replicas take turns on the same cores, so none of them reserves any.
-        return Placement(
-            [{"num_cpus": 0} for _ in range(nodes * per_node)],
-            [{"num_cpus": 0} for _ in range(replicas)],
-        )
-    if config.actor_rollout_ref.rollout.nnodes:
-        raise NotImplementedError(
-            f"actor_rollout_ref.rollout.nnodes={config.actor_rollout_ref.rollout.nnodes} on {device} is not supported "
-            "yet: use 0, where replicas share the trainer's devices"
-        )
-    groups = [_reserve(_RESOURCE[device], per_node) for _ in range(nodes)]
+        return _place_on_cpu(nodes, per_node, rollout.nnodes, replicas)
+    groups = [_reserve(device, per_node, 1, "trainer.n_gpus_per_node") for _ in range(nodes)]
     bundles = [(group, index) for group in groups for index in range(per_node)]
-    per_replica = len(bundles) // replicas
-    trainers = [_in_bundle(*bundle, resources=_device_request(device)) for bundle in bundles]
-    # The engine sees the devices of its trainers without owning them: the trainer's bundle already counts them.
-    shared = [_in_bundle(*bundles[r * per_replica], resources={}) for r in range(replicas)]
-    return Placement(trainers, shared, groups)
+    trainers = [_in_bundle(*bundle, resources=_device_request(device, 1)) for bundle in bundles]
+    if not rollout.nnodes:
+        per_replica = len(bundles) // replicas
+        # The engine sees the devices of its trainers without owning them: the trainer's bundle already counts them.
+        shared = [_in_bundle(*bundles[r * per_replica], resources={}) for r in range(replicas)]
+        return Placement(trainers, shared, groups)
+    size, field = rollout.tensor_model_parallel_size, "actor_rollout_ref.rollout.n_gpus_per_node"
+    try:
+        for _ in range(rollout.nnodes):
+            groups.append(_reserve(device, rollout.n_gpus_per_node // size, size, field))
+    except RuntimeError:
+        Placement([], [], groups).release()
+        raise
+    bundles = [(group, index) for group in groups[nodes:] for index in range(rollout.n_gpus_per_node // size)]
+    apart = [_in_bundle(*bundle, resources=_device_request(device, size)) for bundle in bundles]
+    return Placement(trainers, apart, groups)
+
+
+def _place_on_cpu(trainer_nodes: int, per_node: int, rollout_nodes: int, replicas: int) -> Placement:
+    """The trainer from the driver's node on, replicas of their own on the nodes after those.
+
+    A cluster of one node stands for as many as there should be of one each.
+    """
+    own = ray.get_runtime_context().get_node_id()
+    nodes = sorted((node["NodeID"] for node in ray.nodes() if node["Alive"]), key=lambda node: (node != own, node))
+    if len(nodes) == 1 and trainer_nodes == 1 and rollout_nodes <= 1:
+        nodes *= 2
+    if trainer_nodes + rollout_nodes > len(nodes):
+        raise RuntimeError(
+            f"trainer.nnodes={trainer_nodes} and actor_rollout_ref.rollout.nnodes={rollout_nodes}: the cluster has "
+            f"{len(nodes)} node(s); lower them, or add nodes to it"
+        )
+    homes = nodes[trainer_nodes : trainer_nodes + rollout_nodes] or nodes[:trainer_nodes]
+    # Ranks and replicas take turns on the same cores, so none of them reserves any.
+    return Placement(
+        [_on_node(nodes[rank // per_node]) for rank in range(trainer_nodes * per_node)],
+        [_on_node(homes[rank * len(homes) // replicas]) for rank in range(replicas)],
+    )
 
 
 def visible_devices(config: PPOConfig, device: str, replica: int) -> dict[str, str]:
-    """Environment that shows replica `replica` the devices it shares with its trainers; empty on a CPU."""
-    if device == "cpu":
+    """Environment that shows replica `replica` the devices it shares with its trainers; empty where it shares none."""
+    if device == "cpu" or config.actor_rollout_ref.rollout.nnodes:
         return {}
     per_node = config.trainer.n_gpus_per_node
     per_replica = config.trainer.nnodes * per_node // replica_count(config)
     first = replica * per_replica % per_node
-    ids = ",".join(str(first + i) for i in range(per_replica))
-    if device == "cuda":
-        return {"CUDA_VISIBLE_DEVICES": ids, "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
-    return {"ASCEND_RT_VISIBLE_DEVICES": ids, "RAY_EXPERIMENTAL_NOSET_ASCEND_RT_VISIBLE_DEVICES": "1"}
+    return devices_environment(device, [str(first + i) for i in range(per_replica)])
 
 
-def _reserve(resource: str, count: int) -> PlacementGroup:
-    group = placement_group([{resource: 1, "CPU": 1}] * count, strategy="STRICT_PACK")
+def _reserve(device: str, count: int, size: int, field: str) -> PlacementGroup:
+    """`count` times `size` devices of one node; `field` asked for them."""
+    resource = _RESOURCE[device]
+    group = placement_group([{resource: size, "CPU": 1}] * count, strategy="STRICT_PACK")
     if not group.wait(timeout_seconds=60):
         available = ray.cluster_resources().get(resource, 0)
         remove_placement_group(group)
         raise RuntimeError(
-            f"trainer.n_gpus_per_node={count}: no node has {count} free {resource} devices with a CPU core each "
-            f"(the cluster has {available:g}); lower it, or end what occupies them"
+            f"{field}={count * size}: no node has {count * size} free {resource} devices and {count} CPU cores (the "
+            f"cluster has {available:g} devices); lower it, or end what occupies them"
         )
     return group
 
 
-def _device_request(device: str) -> dict[str, Any]:
-    return {"num_gpus": 1} if device == "cuda" else {"resources": {"NPU": 1}}
+def _device_request(device: str, count: int) -> dict[str, Any]:
+    return {"num_gpus": count} if device == "cuda" else {"resources": {"NPU": count}}
+
+
+def _on_node(node: str) -> dict[str, Any]:
+    return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
 
 
 def _in_bundle(group: PlacementGroup, index: int, resources: dict[str, Any]) -> dict[str, Any]:

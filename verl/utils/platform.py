@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 DEVICES = ("cpu", "cuda", "npu")
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
+_VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "npu": "ASCEND_RT_VISIBLE_DEVICES"}
 _DTYPES = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
 # Without one of these a CPU computes bfloat16 by converting, several times slower than float32.
 _CPU_BFLOAT16 = ("avx512_bf16", "amx_bf16")
@@ -69,16 +71,23 @@ def count_devices(device: str, *, root: Path = Path("/")) -> int:
     """How many devices of a kind this machine shows; for `cpu` the cores that this process may use."""
     if device == "cpu":
         return cpu_cores()
-    pattern, variable = {
-        "cuda": (r"nvidia\d+", "CUDA_VISIBLE_DEVICES"),
-        "npu": (r"davinci\d+", "ASCEND_RT_VISIBLE_DEVICES"),
-    }[device]
+    pattern = {"cuda": r"nvidia\d+", "npu": r"davinci\d+"}[device]
     folder = root / "dev"
     nodes = [entry for entry in os.listdir(folder) if re.fullmatch(pattern, entry)] if folder.is_dir() else []
-    visible = os.environ.get(variable)
-    if visible is None:
-        return len(nodes)
-    return min(len(nodes), len([part for part in visible.split(",") if part.strip() not in ("", "-1")]))
+    visible = visible_devices(device)
+    return len(nodes) if visible is None else min(len(nodes), len(visible))
+
+
+def visible_devices(device: str) -> list[str] | None:
+    """Ids of the accelerators that this process is restricted to, None where it is not."""
+    visible = os.environ.get(_VISIBLE[device])
+    return None if visible is None else [part.strip() for part in visible.split(",") if part.strip() not in ("", "-1")]
+
+
+def devices_environment(device: str, ids: Iterable[str] | None) -> dict[str, str]:
+    """Environment of a Ray worker that sees these accelerators whether or not it reserves them; None for all."""
+    shown = {} if ids is None else {_VISIBLE[device]: ",".join(ids)}
+    return {f"RAY_EXPERIMENTAL_NOSET_{_VISIBLE[device]}": "1", **shown}
 
 
 def dist_backend(device: str) -> str:

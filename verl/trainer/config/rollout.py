@@ -27,10 +27,14 @@ class CheckpointEngineConfig:
 
     backend: str = key(
         "naive",
-        "transport; naive is shared memory on one host",
-        choices=("naive",),
-        planned=("nccl", "hccl", "nixl", "mooncake", "kimi_ckpt_engine", "delta_sharded"),
-        use="use naive",
+        "transport to replicas on other nodes; naive: none, shared memory on the trainer's node alone; on an NPU nccl "
+        "means hccl",
+        choices=("naive", "nccl", "hccl", "gloo"),
+        planned=("nixl", "mooncake", "kimi_ckpt_engine", "delta_sharded"),
+        use="use nccl, hccl or gloo across nodes",
+    )
+    timeout: float = key(
+        120.0, "time that a bucket may take to other nodes, after which the update fails", unit="seconds", above=0
     )
     update_weights_bucket_megabytes: int = key(
         2048, "size of a bucket, at most; a larger tensor gets its own", unit="MiB", at_least=1
@@ -121,9 +125,13 @@ class RolloutConfig:
     )
     tensor_model_parallel_size: int = key(2, "devices that share one replica's weights", unit="devices", at_least=1)
     nnodes: int = key(
-        0, "0: replicas share the trainer's devices; 1: they have n_gpus_per_node of their own", at_least=0, at_most=1
+        0,
+        "0: replicas share the trainer's devices; else they have n_gpus_per_node of their own on each of so many nodes",
+        at_least=0,
     )
-    n_gpus_per_node: int = key(8, "devices of the replicas where nnodes is 1", unit="devices", at_least=1)
+    n_gpus_per_node: int = key(
+        8, "devices of a node that are the replicas', where nnodes is not 0", unit="devices", at_least=1
+    )
     gpu_memory_utilization: float = key(0.5, "share of a device's memory for the engine", above=0, at_most=1)
     free_cache_engine: bool = key(True, "the engine gives its device memory to the trainer while it trains")
     load_format: str = key("dummy", "what the engine starts with; dummy: random, until the first weight update")

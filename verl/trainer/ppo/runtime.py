@@ -43,6 +43,7 @@ from verl.workers.rollout.replica import ReplicaSet, vLLMReplica
 from verl.workers.rollout.vllm_rollout.engine_args import engine_environment
 from verl.workers.rollout.weight_sync.encode_report import worst_error
 from verl.workers.rollout.weight_sync.manifest import WeightUpdateError
+from verl.workers.rollout.weight_sync.ray_relay import transport, where
 from verl.workers.rollout.weight_sync.update import WeightUpdates
 from verl.workers.train_worker import TrainWorker
 
@@ -117,6 +118,7 @@ class Runtime:
             check_interval=engine.delta_check_interval,
             buckets_in_flight=engine.buckets_in_flight,
         )
+        self._transport = transport(engine, plan.device)
         self.draws = 0
         self._carried: CarriedGroups[Any] | None = None
         self._scored: list[RewardResult] = []
@@ -248,6 +250,7 @@ class Runtime:
                 stack.push_async_callback(self._replicas.stop)
             if self._group is not None:
                 stack.callback(self._group.stop)
+            stack.callback(self._transport.close)
             if self._carried is not None:
                 stack.push_async_callback(self._carried.close)
 
@@ -445,7 +448,9 @@ class Runtime:
     async def update_weights(self, version: int) -> dict[str, Any]:
         """Bring every replica, restarted ones included, to the trainer's weights as `version`."""
         await self.replicas.restart_dead()
-        return await self._updates.update(GroupSender(self.trainers), self.replicas.alive, version)
+        home = await self.trainers.rank(0, "__ray_call__", where, self.plan.device)
+        placed = [(replica, replica.node) for replica in self.replicas.alive]
+        return await self._updates.update(*self._transport.connect(GroupSender(self.trainers), home, placed), version)
 
     # ---- what is read off ----
 

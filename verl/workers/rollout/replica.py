@@ -12,6 +12,8 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from verl.workers.rollout.types import ReplicaUnavailable, TokenOutput
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer
+from verl.workers.rollout.weight_sync.collective import Node
+from verl.workers.rollout.weight_sync.ray_relay import where
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +36,7 @@ class vLLMReplica:
         self.rank = rank
         self.alive = False
         self.in_flight = 0
+        self.node: Node | None = None  # where it was started last
         self._arguments = server_arguments
         self._options = actor_options
         self._actor: Any = None
@@ -44,6 +47,7 @@ class vLLMReplica:
         actor_class = ray.remote(max_concurrency=100_000, **self._options)(vLLMHttpServer)
         self._actor = actor_class.remote(**self._arguments, replica_rank=self.rank)
         report = await self._call("start")
+        self.node = await self._call("__ray_call__", where, self._arguments["device"])
         self.alive = True
         return report
 

@@ -33,6 +33,8 @@ R = "actor_rollout_ref__rollout__"
         ({A + "optim__min_lr_ratio": 0.3}, "optim.min_lr_ratio"),
         ({R + "val_kwargs__temperature": 0.5}, "val_kwargs.temperature"),
         ({R + "n_gpus_per_node": 2}, "rollout.n_gpus_per_node"),
+        ({R + "checkpoint_engine__backend": "gloo"}, "checkpoint_engine.backend"),
+        ({R + "nnodes": 1, R + "checkpoint_engine__timeout": 9}, "checkpoint_engine.timeout"),
         ({R + "server__port": 2000}, "server.port"),
         ({R + "log_prob_max_token_len_per_gpu": 99}, "rollout.log_prob_max_token_len_per_gpu"),
         ({"trainer__total_training_steps": 3, "trainer__total_epochs": 2}, "trainer.total_epochs"),

@@ -24,6 +24,7 @@ from verl.trainer.config.checks.policy_loss import check_policy_loss
 from verl.trainer.config.checks.quantization import Quantisation, check_quantization
 from verl.trainer.config.checks.reward import check_reward
 from verl.trainer.config.checks.rollout_correction import check_rollout_correction
+from verl.trainer.config.checks.transport import check_transport
 from verl.trainer.config.critic import resolve_critic
 from verl.trainer.config.delta import whole_updates_why
 from verl.trainer.config.errors import ConfigError
@@ -71,6 +72,8 @@ def check(config: PPOConfig) -> Plan:
     check_loggers(config, found)
     check_directories(config, found)
     device = None if "trainer.device" in wrong else check_device(config, found)
+    if device and sizes_hold and "actor_rollout_ref.rollout.checkpoint_engine.backend" not in wrong:
+        check_transport(config, device, found)
     quantisation = check_quantization(config, device, found) if device and model and not wrong else None
     if found.errors:
         raise ConfigError(found.errors)

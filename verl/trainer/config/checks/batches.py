@@ -119,9 +119,10 @@ def check_limits(
 
 
 def check_replicas(config: PPOConfig, found: Findings) -> None:
-    """Devices have to divide into replicas."""
+    """Devices have to divide into replicas, a node's devices where replicas have nodes of their own."""
     rollout = config.actor_rollout_ref.rollout
-    devices, size = rollout_devices(config), rollout.tensor_model_parallel_size
+    devices = rollout.n_gpus_per_node if rollout.nnodes else trainer_ranks(config)
+    size = rollout.tensor_model_parallel_size
     if devices % size:
         field = "actor_rollout_ref.rollout.n_gpus_per_node" if rollout.nnodes else "trainer.n_gpus_per_node"
         found.errors.append(

@@ -136,8 +136,11 @@ def _idle(config: PPOConfig, device: str) -> Iterator[tuple[str, tuple[str, ...]
     if not rollout.val_kwargs.do_sample:
         sampling = tuple(f"{_ROLLOUT}val_kwargs.{name}" for name in ("temperature", "top_p", "top_k"))
         yield "on greedy validation (val_kwargs.do_sample=False)", sampling
+    between_nodes = (_ROLLOUT + "checkpoint_engine.backend", _ROLLOUT + "checkpoint_engine.timeout")
     if not rollout.nnodes:
-        yield "with rollout.nnodes=0", (_ROLLOUT + "n_gpus_per_node",)
+        yield "with rollout.nnodes=0", (_ROLLOUT + "n_gpus_per_node", *between_nodes)
+    elif rollout.checkpoint_engine.backend == "naive":
+        yield "with rollout.checkpoint_engine.backend=naive", between_nodes
     if not rollout.server.enable_http:
         yield "with rollout.server.enable_http=False", (_ROLLOUT + "server.",)
     if rollout.agent.default_agent_loop == "single_turn_agent" and not rows_choose_loop(config):

@@ -37,13 +37,17 @@ def check_device(config: PPOConfig, found: Findings) -> str | None:
                 f"use at most {cpu_cores()}"
             )
         return device
-    if rollout.nnodes:
-        found.errors.append(
-            f"actor_rollout_ref.rollout.nnodes={rollout.nnodes}: is not supported yet on {device}; use 0, where "
-            "replicas share the trainer's devices"
-        )
     present = count_devices(device)
-    if ranks > present and "address" not in config.ray_kwargs.ray_init and "RAY_ADDRESS" not in os.environ:
+    if "address" in config.ray_kwargs.ray_init or "RAY_ADDRESS" in os.environ:
+        return device
+    apart = rollout.n_gpus_per_node * rollout.nnodes
+    if apart and ranks + apart > present:
+        found.errors.append(
+            f"actor_rollout_ref.rollout.nnodes={rollout.nnodes}: {apart} devices for the replicas beside "
+            f"trainer.n_gpus_per_node={ranks} of the {present} {device} device(s) of this machine; join a cluster "
+            "(ray_kwargs.ray_init.address), or use 0, where replicas share the trainer's devices"
+        )
+    elif ranks > present:
         found.errors.append(
             f"trainer.n_gpus_per_node={ranks}: this machine shows {present} {device} device(s); use at most {present}"
         )

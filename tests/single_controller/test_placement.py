@@ -1,0 +1,85 @@
+"""Where processes run in a cluster of several nodes: raylets of this machine with pretended devices."""
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from verl.single_controller.placement import place, visible_devices
+from verl.trainer.config import PPOConfig
+
+pytestmark = pytest.mark.e2e
+
+
+class Asked:
+    def where(self):
+        return ray.get_runtime_context().get_node_id()
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    """Ids of three nodes with two GPUs each, the driver's first."""
+    cluster = Cluster()
+    try:
+        for _ in range(3):
+            cluster.add_node(num_cpus=4, num_gpus=2, include_dashboard=False)
+        ray.init(address=cluster.address, log_to_driver=False)
+        own = ray.get_runtime_context().get_node_id()
+        yield [own, *sorted(node["NodeID"] for node in ray.nodes() if node["NodeID"] != own)]
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def config(*, ranks, nnodes, replicas=8, tensor_parallel=1):
+    result = PPOConfig()
+    result.trainer.n_gpus_per_node = ranks
+    rollout = result.actor_rollout_ref.rollout
+    rollout.nnodes, rollout.n_gpus_per_node, rollout.tensor_model_parallel_size = nnodes, replicas, tensor_parallel
+    return result
+
+
+def homes(options):
+    actors = [ray.remote(**option)(Asked).remote() for option in options]
+    found = ray.get([actor.where.remote() for actor in actors], timeout=60)
+    for actor in actors:
+        ray.kill(actor)
+    return found
+
+
+def test_on_cpus_trainer_and_replicas_have_nodes_apart(nodes):
+    placement = place(config(ranks=2, nnodes=2, replicas=2), "cpu")
+    assert homes(placement.trainers) == [nodes[0]] * 2
+    assert homes(placement.replicas) == [nodes[1], nodes[1], nodes[2], nodes[2]]
+
+
+def test_on_cpus_replicas_that_share_stay_with_the_trainer(nodes):
+    placement = place(config(ranks=2, nnodes=0), "cpu")
+    assert homes(placement.trainers) == homes(placement.replicas) == [nodes[0]] * 2
+
+
+def test_more_nodes_than_there_are(nodes):
+    with pytest.raises(RuntimeError, match=r"rollout\.nnodes=3: the cluster has 3 node"):
+        place(config(ranks=1, nnodes=3, replicas=1), "cpu")
+
+
+def test_on_devices_each_node_s_replicas_are_together(nodes):
+    asked = config(ranks=2, nnodes=2, replicas=2, tensor_parallel=1)
+    placement = place(asked, "cuda")
+    try:
+        trainers, replicas = homes(placement.trainers), homes(placement.replicas)
+        assert trainers[0] == trainers[1]
+        assert replicas[0] == replicas[1] != replicas[2] == replicas[3]
+        assert trainers[0] not in replicas
+        assert [option["num_gpus"] for option in placement.replicas] == [1] * 4
+        assert visible_devices(asked, "cuda", 0) == {}
+    finally:
+        placement.release()
+
+
+def test_a_replica_s_devices_are_of_one_node(nodes):
+    placement = place(config(ranks=1, nnodes=2, replicas=2, tensor_parallel=2), "cuda")
+    try:
+        assert [option["num_gpus"] for option in placement.replicas] == [2, 2]
+        assert len(set(homes(placement.replicas))) == 2
+    finally:
+        placement.release()

@@ -1,0 +1,24 @@
+"""How new weights reach replicas on other nodes."""
+
+from __future__ import annotations
+
+from verl.trainer.config.findings import Findings
+from verl.trainer.config.ppo import PPOConfig
+
+_FIELD = "actor_rollout_ref.rollout.checkpoint_engine.backend"
+# By device: what can carry weights between nodes, the fastest first.
+BACKENDS = {"cpu": ("gloo",), "cuda": ("nccl", "gloo"), "npu": ("hccl", "nccl", "gloo")}
+
+
+def check_transport(config: PPOConfig, device: str, found: Findings) -> None:
+    """The transport has to be one of the device's, and to reach as far as the replicas are placed."""
+    rollout = config.actor_rollout_ref.rollout
+    backend, usable = rollout.checkpoint_engine.backend, BACKENDS[device]
+    if backend == "naive":
+        if rollout.nnodes > 1:
+            found.errors.append(
+                f"{_FIELD}=naive: shared memory does not reach the replicas on actor_rollout_ref.rollout.nnodes="
+                f"{rollout.nnodes} nodes; use {usable[0]}"
+            )
+    elif backend not in usable:
+        found.errors.append(f"{_FIELD}={backend}: does not work on trainer.device={device}; use {' or '.join(usable)}")

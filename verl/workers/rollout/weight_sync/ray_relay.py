@@ -1,0 +1,62 @@
+"""Relays as Ray actors, and on which node an actor runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from verl.trainer.config.rollout import CheckpointEngineConfig
+from verl.utils.platform import devices_environment, visible_devices
+from verl.workers.rollout.weight_sync.collective import CollectiveTransport, Node, RelayDied, SharedMemory
+from verl.workers.rollout.weight_sync.relay import BucketRelay
+
+
+def where(_actor: Any, device: str) -> Node:
+    """The node that an actor runs on; with `actor.__ray_call__.remote(where, device)` it is asked there."""
+    visible = None if device == "cpu" else visible_devices(device)
+    return Node(
+        ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), visible[0] if visible else None
+    )
+
+
+def transport(config: CheckpointEngineConfig, device: str) -> SharedMemory | CollectiveTransport:
+    """What `checkpoint_engine.backend` names, on a device (`cpu`, `cuda` or `npu`)."""
+    if config.backend == "naive":
+        return SharedMemory()
+    # On an NPU verl's users write nccl and get HCCL.
+    backend = "hccl" if (config.backend, device) == ("nccl", "npu") else config.backend
+
+    def start(node: Node) -> _RayRelay:
+        return _RayRelay(node, backend, "cpu" if backend == "gloo" else device, config.buckets_in_flight)
+
+    return CollectiveTransport(start, timeout_s=config.timeout)
+
+
+class _RayRelay:
+    """A `BucketRelay` on `node`, where it shares a device with the process that `node` was asked of."""
+
+    def __init__(self, node: Node, backend: str, device: str, segments: int):
+        environment = {"OMP_NUM_THREADS": "1"}
+        if device != "cpu":
+            environment |= devices_environment(device, None if node.device is None else [node.device])
+        options = {
+            "num_cpus": 0,
+            "max_concurrency": 2,  # one to answer during a broadcast
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(node.id, soft=False),
+            "runtime_env": {"env_vars": environment},
+        }
+        self._actor: Any = ray.remote(**options)(BucketRelay).remote(backend, segments)
+
+    async def call(self, method: str, *arguments: Any) -> Any:
+        try:
+            return await getattr(self._actor, method).remote(*arguments)
+        except RayTaskError as error:
+            raise (error if error.cause is None else error.cause) from None
+        except RayActorError as error:
+            raise RelayDied(f"its relay died: {error}") from error
+
+    def end(self) -> None:
+        ray.kill(self._actor)
