@@ -156,12 +156,14 @@ def test_killed_at_any_moment_it_goes_on_from_the_last_whole_checkpoint_with_the
     common = dict(trainer__save_freq=1, trainer__total_training_steps=10, trainer__max_actor_ckpt_to_keep=2)
     whole.run(**common, trainer__rollout_data_dir=whole.root / "dumps")
 
-    process = broken.start(**common, trainer__rollout_data_dir=broken.root / "dumps")
+    trace = tmp_path / "trace.json"
+    process = broken.start(**common, trainer__rollout_data_dir=broken.root / "dumps", trainer__timeline=trace)
     broken.wait_for(lambda: (broken.out / "global_step_3").exists(), process)
     family = descendants(process.pid)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert alive(family) == []
+    check_timeline(trace, broken.metrics(), ended=False)
     saved = int((broken.out / "latest_checkpointed_iteration.txt").read_text())
     assert saved >= 3
 

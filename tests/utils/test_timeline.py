@@ -171,6 +171,8 @@ def test_many_processes_write_whole_lines_on_one_clock(trace):
     for process in processes:
         process.communicate()
         assert process.returncode == 0
+    with span("last"):
+        pass
     end = time.monotonic_ns() - current_timeline()["monotonic_ns"]
     events = events_of(trace)
     names = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
@@ -178,6 +180,7 @@ def test_many_processes_write_whole_lines_on_one_clock(trace):
     for process in processes:
         rows = [event["args"]["rows"] for event in events if event["pid"] == process.pid and event["ph"] == "X"]
         assert rows == list(range(2000))
+    assert events[-1]["name"] == "last"
     assert all(begin <= event["ts"] * 1000 <= end for event in events if event["ph"] == "X")
 
 

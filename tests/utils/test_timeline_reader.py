@@ -87,8 +87,9 @@ def test_a_broken_file_is_read_as_far_as_it_goes(tmp_path, caplog):
     path.write_text("[\n" + ",\n".join(lines) + ',\n{"ph": "X", "na')
     assert read_events(path) == EVENTS
     assert f"line {len(lines) + 2} is damaged" in caplog.text
+    caplog.clear()
     path.write_text(json.dumps(EVENTS[0]) + ",\n" + json.dumps(EVENTS[1]) + "\n]\n")
-    assert read_events(path) == EVENTS[:2]
+    assert read_events(path) == EVENTS[:2] and caplog.text == ""
 
 
 def test_the_command_prints_a_line_a_step(tmp_path, capsys, monkeypatch):
