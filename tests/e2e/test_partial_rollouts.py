@@ -1,6 +1,8 @@
 """Answers that weight updates cut: the parts are what an uncut answer would have been, each token under its weights."""
 
 import asyncio
+import json
+from collections import Counter
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from fixtures.tiny import write_tiny_model
+from fixtures.training import TinyRun
 from verl.workers.rollout.client import LLMServerClient
 from verl.workers.rollout.replica import ReplicaSet
 from verl.workers.rollout.weight_sync.update import update_weights
@@ -97,3 +100,47 @@ async def test_an_answer_cut_by_updates(tmp_path, ray_session):  # noqa: F811
             await other.client.generate(PROMPT, {"presence_penalty": 1.0})
     finally:
         await pool.stop()
+
+
+def prompts_of(directory):
+    """By step: how many samples of each prompt it trained on."""
+    return {
+        int(path.stem): Counter(json.loads(line)["input"] for line in path.read_text().splitlines())
+        for path in directory.glob("*.jsonl")
+    }
+
+
+def test_what_a_step_leaves_is_trained_on_later_and_after_a_resume(tmp_path):
+    run = TinyRun(tmp_path)
+    changes = {
+        "data__gen_batch_size": 12,
+        "actor_rollout_ref__rollout__partial_rollout": True,
+        "actor_rollout_ref__rollout__max_staleness": 1,
+        "algorithm__rollout_correction__rollout_is": "token",
+        "trainer__total_training_steps": 3,
+        "trainer__save_freq": 1,
+        "trainer__test_freq": 1,
+    }
+    run.run(**changes, trainer__rollout_data_dir=tmp_path / "whole")
+    metrics = run.metrics()
+    # The last step leaves nothing: what it took was there, or was begun for it.
+    assert [metrics[step]["partial_rollout/carried_prompts"] for step in (1, 2, 3)] == [4, 4, 0]
+    assert metrics[1]["partial_rollout/staleness/max"] == 0
+    assert metrics[3]["partial_rollout/staleness/max"] == 1, "the bound, which the prompts left by step 2 have"
+    assert all(any(name.startswith("val-core/") for name in metrics[step]) for step in (1, 2, 3))
+
+    whole = prompts_of(tmp_path / "whole")
+    trained = sum(whole.values(), Counter())
+    assert len(trained) == 24 and set(trained.values()) == {4}
+    assert all(len(prompts) == 8 for prompts in whole.values())
+
+    # From step 1 on again: the four that it left are generated anew, and the data goes on behind them.
+    run.run(
+        **changes,
+        trainer__rollout_data_dir=tmp_path / "resumed",
+        trainer__resume_mode="resume_path",
+        trainer__resume_from_path=run.out / "global_step_1",
+    )
+    resumed = prompts_of(tmp_path / "resumed")
+    assert sorted(resumed) == [2, 3]
+    assert whole[1] + resumed[2] + resumed[3] == trained
