@@ -22,7 +22,7 @@ from verl.trainer.ppo.core_algos import get_policy_loss_fn, get_token_selector
 from verl.utils.external import import_external
 from verl.utils.platform import choose_dtype
 from verl.workers.engine.base import PolicyEngine
-from verl.workers.engine.export import RowEncoder
+from verl.workers.engine.export import RowEncoder, Unit
 from verl.workers.engine.fsdp import FSDPEngine
 from verl.workers.engine.micro_batch import MicroBatching, micro_batching
 from verl.workers.policy_objective import PolicyObjective
@@ -233,6 +233,10 @@ class ActorWorker:
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """The policy's weights under checkpoint names; see `TrainEngine.export_weights`."""
         return self.engine.export_weights(dtype=dtype, encoder=encoder)
+
+    def export_units(self, *, dtype: torch.dtype | None = None, encoder: RowEncoder | None = None) -> Iterator[Unit]:
+        """The policy's weights before they are gathered; see `TrainEngine.export_units`."""
+        return self.engine.export_units(dtype=dtype, encoder=encoder)
 
     def save_checkpoint(self, path: str | Path) -> None:
         """Write what `actor.checkpoint.save_contents` names into `path`, `hf_model` into `path/huggingface`."""

@@ -9,14 +9,18 @@ from typing import Any
 import torch
 
 from verl.trainer.config import ActorRolloutRefConfig, CriticConfig
+from verl.trainer.config.delta import whole_updates_why
 from verl.trainer.config.rollout_correction import Correction
 from verl.utils.timeline import join_timeline, span, spanned
 from verl.workers.actor import ActorWorker
 from verl.workers.critic import CriticWorker
+from verl.workers.engine.export import Unit
 from verl.workers.rollout.quantization import QuantizationScheme, get_scheme
+from verl.workers.rollout.weight_sync.block_gather import Block
 from verl.workers.rollout.weight_sync.encode_report import EncodeReport
 from verl.workers.rollout.weight_sync.manifest import dtype_from_name
 from verl.workers.rollout.weight_sync.sender import WeightSender
+from verl.workers.rollout.weight_sync.sent import SentWeights
 
 _MIB = 1 << 20
 
@@ -64,6 +68,8 @@ class TrainWorker:
         # What the engine's workers quantise travels as it is.
         sends = config.rollout.quantization_side == "sender"
         self._scheme: QuantizationScheme | None = get_scheme(config.rollout, config.model.path) if sends else None
+        self._sent = SentWeights(self._scheme, keeps=whole_updates_why(config.rollout, device) is None)
+        self._exporting = 0
 
     def rendezvous(self, loopback: bool) -> tuple[str, int]:
         """Address and free port where the ranks can meet this one."""
@@ -110,14 +116,28 @@ class TrainWorker:
         with span(f"critic: {method}"):
             return getattr(self._critic, method)(*arguments)
 
+    def check_sent(self, base: int) -> None:
+        """WeightUpdateError unless this rank keeps just what it sent as version `base`; before a delta to it begins."""
+        self._sent.check(base)
+
     @spanned("export: begin")
-    def begin_export(self, version: int) -> None:
-        """Start sending the weights as `version`; on the other ranks `join_export` must run at the same time."""
+    def begin_export(self, version: int, base: int | None = None) -> None:
+        """Start sending the weights as `version`; on the other ranks `join_export` must run at the same time.
+
+        Args:
+            base: send what changed since that version; None to send everything.
+
+        Raises:
+            WeightUpdateError: `base` is not what this rank keeps.
+        """
         if self._sender is None:
-            megabytes = self._config.rollout.checkpoint_engine.update_weights_bucket_megabytes
-            self._sender = WeightSender(megabytes * _MIB)
-        self._report()  # what an update that failed left behind
-        self._sender.begin(version, self._encoded())
+            engine = self._config.rollout.checkpoint_engine
+            self._sender = WeightSender(engine.update_weights_bucket_megabytes * _MIB, engine.buckets_in_flight)
+        self._exporting = version
+        if base is None:
+            self._sender.begin(version, self._everything())
+        else:
+            self._sender.begin_delta(version, base, self._changes(base))
 
     @spanned("export: gather, encode and pack a bucket")
     def next_bucket(self) -> dict[str, Any]:
@@ -127,15 +147,18 @@ class TrainWorker:
 
     @spanned("export: finish")
     def finish_export(self) -> dict[str, Any]:
-        """`manifest` of everything sent, `seconds` to gather, encode and pack it, and the `report` of encoding."""
-        assert self._sender is not None, "begin_export first"
-        manifest = self._sender.manifest()
-        return {
-            "manifest": manifest,
-            "seconds": self._sender.seconds,
-            "full_bytes": self._sender.nbytes,
-            "report": self._report(),
-        }
+        """Keep what was sent as what deltas may be relative to. On every rank, once all of it was sent.
+
+        Returns:
+            the `report` of encoding; on rank 0 besides the `manifest` of everything sent, `seconds` to gather, encode
+            and pack it, and the `full_bytes` that an update without a base sends.
+        """
+        self._sent.commit(self._exporting)
+        report = {"report": self._take_report()}
+        if self._sender is None:
+            return report
+        sender = self._sender
+        return {"manifest": sender.manifest(), "seconds": sender.seconds, "full_bytes": sender.nbytes, **report}
 
     def abort_export(self) -> None:
         """Give an export up that was begun: the other ranks still gather to its end."""
@@ -143,25 +166,22 @@ class TrainWorker:
             self._sender.abort()
 
     @spanned("export: gather and encode")
-    def join_export(self) -> dict[str, Any]:
-        """Take part in encoding and gathering the shards that rank 0 sends; the report of encoding."""
-        self._report()
-        for _ in self._weights():
-            pass
-        return self._report()
+    def join_export(self, version: int, base: int | None = None) -> None:
+        """Take part in what rank 0 sends with `begin_export`, to its end."""
+        self._exporting = version
+        for _ in self._everything() if base is None else self._changes(base):
+            raise AssertionError("rank 0 alone has something to send")
 
-    def _report(self) -> dict[str, Any]:
+    def _take_report(self) -> dict[str, Any]:
         return EncodeReport().to_plain() if self._scheme is None else self._scheme.take_report().to_plain()
 
-    def _encoded(self) -> Iterator[tuple[str, torch.Tensor]]:
-        weights = self._weights()
-        try:
-            yield from weights if self._scheme is None else self._scheme.encode(weights)
-        except Exception:
-            # The other ranks gather to the end, and would wait there for this one.
-            for _ in weights:
-                pass
-            raise
+    def _everything(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return self._sent.everything(self._units())
 
-    def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return self._actor.export_weights(dtype=self._send_dtype, encoder=self._scheme)
+    def _changes(self, base: int) -> Iterator[Block]:
+        self._sent.check(base)
+        return self._sent.changes(self._units(), torch.device(self._device))
+
+    def _units(self) -> Iterator[Unit]:
+        self._take_report()  # what an update that failed left behind
+        return self._actor.export_units(dtype=self._send_dtype, encoder=self._scheme)

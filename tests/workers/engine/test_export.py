@@ -8,7 +8,6 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fixtures.engine_cases import (
-    NamedRows,
     actor_config,
     encoded_program,
     export_program,
@@ -19,7 +18,7 @@ from fixtures.engine_cases import (
 from fixtures.fake_quant import mxfp8_round_trip
 from fixtures.ranks import run_ranks
 from fixtures.tiny import write_tiny_model
-from verl.workers.engine import export
+from verl.workers.engine import export, export_rows
 
 CASES = [
     ("qwen3", True),
@@ -78,22 +77,32 @@ def test_tensors_stand_alone(tmp_path):
     assert len({name for name, _ in found}) == len(found)
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
-def test_no_more_than_a_layer_is_gathered_at_once(tmp_path, kind, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "joined", "most"), [("qwen3", False, 1), ("qwen3_moe", False, 1), ("qwen3_moe", True, 2)]
+)
+def test_no_more_is_gathered_at_once_than_has_to_be_converted_together(tmp_path, kind, joined, most, monkeypatch):
+    """`joined`: a conversion that turns what it cuts, so that rows cannot be told: the packed experts of a layer."""
     source = write_tiny_model(tmp_path / "source", kind=kind, num_hidden_layers=4)
+    if joined:
+        monkeypatch.setattr(
+            export_rows, "revert_weight_conversion", turned(export_rows.revert_weight_conversion, "exp")
+        )
     gathered = []
-    whole = export._whole
-    monkeypatch.setattr(export, "_whole", lambda tensor, dtype: gathered.append(tensor.numel()) or whole(tensor, dtype))
+    local = export._local
+    monkeypatch.setattr(export, "_local", lambda tensor, dtype: gathered.append(tensor.numel()) or local(tensor, dtype))
 
     def program(rank):
+        units = list(make_engine(source).export_units())
+        gathered.clear()
         counts = []
-        for _ in make_engine(source).export_weights():
+        for unit in units:
+            unit.gather()
             counts.append(len(gathered))
         return counts
 
     [counts] = run_ranks(1, program)
     jumps = [b - a for a, b in zip([0, *counts], counts, strict=False)]
-    assert max(jumps) == (11 if kind == "qwen3_moe" else 1)
+    assert max(jumps) == most
     assert sum(gathered) == sum(t.numel() for t in saved(source).values())
 
 
@@ -168,31 +177,32 @@ def test_experts_of_which_some_are_left_out_are_gathered_first(tmp_path):
     assert torch.equal(weights[EXPERT], saved(source)[EXPERT])
 
 
+def turned(revert, *ends):
+    """A conversion that also turns the matrices whose names hold one of `ends`."""
+
+    def convert(model, tensors):
+        found = revert(model, tensors)
+        return {name: t.transpose(0, 1) if any(end in name for end in ends) else t for name, t in found.items()}
+
+    return convert
+
+
 def test_a_conversion_that_turns_rows_is_seen_though_shapes_agree(tmp_path, monkeypatch):
     source = write_tiny_model(tmp_path, kind="qwen3_moe", hidden_size=64, moe_intermediate_size=64)
     names = {name for name in saved(source) if ".experts." in name}
-    revert = export.revert_weight_conversion
-
-    def turned(model, tensors):
-        found = revert(model, tensors)
-        return {name: t.transpose(0, 1) if "up_proj" in name or "gate_proj" in name else t for name, t in found.items()}
-
-    monkeypatch.setattr(export, "revert_weight_conversion", turned)
+    convert = turned(export_rows.revert_weight_conversion, "up_proj", "gate_proj")
+    monkeypatch.setattr(export_rows, "revert_weight_conversion", convert)
     [(_, encoded)] = run_ranks(1, encoded_program, str(source), names)
     assert {name.rpartition(".")[2] for name, _ in encoded} == {"down_proj"}
 
 
 def test_shards_that_are_parts_of_rows_are_gathered_first(tmp_path):
-    source = write_tiny_model(tmp_path)
-
     def program(rank):
-        engine = make_engine(source)
-        columns = DTensor.from_local(torch.randn(8, 4), init_device_mesh("cpu", (1,)), [Shard(1)], run_check=False)
-        rows = DTensor.from_local(torch.randn(8, 4), init_device_mesh("cpu", (1,)), [Shard(0)], run_check=False)
-        encoder = NamedRows({Q_PROJ})
-        return [export._encodable(engine.model, Q_PROJ, t, encoder, converts=False) for t in (columns, rows, rows[0])]
+        mesh = init_device_mesh("cpu", (1,))
+        shards = [DTensor.from_local(torch.randn(8, 4), mesh, [Shard(i)], run_check=False) for i in (0, 1)]
+        return [export_rows.local_rows(shard, rank) for shard in shards]
 
-    assert run_ranks(1, program) == [[False, True, False]]
+    assert run_ranks(1, program) == [[export_rows.LocalRows(0, sends=True), None]]
 
 
 def test_shards_are_cast_before_they_are_gathered(tmp_path):
@@ -205,7 +215,8 @@ def test_shards_are_cast_before_they_are_gathered(tmp_path):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_what_the_trainer_sends_is_each_checkpoint_weight_in_mxfp8(tmp_path, kind, ranks):
     source = write_tiny_model(tmp_path, kind=kind, hidden_size=96)
-    sent, *reports = run_ranks(ranks, scheme_program, str(source))
+    (sent, _), *others = outcomes = run_ranks(ranks, scheme_program, str(source))
+    assert all(nothing == {} for nothing, _ in others)
     for name, tensor in saved(source).items():
         rounded = mxfp8_round_trip(tensor.bfloat16())
         if f"{name}_scale" in sent:
@@ -214,7 +225,7 @@ def test_what_the_trainer_sends_is_each_checkpoint_weight_in_mxfp8(tmp_path, kin
         else:
             assert torch.equal(sent[name], tensor.bfloat16())
     assert f"{Q_PROJ}_scale" in sent and (kind == "qwen3" or f"{EXPERT}_scale" in sent)
-    for report in reports:
+    for _, report in outcomes:
         assert Q_PROJ in report["errors"] and report["seconds"] > 0
 
 
@@ -222,5 +233,5 @@ def test_what_the_trainer_sends_is_each_checkpoint_weight_in_mxfp8(tmp_path, kin
 @pytest.mark.parametrize("name", [Q_PROJ, "model.embed_tokens.weight"])
 def test_a_weight_that_is_not_finite_on_any_rank_is_refused_and_no_rank_hangs(tmp_path, name, row):
     source = write_tiny_model(tmp_path)
-    told, _ = run_ranks(2, scheme_program, str(source), (name, row))
+    (told, _), _ = run_ranks(2, scheme_program, str(source), (name, row))
     assert f"'{name}' holds NaN or Inf" in told

@@ -42,7 +42,6 @@ from verl.workers.rollout.client import LLMServerClient
 from verl.workers.rollout.replica import ReplicaSet, vLLMReplica
 from verl.workers.rollout.vllm_rollout.engine_args import engine_environment
 from verl.workers.rollout.weight_sync.encode_report import worst_error
-from verl.workers.rollout.weight_sync.manifest import WeightUpdateError
 from verl.workers.rollout.weight_sync.ray_relay import transport, where
 from verl.workers.rollout.weight_sync.update import WeightUpdates
 from verl.workers.train_worker import TrainWorker
@@ -59,11 +58,13 @@ class GroupSender:
 
     async def begin_export(self, version: int, base: int | None = None) -> None:
         if base is not None:
-            raise WeightUpdateError(f"the trainer does not keep version {base}")
+            # Asked first: a rank that refused on its own would leave the others waiting for it.
+            await self._group.all("check_sent", base)
         self._others = [
-            asyncio.ensure_future(self._group.rank(rank, "join_export")) for rank in range(1, len(self._group))
+            asyncio.ensure_future(self._group.rank(rank, "join_export", version, base))
+            for rank in range(1, len(self._group))
         ]
-        await self._group.rank(0, "begin_export", version)
+        await self._group.rank(0, "begin_export", version, base)
 
     async def next_bucket(self) -> dict[str, Any]:
         return await self._group.rank(0, "next_bucket")
@@ -73,11 +74,11 @@ class GroupSender:
         await asyncio.gather(*self._others, return_exceptions=True)
 
     async def finish_export(self) -> dict[str, Any]:
-        others = await asyncio.gather(*self._others)
-        export = await self._group.rank(0, "finish_export")
-        report = export.pop("report")
+        await asyncio.gather(*self._others)
+        export, *others = await self._group.all("finish_export")
         # Each rank encoded other rows.
-        return {**export, "encode": report["seconds"], "worst": worst_error([report, *others])}
+        reports = [part.pop("report") for part in (export, *others)]
+        return {**export, "encode": reports[0]["seconds"], "worst": worst_error(reports)}
 
 
 def _add_generation(timing: dict[str, float], *all_times: GenerationTimes) -> None:

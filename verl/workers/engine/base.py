@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from verl.protocol import DataProto
-from verl.workers.engine.export import RowEncoder
+from verl.workers.engine.export import RowEncoder, Unit, whole_tensors
 from verl.workers.engine.micro_batch import MicroBatching
 
 
@@ -54,10 +54,8 @@ class TrainEngine(ABC):
         """Advance the learning-rate schedule by one training step."""
 
     @abstractmethod
-    def export_weights(
-        self, *, dtype: torch.dtype | None = None, encoder: RowEncoder | None = None
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every weight under its checkpoint name and shape, whole, one after the other; a tied weight once.
+    def export_units(self, *, dtype: torch.dtype | None = None, encoder: RowEncoder | None = None) -> Iterator[Unit]:
+        """Every weight, a tied one once, as this rank holds it and before it is gathered.
 
         All ranks must exhaust it.
 
@@ -65,6 +63,12 @@ class TrainEngine(ABC):
             dtype: to cast to; None for that of the master weights.
             encoder: encodes rows before they are gathered, see `verl.workers.engine.export`.
         """
+
+    def export_weights(
+        self, *, dtype: torch.dtype | None = None, encoder: RowEncoder | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every weight under its checkpoint name and shape, whole, one after the other; otherwise as `export_units`."""
+        return whole_tensors(self.export_units(dtype=dtype, encoder=encoder))
 
     @abstractmethod
     def save(self, path: str | Path, contents: Sequence[str] = ("model", "optimizer", "extra")) -> None:

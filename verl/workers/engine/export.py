@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from math import prod
 from pathlib import Path
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from verl.workers.engine.export_rows import LocalRows, RowRange, find_ranges, local_rows
 from verl.workers.engine.loading import decoder_layer_names
 from verl.workers.engine.lora import merged_view
 
@@ -22,6 +27,9 @@ _SHARD_BYTES = 5 * 10**9
 class RowEncoder(Protocol):
     """Turns weights into what is sent in their place, on each rank the rows that it holds."""
 
+    def quantises(self, name: str) -> bool:
+        """Whether a checkpoint tensor is sent in another form at all, encoded by rows or once it is whole."""
+
     def encodes_rows(self, name: str) -> bool:
         """Whether a checkpoint tensor may be encoded some rows at a time."""
 
@@ -29,45 +37,155 @@ class RowEncoder(Protocol):
         """What rows [..., K] become, by suffix of the name: tensors of the same leading shape."""
 
 
-@torch.no_grad()
+class Unit(ABC):
+    """What is gathered at once: a parameter, or several that have to be converted together.
+
+    Attributes:
+        nbytes: bytes that it takes in the dtype it is sent in, before it is encoded; the same on all ranks.
+    """
+
+    nbytes: int
+
+    @abstractmethod
+    def gather(self) -> dict[str, torch.Tensor]:
+        """Its checkpoint tensors, whole and contiguous, on the model's device. Collective."""
+
+
+class RowUnit(Unit):
+    """A parameter of which each rank holds whole rows, and that a checkpoint holds with its rows in this order.
+
+    Attributes:
+        name: of the parameter.
+        ranges: the checkpoint tensors that it is cut into.
+        first: number of the first row that this rank holds.
+        sends: this rank answers for them: of those that hold the same rows one does.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        shard: torch.Tensor,
+        held: LocalRows,
+        ranges: tuple[RowRange, ...],
+        dtype: torch.dtype | None,
+        encoder: RowEncoder | None,
+    ):
+        self.name, self.ranges, self.first, self.sends = name, ranges, held.first, held.sends
+        self._shard, self._dtype, self._encoder = shard, dtype, encoder
+        self.nbytes = _nbytes(shard, dtype)
+
+    @functools.cached_property
+    def parts(self) -> dict[str, torch.Tensor]:
+        """By what is added to a tensor's name: the rows of this rank as they are sent, [..., elements of a row].
+
+        They may share the parameter's memory.
+        """
+        local = _local(self._shard, self._dtype)
+        return {"": local} if self._encoder is None else self._encoder.encode_weight(self.name, local)
+
+    def owns(self, part: torch.Tensor) -> bool:
+        """Whether a part will stay as it is when the parameter changes."""
+        return part.untyped_storage().data_ptr() != _local(self._shard, None).untyped_storage().data_ptr()
+
+    def gather(self) -> dict[str, torch.Tensor]:
+        found = {}
+        for suffix, part in self.parts.items():
+            whole = _gather_rows(part, self._shard)
+            flat = whole.reshape(-1)
+            for cut in self.ranges:
+                shape, start = cut.place(whole)
+                found[cut.name + suffix] = flat[start : start + prod(shape)].view(shape)
+        return found
+
+
+class WholeUnit(Unit):
+    """Parameters of which checkpoint tensors can only be made, or encoded, once they are gathered."""
+
+    def __init__(self, model: PreTrainedModel, shards: dict[str, torch.Tensor], dtype: torch.dtype | None):
+        self._model, self._shards, self._dtype = model, shards, dtype
+        self.nbytes = sum(_nbytes(shard, dtype) for shard in shards.values())
+
+    def gather(self) -> dict[str, torch.Tensor]:
+        whole = {name: _whole(shard, self._dtype) for name, shard in self._shards.items()}
+        if getattr(self._model, "_weight_conversions", None):
+            whole = revert_weight_conversion(self._model, whole)
+        return {name: tensor.contiguous() for name, tensor in whole.items()}
+
+
+class WeightExport:
+    """A sharded model as what `save_pretrained` would write of it; made once, to remember how its rows are converted.
+
+    Adapters are added to their layers' weights, each rank to the rows that it holds.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self._model = model
+        self._ranges: dict[tuple[str, ...], dict[str, tuple[RowRange, ...]]] = {}
+
+    @torch.no_grad()
+    def units(self, *, dtype: torch.dtype | None = None, encoder: RowEncoder | None = None) -> Iterator[Unit]:
+        """All of it, a tied weight once. Collective: every rank must exhaust it, and where one gathers all must.
+
+        Args:
+            dtype: of the floating tensors, None for each parameter's own; shards are cast before they are gathered.
+            encoder: encodes what it can before it is gathered, so that fewer bytes travel between the ranks: a
+                parameter whose shards are whole rows (FSDP2 cuts along the first dimension) and that becomes checkpoint
+                tensors without its rows being cut, mixed or turned. Others are gathered and come as they are.
+        """
+        model, rank = self._model, dist.get_rank()
+        shards, adapters = merged_view(model.state_dict(keep_vars=True), model)
+
+        def merged(name: str) -> torch.Tensor:
+            return (adapters[name].merged(shards[name], dtype) if name in adapters else shards[name]).detach()
+
+        for names in _groups(model, shards, by_layer=bool(getattr(model, "_weight_conversions", None))):
+            ranges = self._ranges_of(tuple(names), shards)
+            rest = []
+            for name in names:
+                held = local_rows(shards[name], rank) if name in ranges else None
+                encodes = None if held is None else _encodes(encoder, ranges[name], shards[name].dim())
+                if held is None or encodes is None:
+                    rest.append(name)
+                else:
+                    yield RowUnit(name, merged(name), held, ranges[name], dtype, encoder if encodes else None)
+            mapped = [[name] for name in rest if name in ranges]
+            for together in (*mapped, [name for name in rest if name not in ranges]):
+                if together:
+                    yield WholeUnit(model, {name: merged(name) for name in together}, dtype)
+
+    def _ranges_of(self, names: tuple[str, ...], shards: dict[str, torch.Tensor]) -> dict[str, tuple[RowRange, ...]]:
+        if names not in self._ranges:
+            self._ranges[names] = find_ranges(self._model, {name: shards[name].shape for name in names})
+        return self._ranges[names]
+
+
 def export_weights(
     model: PreTrainedModel, *, dtype: torch.dtype | None = None, encoder: RowEncoder | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """What `save_pretrained` would write, one tensor after the other, whole and contiguous, on the model's device.
 
-    transformers keeps some weights in another form than their checkpoints, packed experts for example. Its own
-    conversion is undone for one decoder layer at a time: no more than a layer (one parameter, where nothing is to be
-    converted) is gathered at once. Adapters are added to their layers' weights, each rank to the rows that it holds.
-    Collective: every rank must exhaust the stream.
-
-    Args:
-        dtype: of the floating tensors, None for each parameter's own; shards are cast before they are gathered.
-        encoder: encodes what it can before it is gathered, so that fewer bytes travel between the ranks: a parameter
-            whose shards are whole rows (FSDP2 cuts along the first dimension) and that becomes checkpoint tensors
-            without its rows being cut, mixed or turned. Others are gathered and come as they are.
+    No more is gathered at once than a parameter, or the parameters of a decoder layer that are converted together.
+    Arguments as of `WeightExport.units`. Collective: every rank must exhaust the stream.
     """
-    converts = bool(getattr(model, "_weight_conversions", None))
-    shards, adapters = merged_view(model.state_dict(keep_vars=True), model)
-    for names in _groups(model, shards, by_layer=converts):
-        # By suffix of the name; None for what is not encoded.
-        gathered: dict[str | None, dict[str, torch.Tensor]] = {}
-        for name in names:
-            shard = shards[name] if name not in adapters else adapters[name].merged(shards[name], dtype)
-            if encoder is not None and _encodable(model, name, shard, encoder, converts):
-                for suffix, part in encoder.encode_weight(name, _local(shard, dtype)).items():
-                    gathered.setdefault(suffix, {})[name] = _gather_rows(part, shard)
-            else:
-                gathered.setdefault(None, {})[name] = _whole(shard, dtype)
-        if converts:
-            gathered = {suffix: revert_weight_conversion(model, tensors) for suffix, tensors in gathered.items()}
-            for suffix in gathered.keys() - {None, ""}:
-                # The conversion drops dimensions of size 1, such as that of a row's only scale.
-                for name, part in gathered[suffix].items():
-                    gathered[suffix][name] = part.reshape(*gathered[""][name].shape[:-1], -1)
-        for name in [name for tensors in gathered.values() for name in tensors]:
-            for suffix, tensors in gathered.items():
-                if name in tensors:
-                    yield name + (suffix or ""), tensors.pop(name).contiguous()
+    return whole_tensors(WeightExport(model).units(dtype=dtype, encoder=encoder))
+
+
+def whole_tensors(units: Iterable[Unit]) -> Iterator[tuple[str, torch.Tensor]]:
+    for unit in units:
+        yield from unit.gather().items()
+
+
+def _encodes(encoder: RowEncoder | None, ranges: tuple[RowRange, ...], dimensions: int) -> bool | None:
+    """Whether rows are encoded where they are; None where some of the tensors can only be encoded whole."""
+    if encoder is None:
+        return False
+    if dimensions > 1 and all(encoder.encodes_rows(part.name) for part in ranges):
+        return True
+    return None if any(encoder.quantises(part.name) for part in ranges) else False
+
+
+def _nbytes(tensor: torch.Tensor, dtype: torch.dtype | None) -> int:
+    return tensor.numel() * (dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype).itemsize
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
@@ -92,29 +210,10 @@ def _gather_rows(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         return part
     # Collectives do not know float8.
     plain = part.view(torch.uint8) if part.dtype.itemsize == 1 else part
-    shape = torch.Size([*like.shape[:-1], part.shape[-1]])
+    shape = torch.Size([*like.shape[:-1], part.shape[-1]]) if like.dim() > 1 else like.shape
     stride = torch.empty(shape, device="meta").stride()
     sharded = DTensor.from_local(plain, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride)
     return sharded.full_tensor().view(part.dtype)
-
-
-def _encodable(model: PreTrainedModel, name: str, tensor: torch.Tensor, encoder: RowEncoder, converts: bool) -> bool:
-    if tensor.dim() < 2 or not all(
-        placement.is_replicate() or (type(placement) is Shard and placement.dim < tensor.dim() - 1)
-        for placement in getattr(tensor, "placements", ())
-    ):
-        return False
-    if not converts:
-        return encoder.encodes_rows(name)
-    # Every row counts up, in no memory but the first row's: shapes alone would not tell a square one that is turned.
-    row = torch.arange(tensor.shape[-1], dtype=torch.int32)
-    converted = revert_weight_conversion(model, {name: row.expand(tensor.shape)})
-    return all(encoder.encodes_rows(target) and _is_row(whole, row) for target, whole in converted.items())
-
-
-def _is_row(probe: torch.Tensor, row: torch.Tensor) -> bool:
-    rows = probe.flatten(0, -2)
-    return torch.equal(rows[0], row) and torch.equal(rows[-1], row)
 
 
 def _groups(model: PreTrainedModel, state: dict[str, torch.Tensor], by_layer: bool) -> list[list[str]]:

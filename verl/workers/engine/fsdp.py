@@ -17,7 +17,7 @@ from verl.utils.timeline import span, spanned
 from verl.workers.engine import checkpoint, export, optim
 from verl.workers.engine.base import LossFn, PolicyEngine, TrainEngine, ValueEngine, ValueLossFn
 from verl.workers.engine.errors import NonFiniteError
-from verl.workers.engine.export import RowEncoder
+from verl.workers.engine.export import RowEncoder, Unit, WeightExport
 from verl.workers.engine.loading import load_sharded_model, parse_dtype
 from verl.workers.engine.log_probs import token_log_probs
 from verl.workers.engine.micro_batch import AlignedBatch, MicroBatch, MicroBatching
@@ -76,6 +76,7 @@ class FSDPTrainEngine(TrainEngine):
         self._clip = optim_config.clip_grad if trains else None
         self._schedule_step = 0
         self._mini_batch: DataProto | None = None
+        self._export = WeightExport(self.model)
 
     @spanned("optimizer", "train")
     def optimizer_step(self) -> dict[str, float]:
@@ -98,10 +99,8 @@ class FSDPTrainEngine(TrainEngine):
     def schedule_step(self) -> None:
         self._schedule_step += 1
 
-    def export_weights(
-        self, *, dtype: torch.dtype | None = None, encoder: RowEncoder | None = None
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        return export.export_weights(self.model, dtype=dtype, encoder=encoder)
+    def export_units(self, *, dtype: torch.dtype | None = None, encoder: RowEncoder | None = None) -> Iterator[Unit]:
+        return self._export.units(dtype=dtype, encoder=encoder)
 
     def save(self, path: str | Path, contents: Sequence[str] = checkpoint.CONTENTS) -> None:
         checkpoint.save_state(

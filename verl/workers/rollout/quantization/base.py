@@ -59,6 +59,10 @@ class QuantizationScheme(ABC):
 
     # ---- encoding, in the trainer or in the engine's workers (`rollout.quantization_side`) ----
 
+    def quantises(self, name: str) -> bool:
+        """Whether a checkpoint tensor is sent in another form than its own."""
+        return False
+
     def encodes_rows(self, name: str) -> bool:
         """Whether a checkpoint tensor may be encoded some rows at a time: the rows' codes are the codes' rows."""
         return False
@@ -76,6 +80,14 @@ class QuantizationScheme(ABC):
             WeightUpdateError: a weight that holds NaN or Inf, naming it.
         """
         yield from named_tensors
+
+    def check_sent(self, name: str, values: torch.Tensor) -> None:
+        """Refuse to send what `encode` would not send, once it is encoded; elements of a tensor are enough to tell.
+
+        Raises:
+            WeightUpdateError: they come from NaN or Inf, naming the weight.
+        """
+        return
 
     def take_report(self) -> EncodeReport:
         """What was encoded since the last call."""

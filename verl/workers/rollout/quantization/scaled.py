@@ -19,13 +19,11 @@ from verl.workers.rollout.weight_sync.manifest import TensorSpec, WeightUpdateEr
 _VALUES = "float8_e4m3fn"
 
 
-def refuse_non_finite(name: str, tensor: torch.Tensor) -> None:
-    """Refuse to send a weight for what `tensor`, itself or its scales, holds."""
+def _finite(tensor: torch.Tensor) -> bool:
     if not tensor.is_floating_point() or not tensor.numel():
-        return
+        return True
     # A NaN comes out of aminmax as both; isfinite would write, and read again, a tensor as large as this one.
-    if not all(bool(torch.isfinite(bound)) for bound in torch.aminmax(tensor)):
-        raise WeightUpdateError(f"parameter {name!r} holds NaN or Inf: the training diverged; nothing more was sent")
+    return all(bool(torch.isfinite(bound)) for bound in torch.aminmax(tensor))
 
 
 def refuse_fused_experts(layers: Iterable[Layer]) -> None:
@@ -129,24 +127,23 @@ class ScaledScheme(QuantizationScheme):
 
     def encode(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in named_tensors:
-            weight_name = self.scaled.weight_of(name)
-            if weight_name is not None:
-                self._refuse_scales(weight_name, tensor)
-                yield name, tensor
-            elif tensor.dtype == torch.float8_e4m3fn:
-                yield name, tensor
-            elif not self.quantises(name):
-                refuse_non_finite(name, tensor)
-                yield name, tensor
-            else:
-                encoded = self.encode_weight(name, tensor)
-                self._refuse_scales(name, encoded[self.scaled.suffix])
-                yield from ((name + suffix, part) for suffix, part in encoded.items())
+            encoded = {name: tensor}
+            if tensor.dtype != torch.float8_e4m3fn and self.scaled.weight_of(name) is None and self.quantises(name):
+                encoded = {name + suffix: part for suffix, part in self.encode_weight(name, tensor).items()}
+            for part_name, part in encoded.items():
+                self.check_sent(part_name, part)
+            yield from encoded.items()
 
-    def _refuse_scales(self, weight_name: str, scales: torch.Tensor) -> None:
-        if not self.finite_scales(scales):
+    def check_sent(self, name: str, values: torch.Tensor) -> None:
+        weight_name = self.scaled.weight_of(name)
+        if weight_name is None:
+            # What e4m3 makes of NaN and Inf shows in its scales.
+            finite = values.dtype == torch.float8_e4m3fn or _finite(values)
+        else:
+            finite = self.finite_scales(values)
+        if not finite:
             raise WeightUpdateError(
-                f"parameter {weight_name!r} holds NaN or Inf: the training diverged; nothing more was sent"
+                f"parameter {(weight_name or name)!r} holds NaN or Inf: the training diverged; nothing more was sent"
             )
 
     def take_report(self) -> EncodeReport:

@@ -37,17 +37,25 @@ class BucketWriter:
 
     def add(self, name: str, tensor: torch.Tensor) -> bool:
         """Copy `tensor` in and return True, or return False (nothing copied) where it belongs in the next bucket."""
-        if self._entries and self._end + tensor.nbytes > self.capacity:
+        offset = self.add_bytes(tensor)
+        if offset is None:
             return False
+        self._entries.append({**TensorSpec.of(name, tensor).to_plain(), "offset": offset})
+        return True
+
+    def add_bytes(self, tensor: torch.Tensor) -> int | None:
+        """As `add`, without an entry for it; where it lies, or None where it belongs in the next bucket."""
+        if self._end and self._end + tensor.nbytes > self.capacity:
+            return None
         self._require(align(self._end + tensor.nbytes))
         assert self._segment is not None
-        target = self._segment.bytes[self._end : self._end + tensor.nbytes]
+        offset = self._end
+        target = self._segment.bytes[offset : offset + tensor.nbytes]
         # Through a typed view the copy converts layout and device in one pass; an empty tensor has nothing to view.
         if tensor.numel():
             target.view(tensor.dtype).view(tensor.shape).copy_(tensor)
-        self._entries.append({**TensorSpec.of(name, tensor).to_plain(), "offset": self._end})
-        self._end = align(self._end + tensor.nbytes)
-        return True
+        self._end = align(offset + tensor.nbytes)
+        return offset
 
     def _require(self, nbytes: int) -> None:
         if self._segment is None:

@@ -1,0 +1,146 @@
+"""Where each row of a model's parameters stands in the checkpoint that transformers would write of it.
+
+transformers keeps some weights in another form than their checkpoints, packed experts for example. What its conversion
+does to rows is found out once, by sending counters through it; most of it only cuts between rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+
+@dataclass(frozen=True)
+class RowRange:
+    """A checkpoint tensor that consists of adjacent rows of one parameter.
+
+    Attributes:
+        name, shape: of the checkpoint tensor.
+        first: the parameter's row that it begins with; rows run along the last dimension, and those of a vector are
+            its elements.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    first: int
+
+    @property
+    def rows(self) -> int:
+        return count_rows(self.shape)
+
+    def place(self, part: torch.Tensor) -> tuple[tuple[int, ...], int]:
+        """Shape of what rows become, and where it begins in what all of the parameter's become, in elements.
+
+        Args:
+            part: what some of them became, [..., elements of a row].
+        """
+        if part.dim() < 2:
+            return self.shape, self.first
+        return (*self.shape[:-1], part.shape[-1]), self.first * part.shape[-1]
+
+
+def row_length(shape: tuple[int, ...]) -> int:
+    """Elements of a row."""
+    return shape[-1] if len(shape) > 1 else 1
+
+
+def count_rows(shape: tuple[int, ...]) -> int:
+    return prod(shape[:-1]) if len(shape) > 1 else prod(shape)
+
+
+def find_ranges(model: PreTrainedModel, shapes: Mapping[str, torch.Size]) -> dict[str, tuple[RowRange, ...]]:
+    """For parameters that are converted together: the checkpoint tensors that each one is cut into between its rows.
+
+    A parameter is missing where some of its rows are cut, mixed, turned or joined with another's.
+    """
+    if not getattr(model, "_weight_conversions", None):
+        return {name: (RowRange(name, tuple(shape), 0),) for name, shape in shapes.items()}
+    starts, total = {}, 0
+    for name, shape in shapes.items():
+        starts[name] = total
+        total += count_rows(shape)
+    # Both count in no memory but a row's or a column's: shapes alone would not tell a square one that is turned.
+    rows = revert_weight_conversion(model, {name: _row_numbers(shape, starts[name]) for name, shape in shapes.items()})
+    places = revert_weight_conversion(model, {name: _column_numbers(shape) for name, shape in shapes.items()})
+    if sum(probe.numel() for probe in rows.values()) != sum(prod(shape) for shape in shapes.values()):
+        return {}
+    found: dict[str, list[RowRange]] = {name: [] for name in shapes}
+    for target, numbers in rows.items():
+        first = _first_of_adjacent(numbers, places[target])
+        if first is not None:
+            source = max((name for name in shapes if starts[name] <= first), key=starts.__getitem__)
+            if row_length(shapes[source]) == row_length(numbers.shape):
+                found[source].append(RowRange(target, tuple(numbers.shape), first - starts[source]))
+    return {
+        name: tuple(sorted(ranges, key=lambda part: part.first))
+        for name, ranges in found.items()
+        if _cover(ranges, count_rows(shapes[name]))
+    }
+
+
+def _row_numbers(shape: torch.Size, start: int) -> torch.Tensor:
+    numbers = torch.arange(start, start + count_rows(shape))
+    return numbers.view(*shape[:-1], 1).expand(shape) if len(shape) > 1 else numbers.view(shape)
+
+
+def _column_numbers(shape: torch.Size) -> torch.Tensor:
+    return torch.arange(shape[-1]).expand(shape) if len(shape) > 1 else torch.zeros(1, dtype=torch.int64).expand(shape)
+
+
+def _first_of_adjacent(rows: torch.Tensor, columns: torch.Tensor) -> int | None:
+    """The number that a target's rows count up from; None where they do not, or are not in one piece."""
+    if not rows.numel():
+        return None
+    if rows.dim() > 1:
+        ends, columns = rows.flatten(0, -2)[:, [0, -1]], columns.flatten(0, -2)
+        in_order = torch.arange(columns.shape[-1])
+        whole = bool((ends[:, 0] == ends[:, 1]).all()) and all(torch.equal(columns[i], in_order) for i in (0, -1))
+        numbers = ends[:, 0]
+    else:
+        numbers, whole = rows.reshape(-1), True
+    first = int(numbers[0])
+    return first if whole and torch.equal(numbers, torch.arange(first, first + numbers.numel())) else None
+
+
+def _cover(ranges: list[RowRange], rows: int) -> bool:
+    end = 0
+    for part in sorted(ranges, key=lambda part: part.first):
+        if part.first != end:
+            return False
+        end += part.rows
+    return end == rows
+
+
+@dataclass(frozen=True)
+class LocalRows:
+    """The rows of a parameter that this rank holds.
+
+    Attributes:
+        first: the first one's number.
+        sends: this rank answers for them: of those that hold the same rows one does.
+    """
+
+    first: int
+    sends: bool
+
+
+def local_rows(tensor: torch.Tensor, rank: int) -> LocalRows | None:
+    """Which rows this rank holds; None where its shard is not a run of whole rows."""
+    if not isinstance(tensor, DTensor):
+        return LocalRows(0, rank == 0)
+    placements = tensor.placements
+    if not all(part.is_replicate() or (type(part) is Shard and part.dim == 0) for part in placements):
+        return None
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, placements)
+    coordinate = tensor.device_mesh.get_coordinate()
+    assert coordinate is not None, "every rank holds a part of every parameter"
+    sends = all(at == 0 for at, part in zip(coordinate, placements, strict=True) if part.is_replicate())
+    per_first = prod(tensor.shape[1:-1]) if tensor.dim() > 1 else 1
+    return LocalRows(offset[0] * per_first if tensor.dim() else 0, sends)

@@ -1,0 +1,158 @@
+"""What a trainer rank sent last of the rows that it holds, and what has changed in them since.
+
+A whole update keeps every byte that it sends; a delta compares what would be sent now with that, byte for byte, and
+keeps it in turn. Kept weights are those of a version only from `commit` on: an update that ends on the way leaves none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+
+from verl.workers.engine.export import RowUnit, Unit
+from verl.workers.rollout.quantization import QuantizationScheme
+from verl.workers.rollout.weight_sync.block_gather import Block, gather_blocks
+from verl.workers.rollout.weight_sync.delta import DeltaBlock, bits
+from verl.workers.rollout.weight_sync.manifest import WeightUpdateError
+
+# After so many bytes of a whole update, the same on all ranks, their changes travel to rank 0.
+_CHUNK_BYTES = 256 << 20
+
+
+class SentWeights:
+    """One rank's.
+
+    Args:
+        scheme: encodes and checks what is sent; None where the engine quantises.
+        keeps: keep what is sent; without, there are no deltas.
+    """
+
+    def __init__(self, scheme: QuantizationScheme | None, *, keeps: bool):
+        self._scheme, self._keeps = scheme, keeps
+        # By name of the parameter, or of the checkpoint tensor where that is what rank 0 encodes; suffixes included.
+        self._kept: dict[str, torch.Tensor] = {}
+        self._version: int | None = None
+
+    def check(self, base: int) -> None:
+        """Refuse a delta to anything but the version that is kept."""
+        if self._version != base:
+            kept = "nothing" if self._version is None else f"version {self._version}"
+            raise WeightUpdateError(f"the trainer keeps {kept}, a delta to version {base} was asked for")
+
+    def commit(self, version: int) -> None:
+        """All of `version` was sent."""
+        if self._keeps:
+            self._version = version
+
+    def everything(self, units: Iterator[Unit]) -> Iterator[tuple[str, torch.Tensor]]:
+        """On rank 0 each checkpoint tensor as it is sent; on other ranks nothing. Collective: to be exhausted.
+
+        Raises:
+            WeightUpdateError: a weight that holds NaN or Inf, on rank 0.
+        """
+        self._version = None
+        first = dist.get_rank() == 0
+        try:
+            for unit in units:
+                by_rows = isinstance(unit, RowUnit)
+                if by_rows and unit.sends and self._keeps:
+                    for suffix, part in unit.parts.items():
+                        self._kept[unit.name + suffix] = part if unit.owns(part) else part.clone()
+                whole = unit.gather()
+                for name, tensor in self._encoded(whole) if first else ():
+                    if self._keeps and not by_rows:
+                        self._kept[name] = tensor.clone() if name in whole and tensor is whole[name] else tensor
+                    yield name, tensor
+        except Exception:
+            # The other ranks gather to the end, and would wait there for this one.
+            for unit in units:
+                unit.gather()
+            raise
+
+    def changes(self, units: Iterator[Unit], device: torch.device) -> Iterator[Block]:
+        """On rank 0 what changed on all ranks since the last commit; on other ranks nothing. Collective, as above.
+
+        Args:
+            device: of the process group's collectives.
+
+        Raises:
+            WeightUpdateError: a changed weight that holds NaN or Inf; on all ranks, whichever holds it.
+        """
+        self._version = None
+        block, nbytes, error = DeltaBlock(), 0, None
+        for unit in units:
+            try:
+                self._compare(unit, block)
+            except Exception as found:  # noqa: BLE001  (raised on all ranks, where none is waited for)
+                error = error or found
+            nbytes += unit.nbytes
+            if nbytes >= _CHUNK_BYTES:
+                yield from gather_blocks(block, device, error)
+                block, nbytes = DeltaBlock(), 0
+        yield from gather_blocks(block, device, error)
+
+    def _encoded(self, tensors: dict[str, torch.Tensor]) -> Iterable[tuple[str, torch.Tensor]]:
+        return tensors.items() if self._scheme is None else self._scheme.encode(tensors.items())
+
+    def _compare(self, unit: Unit, block: DeltaBlock) -> None:
+        """Add what changed of what this rank answers for."""
+        if isinstance(unit, RowUnit):
+            for suffix, part in unit.parts.items() if unit.sends else ():
+                cuts = [(cut.name + suffix, *cut.place(part)) for cut in unit.ranges]
+                self._add(unit.name + suffix, part, unit.owns(part), unit.first, cuts, block)
+            return
+        whole = unit.gather()
+        for name, tensor in self._encoded(whole) if dist.get_rank() == 0 else ():
+            own = name not in whole or tensor is not whole[name]
+            self._add(name, tensor, own, 0, [(name, tuple(tensor.shape), 0)], block)
+
+    def _add(
+        self,
+        key: str,
+        part: torch.Tensor,
+        own: bool,
+        first_row: int,
+        cuts: Sequence[tuple[str, tuple[int, ...], int]],
+        block: DeltaBlock,
+    ) -> None:
+        """Add what changed of some adjacent rows, and keep them.
+
+        Args:
+            own: `part` will not change when the model's weights do.
+            first_row: of these rows in the parameter.
+            cuts: name, shape and first element in the parameter of each tensor that the parameter is cut into.
+        """
+        new = part.reshape(-1)
+        changed = changed_places(self._kept.get(key), new)
+        self._kept[key] = part if own else part.clone()
+        if not changed.numel():
+            return
+        start = first_row * (part.shape[-1] if part.dim() > 1 else 1)
+        borders = torch.tensor([first - start for _, _, first in cuts] + [new.numel()], device=changed.device)
+        at = torch.searchsorted(changed, borders).tolist()
+        ends = borders.tolist()
+        for number, (name, shape, first) in enumerate(cuts):
+            places = changed[at[number] : at[number + 1]]
+            if places.numel():
+                begin = max(first - start, 0)
+                rows = new[begin : min(ends[number + 1], new.numel())]
+                if self._scheme is not None:
+                    self._scheme.check_sent(name, new[places])
+                block.add(name, shape, start + begin - first, rows, places - begin)
+
+
+def changed_places(old: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
+    """Which elements [n] differ in their bytes from `old` (n elements, None for all), int64 ascending."""
+    if old is None or old.numel() != new.numel() or old.dtype != new.dtype:
+        return torch.arange(new.numel(), device=new.device)
+    before, now = bits(old.reshape(-1)), bits(new)
+    per_word = 8 // now.element_size()
+    if now.numel() % per_word == 0 and before.data_ptr() % 8 == 0 and now.data_ptr() % 8 == 0:
+        # Eight bytes at a time: most of them have not changed.
+        words = (before.view(torch.int64) != now.view(torch.int64)).nonzero()
+        if words.numel() * per_word * 8 <= now.numel():
+            places = (words * per_word + torch.arange(per_word, device=now.device)).reshape(-1)
+            return places[before[places] != now[places]]
+    return (before != now).nonzero().squeeze(-1)
