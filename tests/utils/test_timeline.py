@@ -13,6 +13,7 @@ import pytest
 from fixtures import trace_format
 from verl.utils import timeline
 from verl.utils.timeline import close_timeline, current_timeline, join_timeline, open_timeline, record, span, spanned
+from verl.utils.timeline_reader import read_events, stage_seconds
 from verl.utils.timing import add_stage, marked_timer
 
 
@@ -76,15 +77,19 @@ def test_a_block_that_raises_is_recorded(trace):
 
 
 def test_a_stage_and_its_seconds_come_from_the_same_readings(trace):
-    timings = {}
-    for step in (1, 2):
+    logged = {step: {} for step in (1, 2)}
+    for step, timings in logged.items():
         with marked_timer("step", timings, step=step):
-            add_stage("gen", timings, 5_000_000_000, 5_250_000_000)
-    recorded = {}
-    for event in events_of(trace, "X"):
-        assert event["cat"] == "stage"
-        recorded[event["name"]] = recorded.get(event["name"], 0) + event["dur"] / 1e6
-    assert recorded == pytest.approx(timings, rel=1e-9) and timings["gen"] == 0.5
+            for _ in range(2):
+                with marked_timer("adv", timings):
+                    pass
+    # One that was generated ahead counts for its own step, one outside of all steps for none.
+    add_stage("gen", logged[2], 5_000_000_000, 5_250_000_000, overlaps=True, step=2)
+    add_stage("save", {}, 5_000_000_000, 6_000_000_000, overlaps=True)
+    assert {event["cat"] for event in events_of(trace, "X", "b")} == {"stage"}
+    recorded = stage_seconds(read_events(trace))
+    assert sorted(recorded) == [1, 2] and logged[2]["gen"] == 0.25
+    assert all(recorded[step] == pytest.approx(logged[step], rel=1e-6) for step in logged)
 
 
 def test_tasks_and_threads_at_the_same_time_lie_on_tracks_of_their_own(trace):

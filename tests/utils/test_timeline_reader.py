@@ -32,6 +32,9 @@ EVENTS = [
     complete(DRIVER, "stage", "gen", 0.5, 5.5),
     complete(DRIVER, "stage", "gen", 5.5, 5.75),
     complete(DRIVER, "stage", "update_actor", 5.75, 9),
+    # Generated ahead.
+    {**complete(DRIVER, "stage", "gen", 8, 9.5, step=5), "ph": "b", "id": "1.1"},
+    {**complete(DRIVER, "stage", "gen", 9.5, 9.5), "ph": "e", "id": "1.1"},
     complete(DRIVER, "stage", "step", 10, 12, step=5),
     complete(DRIVER, "stage", "save_checkpoint", 12, 14),
     complete(ENGINE, "engine", "forward", 1, 3),
@@ -63,7 +66,8 @@ def test_engine_and_trainer_at_the_same_time_are_no_more_than_the_whole_step():
 def test_stages_of_a_step_add_up():
     seconds = stage_seconds(EVENTS)
     assert seconds[4] == pytest.approx({"step": 10, "gen": 5.25, "update_actor": 3.25})
-    assert seconds[5] == pytest.approx({"step": 2})
+    assert seconds[5] == pytest.approx({"step": 2, "gen": 1.5})
+    assert sorted(seconds) == [4, 5]
 
 
 @pytest.mark.parametrize(

@@ -137,11 +137,11 @@ def spanned(name: str, category: str = "call", *, overlaps: bool = False) -> Cal
     return decorate
 
 
-def record(name: str, category: str, start_ns: int, end_ns: int, **args: Any) -> None:
+def record(name: str, category: str, start_ns: int, end_ns: int, *, overlaps: bool = False, **args: Any) -> None:
     """Record what the present thread or task did between two readings of `time.monotonic_ns`, in its `own_track`."""
     recorder = _recorder
     if recorder is not None:
-        with own_track() as lane:
+        with nullcontext() if overlaps else own_track() as lane:
             recorder.write(name, category, start_ns, end_ns, args, lane)
 
 

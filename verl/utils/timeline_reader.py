@@ -59,26 +59,28 @@ def step_windows(events: Iterable[Event]) -> dict[int, Interval]:
     """Begin and end of each step, in microseconds."""
     return {
         int(event["args"]["step"]): (event["ts"], event["ts"] + event["dur"])
-        for event in _complete(events, "stage")
+        for event in _spans(events, "stage")
         if event["name"] == "step"
     }
 
 
 def stage_seconds(events: Sequence[Event]) -> dict[int, dict[str, float]]:
-    """By step, the seconds of each of the driver's stages that began in it; what `timing_s/*` are."""
-    seconds: dict[int, dict[str, float]] = {}
-    for step, (begin, end) in step_windows(events).items():
-        sums = seconds[step] = {}
-        for event in _complete(events, "stage"):
-            if begin <= event["ts"] < end:
-                sums[event["name"]] = sums.get(event["name"], 0.0) + event["dur"] / 1e6
+    """By step, the seconds of each of the driver's stages; what `timing_s/*` are."""
+    windows = step_windows(events)
+    seconds: dict[int, dict[str, float]] = {step: {} for step in windows}
+    for event in _spans(events, "stage"):
+        step = event["args"].get("step")
+        if step is None:
+            step = next((step for step, (begin, end) in windows.items() if begin <= event["ts"] < end), None)
+        if step in seconds:
+            seconds[step][event["name"]] = seconds[step].get(event["name"], 0.0) + event["dur"] / 1e6
     return seconds
 
 
 def step_shares(events: Sequence[Event]) -> dict[int, StepShares]:
     """What each step's time went to. Processes that compute at the same time count once, but for `busy`."""
     names = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
-    engine, train = _complete(events, "engine"), _complete(events, "train")
+    engine, train = _spans(events, "engine"), _spans(events, "train")
     of_process: dict[str, list[Event]] = {}
     for event in (*engine, *train):
         of_process.setdefault(names[event["pid"]], []).append(event)
@@ -109,8 +111,20 @@ def covered(intervals: Iterable[Interval], begin: float, end: float) -> float:
     return total
 
 
-def _complete(events: Iterable[Event], category: str) -> list[Event]:
-    return [event for event in events if event["ph"] == "X" and event.get("cat") == category]
+def _spans(events: Iterable[Event], category: str) -> list[Event]:
+    """The spans of a category; pairs of asynchronous events as if they were complete ones."""
+    spans, begun = [], {}
+    for event in events:
+        if event.get("cat") != category:
+            continue
+        if event["ph"] == "X":
+            spans.append(event)
+        elif event["ph"] == "b":
+            begun[event["id"]] = event
+        elif event["ph"] == "e":
+            begin = begun.pop(event["id"])
+            spans.append({**begin, "ph": "X", "dur": event["ts"] - begin["ts"]})
+    return spans
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ def marked_timer(name: str, timings: MutableMapping[str, float], **args: int) ->
     """Add the wall-clock seconds of the block to `timings[name]`.
 
     A name used twice accumulates, so a stage may be entered once for each mini-batch. The time of a block that raises
-    is counted too. `args` are shown beside the stage in the timeline.
+    is counted too. `args` are shown beside the stage in the timeline, as for `add_stage`.
 
     Example:
         >>> timings = {}
@@ -28,7 +28,15 @@ def marked_timer(name: str, timings: MutableMapping[str, float], **args: int) ->
             add_stage(name, timings, start, time.monotonic_ns(), **args)
 
 
-def add_stage(name: str, timings: MutableMapping[str, float], start_ns: int, end_ns: int, **args: int) -> None:
-    """Add a stage that lasted from one reading of `time.monotonic_ns` to another to `timings[name]`, in seconds."""
+def add_stage(
+    name: str, timings: MutableMapping[str, float], start_ns: int, end_ns: int, *, overlaps: bool = False, **args: int
+) -> None:
+    """Add a stage that lasted from one reading of `time.monotonic_ns` to another to `timings[name]`, in seconds.
+
+    Args:
+        overlaps: it does not lie within, or around, the other stages of the calling thread or task.
+        args: shown beside the stage in the timeline; with `step` it counts for that step, otherwise for the one in
+            which it began.
+    """
     timings[name] = timings.get(name, 0.0) + (end_ns - start_ns) / 1e9
-    record(name, "stage", start_ns, end_ns, **args)
+    record(name, "stage", start_ns, end_ns, overlaps=overlaps, **args)
