@@ -6,7 +6,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast, Qwen3Config
 
 _COMMON = {"tie_word_embeddings": True, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 # The quickstart's model, and the shape of SmolLM2-135M.
@@ -57,14 +57,28 @@ GROWTH = {
     "190M": _scaled(1024, 16, 8192),
     "500M": _scaled(1408, 22, 16384),
 }
+# So small that next to nothing is computed or moved, whatever the depth.
+PROBES = {"shallow": GROWTH["1M"], "deep": _scaled(128, 24, 2048)}
+
+
+def config(size: str) -> PretrainedConfig:
+    """The config of a model of `CONFIGS`, `GROWTH` or `PROBES`."""
+    return (CONFIGS | GROWTH | PROBES)[size]
+
+
+def parameters(size: str) -> int:
+    """Of a model, tied ones once."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config(size))
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def write_model(size: str, directory: Path) -> Path:
-    """A model of `CONFIGS` or `GROWTH` in bfloat16, with a tokenizer of one word a token; returns its directory."""
+    """A model in bfloat16, with a tokenizer of one word a token; returns its directory."""
     torch.manual_seed(0)
-    config = (CONFIGS | GROWTH)[size]
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(directory)
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, config.vocab_size)}
+    shape = config(size)
+    AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16).save_pretrained(directory)
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, shape.vocab_size)}
     tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = Whitespace()
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<pad>"}

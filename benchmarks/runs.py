@@ -138,7 +138,8 @@ def command(config: Mapping[str, Any]) -> list[str]:
 
 def environment() -> dict[str, str]:
     """Variables that a run needs to find this directory's modules."""
-    return {"PYTHONPATH": str(HERE), "PYTHONUNBUFFERED": "1"}
+    paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
 
 
 def start(config: Mapping[str, Any]) -> subprocess.Popen:

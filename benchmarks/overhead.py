@@ -1,0 +1,114 @@
+"""What a GRPO step costs besides computing: the share of it that no engine and no trainer rank computes in.
+
+    python benchmarks/overhead.py [--sizes 135M 0.8M] [--lengths equal ragged] [--steps 6] [--write DOCUMENT]
+
+Runs of `python3 -m verl.trainer.main_ppo` on the loads of `grpo_step.py`, with `trainer.timeline`. Overhead is what is
+left of a step without the engine's forward passes and the trainer's forward, backward and optimizer (whoever computes
+at the same time counts once): requests, sampling's bookkeeping, rewards, batches, advantages, weight update, logs. The
+table says in which of the driver's stages it lies. Two steps warm up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import machine
+import models
+import runs
+import tables
+from grpo_step import LOADS, WARM_UP
+
+from verl.utils.timeline_reader import Event, StepShares, covered, read_events, step_shares, step_windows
+
+TARGET = 0.05
+_COMPUTING = ("engine", "train")
+
+
+def overhead_by_stage(events: Sequence[Event]) -> dict[int, dict[str, float]]:
+    """By step, the share of it that each of the driver's stages lasts without anybody computing.
+
+    `between` is what lies in no stage. Stages that contain others, the step itself, are left out.
+    """
+    spans = [event for event in events if event["ph"] == "X"]
+    busy = [_interval(event) for event in spans if event["cat"] in _COMPUTING]
+    stages = [event for event in spans if event["cat"] == "stage" and event["name"] != "step"]
+    shares: dict[int, dict[str, float]] = {}
+    for step, (begin, end) in step_windows(events).items():
+        inside = [event for event in stages if begin <= event["ts"] < end]
+        found = shares[step] = {}
+        for event in inside:
+            start, stop = _interval(event)
+            idle = (stop - start - covered(busy, start, stop)) / (end - begin)
+            found[event["name"]] = found.get(event["name"], 0.0) + idle
+        somewhere = [*busy, *map(_interval, inside)]
+        found["between"] = (end - begin - covered(somewhere, begin, end)) / (end - begin)
+    return shares
+
+
+def _interval(event: Event) -> tuple[float, float]:
+    return event["ts"], event["ts"] + event["dur"]
+
+
+def measure(size: str, load: runs.Load, steps: int, work: Path) -> tuple[list[StepShares], dict[str, float]]:
+    """Shares of each step after the warm-up, and the medians of the overhead by stage."""
+    trace = work / "timeline.json"
+    config = runs.keys(
+        load, models.write_model(size, work / "model"), work / "run", WARM_UP + steps, {"trainer.timeline": trace}
+    )
+    runs.finish(runs.start(config), config)
+    events = read_events(trace)
+    shares = [share for step, share in sorted(step_shares(events).items()) if step > WARM_UP]
+    by_stage = [stages for step, stages in overhead_by_stage(events).items() if step > WARM_UP]
+    names = dict.fromkeys(name for stages in by_stage for name in stages)
+    medians = {name: statistics.median(stages.get(name, 0.0) for stages in by_stage) for name in names}
+    return shares, medians
+
+
+def row(size: str, lengths: str, load: runs.Load, shares: list[StepShares], stages: dict[str, float]) -> list[str]:
+    """A line of the table."""
+    overheads = [share.overhead for share in shares]
+    largest = sorted(stages.items(), key=lambda item: -item[1])
+    return [
+        size,
+        lengths,
+        f"{load.samples} samples, {load.tokens} tokens",
+        f"{statistics.median(share.seconds for share in shares):.2f}",
+        f"{statistics.median(share.engine for share in shares):.1%}",
+        f"{statistics.median(share.train for share in shares):.1%}",
+        f"**{statistics.median(overheads):.1%}** ({min(overheads):.1%} to {max(overheads):.1%})",
+        ", ".join(f"{name} {share:.1%}" for name, share in largest if share >= 0.001),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", default=["135M", "0.8M"], choices=["135M", "0.8M"])
+    parser.add_argument("--lengths", nargs="+", default=["equal", "ragged"], choices=["equal", "ragged"])
+    parser.add_argument("--steps", type=int, default=6, help=f"measured steps, after {WARM_UP} to warm up")
+    parser.add_argument("--prompts", type=int, help="a step, instead of the load's own number")
+    tables.add_write_option(parser)
+    options = parser.parse_args()
+    print(machine.header(), flush=True)
+    rows = []
+    for (size, lengths), load in LOADS.items():
+        if size in options.sizes and lengths in options.lengths:
+            load = load.scaled(options.prompts)
+            with tempfile.TemporaryDirectory() as work:
+                rows.append(row(size, lengths, load, *measure(size, load, options.steps, Path(work))))
+            print(*rows[-1], sep="  ", flush=True)
+    head = ["model", "lengths", "a step", "s", "engine", "trainer", "overhead", "of which in"]
+    text = (
+        f"{tables.caption('make bench-overhead')} Median of {options.steps} steps; target for 135M: at most "
+        f"{TARGET:.0%}.\n\n{tables.markdown(head, rows)}"
+    )
+    print(f"\n{text}")
+    if options.write:
+        tables.write_section(options.write, "overhead", text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""This machine's parameters for `time_model.py`, by probes of some seconds each.
+
+Rates come from a decoder layer of the model in question, copies and a collective; overheads, which no such probe shows,
+from runs of models so small that they compute and move next to nothing: a shallow one, a deep one, and the shallow one
+with more samples.
+"""
+
+from __future__ import annotations
+
+import socket
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import machine
+import models
+import runs
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from time_model import Device, Overheads
+from transformers import PretrainedConfig
+
+Parts = dict[str, float]
+# Runs that show overheads; the deep model is the shallow one with more layers.
+SHALLOW, DEEP = "shallow", "deep"
+FEW = runs.Load(prompts=4, n=4, shortest=32, longest=32, updates=2, micro_batch=8)
+MANY = replace(FEW, prompts=16, micro_batch=32)
+# Micro-batches of one pass over the step, of both loads.
+_PASSES = 2
+# What vLLM's layer-wise reload does with a weight on a CPU: it goes into a fresh tensor of the load layout, is packed for
+# the GEMM, and copied to where the parameter was.
+LOAD_COPIES = 3
+_COPIED = 64 << 20
+_GATHERED = 32 << 20
+
+
+def seconds(call: Callable[[], object], rounds: int = 7) -> float:
+    """Of one call, the median after one to warm up."""
+    call()
+    found = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - started)
+    return statistics.median(found)
+
+
+def copy_bandwidth() -> float:
+    """Bytes copied a second, with all threads."""
+    source, target = torch.ones(_COPIED, dtype=torch.uint8), torch.empty(_COPIED, dtype=torch.uint8)
+    return _COPIED / seconds(lambda: target.copy_(source))
+
+
+def layer_weights(config: PretrainedConfig, copies: int) -> list[list[torch.Tensor]]:
+    """Float32 matrices [out, in] of some decoder layers, different memory each."""
+    attention = config.num_attention_heads * config.head_dim
+    cached = config.num_key_value_heads * config.head_dim
+    hidden, inner = config.hidden_size, config.intermediate_size
+    layer = [(attention + 2 * cached, hidden), (hidden, attention), (2 * inner, hidden), (hidden, inner)]
+    return [[torch.randn(shape) * 0.02 for shape in layer] for _ in range(copies)]
+
+
+def decode_rates(config: PretrainedConfig, active: int) -> tuple[float, float]:
+    """Bytes of weights read a second with one row, and FLOP/s with `active` rows, in layers that no cache holds."""
+    layers = layer_weights(config, copies=config.num_hidden_layers)
+    weights = [weight for layer in layers for weight in layer]
+    elements = sum(weight.numel() for weight in weights)
+
+    @torch.no_grad()
+    def pass_over(rows: int) -> None:
+        for weight in weights:
+            torch.nn.functional.linear(torch.ones(rows, weight.shape[1]), weight)
+
+    return 4 * elements / seconds(lambda: pass_over(1)), 2 * active * elements / seconds(lambda: pass_over(active))
+
+
+def train_flops(config: PretrainedConfig, samples: int, tokens: int) -> float:
+    """FLOP/s of a decoder layer of the model, forward and backward, at a micro-batch of `samples` x `tokens`."""
+    from transformers import AutoModelForCausalLM
+
+    single = type(config).from_dict({**config.to_dict(), "num_hidden_layers": 2, "vocab_size": 128})
+    model = AutoModelForCausalLM.from_config(single, dtype=torch.float32).model
+    matrices = [parameter for parameter in model.layers.parameters() if parameter.dim() == 2]
+    ids = torch.randint(3, 128, (samples, tokens))
+
+    def both() -> None:
+        model(input_ids=ids, use_cache=False).last_hidden_state.sum().backward()
+
+    attention = 2 * single.num_hidden_layers * single.num_attention_heads * single.head_dim * tokens
+    flops = 6 * samples * tokens * (sum(matrix.numel() for matrix in matrices) + attention)
+    return flops / seconds(both, rounds=5)
+
+
+def link(ranks: int) -> tuple[float, float]:
+    """Bytes into a rank a second and seconds a call of an all-gather between `ranks` processes; (inf, 0) for one."""
+    if ranks == 1:
+        return float("inf"), 0.0
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    multiprocessing.spawn(_gather, (ranks, port, results), nprocs=ranks)
+    return results.get()
+
+
+def _gather(rank: int, ranks: int, port: int, results: multiprocessing.SimpleQueue) -> None:
+    torch.set_num_threads(max(1, machine.usable_cores() // ranks))
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+
+    def gather(size: int) -> float:
+        own, whole = torch.ones(size // ranks, dtype=torch.uint8), torch.empty(size, dtype=torch.uint8)
+        return seconds(lambda: dist.all_gather_into_tensor(whole, own))
+
+    small, large = gather(1 << 10), gather(_GATHERED)
+    if rank == 0:
+        results.put((_GATHERED * (ranks - 1) / ranks / max(large - small, 1e-9), small))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def this_machine(config: PretrainedConfig, load: runs.Load, ranks: int) -> Device:
+    """One rank's share of this machine for a model and a load; without overheads."""
+    read, generate = decode_rates(config, max(1, load.samples // ranks))
+    bandwidth, latency = link(ranks)
+    # As many tokens as a micro-batch has.
+    train = train_flops(config, load.micro_batch, load.prompt + load.longest)
+    return Device(
+        train_flops=train / ranks,
+        generate_flops=generate / ranks,
+        read_bandwidth=read / ranks,
+        copy_bandwidth=copy_bandwidth() / ranks,
+        link_bandwidth=bandwidth,
+        link_latency=latency,
+        overheads=Overheads(),
+        itemsize=4,
+        load_copies=LOAD_COPIES,
+        overlaps=False,
+    )
+
+
+def measure_overheads(measure: Callable[[str, runs.Load], Parts], predict: Callable[..., Parts]) -> Overheads:
+    """Overheads of this machine at one rank, from what the smallest models take beyond their computing.
+
+    Args:
+        measure: seconds of the parts of a run, for a model and a load.
+        predict: the same by the time model, for a model, a load, a device and ranks.
+    """
+    beyond: dict[tuple[str, runs.Load], Parts] = {}
+    for size, load in ((SHALLOW, FEW), (DEEP, FEW), (SHALLOW, MANY)):
+        bare = predict(size, load, this_machine(models.config(size), load, 1), 1)
+        beyond[size, load] = {part: found - bare[part] for part, found in measure(size, load).items()}
+    layers = {size: models.config(size).num_hidden_layers for size in (SHALLOW, DEEP)}
+    return solve(beyond[SHALLOW, FEW], beyond[DEEP, FEW], beyond[SHALLOW, MANY], layers[SHALLOW], layers[DEEP])
+
+
+def solve(shallow: Parts, deep: Parts, many: Parts, shallow_layers: int, deep_layers: int) -> Overheads:
+    """Overheads from the seconds beyond computing of three runs: `FEW` on two depths, and `MANY` on the shallow one."""
+
+    def line(few: float, more: float) -> tuple[float, float]:
+        """Seconds of no layer, and of each; neither below nothing, whatever the noise."""
+        slope = max(0.0, (more - few) / (deep_layers - shallow_layers))
+        return max(0.0, few - shallow_layers * slope), slope
+
+    def passes(parts: Parts) -> float:
+        """Of one forward pass over a micro-batch: old log-probabilities take one, an update three."""
+        return (parts["old_log_probs"] + parts["updates"]) / (4 * _PASSES)
+
+    sample = max(0.0, (many["generation"] - shallow["generation"]) / (MANY.samples - FEW.samples))
+    decode, decode_layer = line(*((run["generation"] - FEW.samples * sample) / FEW.longest for run in (shallow, deep)))
+    micro_batch, micro_batch_layer = line(passes(shallow), passes(deep))
+    update, update_layer = line(shallow["weight_update"], deep["weight_update"])
+    parts = ("generation", "old_log_probs", "updates", "weight_update")
+    return Overheads(
+        decode=decode,
+        decode_layer=decode_layer,
+        sample=sample,
+        micro_batch=micro_batch,
+        micro_batch_layer=micro_batch_layer,
+        update=update,
+        update_layer=update_layer,
+        step=max(0.0, shallow["step"] - sum(shallow[part] for part in parts)),
+    )

@@ -1,0 +1,231 @@
+"""Step and update times of Qwen3 models on 8 to 1024 Ascend 950, predicted; and the same model against this machine.
+
+    python benchmarks/scale_model.py [--no-check] [--sizes 21M 59M 135M] [--steps 5] [--write DOCUMENT]
+
+Nobody here has an Ascend 950. The predictions take the byte counts of the code that quantises (`shapes.py`), the
+published figures below and the assumptions below, through the functions of `time_model.py`. The same functions, with
+parameters that small probes measure (`probes.py`), predict runs of this machine at one and two ranks; the table says
+how far off they are.
+
+Published:
+- BF16 432, MXFP8 865 TFLOP/s (server variant), 128 GB at 1.6 TB/s for the 950PR: the architecture white paper as quoted
+  in gitcode.com/cann/ops-transformer/issues/5487. "1 PFLOPS FP8" is the keynote's round figure.
+- 144 GB at 4 TB/s for the 950DT, 2 TB/s of interconnect for both, 8192 of them in one Atlas 950 SuperPoD:
+  huawei.com/en/news/2025/9/hc-xu-keynote-speech. The 2 TB/s count both directions.
+- 5.3 GB/s is what verl's HCCL weight transfer reached for Qwen3-30B-A3B between 2 x 16 Ascend 910C (11 s), says
+  verl/checkpoint_engine/README.md of verl-project/verl: software, not links (784 GB/s), was the limit.
+
+Assumed, because nothing measured was found:
+- reached of the published: 40 % of the FLOPs in training (BF16), 50 % in prefill and large decoding passes (MXFP8),
+  60 % of the memory bandwidth, 50 % of one direction of the link;
+- decoding runs as a graph: 1 ms a pass and 20 us a layer; a tensor-parallel reduction or other collective takes 20 us;
+- 0.2 ms of driver a sample, 0.5 s a step; 0.1 s and 2 ms a layer for an update; a trainer's layers run without gaps;
+- the hybrid layout: every device holds a trainer shard (FSDP2 over all ranks, 16 bytes a parameter) and 1 / tp of a
+  replica; the smallest tp up to 16 that leaves half of the rest free, of which 80 % are cache in BF16; samples without
+  room in the cache wait;
+- gradient checkpointing, packed micro-batches of 16384 tokens, 1 optimizer step, weight traffic behind the computing;
+- lengths spread evenly, no sample cut, no wait for rewards; all devices in one SuperPoD.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import machine
+import models
+import runs
+import shapes
+import tables
+import task
+import time_model
+from time_model import Device, Layout, Overheads, Times, Work
+
+TB = 1e12
+_ASCEND = Device(
+    train_flops=0.4 * 432 * TB,
+    generate_flops=0.5 * 865 * TB,
+    read_bandwidth=0.6 * 4 * TB,
+    copy_bandwidth=0.5 * 0.6 * 4 * TB,
+    link_bandwidth=0.5 * 1 * TB,
+    link_latency=20e-6,
+    overheads=Overheads(
+        decode=1e-3, decode_layer=20e-6, sample=0.2e-3, micro_batch=0.0, update=0.1, update_layer=2e-3, step=0.5
+    ),
+    memory=144e9,
+)
+ASCEND = {
+    "950DT": _ASCEND,
+    "950PR": replace(_ASCEND, read_bandwidth=0.6 * 1.6 * TB, copy_bandwidth=0.3 * 1.6 * TB, memory=128e9),
+}
+HCCL_AS_PUBLISHED = 5.3e9
+DEVICES = (8, 16, 64, 256, 1024)
+# 256 prompts, 16 samples each, 512 to 8192 tokens.
+STEP = Work(
+    prompts=256,
+    n=16,
+    prompt=512,
+    lengths=task.spread(64, 512, 8192),
+    micro_batch_tokens=16384,
+    updates=1,
+    recomputes=True,
+)
+# Of the bytes of a whole update, what changes alone may take: the target at a learning rate of 1e-6.
+CHANGED = 0.01
+CHECKED = runs.Load(prompts=8, n=4, shortest=32, longest=32, updates=2, micro_batch=8)
+TOLERANCE = 0.25
+PARTS = {
+    "generation": "timing_s/gen",
+    "old_log_probs": "timing_s/old_log_prob",
+    "updates": "timing_s/update_actor",
+    "weight_update": "weight_update/total_s",
+    "step": "timing_s/step",
+}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A model on some devices: how they are laid out, the times, and the update alone under other assumptions."""
+
+    layout: Layout
+    times: Times
+    update_hccl: float
+    update_plain: float
+    update_delta: float
+
+
+def on_ascend(counts: shapes.Counts, device: Device, devices: int) -> Prediction | None:
+    """None where the model does not fit."""
+    assert device.memory is not None
+    sent = counts.mxfp8_bytes
+    layout = time_model.hybrid_layout(counts, sent, device.memory, device.itemsize, devices)
+    if layout is None:
+        return None
+    slow = replace(device, link_bandwidth=HCCL_AS_PUBLISHED)
+    update = time_model.weight_update_seconds
+    return Prediction(
+        layout,
+        time_model.predict(counts, STEP, device, layout, sent, sent),
+        update_hccl=update(counts, slow, layout, sent),
+        update_plain=update(counts, slow, layout, counts.plain_bytes(2)),
+        update_delta=update(counts, slow, layout, sent, CHANGED),
+    )
+
+
+def ascend_table(chip: str) -> str:
+    """Predictions for every model and number of devices."""
+    rows = []
+    for name, config in shapes.PUBLIC.items():
+        counts = shapes.count(config)
+        for devices in DEVICES:
+            found = on_ascend(counts, ASCEND[chip], devices)
+            if found is None:
+                rows.append([name, str(devices), "does not fit", *[""] * 9])
+                continue
+            times, generated = found.times, STEP.samples * STEP.mean
+            seconds = (times.generation, times.old_log_probs, times.updates, times.weight_update, times.step)
+            updates = (found.update_hccl, found.update_plain, found.update_delta)
+            rows.append(
+                [
+                    name,
+                    str(devices),
+                    str(found.layout.tensor_parallel),
+                    *(f"{value:.1f}" for value in seconds),
+                    f"{generated / times.step / devices:.0f}",
+                    *(f"{value:.1f}" for value in updates),
+                ]
+            )
+    head = ["model", "devices", "tp", "generation", "old log-probs", "updates", "weight update", "step, s"]
+    head += ["tokens/s/device", "update at 5.3 GB/s", "BF16 at 5.3 GB/s", "changes at 5.3 GB/s"]
+    return tables.markdown(head, rows)
+
+
+def bytes_table() -> str:
+    """What an update sends."""
+    rows = []
+    for name, config in shapes.PUBLIC.items():
+        counts = shapes.count(config)
+        plain, quantised = counts.plain_bytes(2), counts.mxfp8_bytes
+        rows.append([name, f"{counts.parameters / 1e9:.2f}", f"{plain / 1e9:.1f}", f"{quantised / 1e9:.1f}"])
+        rows[-1].append(f"{quantised / plain:.1%}")
+    return tables.markdown(["model", "parameters, 1e9", "BF16, GB", "MXFP8, GB", "of BF16"], rows)
+
+
+def work_of(load: runs.Load) -> Work:
+    """A benchmark's load in the time model's words."""
+    tokens = load.micro_batch * (load.prompt + load.longest)
+    return Work(load.prompts, load.n, load.prompt, load.lengths, tokens, load.updates, recomputes=False)
+
+
+def measure(size: str, load: runs.Load, ranks: int, steps: int) -> dict[str, float]:
+    """Seconds of the parts of a real run: medians after two steps."""
+    keys = {
+        "trainer.n_gpus_per_node": ranks,
+        "actor_rollout_ref.rollout.checkpoint_engine.delta": "off",
+    }
+    with tempfile.TemporaryDirectory() as work:
+        model_dir = models.write_model(size, Path(work) / "model")
+        config = runs.keys(load, model_dir, Path(work) / "run", 2 + steps, keys)
+        recorded = runs.finish(runs.start(config), config)[2:]
+    return {part: statistics.median(step[name] for step in recorded) for part, name in PARTS.items()}
+
+
+def predicted(size: str, load: runs.Load, device: Device, ranks: int) -> dict[str, float]:
+    """The same by the time model."""
+    counts = shapes.count(models.config(size))
+    plain = counts.plain_bytes(device.itemsize)
+    times = time_model.predict(counts, work_of(load), device, Layout(ranks, ranks), plain, plain)
+    return {part: getattr(times, part) for part in PARTS}
+
+
+def check(sizes: list[str], steps: int) -> tuple[str, float]:
+    """Predictions against runs of this machine as a table; the largest error of a step or an update."""
+    import probes
+
+    rows, errors = [], []
+    overheads = probes.measure_overheads(lambda size, load: measure(size, load, 1, steps), predicted)
+    for size in sizes:
+        for ranks in (1, 2):
+            device = replace(probes.this_machine(models.config(size), CHECKED, ranks), overheads=overheads)
+            expected, found = predicted(size, CHECKED, device, ranks), measure(size, CHECKED, ranks, steps)
+            row = [size, str(ranks)]
+            for part in PARTS:
+                error = expected[part] / found[part] - 1
+                row.append(f"{expected[part]:.3f} / {found[part]:.3f} ({error:+.0%})")
+                if part in ("step", "weight_update"):
+                    errors.append(abs(error))
+            rows.append(row)
+            print(*row, sep="  ", flush=True)
+    return tables.markdown(["model", "ranks", *(part.replace("_", " ") for part in PARTS)], rows), max(errors)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--no-check", action="store_true", help="predictions alone: seconds instead of minutes")
+    parser.add_argument("--sizes", nargs="+", default=["21M", "59M", "135M"], choices=[*models.GROWTH, *models.CONFIGS])
+    parser.add_argument("--steps", type=int, default=5, help="measured steps of each run, after two to warm up")
+    tables.add_write_option(parser)
+    options = parser.parse_args()
+    print(machine.header(), flush=True)
+    sections = [f"What an update sends:\n\n{bytes_table()}"]
+    for chip in ASCEND:
+        sections.append(f"Ascend {chip}, seconds:\n\n{ascend_table(chip)}")
+    if not options.no_check:
+        table, worst = check(options.sizes, options.steps)
+        verdict = "within" if worst <= TOLERANCE else "not within"
+        sections.insert(
+            0,
+            f"{tables.caption('make bench-scale')} Predicted / measured seconds; steps and weight updates are off by "
+            f"{worst:.0%} at most, {verdict} the {TOLERANCE:.0%} that was aimed at:\n\n{table}",
+        )
+    text = "\n\n".join(sections)
+    print(f"\n{text}")
+    if options.write:
+        tables.write_section(options.write, "scale", text)
+
+
+if __name__ == "__main__":
+    main()

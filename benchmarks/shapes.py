@@ -1,0 +1,120 @@
+"""Public shapes of models, and the counts that times follow from: parameters, bytes that are sent, FLOPs a token.
+
+Bytes are counted by the code that quantises: `read_layers` and `AscendDescription` on the names and shapes of a model
+on the meta device, which takes no memory.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config, Qwen3MoeConfig
+
+from verl.utils.vllm.ascend_description import AscendDescription
+from verl.utils.vllm.ascend_layers import read_layers
+from verl.utils.vllm.checkpoint_index import CheckpointIndex, TensorInfo
+
+_QWEN3 = {"vocab_size": 151936, "head_dim": 128, "tie_word_embeddings": False}
+_EXPERTS = {"num_experts": 128, "num_experts_per_tok": 8, "num_key_value_heads": 4}
+# As their config.json files say; `model_type` qwen3 and qwen3_moe.
+PUBLIC: dict[str, PretrainedConfig] = {
+    "Qwen3-8B": Qwen3Config(
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        **_QWEN3,
+    ),
+    "Qwen3-32B": Qwen3Config(
+        hidden_size=5120,
+        intermediate_size=25600,
+        num_hidden_layers=64,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        **_QWEN3,
+    ),
+    "Qwen3-30B-A3B": Qwen3MoeConfig(
+        hidden_size=2048,
+        intermediate_size=6144,
+        moe_intermediate_size=768,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        **_EXPERTS,
+        **_QWEN3,
+    ),
+    "Qwen3-235B-A22B": Qwen3MoeConfig(
+        hidden_size=4096,
+        intermediate_size=12288,
+        moe_intermediate_size=1536,
+        num_hidden_layers=94,
+        num_attention_heads=64,
+        **_EXPERTS,
+        **_QWEN3,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What of a model's shape its times depend on.
+
+    Attributes:
+        parameters: all of them, tied ones once.
+        body: weights that every token multiplies with; of the experts those that are chosen.
+        experts: weights of all experts, of which each token uses `chosen`, a share.
+        head: weights of the output head.
+        layers: decoder layers.
+        attention: query heads times their size.
+        kv_elements: cached a token.
+        mxfp8_bytes: of a weight update in MXFP8, what is not quantised in BF16.
+        tensors: of a checkpoint with its experts packed.
+    """
+
+    parameters: int
+    body: int
+    experts: int
+    chosen: float
+    head: int
+    layers: int
+    attention: int
+    kv_elements: int
+    mxfp8_bytes: int
+    tensors: int
+
+    def plain_bytes(self, itemsize: int) -> int:
+        """Of a weight update without quantisation."""
+        return self.parameters * itemsize
+
+
+def count(config: PretrainedConfig) -> Counts:
+    """Counts of a transformers config: a decoder with or without experts."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+    tensors = {name: TensorInfo(shape, "BF16") for name, shape in shapes.items()}
+    layers = read_layers(CheckpointIndex(Path("shape"), config.to_dict(), tensors))
+    description = AscendDescription("shape", 1, layers, frozenset(tensors))
+    biases = sum(math.prod(shape) for name, shape in shapes.items() if description.layer(name) is None)
+    sizes = [(layer, math.prod(layer.info.shape)) for layer in layers]
+    experts = sum(size for layer, size in sizes if layer.experts)
+    chosen = config.num_experts_per_tok / config.num_experts if experts else 0.0
+    head = config.vocab_size * config.hidden_size
+    matrices = sum(size for layer, size in sizes if len(layer.info.shape) == 2 and "layers." in layer.name)
+    dense = matrices - sum(size for layer, size in sizes if layer.experts and len(layer.info.shape) == 2)
+    return Counts(
+        parameters=sum(math.prod(shape) for shape in shapes.values()),
+        body=dense + round(experts * chosen),
+        experts=experts,
+        chosen=chosen,
+        head=head,
+        layers=config.num_hidden_layers,
+        attention=config.num_attention_heads * config.head_dim,
+        kv_elements=2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim,
+        mxfp8_bytes=description.sent_bytes(2) + 2 * biases,
+        tensors=len(shapes),
+    )
