@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from verl.utils.timeline import span, spanned
 from verl.workers.rollout.weight_sync.manifest import WeightUpdateError
 from verl.workers.rollout.weight_sync.update import Receiver, Sender
 
@@ -111,6 +112,7 @@ class CollectiveTransport:
             receiver if node == home else _RelayedReceiver(self, receiver, node) for receiver, node in receivers
         ]
 
+    @spanned("update: relays")
     async def prepare(self) -> None:
         """Have a relay on every node that is needed, all of them connected.
 
@@ -173,7 +175,8 @@ class CollectiveTransport:
         if before is not None:
             await asyncio.shield(before)
         home, *others = self._nodes
-        return await self._together({home: ("send", segment, nbytes), **dict.fromkeys(others, ("receive", nbytes))})
+        with span("update: broadcast a bucket", bytes=nbytes, nodes=len(others)):
+            return await self._together({home: ("send", segment, nbytes), **dict.fromkeys(others, ("receive", nbytes))})
 
     async def _together(self, wanted: dict[Node, tuple[Any, ...]], patience: float | None = None) -> dict[Node, Any]:
         """Call a method of each node's relay at the same time; all results, or WeightUpdateError and no relay left.

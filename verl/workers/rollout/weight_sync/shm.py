@@ -89,6 +89,9 @@ class SegmentReader:
         finally:
             os.close(fd)
         tensor = torch.frombuffer(memory, dtype=torch.uint8)
+        if known is None:
+            # A mapping keeps the memory of a process that ended.
+            self._maps = {name: entry for name, entry in self._maps.items() if os.path.exists(f"/proc/{name[0]}")}
         self._maps[key.pid, key.fd] = (key, tensor)
         return tensor
 
