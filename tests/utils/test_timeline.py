@@ -87,6 +87,7 @@ def test_a_stage_and_its_seconds_come_from_the_same_readings(trace):
     add_stage("gen", logged[2], 5_000_000_000, 5_250_000_000, overlaps=True, step=2)
     add_stage("save", {}, 5_000_000_000, 6_000_000_000, overlaps=True)
     assert {event["cat"] for event in events_of(trace, "X", "b")} == {"stage"}
+    assert [event["name"] for event in events_of(trace, "b")] == ["gen", "save"]
     recorded = stage_seconds(read_events(trace))
     assert sorted(recorded) == [1, 2] and logged[2]["gen"] == 0.25
     assert all(recorded[step] == pytest.approx(logged[step], rel=1e-6) for step in logged)
