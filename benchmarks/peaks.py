@@ -63,9 +63,10 @@ class PeakWatcher:
                 self._peaks[process.pid] = role, peak
 
     def stop(self) -> dict[str, list[int]]:
-        """Peaks in MiB by role, the highest first."""
+        """Look once more; peaks in MiB by role, the highest first."""
         self._stopped.set()
         self._thread.join()
+        self._look()
         by_role: dict[str, list[int]] = defaultdict(list)
         for role, peak in sorted(self._peaks.values(), key=lambda item: -item[1]):
             by_role[role].append(peak)

@@ -29,8 +29,8 @@ FEW = runs.Load(prompts=4, n=4, shortest=32, longest=32, updates=2, micro_batch=
 MANY = replace(FEW, prompts=16, micro_batch=32)
 # Micro-batches of one pass over the step, of both loads.
 _PASSES = 2
-# What vLLM's layer-wise reload does with a weight on a CPU: it goes into a fresh tensor of the load layout, is packed for
-# the GEMM, and copied to where the parameter was.
+# What vLLM's layer-wise reload does with a weight on a CPU: into a fresh tensor of the load layout, then packed for the
+# GEMM, then copied to where the parameter was.
 LOAD_COPIES = 3
 _COPIED = 64 << 20
 _GATHERED = 32 << 20

@@ -1,0 +1,44 @@
+import probes
+import pytest
+from time_model import Overheads
+
+KNOWN = Overheads(
+    decode=0.01, decode_layer=0.002, sample=0.003, micro_batch=0.02, micro_batch_layer=0.004, update=0.05,
+    update_layer=0.006, step=0.1,
+)  # fmt: skip
+
+
+def parts(layers: int, samples: int) -> dict[str, float]:
+    one_pass = probes._PASSES * (KNOWN.micro_batch + layers * KNOWN.micro_batch_layer)
+    found = {
+        "generation": 32 * (KNOWN.decode + layers * KNOWN.decode_layer) + samples * KNOWN.sample,
+        "old_log_probs": one_pass,
+        "updates": 3 * one_pass,
+        "weight_update": KNOWN.update + layers * KNOWN.update_layer,
+    }
+    return {**found, "step": sum(found.values()) + KNOWN.step}
+
+
+def test_overheads_are_solved_from_three_runs():
+    found = probes.solve(parts(4, 16), parts(24, 16), parts(4, 64), 4, 24)
+    assert vars(found) == pytest.approx(vars(KNOWN))
+
+
+def test_noise_makes_no_overhead_negative():
+    shallow = parts(4, 16)
+    found = probes.solve(shallow, {name: 0.5 * value for name, value in shallow.items()}, parts(4, 64), 4, 24)
+    assert min(vars(found).values()) >= 0
+    assert found.update_layer == 0
+
+
+def test_both_loads_make_as_many_passes():
+    for load in (probes.FEW, probes.MANY):
+        assert load.samples // load.micro_batch == probes._PASSES
+        assert load.longest == probes.FEW.longest == 32
+
+
+def test_an_all_gather_between_two_processes_is_measured():
+    assert probes.link(1) == (float("inf"), 0.0)
+    bandwidth, latency = probes.link(2)
+    assert 1e6 < bandwidth < 1e13
+    assert 0 < latency < 10
