@@ -17,6 +17,7 @@ from fixtures.engine_cases import (
 )
 from fixtures.fake_quant import mxfp8_round_trip
 from fixtures.ranks import run_ranks
+from fixtures.sent_cases import turned
 from fixtures.tiny import write_tiny_model
 from verl.workers.engine import export, export_rows
 
@@ -175,16 +176,6 @@ def test_experts_of_which_some_are_left_out_are_gathered_first(tmp_path):
     [(weights, encoded)] = run_ranks(1, encoded_program, str(source), names)
     assert all("gate_up_proj" not in name or "layers.1" in name for name, _ in encoded) and encoded
     assert torch.equal(weights[EXPERT], saved(source)[EXPERT])
-
-
-def turned(revert, *ends):
-    """A conversion that also turns the matrices whose names hold one of `ends`."""
-
-    def convert(model, tensors):
-        found = revert(model, tensors)
-        return {name: t.transpose(0, 1) if any(end in name for end in ends) else t for name, t in found.items()}
-
-    return convert
 
 
 def test_a_conversion_that_turns_rows_is_seen_though_shapes_agree(tmp_path, monkeypatch):

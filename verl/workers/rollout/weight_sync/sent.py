@@ -149,7 +149,7 @@ def changed_places(old: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
         return torch.arange(new.numel(), device=new.device)
     before, now = bits(old.reshape(-1)), bits(new)
     per_word = 8 // now.element_size()
-    if now.numel() % per_word == 0 and before.data_ptr() % 8 == 0 and now.data_ptr() % 8 == 0:
+    if not any(count % per_word for count in (now.numel(), before.storage_offset(), now.storage_offset())):
         # Eight bytes at a time: most of them have not changed.
         words = (before.view(torch.int64) != now.view(torch.int64)).nonzero()
         if words.numel() * per_word * 8 <= now.numel():
