@@ -3,10 +3,11 @@ SHELL := bash
 .DEFAULT_GOAL := help
 python := .venv/bin/python
 
-.PHONY: help setup quickstart test contract lint format bench sweep study lock
+.PHONY: help setup quickstart test contract lint format sweep study lock \
+	bench bench-step bench-overhead bench-growth bench-scale
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
 
 setup: ## make .venv from the lock
 	@scripts/setup.sh
@@ -31,8 +32,21 @@ format: setup ## let ruff mend what it can
 	$(python) -m ruff check --fix .
 	$(python) -m ruff format .
 
-bench: setup ## benchmarks; each prints a table
-	@for benchmark in quantizer weight_update generation; do $(python) benchmarks/$$benchmark.py || exit 1; done
+bench: setup ## benchmarks that take minutes; each prints a table
+	@for benchmark in quantizer weight_update generation overhead scale_model; do \
+		$(python) benchmarks/$$benchmark.py || exit 1; done
+
+bench-step: setup ## a GRPO step against TRL's; writes its table into docs/performance.md
+	$(python) benchmarks/grpo_step.py --write docs/performance.md $(ARGS)
+
+bench-overhead: setup ## the share of a step in which nothing computes; writes its table into docs/performance.md
+	$(python) benchmarks/overhead.py --write docs/performance.md $(ARGS)
+
+bench-growth: setup ## times and memory over sizes, samples and processes; writes its tables into docs/performance.md
+	$(python) benchmarks/growth.py --write docs/performance.md $(ARGS)
+
+bench-scale: setup ## a time model against this machine, and for Ascend 950; writes its tables into docs/performance.md
+	$(python) benchmarks/scale_model.py --write docs/performance.md $(ARGS)
 
 sweep: setup ## every estimator and loss on the quickstart's task; writes its table into docs/algorithms.md
 	$(python) benchmarks/sweep.py --write docs/algorithms.md $(ARGS)

@@ -12,9 +12,9 @@ compute old log-probabilities; with one TRL would skip them), and the tokens of 
 answer is (`task.py`), and both sides generate that many tokens; the benchmark fails where the counts differ.
 
 What is not: ours is `python3 -m verl.trainer.main_ppo` with a vLLM engine and a metrics file. TRL generates with
-transformers' `generate`, its default, and logs nothing. Its ways to do better do not work on a CPU: vLLM in the same
-process, because `load_weights` on an engine whose CPU kernels have packed their weights fails at the first step;
-`use_transformers_continuous_batching`, because it wants a GPU (see docs/performance.md).
+transformers' `generate`, its default, and logs nothing. Its other ways are no use on a CPU: vLLM in the same
+process, because `load_weights` on an engine whose CPU kernels have packed their weights fails at the first step; and
+`use_transformers_continuous_batching`, which is more than ten times slower there (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -57,22 +57,27 @@ class Outcome:
         return statistics.median(theirs / ours for ours, theirs in zip(self.ours, self.trl, strict=True))
 
 
+def trl_process(load: Load, model_dir: Path, work: Path) -> PacedProcess:
+    """TRL's side, in its own environment."""
+    specification = work / "load.json"
+    specification.write_text(load.to_json())
+    command = [".cache/trl/bin/python", runs.HERE / "trl_side.py", specification, model_dir, work / "trl"]
+    # As ours: threads that wait by spinning take the cores from whatever else runs.
+    variables = {
+        "OMP_NUM_THREADS": str(machine.usable_cores()),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "HF_HUB_OFFLINE": "1",
+    }
+    return PacedProcess(list(map(str, command)), variables, runs.HERE.parent, work / "trl.log")
+
+
 def measure(size: str, load: Load, rounds: int, work: Path, with_trl: bool) -> Outcome:
     """Both sides in turn."""
     model_dir = models.write_model(size, work / "model")
     config = runs.keys(load, model_dir, work / "ours", steps=1000)
     sides = {"ours": PacedProcess(runs.command(config), runs.environment(), runs.HERE.parent, work / "ours.log")}
     if with_trl:
-        specification = work / "load.json"
-        specification.write_text(load.to_json())
-        command = [".cache/trl/bin/python", str(runs.HERE / "trl_side.py"), str(specification), str(model_dir)]
-        # As ours: threads that wait by spinning take the cores from whatever else runs.
-        variables = {
-            "OMP_NUM_THREADS": str(machine.usable_cores()),
-            "OMP_WAIT_POLICY": "PASSIVE",
-            "HF_HUB_OFFLINE": "1",
-        }
-        sides["trl"] = PacedProcess([*command, str(work / "trl")], variables, runs.HERE.parent, work / "trl.log")
+        sides["trl"] = trl_process(load, model_dir, work)
     seconds: dict[str, list[float]] = {"ours": [], "trl": []}
     try:
         for side in sides.values():

@@ -10,6 +10,8 @@ pytestmark = pytest.mark.e2e
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
+_SMALL = ["--sizes", "0.8M", "--lengths", "equal", "--prompts", "2"]
+
 
 @pytest.mark.parametrize(
     ("name", "arguments", "rows"),
@@ -26,6 +28,10 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
             ],
         ),
         ("generation", ["--sizes", "0.8M", "--rounds", "1"], ["not quantised", "MXFP8, emulated"]),
+        ("grpo_step", [*_SMALL, "--rounds", "1", "--without-trl"], ["| 0.8M "]),
+        ("overhead", [*_SMALL, "--steps", "1"], ["| 0.8M "]),
+        ("growth", ["--parts", "samples", "--samples", "64", "--steps", "1"], ["| 64 "]),
+        ("scale_model", ["--no-check"], ["| Qwen3-235B-A22B | 1024 "]),
     ],
 )
 def test_benchmark(name, arguments, rows):

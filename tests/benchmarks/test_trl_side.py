@@ -1,0 +1,22 @@
+"""TRL's side, where its environment has been made."""
+
+from pathlib import Path
+
+import models
+import pytest
+import runs
+from grpo_step import trl_process
+
+BUILT = (runs.HERE.parent / ".cache/trl/.fits").exists()
+
+
+@pytest.mark.skipif(not BUILT, reason="TRL has an environment of its own: scripts/setup_trl.sh makes it")
+def test_trl_generates_the_tokens_that_prompts_ask_for(tmp_path: Path):
+    load = runs.Load(prompts=4, n=2, shortest=3, longest=12, updates=2, micro_batch=2)
+    process = trl_process(load, models.write_model("0.8M", tmp_path / "model"), tmp_path)
+    try:
+        assert process.arrived() == 0
+        assert process.step()[1] == load.tokens == 2 * (3 + 6 + 9 + 12)
+        assert process.step()[1] == load.tokens
+    finally:
+        process.close()
