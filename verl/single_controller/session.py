@@ -29,7 +29,7 @@ class RaySession:
 
     def __enter__(self) -> RaySession:
         if not self._joined:
-            if "address" in self._options or "RAY_ADDRESS" in os.environ:
+            if self._options.get("address", os.environ.get("RAY_ADDRESS", "local")) != "local":
                 # Only a session that we start takes these.
                 for key in ("num_cpus", "num_gpus", "include_dashboard"):
                     self._options.pop(key, None)
