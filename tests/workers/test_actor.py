@@ -56,6 +56,7 @@ def test_columns_metrics_and_the_frozen_reference(model_dir):
         assert (after.batch["old_log_probs"] - before.batch["old_log_probs"]).abs().max() > 1e-3
         assert all(other == metrics[0] for other in metrics)
         assert set(metrics[0]) == {
+            "actor/perf/padding_fraction",
             "actor/pg_loss",
             "actor/pg_clipfrac",
             "actor/pg_clipfrac_lower",

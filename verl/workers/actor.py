@@ -171,6 +171,7 @@ class ActorWorker:
                     mini_batch, objective, self._train_limits, entropy_grad=actor.entropy_coeff != 0
                 )
                 metrics["actor/loss"] = metrics.pop("loss")
+                metrics["actor/perf/padding_fraction"] = metrics.pop("padding_fraction")
                 step = self.engine.optimizer_step()
                 metrics["actor/grad_norm"], metrics["actor/lr"] = step["grad_norm"], step["lr"]
                 history.append(metrics)

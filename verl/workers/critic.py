@@ -100,7 +100,8 @@ class CriticWorker:
             mini_batches: as `verl.workers.engine.batching.split_mini_batches` makes them, with `values` and `returns`.
 
         Returns:
-            `critic/{vf_loss,vf_clipfrac,vpred_mean,grad_norm,lr}`, means over the optimizer steps; equal on all ranks.
+            `critic/{vf_loss,vf_clipfrac,vpred_mean,grad_norm,lr,perf/padding_fraction}`, means over the optimizer
+            steps; equal on all ranks.
 
         Raises:
             NonFiniteError: loss or gradient is NaN or infinite; raised on all ranks before the optimizer step.
@@ -111,6 +112,7 @@ class CriticWorker:
                 objective = ValueObjective(self._config, mini_batch)
                 metrics = self.engine.forward_backward(mini_batch, objective, self._train_limits)
                 metrics["critic/vf_loss"] = metrics.pop("loss")
+                metrics["critic/perf/padding_fraction"] = metrics.pop("padding_fraction")
                 step = self.engine.optimizer_step()
                 metrics["critic/grad_norm"], metrics["critic/lr"] = step["grad_norm"], step["lr"]
                 history.append(metrics)

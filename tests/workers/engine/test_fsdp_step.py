@@ -29,6 +29,7 @@ from verl.protocol import DataProto
 from verl.trainer.ppo.core_algos import LOSS_AGG_MODES, get_policy_loss_fn
 from verl.workers.engine import MicroBatching
 from verl.workers.engine.batching import split_even, split_mini_batches
+from verl.workers.engine.micro_batch import AlignedBatch, Layout
 from verl.workers.policy_objective import PolicyObjective
 
 KINDS = ["qwen3", "llama", "qwen3_moe"]
@@ -204,6 +205,8 @@ def test_the_split_does_not_matter(models, kind):
             expected = reference.setdefault(actor.loss_agg_mode, metrics)
             assert metrics["grad_norm"] > 0
             for name, value in expected.items():
+                if name == "padding_fraction":  # a micro-batch of no samples has two tokens of padding
+                    continue
                 context = f"{name} with {actor.loss_agg_mode}, {ranks} ranks, {limits}"
                 assert metrics[name] == pytest.approx(value, rel=1e-5, abs=1e-9), context
 
@@ -229,7 +232,8 @@ def test_memory_options_do_not_change_the_step(models, options, ranks):
     expected = run_ranks(ranks, step_program, models["qwen3"], [(plain, limits, shards)], {})[0]
     found = run_ranks(ranks, step_program, models["qwen3"], [(other, limits, shards)], options)[0]
     for name, value in expected[0][0].items():
-        assert found[0][0][name] == pytest.approx(value, rel=1e-5, abs=1e-9), name
+        if name != "padding_fraction":
+            assert found[0][0][name] == pytest.approx(value, rel=1e-5, abs=1e-9), name
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -323,5 +327,6 @@ def test_a_head_that_cannot_be_restricted_is_refused():
             return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 8))
 
     model = Wide()
+    [micro_batch] = AlignedBatch(make_batch(4), torch.device("cpu"), Layout.ROWS).micro_batches(ALL, None)
     with pytest.raises(NotImplementedError, match="Wide made logits of shape"):
-        _SelectRows(model.head).logits(model, torch.zeros(2, 5, dtype=torch.int64), torch.tensor([1]))
+        _SelectRows(model.head).logits(model, micro_batch)

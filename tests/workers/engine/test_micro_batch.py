@@ -7,53 +7,55 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fixtures.engine_cases import make_batch
-from verl.workers.engine.micro_batch import AlignedBatch, MicroBatching, equalise, plan_micro_batches
+from verl.workers.engine.micro_batch import AlignedBatch, Layout, MicroBatching, equalise, plan_micro_batches
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("pad_to_width", [False, True])
+@pytest.mark.parametrize("layout", Layout)
 @pytest.mark.parametrize("limits", [MicroBatching(size=5), MicroBatching(max_tokens=40), MicroBatching(size=100)])
-def test_contents_against_loops(pad_to_width, limits):
+def test_contents_against_loops(layout, limits):
     data = make_batch(12)
-    aligned = AlignedBatch(data, CPU, pad_to_width=pad_to_width)
+    aligned = AlignedBatch(data, CPU, layout)
     seen = []
     for micro_batch in aligned.micro_batches(limits, None):
-        expected = []
-        for b, row in enumerate(micro_batch.rows.tolist()):
+        of_rows = [data.batch["attention_mask"][row].bool() for row in micro_batch.rows.tolist()]
+        lengths = [int(mask.sum()) for mask in of_rows]
+        width = {Layout.PACKED: None, Layout.ROWS: max(lengths), Layout.FULL_ROWS: 16}[layout]
+        ids, positions, expected = [], [], []
+        for b, (row, mask) in enumerate(zip(micro_batch.rows.tolist(), of_rows, strict=True)):
             seen.append(row)
-            mask = data.batch["attention_mask"][row].bool()
             tokens = data.batch["input_ids"][row][mask].tolist()
-            assert micro_batch.input_ids[b, : len(tokens)].tolist() == tokens
-            assert not micro_batch.input_ids[b, len(tokens) :].any()
             prompt = int(data.batch["attention_mask"][row, :9].sum())
             for t in range(7):
                 if data.batch["response_mask"][row, t]:
-                    place = prompt + t
-                    expected.append((b, place - 1, tokens[place], b * 7 + t))
-        width = micro_batch.input_ids.shape[1]
-        found = zip(
-            (micro_batch.predictors // width).tolist(),
-            (micro_batch.predictors % width).tolist(),
-            micro_batch.targets.tolist(),
-            micro_batch.slots.tolist(),
-            strict=True,
-        )
-        assert list(found) == expected
-        assert width == (16 if pad_to_width else int(aligned.lengths[micro_batch.rows.numpy()].max()))
+                    expected.append((len(ids) + prompt + t - 1, tokens[prompt + t], b * 7 + t))
+            ids += tokens + [0] * ((width or len(tokens)) - len(tokens))
+            positions += range(width or len(tokens))
+        assert micro_batch.input_ids.shape == micro_batch.position_ids.shape
+        assert micro_batch.input_ids.shape[0] == (1 if layout is Layout.PACKED else len(lengths))
+        assert micro_batch.input_ids.flatten().tolist() == ids
+        assert micro_batch.position_ids.flatten().tolist() == positions
+        assert micro_batch.tokens == sum(lengths)
+        found = (micro_batch.predictors, micro_batch.targets, micro_batch.slots)
+        assert list(zip(*(column.tolist() for column in found), strict=True)) == expected
+        if layout is Layout.PACKED:
+            assert [n for count, n in micro_batch.sequences.runs for _ in range(count)] == lengths
     assert sorted(seen) == list(range(12))
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(1, 50), max_size=30), st.integers(50, 300))
-def test_token_budget_counts_the_padding(lengths, budget):
+def test_token_budget_counts_the_padding_where_there_is_any(lengths, budget):
     lengths = np.array(lengths, dtype=np.int64)
-    plan = plan_micro_batches(lengths, MicroBatching(max_tokens=budget))
-    assert sorted(i for part in plan for i in part.tolist()) == list(range(len(lengths)))
-    for number, part in enumerate(plan):
-        assert len(part) * lengths[part].max() <= budget
-        if number + 1 < len(plan):
-            assert (len(part) + 1) * lengths[part].max() > budget
+    for packed in (True, False):
+        plan = plan_micro_batches(lengths, MicroBatching(max_tokens=budget), packed=packed)
+        assert sorted(i for part in plan for i in part.tolist()) == list(range(len(lengths)))
+        for number, part in enumerate(plan):
+            assert (lengths[part].sum() if packed else len(part) * lengths[part].max()) <= budget
+            if number + 1 < len(plan):
+                one_more = lengths[part].sum() + lengths[plan[number + 1][0]]
+                assert (one_more if packed else (len(part) + 1) * lengths[part].max()) > budget
 
 
 def test_like_lengths_go_together():

@@ -41,7 +41,9 @@ class CriticModelConfig:
         None, "modules imported for the critic alone", "use actor_rollout_ref.model.external_lib, on the same ranks"
     )
     enable_gradient_checkpointing: bool = key(True, "recompute activations in the backward pass to save memory")
-    use_remove_padding: bool = key(True, "pad a micro-batch to its longest sequence, not to the caps")
+    use_remove_padding: bool = key(
+        True, "give the model the real tokens alone, all sequences of a micro-batch in a row; else pad to the caps"
+    )
     use_shm: bool = planned(False, "staging the model in shared memory")
     enable_activation_offload: bool = planned(False, "activation offload")
     lora_rank: int = planned(0, "LoRA in the critic", _LORA)

@@ -35,7 +35,9 @@ class ModelConfig:
     trust_remote_code: bool = key(False, "run Python code that comes with the model or its tokenizer")
     override_config: dict[str, Any] = key({}, "fields of the model's config to replace, e.g. attn_implementation")
     enable_gradient_checkpointing: bool = key(True, "recompute activations in the backward pass to save memory")
-    use_remove_padding: bool = key(True, "pad a micro-batch to its longest sequence, not to the caps")
+    use_remove_padding: bool = key(
+        True, "give the model the real tokens alone, all sequences of a micro-batch in a row; else pad to the caps"
+    )
     use_fused_kernels: bool = planned(False, "a fused log-probability head")
     use_shm: bool = planned(False, "staging the model in shared memory")
     use_liger: bool = planned(False, "Liger kernels")

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
 
 from verl.protocol import DataProto
 from verl.trainer.config import lora_options
@@ -20,7 +21,10 @@ from verl.workers.engine.errors import NonFiniteError
 from verl.workers.engine.export import RowEncoder, Unit, WeightExport
 from verl.workers.engine.loading import load_sharded_model, parse_dtype
 from verl.workers.engine.log_probs import token_log_probs
-from verl.workers.engine.micro_batch import AlignedBatch, MicroBatch, MicroBatching
+from verl.workers.engine.micro_batch import AlignedBatch, Layout, MicroBatch, MicroBatching
+from verl.workers.engine.packed_attention import pack_attention
+
+_TOKENS, _POSITIONS = "tokens", "positions"
 
 
 class FSDPTrainEngine(TrainEngine):
@@ -70,7 +74,9 @@ class FSDPTrainEngine(TrainEngine):
         )
         if not trains:
             self.model.requires_grad_(False)
-        self._pad_to_width = not model_config.use_remove_padding
+        self._layout = Layout.FULL_ROWS
+        if model_config.use_remove_padding:
+            self._layout = Layout.PACKED if pack_attention(self.model) else Layout.ROWS
         self._optimizer = _make_optimizer(self.model, optim_config, device) if trains else None
         self._lr_at = _make_schedule(optim_config, total_training_steps) if trains else None
         self._clip = optim_config.clip_grad if trains else None
@@ -143,10 +149,13 @@ class FSDPTrainEngine(TrainEngine):
         micro_batching: MicroBatching,
         loss_of: Callable[[MicroBatch, AlignedBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]],
     ) -> dict[str, float]:
-        """Run `loss_of` forward and backward over this rank's micro-batches; sums over them and over the ranks."""
+        """Run `loss_of` forward and backward over this rank's micro-batches; sums over them and over the ranks.
+
+        `padding_fraction` is the share of the positions that went through the model without being of a sample.
+        """
         self.model.train()
         self._mini_batch = mini_batch
-        aligned = AlignedBatch(mini_batch, self._device, pad_to_width=self._pad_to_width)
+        aligned = AlignedBatch(mini_batch, self._device, self._layout)
         totals: dict[str, torch.Tensor] = {}
         losses, rows = [], []
         for micro_batch in aligned.micro_batches(micro_batching, self._group):
@@ -156,10 +165,13 @@ class FSDPTrainEngine(TrainEngine):
                 loss.backward()
             losses.append(loss.detach())
             rows.append(micro_batch.rows)
-            for name, value in {**metrics, "loss": loss}.items():
+            counts = {_TOKENS: micro_batch.tokens, _POSITIONS: micro_batch.input_ids.numel()}
+            for name, value in {**metrics, "loss": loss, **counts}.items():
                 totals[name] = totals.get(name, 0) + torch.as_tensor(value).detach()
         self._raise_if_not_finite(losses, rows)
-        return self._sum_over_ranks(totals)
+        sums = self._sum_over_ranks(totals)
+        sums["padding_fraction"] = 1.0 - sums.pop(_TOKENS) / max(sums.pop(_POSITIONS), 1.0)
+        return sums
 
     @torch.no_grad()
     def _collect(
@@ -172,7 +184,7 @@ class FSDPTrainEngine(TrainEngine):
         """The `count` [b, T] tensors that `forward` makes of each micro-batch, joined in the order of `data`, on the
         CPU."""
         self.model.eval()
-        aligned = AlignedBatch(data, self._device, pad_to_width=self._pad_to_width)
+        aligned = AlignedBatch(data, self._device, self._layout)
         shape = aligned.response_mask.shape
         whole = [torch.zeros(shape, dtype=torch.float32, device=self._device) for _ in range(count)]
         for micro_batch in aligned.micro_batches(micro_batching, self._group):
@@ -263,7 +275,7 @@ class FSDPEngine(FSDPTrainEngine, PolicyEngine):
         sum_pi_squared: bool = False,
     ) -> tuple[torch.Tensor, ...]:
         """Log-probabilities, entropies and, if asked for, sums of squares [b, T] float32 of a micro-batch."""
-        logits = self._head_input.logits(self.model, micro_batch.input_ids, micro_batch.predictors)
+        logits = self._head_input.logits(self.model, micro_batch)
         flat = token_log_probs(
             logits, micro_batch.targets, temperature, entropy_grad=entropy_grad, sum_pi_squared=sum_pi_squared
         )
@@ -289,7 +301,7 @@ class FSDPValueEngine(FSDPTrainEngine, ValueEngine):
 
     def _forward(self, micro_batch: MicroBatch, aligned: AlignedBatch) -> torch.Tensor:
         """Values [b, T] float32 of a micro-batch."""
-        flat = self.model(micro_batch.input_ids, _positions(micro_batch.input_ids), micro_batch.predictors)
+        flat = _run(self.model, micro_batch, rows=micro_batch.predictors)
         return _spread(flat.squeeze(-1), micro_batch, aligned)
 
 
@@ -308,12 +320,11 @@ class _SelectRows:
         hidden, *others = args
         return hidden.reshape(-1, hidden.shape[-1])[self._rows].unsqueeze(0), *others
 
-    def logits(self, model: torch.nn.Module, input_ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Logits [N, V] of the flattened positions `rows` [N] of `input_ids` [b, S], right-padded sequences."""
-        positions = _positions(input_ids)
-        self._rows = rows
+    def logits(self, model: PreTrainedModel, micro_batch: MicroBatch) -> torch.Tensor:
+        """Logits [N, V] of the positions that predict response tokens."""
+        self._rows = rows = micro_batch.predictors
         try:
-            logits = model(input_ids=input_ids, attention_mask=None, position_ids=positions, use_cache=False).logits
+            logits = _run(model, micro_batch, attention_mask=None, use_cache=False).logits
         finally:
             self._rows = None
         if logits.shape[:2] != (1, len(rows)):
@@ -349,13 +360,19 @@ def _make_schedule(config: Any, run_steps: int) -> Callable[[int], float]:
     return lr_at
 
 
-def _positions(input_ids: torch.Tensor) -> torch.Tensor:
-    return torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0).expand_as(input_ids)
+def _run(model: PreTrainedModel, micro_batch: MicroBatch, **options: Any) -> Any:
+    sequences = micro_batch.sequences
+    if sequences is not None:
+        options["packed_sequences"] = sequences
+    output = model(input_ids=micro_batch.input_ids, position_ids=micro_batch.position_ids, **options)
+    if sequences is not None:
+        sequences.check_seen(model)
+    return output
 
 
 def _spread(flat: torch.Tensor, micro_batch: MicroBatch, aligned: AlignedBatch) -> torch.Tensor:
     """Put [N] numbers of response tokens into their places of [b, T]; 0 elsewhere."""
-    shape = (micro_batch.input_ids.shape[0], aligned.response_width)
+    shape = (max(len(micro_batch.rows), 1), aligned.response_width)
     return flat.new_zeros(shape[0] * shape[1]).index_put((micro_batch.slots,), flat).view(shape)
 
 

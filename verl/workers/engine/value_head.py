@@ -6,6 +6,7 @@ import functools
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -30,8 +31,9 @@ def to_value_model(model: PreTrainedModel, head: dict[str, torch.Tensor] | None 
     """Replace the LM head by `score`, a `Linear(hidden, 1)` in float32 that is tied to nothing.
 
     `model(input_ids, position_ids, rows)` then returns the values [N, 1] float32 at the flattened positions `rows` [N]
-    of `input_ids` [b, S], right-padded sequences. What the model does to logits (soft-capping, scaling) has no part in
-    them. Saved, it is a model for token classification with one label, where transformers has one of this architecture.
+    of `input_ids` [b, S], right-padded or packed sequences; other keywords go to the backbone. What the model does to
+    logits (soft-capping, scaling) has no part in them. Saved, it is a model for token classification with one label,
+    where transformers has one of this architecture.
 
     A new head starts at zero: with V = 0 the first advantages are plain returns, where a random head would add noise as
     large as the model's hidden states make it. The hidden states differ from position to position, so a zero head has a
@@ -70,9 +72,11 @@ def to_value_model(model: PreTrainedModel, head: dict[str, torch.Tensor] | None 
 
 
 def _values(
-    model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor, rows: torch.Tensor
+    model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor, rows: torch.Tensor, **options: Any
 ) -> torch.Tensor:
-    states = model.base_model(input_ids=input_ids, attention_mask=None, position_ids=position_ids, use_cache=False)
+    states = model.base_model(
+        input_ids=input_ids, attention_mask=None, position_ids=position_ids, use_cache=False, **options
+    )
     hidden = states.last_hidden_state
     return model.get_submodule(HEAD)(hidden.reshape(-1, hidden.shape[-1])[rows].float())
 
