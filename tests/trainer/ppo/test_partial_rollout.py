@@ -109,7 +109,7 @@ async def test_an_error_of_any_group_ends_the_step():
     await settle()
     engine.answers[3].set_exception(RuntimeError("no replica left"))
     with pytest.raises(RuntimeError, match="no replica left"):
-        await step
+        await asyncio.wait_for(step, 60)
     await carried.close()
 
 
