@@ -4,14 +4,18 @@ from __future__ import annotations
 
 
 def register() -> None:
-    """On a CPU make "ascend" known, and fp8 without AMX; on an NPU patch what needs it. May be called again."""
+    """On a CPU make "ascend" known, and fp8 without AMX, and let no process spin; on an NPU patch what needs it.
+
+    May be called again.
+    """
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
-        from verl.utils.vllm import ascend_cpu, fp8_cpu
+        from verl.utils.vllm import ascend_cpu, fp8_cpu, idle
 
         ascend_cpu.register()
         fp8_cpu.register()
+        idle.sleep_when_idle()
     elif current_platform.device_type == "npu":
         from verl.utils.vllm.npu_vllm_patch import apply_patches
 
