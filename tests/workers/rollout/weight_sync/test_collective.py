@@ -15,6 +15,7 @@ from verl.workers.rollout.weight_sync import collective
 from verl.workers.rollout.weight_sync import relay as relay_module
 from verl.workers.rollout.weight_sync.collective import CollectiveTransport, Node, RelayDied, SharedMemory
 from verl.workers.rollout.weight_sync.manifest import WeightUpdateError
+from verl.workers.rollout.weight_sync.ray_relay import backend_on
 from verl.workers.rollout.weight_sync.relay import BucketRelay, interface_of
 from verl.workers.rollout.weight_sync.shm import SegmentReader, SharedSegment
 from verl.workers.rollout.weight_sync.update import update_weights
@@ -27,10 +28,11 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([relay_module.__name__, __name__])
 
 
-def serve(pipe, segments):
+def serve(pipe, segments, staged):
     """A relay's process: methods by name through a pipe, each in a thread."""
     relay_module.PIECE_BYTES = PIECE
     relay, answering = BucketRelay("gloo", segments), threading.Lock()
+    relay._staged = staged
 
     def answer(number, method, arguments):
         try:
@@ -47,10 +49,11 @@ def serve(pipe, segments):
 class ProcessRelay:
     """A relay in a process of this host."""
 
-    def __init__(self, segments=2):
-        self.calls, self.replies, self.before = [], {}, None
+    def __init__(self, segments=2, staged=False):
+        self.calls, self.done, self.replies = [], [], {}
+        self.before = self.before_death = None
         self.pipe, theirs = CONTEXT.Pipe()
-        self.process = CONTEXT.Process(target=serve, args=(theirs, segments), daemon=True)
+        self.process = CONTEXT.Process(target=serve, args=(theirs, segments, staged), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -68,7 +71,10 @@ class ProcessRelay:
                 else:
                     await asyncio.sleep(0.001)
         except (EOFError, OSError) as error:
+            if self.before_death is not None:
+                await self.before_death()
             raise RelayDied(f"process {self.process.pid} ended") from error
+        self.done.append(method)
         worked, result = self.replies.pop(number)
         if not worked:
             raise result
@@ -83,10 +89,10 @@ class Relays(dict):
     """Starts them, by node, and keeps all that were ever started."""
 
     def __init__(self):
-        self.started = []
+        self.started, self.staged = [], False
 
     def __call__(self, node):
-        self[node] = ProcessRelay()
+        self[node] = ProcessRelay(staged=self.staged)
         self.started.append(node)
         return self[node]
 
@@ -185,7 +191,10 @@ async def run(transport, sizes, placed, version, base=None):
     return await update_weights(sender, receivers, version, base=base)
 
 
-async def test_every_byte_arrives_once_on_each_node_and_again_at_the_next_update(relays):
+@pytest.mark.parametrize("staged", [False, True])
+async def test_every_byte_arrives_once_on_each_node_and_again_at_the_next_update(relays, staged):
+    """Staged as on an accelerator: through two buffers at either end."""
+    relays.staged = staged
     transport = CollectiveTransport(relays, timeout_s=DEATH_S)
     placed = receivers_on([HOME, *REMOTE, REMOTE[0]])
     for version, base in ((1, None), (2, 1)):
@@ -216,7 +225,7 @@ async def test_the_next_bucket_travels_while_one_is_loaded(relays):
     [(receiver, node)] = placed = receivers_on([REMOTE[0]])
 
     async def until_the_next_travelled(bucket):
-        while bucket["index"] == 0 and relays[node].calls.count("receive") < 2:
+        while bucket["index"] == 0 and relays[node].done.count("receive") < 2:
             await asyncio.sleep(0.001)
 
     receiver.before_load = until_the_next_travelled
@@ -249,7 +258,12 @@ async def test_a_lost_peer_is_named_and_replaced(relays, monkeypatch, how, when)
             if how == "killed":
                 victim.join()
 
+    async def until_a_survivor_failed():
+        while first[HOME].calls.count("send") > first[HOME].done.count("send"):
+            await asyncio.sleep(0.001)
+
     relays[REMOTE[1]].before = lose
+    relays[REMOTE[1]].before_death = until_a_survivor_failed
     if when == "ready":
         monkeypatch.setattr(collective, "_GRACE_S", 1.0)
     started = time.monotonic()
@@ -276,6 +290,24 @@ async def test_a_node_that_takes_no_relay_is_named(relays):
     with pytest.raises(WeightUpdateError, match=r"node 10\.0\.0\.1 \(left\): process \d+ ended"):
         await run(transport, SIZES, receivers_on(REMOTE), 1)
     assert all(not relay.process.is_alive() for relay in relays.values())
+
+
+async def test_an_update_that_fails_while_the_relays_meet(relays):
+    transport = CollectiveTransport(relays, timeout_s=DEATH_S)
+    [(receiver, node)] = placed = receivers_on([REMOTE[0]])
+    begin = receiver.begin_update
+
+    async def refuse(version, base):
+        while node not in relays or "join" not in relays[node].calls:
+            await asyncio.sleep(0.001)
+        raise WeightUpdateError("out of memory")
+
+    receiver.begin_update = refuse
+    with pytest.raises(WeightUpdateError, match="out of memory"):
+        await run(transport, SIZES, placed, 1)
+    receiver.begin_update = begin
+    await run(transport, SIZES, placed, 2)
+    assert receiver.hashes == expected(SIZES, 2)
 
 
 async def test_an_error_of_one_replica_leaves_the_relays(relays):
@@ -324,6 +356,14 @@ async def test_without_a_transport_a_remote_replica_is_refused():
     assert SharedMemory().connect(sender, HOME, [local]) == (sender, [local[0]])
     with pytest.raises(WeightUpdateError, match=r"backend=naive.*\(home\).*\(left\).*use nccl, hccl or gloo"):
         SharedMemory().connect(sender, HOME, [local, remote])
+
+
+@pytest.mark.parametrize(
+    ("device", "backend", "meant"),
+    [("npu", "nccl", "hccl"), ("npu", "hccl", "hccl"), ("npu", "gloo", "gloo"), ("cuda", "nccl", "nccl")],
+)
+def test_what_a_backend_means_on_a_device(device, backend, meant):
+    assert backend_on(device, backend) == meant
 
 
 def test_the_interface_of_an_address():

@@ -11,7 +11,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from verl.trainer.config.rollout import CheckpointEngineConfig
 from verl.utils.platform import devices_environment, visible_devices
 from verl.workers.rollout.weight_sync.collective import CollectiveTransport, Node, RelayDied, SharedMemory
-from verl.workers.rollout.weight_sync.relay import BucketRelay
+from verl.workers.rollout.weight_sync.relay import DEVICES, BucketRelay
 
 
 def where(_actor: Any, device: str) -> Node:
@@ -26,20 +26,23 @@ def transport(config: CheckpointEngineConfig, device: str) -> SharedMemory | Col
     """What `checkpoint_engine.backend` names, on a device (`cpu`, `cuda` or `npu`)."""
     if config.backend == "naive":
         return SharedMemory()
-    # On an NPU verl's users write nccl and get HCCL.
-    backend = "hccl" if (config.backend, device) == ("nccl", "npu") else config.backend
 
     def start(node: Node) -> _RayRelay:
-        return _RayRelay(node, backend, "cpu" if backend == "gloo" else device, config.buckets_in_flight)
+        return _RayRelay(node, backend_on(device, config.backend), config.buckets_in_flight)
 
     return CollectiveTransport(start, timeout_s=config.timeout)
+
+
+def backend_on(device: str, backend: str) -> str:
+    """The backend of torch.distributed; on an NPU verl's users write nccl and get HCCL."""
+    return "hccl" if (device, backend) == ("npu", "nccl") else backend
 
 
 class _RayRelay:
     """A `BucketRelay` on `node`, where it shares a device with the process that `node` was asked of."""
 
-    def __init__(self, node: Node, backend: str, device: str, segments: int):
-        environment = {"OMP_NUM_THREADS": "1"}
+    def __init__(self, node: Node, backend: str, segments: int):
+        device, environment = DEVICES[backend], {"OMP_NUM_THREADS": "1"}
         if device != "cpu":
             environment |= devices_environment(device, None if node.device is None else [node.device])
         options = {

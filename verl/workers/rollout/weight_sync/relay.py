@@ -26,7 +26,8 @@ from verl.workers.rollout.weight_sync.shm import SegmentReader, SharedSegment
 
 # Of an accelerator's memory two of these are taken; one travels while the next is copied.
 PIECE_BYTES = 64 << 20
-_DEVICES = {"gloo": "cpu", "nccl": "cuda", "hccl": "npu"}
+# What a backend reaches.
+DEVICES = {"gloo": "cpu", "nccl": "cuda", "hccl": "npu"}
 _SIOCGIFADDR = 0x8915
 
 
@@ -39,9 +40,10 @@ class BucketRelay:
     """
 
     def __init__(self, backend: str, segments: int):
-        self._backend, self._device = backend, torch_device(_DEVICES[backend])
+        self._backend, self._device = backend, torch_device(DEVICES[backend])
         self._reader = SegmentReader()
         self._received: deque[SharedSegment | None] = deque([None] * segments)
+        self._staged = self._device.type != "cpu"
         self._stages: list[torch.Tensor] = []
         self._store: dist.TCPStore | None = None
 
@@ -116,7 +118,7 @@ class BucketRelay:
 
     def _stage(self, index: int, piece: torch.Tensor) -> torch.Tensor:
         """Where the backend can reach a piece: on an accelerator one of two buffers, else the piece itself."""
-        if self._device.type == "cpu":
+        if not self._staged:
             return piece
         if not self._stages:
             self._stages = [torch.empty(PIECE_BYTES, dtype=torch.uint8, device=self._device) for _ in range(2)]
