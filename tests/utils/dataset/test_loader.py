@@ -207,3 +207,19 @@ def test_what_cannot_work_is_refused():
         loader(seed=-1)
     with pytest.raises(NotImplementedError, match="WithState"):
         build_dataloader(WithState(4), batch_size=2, shuffle=True, seed=0, drop_last=True)
+
+
+def test_a_prompt_is_read_again_at_its_place_and_the_loader_stays_where_it_is():
+    source, seen = loader(batch_size=1), []
+    batches = (batch for _ in range(EPOCHS) for batch in source)
+    for _ in range(15):
+        here = source.state_dict()
+        seen.append((here["epoch"], here["samples"], next(batches)["index"].tolist()))
+    assert seen[-1][0] == 1, "no second epoch in it"
+    fresh = loader(batch_size=4)
+    fresh.load_state_dict(source.state_dict())
+    before = fresh.state_dict()
+    for epoch, sample, index in seen:
+        batch = fresh.read(epoch, sample)
+        assert batch["index"].tolist() == index and batch["index"].dtype == object
+    assert fresh.state_dict() == before
