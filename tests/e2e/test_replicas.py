@@ -8,6 +8,7 @@ import socket
 import urllib.error
 import urllib.request
 
+import psutil
 import pytest
 import ray
 from safetensors.torch import load_file
@@ -88,6 +89,18 @@ def post(base, key, body):
         return error.code, json.loads(error.read() or b"{}")
 
 
+async def processor_share(pid, seconds):
+    """Of one core: what a process and its descendants use of it, over a period."""
+
+    def used():
+        family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+        return sum(sum(process.cpu_times()[:2]) for process in family)
+
+    begin = used()
+    await asyncio.sleep(seconds)
+    return (used() - begin) / seconds
+
+
 @pytest.fixture
 def ray_session():
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
@@ -115,6 +128,9 @@ async def test_two_replicas_from_start_to_death(tmp_path, ray_session):
         output = await waiting
         assert len(output.token_ids) == len(output.log_probs) == 6
         assert output.weight_versions == [7] * 6 and output.stop_reason == "length"
+
+        # Between requests its processes leave the cores to the trainer.
+        assert await processor_share(reports[0]["pid"], 1.0) < 0.1
 
         # The endpoint: on loopback, only with the key.
         assert base.startswith("http://127.0.0.1:")
