@@ -114,7 +114,9 @@ def _convert_one(value: Any, hint: Any) -> Any:
 
 def _unquoted(value: Any, choices: tuple[Any, ...]) -> Any:
     """A choice that YAML took for a truth value: `off` and `on` without quotes."""
-    word = {True: "on", False: "off"}[value] if isinstance(value, bool) else None
+    if not isinstance(value, bool):
+        return value
+    word = "on" if value else "off"
     return word if word in choices else value
 
 
