@@ -31,6 +31,19 @@ from verl.workers.process_group import join_ranks, own_device, peak_memory_gb
 logger = logging.getLogger(__name__)
 
 
+def log_prob_limits(section: Any, actor: Any) -> MicroBatching:
+    """The limits of a forward pass: those of its section (rollout, ref), the actor's where it has none."""
+
+    def own(value: Any, other: Any) -> Any:
+        return other if value is None else value
+
+    return micro_batching(
+        own(section.log_prob_use_dynamic_bsz, actor.use_dynamic_bsz),
+        own(section.log_prob_micro_batch_size_per_gpu, actor.ppo_micro_batch_size_per_gpu),
+        own(section.log_prob_max_token_len_per_gpu, actor.ppo_max_token_len_per_gpu),
+    )
+
+
 class ActorWorker:
     """One rank of the actor.
 
@@ -117,7 +130,7 @@ class ActorWorker:
             extras: further columns of that kind: `entropys`, and `sum_pi_squared`, the sum over the vocabulary of the
                 squared probabilities.
         """
-        limits = self._log_prob_limits(self._config.rollout)
+        limits = log_prob_limits(self._config.rollout, self._config.actor)
         log_probs, entropy, *squares = self.engine.log_probs(
             data,
             limits,
@@ -131,21 +144,9 @@ class ActorWorker:
         """`ref_log_prob` [B, T] float32 under the reference policy; `data` as in `compute_log_prob`."""
         if self._ref is None:
             raise RuntimeError("ActorWorker: there is no reference policy; construct it with with_ref=True")
-        log_probs, _ = self._ref.log_probs(data, self._log_prob_limits(self._config.ref), calculate_entropy=False)
+        limits = log_prob_limits(self._config.ref, self._config.actor)
+        log_probs, _ = self._ref.log_probs(data, limits, calculate_entropy=False)
         return DataProto.from_dict(tensors={"ref_log_prob": log_probs})
-
-    def _log_prob_limits(self, section: Any) -> MicroBatching:
-        """A section's own limits, the actor's where it leaves them open."""
-        actor = self._config.actor
-
-        def own(value: Any, other: Any) -> Any:
-            return other if value is None else value
-
-        return micro_batching(
-            own(section.log_prob_use_dynamic_bsz, actor.use_dynamic_bsz),
-            own(section.log_prob_micro_batch_size_per_gpu, actor.ppo_micro_batch_size_per_gpu),
-            own(section.log_prob_max_token_len_per_gpu, actor.ppo_max_token_len_per_gpu),
-        )
 
     def update_actor(self, mini_batches: list[DataProto]) -> dict[str, float]:
         """Train on this rank's share of each mini-batch, `ppo_epochs` times over, one optimizer step each.

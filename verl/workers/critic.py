@@ -15,10 +15,17 @@ from verl.trainer.ppo.core_algos import agg_loss, compute_value_loss
 from verl.utils.platform import choose_dtype
 from verl.workers.engine.base import ValueEngine
 from verl.workers.engine.fsdp import FSDPValueEngine
-from verl.workers.engine.micro_batch import micro_batching
+from verl.workers.engine.micro_batch import MicroBatching, micro_batching
 from verl.workers.process_group import join_ranks, own_device
 
 _DENOMINATORS = ("global_tokens", "global_sequences", "loss_scale_factor")
+
+
+def forward_limits(config: CriticConfig) -> MicroBatching:
+    """The limits of the pass that computes values."""
+    return micro_batching(
+        bool(config.use_dynamic_bsz), config.forward_micro_batch_size_per_gpu, config.forward_max_token_len_per_gpu
+    )
 
 
 class CriticWorker:
@@ -63,9 +70,7 @@ class CriticWorker:
         self._train_limits = micro_batching(
             dynamic, config.ppo_micro_batch_size_per_gpu, config.ppo_max_token_len_per_gpu
         )
-        self._forward_limits = micro_batching(
-            dynamic, config.forward_micro_batch_size_per_gpu, config.forward_max_token_len_per_gpu
-        )
+        self._forward_limits = forward_limits(config)
         device = own_device(self._device_type, self.rank)
         self._engine = FSDPValueEngine(
             config.model,

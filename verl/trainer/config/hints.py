@@ -11,6 +11,7 @@ _PARTIAL = (
     "use actor_rollout_ref.rollout.partial_rollout=True: data.gen_batch_size prompts are under way, and a step takes "
     "the first data.train_batch_size that are done"
 )
+_LAG = "use trainer.rollout_lag=1"
 _HINTS = {
     "actor_rollout_ref.actor.use_token_level_loss": "use actor_rollout_ref.actor.loss_agg_mode=token-mean",
     "actor_rollout_ref.actor.tis_imp_ratio_cap": (
@@ -38,7 +39,12 @@ _SECTIONS = {
         "reward.custom_reward_function ask one, as in examples/reward_model"
     ),
     "async_training.": (
-        f"async_training: there is no such section; {_PARTIAL}; actor_rollout_ref.rollout.max_staleness bounds how old"
+        f"async_training: there is no such section; {_PARTIAL}; actor_rollout_ref.rollout.max_staleness bounds how "
+        f"old. To generate one whole batch ahead instead, {_LAG}"
+    ),
+    # of one_step_off_policy
+    "rollout.": (
+        f"rollout: there is no such section; {_LAG}, with nnodes and n_gpus_per_node in actor_rollout_ref.rollout"
     ),
     "actor_rollout_ref.rollout.trace.": (
         "actor_rollout_ref.rollout.trace: traces of samples are not written here; leave its keys out, "

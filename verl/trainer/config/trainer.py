@@ -18,7 +18,7 @@ class V1Config:
         "sync: rollout and training take turns",
         choices=("sync",),
         planned=("colocate_async", "separate_async"),
-        use="use sync",
+        use="use sync; with trainer.rollout_lag=1 the next batch is generated while one is trained on",
     )
 
 
@@ -76,6 +76,12 @@ class TrainerConfig:
     balance_batch: bool = key(True, "even out the ranks' tokens")
     use_v1: bool = key(True, "there is one loop, which both values mean")
     v1: V1Config = section(V1Config, "the kind of loop")
+    rollout_lag: int = key(
+        0,
+        "1: the next batch is generated while one is trained on, by weights one update older; 0: they take turns",
+        unit="training steps",
+        choices=(0, 1),
+    )
     critic_warmup: int = key(
         0, "steps in which the critic alone learns, before the policy joins in", unit="training steps", at_least=0
     )

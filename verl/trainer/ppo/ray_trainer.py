@@ -20,6 +20,25 @@ One step, and for each stage the columns it reads and adds (`DataProto`, B sampl
 Which of them run depends on the config: `ref_log_prob` with a KL term, `values` and `update_critic` with an estimator
 that needs a critic; columns behind a semicolon are there where the estimator names them. In bypass mode the rollout's
 log-probabilities stand for `old_log_probs`, and the loss corrects.
+
+When they run, for step k (`pipeline.py`; v: the version of the weights, `passes`: old_log_probs, ref_log_prob, values):
+
+    trainer.rollout_lag=0
+    trainer   | wait, passes of k | advantages | update k |                    | new weights | validate |
+    replicas  | generate k (v k-1)|                                            |    v k      |          |
+
+    trainer.rollout_lag=1
+    trainer   | passes of k, rest | advantages | update k | wait, passes of k+1| new weights | validate | save
+    replicas  | generate k+1 (v k-1) ..........................................|    v k      |          | k+2 (v k)
+
+The passes go over samples as these finish, in full micro-batches; not where engine and trainer take turns with a
+device's memory, or where a step's samples are chosen from those that finish: there they follow the generation.
+
+With lag the weights change between two rollouts. An engine would let its requests finish before an update in any case;
+to wait for the whole rollout also keeps the later turns of a conversation under one version, so that all of a batch is
+one update behind the weights that train on it. Each side waits for the slower one once a step: the trainer for the last
+answers (`timing_s/wait_for_rollout`), the replicas for the update (`timing_s/wait_for_trainer`). The first batch of a
+run, of a resumed one too, is not behind.
 """
 
 from __future__ import annotations
@@ -27,6 +46,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from verl.agent_loop.metrics import compute_agent_metrics
@@ -34,13 +54,13 @@ from verl.protocol import DataProto
 from verl.single_controller.session import RaySession
 from verl.trainer.config import Plan, PPOConfig
 from verl.trainer.ppo.checkpoint import CheckpointStore
-from verl.trainer.ppo.dynamic_sampling import GroupFilter
 from verl.trainer.ppo.metrics import (
     compute_data_metrics,
     compute_throughput_metrics,
     compute_timing_metrics,
 )
 from verl.trainer.ppo.off_policy import correct_rollout, drop_rejected, mismatch_metrics
+from verl.trainer.ppo.pipeline import RolloutPipeline, rollout_pipeline
 from verl.trainer.ppo.rewards import apply_advantages, apply_kl_penalty
 from verl.trainer.ppo.runtime import Runtime
 from verl.trainer.ppo.validation_run import ValidationRun
@@ -64,85 +84,66 @@ class RayPPOTrainer:
         self.config, self.runtime, self.store = config, runtime, store
         self.validation = ValidationRun(config, runtime)
         self.step = 0
-        self.draws = runtime.draw()
 
     async def fit(self) -> None:
         """Train to the last step; validate before, during and after; save; log."""
         trainer, runtime = self.config.trainer, self.runtime
         await self.restore()
-        with self.tracking() as tracking, self.progress() as progress:
-            await runtime.update_weights(self.step)
-            if trainer.val_only or (trainer.val_before_train and self.step == 0):
-                tracking.log(await self.validate(tracking), self.step)
-            if trainer.val_only:
-                return
-            while self.step < runtime.total_steps:
-                self.step += 1
-                timing: dict[str, float] = {}
-                with marked_timer("step", timing, step=self.step):
-                    batch, metrics = await self.generate(timing)
-                    batch = await self.old_log_probs(batch, timing)
-                    if runtime.with_ref:
-                        with marked_timer("ref", timing):
-                            batch = await runtime.ref_log_prob(batch)
-                    if runtime.with_critic:
-                        with marked_timer("values", timing):
-                            batch = await runtime.values(batch)
-                    with marked_timer("adv", timing):
-                        batch, of_advantages = self.advantages(batch)
-                    if runtime.with_critic:
-                        with marked_timer("update_critic", timing):
-                            metrics |= await runtime.update_critic(batch)
-                    if self.step > trainer.critic_warmup:
-                        with marked_timer("update_actor", timing):
-                            metrics |= await self.update_actor(batch)
-                    with marked_timer("update_weights", timing):
-                        metrics |= await runtime.update_weights(self.step)
-                    if self.due(trainer.test_freq):
-                        with marked_timer("testing", timing):
-                            metrics |= await self.validate(tracking)
-                metrics |= of_advantages | self.describe(batch, timing)
-                tracking.log(metrics, self.step)
-                progress.update(self.step, metrics)
-                if self.due(trainer.save_freq):
-                    # After the log: a kill in between repeats a step, it never loses a line.
-                    await self.save(tracking)
+        async with self.rollouts() as rollouts:
+            with self.tracking() as tracking, self.progress() as progress:
+                await runtime.update_weights(self.step)
+                if trainer.val_only or (trainer.val_before_train and self.step == 0):
+                    tracking.log(await self.validate(tracking), self.step)
+                if trainer.val_only:
+                    return
+                while self.step < runtime.total_steps:
+                    self.step += 1
+                    timing: dict[str, float] = {}
+                    with marked_timer("step", timing, step=self.step):
+                        batch, metrics, runtime.prompts.position = await rollouts.finish(self.step, timing)
+                        with marked_timer("adv", timing):
+                            batch, of_advantages = self.advantages(batch)
+                        if runtime.with_critic:
+                            with marked_timer("update_critic", timing):
+                                metrics |= await runtime.update_critic(batch)
+                        if self.step > trainer.critic_warmup:
+                            with marked_timer("update_actor", timing):
+                                metrics |= await self.update_actor(batch)
+                        await rollouts.settle(timing)
+                        with marked_timer("update_weights", timing):
+                            metrics |= await runtime.update_weights(self.step)
+                        if self.due(trainer.test_freq):
+                            with marked_timer("testing", timing):
+                                metrics |= await self.validate(tracking)
+                    rollouts.serving(self.step)
+                    metrics |= of_advantages | self.describe(batch, timing)
+                    tracking.log(metrics, self.step)
+                    progress.update(self.step, metrics)
+                    if self.due(trainer.save_freq):
+                        # After the log: a kill in between repeats a step, it never loses a line.
+                        await self.save(tracking)
 
     # ---- stages that are more than one call ----
 
-    async def generate(self, timing: dict[str, float]) -> tuple[DataProto, dict[str, float]]:
-        """A full batch of scored samples; with `filter_groups` from as many draws of prompts as that takes."""
-        runtime, algorithm = self.runtime, self.config.algorithm
-        metrics: dict[str, float] = {}
-        if algorithm.filter_groups.enable:
-            groups = GroupFilter(
-                algorithm.filter_groups,
-                train_batch_size=self.config.data.train_batch_size,
-                pad_token_id=runtime.tokenizer.pad_token_id,
-            )
-            while not groups.full:
-                groups.add(await runtime.generate(next(self.draws), timing))
-            batch, metrics = groups.take(), groups.metrics()
-        elif self.config.actor_rollout_ref.rollout.partial_rollout:
-            batch, metrics = await runtime.generate_partial(self.step, timing)
-        else:
-            batch = await runtime.generate(next(self.draws), timing)
-        metrics |= await runtime.end_generation(self.step)
-        batch.meta_info["global_step"] = self.step
-        return batch, metrics
-
-    async def old_log_probs(self, batch: DataProto, timing: dict[str, float]) -> DataProto:
-        """Add `old_log_probs`: the trainer's, or in bypass mode the rollout engine's, which costs no forward pass."""
-        if self.runtime.correction.bypass_mode:
-            return batch.union(DataProto.from_dict(tensors={"old_log_probs": batch.batch["rollout_log_probs"]}))
-        with marked_timer("old_log_prob", timing):
-            return await self.runtime.old_log_probs(batch)
+    def rollouts(self) -> AbstractAsyncContextManager[RolloutPipeline]:
+        """The batches of the steps that are left, generated and put through the forward passes."""
+        return rollout_pipeline(
+            self.runtime.sampling,
+            self.runtime.forward_passes(),
+            lag=self.config.trainer.rollout_lag,
+            step=self.step,
+            last_step=self.runtime.total_steps,
+            streams=self.runtime.streams,
+        )
 
     def advantages(self, batch: DataProto) -> tuple[DataProto, dict[str, float]]:
         """Correct for the rollout policy, turn scores into advantages, leave rejected tokens out of the updates."""
         runtime, algorithm = self.runtime, self.config.algorithm
         metrics: dict[str, float] = {}
-        if "rollout_log_probs" in batch.batch and not runtime.correction.bypass_mode:
+        if runtime.correction.bypass_mode:
+            # Another name for them costs no forward pass.
+            batch = batch.union(DataProto.from_dict(tensors={"old_log_probs": batch.batch["rollout_log_probs"]}))
+        elif "rollout_log_probs" in batch.batch:
             batch, metrics = correct_rollout(batch, runtime.correction)
         batch, of_kl = apply_kl_penalty(batch, algorithm, runtime.kl_controller)
         return drop_rejected(apply_advantages(batch, algorithm)), metrics | of_kl
@@ -186,7 +187,7 @@ class RayPPOTrainer:
         data, n_devices = self.config.data, self.config.trainer.n_gpus_per_node * self.config.trainer.nnodes
         return {
             "training/global_step": self.step,
-            "training/epoch": (self.runtime.draws - 1) // self.runtime.draws_per_epoch,
+            "training/epoch": self.runtime.prompts.epoch,
             **compute_data_metrics(batch, data.max_prompt_length, data.max_response_length),
             **compute_agent_metrics(batch),
             **compute_timing_metrics(batch, timing),

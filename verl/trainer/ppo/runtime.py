@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import dataclasses
 import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from verl.agent_loop.generation import GenerationTimes, SampleGenerator, ScoredSample, to_batch
+from verl.agent_loop.generation import SampleGenerator
 from verl.protocol import DataProto
 from verl.single_controller.placement import Placement, place, replica_count, visible_devices
 from verl.single_controller.worker_group import WorkerGroup
@@ -26,18 +28,21 @@ from verl.trainer.config.delta import whole_updates_why
 from verl.trainer.config.rollout_correction import resolve
 from verl.trainer.ppo.advantages import get_adv_estimator_fn, required_columns
 from verl.trainer.ppo.checkpoint import CheckpointError, load_driver_state, save_driver_state
+from verl.trainer.ppo.forward_passes import ForwardPasses, Pass
 from verl.trainer.ppo.kl_in_reward import get_kl_controller
 from verl.trainer.ppo.metrics import compute_seqlen_metrics
-from verl.trainer.ppo.partial_rollout import CarriedGroups, Position, Prompt, carried_groups, staleness_metrics
-from verl.trainer.ppo.validation import dump_generations
+from verl.trainer.ppo.partial_rollout import Position
+from verl.trainer.ppo.prompts import Place, PromptSource
+from verl.trainer.ppo.sampling import Sampling
 from verl.utils.dataset.loader import build_dataloader
 from verl.utils.dataset.rl_dataset import create_rl_dataset
-from verl.utils.timeline import current_timeline, spanned
-from verl.utils.timing import add_stage, marked_timer
+from verl.utils.timeline import current_timeline
 from verl.utils.tokenizer import hf_tokenizer
+from verl.workers.actor import log_prob_limits
+from verl.workers.critic import forward_limits
 from verl.workers.engine.batching import ACTOR_COLUMNS, CRITIC_COLUMNS, partition, split_even, split_mini_batches
-from verl.workers.reward import RewardLoop, RewardResult
-from verl.workers.reward.counts import check_scored, reward_metrics
+from verl.workers.engine.micro_batch import MicroBatching
+from verl.workers.reward import RewardLoop
 from verl.workers.rollout.client import LLMServerClient
 from verl.workers.rollout.replica import ReplicaSet, vLLMReplica
 from verl.workers.rollout.vllm_rollout.engine_args import engine_environment
@@ -81,22 +86,14 @@ class GroupSender:
         return {**export, "encode": reports[0]["seconds"], "worst": worst_error(reports)}
 
 
-def _add_generation(timing: dict[str, float], *all_times: GenerationTimes) -> None:
-    """`gen` until the last answer, `reward` from there until the last score."""
-    started, answered = min(t.started for t in all_times), max(t.answered for t in all_times)
-    add_stage("gen", timing, started, answered)
-    add_stage("reward", timing, answered, max(t.ended for t in all_times))
-
+# Rows [b] of each rank.
+Parts = Sequence[np.ndarray] | None
 
 # Tensor columns of every batch when advantages are computed; `reward_baselines` is made for who names it.
 ALWAYS_THERE = (
     *("prompts", "responses", "input_ids", "attention_mask", "position_ids", "response_mask", "weight_versions"),
     *("token_level_scores", "token_level_rewards", "reward_baselines"),
 )
-
-
-async def _nothing() -> tuple[list[ScoredSample], None]:
-    return [], None
 
 
 class Runtime:
@@ -120,14 +117,11 @@ class Runtime:
             buckets_in_flight=engine.buckets_in_flight,
         )
         self._transport = transport(engine, plan.device)
-        self.draws = 0
-        self._carried: CarriedGroups[Any] | None = None
-        self._scored: list[RewardResult] = []
-        self._dump: list[dict[str, Any]] = []
         self._placement: Placement | None = None
         self._group: WorkerGroup | None = None
         self._replicas: ReplicaSet | None = None
         self._rewards: RewardLoop | None = None
+        self._sampling: Sampling | None = None
 
     # ---- life ----
 
@@ -138,9 +132,16 @@ class Runtime:
         self._placement = place(self.config, self.plan.device)
         self._replicas = self._make_replicas(self._placement)
         # Tools and agent loops are loaded here, so that what is wrong with them shows before anything has started.
-        self._generator = SampleGenerator(LLMServerClient(self._replicas), self.tokenizer, self._rewards, self.config)
-        self._carried = carried_groups(self.config, lambda row: self._answers([row]))
-        self._prompts = self.prompts()
+        self._sampling = Sampling(
+            self.config,
+            SampleGenerator(LLMServerClient(self._replicas), self.tokenizer, self._rewards, self.config),
+            self.prompts,
+            self._rewards,
+            tokenizer=self.tokenizer,
+            sleep=self._replicas.sleep,
+            with_baselines="reward_baselines" in self._on_demand,
+            total_steps=self.total_steps,
+        )
         self._group = self._make_trainers(self._placement)
         starting = [asyncio.ensure_future(self._replicas.start()), asyncio.ensure_future(self._start_trainers())]
         try:
@@ -152,16 +153,19 @@ class Runtime:
     def _load_data(self) -> None:
         data, model = self.config.data, self.config.actor_rollout_ref.model
         self.tokenizer = hf_tokenizer(model.tokenizer_path or model.path, trust_remote_code=model.trust_remote_code)
-        train = create_rl_dataset(data.train_files, self.tokenizer, data, max_samples=data.train_max_samples)
+        # A tokenizer of its own: training prompts are tokenised in a thread.
+        own = copy.deepcopy(self.tokenizer)
+        train = create_rl_dataset(data.train_files, own, data, max_samples=data.train_max_samples)
         seed = data.seed if data.seed is not None else self.config.trainer.seed
         by_prompt = self.config.actor_rollout_ref.rollout.partial_rollout
-        self.train_loader = build_dataloader(
+        loader = build_dataloader(
             train,
             batch_size=1 if by_prompt else data.gen_batch_size or data.train_batch_size,
             shuffle=data.shuffle,
             seed=seed,
             drop_last=True,
         )
+        self.prompts = PromptSource(loader)
         validation = create_rl_dataset(data.val_files, self.tokenizer, data, max_samples=data.val_max_samples)
         self.val_loader = build_dataloader(
             validation,
@@ -170,7 +174,6 @@ class Runtime:
             seed=seed,
             drop_last=False,
         )
-        self.draws_per_epoch = len(self.train_loader)
         trainer, steps_per_epoch = self.config.trainer, len(train) // data.train_batch_size
         self.total_steps = trainer.total_training_steps or steps_per_epoch * trainer.total_epochs
 
@@ -178,7 +181,8 @@ class Runtime:
         config, count = self.config, replica_count(self.config)
         rollout = config.actor_rollout_ref.rollout
         arguments = {
-            "rollout": rollout,
+            # On devices of their own they have nobody to sleep for.
+            "rollout": dataclasses.replace(rollout, free_cache_engine=rollout.free_cache_engine and not rollout.nnodes),
             "model": config.actor_rollout_ref.model,
             "device": self.plan.device,
             "dtype": self.plan.rollout_dtype,
@@ -251,9 +255,9 @@ class Runtime:
                 stack.push_async_callback(self._replicas.stop)
             if self._group is not None:
                 stack.callback(self._group.stop)
+            if self._sampling is not None:
+                stack.push_async_callback(self._sampling.close)
             stack.callback(self._transport.close)
-            if self._carried is not None:
-                stack.push_async_callback(self._carried.close)
 
     def _estimator_columns(self) -> tuple[str, ...]:
         """Columns that the estimator cannot do without.
@@ -297,124 +301,62 @@ class Runtime:
         return self._replicas
 
     @property
-    def rewards(self) -> RewardLoop:
-        assert self._rewards is not None, "start() first"
-        return self._rewards
+    def sampling(self) -> Sampling:
+        """Answers of the replicas."""
+        assert self._sampling is not None, "start() first"
+        return self._sampling
 
     # ---- stages ----
 
-    def draw(self) -> Iterator[list[dict[str, Any]]]:
-        """Batches of training prompts, one dict a prompt; epoch after epoch, without end."""
-        while True:
-            for batch in self.train_loader:
-                self.draws += 1
-                yield self.rows(batch, self.draws)
+    def forward_passes(self) -> ForwardPasses:
+        """What every sample goes through before it is trained on, in this order."""
+        roles, critic = self.config.actor_rollout_ref, self._critic
+        passes: dict[str, Pass] = {}
+        limits: list[MicroBatching] = []
+        if not self.correction.bypass_mode:
+            passes["old_log_prob"] = self.old_log_probs
+            limits.append(log_prob_limits(roles.rollout, roles.actor))
+        if self.with_ref:
+            passes["ref"] = self.ref_log_prob
+            limits.append(log_prob_limits(roles.ref, roles.actor))
+        if critic is not None:
+            passes["values"] = self.values
+            limits.append(forward_limits(critic))
+        return ForwardPasses(passes, limits, len(self.trainers))
 
-    def prompts(self) -> Iterator[Prompt]:
-        """`draw`, prompt by prompt, where the loader's batches have one."""
-        draws = self.draw()
-        while True:
-            here = self.train_loader.state_dict()
-            (row,) = next(draws)
-            yield Prompt(row, Position(self.draws, here["epoch"], here["samples"]))
+    @property
+    def streams(self) -> bool:
+        """Whether samples can go through the passes while others are generated.
 
-    def rows(self, batch: Mapping[str, Sequence[Any]], number: int) -> list[dict[str, Any]]:
-        """A collated batch as one dict a prompt, each with a `uid` of its own."""
-        size = len(next(iter(batch.values())))
-        return [{**{key: column[i] for key, column in batch.items()}, "uid": f"{number}.{i}"} for i in range(size)]
-
-    @spanned("generate")
-    async def generate(self, rows: Sequence[dict[str, Any]], timing: dict[str, float]) -> DataProto:
-        """`rollout.n` scored samples for each row, next to each other; times are added to `gen` and `reward`.
-
-        Where the estimator compares with a greedy answer, that answer's score is the column `reward_baselines` [B].
+        Not where engine and trainer take turns with a device's memory, and not before it is known which samples a step
+        trains on.
         """
-        (samples, times), (baselines, greedy_times) = await self._answers(rows)
-        _add_generation(timing, times, greedy_times or times)
-        return self._lay_out(samples, baselines)
-
-    async def generate_partial(self, step: int, timing: dict[str, float]) -> tuple[DataProto, dict[str, float]]:
-        """As `generate` for `train_batch_size` prompts, those that are done first; the others go on.
-
-        Returns:
-            the batch, and `partial_rollout/*`: how old it is, and how many prompts go on.
-        """
-        assert self._carried is not None
-        with marked_timer("gen", timing):
-            groups = await self._carried.take(step, self.total_steps - step + 1, self._prompts)
-        batch = self._lay_out(
-            [sample for (samples, _), _ in groups for sample in samples],
-            [baseline for _, (baselines, _) in groups for baseline in baselines],
-        )
-        carried = {"partial_rollout/carried_prompts": float(len(self._carried.positions()))}
-        return batch, staleness_metrics(batch, step - 1) | carried
-
-    async def _answers(self, rows: Sequence[dict[str, Any]]) -> Any:
-        """`rollout.n` scored samples for each row, greedy ones where the estimator compares; each with its times."""
         rollout = self.config.actor_rollout_ref.rollout
-        sampling = {"temperature": rollout.temperature, "top_p": rollout.top_p, "top_k": rollout.top_k}
-        if rollout.calculate_log_probs:
-            sampling["logprobs"] = 0
-        sampled = self._generator.generate([row for row in rows for _ in range(rollout.n)], sampling)
-        with_baselines = "reward_baselines" in self._on_demand
-        greedy = self._generator.generate(list(rows), {"temperature": 0.0}) if with_baselines else _nothing()
-        return await asyncio.gather(sampled, greedy)
+        chosen_later = self.config.algorithm.filter_groups.enable or rollout.partial_rollout
+        return (self.plan.device == "cpu" or rollout.nnodes > 0) and not chosen_later
 
-    def _lay_out(self, samples: list[ScoredSample], baselines: list[ScoredSample]) -> DataProto:
-        rollout = self.config.actor_rollout_ref.rollout
-        batch = to_batch(samples, pad_token_id=self.tokenizer.pad_token_id, with_log_probs=rollout.calculate_log_probs)
-        if baselines:
-            scores = torch.tensor([sample.reward.score for sample in baselines], dtype=torch.float32)
-            batch.batch["reward_baselines"] = scores.repeat_interleave(rollout.n)
-        batch.meta_info |= {"temperature": rollout.temperature}
-        self._scored += [sample.reward for sample in (*samples, *baselines)]
-        if self.config.trainer.rollout_data_dir:
-            self._dump += [self.describe_sample(sample) for sample in samples]
-        return batch
+    async def old_log_probs(self, batch: DataProto, parts: Parts = None) -> DataProto:
+        """`old_log_probs` [B, T], and `entropys` and `sum_pi_squared` for an estimator that names them.
 
-    async def end_generation(self, step: int) -> dict[str, float]:
-        """After the last `generate` of a step: judge its rewards, put the replicas to sleep, dump what they said.
-
-        Returns:
-            `reward/*`: what scoring the step's samples took.
-
-        Raises:
-            RewardError: every sample of the step failed to be scored.
+        Args:
+            batch: columns of a forward pass.
+            parts: rows of each rank; None to divide them evenly.
         """
-        scored, self._scored = self._scored, []
-        check_scored(scored, self.rewards.scorer)
-        await self.replicas.sleep()
-        if self.config.trainer.rollout_data_dir:
-            dump_generations(self.config.trainer.rollout_data_dir, step, self._dump)
-            self._dump = []
-        return reward_metrics(scored)
-
-    async def generate_validation(self, rows: Sequence[dict[str, Any]]) -> list[ScoredSample]:
-        """`val_kwargs.n` scored samples for each row; greedy unless `val_kwargs.do_sample`."""
-        kwargs = self.config.actor_rollout_ref.rollout.val_kwargs
-        temperature = kwargs.temperature if kwargs.do_sample else 0.0
-        sampling = {"temperature": temperature, "top_p": kwargs.top_p, "top_k": kwargs.top_k}
-        samples, _ = await self._generator.generate([row for row in rows for _ in range(kwargs.n)], sampling)
-        check_scored([sample.reward for sample in samples], self.rewards.scorer)
-        return samples
-
-    async def old_log_probs(self, batch: DataProto) -> DataProto:
-        """Add `old_log_probs`, and `entropys` and `sum_pi_squared` for an estimator that names them."""
         extras = [name for name in ("entropys", "sum_pi_squared") if name in self._on_demand]
-        return batch.union(await self._on_shards("call", "compute_log_prob", batch, extras))
+        return await self._on_shards("call", "compute_log_prob", batch, parts, extras)
 
-    async def ref_log_prob(self, batch: DataProto) -> DataProto:
-        """Add `ref_log_prob`."""
-        return batch.union(await self._on_shards("call", "compute_ref_log_prob", batch))
+    async def ref_log_prob(self, batch: DataProto, parts: Parts = None) -> DataProto:
+        """`ref_log_prob` [B, T]; arguments as for `old_log_probs`."""
+        return await self._on_shards("call", "compute_ref_log_prob", batch, parts)
 
-    async def values(self, batch: DataProto) -> DataProto:
-        """Add the critic's `values`."""
-        return batch.union(await self._on_shards("call_critic", "compute_values", batch))
+    async def values(self, batch: DataProto, parts: Parts = None) -> DataProto:
+        """The critic's `values` [B, T]; arguments as for `old_log_probs`."""
+        return await self._on_shards("call_critic", "compute_values", batch, parts)
 
-    async def _on_shards(self, role: str, method: str, batch: DataProto, *arguments: Any) -> DataProto:
-        shards, inverse = split_even(batch, len(self.trainers), balance=self.config.trainer.balance_batch)
-        parts = await self.trainers.each(role, [(method, shard, *arguments) for shard in shards])
-        return DataProto.concat(parts)[inverse]
+    async def _on_shards(self, role: str, method: str, batch: DataProto, parts: Parts, *arguments: Any) -> DataProto:
+        shards, inverse = split_even(batch, len(self.trainers), self.config.trainer.balance_batch, parts)
+        columns = await self.trainers.each(role, [(method, shard, *arguments) for shard in shards])
+        return DataProto.concat(columns)[inverse]
 
     async def update_critic(self, batch: DataProto) -> dict[str, float]:
         """One pass of optimizer steps of the critic over the batch; metrics `critic/*`."""
@@ -455,16 +397,6 @@ class Runtime:
 
     # ---- what is read off ----
 
-    def describe_sample(self, sample: ScoredSample) -> dict[str, Any]:
-        """One sample as text, for dumps and tables."""
-        return {
-            "input": self.tokenizer.decode(sample.output.prompt_ids, skip_special_tokens=False),
-            "output": self.tokenizer.decode(sample.output.response_ids, skip_special_tokens=True),
-            "gts": sample.row["reward_model"].get("ground_truth"),
-            "score": sample.reward.score,
-            **sample.reward.extra,
-        }
-
     def seqlen_metrics(self, batch: DataProto) -> dict[str, float]:
         """How evenly a forward pass over the batch lays its tokens on the ranks."""
         lengths = batch.batch["attention_mask"].sum(dim=-1).tolist()
@@ -480,10 +412,10 @@ class Runtime:
             await self.trainers.all("call_critic", "save_checkpoint", str(directory / "critic"))
         state = {
             "step": step,
-            "train_loader": self.train_loader.state_dict(),
-            "draws": self.draws,
+            "train_loader": self.prompts.position.loader,
+            "draws": self.prompts.position.draws,
             "kl_coef": self.kl_controller.value,
-            "carried": [tuple(position) for position in self._carried.positions()] if self._carried else [],
+            "carried": [tuple(position) for position in self.sampling.carried()],
         }
         save_driver_state(directory, state)
 
@@ -498,14 +430,8 @@ class Runtime:
         await self.trainers.all("call", "load_checkpoint", str(directory / "actor"))
         if self.with_critic:
             await self.trainers.all("call_critic", "load_checkpoint", str(directory / "critic"))
-        self.train_loader.load_state_dict(state["train_loader"])
-        self.draws = state.get("draws", state["step"])
-        carried = [Position(*position) for position in state.get("carried", ())]
-        if self._carried is not None:
-            rows = [self.rows(self.train_loader.read(at.epoch, at.sample), at.number)[0] for at in carried]
-            self._carried.resume([Prompt(*each) for each in zip(rows, carried, strict=True)])
-        elif carried:
-            logger.warning("%d prompts that partial rollouts had under way are left out", len(carried))
+        self.prompts.restore(Place(state.get("draws", state["step"]), state["train_loader"]))
+        self.sampling.carry([Position(*position) for position in state.get("carried", ())])
         if self.config.algorithm.kl_ctrl.type == "adaptive":
             self.kl_controller.value = state.get("kl_coef", self.kl_controller.value)
         return int(state["step"])

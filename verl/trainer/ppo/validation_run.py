@@ -6,6 +6,7 @@ from typing import Any
 
 from verl.agent_loop.generation import ScoredSample
 from verl.trainer.config import PPOConfig
+from verl.trainer.ppo.prompts import rows_of
 from verl.trainer.ppo.runtime import Runtime
 from verl.trainer.ppo.validation import (
     dump_generations,
@@ -25,23 +26,22 @@ class ValidationRun:
     """
 
     def __init__(self, config: PPOConfig, runtime: Runtime):
-        self._config, self._runtime = config, runtime
+        self._config, self._loader, self._sampling = config, runtime.val_loader, runtime.sampling
 
     async def run(self, step: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Metrics `val-core/...` and `val-aux/...`, and at most `trainer.log_val_generations` samples to show."""
         trainer = self._config.trainer
         samples: list[ScoredSample] = []
-        for batch in self._runtime.val_loader:
-            rows = self._runtime.rows(batch, step)
-            samples += await self._runtime.generate_validation(rows)
+        for batch in self._loader:
+            samples += await self._sampling.validation(rows_of(batch, step))
         sources = [sample.row["data_source"] for sample in samples]
         variables = validation_variables(sources, [s.reward.score for s in samples], [s.reward.extra for s in samples])
         # A prompt is known by its place in the validation set, not by its batch.
         prompts = [f"{s.row['data_source']}/{s.row['raw_prompt']}" for s in samples]
         metrics = flatten_validation_metrics(process_validation_metrics(sources, prompts, variables))
         if trainer.validation_data_dir:
-            dump_generations(trainer.validation_data_dir, step, [self._runtime.describe_sample(s) for s in samples])
-        texts = [self._runtime.describe_sample(s) for s in samples] if trainer.log_val_generations > 0 else []
+            dump_generations(trainer.validation_data_dir, step, [self._sampling.describe(s) for s in samples])
+        texts = [self._sampling.describe(s) for s in samples] if trainer.log_val_generations > 0 else []
         table = samples_table(
             [text["input"] for text in texts],
             [text["output"] for text in texts],

@@ -6,6 +6,8 @@ the denominators of its whole mini-batch, so that the loss is the same whatever 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -61,14 +63,16 @@ def split_mini_batches(
     return ranks
 
 
-def split_even(data: DataProto, dp_size: int, balance: bool = True) -> tuple[list[DataProto], np.ndarray]:
-    """Divide a batch among ranks for a forward pass.
+def split_even(
+    data: DataProto, dp_size: int, balance: bool = True, parts: Sequence[np.ndarray] | None = None
+) -> tuple[list[DataProto], np.ndarray]:
+    """Divide a batch among ranks for a forward pass; `parts` are the rows of each rank where these are chosen already.
 
     Returns:
         the shards, holding the columns of a forward pass alone, and `inverse_order` [B] int64:
         `DataProto.concat(results)[inverse_order]` is in the order of `data`.
     """
-    parts = partition(data, dp_size, balance)
+    parts = partition(data, dp_size, balance) if parts is None else parts
     data = _only(data, FORWARD_COLUMNS)
     return [data[part] for part in parts], np.argsort(np.concatenate(parts), kind="stable")
 

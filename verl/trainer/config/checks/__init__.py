@@ -10,6 +10,7 @@ from verl.trainer.config.checks.batches import check_batches, check_replicas, ro
 from verl.trainer.config.checks.critic import check_critic, check_critic_model
 from verl.trainer.config.checks.data import DataInfo, check_data
 from verl.trainer.config.checks.idle import idle_notes
+from verl.trainer.config.checks.lag import check_lag
 from verl.trainer.config.checks.lora import check_lora
 from verl.trainer.config.checks.machine import (
     check_device,
@@ -74,6 +75,8 @@ def check(config: PPOConfig) -> Plan:
     device = None if "trainer.device" in wrong else check_device(config, found)
     if device and sizes_hold and "actor_rollout_ref.rollout.checkpoint_engine.backend" not in wrong:
         check_transport(config, device, found)
+    if device and sizes_hold:
+        check_lag(config, device, found)
     quantisation = check_quantization(config, device, found) if device and model and not wrong else None
     if found.errors:
         raise ConfigError(found.errors)

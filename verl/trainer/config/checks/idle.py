@@ -139,7 +139,9 @@ def _idle(config: PPOConfig, device: str) -> Iterator[tuple[str, tuple[str, ...]
     between_nodes = (_ROLLOUT + "checkpoint_engine.backend", _ROLLOUT + "checkpoint_engine.timeout")
     if not rollout.nnodes:
         yield "with rollout.nnodes=0", (_ROLLOUT + "n_gpus_per_node", *between_nodes)
-    elif rollout.checkpoint_engine.backend == "naive":
+    else:
+        yield "with rollout.nnodes, where replicas have memory of their own", (_ROLLOUT + "free_cache_engine",)
+    if rollout.nnodes and rollout.checkpoint_engine.backend == "naive":
         yield "with rollout.checkpoint_engine.backend=naive", between_nodes
     if not rollout.server.enable_http:
         yield "with rollout.server.enable_http=False", (_ROLLOUT + "server.",)

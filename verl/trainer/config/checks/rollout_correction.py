@@ -27,13 +27,20 @@ def check_rollout_correction(config: PPOConfig, found: Findings) -> None:
             f"{_LOSS_MODE}=bypass_mode with {PREFIX}bypass_mode=False: that loss takes the rollout's log-probabilities "
             f"for the old ones; set {PREFIX}bypass_mode=True, which chooses it by itself"
         )
-    elif config.actor_rollout_ref.rollout.partial_rollout and not correction.active:
+    elif (older := _older_tokens(config)) and not correction.active:
         found.warnings.append(
-            f"{_ROLLOUT}partial_rollout=True without a rollout correction: tokens of older weights are trained as if "
+            f"{older} without a rollout correction: tokens of older weights are trained as if "
             f"the present ones had made them; set {PREFIX}rollout_is=token"
         )
     if correction.active or correction.bypass_mode:
         _check_log_probs(config, correction, found)
+
+
+def _older_tokens(config: PPOConfig) -> str | None:
+    """The key by which tokens of older weights are trained on."""
+    if config.actor_rollout_ref.rollout.partial_rollout:
+        return f"{_ROLLOUT}partial_rollout=True"
+    return f"trainer.rollout_lag={config.trainer.rollout_lag}" if config.trainer.rollout_lag else None
 
 
 def _check_bypass(config: PPOConfig, correction: Correction, found: Findings) -> None:
