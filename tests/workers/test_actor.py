@@ -2,6 +2,7 @@
 
 import socket
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from fixtures.engine_cases import (
     make_batch,
     make_worker,
     optim_config,
+    pieces_program,
     selecting_program,
     worker_checkpoint_program,
     worker_config,
@@ -23,7 +25,9 @@ from fixtures.tiny import write_tiny_model
 from verl.protocol import DataProto
 from verl.trainer.config.actor import PolicyLossConfig
 from verl.trainer.config.rollout_correction import Band, Correction
-from verl.workers.actor import ActorWorker, micro_batching
+from verl.trainer.ppo.batch_padding import pad_and_concat
+from verl.trainer.ppo.forward_passes import joined
+from verl.workers.actor import ActorWorker, log_prob_limits, micro_batching
 from verl.workers.engine import MicroBatching
 from verl.workers.engine.batching import split_even, split_mini_batches
 
@@ -155,9 +159,28 @@ def test_checkpoint_with_a_hugging_face_directory(tmp_path, model_dir, ranks):
 def test_limits_of_log_probs_fall_back_to_the_actors(model_dir):
     config = worker_config(model_dir, rollout={"log_prob_micro_batch_size_per_gpu": 3})
     config.ref.log_prob_use_dynamic_bsz = True
-    worker = ActorWorker(0, 1, "127.0.0.1", 0, config, total_training_steps=1, with_ref=False, device="cpu")
-    assert worker._log_prob_limits(config.rollout) == MicroBatching(size=3)
-    assert worker._log_prob_limits(config.ref) == MicroBatching(max_tokens=64)
+    assert log_prob_limits(config.rollout, config.actor) == MicroBatching(size=3)
+    assert log_prob_limits(config.ref, config.actor) == MicroBatching(max_tokens=64)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_columns_of_pieces_are_those_of_the_whole_batch(model_dir, ranks):
+    data = make_batch(11)
+    pieces = [[5, 3, 10, 0], [7, 6, 2, 9], [1, 4], [8]]  # the last one leaves a second rank without a sample
+    narrow = [pad_and_concat([data[rows]], 0) for rows in pieces]
+    assert len({piece.batch["responses"].shape[1] for piece in narrow}) > 1
+    parts = [np.array_split(np.arange(len(rows)), ranks) for rows in pieces]
+    split = [split_even(piece, ranks, parts=part) for piece, part in zip(narrow, parts, strict=True)]
+    config = worker_config(model_dir, rollout={"log_prob_micro_batch_size_per_gpu": 2})
+    whole, inverse = split_even(data, ranks)
+    outcomes = run_ranks(ranks, pieces_program, config, [whole, *(shards for shards, _ in split)])
+    expected, *columns = (DataProto.concat(list(of_ranks)) for of_ranks in zip(*outcomes, strict=True))
+    expected = expected[inverse]
+    in_order = [column[order] for column, (_, order) in zip(columns, split, strict=True)]
+    found = joined(list(zip(pieces, in_order, strict=True)), data.batch["responses"].shape[1])
+    assert sorted(found.batch.keys()) == ["entropys", "old_log_probs", "ref_log_prob"]
+    for name, column in found.batch.items():
+        torch.testing.assert_close(column, expected.batch[name], msg=name)
     with pytest.raises(ValueError, match="micro_batch_size_per_gpu"):
         micro_batching(False, None, 100)
 

@@ -13,6 +13,7 @@ from verl.trainer.ppo.metrics import (
     compute_seqlen_metrics,
     compute_throughput_metrics,
     compute_timing_metrics,
+    compute_version_metrics,
     off_policy_metrics,
     probability_metrics,
 )
@@ -260,3 +261,12 @@ def test_seqlen_metrics():
 def test_seqlen_metrics_refuse_partitions_that_lose_samples(partitions):
     with pytest.raises(ValueError, match="exactly once"):
         compute_seqlen_metrics([3, 4], partitions)
+
+
+def test_versions_behind_count_from_the_weights_that_train():
+    versions = torch.tensor([[4, 4, -1], [5, 6, 6], [-1, -1, -1]])
+    assert compute_version_metrics(versions, 6) == {
+        "training/versions_behind/min": 0.0,
+        "training/versions_behind/max": 2.0,
+    }
+    assert compute_version_metrics(versions[2:], 6) == {}

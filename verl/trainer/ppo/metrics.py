@@ -90,6 +90,25 @@ def compute_data_metrics(batch: DataProto, max_prompt_length: int, max_response_
     return metrics
 
 
+def compute_version_metrics(weight_versions: torch.Tensor, version: int) -> dict[str, float]:
+    """How far the weights that generated are behind those that train.
+
+    Args:
+        weight_versions: [B,T] int64, -1 where no model token stands.
+        version: of the weights that the step begins with.
+
+    Returns:
+        training/versions_behind/{min,max}: updates between the two, over all tokens; nothing without a token.
+    """
+    made = weight_versions[weight_versions >= 0]
+    if not made.numel():
+        return {}
+    return {
+        "training/versions_behind/min": float(version - made.max()),
+        "training/versions_behind/max": float(version - made.min()),
+    }
+
+
 def compute_timing_metrics(batch: DataProto, timing: Mapping[str, float]) -> dict[str, float]:
     """Seconds of each stage and milliseconds per token of the stages whose work grows with the tokens.
 

@@ -58,6 +58,7 @@ from verl.trainer.ppo.metrics import (
     compute_data_metrics,
     compute_throughput_metrics,
     compute_timing_metrics,
+    compute_version_metrics,
 )
 from verl.trainer.ppo.off_policy import correct_rollout, drop_rejected, mismatch_metrics
 from verl.trainer.ppo.pipeline import RolloutPipeline, rollout_pipeline
@@ -190,6 +191,7 @@ class RayPPOTrainer:
             "training/epoch": self.runtime.prompts.epoch,
             **compute_data_metrics(batch, data.max_prompt_length, data.max_response_length),
             **compute_agent_metrics(batch),
+            **compute_version_metrics(batch.batch["weight_versions"], self.step - 1),
             **compute_timing_metrics(batch, timing),
             **compute_throughput_metrics(batch, timing, n_devices),
             **self.runtime.seqlen_metrics(batch),
