@@ -72,20 +72,22 @@ class RowUnit(Unit):
     ):
         self.name, self.ranges, self.first, self.sends = name, ranges, held.first, held.sends
         self._shard, self._dtype, self._encoder = shard, dtype, encoder
+        self._local = _local(shard)
         self.nbytes = _nbytes(shard, dtype)
 
     @functools.cached_property
+    @torch.no_grad()
     def parts(self) -> dict[str, torch.Tensor]:
         """By what is added to a tensor's name: the rows of this rank as they are sent, [..., elements of a row].
 
         They may share the parameter's memory.
         """
-        local = _local(self._shard, self._dtype)
-        return {"": local} if self._encoder is None else self._encoder.encode_weight(self.name, local)
+        rows = _cast(self._local, self._dtype)
+        return {"": rows} if self._encoder is None else self._encoder.encode_weight(self.name, rows)
 
     def owns(self, part: torch.Tensor) -> bool:
         """Whether a part will stay as it is when the parameter changes."""
-        return part.untyped_storage().data_ptr() != _local(self._shard, None).untyped_storage().data_ptr()
+        return part.untyped_storage().data_ptr() != self._local.untyped_storage().data_ptr()
 
     def gather(self) -> dict[str, torch.Tensor]:
         found = {}
@@ -121,6 +123,7 @@ class WeightExport:
     def __init__(self, model: PreTrainedModel):
         self._model = model
         self._ranges: dict[tuple[str, ...], dict[str, tuple[RowRange, ...]]] = {}
+        self._held: dict[str, LocalRows | None] = {}
 
     @torch.no_grad()
     def units(self, *, dtype: torch.dtype | None = None, encoder: RowEncoder | None = None) -> Iterator[Unit]:
@@ -132,17 +135,17 @@ class WeightExport:
                 parameter whose shards are whole rows (FSDP2 cuts along the first dimension) and that becomes checkpoint
                 tensors without its rows being cut, mixed or turned. Others are gathered and come as they are.
         """
-        model, rank = self._model, dist.get_rank()
+        model = self._model
         shards, adapters = merged_view(model.state_dict(keep_vars=True), model)
 
         def merged(name: str) -> torch.Tensor:
-            return (adapters[name].merged(shards[name], dtype) if name in adapters else shards[name]).detach()
+            return adapters[name].merged(shards[name], dtype) if name in adapters else shards[name]
 
         for names in _groups(model, shards, by_layer=bool(getattr(model, "_weight_conversions", None))):
             ranges = self._ranges_of(tuple(names), shards)
             rest = []
             for name in names:
-                held = local_rows(shards[name], rank) if name in ranges else None
+                held = self._held[name] if name in ranges else None
                 encodes = None if held is None else _encodes(encoder, ranges[name], shards[name].dim())
                 if held is None or encodes is None:
                     rest.append(name)
@@ -156,6 +159,7 @@ class WeightExport:
     def _ranges_of(self, names: tuple[str, ...], shards: dict[str, torch.Tensor]) -> dict[str, tuple[RowRange, ...]]:
         if names not in self._ranges:
             self._ranges[names] = find_ranges(self._model, {name: shards[name].shape for name in names})
+            self._held |= {name: local_rows(shards[name], dist.get_rank()) for name in names}
         return self._ranges[names]
 
 
@@ -189,19 +193,19 @@ def _nbytes(tensor: torch.Tensor, dtype: torch.dtype | None) -> int:
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    tensor = tensor.detach()
     return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
 
 
 def _whole(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     if not isinstance(tensor, DTensor) or tensor.device_mesh.size() == 1:
-        return _local(tensor, dtype)
-    return _cast(tensor, dtype).full_tensor()
+        return _cast(_local(tensor), dtype)
+    return _cast(tensor.detach(), dtype).full_tensor()
 
 
-def _local(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    tensor = tensor.detach()
-    return _cast(tensor.to_local() if isinstance(tensor, DTensor) else tensor, dtype)
+@torch.no_grad()
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    # A DTensor costs a lot more to detach than what it consists of.
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def _gather_rows(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

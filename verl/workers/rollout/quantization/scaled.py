@@ -118,7 +118,7 @@ class ScaledScheme(QuantizationScheme):
         """Whether the weight that these are the scales of was finite."""
 
     def encode_weight(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Suffix -> tensor: what a weight, or some of its rows, becomes. NaN and Inf are left to the receiving end."""
+        """Suffix -> tensor: what a weight, or some of its rows, becomes. NaN and Inf are left to `check_sent`."""
         started = time.perf_counter()
         values, scales = self.quantise(weight)
         self._report.add(name, self.squared_error(weight, values, scales))

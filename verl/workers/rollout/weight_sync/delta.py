@@ -16,7 +16,7 @@ Values are never differences: an element that is sent is right whatever stood th
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -66,10 +66,11 @@ class Piece:
 
     def moved(self, by: int) -> Piece:
         """The same piece in a block that begins `by` bytes earlier."""
-        return Piece(**{**asdict(self), "places_at": self.places_at + by, "values_at": self.values_at + by})
+        return replace(self, places_at=self.places_at + by, values_at=self.values_at + by)
 
     def to_plain(self) -> dict[str, Any]:
-        return {**asdict(self), "shape": list(self.shape)}
+        # Not asdict, which takes a tenth of a millisecond; a mixture of experts has tens of thousands of pieces.
+        return {**vars(self), "shape": list(self.shape)}
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Piece:

@@ -56,9 +56,7 @@ class WeightSender:
         if bucket_bytes <= 0:
             raise ValueError(f"bucket size of {bucket_bytes} bytes: must be positive")
         if buckets_in_flight < 2:
-            raise ValueError(
-                f"{buckets_in_flight} buckets in flight: must be 2 or more, one filled, one loaded"
-            )
+            raise ValueError(f"{buckets_in_flight} buckets in flight: must be 2 or more, one filled, one loaded")
         self._bucket_bytes = bucket_bytes
         self._writers = [BucketWriter(bucket_bytes) for _ in range(buckets_in_flight)]
         self._packing: _Packing | None = None

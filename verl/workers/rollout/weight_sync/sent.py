@@ -151,8 +151,9 @@ def changed_places(old: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
     per_word = 8 // now.element_size()
     if not any(count % per_word for count in (now.numel(), before.storage_offset(), now.storage_offset())):
         # Eight bytes at a time: most of them have not changed.
-        words = (before.view(torch.int64) != now.view(torch.int64)).nonzero()
-        if words.numel() * per_word * 8 <= now.numel():
-            places = (words * per_word + torch.arange(per_word, device=now.device)).reshape(-1)
-            return places[before[places] != now[places]]
+        old_words, new_words = before.view(torch.int64), now.view(torch.int64)
+        words = (old_words != new_words).nonzero().squeeze(-1)
+        if 4 * words.numel() <= new_words.numel():
+            inside = (old_words[words].view(now.dtype) != new_words[words].view(now.dtype)).nonzero().squeeze(-1)
+            return words[inside // per_word] * per_word + inside % per_word
     return (before != now).nonzero().squeeze(-1)
