@@ -187,10 +187,14 @@ def check(sizes: list[str], steps: int) -> tuple[str, float]:
 
     rows, errors = [], []
     overheads = probes.measure_overheads(lambda size, load: measure(size, load, 1, steps), predicted)
+    lines = [
+        "Overheads, ms: " + ", ".join(f"{name} {1e3 * value:.2f}" for name, value in vars(overheads).items()) + "."
+    ]
     for size in sizes:
         for ranks in (1, 2):
             device = replace(probes.this_machine(models.config(size), CHECKED, ranks), overheads=overheads)
             expected, found = predicted(size, CHECKED, device, ranks), measure(size, CHECKED, ranks, steps)
+            lines.append(f"{size}, {ranks} rank(s): {rates(device)}.")
             row = [size, str(ranks)]
             for part in PARTS:
                 error = expected[part] / found[part] - 1
@@ -198,8 +202,19 @@ def check(sizes: list[str], steps: int) -> tuple[str, float]:
                 if part in ("step", "weight_update"):
                     errors.append(abs(error))
             rows.append(row)
-            print(*row, sep="  ", flush=True)
-    return tables.markdown(["model", "ranks", *(part.replace("_", " ") for part in PARTS)], rows), max(errors)
+            print(*lines[-1:], *row, sep="  ", flush=True)
+    table = tables.markdown(["model", "ranks", *(part.replace("_", " ") for part in PARTS)], rows)
+    return "\n".join([table, "", "What the probes found:", *(f"- {line}" for line in lines)]), max(errors)
+
+
+def rates(device: Device) -> str:
+    """What a rank and a replica reach, for people."""
+    link = f", link {device.link_bandwidth / 1e9:.2f} GB/s and {device.link_latency * 1e3:.2f} ms"
+    return (
+        f"training {device.train_flops / 1e9:.1f} GFLOP/s, decoding {device.generate_flops / 1e9:.1f} GFLOP/s or "
+        f"{device.read_bandwidth / 1e9:.1f} GB/s, copies {device.copy_bandwidth / 1e9:.1f} GB/s"
+        f"{link if device.link_latency else ''}"
+    )
 
 
 def main() -> None:

@@ -16,10 +16,11 @@ def test_overhead_lies_where_nobody_computes():
         event("update_actor", "stage", 15, 3),
         event("forward", "train", 15, 1),
         event("backward", "train", 16, 2),
+        event("forward", "engine", 19, 0.5),  # in no stage
         event("step", "stage", 20, 5, step=2),
         event("gen", "stage", 20, 5),
     ]
     shares = overhead.overhead_by_stage(events)
-    # Of ten seconds: gen 10 to 11 and 13.5 to 14; between the stages 14 to 15 and 18 to 20.
-    assert shares[1] == pytest.approx({"gen": 0.15, "update_actor": 0.0, "between": 0.3})
+    # Of ten seconds: gen 10 to 11 and 13.5 to 14; between the stages 14 to 15, 18 to 19, 19.5 to 20.
+    assert shares[1] == pytest.approx({"gen": 0.15, "update_actor": 0.0, "between": 0.25})
     assert shares[2] == pytest.approx({"gen": 1.0, "between": 0.0})

@@ -1,6 +1,7 @@
 import models
 import pytest
 import shapes
+from transformers import Qwen2Config
 
 
 def linear_layers(hidden, inner, heads, kv, head_dim=128):
@@ -41,3 +42,21 @@ def test_a_tied_head_is_sent_once():
     assert counts.parameters == models.parameters("0.8M")
     assert counts.plain_bytes(4) == 4 * counts.parameters
     assert counts.head == 128 * 128
+
+
+def test_biases_are_sent_as_they_are():
+    config = Qwen2Config(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        tie_word_embeddings=True,
+    )
+    counts = shapes.count(config)
+    quantised = 2 * linear_layers(64, 128, heads=2, kv=1, head_dim=32)
+    plain = 64 * 64 + 2 * (2 * 64 + 64 + 2 * 32) + 64
+    assert counts.parameters == quantised + plain
+    assert counts.mxfp8_bytes == quantised * 33 // 32 + 2 * plain
