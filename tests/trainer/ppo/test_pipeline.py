@@ -114,6 +114,15 @@ async def test_without_lag_they_take_turns(streams):
         assert timing.keys() == {"gen", "old_log_prob", "wait_for_rollout", "wait_for_trainer"}
 
 
+async def test_without_lag_nothing_begins_before_its_step():
+    world = World(0, 2)
+    async with world.pipeline() as rollouts:
+        async for _ in world.train(rollouts, 1, 1):
+            pass
+        await until(lambda: False)
+        assert "generate 2" not in world.log
+
+
 @pytest.mark.parametrize("streams", [True, False])
 async def test_with_lag_every_batch_but_the_first_is_one_version_behind(streams):
     world = World(1, 5, streams)

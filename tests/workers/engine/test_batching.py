@@ -92,3 +92,12 @@ def test_loss_scale_factor_is_passed_on():
 def test_mini_batch_of_nothing():
     with pytest.raises(ValueError, match="mini_batch_size_samples=0"):
         split_mini_batches(make_batch(4), 0, 1)
+
+
+def test_ranks_that_are_chosen_already_get_the_rows_that_they_were_given():
+    data = make_batch(5)
+    parts = [np.array([4, 1]), np.array([], dtype=np.int64), np.array([0, 3, 2])]
+    shards, inverse = split_even(data, 3, parts=parts)
+    for shard, rows in zip(shards, parts, strict=True):
+        assert torch.equal(shard.batch["input_ids"], data.batch["input_ids"][rows])
+    assert torch.equal(DataProto.concat(shards)[inverse].batch["input_ids"], data.batch["input_ids"])

@@ -26,7 +26,7 @@ import numpy as np
 from verl.protocol import DataProto
 from verl.trainer.ppo.forward_passes import ForwardPasses, joined
 from verl.trainer.ppo.prompts import Place
-from verl.utils.timing import marked_timer
+from verl.utils.timing import add_stage, marked_timer
 
 
 class Generated(NamedTuple):
@@ -113,7 +113,8 @@ class RolloutPipeline:
         streams: bool,
     ):
         self._group, self._sampling, self._passes = group, sampling, passes
-        self._lag, self._begun, self._last_step, self._streams = lag, step, last_step, streams
+        self._lag, self._last_step, self._streams = lag, last_step, streams
+        self._step = self._begun = step
         self._rollouts: deque[Rollout] = deque()
         self._idle_since: int | None = None
 
@@ -124,6 +125,7 @@ class RolloutPipeline:
             timing: gets `gen` and `reward`, whenever they were; the stages of the passes; and `wait_for_rollout`,
                 seconds in which the trainer had nothing to do.
         """
+        self._step = step
         self._begin(step + self._lag)
         rollout = self._rollouts[0]
         assert rollout.step == step, (rollout.step, step)
@@ -150,7 +152,8 @@ class RolloutPipeline:
         for rollout in self._rollouts:
             await self._look(rollout, timing)
         if self._idle_since is not None:
-            timing["wait_for_trainer"] = (time.monotonic_ns() - self._idle_since) / 1e9
+            now = time.monotonic_ns()
+            add_stage("wait_for_trainer", timing, self._idle_since, now, overlaps=True, step=self._step)
             self._idle_since = None
 
     def serving(self, version: int) -> None:

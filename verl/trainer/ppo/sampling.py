@@ -83,16 +83,18 @@ class Sampling:
             DynamicSamplingError: not enough groups whose samples differ.
         """
         if self._config.algorithm.filter_groups.enable:
-            batch, metrics, behind = await self._filtered(timing)
+            batch, metrics, behind = await self._filtered(step, timing)
         elif self._carried is not None:
             batch, metrics, behind = await self._partial(step, timing)
         else:
             draw = await self._source.next()
-            batch, metrics, behind = await self._of_rows(draw.rows, timing, arrived), {}, draw.behind
+            batch, metrics, behind = await self._of_rows(draw.rows, step, timing, arrived), {}, draw.behind
         batch.meta_info["global_step"] = step
         return Generated(batch, metrics | await self._end(step), behind)
 
-    async def _filtered(self, timing: MutableMapping[str, float]) -> tuple[DataProto, dict[str, float], Place]:
+    async def _filtered(
+        self, step: int, timing: MutableMapping[str, float]
+    ) -> tuple[DataProto, dict[str, float], Place]:
         groups = GroupFilter(
             self._config.algorithm.filter_groups,
             train_batch_size=self._config.data.train_batch_size,
@@ -101,7 +103,7 @@ class Sampling:
         behind = self._source.position
         while not groups.full:
             draw = await self._source.next()
-            groups.add(await self._of_rows(draw.rows, timing, None))
+            groups.add(await self._of_rows(draw.rows, step, timing, None))
             behind = draw.behind
         return groups.take(), groups.metrics(), behind
 
@@ -109,7 +111,7 @@ class Sampling:
         self, step: int, timing: MutableMapping[str, float]
     ) -> tuple[DataProto, dict[str, float], Place]:
         assert self._carried is not None
-        with marked_timer("gen", timing):
+        with marked_timer("gen", timing, step=step):
             groups = await self._carried.take(step, self._total_steps - step + 1, self._prompts)
         batch = self._finished(
             [sample for (samples, _), _ in groups for sample in samples],
@@ -120,10 +122,12 @@ class Sampling:
 
     @spanned("generate")
     async def _of_rows(
-        self, rows: Sequence[dict[str, Any]], timing: MutableMapping[str, float], arrived: Arrived | None
+        self, rows: Sequence[dict[str, Any]], step: int, timing: MutableMapping[str, float], arrived: Arrived | None
     ) -> DataProto:
         (samples, times), (baselines, greedy_times) = await self._answers(rows, arrived)
-        _add_generation(timing, _earliest_to_last([times, greedy_times or times]))
+        both = _earliest_to_last([times, greedy_times or times])
+        add_stage("gen", timing, both.started, both.answered, step=step)
+        add_stage("reward", timing, both.answered, both.ended, step=step)
         return self._finished(samples, baselines)
 
     async def _answers(self, rows: Sequence[dict[str, Any]], arrived: Arrived | None = None) -> Answers:
@@ -241,9 +245,3 @@ def _earliest_to_last(times: Sequence[GenerationTimes]) -> GenerationTimes:
     return GenerationTimes(
         min(each.started for each in times), max(each.answered for each in times), max(each.ended for each in times)
     )
-
-
-def _add_generation(timing: MutableMapping[str, float], times: GenerationTimes) -> None:
-    """`gen` until the last answer, `reward` from there until the last score."""
-    add_stage("gen", timing, times.started, times.answered)
-    add_stage("reward", timing, times.answered, times.ended)
