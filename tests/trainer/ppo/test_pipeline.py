@@ -157,6 +157,8 @@ async def test_training_goes_on_while_the_next_batch_is_generated():
         await settled
         assert "generated 2" in world.log
         rollouts.serving(1)
+        await until(lambda: "generate 3" in world.log)
+        assert "generate 3" in world.log, "it need not wait for the log and the checkpoint of step 1"
         await rollouts.finish(2, {})
 
 
