@@ -110,6 +110,7 @@ class RayPPOTrainer:
                         if self.step > trainer.critic_warmup:
                             with marked_timer("update_actor", timing):
                                 metrics |= await self.update_actor(batch)
+                        # The weights change between two rollouts, never inside one.
                         await rollouts.settle(timing)
                         with marked_timer("update_weights", timing):
                             metrics |= await runtime.update_weights(self.step)
