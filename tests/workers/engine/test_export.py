@@ -89,8 +89,8 @@ def test_no_more_is_gathered_at_once_than_has_to_be_converted_together(tmp_path,
             export_rows, "revert_weight_conversion", turned(export_rows.revert_weight_conversion, "exp")
         )
     gathered = []
-    local = export._local
-    monkeypatch.setattr(export, "_local", lambda tensor, dtype: gathered.append(tensor.numel()) or local(tensor, dtype))
+    cast = export._cast
+    monkeypatch.setattr(export, "_cast", lambda tensor, dtype: gathered.append(tensor.numel()) or cast(tensor, dtype))
 
     def program(rank):
         units = list(make_engine(source).export_units())
