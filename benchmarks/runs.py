@@ -161,7 +161,13 @@ def finish(process: subprocess.Popen, config: Mapping[str, Any]) -> list[dict[st
     Raises:
         RuntimeError: it failed; with the end of what it printed.
     """
-    if status := process.wait():
+    try:
+        status = process.wait()
+    finally:
+        # A benchmark that is interrupted leaves no run behind.
+        process.terminate()
+        process.wait()
+    if status:
         log = log_of(config)
         raise RuntimeError(f"the run of {log.parent.name} ended with status {status}:\n{log.read_text()[-4000:]}")
     return metrics(config)
