@@ -54,8 +54,12 @@ class PeakWatcher:
             return
         for process in processes:
             try:
+                command_line = process.cmdline()
+                # Between fork and exec a process is its parent's copy.
+                if process != self._root and psutil.Process(process.ppid()).cmdline() == command_line:
+                    continue
                 # A worker of Ray's is renamed once it knows what it does.
-                role = role_of(" ".join(process.cmdline()))
+                role = role_of(" ".join(command_line))
                 peak = peak_mib(Path(f"/proc/{process.pid}/status").read_text())
             except (psutil.NoSuchProcess, psutil.ZombieProcess, OSError):
                 continue

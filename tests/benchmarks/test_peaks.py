@@ -32,3 +32,17 @@ def test_memory_that_was_freed_again_counts():
     found = peaks.PeakWatcher(os.getpid()).stop()
     child.communicate("\n")
     assert any(200 <= peak < 400 for peak in found["other"])
+
+
+def test_a_fork_is_not_counted_beside_its_parent():
+    code = (
+        "import os; data = bytearray(200 << 20); child = os.fork()\n"
+        "if child: print('ready', flush=True); input(); os.kill(child, 9); os.wait()\n"
+        "else:\n"
+        "    import time; time.sleep(600)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "ready\n"
+    found = peaks.PeakWatcher(os.getpid()).stop()
+    child.communicate("\n")
+    assert sum(200 <= peak < 400 for peak in found["other"]) == 1
