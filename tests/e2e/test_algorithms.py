@@ -92,7 +92,7 @@ def test_bypass_mode_with_a_greedy_baseline(tmp_path):
         algorithm__rollout_correction__loss_type="reinforce",
         algorithm__rollout_correction__rollout_is="token",
         algorithm__rollout_correction__rollout_rs="seq_mean_k1",
-        algorithm__rollout_correction__rollout_rs_threshold="0.97_1.03",
+        algorithm__rollout_correction__rollout_rs_threshold="0.99_1.01",
         actor_rollout_ref__rollout__quantization="ascend",
     )
     assert "step 2/2" in text
