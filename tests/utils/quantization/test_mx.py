@@ -460,6 +460,34 @@ def test_quantization_error_of_zeros_extremes_and_nan(path):
     assert all(math.isnan(v) for v in mx.quantization_error(x, *mx.mxfp8_quantize(x)))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(32,), (40, 64), (3, 80), (5, 4304), (2, 3, 2048 + 33), (0, 64)])
+def test_encoding_in_one_pass_is_rounding_quantising_and_measuring(path, shape, dtype):
+    generator = torch.Generator().manual_seed(13)
+    x = torch.randn(shape, generator=generator) * 2.0 ** torch.randint(-30, 30, shape, generator=generator)
+    values, scales, error = mx.mxfp8_encode(x, dtype)
+    rounded = x.to(dtype)
+    expected_values, expected_scales = mx.mxfp8_quantize(rounded)
+    assert values.shape == expected_values.shape and scales.shape == expected_scales.shape
+    assert torch.equal(values.view(torch.uint8), expected_values.view(torch.uint8))
+    assert torch.equal(scales, expected_scales)
+    exact = mx.squared_error(rounded, expected_values, expected_scales)
+    assert torch.allclose(error, exact, rtol=1e-12, atol=0)
+
+
+def test_encoding_in_one_pass_rounds_to_even_and_keeps_what_is_not_finite(path):
+    bits = [0x3F808000, 0x3F818000, 0x3F808001, 0x7F7FFFFF, 0xFF7FFFFF, 0x00000001, 0x80008000, 0x007FFFFF]
+    special = [0x7F800000, 0xFF800000, 0x7F800001, 0xFFFFFFFF, 0x7FC00000]
+    for last in [None, *special]:
+        raw = torch.tensor((bits + ([last] if last else []) + [0] * 32)[:32], dtype=torch.int64)
+        x = raw.to(torch.int32).view(torch.float32)[None]
+        values, scales, error = mx.mxfp8_encode(x, torch.bfloat16)
+        expected = mx.mxfp8_quantize(x.bfloat16())
+        assert torch.equal(values.view(torch.uint8), expected[0].view(torch.uint8))
+        assert torch.equal(scales, expected[1])
+        assert bool(error.isfinite().all()) == (int(scales) != 255)
+
+
 def test_squared_errors_add_up_over_parts_of_very_different_sizes(path):
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(6, 96, generator=generator) * 2.0 ** torch.tensor([-120, -60, 0, 20, 60, 62.0])[:, None]

@@ -185,6 +185,30 @@ def squared_error(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -
     return _error_parts("squares", 2, x, values, scales).sum(0)
 
 
+def mxfp8_encode(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x rounded to `dtype`, quantised, and what that lost; float32 through bfloat16 in one pass of a CPU's memory.
+
+    Returns:
+        values and scales of `mxfp8_quantize(x.to(dtype))`, and its `squared_error`.
+
+    Raises:
+        TypeError, ValueError: as `mxfp8_quantize`.
+    """
+    _check_source(x, "x")
+    library = _native_library(x.device)
+    if (x.dtype, dtype) != (torch.float32, torch.bfloat16) or library is None or not x.numel():
+        rounded = x.to(dtype)
+        values, scales = mxfp8_quantize(rounded)
+        return values, scales, squared_error(rounded, values, scales)
+    values = torch.empty(x.shape, dtype=torch.float8_e4m3fn)
+    scales = torch.empty((*x.shape[:-1], _ceil_div(x.shape[-1], MX_BLOCK_SIZE)), dtype=torch.uint8)
+    source, stride, rows, k = _as_rows(x.detach())
+    parts = torch.empty(rows * _ceil_div(_ceil_div(k, MX_BLOCK_SIZE), 64), 2, dtype=torch.float64)
+    pointers = values.data_ptr(), scales.data_ptr(), parts.data_ptr()
+    library.mx_encode_f32_bf16(source.data_ptr(), stride, *pointers, rows, k, 0, torch.get_num_threads())
+    return values, scales, parts.sum(0)
+
+
 def _error_parts(
     kernel: str, columns: int, x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor
 ) -> torch.Tensor:

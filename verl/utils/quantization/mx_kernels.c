@@ -132,28 +132,41 @@ static void run_f16(const uint16_t *restrict x, int n, uint8_t *restrict q, uint
     run_f32(u, n, q, scale, up);
 }
 
-/* x[rows, k] with `stride` elements from row to row -> q[rows, k], scale[rows, ceil(k / 32)], both contiguous. */
-#define QUANTIZE(NAME, T, WIDEN)                                                                                       \
-    void mx_quantize_##NAME(const T *x, int64_t stride, uint8_t *q, uint8_t *scale, int64_t rows, int64_t k, int up,   \
-                            int threads) {                                                                             \
-        int64_t whole = k / BLOCK, per_row = (k + BLOCK - 1) / BLOCK, runs = (per_row + RUN - 1) / RUN;                \
-        int64_t total = rows * runs;                                                                                   \
-        _Pragma("omp parallel for num_threads(threads) schedule(dynamic, 16) if (total > 16 && threads > 1)")          \
-        for (int64_t r = 0; r < total; r++) {                                                                          \
-            int64_t row = r / runs, block = (r % runs) * RUN, n = whole - block < RUN ? whole - block : RUN;           \
-            const T *in = x + row * stride + block * BLOCK;                                                            \
-            uint8_t *out = q + row * k + block * BLOCK, *bytes = scale + row * per_row + block;                        \
-            run_##NAME(in, (int)n, out, bytes, up);                                                                    \
-            if (block + RUN >= per_row && k % BLOCK) {                                                                 \
-                uint32_t u[BLOCK];                                                                                     \
-                for (int i = 0; i < k % BLOCK; i++) u[i] = WIDEN(in[n * BLOCK + i]);                                   \
-                quantize_any(u, (int)(k % BLOCK), out + n * BLOCK, bytes + n, up);                                     \
-            }                                                                                                          \
+/* What a run of `n` elements, the last block of them perhaps a part of one, becomes. */
+#define QUANTIZE_RUN(NAME, T, WIDEN)                                                                                   \
+    static void quantize_run_##NAME(const T *in, int64_t n, uint8_t *out, uint8_t *bytes, int up) {                    \
+        int64_t whole = n / BLOCK, rest = n % BLOCK;                                                                   \
+        run_##NAME(in, (int)whole, out, bytes, up);                                                                    \
+        if (rest) {                                                                                                    \
+            uint32_t u[BLOCK];                                                                                         \
+            for (int64_t i = 0; i < rest; i++) u[i] = WIDEN(in[whole * BLOCK + i]);                                    \
+            quantize_any(u, (int)rest, out + whole * BLOCK, bytes + whole, up);                                        \
         }                                                                                                              \
     }
-QUANTIZE(f32, uint32_t, widen_f32)
-QUANTIZE(bf16, uint16_t, widen_bf16)
-QUANTIZE(f16, uint16_t, widen_f16)
+QUANTIZE_RUN(f32, uint32_t, widen_f32)
+QUANTIZE_RUN(bf16, uint16_t, widen_bf16)
+QUANTIZE_RUN(f16, uint16_t, widen_f16)
+
+/* For each run `r` of a matrix of `rows` rows: `n` elements from the `first` one of `row` on. */
+#define FOR_RUNS(...)                                                                                                  \
+    int64_t per_row = (k + BLOCK - 1) / BLOCK, runs = (per_row + RUN - 1) / RUN, total = rows * runs;                  \
+    _Pragma("omp parallel for num_threads(threads) schedule(dynamic, 16) if (total > 16 && threads > 1)")              \
+    for (int64_t r = 0; r < total; r++) {                                                                              \
+        int64_t row = r / runs, first = (r % runs) * RUN * BLOCK, left = k - first;                                   \
+        int64_t n = left < RUN * BLOCK ? left : RUN * BLOCK;                                                           \
+        __VA_ARGS__                                                                                                    \
+    }
+
+/* x[rows, k] with `stride` elements from row to row -> q[rows, k], scale[rows, ceil(k / 32)], both contiguous. */
+#define QUANTIZE(NAME, T)                                                                                              \
+    void mx_quantize_##NAME(const T *x, int64_t stride, uint8_t *q, uint8_t *scale, int64_t rows, int64_t k, int up,   \
+                            int threads) {                                                                             \
+        FOR_RUNS(quantize_run_##NAME(x + row * stride + first, n, q + row * k + first,                                 \
+                                     scale + row * per_row + first / BLOCK, up);)                                      \
+    }
+QUANTIZE(f32, uint32_t)
+QUANTIZE(bf16, uint16_t)
+QUANTIZE(f16, uint16_t)
 
 static inline uint32_t decode(uint8_t q, float scale) {
     uint32_t a = q & 0x7fu;
@@ -257,42 +270,60 @@ static inline void add_squares(const uint32_t *restrict u, const uint8_t *restri
     }
 }
 
-#define SQUARES(NAME, T, WIDEN)                                                                                        \
+#define SQUARES_RUN(NAME, T, WIDEN)                                                                                    \
+    static void squares_run_##NAME(const T *in, int64_t n, const uint8_t *q, const uint8_t *bytes, double *result) {   \
+        int64_t blocks = (n + BLOCK - 1) / BLOCK;                                                                      \
+        float error2[BLOCK] = {0}, norm2[BLOCK] = {0};                                                                 \
+        double sums[2] = {0.0, 0.0}, unit2;                                                                            \
+        int largest = 0;                                                                                               \
+        for (int64_t b = 0; b < blocks; b++) largest = bytes[b] > largest && bytes[b] < 255 ? bytes[b] : largest;      \
+        float unit = as_float(largest == 254 ? 0x00400000u : (uint32_t)(254 - largest) << 23);                         \
+        for (int64_t b = 0; b < blocks; b++) {                                                                         \
+            int below = largest - (int)bytes[b];                                                                       \
+            float factor = as_float(below < 0 ? 0x7fc00000u : below > 126 ? 0u : (uint32_t)(127 - below) << 23);       \
+            const uint8_t *codes = q + b * BLOCK;                                                                      \
+            uint32_t u[BLOCK];                                                                                         \
+            uint8_t padded[BLOCK] = {0};                                                                               \
+            if (n - b * BLOCK >= BLOCK) for (int i = 0; i < BLOCK; i++) u[i] = WIDEN(in[b * BLOCK + i]);               \
+            else {                                                                                                     \
+                memset(u, 0, sizeof u);                                                                                \
+                for (int i = 0; i < n - b * BLOCK; i++) u[i] = WIDEN(in[b * BLOCK + i]), padded[i] = codes[i];         \
+                codes = padded;                                                                                        \
+            }                                                                                                          \
+            add_squares(u, codes, unit, factor, error2, norm2);                                                        \
+        }                                                                                                              \
+        for (int i = 0; i < BLOCK; i++) sums[0] += (double)error2[i], sums[1] += (double)norm2[i];                     \
+        uint64_t unit_bits = (uint64_t)(2 * largest - 254 + 1023) << 52;                                               \
+        memcpy(&unit2, &unit_bits, 8);                                                                                 \
+        result[0] = unit2 * sums[0];                                                                                   \
+        result[1] = unit2 * sums[1];                                                                                   \
+    }
+SQUARES_RUN(f32, uint32_t, widen_f32)
+SQUARES_RUN(bf16, uint16_t, widen_bf16)
+SQUARES_RUN(f16, uint16_t, widen_f16)
+
+#define SQUARES(NAME, T)                                                                                               \
     void mx_squares_##NAME(const T *x, int64_t stride, const uint8_t *q, const uint8_t *scale, double *result,         \
                            int64_t rows, int64_t k, int threads) {                                                     \
-        int64_t per_row = (k + BLOCK - 1) / BLOCK, runs = (per_row + RUN - 1) / RUN, total = rows * runs;              \
-        _Pragma("omp parallel for num_threads(threads) schedule(dynamic, 16) if (total > 16 && threads > 1)")          \
-        for (int64_t r = 0; r < total; r++) {                                                                          \
-            int64_t row = r / runs, first = (r % runs) * RUN, last = first + RUN < per_row ? first + RUN : per_row;    \
-            const uint8_t *bytes = scale + row * per_row;                                                              \
-            float error2[BLOCK] = {0}, norm2[BLOCK] = {0};                                                             \
-            double sums[2] = {0.0, 0.0}, unit2;                                                                        \
-            int largest = 0;                                                                                           \
-            for (int64_t b = first; b < last; b++)                                                                     \
-                largest = bytes[b] > largest && bytes[b] < 255 ? bytes[b] : largest;                                   \
-            float unit = as_float(largest == 254 ? 0x00400000u : (uint32_t)(254 - largest) << 23);                     \
-            for (int64_t b = first; b < last; b++) {                                                                   \
-                const T *in = x + row * stride + b * BLOCK;                                                            \
-                const uint8_t *codes = q + row * k + b * BLOCK;                                                        \
-                int below = largest - (int)bytes[b];                                                                   \
-                float factor = as_float(below < 0 ? 0x7fc00000u : below > 126 ? 0u : (uint32_t)(127 - below) << 23);   \
-                uint32_t u[BLOCK];                                                                                     \
-                uint8_t padded[BLOCK] = {0};                                                                           \
-                if (k - b * BLOCK >= BLOCK) for (int i = 0; i < BLOCK; i++) u[i] = WIDEN(in[i]);                       \
-                else {                                                                                                 \
-                    memset(u, 0, sizeof u);                                                                            \
-                    for (int i = 0; i < k - b * BLOCK; i++) u[i] = WIDEN(in[i]), padded[i] = codes[i];                 \
-                    codes = padded;                                                                                    \
-                }                                                                                                      \
-                add_squares(u, codes, unit, factor, error2, norm2);                                                    \
-            }                                                                                                          \
-            for (int i = 0; i < BLOCK; i++) sums[0] += (double)error2[i], sums[1] += (double)norm2[i];                 \
-            uint64_t unit_bits = (uint64_t)(2 * largest - 254 + 1023) << 52;                                           \
-            memcpy(&unit2, &unit_bits, 8);                                                                             \
-            result[2 * r] = unit2 * sums[0];                                                                           \
-            result[2 * r + 1] = unit2 * sums[1];                                                                       \
-        }                                                                                                              \
+        FOR_RUNS(squares_run_##NAME(x + row * stride + first, n, q + row * k + first,                                  \
+                                    scale + row * per_row + first / BLOCK, result + 2 * r);)                           \
     }
-SQUARES(f32, uint32_t, widen_f32)
-SQUARES(bf16, uint16_t, widen_bf16)
-SQUARES(f16, uint16_t, widen_f16)
+SQUARES(f32, uint32_t)
+SQUARES(bf16, uint16_t)
+SQUARES(f16, uint16_t)
+
+/* binary32 to bfloat16, to nearest even; any NaN is a NaN. */
+static inline uint16_t round_bf16(uint32_t u) { return (u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : to_bf16(u); }
+
+/* binary32 rounded to bfloat16, that quantised, and what that lost, while a run is in the cache: results as of
+ * mx_quantize_bf16 and mx_squares_bf16 on the rounded x. */
+void mx_encode_f32_bf16(const uint32_t *x, int64_t stride, uint8_t *q, uint8_t *scale, double *result, int64_t rows,
+                        int64_t k, int up, int threads) {
+    FOR_RUNS(
+        uint16_t h[RUN * BLOCK];
+        const uint32_t *in = x + row * stride + first;
+        uint8_t *codes = q + row * k + first, *bytes = scale + row * per_row + first / BLOCK;
+        for (int64_t i = 0; i < n; i++) h[i] = round_bf16(in[i]);
+        quantize_run_bf16(h, n, codes, bytes, up);
+        squares_run_bf16(h, n, codes, bytes, result + 2 * r);)
+}

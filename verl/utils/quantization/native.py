@@ -29,7 +29,9 @@ _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _QUANTIZE = [_POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, _INT, _INT]
 _DEQUANTIZE = [_POINTER, _POINTER, _POINTER, _LONG, _LONG, _INT]
 _ERROR = [_POINTER, _LONG, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _INT]
+_ENCODE = [_POINTER, _LONG, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _INT, _INT]
 _SIGNATURES = {
+    "mx_encode_f32_bf16": _ENCODE,
     **{f"mx_quantize_{kind}": _QUANTIZE for kind in ("f32", "bf16", "f16")},
     **{f"mx_dequantize_{kind}": _DEQUANTIZE for kind in ("f32", "bf16")},
     **{f"mx_{what}_{kind}": _ERROR for what in ("error", "squares") for kind in ("f32", "bf16", "f16")},

@@ -33,8 +33,10 @@ class RowEncoder(Protocol):
     def encodes_rows(self, name: str) -> bool:
         """Whether a checkpoint tensor may be encoded some rows at a time."""
 
-    def encode_weight(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What rows [..., K] become, by suffix of the name: tensors of the same leading shape."""
+    def encode_weight(
+        self, name: str, weight: torch.Tensor, dtype: torch.dtype | None = None
+    ) -> dict[str, torch.Tensor]:
+        """What rows [..., K], rounded to `dtype`, become, by suffix of the name: tensors of the same leading shape."""
 
 
 class Unit(ABC):
@@ -82,8 +84,9 @@ class RowUnit(Unit):
 
         They may share the parameter's memory.
         """
-        rows = _cast(self._local, self._dtype)
-        return {"": rows} if self._encoder is None else self._encoder.encode_weight(self.name, rows)
+        if self._encoder is None:
+            return {"": _cast(self._local, self._dtype)}
+        return self._encoder.encode_weight(self.name, self._local, self._dtype)
 
     def owns(self, part: torch.Tensor) -> bool:
         """Whether a part will stay as it is when the parameter changes."""

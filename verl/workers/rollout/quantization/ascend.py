@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from verl.utils.quantization.mx import MX_BLOCK_SIZE, mxfp8_quantize, npu_mxfp8_quantize, squared_error
+from verl.utils.quantization.mx import MX_BLOCK_SIZE, mxfp8_encode, npu_mxfp8_quantize, squared_error
 from verl.utils.vllm.ascend_description import AscendDescription, resolve_description
 from verl.utils.vllm.ascend_release import refuse_unpaired_groups
 from verl.utils.vllm.layout_map import Target
@@ -69,11 +69,12 @@ class AscendScheme(ScaledScheme):
     def encodes_rows(self, name: str) -> bool:
         return name in self.description.parameters and self.description.is_quantised(name)
 
-    def quantise(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return (npu_mxfp8_quantize if weight.device.type == "npu" else mxfp8_quantize)(weight)
-
-    def squared_error(self, weight: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        return squared_error(weight, values, scales)
+    def quantise(self, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if weight.device.type != "npu":
+            return mxfp8_encode(weight, dtype)
+        rounded = weight.to(dtype)
+        values, scales = npu_mxfp8_quantize(rounded)
+        return values, scales, squared_error(rounded, values, scales)
 
     @staticmethod
     def finite_scales(scales: torch.Tensor) -> bool:

@@ -67,8 +67,10 @@ class QuantizationScheme(ABC):
         """Whether a checkpoint tensor may be encoded some rows at a time: the rows' codes are the codes' rows."""
         return False
 
-    def encode_weight(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What some rows of a weight become, by suffix of the name; only where `encodes_rows`."""
+    def encode_weight(
+        self, name: str, weight: torch.Tensor, dtype: torch.dtype | None = None
+    ) -> dict[str, torch.Tensor]:
+        """What some rows of a weight, rounded to `dtype`, become, by suffix of the name; only where `encodes_rows`."""
         raise NotImplementedError(f"{type(self).__name__} encodes no single weights")
 
     def encode(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:

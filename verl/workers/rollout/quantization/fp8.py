@@ -76,13 +76,12 @@ class Fp8Scheme(ScaledScheme):
         layer = self._layers.get(name)
         return layer is not None and layer.quantised
 
-    def quantise(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return fp8_block_quantize(weight)
-
-    def squared_error(self, weight: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    def quantise(self, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        weight = weight.to(dtype)
+        values, scales = fp8_block_quantize(weight)
         weight = weight.float()
         error = fp8_block_dequantize(values, scales, torch.float32) - weight
-        return torch.stack([error.square().sum(), weight.square().sum()])
+        return values, scales, torch.stack([error.square().sum(), weight.square().sum()])
 
     @staticmethod
     def finite_scales(scales: torch.Tensor) -> bool:

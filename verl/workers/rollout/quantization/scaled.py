@@ -105,23 +105,26 @@ class ScaledScheme(QuantizationScheme):
         """Whether a checkpoint tensor is quantised."""
 
     @abstractmethod
-    def quantise(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Values float8_e4m3fn of the weight's shape, and scales; NaN and Inf must show in the scales."""
+    def quantise(self, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A weight, rounded to `dtype` first.
 
-    @abstractmethod
-    def squared_error(self, weight: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """[2]: squared error of (values, scales), and sum of squares of the weight, on its device."""
+        Returns:
+            values float8_e4m3fn of its shape; scales, in which NaN and Inf must show; [2] squared error of the two,
+            and sum of squares of the rounded weight, on its device.
+        """
 
     @staticmethod
     @abstractmethod
     def finite_scales(scales: torch.Tensor) -> bool:
         """Whether the weight that these are the scales of was finite."""
 
-    def encode_weight(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    def encode_weight(
+        self, name: str, weight: torch.Tensor, dtype: torch.dtype | None = None
+    ) -> dict[str, torch.Tensor]:
         """Suffix -> tensor: what a weight, or some of its rows, becomes. NaN and Inf are left to `check_sent`."""
         started = time.perf_counter()
-        values, scales = self.quantise(weight)
-        self._report.add(name, self.squared_error(weight, values, scales))
+        values, scales, error = self.quantise(weight, dtype or weight.dtype)
+        self._report.add(name, error)
         self._report.seconds += time.perf_counter() - started
         return {"": values, self.scaled.suffix: scales}
 
