@@ -192,6 +192,8 @@ class LayerwiseLoadSession:
             tied = {name: layer for name, layer in self._open.items() if _layer_info(layer).load_numel <= 0}
             if self._hooks is not None:
                 self._hooks.finish(self._model)
+            if self._trace is not None:
+                self._trace.bring(())  # what layers waited with: padded ones are only made now
             with self._trace or nullcontext():
                 finalize_layerwise_reload(self._reloaded, self._vllm_config.model_config)
             derived = {name: make for name, layer in tied.items() if (make := _processing(layer)) is not None}

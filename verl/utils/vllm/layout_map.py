@@ -145,10 +145,12 @@ class LayoutMap:
     Attributes:
         regions: by checkpoint name, every parameter that it is a part of.
         opaque: names with a part that did not arrive unchanged in a parameter's memory.
+        names: all that were brought; of one that is neither of the above nothing was seen to be taken.
     """
 
     regions: dict[str, list[tuple[Target, Region]]] = field(default_factory=dict)
     opaque: set[str] = field(default_factory=set)
+    names: set[str] = field(default_factory=set)
 
     def filled(self) -> dict[str, int]:
         """Elements that arrived in each parameter, by the engine's name."""
@@ -189,7 +191,9 @@ class LoadTrace(TorchDispatchMode):
 
     def bring(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """The tensors that are loaded next; earlier ones that nothing holds are forgotten."""
-        known = [*self._kept.items(), *((name, tensor) for name, tensor in named_tensors if tensor.numel())]
+        brought = [(name, tensor) for name, tensor in named_tensors if tensor.numel()]
+        self.map.names.update(name for name, _ in brought)
+        known = [*self._kept.items(), *brought]
         self._sources = sorted((tensor.data_ptr(), name, tensor) for name, tensor in known)
         self._starts = [start for start, _, _ in self._sources]
 

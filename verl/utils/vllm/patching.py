@@ -49,7 +49,9 @@ class EnginePatcher:
         of_reloaded = {
             name for name, found in layout.regions.items() if any(target.layer in reloaded for target, _ in found)
         }
-        self._shadows: dict[str, torch.Tensor | None] = dict.fromkeys(sorted(layout.opaque | of_reloaded))
+        # A layer that is loaded again may have been made, in a way that was not seen, of what was not seen to be taken.
+        unseen = layout.names - layout.regions.keys() if reloaded else set()
+        self._shadows: dict[str, torch.Tensor | None] = dict.fromkeys(sorted(layout.opaque | of_reloaded | unseen))
         self._regions = {
             name: [(target, region) for target, region in found if target.layer not in reloaded]
             for name, found in layout.regions.items()
