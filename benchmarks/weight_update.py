@@ -23,7 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,16 +62,21 @@ class MovingWorker(TrainWorker):
     def move(self, learning_rate: float, seed: int) -> None:
         """Every weight up or down by `learning_rate`."""
         generator = torch.Generator().manual_seed(seed)
-        for parameter in self._actor.engine.module.parameters():
-            weight = parameter.data.to_local() if isinstance(parameter.data, DTensor) else parameter.data
+        for weight in self._local_weights():
             up = torch.randint(0, 2, weight.shape, generator=generator, dtype=torch.int8)
             weight += learning_rate * (2 * up - 1)
 
     def scale(self, factor: float) -> None:
-        """Every matrix times `factor`."""
-        for parameter in self._actor.engine.module.parameters():
-            if parameter.dim() > 1:
-                parameter.data.mul_(factor)
+        """Every matrix times `factor`, and off the grid of bfloat16, where trained weights are not."""
+        generator = torch.Generator().manual_seed(0)
+        for weight in self._local_weights():
+            if weight.dim() > 1:
+                weight *= factor * (1 + 0.01 * torch.randn(weight.shape, generator=generator))
+
+    def _local_weights(self) -> Iterator[torch.Tensor]:
+        for parameter in self._actor.engine.model.parameters():
+            data = parameter.data
+            yield data.to_local() if isinstance(data, DTensor) else data
 
 
 @dataclass
@@ -240,7 +245,7 @@ def print_table(size: str, dtype: str, records: dict[str, list[tuple[float, dict
             values = [metrics[f"weight_update/{part}"] for _, metrics in record if metrics]
             line += f"{statistics.median(values) * 1e3:>8.1f}" if values else " " * 8
         mebibytes = [metrics["weight_update/MiB"] for _, metrics in record if metrics]
-        print(line + (f"{mebibytes[0]:>8.1f}" if mebibytes else ""))
+        print(line + (f"{statistics.median(mebibytes):>8.2f}" if mebibytes else ""))
 
 
 async def run(sizes: list[str], dtype: str, rounds: int, std: float) -> dict[str, dict[str, Any]]:
