@@ -178,7 +178,7 @@ class TrainWorker:
     def _everything(self) -> Iterator[tuple[str, torch.Tensor]]:
         return self._sent.everything(self._units())
 
-    def _changes(self, base: int) -> Iterator[Block]:
+    def _changes(self, base: int) -> Iterator[Block | None]:
         self._sent.check(base)
         return self._sent.changes(self._units(), torch.device(self._device))
 

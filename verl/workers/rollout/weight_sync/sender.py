@@ -29,6 +29,10 @@ class _Packing(Protocol):
     def num_buckets(self) -> int:
         """Sealed so far."""
 
+    @property
+    def waits(self) -> bool:
+        """Whether something was added that is not sealed yet."""
+
     def add(self, writer: BucketWriter, item: Any) -> bool:
         """Whether an item of the stream fitted."""
 
@@ -69,8 +73,8 @@ class WeightSender:
         """Start an update that sends everything; one that was not finished is forgotten."""
         self._begin(_Whole(version), named_tensors)
 
-    def begin_delta(self, version: int, base: int, blocks: Iterable[Block]) -> None:
-        """Start an update that sends what changed since version `base`."""
+    def begin_delta(self, version: int, base: int, blocks: Iterable[Block | None]) -> None:
+        """Start an update that sends what changed since version `base`; at a None what came so far is sent."""
         self._begin(_Delta(version, base), blocks)
 
     def _begin(self, packing: _Packing, stream: Iterable[Any]) -> None:
@@ -101,6 +105,10 @@ class WeightSender:
             packing.add(writer, self._waiting)
             self._waiting = None
         for item in self._stream:
+            if item is None:
+                if packing.waits:
+                    return False
+                continue
             if not packing.add(writer, item):
                 self._waiting = item
                 return False
@@ -134,6 +142,10 @@ class _Whole:
     def num_buckets(self) -> int:
         return self._manifest.num_buckets
 
+    @property
+    def waits(self) -> bool:
+        return self.nbytes > 0
+
     def add(self, writer: BucketWriter, item: tuple[str, torch.Tensor]) -> bool:
         if not writer.add(*item):
             return False
@@ -156,6 +168,10 @@ class _Delta:
         self._version, self._base = version, base
         self.num_buckets = self._num_pieces = self._num_values = 0
         self._pieces: list[Piece] = []
+
+    @property
+    def waits(self) -> bool:
+        return bool(self._pieces)
 
     def add(self, writer: BucketWriter, item: Block) -> bool:
         pieces, memory = item

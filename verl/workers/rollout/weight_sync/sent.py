@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -17,8 +18,10 @@ from verl.workers.rollout.weight_sync.block_gather import Block, gather_blocks
 from verl.workers.rollout.weight_sync.delta import DeltaBlock, bits
 from verl.workers.rollout.weight_sync.manifest import WeightUpdateError
 
-# After so many bytes of a whole update, the same on all ranks, their changes travel to rank 0.
-_CHUNK_BYTES = 256 << 20
+# After so many bytes of a whole update, the same on all ranks, their changes travel to rank 0: few enough to bound
+# memory, and a share of the model small enough that the engine changes one while the next is compared.
+_CHUNK_BYTES, _SMALLEST_CHUNK = 256 << 20, 16 << 20
+_CHUNKS = 6
 
 
 class SentWeights:
@@ -34,6 +37,7 @@ class SentWeights:
         # By name of the parameter, or of the checkpoint tensor where that is what rank 0 encodes; suffixes included.
         self._kept: dict[str, torch.Tensor] = {}
         self._version: int | None = None
+        self._whole_bytes = 0
 
     def check(self, base: int) -> None:
         """Refuse a delta to anything but the version that is kept."""
@@ -52,10 +56,11 @@ class SentWeights:
         Raises:
             WeightUpdateError: a weight that holds NaN or Inf, on rank 0.
         """
-        self._version = None
+        self._version, self._whole_bytes = None, 0
         first = dist.get_rank() == 0
         try:
             for unit in units:
+                self._whole_bytes += unit.nbytes
                 by_rows = isinstance(unit, RowUnit)
                 if by_rows and unit.sends and self._keeps:
                     for suffix, part in unit.parts.items():
@@ -71,8 +76,10 @@ class SentWeights:
                 unit.gather()
             raise
 
-    def changes(self, units: Iterator[Unit], device: torch.device) -> Iterator[Block]:
+    def changes(self, units: Iterator[Unit], device: torch.device) -> Iterator[Block | None]:
         """On rank 0 what changed on all ranks since the last commit; on other ranks nothing. Collective, as above.
+
+        A None stands between what should travel on and what is only compared now.
 
         Args:
             device: of the process group's collectives.
@@ -81,6 +88,7 @@ class SentWeights:
             WeightUpdateError: a changed weight that holds NaN or Inf; on all ranks, whichever holds it.
         """
         self._version = None
+        chunk = min(_CHUNK_BYTES, max(_SMALLEST_CHUNK, self._whole_bytes // _CHUNKS))
         block, nbytes, error = DeltaBlock(), 0, None
         for unit in units:
             try:
@@ -88,8 +96,10 @@ class SentWeights:
             except Exception as found:  # noqa: BLE001  (raised on all ranks, where none is waited for)
                 error = error or found
             nbytes += unit.nbytes
-            if nbytes >= _CHUNK_BYTES:
+            if nbytes >= chunk:
                 yield from gather_blocks(block, device, error)
+                if dist.get_rank() == 0:
+                    yield None
                 block, nbytes = DeltaBlock(), 0
         yield from gather_blocks(block, device, error)
 
@@ -152,8 +162,15 @@ def changed_places(old: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
     if not any(count % per_word for count in (now.numel(), before.storage_offset(), now.storage_offset())):
         # Eight bytes at a time: most of them have not changed.
         old_words, new_words = before.view(torch.int64), now.view(torch.int64)
-        words = (old_words != new_words).nonzero().squeeze(-1)
+        words = _places(old_words != new_words)
         if 4 * words.numel() <= new_words.numel():
-            inside = (old_words[words].view(now.dtype) != new_words[words].view(now.dtype)).nonzero().squeeze(-1)
+            inside = _places(old_words[words].view(now.dtype) != new_words[words].view(now.dtype))
             return words[inside // per_word] * per_word + inside % per_word
-    return (before != now).nonzero().squeeze(-1)
+    return _places(before != now)
+
+
+def _places(mask: torch.Tensor) -> torch.Tensor:
+    """Where a mask [n] is set, int64; on a CPU by numpy, which is faster at it."""
+    if mask.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return mask.nonzero().squeeze(-1)
