@@ -4,7 +4,7 @@ SHELL := bash
 python := .venv/bin/python
 
 .PHONY: help setup quickstart test contract lint format sweep study lock \
-	bench bench-step bench-overhead bench-growth bench-scale
+	bench bench-update bench-step bench-overhead bench-growth bench-scale
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
@@ -35,6 +35,9 @@ format: setup ## let ruff mend what it can
 bench: setup ## benchmarks that take minutes; each prints a table
 	@for benchmark in quantizer weight_update generation overhead scale_model; do \
 		$(python) benchmarks/$$benchmark.py || exit 1; done
+
+bench-update: setup ## weight updates against copying their bytes; writes its table into docs/performance.md
+	$(python) benchmarks/weight_update.py --write docs/performance.md $(ARGS)
 
 bench-step: setup ## a GRPO step against TRL's; writes its table into docs/performance.md
 	$(python) benchmarks/grpo_step.py --write docs/performance.md $(ARGS)

@@ -31,6 +31,7 @@ from typing import Any
 import machine
 import models
 import ray
+import tables
 import torch
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
@@ -263,12 +264,27 @@ def of_whole(records: dict[str, list[tuple[float, dict[str, Any]]]], name: str) 
     return statistics.median(sent), statistics.median(a / b for (a, _), (b, _) in pairs)
 
 
+def table(found: dict[str, dict[str, Any]]) -> str:
+    """What every row took, in Markdown."""
+    rows = []
+    for size, records in found.items():
+        for name, record in records.items():
+            whole = statistics.median(seconds for seconds, _ in record)
+            sent = [metrics["weight_update/MiB"] for _, metrics in record if metrics]
+            shares = [f"{share:.2%}" for share in of_whole(records, name)] if sent else ["", ""]
+            mebibytes = f"{statistics.median(sent):.2f}" if sent else ""
+            rows.append([size, name, f"{whole * 1e3:.0f}", f"{ratio(records, name):.1f}", mebibytes, *shares])
+    head = ["model", "what", "ms", "x copying", "MiB", "of the first update's bytes", "of its time"]
+    return tables.markdown(head, rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--sizes", nargs="+", default=list(models.CONFIGS), choices=list(models.CONFIGS))
     parser.add_argument("--rounds", type=int, default=9, help="measured rounds, after one to warm up")
     parser.add_argument("--std", type=float, default=SMOLLM2_STD, help="of the weights")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the engine")
+    tables.add_write_option(parser)
     arguments = parser.parse_args()
     print(machine.header())
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
@@ -285,6 +301,9 @@ def main() -> None:
         for name in (name for name in records if name.startswith("changes")):
             sent, seconds = of_whole(records, name)
             print(f"  {size:<6}{name.split()[-1]:>7}{sent:>9.2%}{seconds:>7.2f}")
+    if arguments.write:
+        command = f"benchmarks/weight_update.py --sizes {' '.join(arguments.sizes)} --rounds {arguments.rounds}"
+        tables.write_section(arguments.write, "weight_update", f"{tables.caption(command)}\n\n{table(found)}")
 
 
 if __name__ == "__main__":
