@@ -260,6 +260,12 @@ class LayerwiseLoadSession:
         assert self._patcher is not None
         self._patcher.patch(name, places, start, values)
 
+    def settle_patches(self) -> None:
+        """After some of them: make anew what is derived from what changed, while the next ones are on their way."""
+        assert self._patcher is not None
+        with self._context():
+            self._patcher.settle()
+
     def finish_patch(self) -> None:
         """After the last `patch`."""
         assert self._patcher is not None

@@ -23,7 +23,7 @@ def _place(tensor: torch.Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
 
 
 class EnginePatcher:
-    """Made from a recorded load; used in the order `check`, `patch` for each change, `finish`.
+    """Made from a recorded load; `patch` for each change, `settle` now and then, `finish`.
 
     Args:
         model: the engine's model.
@@ -56,9 +56,6 @@ class EnginePatcher:
             name: [(target, region) for target, region in found if target.layer not in reloaded]
             for name, found in layout.regions.items()
         }
-        self._forget()
-
-    def _forget(self) -> None:
         self._places: dict[str, dict[str, list[torch.Tensor]]] = {}
         self._touched: set[int] = set()
         self._reload_due = False
@@ -137,24 +134,24 @@ class EnginePatcher:
             self._places.setdefault(target.layer, {}).setdefault(key, []).append(at)
 
     @torch.no_grad()
-    def finish(self) -> None:
-        """Make anew what is derived from weights that changed."""
-        self._refresh(
-            {
-                layer: {key: torch.cat(parts) for key, parts in changed.items()}
-                for layer, changed in self._places.items()
-            }
-        )
-        if self._reload_due:
-            self._reload(
-                self._reloaded, [(name, shadow) for name, shadow in self._shadows.items() if shadow is not None]
-            )
-            for layer in self._reloaded.values():
-                self._touched.update(
-                    storage_of(p.data) for p in layer._parameters.values() if p is not None and p.numel()
-                )
+    def settle(self) -> None:
+        """Make anew what is derived from what was written since the last time."""
+        places = {layer: {key: torch.cat(parts) for key, parts in keys.items()} for layer, keys in self._places.items()}
+        self._refresh(places)
         for name, make in self._derived.items():
             own = (p for p in self._layers[name]._parameters.values() if p is not None and p.numel())
             if any(storage_of(parameter.data) in self._touched for parameter in own):
                 make()
-        self._forget()
+        self._places, self._touched = {}, set()
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """After the last change: load again what has to be, and settle."""
+        if self._reload_due:
+            self._reload_due = False
+            kept = [(name, shadow) for name, shadow in self._shadows.items() if shadow is not None]
+            self._reload(self._reloaded, kept)
+            for layer in self._reloaded.values():
+                parameters = (p for p in layer._parameters.values() if p is not None and p.numel())
+                self._touched.update(storage_of(parameter.data) for parameter in parameters)
+        self.settle()

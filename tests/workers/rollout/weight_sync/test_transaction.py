@@ -51,6 +51,9 @@ class DictSession:
         flat[where] = bits(values)
         self.patched += 1
 
+    def settle_patches(self):
+        pass
+
     def finish_patch(self):
         self.finished += 1
 

@@ -38,6 +38,9 @@ class LoadSession(Protocol):
     def patch(self, name: str, places: torch.Tensor | None, start: int, values: torch.Tensor) -> None:
         """Change elements of a checkpoint tensor: `places` of it flattened, or those from `start` on."""
 
+    def settle_patches(self) -> None:
+        """After those of a bucket."""
+
     def finish_patch(self) -> None:
         """After the last `patch`."""
 
@@ -236,6 +239,7 @@ class _Delta(_Update):
             self._session.patch(piece.name, places, piece.start, values)
             self._pieces += 1
             self._values += piece.count
+        self._session.settle_patches()
         self.nbytes += block.numel()
 
     def finish(self, manifest: dict[str, Any]) -> None:
