@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from fixtures.deltas import Changes, nudged
 from fixtures.engine import Engine, log_probs_of, weights_of
 from fixtures.tiny import write_tiny_model
 from fixtures.torchao import torchao_directory
@@ -47,5 +48,15 @@ def test_new_weights_are_the_ones_that_count(tmp_path, config_file):
             difference = (log_probs - log_probs_of(fake_quantised(source), answers)).abs().mean()
             plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
             assert difference < 0.3 * (log_probs - log_probs_of(plain, answers)).abs().mean()
+        # What changed alone is quantised as a whole update is.
+        old = dict(scheme.encode(weights_of(first).items()))
+        new = nudged(old, 0, size=1e-2)
+        changes, before = Changes(old, new, 4), engine.rpc("verl_parameter_hashes")
+        engine.checked("verl_begin_update", 4, engine.quantization, 3)
+        engine.checked("verl_load_bucket", changes.bucket)
+        engine.checked("verl_finish_update", changes.manifest)
+        changed = engine.rpc("verl_parameter_hashes")
+        engine.update(new.items(), 5)
+        assert engine.rpc("verl_parameter_hashes") == changed != before
     finally:
         engine.close()

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 # Integers of an element's size: bytes are moved, never converted.
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -29,8 +29,8 @@ Steps = tuple[tuple[int, int, int], ...]
 
 
 def storage_of(tensor: torch.Tensor) -> int:
-    """What tensors that share memory have in common."""
-    return tensor.untyped_storage().data_ptr()
+    """What tensors that share memory have in common; 0 for one that is made of others, such as torchao's."""
+    return 0 if is_traceable_wrapper_subclass(tensor) else tensor.untyped_storage().data_ptr()
 
 
 def _merged(steps: Iterable[tuple[int, int, int]]) -> Steps:
@@ -227,7 +227,7 @@ class LoadTrace(TorchDispatchMode):
 
     def _origin(self, tensor: torch.Tensor) -> tuple[str, torch.Tensor, int] | None:
         """Name and whole of the checkpoint tensor that this is a view of, and its first element's place in it."""
-        if tensor.is_meta or not tensor.numel():
+        if tensor.is_meta or not tensor.numel() or not storage_of(tensor):
             return None
         index = bisect.bisect_right(self._starts, tensor.data_ptr()) - 1
         if index < 0:
@@ -326,7 +326,7 @@ def parameters_by_storage(layers: Mapping[str, nn.Module]) -> dict[int, Target]:
     found: dict[int, Target] = {}
     for layer_name, layer in layers.items():
         for key, parameter in layer._parameters.items():
-            if parameter is not None and parameter.numel():
+            if parameter is not None and parameter.numel() and storage_of(parameter.data):
                 target = Target.plain(f"{layer_name}.{key}", layer_name, parameter.data)
                 found.setdefault(storage_of(parameter.data), target)
     return found

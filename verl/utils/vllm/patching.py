@@ -140,7 +140,7 @@ class EnginePatcher:
         self._refresh(places)
         for name, make in self._derived.items():
             own = (p for p in self._layers[name]._parameters.values() if p is not None and p.numel())
-            if any(storage_of(parameter.data) in self._touched for parameter in own):
+            if not self._touched.isdisjoint(storage_of(parameter.data) for parameter in own):
                 make()
         self._places, self._touched = {}, set()
 
@@ -153,5 +153,5 @@ class EnginePatcher:
             self._reload(self._reloaded, kept)
             for layer in self._reloaded.values():
                 parameters = (p for p in layer._parameters.values() if p is not None and p.numel())
-                self._touched.update(storage_of(parameter.data) for parameter in parameters)
+                self._touched |= {storage_of(parameter.data) for parameter in parameters} - {0}
         self.settle()

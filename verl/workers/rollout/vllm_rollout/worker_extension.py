@@ -7,10 +7,11 @@ are returned, not raised: an exception inside a worker would take the whole engi
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from verl.utils.timeline import join_timeline, spanned
 from verl.utils.vllm.compat import load_session
@@ -64,13 +65,23 @@ class WeightUpdateExtension:
         """SHA-256 of every parameter's bytes on this worker, by engine name."""
         hashes = {}
         for name, parameter in self.model_runner.model.named_parameters():
-            data = parameter.detach().contiguous().cpu().flatten().view(torch.uint8)
-            hashes[name] = hashlib.sha256(data.numpy().tobytes()).hexdigest()
+            for part, tensor in _plain_parts(name, parameter.detach()):
+                data = tensor.contiguous().cpu().flatten().view(torch.uint8)
+                hashes[part] = hashlib.sha256(data.numpy().tobytes()).hexdigest()
         return hashes
 
     def verl_parameter_addresses(self) -> dict[str, int]:
         """Address of every parameter on this worker, by engine name: captured graphs rely on these never changing."""
         return {name: parameter.data_ptr() for name, parameter in self.model_runner.model.named_parameters()}
+
+
+def _plain_parts(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensor itself, or those that it is made of, as torchao's are."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield name, tensor
+        return
+    for attribute in tensor.__tensor_flatten__()[0]:
+        yield from _plain_parts(f"{name}.{attribute}", getattr(tensor, attribute))
 
 
 def _reported(call: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
