@@ -44,8 +44,9 @@ class CheckpointEngineConfig:
     )
     delta: str = key(
         "auto",
-        "send only what changed since the last update; auto: where trainer and engine know it, else everything",
-        choices=("auto", "off"),
+        "send only what changed since the last update; auto: where trainer and engine know it and it is little enough "
+        "to pay; on: however much it is",
+        choices=("auto", "on", "off"),
     )
     delta_check_interval: int = key(
         100,

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -48,7 +49,7 @@ from verl.workers.rollout.replica import ReplicaSet, vLLMReplica
 from verl.workers.rollout.vllm_rollout.engine_args import engine_environment
 from verl.workers.rollout.weight_sync.encode_report import worst_error
 from verl.workers.rollout.weight_sync.ray_relay import transport, where
-from verl.workers.rollout.weight_sync.update import WeightUpdates
+from verl.workers.rollout.weight_sync.update import PAYS_ACROSS_HOSTS, PAYS_ON_ONE_HOST, WeightUpdates
 from verl.workers.train_worker import TrainWorker
 
 logger = logging.getLogger(__name__)
@@ -111,8 +112,10 @@ class Runtime:
         self.kl_controller = get_kl_controller(**dataclasses.asdict(config.algorithm.kl_ctrl))
         self._on_demand = self._estimator_columns()
         engine = config.actor_rollout_ref.rollout.checkpoint_engine
+        pays_below = PAYS_ON_ONE_HOST if engine.backend == "naive" else PAYS_ACROSS_HOSTS
         self._updates = WeightUpdates(
             delta=whole_updates_why(config.actor_rollout_ref.rollout, plan.device) is None,
+            pays_below=math.inf if engine.delta == "on" else pays_below,
             check_interval=engine.delta_check_interval,
             buckets_in_flight=engine.buckets_in_flight,
         )

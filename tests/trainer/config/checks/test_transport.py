@@ -41,6 +41,21 @@ def test_shared_memory_reaches_one_node(run_files):
     assert problems_on("npu", run_files, **{R + "nnodes": 1}) == []
 
 
+def test_changes_whatever_they_cost_where_there_can_be_none(run_files):
+    delta = {R + "checkpoint_engine__delta": "on"}
+    assert (
+        problems_on("npu", run_files, **delta)
+        == problems_on("cuda", run_files, **delta, **{R + "free_cache_engine": False})
+        == []
+    )
+    [problem] = problems_on("cuda", run_files, **delta)
+    assert (
+        "checkpoint_engine.delta=on" in problem
+        and "free_cache_engine" in problem
+        and problem.endswith("use auto or off")
+    )
+
+
 def test_it_is_checked_with_the_rest(problem_of, plan_of):
     assert problem_of(**{R + "checkpoint_engine__backend": "nccl"}).startswith(f"{FIELD}=nccl: ")
     apart = {R + "nnodes": 2, R + "n_gpus_per_node": 2, R + "checkpoint_engine__backend": "gloo"}

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import logging
 import multiprocessing
 import os
 
@@ -371,13 +372,13 @@ async def test_after_a_death_in_the_middle_no_receiver_serves(who):
 # ---- deltas ----
 
 
-def nudged(tensors, seed):
-    """A copy in which one element in ten has another last bit."""
+def nudged(tensors, seed, share=0.1):
+    """A copy in which this share of the elements, one in ten, has another last bit."""
     generator = torch.Generator().manual_seed(seed)
     copies = {}
     for name, tensor in tensors.items():
         flat = tensor.contiguous().clone().view(-1)
-        bits(flat)[torch.rand(flat.numel(), generator=generator) < 0.1] ^= 1
+        bits(flat)[torch.rand(flat.numel(), generator=generator) < share] ^= 1
         copies[name] = flat.view(tensor.shape)
     return copies
 
@@ -547,6 +548,22 @@ async def test_without_deltas_everything_is_sent_every_time():
     for version in range(3):
         await updates.update(sender, receivers, version)
     assert sender.bases == [None, None, None]
+
+
+async def test_changes_that_do_not_pay_are_followed_by_whole_updates_and_tried_again(caplog):
+    caplog.set_level(logging.INFO)
+    tensors = weights()
+    sender, receivers = LocalSender(tensors, 600), [LocalReceiver(tensors)]
+    updates = WeightUpdates(delta=True, pays_below=0.5)
+    for version in range(21):
+        await updates.update(sender, receivers, version)
+        # Everything changes between versions 1 and 2.
+        sender.tensors = nudged(sender.tensors, version, share=1.0 if version == 1 else 0.1)
+    assert sender.bases == [None, 0, 1] + [None] * 16 + [18, 19]
+    assert "the next 16 updates send everything" in caplog.text
+    expected = {name: t.contiguous() for name, t in sender.tensors.items()}
+    await updates.update(sender, receivers, 21)
+    assert equal(receivers[0].receiver._session.weights, expected)
 
 
 async def test_no_more_buckets_are_in_flight_than_allowed():

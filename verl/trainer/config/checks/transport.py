@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from verl.trainer.config.delta import whole_updates_why
 from verl.trainer.config.findings import Findings
 from verl.trainer.config.ppo import PPOConfig
 
@@ -13,6 +14,12 @@ BACKENDS = {"cpu": ("gloo",), "cuda": ("nccl", "gloo"), "npu": ("hccl", "nccl", 
 def check_transport(config: PPOConfig, device: str, found: Findings) -> None:
     """The transport has to be one of the device's, and to reach as far as the replicas are placed."""
     rollout = config.actor_rollout_ref.rollout
+    why = whole_updates_why(rollout, device)
+    if rollout.checkpoint_engine.delta == "on" and why is not None:
+        found.errors.append(
+            f"actor_rollout_ref.rollout.checkpoint_engine.delta=on: every update must send everything ({why}); "
+            "change that, or use auto or off"
+        )
     backend, usable = rollout.checkpoint_engine.backend, BACKENDS[device]
     if backend == "naive":
         if rollout.nnodes > 1:
