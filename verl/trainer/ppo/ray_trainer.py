@@ -53,6 +53,7 @@ from verl.agent_loop.metrics import compute_agent_metrics
 from verl.protocol import DataProto
 from verl.single_controller.session import RaySession
 from verl.trainer.config import Plan, PPOConfig
+from verl.trainer.config.record import write_record
 from verl.trainer.ppo.checkpoint import CheckpointStore
 from verl.trainer.ppo.metrics import (
     compute_data_metrics,
@@ -217,6 +218,7 @@ class RayPPOTrainer:
 async def train(config: PPOConfig, plan: Plan) -> None:
     """Start everything, train, stop everything, whatever happens in between."""
     store = CheckpointStore(config.trainer.default_local_dir, config.trainer.max_actor_ckpt_to_keep)
+    write_record(config, config.trainer.default_local_dir)
     if config.trainer.timeline is not None:
         open_timeline(config.trainer.timeline)
     runtime = Runtime(config, plan)
