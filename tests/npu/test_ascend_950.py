@@ -17,7 +17,7 @@ from fixtures.fake_quant import fake_quantised, mxfp8_round_trip
 from fixtures.tiny import write_tiny_model
 from verl.trainer.config import RolloutConfig
 from verl.utils.quantization.mx import npu_mxfp8_quantize
-from verl.utils.vllm.npu_vllm_patch import check_vllm_ascend, npu_environment
+from verl.utils.vllm.npu_settings import check_vllm_ascend, npu_environment
 from verl.workers.rollout.quantization import get_scheme
 
 pytestmark = [

@@ -1,4 +1,4 @@
-"""Patches against the signatures of the vLLM releases they are for, and the settings an NPU needs."""
+"""Patches against the signatures of the vLLM releases they are for."""
 
 import logging
 import sys
@@ -12,10 +12,7 @@ from verl.utils.vllm import npu_vllm_patch
 from verl.utils.vllm.npu_vllm_patch import (
     Patch,
     apply_patches,
-    check_npu_environment,
-    check_vllm_ascend,
     loading_transposed,
-    npu_environment,
     recording_layout,
     recording_transposition,
     rotary_init,
@@ -181,71 +178,6 @@ def test_experts_load_in_whichever_layout_they_are(monkeypatch, hidden, inner):
         assert torch.equal(layer.w13_weight, w13.transpose(1, 2))
         assert torch.equal(layer.w2_weight, w2.transpose(1, 2))
         assert layer.w13_weight.weight_loader is layer.loader
-
-
-# ---- settings ----
-
-
-@pytest.mark.parametrize("value", ["1", "2", None])
-def test_nz_must_be_off(value):
-    environment = {} if value is None else {"VLLM_ASCEND_ENABLE_NZ": value}
-    with pytest.raises(ValueError, match="set VLLM_ASCEND_ENABLE_NZ=0"):
-        check_npu_environment(environment, sleep_mode=False)
-
-
-@pytest.mark.parametrize("value", ["expandable_segments:True", "page_size:1g, expandable_segments:true"])
-def test_expandable_segments_and_sleep_exclude_each_other(value):
-    environment = {"VLLM_ASCEND_ENABLE_NZ": "0", "PYTORCH_NPU_ALLOC_CONF": value}
-    with pytest.raises(ValueError, match=r"PYTORCH_NPU_ALLOC_CONF=.*expandable_segments.*free_cache_engine"):
-        check_npu_environment(environment, sleep_mode=True)
-    check_npu_environment(environment, sleep_mode=False)
-    check_npu_environment(environment | {"PYTORCH_NPU_ALLOC_CONF": "page_size:1g"}, sleep_mode=True)
-
-
-def test_nz_must_be_off_in_the_engines_arguments_too():
-    def check(config):
-        check_npu_environment({"VLLM_ASCEND_ENABLE_NZ": "0"}, sleep_mode=True, engine_kwargs=config)
-
-    for fits in (None, {}, {"additional_config": None}, {"additional_config": {"weight_nz_mode": 0, "x": 1}}):
-        check(fits)
-    with pytest.raises(ValueError, match=r"additional_config\.weight_nz_mode=2: .*use 0"):
-        check({"additional_config": {"weight_nz_mode": 2}})
-
-
-def test_the_environment_of_a_replica():
-    assert npu_environment({}) == {"VLLM_ASCEND_ENABLE_NZ": "0"}
-    assert npu_environment({"VLLM_ASCEND_ENABLE_NZ": "1"}) == {"VLLM_ASCEND_ENABLE_NZ": "1"}
-    assert npu_environment({"VLLM_ASCEND_TASK_QUEUE_ENABLE": "2"})["TASK_QUEUE_ENABLE"] == "2"
-
-
-def installed(monkeypatch, version, device_type="A5"):
-    monkeypatch.setattr(npu_vllm_patch.metadata, "version", lambda name: version)
-    modules(monkeypatch, vllm_ascend={"__path__": []})
-    monkeypatch.setitem(sys.modules, "vllm_ascend._build_info", types.SimpleNamespace(__device_type__=device_type))
-
-
-def test_vllm_ascend_is_missing():
-    with pytest.raises(ValueError, match=r"vllm-ascend is not installed; install 0\.18\.0"):
-        check_vllm_ascend()
-
-
-def test_vllm_ascend_is_too_old(monkeypatch):
-    installed(monkeypatch, "0.17.0rc1")
-    with pytest.raises(ValueError, match=r"vllm-ascend 0\.17\.0rc1 is too old"):
-        check_vllm_ascend()
-
-
-@pytest.mark.parametrize("device_type", ["A2", "AscendDeviceType.A3"])
-def test_vllm_ascend_was_built_for_another_processor(monkeypatch, device_type):
-    installed(monkeypatch, "0.23.0", device_type)
-    with pytest.raises(ValueError, match=f"device type {device_type}, MXFP8 needs an Ascend 950"):
-        check_vllm_ascend()
-
-
-@pytest.mark.parametrize("version", ["0.18.0", "0.26.0rc1"])
-def test_vllm_ascend_fits(monkeypatch, version):
-    installed(monkeypatch, version)
-    check_vllm_ascend()
 
 
 def test_experts_that_woke_up_as_others_are_put_back(monkeypatch):

@@ -1,4 +1,4 @@
-"""What vLLM and vllm-ascend need changed, and how they must be set, to take new weights while they run on an NPU.
+"""What vLLM and vllm-ascend need changed to take new weights while they run on an NPU; settings: `npu_settings`.
 
 Each patch says which releases it is for and why. `apply_patches` runs in every process of an engine, through verl's
 vLLM plugin; it applies each patch once, and where a release has outgrown one it says so in the log and leaves it out.
@@ -11,20 +11,15 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import Any
-
-from packaging.version import Version
 
 from verl.utils.vllm.vllm_fp8_utils import MXFP8_BLOCK_SIZE, record_run_time_layout
 
 logger = logging.getLogger(__name__)
 
-OLDEST_VLLM_ASCEND = "0.18.0"
 _MARK = "_verl_patched"
 _TRANSPOSED, _RUN_TIME = "_verl_transposed", "_verl_run_time_parameters"
-_NZ, _ALLOCATOR = "VLLM_ASCEND_ENABLE_NZ", "PYTORCH_NPU_ALLOC_CONF"
-_QUEUE, _ROLLOUT_QUEUE = "TASK_QUEUE_ENABLE", "VLLM_ASCEND_TASK_QUEUE_ENABLE"
 
 
 @dataclass(frozen=True)
@@ -237,79 +232,3 @@ PATCHES = (
         _patch_layouts,
     ),
 )
-
-
-# ---- settings ----
-
-
-def npu_environment(current: Mapping[str, str]) -> dict[str, str]:
-    """Environment variables that a replica on an NPU is started with.
-
-    Args:
-        current: the environment to start from; what it sets is kept, and checked in the replica.
-    """
-    environment = {_NZ: current.get(_NZ, "0")}
-    if _ROLLOUT_QUEUE in current:
-        environment[_QUEUE] = current[_ROLLOUT_QUEUE]
-    return environment
-
-
-def check_npu_environment(
-    environment: Mapping[str, str], *, sleep_mode: bool, engine_kwargs: Mapping[str, Any] | None = None
-) -> None:
-    """Refuse settings under which an engine on an NPU cannot take new weights.
-
-    Args:
-        sleep_mode: the engine sleeps between generations (`rollout.free_cache_engine`).
-        engine_kwargs: `rollout.engine_kwargs.vllm`, whose `additional_config` overrides the environment from 0.23 on.
-
-    Raises:
-        ValueError: naming the variable, its value and the one needed.
-    """
-    mode = ((engine_kwargs or {}).get("additional_config") or {}).get("weight_nz_mode", 0)
-    if mode != 0:
-        raise ValueError(
-            f"actor_rollout_ref.rollout.engine_kwargs.vllm.additional_config.weight_nz_mode={mode}: weights in NPU's "
-            "NZ format cannot be replaced; use 0, or leave it out"
-        )
-    nz = environment.get(_NZ, "1")
-    if nz != "0":
-        raise ValueError(
-            f"{_NZ}={nz}: weights in NPU's NZ format cannot be replaced, waking the engine up would raise; set {_NZ}=0"
-        )
-    allocator = environment.get(_ALLOCATOR, "")
-    settings = [setting.replace(" ", "").lower() for setting in allocator.split(",")]
-    if sleep_mode and "expandable_segments:true" in settings:
-        raise ValueError(
-            f"{_ALLOCATOR}={allocator}: expandable_segments:True and the memory pool of sleeping engines exclude each "
-            "other; remove it, or set actor_rollout_ref.rollout.free_cache_engine=False"
-        )
-
-
-def check_vllm_ascend() -> str:
-    """Refuse a vllm-ascend that cannot run MXFP8; the version of one that can.
-
-    Raises:
-        ValueError: it is missing, older than 0.18.0, or was built for another processor than the Ascend 950.
-    """
-    setting = "actor_rollout_ref.rollout.quantization=ascend"
-    try:
-        version = metadata.version("vllm-ascend")
-    except metadata.PackageNotFoundError:
-        raise ValueError(
-            f"{setting}: vllm-ascend is not installed; install {OLDEST_VLLM_ASCEND} or newer, built with "
-            "SOC_VERSION=ascend950..."
-        ) from None
-    if Version(version) < Version(OLDEST_VLLM_ASCEND):
-        raise ValueError(f"{setting}: vllm-ascend {version} is too old; install {OLDEST_VLLM_ASCEND} or newer")
-    try:
-        built_for = getattr(import_module("vllm_ascend._build_info"), "__device_type__", "unknown")
-    except ImportError:
-        built_for = "unknown"
-    # Some releases hold an enum's name, some its qualified one.
-    if str(built_for).rpartition(".")[2] != "A5":
-        raise ValueError(
-            f"{setting}: this vllm-ascend {version} was built for device type {built_for}, MXFP8 needs an Ascend 950 "
-            "(A5); build it with SOC_VERSION=ascend950..."
-        )
-    return version

@@ -13,7 +13,7 @@ from verl.utils.quantization.mx import MX_BLOCK_SIZE, mxfp8_encode, npu_mxfp8_qu
 from verl.utils.vllm.ascend_description import AscendDescription, resolve_description
 from verl.utils.vllm.ascend_release import refuse_unpaired_groups
 from verl.utils.vllm.layout_map import Target
-from verl.utils.vllm.npu_vllm_patch import check_vllm_ascend
+from verl.utils.vllm.npu_settings import check_vllm_ascend
 from verl.utils.vllm.vllm_fp8_utils import (
     MXFP8_BLOCK_QUANT_KWARGS,
     apply_mxfp8_transformation_after_loading,

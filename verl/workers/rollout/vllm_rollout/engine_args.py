@@ -9,7 +9,7 @@ from typing import Any
 from verl.trainer.config import ModelConfig, RolloutConfig
 from verl.trainer.config.estimate import cpu_cache_bytes
 from verl.trainer.config.model_files import read_model
-from verl.utils.vllm.npu_vllm_patch import npu_environment
+from verl.utils.vllm.npu_settings import npu_environment
 
 _WORKER_EXTENSION = "verl.workers.rollout.vllm_rollout.worker_extension.WeightUpdateExtension"
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from verl.trainer.config import ModelConfig, RolloutConfig
 from verl.utils.timeline import join_timeline, spanned
-from verl.utils.vllm.npu_vllm_patch import check_npu_environment
+from verl.utils.vllm.npu_settings import check_npu_environment
 from verl.workers.rollout.continuation import after_cut, check_continuable
 from verl.workers.rollout.quantization import SCHEME_NAMES, get_scheme, worker_settings
 from verl.workers.rollout.types import ReplicaUnavailable, TokenOutput
