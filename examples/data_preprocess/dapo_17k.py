@@ -1,0 +1,64 @@
+"""Makes train.parquet of DAPO-Math-17k and test.parquet of AIME 2024, each question once.
+
+    python3 examples/data_preprocess/dapo_17k.py                                    # downloads both from the hub
+    python3 examples/data_preprocess/dapo_17k.py --local_dataset_path ~/raw/dapo    # files dapo*, train*; aime*, test*
+
+As published, the training file holds its questions about a hundred times over, and AIME 2024 each of 30 questions 32
+times. Here a pass over the data (`trainer.total_epochs`) is a pass over the questions, and validation samples each
+of them `actor_rollout_ref.rollout.val_kwargs.n` times.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from verl.utils.dataset.prepare import convert, parser, published_files, write_rows
+
+TRAIN, TEST = "BytedTsinghua-SIA/DAPO-Math-17k", "BytedTsinghua-SIA/AIME-2024"
+STARTS = {"train": ("dapo", "train"), "test": ("aime", "test")}
+
+
+class Distinct:
+    """Rows whose question has not come before; the files have verl's columns already."""
+
+    def __init__(self, split: str) -> None:
+        self.split = split
+        self._seen: set[str] = set()
+
+    def __call__(self, example: dict[str, Any], index: int) -> dict[str, Any] | None:
+        question = repr(example.get("prompt"))
+        if question in self._seen:
+            return None
+        self._seen.add(question)
+        judge = example.get("reward_model")
+        return {
+            "data_source": example.get("data_source"),
+            "prompt": example.get("prompt"),
+            "ability": example.get("ability") or "MATH",
+            # Published styles name other scorers; here the data source alone chooses it.
+            "reward_model": {**judge, "style": "rule"} if isinstance(judge, dict) else judge,
+            "extra_info": {**(example.get("extra_info") or {}), "split": self.split},
+        }
+
+
+def files_of(local: str | None) -> dict[str, list[Path]]:
+    """The files of both splits; of a local path, those that are there."""
+    if local is not None:
+        return published_files(local, TRAIN, folder="data", splits=STARTS)
+    return {
+        split: published_files(None, repo, folder="data", splits={split: STARTS[split]})[split]
+        for split, repo in (("train", TRAIN), ("test", TEST))
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    given = parser(__doc__, "~/data/dapo").parse_args(arguments)
+    try:
+        for split, paths in files_of(given.local_dataset_path).items():
+            write_rows(given.local_save_dir / f"{split}.parquet", convert(paths, Distinct(split)))
+    except (ValueError, OSError, ImportError, NotImplementedError) as error:
+        sys.exit(f"dapo_17k.py: {error}")
+
+
+if __name__ == "__main__":
+    main()
