@@ -5,7 +5,7 @@ without an entry is a KeyError inside the engine. A ModelSlim-quantised checkpoi
 `quant_model_description.json`; for a BF16 checkpoint they are derived here from its config and the names, shapes and
 dtypes of its tensors, and everything that the engine could only fail on later is refused here by name.
 
-    python3 -m verl.utils.vllm.ascend_description MODEL_DIR --tp 2 --ignore 're:.*\\.o_proj' -o description.json
+    verl describe MODEL_DIR --tp 2 --ignore 're:.*\\.o_proj' -o description.json
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any
 from verl.utils.atomic_io import atomic_write_text
 from verl.utils.vllm.ascend_layers import DESCRIBED, IGNORED, MX_BLOCK_SIZE, NEVER, ROW, UNKNOWN, Layer, read_layers
 from verl.utils.vllm.checkpoint_index import CheckpointIndex, read_checkpoint_index, read_json_object
+from verl.utils.vllm.config_shapes import read_index_or_config
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +118,12 @@ class AscendDescription:
 
 
 def build_description(
-    model_dir: str | Path, *, tp_size: int = 1, ignore: Iterable[str] = (), expert_parallel: bool = False
+    model_dir: str | Path,
+    *,
+    tp_size: int = 1,
+    ignore: Iterable[str] = (),
+    expert_parallel: bool = False,
+    index: CheckpointIndex | None = None,
 ) -> AscendDescription:
     """Describe a BF16 (or float32, float16) checkpoint, every projection of the decoder quantised.
 
@@ -127,19 +133,25 @@ def build_description(
         ignore: modules to leave out: exact names (`model.layers.0.self_attn.q_proj`), or `re:` and a regular expression
             that has to match the whole name.
         expert_parallel: experts are dealt out to the ranks whole instead of being cut.
+        index: what the directory holds, where it was read already or is implied by its config.
 
     Raises:
         ValueError: the checkpoint is damaged or already quantised; an `ignore` that matches nothing; shards of a packed
             layer that are not alike; inputs of a row-parallel layer that blocks of 32 do not divide among the ranks.
     """
-    index = read_checkpoint_index(model_dir)
+    index = index or read_checkpoint_index(model_dir)
     _refuse_quantised(index)
     layers = _leave_out(read_layers(index), tuple(ignore))
     return _checked(index, layers, tp_size, expert_parallel)
 
 
 def load_description(
-    path: str | Path, model_dir: str | Path, tp_size: int = 1, *, expert_parallel: bool = False
+    path: str | Path,
+    model_dir: str | Path,
+    tp_size: int = 1,
+    *,
+    expert_parallel: bool = False,
+    index: CheckpointIndex | None = None,
 ) -> AscendDescription:
     """Read a ModelSlim `quant_model_description.json` (or what this module wrote) and check it against the checkpoint.
 
@@ -149,7 +161,8 @@ def load_description(
         ValueError: the file is damaged, describes another model or not all of this one, asks for anything but
             W8A8_MXFP8 and FLOAT, or for what `build_description` would refuse.
     """
-    return _load(Path(path), read_json_object(Path(path)), model_dir, tp_size, expert_parallel)
+    index = index or read_checkpoint_index(model_dir)
+    return _load(Path(path), read_json_object(Path(path)), index, tp_size, expert_parallel)
 
 
 def resolve_description(
@@ -158,6 +171,7 @@ def resolve_description(
     tp_size: int = 1,
     *,
     expert_parallel: bool = False,
+    index: CheckpointIndex | None = None,
 ) -> AscendDescription:
     """The description to use: from the file if given, else from the model directory's own, else built.
 
@@ -167,21 +181,24 @@ def resolve_description(
     Raises:
         ValueError: as `build_description` and `load_description`.
     """
-    options = {"tp_size": tp_size, "expert_parallel": expert_parallel}
+    index = index or read_checkpoint_index(model_dir)
     own = Path(model_dir) / DESCRIPTION_FILE
     if quantization_config_file is not None:
         path = Path(quantization_config_file)
         raw = read_json_object(path)
         if "ignore" not in raw:
             logger.info("per-layer description: %s", path)
-            return _load(path, raw, model_dir, **options)
+            return _load(path, raw, index, tp_size, expert_parallel)
         logger.info("per-layer description: derived from %s, layers left out as in %s", model_dir, path)
-        return build_description(model_dir, ignore=_ignore_list(path, raw), **options)
+        ignore = _ignore_list(path, raw)
+        return build_description(
+            model_dir, tp_size=tp_size, ignore=ignore, expert_parallel=expert_parallel, index=index
+        )
     if own.is_file():
         logger.info("per-layer description: %s", own)
-        return load_description(own, model_dir, **options)
+        return load_description(own, model_dir, tp_size, expert_parallel=expert_parallel, index=index)
     logger.info("per-layer description: derived from %s", model_dir)
-    return build_description(model_dir, **options)
+    return build_description(model_dir, tp_size=tp_size, expert_parallel=expert_parallel, index=index)
 
 
 def _ignore_list(path: Path, raw: dict[str, Any]) -> list[str]:
@@ -240,8 +257,7 @@ def _similar(name: str, names: Iterable[str]) -> str:
     return f" (similar: {close[0]!r})" if close else ""
 
 
-def _load(path: Path, raw: dict, model_dir: str | Path, tp_size: int, expert_parallel: bool) -> AscendDescription:
-    index = read_checkpoint_index(model_dir)
+def _load(path: Path, raw: dict, index: CheckpointIndex, tp_size: int, expert_parallel: bool) -> AscendDescription:
     _refuse_quantised(index)
     types = _described_types(path, raw)
     layers = read_layers(index)
@@ -425,21 +441,26 @@ def _render(description: AscendDescription) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line: prints the table and writes the JSON; 2 and one line on stderr where a model is refused."""
-    parser = argparse.ArgumentParser(
-        prog="python3 -m verl.utils.vllm.ascend_description",
-        description="Print which layers of a checkpoint run in MXFP8 on Ascend, and write vllm-ascend's description.",
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `verl describe`."""
+    parser.add_argument(
+        "model_dir", metavar="MODEL_DIR", help="local Hugging Face directory; no weight is read, config.json is enough"
     )
-    parser.add_argument("model_dir", metavar="MODEL_DIR", help="local Hugging Face directory; no weight is read")
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel size of the rollout (default: 1)")
     parser.add_argument("--expert-parallel", action="store_true", help="experts are dealt out whole, not cut")
     parser.add_argument("--ignore", action="append", default=[], metavar="NAME", help="module, or re:REGEX; repeatable")
     parser.add_argument("-o", "--output", default=DESCRIPTION_FILE, help="file to write (default: ./%(default)s)")
-    options = parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the table and write the JSON; 2 and one line on stderr where a model is refused."""
     try:
         description = build_description(
-            options.model_dir, tp_size=options.tp, ignore=options.ignore, expert_parallel=options.expert_parallel
+            options.model_dir,
+            tp_size=options.tp,
+            ignore=options.ignore,
+            expert_parallel=options.expert_parallel,
+            index=read_index_or_config(options.model_dir),
         )
         atomic_write_text(options.output, json.dumps(description.to_json_dict(), indent=2) + "\n")
     except (ValueError, OSError) as error:
@@ -447,6 +468,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     sys.stdout.write(f"{description.table()}\nwritten: {options.output}\n")
     return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`verl describe` under its module's name."""
+    parser = argparse.ArgumentParser(
+        prog="python3 -m verl.utils.vllm.ascend_description",
+        description="Print which layers of a checkpoint run in MXFP8 on Ascend, and write vllm-ascend's description.",
+    )
+    add_arguments(parser)
+    return run(parser.parse_args(arguments))
 
 
 if __name__ == "__main__":

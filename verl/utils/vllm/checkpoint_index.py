@@ -121,6 +121,11 @@ def read_checkpoint_index(model_dir: str | Path) -> CheckpointIndex:
     return CheckpointIndex(directory, config, tensors)
 
 
+def has_weights(directory: Path) -> bool:
+    """Whether a model directory holds any file of weights, whole or not."""
+    return any(directory.glob("*.safetensors*")) or any(directory.glob("pytorch_model*.bin*"))
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in `path`.
 

@@ -14,6 +14,7 @@ from verl.utils.vllm.ascend_description import AscendDescription, resolve_descri
 from verl.utils.vllm.ascend_release import refuse_unpaired_groups
 from verl.utils.vllm.layout_map import Target
 from verl.utils.vllm.npu_settings import check_vllm_ascend
+from verl.utils.vllm.quantised_weights import refuse_device, refuse_fused_experts, refuse_load_format
 from verl.utils.vllm.vllm_fp8_utils import (
     MXFP8_BLOCK_QUANT_KWARGS,
     apply_mxfp8_transformation_after_loading,
@@ -23,7 +24,7 @@ from verl.utils.vllm.vllm_fp8_utils import (
     run_time_layout_back,
     run_time_targets,
 )
-from verl.workers.rollout.quantization.scaled import ScaledScheme, ScaledWeights, refuse_fused_experts
+from verl.workers.rollout.quantization.scaled import ScaledScheme, ScaledWeights
 
 _NAN_SCALE = 255
 
@@ -41,12 +42,8 @@ class AscendScheme(ScaledScheme):
         )
 
     def engine_overrides(self, device: str) -> dict[str, Any]:
-        if device not in ("cpu", "npu"):
-            raise ValueError(
-                f"actor_rollout_ref.rollout.quantization=ascend: runs on an Ascend NPU and, emulated, on a CPU, not on "
-                f"{device}; use fp8 there"
-            )
-        self._refuse_load_format()
+        refuse_device("ascend", device)
+        refuse_load_format("ascend", self._rollout.load_format)
         if device == "npu":
             release = check_vllm_ascend()
             self._refuse_dtype(device)

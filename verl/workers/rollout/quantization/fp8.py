@@ -8,9 +8,17 @@ from typing import Any
 import torch
 
 from verl.utils.quantization.fp8_block import BLOCK, fp8_block_dequantize, fp8_block_quantize
-from verl.utils.vllm.ascend_layers import COLUMN, EMBEDDING, HEAD, NOT_MATRIX, ROW, VECTOR, Layer, read_layers
+from verl.utils.vllm.ascend_layers import EMBEDDING, HEAD, NOT_MATRIX, VECTOR, Layer
 from verl.utils.vllm.checkpoint_index import read_checkpoint_index
-from verl.workers.rollout.quantization.scaled import ScaledScheme, ScaledWeights, refuse_fused_experts
+from verl.utils.vllm.quantised_weights import (
+    fp8_layers,
+    fp8_summary,
+    refuse_device,
+    refuse_fused_experts,
+    refuse_load_format,
+    refuse_uncuttable_fp8,
+)
+from verl.workers.rollout.quantization.scaled import ScaledScheme, ScaledWeights
 
 _SETTING = "actor_rollout_ref.rollout.quantization=fp8"
 # What vLLM's fp8 method never sees: it quantises linear layers.
@@ -27,13 +35,7 @@ class Fp8Scheme(ScaledScheme):
 
     @functools.cached_property
     def _layers(self) -> dict[str, Layer]:
-        index = read_checkpoint_index(self._model_dir)
-        if index.config.get("quantization_config") or index.text_config.get("quantization_config"):
-            raise ValueError(
-                f"{_SETTING}: the checkpoint {self._model_dir} is already quantised: weights are quantised while they "
-                "are sent; use the BF16 checkpoint"
-            )
-        return {layer.parameter: layer for layer in read_layers(index)}
+        return fp8_layers(read_checkpoint_index(self._model_dir))
 
     def engine_overrides(self, device: str) -> dict[str, Any]:
         if self._rollout.quantization_config_file is not None:
@@ -41,9 +43,8 @@ class Fp8Scheme(ScaledScheme):
                 f"actor_rollout_ref.rollout.quantization_config_file={self._rollout.quantization_config_file} is not "
                 "supported yet with quantization=fp8: use null"
             )
-        if device == "npu":
-            raise ValueError(f"{_SETTING}: not on an Ascend NPU; use ascend there")
-        self._refuse_load_format()
+        refuse_device("fp8", device)
+        refuse_load_format("fp8", self._rollout.load_format)
         self._refuse_dtype(device)
         layers = self._layers.values()
         if device == "cpu" and any(layer.experts for layer in layers) and not torch.cpu._is_amx_tile_supported():
@@ -52,7 +53,7 @@ class Fp8Scheme(ScaledScheme):
             )
         refuse_fused_experts(layers)
         for layer in layers:
-            _refuse_uncuttable(layer, self._rollout.tensor_model_parallel_size)
+            refuse_uncuttable_fp8(layer, self._rollout.tensor_model_parallel_size)
         return {
             "quantization": "fp8",
             "hf_overrides": {
@@ -69,8 +70,7 @@ class Fp8Scheme(ScaledScheme):
         }
 
     def summary(self) -> str:
-        quantised = [layer for layer in self._layers.values() if layer.quantised]
-        return f"float8 in blocks of {BLOCK} x {BLOCK}: {len(quantised)} of {len(self._layers)} weights"
+        return fp8_summary(self._layers.values())
 
     def quantises(self, name: str) -> bool:
         layer = self._layers.get(name)
@@ -86,20 +86,3 @@ class Fp8Scheme(ScaledScheme):
     @staticmethod
     def finite_scales(scales: torch.Tensor) -> bool:
         return bool(torch.isfinite(scales).all())
-
-
-def _refuse_uncuttable(layer: Layer, tp_size: int) -> None:
-    """Blocks must end where vLLM cuts a layer, or where it packs one after another."""
-    if not layer.quantised:
-        return
-    *_, n, k = layer.info.shape
-    if layer.split == ROW and tp_size > 1 and k % (BLOCK * tp_size):
-        raise ValueError(
-            f"{_SETTING}: {layer.name} {[n, k]} has {k} inputs, which blocks of {BLOCK} do not divide among "
-            f"tensor_model_parallel_size={tp_size}"
-        )
-    if layer.split == COLUMN and (tp_size > 1 or layer.packed_with) and n % (BLOCK * tp_size):
-        raise ValueError(
-            f"{_SETTING}: {layer.name} {[n, k]} has {n} outputs, which blocks of {BLOCK} do not divide "
-            f"(tensor_model_parallel_size={tp_size}); use quantization=null"
-        )

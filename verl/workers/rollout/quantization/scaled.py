@@ -11,7 +11,6 @@ from typing import ClassVar
 import torch
 
 from verl.trainer.config import RolloutConfig
-from verl.utils.vllm.ascend_layers import Layer
 from verl.workers.rollout.quantization.base import QuantizationScheme
 from verl.workers.rollout.weight_sync.encode_report import EncodeReport
 from verl.workers.rollout.weight_sync.manifest import TensorSpec, WeightUpdateError
@@ -24,16 +23,6 @@ def _finite(tensor: torch.Tensor) -> bool:
         return True
     # A NaN comes out of aminmax as both; isfinite would write, and read again, a tensor as large as this one.
     return all(bool(torch.isfinite(bound)) for bound in torch.aminmax(tensor))
-
-
-def refuse_fused_experts(layers: Iterable[Layer]) -> None:
-    """Refuse checkpoints that hold a layer's experts in one tensor: how gate and up lie in it differs by model."""
-    for layer in layers:
-        if layer.quantised and len(layer.info.shape) == 3:
-            raise NotImplementedError(
-                f"{layer.name} {list(layer.info.shape)}: experts in one tensor are not supported yet in a quantised "
-                "rollout; use a checkpoint with one tensor an expert, or leave the layer out"
-            )
 
 
 @dataclass(frozen=True)
@@ -90,15 +79,6 @@ class ScaledScheme(QuantizationScheme):
     def __init__(self, rollout: RolloutConfig, model_dir: str):
         super().__init__(rollout, model_dir)
         self._report = EncodeReport()
-
-    def _refuse_load_format(self) -> None:
-        """Refuse an engine that would read the checkpoint itself, which holds nothing in e4m3, and no scales."""
-        load_format = self._rollout.load_format
-        if load_format != "dummy":
-            raise ValueError(
-                f"actor_rollout_ref.rollout.load_format={load_format}: with "
-                f"quantization={self._rollout.quantization} the engine's first weights come from the trainer; use dummy"
-            )
 
     @abstractmethod
     def quantises(self, name: str) -> bool:

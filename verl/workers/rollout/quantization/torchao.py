@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from verl.utils.vllm.quantised_weights import refuse_device
 from verl.workers.rollout.quantization.base import QuantizationScheme
 
 _SETTING = "actor_rollout_ref.rollout.quantization=torchao"
@@ -37,8 +38,7 @@ class TorchAOScheme(QuantizationScheme):
             config_from_dict(config)
         except ValueError as error:
             raise ValueError(f"{_FILE}={path}: torchao does not take it: {error}") from error
-        if device == "npu":
-            raise ValueError(f"{_SETTING}: not on an Ascend NPU; use ascend there")
+        refuse_device("torchao", device)
         return {"quantization": "torchao", "hf_overrides": {"quantization_config_file": str(Path(path).resolve())}}
 
     def summary(self) -> str:

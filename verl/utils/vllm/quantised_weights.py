@@ -1,0 +1,77 @@
+"""What a quantisation of the rollout asks of device and checkpoint. Torch-free, unlike the schemes that ask it too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from verl.utils.vllm.ascend_layers import COLUMN, ROW, Layer, read_layers
+from verl.utils.vllm.checkpoint_index import CheckpointIndex
+
+FP8_BLOCK = 128
+_FIELD = "actor_rollout_ref.rollout.quantization"
+
+
+def refuse_device(quantization: str, device: str) -> None:
+    """Refuse a device that has no kernels for it; ValueError naming what to use there."""
+    if quantization == "ascend" and device not in ("cpu", "npu"):
+        raise ValueError(
+            f"{_FIELD}=ascend: runs on an Ascend NPU and, emulated, on a CPU, not on {device}; use fp8 there"
+        )
+    if quantization != "ascend" and device == "npu":
+        raise ValueError(f"{_FIELD}={quantization}: not on an Ascend NPU; use ascend there")
+
+
+def refuse_load_format(quantization: str, load_format: str) -> None:
+    """Refuse an engine that would read the checkpoint itself, which holds nothing in e4m3, and no scales."""
+    if load_format != "dummy":
+        raise ValueError(
+            f"actor_rollout_ref.rollout.load_format={load_format}: with quantization={quantization} the engine's first "
+            "weights come from the trainer; use dummy"
+        )
+
+
+def refuse_fused_experts(layers: Iterable[Layer]) -> None:
+    """Refuse checkpoints that hold a layer's experts in one tensor: how gate and up lie in it differs by model."""
+    for layer in layers:
+        if layer.quantised and len(layer.info.shape) == 3:
+            raise NotImplementedError(
+                f"{layer.name} {list(layer.info.shape)}: experts in one tensor are not supported yet in a quantised "
+                "rollout; use a checkpoint with one tensor an expert, or leave the layer out"
+            )
+
+
+def fp8_layers(index: CheckpointIndex) -> dict[str, Layer]:
+    """By tensor: the weights of a checkpoint, the projections of the decoder among them quantised by `fp8`.
+
+    Raises:
+        ValueError: it is quantised already, or as `read_layers`.
+    """
+    if index.config.get("quantization_config") or index.text_config.get("quantization_config"):
+        raise ValueError(
+            f"{_FIELD}=fp8: the checkpoint {index.model_dir} is already quantised: weights are quantised while they "
+            "are sent; use the BF16 checkpoint"
+        )
+    return {layer.parameter: layer for layer in read_layers(index)}
+
+
+def fp8_summary(layers: Iterable[Layer]) -> str:
+    """How many weights `fp8` quantises, in one line."""
+    flags = [layer.quantised for layer in layers]
+    return f"float8 in blocks of {FP8_BLOCK} x {FP8_BLOCK}: {sum(flags)} of {len(flags)} weights"
+
+
+def refuse_uncuttable_fp8(layer: Layer, tp_size: int) -> None:
+    """Blocks must end where vLLM cuts a layer, or where it packs one after another; else ValueError naming both."""
+    if not layer.quantised:
+        return
+    *_, n, k = layer.info.shape
+    if layer.split == ROW and tp_size > 1 and k % (FP8_BLOCK * tp_size):
+        raise ValueError(
+            f"{_FIELD}=fp8: {layer.name} {[n, k]} has {k} inputs, which blocks of {FP8_BLOCK} do not divide among "
+            f"tensor_model_parallel_size={tp_size}; use a smaller tensor_model_parallel_size"
+        )
+    if layer.split == COLUMN and (tp_size > 1 or layer.packed_with) and n % (FP8_BLOCK * tp_size):
+        raise ValueError(
+            f"{_FIELD}=fp8: {layer.name} {[n, k]} has {n} outputs, which blocks of {FP8_BLOCK} do not divide "
+            f"(tensor_model_parallel_size={tp_size}); use quantization=null"
+        )
