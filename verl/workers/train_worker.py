@@ -11,6 +11,7 @@ import torch
 from verl.trainer.config import ActorRolloutRefConfig, CriticConfig
 from verl.trainer.config.delta import whole_updates_why
 from verl.trainer.config.rollout_correction import Correction
+from verl.utils.heap import freeze_heap
 from verl.utils.timeline import join_timeline, span, spanned
 from verl.workers.actor import ActorWorker
 from verl.workers.critic import CriticWorker
@@ -104,6 +105,7 @@ class TrainWorker:
                 device=self._device,
             )
             self._critic.init_model()
+        freeze_heap()
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Call a method of the `ActorWorker`."""

@@ -37,6 +37,7 @@ from verl.trainer.ppo.prompts import Place, PromptSource
 from verl.trainer.ppo.sampling import Sampling
 from verl.utils.dataset.loader import build_dataloader
 from verl.utils.dataset.rl_dataset import create_rl_dataset
+from verl.utils.heap import freeze_heap
 from verl.utils.timeline import current_timeline
 from verl.utils.tokenizer import hf_tokenizer
 from verl.workers.actor import log_prob_limits
@@ -152,6 +153,7 @@ class Runtime:
         finally:
             for task in starting:
                 task.cancel()
+        freeze_heap()
 
     def _load_data(self) -> None:
         data, model = self.config.data, self.config.actor_rollout_ref.model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from verl.workers.rollout.request_channel import RequestChannel
 from verl.workers.rollout.types import ReplicaUnavailable, TokenOutput
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer
 from verl.workers.rollout.weight_sync.collective import Node
@@ -40,12 +42,14 @@ class vLLMReplica:
         self._arguments = server_arguments
         self._options = actor_options
         self._actor: Any = None
+        self._requests: RequestChannel | None = None
 
     async def start(self) -> dict[str, Any]:
         """Start the actor and its engine; what `vLLMHttpServer.start` returns."""
-        # Every request in flight is a call that waits in the actor.
-        actor_class = ray.remote(max_concurrency=100_000, **self._options)(vLLMHttpServer)
-        self._actor = actor_class.remote(**self._arguments, replica_rank=self.rank)
+        self._actor = ray.remote(**self._options)(vLLMHttpServer).remote(**self._arguments, replica_rank=self.rank)
+        self._requests = RequestChannel(
+            functools.partial(self._call, "take_requests"), functools.partial(self._call, "some_answers")
+        )
         report = await self._call("start")
         self.node = await self._call("__ray_call__", where, self._arguments["device"])
         self.alive = True
@@ -57,7 +61,9 @@ class vLLMReplica:
         """See `vLLMHttpServer.generate`. A dead actor is `ReplicaUnavailable` like one that refuses."""
         self.in_flight += 1
         try:
-            return await self._call("generate", prompt_ids, sampling_params, request_id, answered)
+            if self._requests is None:
+                raise ReplicaUnavailable(f"replica {self.rank} is not running")
+            return await self._requests.request(prompt_ids, sampling_params, request_id, answered)
         finally:
             self.in_flight -= 1
 

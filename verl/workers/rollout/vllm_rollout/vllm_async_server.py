@@ -18,13 +18,16 @@ import asyncio
 import logging
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from verl.trainer.config import ModelConfig, RolloutConfig
+from verl.utils.heap import freeze_heap
 from verl.utils.timeline import join_timeline, spanned
 from verl.utils.vllm.npu_settings import check_npu_environment
 from verl.workers.rollout.continuation import after_cut, check_continuable
 from verl.workers.rollout.quantization import SCHEME_NAMES, get_scheme, worker_settings
+from verl.workers.rollout.request_channel import Answer, Request, RequestDesk
 from verl.workers.rollout.types import ReplicaUnavailable, TokenOutput
 from verl.workers.rollout.vllm_rollout.engine_args import engine_args
 from verl.workers.rollout.weight_sync.manifest import WeightUpdateError
@@ -88,6 +91,7 @@ class vLLMHttpServer:
         self._in_flight: set[str] = set()
         self._engine: Any = None
         self._http: Any = None
+        self._desk = RequestDesk(self.generate, (ReplicaUnavailable, ValueError))
 
     async def start(self) -> dict[str, Any]:
         """Start the engine, and the HTTP endpoint where it is enabled.
@@ -114,6 +118,7 @@ class vLLMHttpServer:
             self._commit(0)
         address = await self._start_http(arguments) if self._rollout.server.enable_http else None
         key = self._http.api_key if self._http is not None else None
+        freeze_heap()
         return {"seconds": time.perf_counter() - started, "pid": os.getpid(), "http": address, "api_key": key}
 
     async def _start_http(self, arguments: Any) -> str:
@@ -126,6 +131,14 @@ class vLLMHttpServer:
         if self._serving.is_set():
             return None
         return self._refusal or "the engine is taking new weights"
+
+    async def take_requests(self, requests: Sequence[Request]) -> None:
+        """Begin to `generate` each of them."""
+        self._desk.take(requests)
+
+    async def some_answers(self) -> list[Answer]:
+        """What `generate` returned or raised since the last call; waits until there is something."""
+        return await self._desk.some_answers()
 
     @spanned("request", "request", overlaps=True)
     async def generate(
