@@ -6,8 +6,8 @@
     request(...) --'
     awaits         <-- some_answers() -----------  waits for the first, brings whatever is there by then
 
-A remote call costs about a millisecond of processor time on either side, a sample of a small model less. Requests of one
-turn of the event loop travel together, and while answers travel the next ones gather.
+A remote call costs about a millisecond of processor time on either side, a sample of a small model less. Requests of
+one turn of the event loop travel together, and while answers travel the next ones gather.
 """
 
 from __future__ import annotations
