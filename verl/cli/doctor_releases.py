@@ -1,0 +1,75 @@
+"""Which vLLM, torch, torch-npu and CANN a release of vllm-ascend belongs to: the compatibility table of `verl doctor`.
+
+What verl itself needs stands in its package's metadata (`pyproject.toml`) and is read from there, not repeated here.
+
+Sources: the release compatibility matrix and the installation pages of vllm-ascend's documentation
+(docs.vllm.ai/projects/ascend, `community/versioning_policy` of 0.23.0 and `installation` of 0.18.0 and 0.26.0rc1), and
+the metadata of the releases' wheels for transformers. Where matrix and installation page differ (0.18.0), both are
+taken.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MATRIX = "docs.vllm.ai/projects/ascend, Versioning Policy"
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A release of vllm-ascend and what it is made for.
+
+    Attributes:
+        vllm, torch, torch_npu, python: version specifiers, as pip reads them.
+        cann: versions of the CANN toolkit.
+        transformers: what its own metadata asks for. verl asks for newer ones, and its tests run the release's code
+            with those; `too_old_for_verl` says where that cannot be done.
+        too_old_for_verl: the release's code does not run with verl's transformers.
+    """
+
+    vllm_ascend: str
+    vllm: str
+    torch: str
+    torch_npu: str
+    cann: tuple[str, ...]
+    python: str
+    transformers: str
+    too_old_for_verl: bool = False
+
+
+# The releases that `make contract` runs.
+STACKS = (
+    Stack(
+        "0.18.0",
+        vllm="==0.18.0",
+        torch="==2.9.0",
+        torch_npu="==2.9.0.*",
+        cann=("8.5.1", "9.0.0"),
+        python=">=3.10,<3.12",
+        transformers=">=4.57.4,<5",
+        too_old_for_verl=True,
+    ),
+    Stack(
+        "0.23.0",
+        vllm="==0.23.0",
+        torch="==2.10.0",
+        torch_npu="==2.10.0.post4",
+        cann=("9.1.0",),
+        python=">=3.10,<3.13",
+        transformers="==5.5.4",
+    ),
+    Stack(
+        "0.26.0rc1",
+        vllm="==0.26.0",
+        torch="==2.10.0",
+        torch_npu="==2.10.0.post4",
+        cann=("9.1.0",),
+        python=">=3.10,<3.13",
+        transformers="==5.14.1",
+    ),
+)
+
+
+def stack_of(vllm_ascend: str) -> Stack | None:
+    """The row of a release; None where the table has none."""
+    return next((stack for stack in STACKS if stack.vllm_ascend == vllm_ascend), None)
