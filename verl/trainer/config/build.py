@@ -13,7 +13,8 @@ from typing import Any
 
 from verl.trainer.config.errors import ConfigError
 from verl.trainer.config.hints import hint as hint_for
-from verl.trainer.config.schema import key_of, show
+from verl.trainer.config.hub import cached_model
+from verl.trainer.config.schema import Key, key_of, show
 
 _LARGEST_INT = 2**31 - 1
 _LONGEST_SHOWN = 200
@@ -53,9 +54,9 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str, known: tuple[str, 
                     f"{path}={show(value)}: this is a section; set one of its keys, {_some_keys(hint, path)}"
                 )
         else:
-            value = _unquoted(value, _choices(cls).get(name, ()))
+            value = _unquoted(value, _keys(cls)[name].choices)
             try:
-                arguments[name] = _absolute(convert(value, hint)) if name in _paths(cls) else convert(value, hint)
+                arguments[name] = _found(cls, name, convert(value, hint))
             except _Mismatch as error:
                 problems.append(f"{path}={_short(value)}: give {error}")
     return cls(**arguments)
@@ -210,17 +211,16 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 @functools.cache
-def _paths(cls: type) -> frozenset[str]:
-    return frozenset(field.name for field in dataclasses.fields(cls) if key_of(field).path)
+def _keys(cls: type) -> dict[str, Key]:
+    return {field.name: key_of(field) for field in dataclasses.fields(cls)}
 
 
-@functools.cache
-def _choices(cls: type) -> dict[str, tuple[Any, ...]]:
-    return {field.name: key_of(field).choices for field in dataclasses.fields(cls)}
-
-
-def _absolute(path: str | None) -> str | None:
-    return path and os.path.abspath(os.path.expanduser(path))
+def _found(cls: type, name: str, value: Any) -> Any:
+    """A value; a path made absolute."""
+    key = _keys(cls)[name]
+    if not key.path or not value:
+        return value
+    return (key.hub and cached_model(value)) or os.path.abspath(os.path.expanduser(value))
 
 
 def _union(hint: Any) -> list[Any]:

@@ -33,8 +33,11 @@ class CriticModelConfig:
         "directory of a Hugging Face model: a causal language model, which gets a new scalar head, or a saved critic; "
         "its tokens are the policy's",
         path=True,
+        hub=True,
     )
-    tokenizer_path: str | None = key(None, "directory of the tokenizer saved with it, null for the policy's", path=True)
+    tokenizer_path: str | None = key(
+        None, "directory of the tokenizer saved with it, null for the policy's", path=True, hub=True
+    )
     trust_remote_code: bool | None = key(None, "run Python code that comes with the model, null as the policy")
     override_config: dict[str, Any] = key({}, "fields of the model's config to replace, e.g. attn_implementation")
     external_lib: str | list[str] | None = planned(

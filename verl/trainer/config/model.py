@@ -29,9 +29,14 @@ class ModelConfig:
     """The model and how it is loaded."""
 
     path: str | None = key(
-        None, "directory of a Hugging Face model, with config.json and safetensors", required=True, path=True
+        None,
+        "directory of a Hugging Face model, with config.json and safetensors, or its name on the hub, which is looked "
+        "for in the hub's cache",
+        required=True,
+        path=True,
+        hub=True,
     )
-    tokenizer_path: str | None = key(None, "directory of the tokenizer, null for the model's", path=True)
+    tokenizer_path: str | None = key(None, "directory of the tokenizer, null for the model's", path=True, hub=True)
     trust_remote_code: bool = key(False, "run Python code that comes with the model or its tokenizer")
     override_config: dict[str, Any] = key({}, "fields of the model's config to replace, e.g. attn_implementation")
     enable_gradient_checkpointing: bool = key(True, "recompute activations in the backward pass to save memory")

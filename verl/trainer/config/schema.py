@@ -33,6 +33,7 @@ class Key:
         items: how many a list holds.
         required: null is an error.
         path: a path on this host; `~` and relative ones are made absolute.
+        hub: or the name of a model on the Hugging Face hub, which stands for its directory in the hub's cache.
     """
 
     help: str = ""
@@ -48,6 +49,7 @@ class Key:
     items: int | None = None
     required: bool = False
     path: bool = False
+    hub: bool = False
 
 
 def key(default: Any, help: str, **known: Any) -> Any:
