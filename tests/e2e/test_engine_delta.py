@@ -18,6 +18,7 @@ from verl.workers.rollout.weight_sync.manifest import WeightUpdateError
 pytestmark = pytest.mark.e2e
 
 STEPS = 20
+MERGE, FROZEN = 4, range(8, 12)
 
 
 def encoded(scheme, weights, dtype):
@@ -29,6 +30,19 @@ def send_changes(engine, old, new, version):
     engine.checked("verl_begin_update", version, engine.quantization, version - 1)
     engine.checked("verl_load_bucket", changes.bucket)
     return engine.checked("verl_finish_update", changes.manifest)
+
+
+def stepped(weights, step):
+    """Some steps train a part: adapters are merged into a projection, then taken out; a layer is frozen for a while."""
+    moved = nudged(weights, step)
+    if step == MERGE:
+        return {name: moved[name] if "o_proj" in name else weight for name, weight in weights.items()}
+    if step == MERGE + 1:
+        back = nudged(weights, MERGE, size=-2e-5)
+        return {name: back[name] if "o_proj" in name else weight for name, weight in weights.items()}
+    if step in FROZEN:
+        return {name: weight if "layers.1." in name else moved[name] for name, weight in weights.items()}
+    return moved
 
 
 def twenty_steps(engine, scheme, weights, dtype):
@@ -43,7 +57,7 @@ def twenty_steps(engine, scheme, weights, dtype):
     moved = 0
     for step in range(STEPS):
         before = engine.rpc("verl_parameter_hashes")
-        weights, old = nudged(weights, step), sent
+        weights, old = stepped(weights, step), sent
         sent = encoded(scheme, weights, dtype)
         send_changes(engine, old, sent, version)
         assert engine.llm.reset_prefix_cache()

@@ -17,12 +17,16 @@ def test_adapters_and_mxfp8(tmp_path):
         actor_rollout_ref__model__lora_rank=8,
         actor_rollout_ref__actor__optim__lr=5e-2,
         actor_rollout_ref__rollout__quantization="ascend",
+        actor_rollout_ref__rollout__checkpoint_engine__delta="on",
+        actor_rollout_ref__rollout__checkpoint_engine__delta_check_interval=1,
         actor_rollout_ref__actor__checkpoint__save_contents="[model,optimizer,extra,hf_model]",
         trainer__save_freq=2,
     )
     for metrics in run.metrics().values():
         # 0.001 is what MXFP8 makes of it; a weight update that leaves the adapters out, 0.008 in step 2.
         assert metrics["training/rollout_probs_diff_mean"] < 0.003
+    assert run.metrics()[2]["weight_update/delta"] == 1.0
+    assert run.metrics()[2]["weight_update/delta_mismatches"] == 0.0
     actor = run.out / "global_step_2" / "actor"
     written = load_file(actor / "huggingface" / "model.safetensors")
     base = load_file(run.model / "model.safetensors")
