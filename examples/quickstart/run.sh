@@ -5,7 +5,8 @@
 #   examples/quickstart/run.sh [key=value ...]        # any key of verl.trainer.main_ppo, e.g. trainer.n_gpus_per_node=2
 #
 # The prepared model and data are used again by later runs. A run always starts at step 0: trainer.resume_mode=auto goes on
-# from the last checkpoint instead. The metrics of the run before are kept as metrics.jsonl.previous.
+# from the last checkpoint instead. The metrics of the run before are kept as metrics.jsonl.previous. It ends with a report,
+# one HTML file, which any browser opens.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -63,10 +64,14 @@ python3 -m verl.trainer.main_ppo \
     trainer.test_freq=25 \
     trainer.save_freq=25 \
     trainer.max_actor_ckpt_to_keep=2 \
+    trainer.rollout_data_dir="$run/rollouts" \
+    trainer.validation_data_dir="$run/validation" \
+    trainer.timeline="$run/timeline.json" \
     trainer.resume_mode=disable \
     "$@"
 
-python3 examples/quickstart/summary.py "$run" --wall-seconds $((SECONDS - started)) \
+report="$(python3 -m verl.cli report "$run")"
+python3 examples/quickstart/summary.py "$run" --wall-seconds $((SECONDS - started)) --report "$report" \
     --next 'make quickstart ARGS="actor_rollout_ref.rollout.quantization=null"    # the same without MXFP8' \
     --next 'make quickstart ARGS="trainer.n_gpus_per_node=2"     # two trainer ranks and two vLLM replicas' \
     --next 'examples/grpo_trainer/run_smollm2_135m_cpu.sh        # a real pretrained model, for patient people'

@@ -7,23 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from verl.report.stage_names import STAGES
 from verl.trainer.ppo.checkpoint import CheckpointStore
 from verl.utils.tracking import read_steps
 
-# Parts of timing_s/step, in the order in which they happen. Generation and scoring overlap: gen covers both.
-STAGES = (
-    ("gen", "generation (and rewards)"),
-    ("old_log_prob", "log-probabilities"),
-    ("ref", "reference log-probabilities"),
-    ("values", "values"),
-    ("adv", "advantages"),
-    ("update_critic", "critic update"),
-    ("update_actor", "actor update"),
-    ("update_weights", "weights into the engine"),
-    ("step", "whole step"),
-    ("testing", "validation (when it runs)"),
-    ("save_checkpoint", "checkpoint (when written)"),
-)
 Point = tuple[int, float]
 Row = tuple[str, str]
 
@@ -95,7 +82,7 @@ def _median(points: Sequence[Point]) -> float:
 
 def timing_rows(records: Sequence[Mapping[str, Any]], wall_seconds: float | None) -> list[Row]:
     rows = []
-    for stage, label in STAGES:
+    for stage, label in STAGES.items():
         if points := series(records, f"timing_s/{stage}"):
             rows.append((label, f"{_median(points):.2f} s"))
     steps = series(records, "timing_s/step")
@@ -105,20 +92,26 @@ def timing_rows(records: Sequence[Mapping[str, Any]], wall_seconds: float | None
     return [*rows, ("total", total)] if total else rows
 
 
-def place_rows(directory: Path) -> list[Row]:
+def place_rows(directory: Path, report: Path | None) -> list[Row]:
     checkpoint = CheckpointStore(directory).latest()
-    if checkpoint is None:
-        return [("log", str(directory / "metrics.jsonl")), ("checkpoint", "none was written")]
-    return [("log", str(directory / "metrics.jsonl")), ("checkpoint", str(directory / checkpoint.name))]
+    written = "none was written" if checkpoint is None else str(directory / checkpoint.name)
+    rows = [("log", str(directory / "metrics.jsonl")), ("checkpoint", written)]
+    return rows if report is None else [*rows, ("report, for a browser", str(report))]
 
 
-def render(directory: Path, wall_seconds: float | None = None, next_commands: Sequence[str] = ()) -> str:
+def render(
+    directory: Path,
+    wall_seconds: float | None = None,
+    next_commands: Sequence[str] = (),
+    report: Path | None = None,
+) -> str:
     """The summary of the run in `directory` as text.
 
     Args:
         directory: the run's `trainer.default_local_dir`.
         wall_seconds: how long everything took, start-up included; None leaves only what the metrics know.
         next_commands: lines to show at the end.
+        report: what `verl report` wrote, if it did.
 
     Raises:
         ValueError: there are no metrics.
@@ -132,7 +125,7 @@ def render(directory: Path, wall_seconds: float | None = None, next_commands: Se
         ("Result", reward_rows(records)),
         ("Rollout against trainer", mismatch_rows(records)),
         ("Seconds (median of the steps)", timing_rows(records, wall_seconds)),
-        ("Where things are", place_rows(directory)),
+        ("Where things are", place_rows(directory, report)),
     ]
     width = max(len(label) for _, rows in sections for label, _ in rows)
     lines = []
@@ -151,9 +144,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--next", action="append", default=[], metavar="COMMAND", help="a line to end with; may be repeated"
     )
+    parser.add_argument("--report", type=Path, metavar="FILE", help="the report of the run, to be named")
     given = parser.parse_args(arguments)
     try:
-        print(render(given.directory, given.wall_seconds, given.next))
+        print(render(given.directory, given.wall_seconds, given.next, given.report))
     except ValueError as error:
         sys.exit(f"summary.py: {error}")
 

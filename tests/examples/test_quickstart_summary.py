@@ -65,7 +65,8 @@ def test_whole_run(script, tmp_path):
     write(tmp_path, RUN)
     (tmp_path / "global_step_3").mkdir()
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
-    text = script.render(tmp_path, wall_seconds=90.4, next_commands=["make coffee"])
+    report = tmp_path / "report.html"
+    text = script.render(tmp_path, wall_seconds=90.4, next_commands=["make coffee"], report=report)
     assert value_of(text, "mean reward, held-out gym/spell (4 samples each)") == "0.310 -> 0.970  (step 0 -> 3)"
     assert value_of(text, "right answers, held-out gym/spell (4 samples each)") == "0.020 -> 0.910  (step 0 -> 3)"
     assert value_of(text, "mean |p_rollout - p_trainer|") == "2.0e-07  (median of the steps)"
@@ -78,6 +79,7 @@ def test_whole_run(script, tmp_path):
     assert value_of(text, "total") == "90 s, of which 7 s for 3 steps"
     assert value_of(text, "log") == str(tmp_path / "metrics.jsonl")
     assert value_of(text, "checkpoint ") == str(tmp_path / "global_step_3")
+    assert value_of(text, "report, for a browser") == str(report)
     assert text.splitlines()[-1].strip() == "make coffee"
     columns = {
         line.index(value) for line in text.splitlines() for value in ("0.310", "7.0e-06", "90 s") if value in line

@@ -106,3 +106,21 @@ def test_the_command_prints_a_line_a_step(tmp_path, capsys, monkeypatch):
         "step 4: 10.000 s, engine 35.0%, train 20.0%, overhead 45.0% (replica 0 worker 0 35%, trainer rank 0 20%)"
     )
     assert second.startswith("step 5: 2.000 s, engine 25.0%, train 0.0%, overhead 75.0%")
+
+
+def test_of_a_large_file_the_names_and_the_end_are_read(tmp_path):
+    path = tmp_path / "timeline.json"
+    many = [complete(RANK, "train", "forward", second, second + 0.5) for second in range(1000)]
+    asynchronous = {**complete(DRIVER, "stage", "gen", 0, 0), "id": "1.1"}
+    events = [*EVENTS[:3], {**asynchronous, "ph": "b"}, *many, {**asynchronous, "ph": "e"}, *EVENTS[3:]]
+    path.write_text("[\n" + "".join(json.dumps(event) + ",\n" for event in events))
+    assert len(read_events(path)) == len(events)
+    read = read_events(path, at_most=16_000)
+    assert read[:3] == EVENTS[:3]
+    assert read[-len(EVENTS[3:]) :] == EVENTS[3:]
+    assert len(read) < len(events) / 2
+    # The end of a pair whose beginning was not read is no span.
+    ends = [event for event in read if event["name"] == "gen" and event["ph"] == "e" and event["ts"] == 0]
+    cut = read_events(path, at_most=8_000)
+    assert ends
+    assert step_shares(cut)[4].engine == step_shares(EVENTS)[4].engine

@@ -41,10 +41,15 @@ class StepShares:
     busy: dict[str, float]
 
 
-def read_events(path: str | Path) -> list[Event]:
-    """The events of a trace file, of a run that ended in whatever way; a damaged line is left out with a warning."""
+def read_events(path: str | Path, at_most: int | None = None) -> list[Event]:
+    """The events of a trace file, of a run that ended in whatever way; a damaged line is left out with a warning.
+
+    Args:
+        path: the file.
+        at_most: bytes to read of a larger file: its beginning, which names the processes, and its end.
+    """
     events = []
-    for number, line in enumerate(Path(path).read_text(errors="replace").splitlines(), start=1):
+    for number, line in enumerate(_read(Path(path), at_most).decode(errors="replace").splitlines(), start=1):
         text = line.strip().rstrip(",")
         if text in ("", "[", "]"):
             continue
@@ -55,11 +60,22 @@ def read_events(path: str | Path) -> list[Event]:
     return events
 
 
+def _read(path: Path, at_most: int | None) -> bytes:
+    """The file, or whole lines of its first sixteenth and of its end."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if at_most is None or size <= at_most:
+            return file.read()
+        head = file.read(at_most // 16)
+        file.seek(size - (at_most - len(head)))
+        return head[: head.rfind(b"\n") + 1] + file.read().partition(b"\n")[2]
+
+
 def step_windows(events: Iterable[Event]) -> dict[int, Interval]:
     """Begin and end of each step, in microseconds."""
     return {
         int(event["args"]["step"]): (event["ts"], event["ts"] + event["dur"])
-        for event in _spans(events, "stage")
+        for event in spans(events, "stage")
         if event["name"] == "step"
     }
 
@@ -68,7 +84,7 @@ def stage_seconds(events: Sequence[Event]) -> dict[int, dict[str, float]]:
     """By step, the seconds of each of the driver's stages; what `timing_s/*` are."""
     windows = step_windows(events)
     seconds: dict[int, dict[str, float]] = {step: {} for step in windows}
-    for event in _spans(events, "stage"):
+    for event in spans(events, "stage"):
         step = event["args"].get("step")
         if step is None:
             step = next((step for step, (begin, end) in windows.items() if begin <= event["ts"] < end), None)
@@ -80,7 +96,7 @@ def stage_seconds(events: Sequence[Event]) -> dict[int, dict[str, float]]:
 def step_shares(events: Sequence[Event]) -> dict[int, StepShares]:
     """What each step's time went to. Processes that compute at the same time count once, but for `busy`."""
     names = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
-    engine, train = _spans(events, "engine"), _spans(events, "train")
+    engine, train = spans(events, "engine"), spans(events, "train")
     of_process: dict[str, list[Event]] = {}
     for event in (*engine, *train):
         of_process.setdefault(names[event["pid"]], []).append(event)
@@ -111,20 +127,21 @@ def covered(intervals: Iterable[Interval], begin: float, end: float) -> float:
     return total
 
 
-def _spans(events: Iterable[Event], category: str) -> list[Event]:
-    """The spans of a category; pairs of asynchronous events as if they were complete ones."""
-    spans, begun = [], {}
+def spans(events: Iterable[Event], category: str) -> list[Event]:
+    """The spans of a category; pairs of asynchronous events, where both are there, as if they were complete ones."""
+    found: list[Event] = []
+    begun: dict[str, Event] = {}
     for event in events:
         if event.get("cat") != category:
             continue
         if event["ph"] == "X":
-            spans.append(event)
+            found.append(event)
         elif event["ph"] == "b":
             begun[event["id"]] = event
-        elif event["ph"] == "e":
+        elif event["ph"] == "e" and event["id"] in begun:
             begin = begun.pop(event["id"])
-            spans.append({**begin, "ph": "X", "dur": event["ts"] - begin["ts"]})
-    return spans
+            found.append({**begin, "ph": "X", "dur": event["ts"] - begin["ts"]})
+    return found
 
 
 def main() -> None:

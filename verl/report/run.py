@@ -1,0 +1,199 @@
+"""What a run left in its directory, read whatever state it is in; what is missing becomes a note that says why."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from verl.trainer.config.record import CHANGES_FILE, CONFIG_FILE, flat
+from verl.utils.tracking import read_steps
+
+METRICS_FILE = "metrics.jsonl"
+# Kind of dump to the key that names its directory, and its name where the key is not known.
+DUMPS = {"validation": "trainer.validation_data_dir", "rollouts": "trainer.rollout_data_dir"}
+
+Curve = tuple[list[int], list[float]]
+
+
+@dataclass
+class Run:
+    """One run.
+
+    Attributes:
+        name: what it is called in figures; unlike any other in the report.
+        directory: its `trainer.default_local_dir`.
+        records: step to the metrics of that step, in order of steps.
+        config: dotted key to value; empty if the run wrote none.
+        changes: dotted key to `{"value", "default"}`; None if the run wrote none.
+        dumps: for `validation` and `rollouts` the file of samples of each step.
+        timeline: the trace of all processes, if there is one.
+        silent_seconds: since the metrics were written last; None without metrics.
+        notes: what is missing or damaged, and why it may be.
+    """
+
+    name: str
+    directory: Path
+    records: dict[int, dict[str, Any]] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    changes: dict[str, dict[str, Any]] | None = None
+    dumps: dict[str, dict[int, Path]] = field(default_factory=dict)
+    timeline: Path | None = None
+    silent_seconds: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def curve(self, metric: str) -> Curve:
+        """Steps and values of a metric, NaN where the run recorded that it was no finite number."""
+        steps, values = [], []
+        for step, data in self.records.items():
+            if metric in data and (data[metric] is None or is_number(data[metric])):
+                steps.append(step)
+                values.append(math.nan if data[metric] is None else float(data[metric]))
+        return steps, values
+
+    def names(self) -> list[str]:
+        """All metrics, in the order in which they first came."""
+        return list(dict.fromkeys(name for data in self.records.values() for name in data))
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def read_runs(directories: Sequence[str | Path]) -> list[Run]:
+    """The runs in these directories; one that is given twice counts once.
+
+    Raises:
+        ValueError: a directory does not exist, or holds nothing of a run.
+    """
+    paths = list(dict.fromkeys(Path(directory).resolve() for directory in directories))
+    return [read_run(path, name) for path, name in zip(paths, _names(paths), strict=True)]
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The ends of the paths, as long as it takes to tell them apart."""
+    longest = max(len(path.parts) for path in paths)
+    for length in range(1, longest + 1):
+        names = ["/".join(path.parts[-length:]).replace("//", "/") for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def read_run(directory: Path, name: str) -> Run:
+    """One run.
+
+    Raises:
+        ValueError: as `read_runs`.
+    """
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is no directory; give trainer.default_local_dir of a run")
+    run = Run(name, directory)
+    _read_config(run)
+    _read_metrics(run)
+    _find_dumps(run)
+    _find_timeline(run)
+    if not (run.records or run.config or any(run.dumps.values()) or (directory / METRICS_FILE).exists()):
+        raise ValueError(
+            f"{directory} holds neither {METRICS_FILE} nor {CONFIG_FILE}; give trainer.default_local_dir of a run"
+        )
+    return run
+
+
+def _read_metrics(run: Run) -> None:
+    path = run.directory / METRICS_FILE
+    if not path.exists():
+        logger = run.config.get("trainer.logger")
+        if isinstance(logger, list) and "file" not in logger:
+            why = "trainer.logger does not list 'file'"
+        else:
+            why = "the run has not come to its first record, or failed before it: see what it printed"
+        run.notes.append(f"No {METRICS_FILE}, so there are no curves: {why}.")
+        return
+    records = read_steps(path)
+    for record in records:
+        data = record.get("data")
+        run.records.setdefault(record["step"], {}).update(data if isinstance(data, dict) else {})
+    run.records = dict(sorted(run.records.items()))
+    run.silent_seconds = max(0.0, time.time() - path.stat().st_mtime)
+    damaged = sum(1 for line in path.read_bytes().split(b"\n") if line.strip()) - len(records)
+    if damaged:
+        lines = "One line is" if damaged == 1 else f"{damaged} lines are"
+        run.notes.append(f"{lines} damaged in {METRICS_FILE} and left out: the run was writing, or was killed.")
+    if not records:
+        run.notes.append(f"{METRICS_FILE} holds no record yet: the first step, or the validation before it, goes on.")
+    _note_bad_numbers(run)
+
+
+def _note_bad_numbers(run: Run) -> None:
+    """What a reader must not overlook: numbers that are none, and scorers that failed."""
+    bad: dict[str, int] = {}
+    for step, data in run.records.items():
+        for name in (name for name, value in data.items() if value is None):
+            bad.setdefault(name, step)
+    for name, step in list(bad.items())[:5]:
+        run.notes.append(f"{name} is not a finite number in step {step}, and may be in others.")
+    for metric, what in (("reward/num_errors", "raised an error"), ("reward/num_timeouts", "took too long")):
+        if total := sum(value for value in run.curve(metric)[1] if math.isfinite(value)):
+            run.notes.append(f"The reward function {what} for {total:.0f} samples.")
+
+
+def _read_config(run: Run) -> None:
+    values = _yaml(run, CONFIG_FILE)
+    run.config = flat(values) if values else {}
+    changes = _yaml(run, CHANGES_FILE)
+    if changes is not None:
+        run.changes = {str(key): entry for key, entry in changes.items() if isinstance(entry, dict)}
+
+
+def _yaml(run: Run, name: str) -> dict[str, Any] | None:
+    path = run.directory / name
+    if not path.exists():
+        run.notes.append(f"No {name}: the run was made by a version that wrote none, or the file was not copied along.")
+        return None
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
+    except yaml.YAMLError as error:
+        run.notes.append(f"{name} cannot be read: {' '.join(str(error).split())}")
+        return None
+    return values if isinstance(values, dict) else {}
+
+
+def _find_dumps(run: Run) -> None:
+    for kind, key in DUMPS.items():
+        directory = _place(run, key, kind)
+        found = {int(path.stem): path for path in directory.glob("*.jsonl") if path.stem.isdecimal()}
+        # A directory may still hold the later steps of a longer run before this one.
+        last = max(run.records, default=None)
+        kept = {step: path for step, path in sorted(found.items()) if last is None or step <= last}
+        run.dumps[kind] = kept
+        if kept:
+            continue
+        if run.config and run.config.get(key) is None:
+            why = f"{key} is null; with {key}=DIRECTORY the run keeps them"
+        else:
+            why = f"{directory} has no file of a step that was logged"
+        run.notes.append(f"No samples of {'the validation' if kind == 'validation' else 'the training'}: {why}.")
+
+
+def _find_timeline(run: Run) -> None:
+    path = _place(run, "trainer.timeline", "timeline.json")
+    if path.is_file():
+        run.timeline = path
+    elif run.config and run.config.get("trainer.timeline") is None:
+        run.notes.append("No timeline: trainer.timeline is null; with trainer.timeline=FILE the run writes one.")
+    else:
+        run.notes.append(f"No timeline: {path} does not exist.")
+
+
+def _place(run: Run, key: str, usual: str) -> Path:
+    """What the config names; beside the metrics under the same name, or its usual one, if the run was moved."""
+    named = run.config.get(key)
+    if isinstance(named, str) and Path(named).exists():
+        return Path(named)
+    return run.directory / (Path(named).name if isinstance(named, str) else usual)

@@ -1,0 +1,103 @@
+"""The best and the worst samples of the newest dump."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from verl.report.run import Run, is_number
+from verl.report.style import number
+from verl.utils.tracking import read_steps
+
+TITLES = {"validation": "Validation", "rollouts": "Training"}
+_COLUMNS = ("input", "output", "gts", "score", "step")
+_EACH = 4
+_CHARACTERS = 4000
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample as the page shows it; `more` are further numbers and texts that the scorer gave."""
+
+    score: str
+    prompt: str
+    response: str
+    truth: str
+    more: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Of one step.
+
+    Attributes:
+        title: validation or training.
+        step: the step.
+        count: samples in the dump with a score.
+        mean: of their scores.
+        best, worst: highest and lowest score first, each prompt once.
+    """
+
+    title: str
+    step: int
+    count: int
+    mean: str
+    best: list[Sample]
+    worst: list[Sample]
+
+
+def read_samples(run: Run) -> list[Samples]:
+    """Of the newest dump of each kind; one that holds no sample is noted in the run."""
+    found = []
+    for kind, title in TITLES.items():
+        if not run.dumps.get(kind):
+            continue
+        step, path = list(run.dumps[kind].items())[-1]
+        rows = scored_rows(path)
+        if not rows:
+            run.notes.append(
+                f"{path.name} of the {title.lower()} samples holds none with a score: the run was writing?"
+            )
+            continue
+        mean = number(sum(row["score"] for row in rows) / len(rows))
+        worst = sorted(rows, key=lambda row: row["score"])
+        found.append(Samples(title, step, len(rows), mean, _first(worst[::-1]), _first(worst)))
+    return found
+
+
+def scored_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a dump whose score is a number, in order."""
+    return [row for row in read_steps(path) if is_number(row.get("score"))]
+
+
+def _first(rows: list[dict[str, Any]]) -> list[Sample]:
+    """The first of each prompt, `_EACH` of them."""
+    of_prompt: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        of_prompt.setdefault(str(row.get("input")), row)
+    return [_sample(row) for row in list(of_prompt.values())[:_EACH]]
+
+
+def _sample(row: Mapping[str, Any]) -> Sample:
+    more = [
+        (str(name), number(value) if is_number(value) else visible(str(value), 200))
+        for name, value in row.items()
+        if name not in _COLUMNS and value is not None
+    ]
+    return Sample(
+        number(row["score"]),
+        visible(str(row.get("input", ""))),
+        visible(str(row.get("output", ""))),
+        visible(str(row.get("gts", ""))),
+        tuple(more),
+    )
+
+
+def visible(text: str, characters: int = _CHARACTERS) -> str:
+    """Text that can stand in a page: cut where it is long, control characters as pictures, no half characters."""
+    rest = len(text) - characters
+    text = text if rest <= 0 else f"{text[:characters]} … {rest:,} more characters"
+    text = "".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else c for c in text)
+    return text.encode("utf-8", "replace").decode()

@@ -1,0 +1,118 @@
+"""The numbers at the top of the report: how far a run is, and how it went."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+
+from verl.report.run import Curve, Run, is_number
+from verl.report.style import number, percent
+from verl.utils.tracking.progress import duration
+
+# Steps that an end of a noisy curve is the mean of.
+_ENDS = 5
+# A run that has been silent for longer than so many of its steps, and a minute, is not called running.
+_SILENT_STEPS, _SILENT_SECONDS = 10, 60.0
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A number for each run: what it is, its value by run ("-" where there is none), and a word on how it is taken."""
+
+    label: str
+    values: list[str]
+    how: str
+
+
+def state(run: Run) -> str:
+    """`finished, 50 steps`, `at step 12 of 50, ...`."""
+    if not run.records:
+        return "no step is recorded"
+    last, total = max(run.records), run.config.get("trainer.total_training_steps")
+    if is_number(total) and last >= total:
+        return f"finished, {last:,} steps"
+    assert run.silent_seconds is not None
+    pace = [seconds for seconds in run.curve("timing_s/step")[1] if math.isfinite(seconds)]
+    patience = max(_SILENT_SECONDS, _SILENT_STEPS * max(pace[-10:], default=0.0))
+    of = f" of {total:,}" if is_number(total) else ""
+    going = "running or just stopped" if run.silent_seconds < patience else "ended, or stopped"
+    return f"at step {last:,}{of}; {going}: last record {duration(run.silent_seconds)} before this report"
+
+
+def about(run: Run) -> str:
+    """Model, algorithm and quantisation, as far as the config is known."""
+    config = run.config
+    model = config.get("actor_rollout_ref.model.path")
+    quantization = config.get("actor_rollout_ref.rollout.quantization")
+    parts = [
+        f"{config.get('trainer.project_name')} / {config.get('trainer.experiment_name')}",
+        f"model {'/'.join(PurePath(str(model)).parts[-2:])}" if model else None,
+        f"advantages {config.get('algorithm.adv_estimator')}",
+        f"rollout quantised: {quantization}" if quantization else "rollout not quantised",
+    ]
+    return " · ".join(part for part in parts if part) if config else "its config is not recorded"
+
+
+def facts(runs: Sequence[Run]) -> list[Fact]:
+    """Those that at least one run has."""
+    core = list(dict.fromkeys(name for run in runs for name in run.names() if name.startswith("val-core/")))
+    means = [name for name in core if "/mean@" in name][:2]
+    found = [
+        _fact("Reward in training", runs, "critic/score/mean", _ends, f"mean of the first and the last {_ENDS} steps"),
+        *(_fact(_variable(name), runs, name, _first_last, "first and last validation") for name in means),
+        _fact("Length of a response", runs, "response_length/mean", _ends, "tokens, first and last steps"),
+        _fact("Entropy", runs, "actor/entropy", _ends, "nats a token, first and last steps"),
+        _fact("Rollout against trainer", runs, "training/rollout_probs_diff_mean", _median,
+              "mean difference of a token's probability, median of the steps"),
+        _fact("Quantisation error", runs, "weight_update/max_quantization_error", _largest, "of the worst weight"),
+        _fact("A step takes", runs, "timing_s/step", _seconds, "median of the steps"),
+        _fact("Throughput", runs, "perf/throughput", _speed, "a device, median of the steps"),
+        _fact("Memory of the trainer", runs, "actor/perf/max_memory_allocated_gb", _memory, "peak of a rank"),
+    ]  # fmt: skip
+    return [fact for fact in found if any(value != "-" for value in fact.values)]
+
+
+def _fact(label: str, runs: Sequence[Run], metric: str, say: Callable[[list[float]], str], how: str) -> Fact:
+    values = [_finite(run.curve(metric)) for run in runs]
+    return Fact(label, [say(of_run) if of_run else "-" for of_run in values], how)
+
+
+def _variable(name: str) -> str:
+    source, variable, _ = name.partition("/")[2].rsplit("/", 2)
+    return f"Validation: {variable}, {source.rpartition('/')[2]}"
+
+
+def _finite(curve: Curve) -> list[float]:
+    return [value for value in curve[1] if math.isfinite(value)]
+
+
+def _ends(values: list[float]) -> str:
+    return _first_last([statistics.fmean(values[:_ENDS]), statistics.fmean(values[-_ENDS:])])
+
+
+def _first_last(values: list[float]) -> str:
+    first, last = number(float(f"{values[0]:.3g}")), number(float(f"{values[-1]:.3g}"))
+    return f"{first} → {last}" if len(values) > 1 else first
+
+
+def _median(values: list[float]) -> str:
+    return number(float(f"{statistics.median(values):.2g}"))
+
+
+def _largest(values: list[float]) -> str:
+    return percent(float(f"{max(values):.3g}"))
+
+
+def _seconds(values: list[float]) -> str:
+    return f"{number(float(f'{statistics.median(values):.3g}'))} s"
+
+
+def _speed(values: list[float]) -> str:
+    return f"{statistics.median(values):,.0f} tokens/s"
+
+
+def _memory(values: list[float]) -> str:
+    return f"{number(float(f'{max(values):.3g}'))} GiB"
