@@ -3,7 +3,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 python := .venv/bin/python
 
-.PHONY: help setup quickstart test contract lint format sweep study lock \
+.PHONY: help setup quickstart test unit e2e contract lint format sweep study lock \
 	bench bench-update bench-step bench-overhead bench-growth bench-scale
 
 help: ## this list
@@ -16,9 +16,13 @@ quickstart: setup ## train a tiny language model with GRPO, a few minutes on two
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" examples/quickstart/run.sh $(ARGS)
 
 # An engine inside the test process changes it for good (vLLM silences loggers and pins threads): those run apart.
-test: setup lint ## lint and all tests but those of `make contract`
-	$(python) -m pytest -q tests --ignore=tests/e2e
-	$(python) -m pytest -q tests/e2e
+test: lint unit e2e ## lint and all tests but those of `make contract`
+
+unit: setup ## the tests that start no engine
+	$(python) -m pytest -q tests --ignore=tests/e2e $(ARGS)
+
+e2e: setup ## the tests with Ray and a real vLLM engine
+	$(python) -m pytest -q tests/e2e $(ARGS)
 
 contract: setup ## the code of three vllm-ascend releases under a stand-in for torch_npu; downloads them once
 	$(python) -m pytest -q -m contract tests/contract $(ARGS)
