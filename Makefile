@@ -7,7 +7,7 @@ python := .venv/bin/python
 	bench bench-update bench-step bench-overhead bench-growth bench-scale
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 24
 
 setup: ## make .venv from the lock
 	@scripts/setup.sh
