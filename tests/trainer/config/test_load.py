@@ -192,11 +192,23 @@ def test_wrong_types_name_field_value_and_what_is_expected_all_at_once():
         ("critic.rollout_n=8", "leave it out, actor_rollout_ref.rollout.n counts"),
         ("actor_rollout_ref.rollout.trace.backend=weave", "traces of samples"),
         ("trainer.profile_steps=[1,2]", "use trainer.timeline"),
+        ("actor_rollout_ref.actor.use_gpg_loss=True", "policy_loss.loss_mode=gpg"),
+        ("trainer.use_legacy_worker_impl=False", "leave it out"),
+        ("critic.model.fsdp_config.grad_offload=True", "leave it out"),
+        ("actor_rollout_ref.rollout.response_length=64", "data.max_response_length"),
     ],
 )
 def test_keys_of_verl_that_are_not_here_name_the_way_here(override, words):
     text = refused(override)
     assert text.startswith(override.lstrip("+").split("=")[0].split(".trace.")[0]) and words in text, text
+
+
+@pytest.mark.parametrize(
+    "override", ["trainer.max_stairs=1", "actor_rollout_ref.actor.clip_ration=1", "nothing.here=1"]
+)
+def test_an_unknown_key_names_no_key_that_is_only_of_the_same_section(override):
+    text = refused(override)
+    assert text.endswith((", and none like it", "did you mean actor_rollout_ref.actor.clip_ratio?")), text
 
 
 def test_a_section_that_is_not_here_is_said_once(tmp_path):

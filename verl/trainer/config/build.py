@@ -179,7 +179,8 @@ def nearest(key: str, known: tuple[str, ...]) -> list[str]:
     siblings = {name.rpartition(".")[2]: name for name in known if section and name.rpartition(".")[0] == section}
     found = [siblings[name] for name in difflib.get_close_matches(last, siblings, n=1, cutoff=0.6)]
     found += difflib.get_close_matches(key, same_name, n=1, cutoff=0.0)
-    return found or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    # Keys of one section look alike by its name alone.
+    return found or difflib.get_close_matches(key, known, n=1, cutoff=0.9)
 
 
 @functools.cache
