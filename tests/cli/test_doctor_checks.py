@@ -174,6 +174,8 @@ def test_the_table_holds_the_releases_that_are_tested():
     assert {stack.vllm_ascend: stack.vllm for stack in STACKS} == {
         release.version: f"=={release.vllm}" for release in RELEASES.values()
     }
+    documented = (ROOT / "docs/ascend.md").read_text()
     for stack in STACKS:
-        assert f"| {stack.vllm_ascend} | {stack.vllm.removeprefix('==')} |" in (ROOT / "docs/ascend.md").read_text()
+        npu, cann = stack.torch_npu.removeprefix("==").removesuffix(".*"), " or ".join(stack.cann)
+        assert f"| {stack.vllm_ascend} | {stack.vllm.removeprefix('==')} | {npu} | {cann} |" in documented
     assert stack_of("0.1") is None
