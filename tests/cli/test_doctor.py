@@ -43,6 +43,7 @@ def some_facts(**changes) -> Facts:
         "accelerators": {"cuda": 0, "npu": 0},
         "unusable": {},
         "cores": 2,
+        "cpu_flags": ("avx2",),
         "dtype": "float32 (auto)",
         "kernels": None,
         "cxx": "/usr/bin/g++",
@@ -50,6 +51,7 @@ def some_facts(**changes) -> Facts:
         "driver": None,
         "memory_bytes": 2**34,
         "shm_bytes": 2**33,
+        "shm_size_bytes": 2**34,
         "temp_bytes": 2**35,
         "temp_share": 0.5,
         "open_files": (1024, -1),
@@ -93,6 +95,7 @@ def test_text_counts_and_names_the_way_out_twice():
     assert text.count("do c") == text.count("do f") == 2
     block = text.partition("```text\n")[2]
     assert block.endswith("\n```") and "numpy 2.3.5" in block and "starts its own" in block
+    assert "8.0 GiB free of 16.0 GiB" in block and "2 cores, avx2" in block
     assert "nothing was found" in doctor.as_text(some_facts(), [])
 
 

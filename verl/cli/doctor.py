@@ -145,8 +145,10 @@ def _rows(facts: Facts) -> Iterable[str]:
     if facts.device == "npu" or facts.cann or facts.driver:
         yield _row("CANN, driver", f"{facts.cann or '-'}, {facts.driver or '-'}")
     yield _row("dtype", facts.dtype)
-    yield _row("CPU", f"{facts.cores} cores, {_gib(facts.memory_bytes)} free, MXFP8 kernels {_works(facts.kernels)}")
-    yield _row("/dev/shm", f"{_gib(facts.shm_bytes)} free")
+    yield _row("CPU", f"{facts.cores} cores, {' '.join(facts.cpu_flags) or 'no vector instructions that matter'}")
+    yield _row("MXFP8 on a CPU", f"kernels {_works(facts.kernels)}")
+    yield _row("memory", f"{_gib(facts.memory_bytes)} free")
+    yield _row("/dev/shm", f"{_gib(facts.shm_bytes)} free of {_gib(facts.shm_size_bytes)}")
     yield _row("open files", " of at most ".join("any" if limit < 0 else str(limit) for limit in facts.open_files))
     yield _row("Ray", _ray(facts))
     for name, value in shown_environment(facts.environment).items():

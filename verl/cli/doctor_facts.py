@@ -39,6 +39,8 @@ _IMPORTS = {
     "vllm-ascend": "import vllm_ascend",
 }
 _KERNELS = "import sys; from verl.utils.quantization.native import kernels; sys.exit(kernels() is None)"
+# Instruction sets that vLLM's and our kernels are built for: x86, then ARM.
+_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 _IMPORT_SECONDS = 180
 _CONNECT_SECONDS = 2
 
@@ -57,11 +59,13 @@ class Facts:
         device: cpu, cuda or npu: what `trainer.device=auto` chooses.
         accelerators: cuda and npu -> how many devices show.
         unusable: device -> why it cannot be used although it shows.
-        dtype: what a CPU rollout and trainer compute in, and why.
+        cores, cpu_flags: cores that may be used, and which of the instruction sets that matter the CPU has.
+        dtype: what rollout and trainer compute in where nothing is configured, and why.
         kernels: why the MXFP8 kernels for a CPU cannot be used; None where they can.
         cxx: path of a C++ compiler; None without one.
         cann, driver: versions of the CANN toolkit and of the NPU's driver, where they are found.
         memory_bytes, shm_bytes, temp_bytes: free host memory, free in /dev/shm, free in the directory of Ray's session.
+        shm_size_bytes: what /dev/shm holds.
         temp_share: used share of that directory's disk.
         open_files: soft and hard limit; -1 for none.
         ray_cluster: address of the cluster that a run would join; None where it starts its own.
@@ -80,6 +84,7 @@ class Facts:
     accelerators: Mapping[str, int]
     unusable: Mapping[str, str]
     cores: int
+    cpu_flags: tuple[str, ...]
     dtype: str
     kernels: str | None
     cxx: str | None
@@ -87,6 +92,7 @@ class Facts:
     driver: str | None
     memory_bytes: int | None
     shm_bytes: int | None
+    shm_size_bytes: int | None
     temp_bytes: int | None
     temp_share: float | None
     open_files: tuple[int, int]
@@ -125,6 +131,7 @@ def gather(environment: Mapping[str, str], *, root: Path = Path("/")) -> Facts:
         accelerators=accelerators,
         unusable={kind: why for kind, why in reasons.items() if why},
         cores=machine.cpu_cores(),
+        cpu_flags=tuple(flag for flag in _FLAGS if flag in machine.cpu_features()),
         dtype=f"{dtype.name} ({dtype.why})",
         kernels=broken.get("kernels"),
         cxx=next((path for name in ("g++", "c++", "clang++") if (path := shutil.which(name))), None),
@@ -132,6 +139,7 @@ def gather(environment: Mapping[str, str], *, root: Path = Path("/")) -> Facts:
         driver=_version_in(root / "usr/local/Ascend/driver/version.info"),
         memory_bytes=machine.available_memory_bytes(root=root),
         shm_bytes=shm.free if shm else None,
+        shm_size_bytes=shm.total if shm else None,
         temp_bytes=temp.free if temp else None,
         temp_share=temp.used / temp.total if temp and temp.total else None,
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE),
