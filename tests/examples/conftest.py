@@ -1,6 +1,9 @@
-"""Examples are scripts, not a package: makes them importable as modules, without leaving their folder on sys.path."""
+"""Examples are scripts, not a package: Python files as modules, and what shell scripts hand to the command line."""
 
 import importlib.util
+import os
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -25,3 +28,26 @@ def load_example():
         return module
 
     return load
+
+
+@pytest.fixture
+def overrides_of(tmp_path):
+    """`overrides_of(script, *arguments, **environment)`: what the script hands to main_ppo, which does not run.
+
+    A `python3` that only writes its arguments down comes first on the PATH.
+    """
+    caught, fake = tmp_path / "arguments", tmp_path / "bin" / "python3"
+    fake.parent.mkdir()
+    fake.write_text(
+        '#!/bin/sh\nif [ "$2" = verl.trainer.main_ppo ]; then\n'
+        f'shift 2; printf "%s\\0" "$@" > {shlex.quote(str(caught))}; fi\n'
+    )
+    fake.chmod(0o755)
+
+    def run(script: Path, *arguments: str, **environment: str) -> list[str]:
+        caught.unlink(missing_ok=True)
+        full = {**os.environ, **environment, "PATH": f"{fake.parent}:{os.environ['PATH']}"}
+        subprocess.run([script, *arguments], env=full, cwd=tmp_path, check=True, timeout=30, capture_output=True)
+        return caught.read_text().removesuffix("\0").split("\0")
+
+    return run
