@@ -11,6 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from verl.trainer.config.hub import download_hint
+from verl.utils.vllm.checkpoint_index import has_weights
+from verl.utils.vllm.config_shapes import index_of_config
+
 # Bits of an element, by the safetensors format's dtype names.
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
@@ -85,6 +89,7 @@ def read_model(path: str | Path) -> ModelFiles:
         problem = "is a file" if path.exists() else "does not exist"
         raise ModelFilesError(
             f"{problem}; give the directory of a Hugging Face model (`hf download NAME --local-dir DIR`)"
+            + download_hint(str(path))
         )
     config = _read_json(path / "config.json", "the directory of a Hugging Face model has one")
     text = config.get("text_config")
@@ -92,6 +97,29 @@ def read_model(path: str | Path) -> ModelFiles:
     parameters, nbytes, tensors = _sum(weights) if weights is not None else (None, None, None)
     shapes = {name: tuple(tensor["shape"]) for name, tensor in (weights or {}).items()}
     return ModelFiles(path, text if isinstance(text, dict) else config, parameters, nbytes, tensors, shapes)
+
+
+def is_config_alone(path: str | Path) -> bool:
+    """Whether a directory has a config.json and no weights, which is enough to plan with."""
+    return (Path(path) / "config.json").is_file() and not has_weights(Path(path))
+
+
+def read_config_alone(path: str | Path) -> ModelFiles:
+    """As `read_model`, of a directory without weights; ModelFilesError for a damaged config.json."""
+    return model_of_config(path, _read_json(Path(path) / "config.json", ""))
+
+
+def model_of_config(path: str | Path, config: dict[str, Any]) -> ModelFiles:
+    """The model that a config.json describes, in BF16; its size is None where its type is not known here."""
+    path, text = Path(path), config.get("text_config")
+    inner = text if isinstance(text, dict) else config
+    try:
+        tensors = index_of_config(path, config).tensors
+    except ValueError:
+        return ModelFiles(path, inner, None, None, None)
+    shapes = {name: info.shape for name, info in tensors.items()}
+    nbytes = sum(info.nbytes for info in tensors.values())
+    return ModelFiles(path, inner, sum(map(math.prod, shapes.values())), nbytes, len(shapes), shapes)
 
 
 def _weights(path: Path) -> dict[str, Any] | None:

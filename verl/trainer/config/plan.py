@@ -4,7 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from verl.trainer.config.device_memory import DeviceMemory
 from verl.trainer.config.estimate import MemoryEstimate
+
+
+@dataclass(frozen=True)
+class PromptLengths:
+    """Tokens of a sample of the training prompts.
+
+    Attributes:
+        measured: prompts.
+        median, longest: tokens.
+        over: how many are longer than data.max_prompt_length.
+    """
+
+    measured: int
+    median: int
+    longest: int
+    over: int
+
+    def text(self) -> str:
+        """In one line."""
+        return f"median {self.median:,}, longest {self.longest:,} tokens, of {self.measured:,} that were measured"
 
 
 @dataclass
@@ -63,6 +84,8 @@ class Plan:
         available_bytes: host memory that is free now, or None.
         checkpoints, logs: where they go.
         warnings, notes: see `Findings`.
+        hardware: that the run is planned for, where it does not start here; device_memory: an estimate for its devices.
+        prompt_lengths: of a sample of the training prompts, where they were measured.
     """
 
     device: str
@@ -101,15 +124,37 @@ class Plan:
     logs: str
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    hardware: str | None = None
+    device_memory: DeviceMemory | None = None
+    prompt_lengths: PromptLengths | None = None
 
     def render(self) -> str:
         """An aligned table in plain text, warnings and notes below it."""
-        rows = [*self._batch_rows(), *self._machine_rows(), ("checkpoints", self.checkpoints), ("logs", self.logs)]
+        rows = self.rows()
         width = max(len(label) for label, _ in rows)
         lines = ["plan", *(f"  {label:<{width}}  {text}" for label, text in rows)]
         lines += [f"  note: {note}" for note in self.notes]
         lines += [f"  warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Label and text of each line of the table; a line that goes on has no label."""
+        where = [("checkpoints", self.checkpoints), ("logs", self.logs)]
+        return [*self._batch_rows(), *self._machine_rows(), *self._device_rows(), *where]
+
+    def _device_rows(self) -> list[tuple[str, str]]:
+        memory = self.device_memory
+        if memory is None:
+            return []
+        rows = []
+        for stage in memory.stages:
+            parts = ", ".join(f"{name} {part / 1e9:.1f}" for name, part in stage.parts.items() if part >= 5e7)
+            label = "" if rows else "device memory"
+            rows.append((label, f"{stage.name}: {stage.total / 1e9:.1f} of {memory.capacity / 1e9:.0f} GB ({parts})"))
+        cache = (
+            f"{max(0, memory.cache_bytes) / 1e9:.1f} GB on a device, {_count(memory.cache_tokens)} tokens a replica"
+        )
+        return [*rows, ("engine's cache", cache)]
 
     def _batch_rows(self) -> list[tuple[str, str]]:
         micro = (
@@ -118,7 +163,7 @@ class Plan:
             else f"{_count(self.micro_batches_per_rank)} for each mini-batch"
         )
         most = "at most " if self.at_most else ""
-        steps = "decided by the dataset class"
+        steps = "decided by the dataset class, or by data that is not here"
         if self.total_steps is not None:
             per_epoch = "" if self.steps_per_epoch is None else f" ({most}{_count(self.steps_per_epoch)} an epoch)"
             steps = f"{_count(self.total_steps)}{per_epoch}"
@@ -137,12 +182,12 @@ class Plan:
                 f"{most}{_count(self.train_prompts)} to train on, {most}{_count(self.val_prompts)} to validate on",
             ),
             ("training steps", steps),
-        ]
+        ] + ([] if self.prompt_lengths is None else [("prompt lengths", self.prompt_lengths.text())])
 
     def _machine_rows(self) -> list[tuple[str, str]]:
         replicas = f"{self.replicas} replica(s) x {self.tensor_parallel} tensor parallel"
         rows = [
-            ("device", self.device),
+            ("device", self.device if self.hardware is None else f"{self.device}, planned for {self.hardware}"),
             ("processes", f"{self.trainer_ranks} trainer rank(s), {replicas}, {self.reward_workers} for rewards"),
             ("parameters", "unknown" if self.parameters is None else _millions(self.parameters)),
             ("trainer computes in", f"{self.compute_dtype} ({self.compute_why}); master weights {self.master_dtype}"),

@@ -79,6 +79,11 @@ def prepare(data_source: str) -> None:
         math_score.compute_score("\\boxed{1}", "1")
 
 
+def require_scorer(data_source: str) -> None:
+    """Refuse a data source without a built-in scorer; NotImplementedError, which names those there are."""
+    _kind(data_source)
+
+
 def _kind(data_source: str) -> str:
     if data_source in GSM8K_SOURCES:
         return "gsm8k"
@@ -96,4 +101,4 @@ def _kind(data_source: str) -> str:
     )
 
 
-__all__ = ["default_compute_score", "prepare"]
+__all__ = ["default_compute_score", "prepare", "require_scorer"]

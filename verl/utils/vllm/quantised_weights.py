@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
+from verl.utils.platform import choose_dtype
+from verl.utils.vllm.ascend_description import DESCRIPTION_FILE
 from verl.utils.vllm.ascend_layers import COLUMN, ROW, Layer, read_layers
 from verl.utils.vllm.checkpoint_index import CheckpointIndex
 
@@ -27,6 +30,26 @@ def refuse_load_format(quantization: str, load_format: str) -> None:
         raise ValueError(
             f"actor_rollout_ref.rollout.load_format={load_format}: with quantization={quantization} the engine's first "
             "weights come from the trainer; use dummy"
+        )
+
+
+def refuse_dtype(quantization: str, dtype: str, device: str) -> None:
+    """Refuse an engine that computes in float32, for a method whose kernels take bfloat16."""
+    chosen = choose_dtype(device, dtype)
+    if chosen.name != "bfloat16":
+        raise ValueError(
+            f"actor_rollout_ref.rollout.dtype={dtype}: the engine would compute in {chosen.name} ({chosen.why}), and "
+            f"quantization={quantization} on {device} needs bfloat16; set actor_rollout_ref.rollout.dtype=bfloat16"
+        )
+
+
+def refuse_description(model_dir: str | Path, device: str) -> None:
+    """Refuse a description in the directory of a model that is not to be quantised."""
+    description = Path(model_dir) / DESCRIPTION_FILE
+    if device == "npu" and description.exists():
+        raise ValueError(
+            f"{_FIELD}=null: vllm-ascend takes {description} for the wish to quantise all the same; set "
+            "quantization=ascend, or move that file away"
         )
 
 

@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from verl.trainer.config import checks
+from verl.trainer.config.checks import derive
 
 SERVER = "actor_rollout_ref__rollout__server__"
 
@@ -84,10 +84,10 @@ def test_the_checkpoint_to_go_on_from(problem_of, plan_of, run_files):
 
 
 def test_too_little_memory_is_a_warning(plan_of, monkeypatch):
-    monkeypatch.setattr(checks, "available_memory_bytes", lambda: 1 << 30)
+    monkeypatch.setattr(derive, "available_memory_bytes", lambda: 1 << 30)
     (warning,) = plan_of().warnings
     assert "1.0 GiB are available" in warning
-    monkeypatch.setattr(checks, "available_memory_bytes", lambda: None)
+    monkeypatch.setattr(derive, "available_memory_bytes", lambda: None)
     assert plan_of().warnings == []
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from verl.trainer.config.checks.agent import check_agent
 from verl.trainer.config.checks.algorithm import check_algorithm
-from verl.trainer.config.checks.batches import check_batches, check_replicas, rollout_devices, trainer_ranks
+from verl.trainer.config.checks.batches import check_batches, check_replicas
 from verl.trainer.config.checks.critic import check_critic, check_critic_model
-from verl.trainer.config.checks.data import DataInfo, check_data
+from verl.trainer.config.checks.data import check_data
+from verl.trainer.config.checks.derive import derive_plan
+from verl.trainer.config.checks.device_memory import check_device_memory
 from verl.trainer.config.checks.idle import idle_notes
 from verl.trainer.config.checks.lag import check_lag
 from verl.trainer.config.checks.lora import check_lora
 from verl.trainer.config.checks.machine import (
     check_device,
     check_directories,
+    check_environment,
     check_loggers,
     check_memory,
     check_ports,
@@ -22,69 +23,126 @@ from verl.trainer.config.checks.machine import (
 from verl.trainer.config.checks.model import check_model
 from verl.trainer.config.checks.partial_rollout import check_partial_rollout
 from verl.trainer.config.checks.policy_loss import check_policy_loss
-from verl.trainer.config.checks.quantization import Quantisation, check_quantization
+from verl.trainer.config.checks.quantization import (
+    Quantisation,
+    check_planned_quantization,
+    check_quantization,
+)
 from verl.trainer.config.checks.reward import check_reward
 from verl.trainer.config.checks.rollout_correction import check_rollout_correction
+from verl.trainer.config.checks.rows import check_rows
 from verl.trainer.config.checks.transport import check_transport
-from verl.trainer.config.critic import resolve_critic
-from verl.trainer.config.delta import whole_updates_why
+from verl.trainer.config.device_memory import DeviceMemory, device_memory
 from verl.trainer.config.errors import ConfigError
-from verl.trainer.config.estimate import estimate_memory
 from verl.trainer.config.findings import Findings
 from verl.trainer.config.model_files import ModelFiles
-from verl.trainer.config.plan import CriticPlan, Plan
+from verl.trainer.config.plan import Plan
 from verl.trainer.config.ppo import PPOConfig
+from verl.trainer.config.quantised import PlannedQuantisation
 from verl.trainer.config.schema import walk
+from verl.trainer.config.scope import Hardware, Scope
 from verl.trainer.config.values import value_problems
-from verl.utils.platform import available_memory_bytes, choose_dtype, cpu_cores
 
-_MIB = 1 << 20
-_MOST_REWARD_WORKERS = 8
 _ENGINE_KWARGS = ("vllm", "sglang", "trtllm")
 
 
 def check(config: PPOConfig) -> Plan:
-    """Check everything that can be checked without starting a process, and derive the plan.
+    """Check everything that can be checked without starting a process, and derive the plan of a run that starts here.
 
     Raises:
         ConfigError: lists every problem: field, value, what to do.
     """
+    plan, found = examine(config, Scope())
+    if plan is None or found.errors:
+        raise ConfigError(found.errors)
+    return plan
+
+
+def examine(config: PPOConfig, scope: Scope) -> tuple[Plan | None, Findings]:
+    """Everything that can be known of a config without starting a process.
+
+    Returns:
+        The plan, None where errors leave nothing to derive it from; and what was found, the plan's warnings included.
+    """
     wrong = value_problems(config)
-    found = Findings(errors=list(wrong.values()))
+    found = Findings(errors=list(wrong.values()), without_files=scope.without_files)
     _check_engine_kwargs(config, found)
     # Arithmetic on sizes that are out of bounds would only add noise, or divide by zero.
     sizes_hold = not any(type(value) is int for name, _, value in walk(config) if name in wrong)
     if sizes_hold:
-        check_batches(config, found)
-        check_replicas(config, found)
-        check_algorithm(config, found)
-        check_critic(config, found)
-        check_policy_loss(config, found)
-        check_partial_rollout(config, found)
-        check_ports(config, found)
-    model = check_model(config, found) if sizes_hold else None
-    critic = check_critic_model(config, model, found) if sizes_hold else None
+        _check_sizes(config, scope, found)
+    model = check_model(config, scope, found) if sizes_hold else None
+    critic = check_critic_model(config, model, scope, found) if sizes_hold else None
     if model is not None and not wrong:
         check_lora(config, model, found)
     data = check_data(config, found)
+    lengths = None if scope.starting else check_rows(config, found)
     check_reward(config, found)
     check_agent(config, found)
     check_rollout_correction(config, found)
-    check_loggers(config, found)
-    check_directories(config, found)
-    device = None if "trainer.device" in wrong else check_device(config, found)
+    if scope.hardware is None:
+        check_loggers(config, found)
+        check_directories(config, found)
+    device = None if "trainer.device" in wrong else check_device(config, scope, found)
+    if device and not scope.starting:
+        check_environment(config, device, scope.environment, found)
     if device and sizes_hold and "actor_rollout_ref.rollout.checkpoint_engine.backend" not in wrong:
         check_transport(config, device, found)
     if device and sizes_hold:
         check_lag(config, device, found)
-    quantisation = check_quantization(config, device, found) if device and model and not wrong else None
-    if found.errors:
-        raise ConfigError(found.errors)
-    assert device is not None and model is not None
-    plan = _derive(config, device, model, critic, data, quantisation)
+    quantisation: Quantisation | None = None
+    if device and model and not wrong:
+        quantisation = (
+            check_quantization(config, device, found)
+            if scope.starting
+            else check_planned_quantization(config, device, model, found)
+        )
+    if found.errors or device is None or model is None:
+        return None, found
+    plan = derive_plan(config, device, model, critic, data, quantisation)
+    plan.prompt_lengths = lengths
+    if scope.hardware is not None:
+        plan.hardware, plan.available_bytes = scope.hardware.name, None
+        plan.device_memory = _device_memory(config, scope.hardware, plan, model, critic, quantisation)
+        if plan.device_memory is not None:
+            check_device_memory(config, plan.device_memory, found)
     check_memory(plan.memory, plan.available_bytes, found)
     plan.warnings, plan.notes = found.warnings, found.notes + idle_notes(config, device)
-    return plan
+    return plan, found
+
+
+def _check_sizes(config: PPOConfig, scope: Scope, found: Findings) -> None:
+    check_batches(config, found)
+    check_replicas(config, found)
+    check_algorithm(config, found)
+    check_critic(config, found)
+    check_policy_loss(config, found)
+    check_partial_rollout(config, found)
+    if scope.hardware is None:
+        check_ports(config, found)
+
+
+def _device_memory(
+    config: PPOConfig,
+    hardware: Hardware,
+    plan: Plan,
+    model: ModelFiles,
+    critic: ModelFiles | None,
+    quantisation: Quantisation | None,
+) -> DeviceMemory | None:
+    if hardware.memory_bytes is None or model.parameters is None:
+        return None
+    itemsize = 4 if plan.rollout_dtype == "float32" else 2
+    held = quantisation.engine_bytes(itemsize) if isinstance(quantisation, PlannedQuantisation) else None
+    return device_memory(
+        config,
+        model,
+        device=plan.device,
+        capacity=hardware.memory_bytes,
+        ranks=plan.trainer_ranks,
+        engine_weights=held or model.parameters * itemsize,
+        critic=critic,
+    )
 
 
 def _check_engine_kwargs(config: PPOConfig, found: Findings) -> None:
@@ -97,99 +155,3 @@ def _check_engine_kwargs(config: PPOConfig, found: Findings) -> None:
             found.errors.append(f"{field}={value}: give a mapping of arguments")
         elif name != "vllm" and value:
             found.errors.append(f"{field} is not supported yet: use actor_rollout_ref.rollout.engine_kwargs.vllm")
-
-
-def _derive(
-    config: PPOConfig,
-    device: str,
-    model: ModelFiles,
-    critic: ModelFiles | None,
-    data: DataInfo,
-    quantisation: Quantisation | None,
-) -> Plan:
-    roles, trainer = config.actor_rollout_ref, config.trainer
-    actor, rollout = roles.actor, roles.rollout
-    ranks, samples = trainer_ranks(config), config.data.train_batch_size * rollout.n
-    replicas = rollout_devices(config) // rollout.tensor_model_parallel_size
-    mini = actor.ppo_mini_batch_size * rollout.n
-    micro = None if actor.use_dynamic_bsz else mini // ranks // (actor.ppo_micro_batch_size_per_gpu or 1)
-    compute, engine = choose_dtype(device, actor.fsdp_config.dtype), choose_dtype(device, rollout.dtype)
-    workers = config.reward.num_workers or min(_MOST_REWARD_WORKERS, cpu_cores())
-    steps = None if data.train is None else data.train // config.data.train_batch_size
-    itemsize = 4 if engine.name == "float32" else 2
-    update = None if model.parameters is None else model.parameters * itemsize
-    if quantisation is not None:
-        update = quantisation.update_bytes(itemsize) or update
-    bucket = rollout.checkpoint_engine.update_weights_bucket_megabytes * _MIB
-    return Plan(
-        device=device,
-        compute_dtype=compute.name,
-        compute_why=compute.why,
-        rollout_dtype=engine.name,
-        rollout_why=engine.why,
-        rollout_weights=None if quantisation is None else quantisation.summary(),
-        master_dtype=choose_dtype(device, actor.fsdp_config.model_dtype).name,
-        prompts_per_step=config.data.train_batch_size,
-        samples_per_step=samples,
-        optimizer_steps_per_step=samples // mini * actor.ppo_epochs,
-        samples_per_mini_batch=mini,
-        samples_per_rank=mini // ranks,
-        micro_batches_per_rank=micro,
-        micro_batch_tokens=actor.ppo_max_token_len_per_gpu if actor.use_dynamic_bsz else None,
-        prompt_tokens=config.data.max_prompt_length,
-        response_tokens=config.data.max_response_length,
-        train_prompts=data.train,
-        val_prompts=data.val,
-        at_most=config.data.filter_overlong_prompts,
-        steps_per_epoch=steps,
-        total_steps=trainer.total_training_steps or (steps and steps * trainer.total_epochs),
-        trainer_ranks=ranks,
-        replicas=replicas,
-        tensor_parallel=rollout.tensor_model_parallel_size,
-        reward_workers=workers,
-        parameters=model.parameters,
-        critic=None if critic is None else _critic(config, device, critic),
-        update_bytes=update,
-        update_buckets=None if update is None else -(-update // bucket),
-        whole_updates_why=whole_updates_why(rollout, device),
-        memory=estimate_memory(
-            config,
-            model,
-            device=device,
-            compute_dtype=compute.name,
-            rollout_dtype=engine.name,
-            ranks=ranks,
-            replicas=replicas,
-            reward_workers=workers,
-            critic=critic,
-        ),
-        available_bytes=available_memory_bytes(),
-        checkpoints=_checkpoints(config),
-        logs=_logs(config),
-    )
-
-
-def _critic(config: PPOConfig, device: str, files: ModelFiles) -> CriticPlan:
-    critic = resolve_critic(config)
-    n, prompts = config.actor_rollout_ref.rollout.n, critic.ppo_mini_batch_size or 1
-    return CriticPlan(
-        parameters=files.parameters,
-        compute_dtype=choose_dtype(device, critic.fsdp.dtype).name,
-        master_dtype=choose_dtype(device, critic.fsdp.model_dtype).name,
-        optimizer_steps_per_step=config.data.train_batch_size // prompts * (critic.ppo_epochs or 1),
-        samples_per_mini_batch=prompts * n,
-        samples_per_rank=prompts * n // trainer_ranks(config),
-    )
-
-
-def _checkpoints(config: PPOConfig) -> str:
-    trainer = config.trainer
-    if trainer.save_freq <= 0:
-        return "none (trainer.save_freq)"
-    kept = "all" if trainer.max_actor_ckpt_to_keep is None else f"the last {trainer.max_actor_ckpt_to_keep}"
-    return f"{trainer.default_local_dir}, every {trainer.save_freq} steps, {kept} kept"
-
-
-def _logs(config: PPOConfig) -> str:
-    places = {"file": Path(config.trainer.default_local_dir) / "metrics.jsonl"}
-    return ", ".join(f"{name} ({places[name]})" if name in places else name for name in config.trainer.logger) or "none"

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from verl.trainer.config import names
 from verl.trainer.config.checks.batches import check_division, check_limits
-from verl.trainer.config.checks.model import TOKENIZER_FILES, check_vocabulary, has_tokenizer, scales_positions
+from verl.trainer.config.checks.model import (
+    TOKENIZER_FILES,
+    check_vocabulary,
+    find_model,
+    has_tokenizer,
+    scales_positions,
+)
 from verl.trainer.config.critic import needs_critic, resolve_critic
 from verl.trainer.config.findings import Findings
-from verl.trainer.config.model_files import ModelFiles, ModelFilesError, read_model
+from verl.trainer.config.model_files import ModelFiles
 from verl.trainer.config.ppo import PPOConfig
+from verl.trainer.config.scope import Scope
 
 _PATH = "critic.model.path"
 
@@ -77,18 +84,15 @@ def _key(own: object, name: str) -> str:
     return f"actor_rollout_ref.actor.{name}" if getattr(own, name) is None else f"critic.{name}"
 
 
-def check_critic_model(config: PPOConfig, policy: ModelFiles | None, found: Findings) -> ModelFiles | None:
+def check_critic_model(
+    config: PPOConfig, policy: ModelFiles | None, scope: Scope, found: Findings
+) -> ModelFiles | None:
     """What the critic's files say, or None where there is no critic or they are missing or damaged."""
     path = config.critic.model.path
     if path is None or not needs_critic(config):
         return None
-    try:
-        files = read_model(path)
-    except ModelFilesError as error:
-        found.errors.append(f"{_PATH}={path}: {error}")
-        return None
-    except OSError as error:
-        found.errors.append(f"{_PATH}={path}: cannot be read ({error.strerror}: {error.filename})")
+    files = find_model(_PATH, path, scope, found)
+    if files is None:
         return None
     check_vocabulary("critic.model", config.critic.model.override_config, files, found)
     _check_tokenizer(config.critic.model.tokenizer_path, found)

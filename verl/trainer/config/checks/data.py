@@ -56,6 +56,9 @@ def _rows(field: str, files: str | list[str] | None, prompt_key: str, found: Fin
         return None  # reported as not set
     try:
         paths = data_paths(files)
+    except FileNotFoundError as error:
+        found.missing(f"{field}: {error}")
+        return None
     except (OSError, ValueError) as error:
         found.errors.append(f"{field}: {error}")
         return None

@@ -4,30 +4,37 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import math
 import os
 import re
 import socket
+from collections.abc import Mapping
 from pathlib import Path
 
 from verl.trainer.config import names
-from verl.trainer.config.checks.batches import rollout_devices
+from verl.trainer.config.checks.batches import rollout_devices, trainer_ranks
 from verl.trainer.config.critic import needs_critic
 from verl.trainer.config.estimate import MemoryEstimate
 from verl.trainer.config.findings import Findings
 from verl.trainer.config.plan import size
 from verl.trainer.config.ppo import PPOConfig
+from verl.trainer.config.scope import Hardware, Scope
 from verl.utils.platform import count_devices, cpu_cores, detect_device
+from verl.utils.vllm.npu_settings import npu_environment, npu_environment_problems
 
 # Linux's limits; longer paths are errors only when a directory is made.
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095
 
 
-def check_device(config: PPOConfig, found: Findings) -> str | None:
+def check_device(config: PPOConfig, scope: Scope, found: Findings) -> str | None:
     """The device, or None where it is not there."""
+    if scope.hardware is not None:
+        return _check_planned(config, scope.hardware, found)
     try:
         device = detect_device(config.trainer.device)
     except ValueError as error:
-        found.errors.append(str(error))
+        plan = "" if scope.starting else "; or plan for other hardware, as with --device npu:ascend950"
+        found.errors.append(f"{error}{plan}")
         return None
     ranks, rollout = config.trainer.n_gpus_per_node, config.actor_rollout_ref.rollout
     if device == "cpu":
@@ -52,6 +59,43 @@ def check_device(config: PPOConfig, found: Findings) -> str | None:
             f"trainer.n_gpus_per_node={ranks}: this machine shows {present} {device} device(s); use at most {present}"
         )
     return device
+
+
+def _check_planned(config: PPOConfig, hardware: Hardware, found: Findings) -> str | None:
+    asked, device = config.trainer.device, hardware.device
+    if asked not in ("auto", device):
+        found.errors.append(
+            f"trainer.device={asked}: planned for --device {hardware.name}; set trainer.device={device}, or auto"
+        )
+        return None
+    rollout, trainer = config.actor_rollout_ref.rollout, config.trainer
+    apart = rollout.n_gpus_per_node * rollout.nnodes
+    node = max(trainer.n_gpus_per_node, rollout.n_gpus_per_node if apart else 0)
+    needed = math.ceil((trainer_ranks(config) + apart) / node)
+    if hardware.nodes is None or needed == hardware.nodes:
+        return device
+    if needed > hardware.nodes:
+        found.errors.append(
+            f"--nodes {hardware.nodes}: trainer.nnodes={trainer.nnodes} x trainer.n_gpus_per_node="
+            f"{trainer.n_gpus_per_node} and actor_rollout_ref.rollout.nnodes={rollout.nnodes} x .n_gpus_per_node="
+            f"{rollout.n_gpus_per_node} take {needed} nodes of {node} devices; use --nodes {needed}, or lower "
+            "actor_rollout_ref.rollout.nnodes"
+        )
+    else:
+        found.warnings.append(
+            f"--nodes {hardware.nodes}: the run takes {needed} node(s) of {node} devices, the rest is idle; set "
+            f"actor_rollout_ref.rollout.nnodes={rollout.nnodes + hardware.nodes - needed} for replicas on nodes of "
+            "their own"
+        )
+    return device
+
+
+def check_environment(config: PPOConfig, device: str, environment: Mapping[str, str], found: Findings) -> None:
+    """What an engine on an NPU could not work with; its start would say the same."""
+    if device == "npu":
+        whole = {**environment, **npu_environment(environment)}
+        sleeps = config.actor_rollout_ref.rollout.free_cache_engine
+        found.errors += npu_environment_problems(whole, sleep_mode=sleeps)
 
 
 def check_loggers(config: PPOConfig, found: Findings) -> None:

@@ -6,42 +6,79 @@ import os
 from typing import Any
 
 from verl.trainer.config.findings import Findings
-from verl.trainer.config.model_files import ModelFiles, ModelFilesError, read_model
+from verl.trainer.config.model_files import (
+    ModelFiles,
+    ModelFilesError,
+    is_config_alone,
+    model_of_config,
+    read_config_alone,
+    read_model,
+)
 from verl.trainer.config.ppo import PPOConfig
+from verl.trainer.config.public_models import public_config
+from verl.trainer.config.scope import Scope
 
 _PATH = "actor_rollout_ref.model.path"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
-def check_model(config: PPOConfig, found: Findings) -> ModelFiles | None:
+def check_model(config: PPOConfig, scope: Scope, found: Findings) -> ModelFiles | None:
     """What the model's files say, or None where they are missing or damaged."""
     model = config.actor_rollout_ref.model
     if model.path is None:
         return None  # reported as not set
-    try:
-        files = read_model(model.path)
-    except ModelFilesError as error:
-        found.errors.append(f"{_PATH}={model.path}: {error}")
+    files = find_model(_PATH, model.path, scope, found)
+    if files is None:
         return None
-    except OSError as error:
-        found.errors.append(f"{_PATH}={model.path}: cannot be read ({error.strerror}: {error.filename})")
-        return None
-    _check_tokenizer(config, found)
+    _check_tokenizer(config, scope, found)
     check_vocabulary("actor_rollout_ref.model", model.override_config, files, found)
     _check_lengths(config, files, found)
     _check_heads(config, files, found)
     return files
 
 
-def _check_tokenizer(config: PPOConfig, found: Findings) -> None:
+def find_model(field: str, path: str, scope: Scope, found: Findings) -> ModelFiles | None:
+    """The model in a directory, by its weights' headers; where no run starts, by its config or its name alone.
+
+    Returns:
+        None where an error was found.
+    """
+    public = None if os.path.exists(path) else public_config(path)
+    try:
+        if scope.without_files and public is not None:
+            found.notes.append(f"{field}={path}: not here; judged as the public model of that name")
+            return model_of_config(path, public)
+        if not scope.starting and is_config_alone(path):
+            found.notes.append(f"{field}={path}: has no weights, which a run needs; judged by its config.json")
+            return read_config_alone(path)
+        return read_model(path)
+    except ModelFilesError as error:
+        if os.path.exists(path):
+            found.errors.append(f"{field}={path}: {error}")
+            return None
+        found.missing(f"{field}={path}: {error}")
+        return model_of_config(path, {}) if scope.without_files else None
+    except OSError as error:
+        found.errors.append(f"{field}={path}: cannot be read ({error.strerror}: {error.filename})")
+        return None
+
+
+def _check_tokenizer(config: PPOConfig, scope: Scope, found: Findings) -> None:
     model = config.actor_rollout_ref.model
     folder = model.tokenizer_path or model.path or ""
-    if not has_tokenizer(folder):
-        field = f"actor_rollout_ref.model.tokenizer_path={folder}" if model.tokenizer_path else f"{_PATH}={folder}"
-        found.errors.append(
-            f"{field}: no tokenizer there (none of {', '.join(TOKENIZER_FILES)}); copy it there, or set "
-            "actor_rollout_ref.model.tokenizer_path"
-        )
+    if has_tokenizer(folder):
+        return
+    field = f"actor_rollout_ref.model.tokenizer_path={folder}" if model.tokenizer_path else f"{_PATH}={folder}"
+    text = (
+        f"{field}: no tokenizer there (none of {', '.join(TOKENIZER_FILES)}); copy it there, or set "
+        "actor_rollout_ref.model.tokenizer_path"
+    )
+    if scope.without_files and not os.path.exists(folder):
+        return  # said of the model
+    if not scope.starting and is_config_alone(folder):
+        found.warnings.append(f"{text}; prompts are not measured without it")
+    else:
+        found.errors.append(text)
 
 
 def has_tokenizer(folder: str) -> bool:

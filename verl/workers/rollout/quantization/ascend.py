@@ -14,7 +14,7 @@ from verl.utils.vllm.ascend_description import AscendDescription, resolve_descri
 from verl.utils.vllm.ascend_release import refuse_unpaired_groups
 from verl.utils.vllm.layout_map import Target
 from verl.utils.vllm.npu_settings import check_vllm_ascend
-from verl.utils.vllm.quantised_weights import refuse_device, refuse_fused_experts, refuse_load_format
+from verl.utils.vllm.quantised_weights import refuse_device, refuse_dtype, refuse_fused_experts, refuse_load_format
 from verl.utils.vllm.vllm_fp8_utils import (
     MXFP8_BLOCK_QUANT_KWARGS,
     apply_mxfp8_transformation_after_loading,
@@ -46,7 +46,7 @@ class AscendScheme(ScaledScheme):
         refuse_load_format("ascend", self._rollout.load_format)
         if device == "npu":
             release = check_vllm_ascend()
-            self._refuse_dtype(device)
+            refuse_dtype("ascend", self._rollout.dtype, device)
             refuse_unpaired_groups(self.description.layers, self._rollout.tensor_model_parallel_size, release)
         refuse_fused_experts(self.description.layers)
         described = {**MXFP8_BLOCK_QUANT_KWARGS, **self.description.to_json_dict()}

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from verl.trainer.config import RolloutConfig
-from verl.utils.platform import choose_dtype
 from verl.utils.vllm.layout_map import Target
 from verl.workers.rollout.weight_sync.encode_report import EncodeReport
 from verl.workers.rollout.weight_sync.manifest import TensorSpec
@@ -38,16 +37,6 @@ class QuantizationScheme(ABC):
         Raises:
             ValueError: a layer, or a setting, that cannot work, naming it.
         """
-
-    def _refuse_dtype(self, device: str) -> None:
-        """Refuse an engine that computes in float32, for a method whose kernels take bfloat16."""
-        chosen = choose_dtype(device, self._rollout.dtype)
-        if chosen.name != "bfloat16":
-            raise ValueError(
-                f"actor_rollout_ref.rollout.dtype={self._rollout.dtype}: the engine would compute in {chosen.name} "
-                f"({chosen.why}), and quantization={self._rollout.quantization} on {device} needs bfloat16; set "
-                "actor_rollout_ref.rollout.dtype=bfloat16"
-            )
 
     @abstractmethod
     def summary(self) -> str:

@@ -14,6 +14,7 @@ from verl.utils.vllm.quantised_weights import (
     fp8_layers,
     fp8_summary,
     refuse_device,
+    refuse_dtype,
     refuse_fused_experts,
     refuse_load_format,
     refuse_uncuttable_fp8,
@@ -45,7 +46,7 @@ class Fp8Scheme(ScaledScheme):
             )
         refuse_device("fp8", device)
         refuse_load_format("fp8", self._rollout.load_format)
-        self._refuse_dtype(device)
+        refuse_dtype("fp8", self._rollout.dtype, device)
         layers = self._layers.values()
         if device == "cpu" and any(layer.experts for layer in layers) and not torch.cpu._is_amx_tile_supported():
             raise ValueError(

@@ -1,0 +1,7 @@
+"""`verl describe`: which layers of a model run in MXFP8 on Ascend."""
+
+from __future__ import annotations
+
+from verl.utils.vllm.ascend_description import add_arguments, run
+
+__all__ = ["add_arguments", "run"]

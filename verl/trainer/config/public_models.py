@@ -1,0 +1,43 @@
+"""config.json of public models, as far as checks read it: a script is checked where its model is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+_QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "head_dim": 128, "max_position_embeddings": 40960}
+_QWEN3_MOE = _QWEN3 | {"model_type": "qwen3_moe", "num_experts": 128, "num_experts_per_tok": 8}
+_QWEN2 = {"model_type": "qwen2", "vocab_size": 151936, "max_position_embeddings": 32768}
+_TIED = {"tie_word_embeddings": True}
+_SIZES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    "Qwen2.5-0.5B": (_QWEN2 | _TIED, (896, 4864, 24, 14, 2)),
+    "Qwen2.5-1.5B": (_QWEN2 | _TIED, (1536, 8960, 28, 12, 2)),
+    "Qwen2.5-3B": (_QWEN2 | _TIED, (2048, 11008, 36, 16, 2)),
+    "Qwen2.5-7B": (_QWEN2 | {"vocab_size": 152064}, (3584, 18944, 28, 28, 4)),
+    "Qwen2.5-14B": (_QWEN2 | {"vocab_size": 152064}, (5120, 13824, 48, 40, 8)),
+    "Qwen2.5-32B": (_QWEN2 | {"vocab_size": 152064}, (5120, 27648, 64, 40, 8)),
+    "Qwen3-0.6B": (_QWEN3 | _TIED, (1024, 3072, 28, 16, 8)),
+    "Qwen3-1.7B": (_QWEN3 | _TIED, (2048, 6144, 28, 16, 8)),
+    "Qwen3-4B": (_QWEN3 | _TIED, (2560, 9728, 36, 32, 8)),
+    "Qwen3-8B": (_QWEN3, (4096, 12288, 36, 32, 8)),
+    "Qwen3-14B": (_QWEN3, (5120, 17408, 40, 40, 8)),
+    "Qwen3-32B": (_QWEN3, (5120, 25600, 64, 64, 8)),
+    "Qwen3-30B-A3B": (_QWEN3_MOE | {"moe_intermediate_size": 768}, (2048, 6144, 48, 32, 4)),
+    "Qwen3-235B-A22B": (_QWEN3_MOE | {"moe_intermediate_size": 1536}, (4096, 12288, 94, 64, 4)),
+}
+PUBLIC_MODELS = tuple(_SIZES)
+# Models that were trained further from one of these and have its shape.
+_SUFFIXES = ("-Instruct", "-Base", "-Thinking", "-2507")
+
+
+def public_config(path: str | Path) -> dict[str, Any] | None:
+    """The config of the public model that a directory is named after, suffixes such as -Instruct aside; or None."""
+    name = Path(path).name
+    while name.endswith(_SUFFIXES):
+        name = name.rpartition("-")[0]
+    known = {public.lower(): public for public in _SIZES}
+    if name.lower() not in known:
+        return None
+    common, sizes = _SIZES[known[name.lower()]]
+    return common | dict(zip(_KEYS, sizes, strict=True))

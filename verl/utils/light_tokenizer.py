@@ -1,0 +1,101 @@
+"""Prompt tokens without transformers, whose import takes seconds and brings torch: tokenizer.json and a chat template.
+
+Has what `verl.utils.dataset.prompts` asks a tokenizer for; the tokens are those of transformers' tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import Node
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+
+class LightTokenizer:
+    """A tokenizer directory's `tokenizer.json` with its chat template.
+
+    Attributes:
+        chat_template: the default one, None where there is none.
+        name_or_path: the directory.
+
+    Raises:
+        ValueError: no tokenizer.json, or a damaged one.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.name_or_path = str(folder)
+        path = Path(folder) / "tokenizer.json"
+        if not path.is_file():
+            raise ValueError(f"{folder}: has no tokenizer.json")
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+            settings = _json(Path(folder) / "tokenizer_config.json") | _json(Path(folder) / "special_tokens_map.json")
+        except Exception as error:  # tokenizers raises Exception itself
+            raise ValueError(f"{path}: cannot be read ({error}); copy it again") from error
+        self.chat_template = _template(Path(folder), settings)
+        self._special = {name: _text(value) for name, value in settings.items() if name.endswith("_token") and value}
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], *, tokenize: bool, return_dict: bool, **variables: Any
+    ) -> list[int]:
+        """Token ids of the messages; the keywords are those that `prompt_token_ids` gives."""
+        assert self.chat_template is not None and tokenize and not return_dict
+        rendered = (
+            _environment()
+            .from_string(self.chat_template)
+            .render(messages=messages, tools=None, documents=None, **self._special, **variables)
+        )
+        return self._tokenizer.encode(rendered, add_special_tokens=False).ids
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks what the model wrote; here it is text like any other."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+
+    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    def refuse(message: str) -> NoReturn:
+        raise jinja2.TemplateError(message)
+
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment
+
+
+def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    given = settings.get("chat_template")
+    if isinstance(given, list):  # several, by name
+        given = next((entry["template"] for entry in given if entry.get("name") == "default"), None)
+    return given
+
+
+def _text(token: Any) -> str:
+    return token["content"] if isinstance(token, dict) else str(token)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
