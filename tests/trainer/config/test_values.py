@@ -42,7 +42,7 @@ from verl.trainer.config.values import value_problems
         ("actor_rollout_ref.rollout.quantization", "Ascend", ("unknown", "did you mean ascend?")),
         ("actor_rollout_ref.rollout.quantization", "int4", ("unknown", "fp8, torchao, ascend, null")),
         ("actor_rollout_ref.rollout.quantization_side", "sendr", ("unknown", "did you mean sender?")),
-        ("actor_rollout_ref.rollout.layered_summon", "True", ("not supported yet", "False")),
+        ("actor_rollout_ref.model.use_shm", "True", ("not supported yet", "False")),
         ("actor_rollout_ref.rollout.checkpoint_engine.backend", "nixl", ("not supported yet", "nccl, hccl or gloo")),
         ("actor_rollout_ref.rollout.checkpoint_engine.timeout", "0", ("above 0 seconds",)),
         ("actor_rollout_ref.rollout.multi_turn.format", "gpt-oss", ("not supported yet", "use hermes")),

@@ -60,9 +60,7 @@ class FSDPConfig:
     ulysses_sequence_parallel_size: int = planned(1, "sequence parallelism")
     use_torch_compile: bool = planned(False, "torch.compile in training")
     entropy_checkpointing: bool = planned(False, "recomputed entropy")
-    entropy_from_logits_with_chunking: bool = planned(
-        False, "a switch for chunked entropy", "use False: entropy is always computed in chunks"
-    )
+    entropy_from_logits_with_chunking: bool = key(False, "entropy is computed in chunks, which both values mean")
 
 
 @dataclass
@@ -178,9 +176,7 @@ class ActorConfig:
     use_torch_compile: bool = planned(False, "torch.compile in training")
     ulysses_sequence_parallel_size: int = planned(1, "sequence parallelism")
     entropy_checkpointing: bool = planned(False, "recomputed entropy")
-    entropy_from_logits_with_chunking: bool = planned(
-        False, "a switch for chunked entropy", "use False: entropy is always computed in chunks"
-    )
+    entropy_from_logits_with_chunking: bool = key(False, "entropy is computed in chunks, which both values mean")
     ppo_micro_batch_size: int | None = planned(
         None, "a micro-batch size over all ranks", "use ppo_micro_batch_size_per_gpu, which counts samples per rank"
     )

@@ -37,9 +37,7 @@ class RefConfig:
     megatron: MegatronConfig = section(MegatronConfig, "Megatron: not supported yet")
     use_torch_compile: bool = planned(False, "torch.compile in training")
     ulysses_sequence_parallel_size: int = planned(1, "sequence parallelism")
-    entropy_from_logits_with_chunking: bool = planned(
-        False, "a switch for chunked entropy", "use False: entropy is always computed in chunks"
-    )
+    entropy_from_logits_with_chunking: bool = key(False, "entropy is computed in chunks, which both values mean")
     log_prob_micro_batch_size: int | None = planned(
         None, "a micro-batch size over all ranks", "use log_prob_micro_batch_size_per_gpu, samples per rank"
     )

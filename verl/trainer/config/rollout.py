@@ -196,7 +196,7 @@ class RolloutConfig:
     data_parallel_size: int = planned(1, "data parallelism inside a replica", "use 1: replicas are data parallel")
     pipeline_model_parallel_size: int = planned(1, "pipeline parallelism")
     expert_parallel_size: int = planned(1, "expert parallelism")
-    layered_summon: bool = planned(False, "gathering by layers", "use False: weights are gathered tensor by tensor")
+    layered_summon: bool = key(False, "weights are gathered tensor by tensor, which both values mean")
     enable_sleep_mode: bool = planned(True, "a second switch for free_cache_engine", "use free_cache_engine")
     enable_rollout_routing_replay: bool = planned(False, "routing replay")
     ignore_eos: bool = planned(False, "answers beyond the end token")
