@@ -153,13 +153,17 @@ def legend(axes: Axes, entries: list[tuple[object, str]], columns_of: int = 62) 
     # Matplotlib leaves out names that begin with an underscore.
     names = [f"\u200b{name}" if name.startswith("_") else name for _, name in entries]
     widest = max(len(name) for name in names) + 6
+    columns = max(1, min(len(names), columns_of // widest))
+    # What it takes beyond two lines it must not take from the curves.
+    extra = max(0, -(-len(names) // columns) - 2)
+    axes.figure.set_figheight(axes.figure.get_figheight() + 0.18 * extra)
     axes.legend(
         [handle for handle, _ in entries],
         names,
         loc="lower left",
         bbox_to_anchor=(-0.01, 1.0),
         borderaxespad=0.2,
-        ncols=max(1, min(len(names), columns_of // widest)),
+        ncols=columns,
         handlelength=1.8,
         columnspacing=1.4,
     )

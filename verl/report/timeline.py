@@ -15,7 +15,7 @@ from verl.report.style import GRID, INK, SERIES, SOFT, Drawn, figure, legend, nu
 from verl.utils.timeline_reader import read_events, spans, stage_seconds, step_shares, step_windows
 
 # Of a longer run the last steps are enough.
-READ_BYTES = 64 * 2**20
+READ_BYTES = 32 * 2**20
 # Processes of a kind that are drawn.
 SHOWN_OF_A_KIND = 4
 

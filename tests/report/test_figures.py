@@ -1,0 +1,170 @@
+"""What the figures say, read from their SVG, in which text is text."""
+
+import re
+from xml.etree import ElementTree
+
+import pytest
+
+from verl.report import panels
+from verl.report.curves import draw_curves
+from verl.report.layers import draw_layers, worst_layers
+from verl.report.run import read_runs
+from verl.report.stages import draw_stages
+from verl.report.style import number, percent, short
+from verl.report.timeline import draw_timeline
+
+ALL = (*panels.LEARNING, *panels.RESPONSES, *panels.POLICY, *panels.MISMATCH, *panels.SPEED)
+BY_KEY = {panel.key: panel for panel in ALL}
+
+
+def texts(drawn):
+    return [element.text for element in ElementTree.fromstring(drawn.svg).iter() if element.tag.endswith("text")]
+
+
+def curves_in(drawn, color):
+    """Lines of a colour that are more than a legend's sample."""
+    strokes = re.findall(r'<path d="([^"]*)"[^>]*style="[^"]*stroke: var\(([^)]*)\)', drawn.svg)
+    return [path for path, stroke in strokes if stroke == color and path.count("L") > 3]
+
+
+@pytest.fixture
+def one(make_run):
+    return read_runs([make_run("one")])
+
+
+@pytest.fixture
+def two(make_run):
+    return read_runs([make_run("both/one"), make_run("both/two", level=0.1)])
+
+
+def test_every_panel_has_units_on_both_axes(one):
+    drawn = {panel.key: draw_curves(panel, one) for panel in (*ALL, *panels.validation(one))}
+    assert {key for key, figure in drawn.items() if figure is None} == {
+        "critic_loss", "critic_explained", "importance_weights", "rejected", "staleness",
+    }  # fmt: skip
+    for key, figure in drawn.items():
+        if figure is not None:
+            panel = BY_KEY.get(key) or panels.validation(one)[0]
+            assert "training step" in texts(figure), key
+            assert panel.unit in texts(figure), key
+
+
+def test_keys_are_unlike_each_other():
+    assert len(BY_KEY) == len(ALL)
+
+
+def test_one_run_has_a_colour_for_each_curve_and_the_limit_of_its_config(one):
+    drawn = draw_curves(BY_KEY["response_length"], one)
+    assert len(curves_in(drawn, "--c0")) == 1
+    assert {"mean", "longest", "limit 64"} <= set(texts(drawn))
+
+
+def test_two_runs_have_a_colour_each_and_their_names_in_the_legend(two):
+    drawn = draw_curves(BY_KEY["entropy"], two)
+    assert {"one", "two"} <= set(texts(drawn))
+    assert len(curves_in(drawn, "--c0")) == len(curves_in(drawn, "--c1")) == 1
+
+
+def test_two_equal_curves_are_one(one):
+    """Without a KL penalty the reward is the score."""
+    assert "mean, less the KL penalty" not in texts(draw_curves(BY_KEY["reward"], one))
+    for data in one[0].records.values():
+        data["critic/rewards/mean"] -= 0.1
+    assert "mean, less the KL penalty" in texts(draw_curves(BY_KEY["reward"], one))
+
+
+def test_a_validation_panel_for_each_source(one):
+    for data in one[0].records.values():
+        data["val-core/math/acc/mean@1"] = 0.5
+        data["val-core/math/acc/best@4/mean"] = 0.6
+        data["val-core/math/acc/maj@4/mean"] = 0.55
+        data["val-aux/math/acc/std@4"] = 0.1
+    shown = {panel.title: list(panel.curves.values()) for panel in panels.validation(one)}
+    assert shown == {
+        "Validation: gym/spell": ["acc, mean of 4", "reward, mean of 4"],
+        "Validation: math": ["acc, one sample", "acc, best of 4", "acc, majority of 4"],
+    }
+
+
+def test_names_from_a_run_stay_as_they_are(make_run):
+    runs = read_runs([make_run("_a $x_1$ <b> & 'c'"), make_run("two")])
+    assert "_a $x_1$ <b> & 'c'" in [text.strip("\u200b") for text in texts(draw_curves(BY_KEY["entropy"], runs))]
+
+
+def test_a_metric_of_nothing_but_nan_is_absent_and_gaps_are_gaps(one):
+    for step, data in one[0].records.items():
+        data["actor/entropy"] = None
+        data["actor/grad_norm"] = None if step == 10 else 1.0 + step
+    assert draw_curves(BY_KEY["entropy"], one) is None
+    (path,) = curves_in(draw_curves(BY_KEY["grad_norm"], one), "--c0")
+    assert path.count("M") == 2
+
+
+def test_one_step_alone_is_a_figure(make_run):
+    runs = read_runs([make_run("one", steps=1)])
+    for panel in ALL:
+        draw_curves(panel, runs)
+    draw_stages(runs)
+    draw_layers(runs)
+
+
+def test_stages_have_their_seconds(one, two):
+    assert {"generation (and rewards)", "1 s", "2 s", "3.5 s"} <= set(texts(draw_stages(one)))
+    assert {"one", "two"} <= set(texts(draw_stages(two)))
+    one[0].records.clear()
+    assert draw_stages(one) is None
+
+
+def test_worst_layers_are_counted(one):
+    first, second = worst_layers(one[0])
+    assert (first.layer, first.steps, first.first, first.last) == ("model.layers.0.self_attn.v_proj.weight", 19, 1, 20)
+    assert (second.steps, second.first, second.largest) == (1, 7, pytest.approx(0.0327))
+    assert {first.layer, second.layer} <= set(texts(draw_layers(one)))
+
+
+def test_many_layers_are_named_six_times_at_most(one):
+    for step, data in one[0].records.items():
+        data["weight_update/max_quantization_error_layer"] = f"layer {step % 9}"
+    shown = texts(draw_layers(one))
+    assert sum(text.startswith("layer ") for text in shown if text) == 6
+    assert "other layers" in shown
+
+
+def test_a_timeline_has_a_lane_for_each_process(one):
+    timeline = draw_timeline(one[0].timeline, "A step")
+    assert (timeline.step, timeline.seconds) == (20, 3.5)
+    assert timeline.engine == pytest.approx(0.6 / 3.5)
+    assert timeline.train == pytest.approx(1.7 / 3.5)
+    lanes = {"driver", "replica 0: requests", "replica 0 worker 0", "trainer rank 0", "reward worker 0"}
+    assert lanes | {"update_actor", "at most 1", "engine generates"} <= set(texts(timeline.drawn))
+
+
+@pytest.mark.parametrize("text", ["", "[\n", '[\n{"ph": "X"},\n', "[1]\n", '[\n"text",\n'])
+def test_no_timeline_is_an_error_that_says_so(tmp_path, text):
+    path = tmp_path / "timeline.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"holds no finished step yet|is no timeline of a run"):
+        draw_timeline(path, "")
+
+
+def test_names_of_clips_differ_between_figures(one):
+    ids = [set(re.findall(r' id="([^"]*)"', draw_curves(panel, one).svg)) for panel in panels.RESPONSES]
+    assert all(ids)
+    assert not ids[0] & ids[1]
+
+
+def test_png_on_request(one):
+    assert draw_curves(BY_KEY["entropy"], one).png().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0, "0"), (0.0007, "0.0007"), (1e-6, "1e-06"), (3449.3, "3,449"), (0.5, "0.5"), (2e9, "2e+09")],
+)
+def test_numbers(value, shown):
+    assert number(value) == shown
+
+
+def test_percents_and_short_names():
+    assert percent(0.0321) == "3.21 %"
+    assert short("abcdefghij", 7) == "abc…hij"

@@ -1,0 +1,153 @@
+"""Reading runs in every state they may be in."""
+
+import json
+import math
+import os
+import time
+
+import pytest
+import yaml
+
+from verl.report.run import read_runs
+from verl.report.summary import about, facts, state
+
+
+def read(directory):
+    (run,) = read_runs([directory])
+    return run
+
+
+def test_a_whole_run(make_run):
+    run = read(make_run("whole"))
+    assert run.name == "whole"
+    assert list(run.records) == list(range(1, 21))
+    assert run.curve("critic/score/mean")[1][0] == pytest.approx(0.23)
+    assert run.curve("no/such") == ([], [])
+    assert run.config["actor_rollout_ref.rollout.quantization"] == "ascend"
+    assert run.changes == {"data.train_batch_size": {"value": 8, "default": 1024}}
+    assert run.timeline == run.directory / "timeline.json"
+    assert [list(run.dumps[kind]) for kind in ("validation", "rollouts")] == [[20], [20]]
+    assert run.notes == []
+    assert state(run) == "finished, 20 steps"
+    assert about(run) == "p / e · model tiny/model · advantages grpo · rollout quantised: ascend"
+
+
+def test_half_a_last_line_is_left_out_and_said(make_run):
+    directory = make_run("half", steps=5)
+    with open(directory / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "da')
+    run = read(directory)
+    assert max(run.records) == 5
+    assert run.notes == ["One line is damaged in metrics.jsonl and left out: the run was writing, or was killed."]
+
+
+@pytest.mark.parametrize(("age", "says"), [(0, "running or just stopped"), (7200, "ended, or stopped")])
+def test_a_run_that_is_not_done_says_how_long_it_has_been_silent(make_run, age, says):
+    directory = make_run("going", steps=5)
+    then = time.time() - age
+    os.utime(directory / "metrics.jsonl", (then, then))
+    assert state(read(directory)).startswith(f"at step 5 of 20; {says}: last record ")
+
+
+def test_without_anything_but_metrics_every_gap_has_a_reason(make_run):
+    directory = make_run("bare", config=None)
+    for path in [*directory.glob("*/*.jsonl"), directory / "timeline.json"]:
+        path.unlink()
+    notes = read(directory).notes
+    starts = (
+        "No config.yaml",
+        "No config_changes.yaml",
+        "No samples of the val",
+        "No samples of the tr",
+        "No timeline",
+    )
+    assert len(notes) == len(starts)
+    assert all(note.startswith(start) for note, start in zip(notes, starts, strict=True))
+
+
+def test_what_the_config_turned_off_is_the_reason(make_run):
+    off = {"validation_data_dir": None, "rollout_data_dir": None, "timeline": None, "logger": ["console"]}
+    directory = make_run("off", config={"trainer": off})
+    for path in directory.rglob("*.json*"):
+        path.unlink()
+    notes = " ".join(read(directory).notes)
+    assert "trainer.logger does not list 'file'" in notes
+    assert "trainer.validation_data_dir is null" in notes
+    assert "trainer.rollout_data_dir is null" in notes
+    assert "trainer.timeline is null" in notes
+
+
+def test_a_run_that_failed_before_its_first_step(make_run):
+    directory = make_run("failed", steps=1)
+    (directory / "metrics.jsonl").unlink()
+    run = read(directory)
+    assert state(run) == "no step is recorded"
+    assert facts([run]) == []
+    assert any("failed before it" in note for note in run.notes)
+    (directory / "metrics.jsonl").write_text("")
+    assert any("holds no record yet" in note for note in read(directory).notes)
+
+
+def test_a_number_that_is_none_is_a_gap_and_a_note(make_run):
+    directory = make_run("nan", steps=3)
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    lines[1]["data"] |= {"actor/grad_norm": None, "reward/num_errors": 2.0}
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = read(directory)
+    steps, values = run.curve("actor/grad_norm")
+    assert steps == [1, 2, 3]
+    assert [math.isnan(value) for value in values] == [False, True, False]
+    assert run.notes == [
+        "actor/grad_norm is not a finite number in step 2, and may be in others.",
+        "The reward function raised an error for 2 samples.",
+    ]
+
+
+def test_a_config_that_is_no_yaml_is_a_note(make_run):
+    directory = make_run("damaged")
+    (directory / "config.yaml").write_text("a: [1,\nb: {")
+    run = read(directory)
+    assert run.config == {}
+    assert run.notes[0].startswith("config.yaml cannot be read: ")
+
+
+def test_dumps_are_found_where_the_config_says_and_beside_the_metrics_after_a_move(make_run, tmp_path):
+    directory = make_run("moved")
+    elsewhere = tmp_path / "elsewhere" / "kept"
+    elsewhere.mkdir(parents=True)
+    (elsewhere / "3.jsonl").write_text("")
+    config = {"trainer": {"rollout_data_dir": str(elsewhere), "validation_data_dir": "/gone/validation"}}
+    (directory / "config.yaml").write_text(yaml.safe_dump(config))
+    run = read(directory)
+    assert run.dumps["rollouts"] == {3: elsewhere / "3.jsonl"}
+    assert run.dumps["validation"] == {20: directory / "validation" / "20.jsonl"}
+
+
+def test_dumps_of_a_longer_run_that_was_here_before_are_left_out(make_run):
+    directory = make_run("again", steps=5)
+    (directory / "rollouts" / "9.jsonl").write_text("")
+    assert list(read(directory).dumps["rollouts"]) == [5]
+
+
+def test_names_are_as_long_as_it_takes(make_run):
+    runs = read_runs([make_run("a/run"), make_run("b/run")])
+    assert [run.name for run in runs] == ["a/run", "b/run"]
+    again = read_runs([runs[0].directory, runs[0].directory / ".." / "run"])
+    assert [run.name for run in again] == ["run"]
+
+
+def test_no_run_is_an_error_that_names_the_directory(tmp_path):
+    with pytest.raises(ValueError, match=r"holds neither .*; give trainer\.default_local_dir"):
+        read_runs([tmp_path])
+    with pytest.raises(ValueError, match="missing is no directory"):
+        read_runs([tmp_path / "missing"])
+
+
+def test_facts_of_two_runs_stand_side_by_side(make_run):
+    runs = read_runs([make_run("one"), make_run("two", level=0.1)])
+    values = {fact.label: fact.values for fact in facts(runs)}
+    assert values["Reward in training"] == ["0.29 → 0.74", "0.39 → 0.84"]
+    assert values["Validation: acc, spell"] == ["0.4 → 0.8", "0.4 → 0.8"]
+    assert values["A step takes"] == ["3.5 s", "3.5 s"]
+    assert values["Throughput"] == ["4,321 tokens/s", "4,321 tokens/s"]
+    assert values["Quantisation error"] == ["3.4 %", "3.4 %"]
