@@ -1,4 +1,4 @@
-"""Builds `mx_kernels.c` with the machine's C compiler, once per machine, and loads it; says so where it cannot.
+"""Builds this directory's C files with the C compiler, once per machine, and loads them; says so where it cannot.
 
 One `gcc` call of about half a second, whose result is kept in the user's cache directory under a name made of the
 source, the compiler and the processor, so that later processes only load it and machines that share a home directory
@@ -19,7 +19,7 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).with_name("mx_kernels.c")
+_SOURCES = [Path(__file__).with_name(name) for name in ("mx_kernels.c", "changes.c")]
 # No fast-math: the kernels rely on IEEE rounding. Without -fno-trapping-math gcc leaves selects between two floats
 # scalar.
 _FLAGS = ["-x", "c", "-std=c11", "-O3", "-march=native", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
@@ -29,11 +29,13 @@ _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _QUANTIZE = [_POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, _INT, _INT]
 _DEQUANTIZE = [_POINTER, _POINTER, _POINTER, _LONG, _LONG, _INT]
 _ERROR = [_POINTER, _LONG, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _INT]
+_CHANGES = [_POINTER, _POINTER, _LONG, _POINTER, _INT]
 _ENCODE = [_POINTER, _LONG, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _INT, _INT]
 _SIGNATURES = {
     "mx_encode_f32_bf16": _ENCODE,
     **{f"mx_quantize_{kind}": _QUANTIZE for kind in ("f32", "bf16", "f16")},
     **{f"mx_dequantize_{kind}": _DEQUANTIZE for kind in ("f32", "bf16")},
+    **{f"take_changes_{bits}": _CHANGES for bits in (8, 16, 32, 64)},
     **{f"mx_{what}_{kind}": _ERROR for what in ("error", "squares") for kind in ("f32", "bf16", "f16")},
 }
 
@@ -56,7 +58,7 @@ def kernels() -> ctypes.CDLL | None:
         return None
     for name, argument_types in _SIGNATURES.items():
         function = getattr(library, name)
-        function.argtypes, function.restype = argument_types, None
+        function.argtypes, function.restype = argument_types, None if argument_types is not _CHANGES else _LONG
     return library
 
 
@@ -75,14 +77,14 @@ def _find_compiler() -> list[str]:
 def _build(compiler: list[str]) -> Path:
     """Path of the shared library for this source, compiler and processor, compiled if the cache has none."""
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    identity = "\n".join([_SOURCE.read_text(), *compiler, *_FLAGS, version, _processor()])
+    identity = "\n".join([*(source.read_text() for source in _SOURCES), *compiler, *_FLAGS, version, _processor()])
     library = _cache_directory() / f"mx-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.so"
     if library.exists():
         return library
     handle, partial = tempfile.mkstemp(dir=library.parent, prefix="building-", suffix=".so")
     os.close(handle)
     try:
-        command = [*compiler, *_FLAGS, str(_SOURCE), "-o", partial]
+        command = [*compiler, *_FLAGS, *map(str, _SOURCES), "-o", partial]
         try:
             _run([*command, "-fopenmp"])
         except subprocess.CalledProcessError:

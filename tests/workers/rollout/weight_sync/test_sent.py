@@ -3,14 +3,11 @@
 import functools
 
 import pytest
-import torch
 
 from fixtures.engine_cases import actor_config, fsdp_config, make_engine
 from fixtures.ranks import run_ranks
 from fixtures.sent_cases import Sending, aborted_program, delta_program, optimizer_step, refusal, spoiled_program
 from fixtures.tiny import write_tiny_model
-from verl.workers.rollout.weight_sync.delta import bits
-from verl.workers.rollout.weight_sync.sent import changed_places
 
 Q_PROJ, EMBED = "model.layers.1.self_attn.q_proj.weight", "model.embed_tokens.weight"
 # Three experts and 127 tokens: two ranks hold different numbers of rows.
@@ -146,25 +143,3 @@ def test_a_delta_may_follow_a_whole_update_of_the_same_version(tmp_path):
 
     [manifest] = run_ranks(1, program)
     assert manifest["base"] == 5 and manifest["num_values"] > 0
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("size", [0, 1, 7, 8, 800, 801])
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.6, 1.0])
-@pytest.mark.parametrize("offset", [0, 1])
-def test_places_that_changed(dtype, size, share, offset):
-    """`offset`: of elements, so that the bytes do not begin at a word."""
-    generator = torch.Generator().manual_seed(size)
-    raw = torch.randint(0, 256, ((size + offset) * dtype.itemsize,), dtype=torch.uint8, generator=generator)
-    old = raw.view(dtype)[offset:]
-    new = old.clone()
-    expected = (torch.rand(size, generator=generator) < share).nonzero().squeeze(-1)
-    bits(new)[expected] ^= 1
-    assert torch.equal(changed_places(old, new), expected)
-
-
-def test_zeros_of_either_sign_and_the_same_nan():
-    old, new = torch.tensor([0.0, torch.nan, 1.0]), torch.tensor([-0.0, torch.nan, 1.0])
-    assert changed_places(old, new).tolist() == [0]
-    assert changed_places(None, new).tolist() == changed_places(old[:2], new).tolist() == [0, 1, 2]
-    assert changed_places(old.bfloat16(), new).tolist() == [0, 1, 2]

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from verl.workers.engine.export import RowUnit, Unit
 from verl.workers.rollout.quantization import QuantizationScheme
 from verl.workers.rollout.weight_sync.block_gather import Block, gather_blocks
-from verl.workers.rollout.weight_sync.delta import DeltaBlock, bits
+from verl.workers.rollout.weight_sync.changes import take_changes
+from verl.workers.rollout.weight_sync.delta import DeltaBlock
 from verl.workers.rollout.weight_sync.manifest import WeightUpdateError
 
 # After so many bytes of a whole update, the same on all ranks, their changes travel to rank 0: few enough to bound
@@ -64,11 +64,11 @@ class SentWeights:
                 by_rows = isinstance(unit, RowUnit)
                 if by_rows and unit.sends and self._keeps:
                     for suffix, part in unit.parts.items():
-                        self._kept[unit.name + suffix] = part if unit.owns(part) else part.clone()
+                        self._keep(unit.name + suffix, part, unit.owns(part))
                 whole = unit.gather()
                 for name, tensor in self._encoded(whole) if first else ():
                     if self._keeps and not by_rows:
-                        self._kept[name] = tensor.clone() if name in whole and tensor is whole[name] else tensor
+                        self._keep(name, tensor, name not in whole or tensor is not whole[name])
                     yield name, tensor
         except Exception:
             # The other ranks gather to the end, and would wait there for this one.
@@ -111,18 +111,21 @@ class SentWeights:
         if isinstance(unit, RowUnit):
             for suffix, part in unit.parts.items() if unit.sends else ():
                 cuts = [(cut.name + suffix, *cut.place(part)) for cut in unit.ranges]
-                self._add(unit.name + suffix, part, unit.owns(part), unit.first, cuts, block)
+                self._add(unit.name + suffix, part, unit.first, cuts, block)
             return
         whole = unit.gather()
         for name, tensor in self._encoded(whole) if dist.get_rank() == 0 else ():
-            own = name not in whole or tensor is not whole[name]
-            self._add(name, tensor, own, 0, [(name, tuple(tensor.shape), 0)], block)
+            self._add(name, tensor, 0, [(name, tuple(tensor.shape), 0)], block)
+
+    def _keep(self, key: str, part: torch.Tensor, own: bool) -> None:
+        """Keep a flat tensor that nothing else changes; `own`: nothing changes `part`."""
+        flat = part.reshape(-1)
+        self._kept[key] = flat if own or flat.data_ptr() != part.data_ptr() else flat.clone()
 
     def _add(
         self,
         key: str,
         part: torch.Tensor,
-        own: bool,
         first_row: int,
         cuts: Sequence[tuple[str, tuple[int, ...], int]],
         block: DeltaBlock,
@@ -130,13 +133,11 @@ class SentWeights:
         """Add what changed of some adjacent rows, and keep them.
 
         Args:
-            own: `part` will not change when the model's weights do.
             first_row: of these rows in the parameter.
             cuts: name, shape and first element in the parameter of each tensor that the parameter is cut into.
         """
         new = part.reshape(-1)
-        changed = changed_places(self._kept.get(key), new)
-        self._kept[key] = part if own else part.clone()
+        changed = take_changes(self._kept[key], new)
         if not changed.numel():
             return
         start = first_row * (part.shape[-1] if part.dim() > 1 else 1)
@@ -151,26 +152,3 @@ class SentWeights:
                 if self._scheme is not None:
                     self._scheme.check_sent(name, new[places])
                 block.add(name, shape, start + begin - first, rows, places - begin)
-
-
-def changed_places(old: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
-    """Which elements [n] differ in their bytes from `old` (n elements, None for all), int64 ascending."""
-    if old is None or old.numel() != new.numel() or old.dtype != new.dtype:
-        return torch.arange(new.numel(), device=new.device)
-    before, now = bits(old.reshape(-1)), bits(new)
-    per_word = 8 // now.element_size()
-    if not any(count % per_word for count in (now.numel(), before.storage_offset(), now.storage_offset())):
-        # Eight bytes at a time: most of them have not changed.
-        old_words, new_words = before.view(torch.int64), now.view(torch.int64)
-        words = _places(old_words != new_words)
-        if 4 * words.numel() <= new_words.numel():
-            inside = _places(old_words[words].view(now.dtype) != new_words[words].view(now.dtype))
-            return words[inside // per_word] * per_word + inside % per_word
-    return _places(before != now)
-
-
-def _places(mask: torch.Tensor) -> torch.Tensor:
-    """Where a mask [n] is set, int64; on a CPU by numpy, which is faster at it."""
-    if mask.device.type == "cpu":
-        return torch.from_numpy(np.flatnonzero(mask.numpy()))
-    return mask.nonzero().squeeze(-1)
