@@ -37,7 +37,7 @@ def check_rows(config: PPOConfig, found: Findings) -> PromptLengths | None:
             problem = _first_fault(file, config)
             if problem is not None:
                 found.errors.append(f"{field}: {problem}")
-            elif field == "data.train_files":
+            elif field == "data.train_files" and data.prompt_key in file.columns:
                 sample += _sample(file, data.prompt_key, SAMPLE // len(rows) or 1)
     return _measure(config, sample, found) if sample else None
 
