@@ -1,0 +1,187 @@
+"""The jobs in .github/workflows: every command that they name exists and takes what it is given."""
+
+import importlib.util
+import itertools
+import os
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+from contract.vllm_ascend.build_env import RELEASES
+
+from verl.cli.entry import SUBCOMMANDS
+from verl.trainer.config import load_config
+
+ROOT = Path(__file__).resolve().parents[1]
+WORKFLOWS = {path.stem: path for path in sorted((ROOT / ".github/workflows").glob("*.yml"))}
+PYTHONS = ("python", "python3", ".venv/bin/python")
+
+
+def load(name):
+    return yaml.safe_load(WORKFLOWS[name].read_text())
+
+
+def combinations(matrix):
+    """What GitHub makes of a matrix: the product of its lists, with each `include` added where it fits."""
+    axes = {key: values for key, values in matrix.items() if key != "include"}
+    for values in itertools.product(*axes.values()):
+        chosen = dict(zip(axes, values, strict=True))
+        for extra in matrix.get("include", ()):
+            if all(chosen[key] == value for key, value in extra.items() if key in axes):
+                chosen |= extra
+        yield chosen
+
+
+def filled(text, chosen):
+    return re.sub(r"\$\{\{ matrix\.(\w+) \}\}", lambda found: chosen[found[1]], text)
+
+
+def commands():
+    """(workflow, the words of a command), matrices filled in."""
+    for name in WORKFLOWS:
+        for job in load(name)["jobs"].values():
+            for chosen in combinations(job.get("strategy", {}).get("matrix", {})):
+                for step in job["steps"]:
+                    for line in filled(step.get("run", ""), chosen).splitlines():
+                        yield name, tuple(shlex.split(line))
+
+
+COMMANDS = sorted(set(commands()))
+
+
+def make_targets():
+    return set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+def markers(pytestconfig):
+    return {line.partition(":")[0] for line in pytestconfig.getini("markers")}
+
+
+def check_make(words, pytestconfig):
+    targets = [word for word in words if "=" not in word]
+    assert targets and set(targets) <= make_targets()
+    assert all(word.startswith("ARGS=") for word in words if "=" in word)
+
+
+def check_pytest(words, pytestconfig):
+    rest = iter(words)
+    for word in rest:
+        if word == "-m":
+            assert set(re.findall(r"\w+", next(rest))) <= markers(pytestconfig)
+        elif not word.startswith("-"):
+            path, _, test = word.partition("::")
+            assert (ROOT / path).exists(), word
+            assert not test or f"def {test.partition('[')[0]}(" in (ROOT / path).read_text()
+
+
+def check_python(words, pytestconfig):
+    if words[0] != "-m":
+        assert (ROOT / words[0]).is_file(), words[0]
+        if words[0] == ".github/check_run.py":
+            import_check_run().load_bounds(ROOT / ".github/bounds.yaml", words[2])
+        return
+    assert importlib.util.find_spec(words[1]) is not None, words[1]
+    if words[1] == "pytest":
+        check_pytest(words[2:], pytestconfig)
+
+
+def check_script(path, words):
+    assert os.access(ROOT / path, os.X_OK), f"{path} is not an executable file"
+    # A key that the config does not know is an error here.
+    assert load_config(list(words)).trainer.total_training_steps == 20
+
+
+def import_check_run():
+    spec = importlib.util.spec_from_file_location("check_run", ROOT / ".github/check_run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("workflow", "words"), COMMANDS, ids=[" ".join(words)[:60] for _, words in COMMANDS])
+def test_the_command_exists(workflow, words, pytestconfig):
+    head, rest = words[0], words[1:]
+    assert not any("${{" in word for word in words), "an expression that this test does not fill in"
+    if head == "make":
+        check_make(rest, pytestconfig)
+    elif head in PYTHONS:
+        check_python(rest, pytestconfig)
+    elif head in ("verl", ".venv/bin/verl"):
+        assert rest[0] in SUBCOMMANDS
+    elif head.endswith(".sh"):
+        check_script(head, rest)
+    else:
+        assert words[:2] == ("echo", "$PWD/.venv/bin"), f"a command that this test does not know: {words}"
+
+
+def test_the_jobs_there_are():
+    assert set(WORKFLOWS) >= {"cpu_unit", "cpu_e2e_rollout", "contract_vllm_ascend", "npu_e2e_rollout"}
+    for name in WORKFLOWS:
+        assert load(name)["name"] == name
+        # YAML reads the key `on` as true.
+        assert load(name)[True]
+
+
+def test_both_algorithms_run_with_and_without_a_quantised_rollout():
+    ran = {words for name, words in COMMANDS if name == "cpu_e2e_rollout" and words[0].endswith(".sh")}
+    pairs = {(words[0], words[1].partition("=")[2]) for words in ran}
+    assert {quantization for _, quantization in pairs} == {"null", "ascend"}
+    assert len({script for script, _ in pairs}) == 2 and len(pairs) == 4
+
+
+def test_there_is_a_contract_job_for_each_release():
+    assert load("contract_vllm_ascend")["jobs"]["release"]["strategy"]["matrix"]["release"] == list(RELEASES)
+
+
+def test_what_needs_an_npu_runs_where_one_is_and_not_for_strangers():
+    workflow = load("npu_e2e_rollout")
+    assert all("self-hosted" in job["runs-on"] for job in workflow["jobs"].values())
+    assert "pull_request" not in workflow[True]
+    assert any("npu" in words for name, words in COMMANDS if name == "npu_e2e_rollout")
+
+
+def test_triggers_by_path_name_paths_that_exist():
+    for name in WORKFLOWS:
+        for event in load(name)[True].values():
+            for pattern in (event or {}).get("paths", ()) if isinstance(event, dict) else ():
+                assert (ROOT / pattern.removesuffix("/**")).exists(), pattern
+
+
+def test_what_a_cache_is_made_of_exists():
+    for path in WORKFLOWS.values():
+        for files in re.findall(r"hashFiles\(([^)]*)\)", path.read_text()):
+            assert all((ROOT / file).is_file() for file in re.findall(r"'([^']+)'", files))
+
+
+def test_actions_have_versions_and_no_index_is_named():
+    files = [*WORKFLOWS.values(), ROOT / ".pre-commit-config.yaml"]
+    for path in files:
+        text = path.read_text()
+        assert not re.search(r"https?://|--index|--extra-index|find-links", text)
+        for action in re.findall(r"uses: (\S+)", text):
+            assert re.fullmatch(r"[\w-]+/[\w-]+@v\d+", action), action
+
+
+def test_hooks_before_a_commit_are_make_lint():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    lint = (ROOT / "Makefile").read_text().partition("\nlint:")[2].partition("\n\n")[0]
+    for hook in hooks:
+        program, *arguments = hook["entry"].split()
+        assert os.access(ROOT / program, os.X_OK)
+        name = " ".join([Path(program).name, *(word for word in arguments if not word.startswith("--"))])
+        assert name in lint
+    assert len(hooks) == lint.count("\n\t")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*_*.yml")), ids=lambda path: path.stem)
+def test_issue_forms_ask_for_the_doctor(path):
+    form = yaml.safe_load(path.read_text())
+    assert {"name", "description", "body"} <= set(form)
+    ids = [field["id"] for field in form["body"]]
+    assert len(set(ids)) == len(ids)
+    doctor = form["body"][ids.index("doctor")]
+    assert "verl doctor" in doctor["attributes"]["label"]
+    if path.stem == "bug_report":
+        assert doctor["validations"]["required"] is True
