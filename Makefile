@@ -3,7 +3,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 python := .venv/bin/python
 
-.PHONY: help setup quickstart test unit e2e contract lint format sweep study lock \
+.PHONY: help setup quickstart test unit e2e browser contract lint format sweep study lock \
 	bench bench-update bench-step bench-overhead bench-growth bench-scale
 
 help: ## this list
@@ -23,6 +23,9 @@ unit: setup ## the tests that start no engine
 
 e2e: setup ## the tests with Ray and a real vLLM engine
 	$(python) -m pytest -q tests/e2e $(ARGS)
+
+browser: ## install the Chromium in which tests open `verl report`: Debian and Ubuntu, as root
+	apt-get update && apt-get install -y chromium
 
 contract: setup ## the code of three vllm-ascend releases under a stand-in for torch_npu; downloads them once
 	$(python) -m pytest -q -m contract tests/contract $(ARGS)

@@ -111,16 +111,22 @@ def test_a_config_that_is_no_yaml_is_a_note(make_run):
     assert run.notes[0].startswith("config.yaml cannot be read: ")
 
 
-def test_dumps_are_found_where_the_config_says_and_beside_the_metrics_after_a_move(make_run, tmp_path):
+def test_dumps_are_found_where_the_config_says_and_in_the_directory_after_a_move(make_run, tmp_path):
     directory = make_run("moved")
-    elsewhere = tmp_path / "elsewhere" / "kept"
-    elsewhere.mkdir(parents=True)
+    before, elsewhere = make_run("before"), tmp_path / "elsewhere"
+    elsewhere.mkdir()
     (elsewhere / "3.jsonl").write_text("")
-    config = {"trainer": {"rollout_data_dir": str(elsewhere), "validation_data_dir": "/gone/validation"}}
-    (directory / "config.yaml").write_text(yaml.safe_dump(config))
+    places = {
+        "default_local_dir": str(before),
+        "rollout_data_dir": str(elsewhere),
+        "validation_data_dir": str(before / "validation"),
+        "timeline": str(before / "timeline.json"),
+    }
+    (directory / "config.yaml").write_text(yaml.safe_dump({"trainer": places}))
     run = read(directory)
     assert run.dumps["rollouts"] == {3: elsewhere / "3.jsonl"}
     assert run.dumps["validation"] == {20: directory / "validation" / "20.jsonl"}
+    assert run.timeline == directory / "timeline.json"
 
 
 def test_dumps_of_a_longer_run_that_was_here_before_are_left_out(make_run):

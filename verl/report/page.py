@@ -19,6 +19,7 @@ from verl.report.style import SERIES, SERIES_DARK, Drawn, write_pngs
 from verl.report.timeline import StepTimeline, draw_timeline
 from verl.utils.atomic_io import atomic_write_text
 
+_NOTHING = "no step is logged yet"
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 
 
@@ -64,6 +65,8 @@ def write_report(directories: Sequence[str | Path], output: str | Path, pngs: st
 
 def make_sections(runs: Sequence[Run]) -> list[Section]:
     """All figures. What a run lacks for one is noted in it."""
+    if not any(run.records for run in runs):
+        return [Section("Curves", absent=[("Every curve", _NOTHING)]), _time(runs)]
     learning = _curves("Learning", (*panels.LEARNING, *panels.validation(runs)), runs)
     if not any(shown.key.startswith("validation") for shown in learning.figures):
         learning.absent.append(("Validation", "nothing was validated yet: see data.val_files and trainer.test_freq"))
@@ -82,7 +85,7 @@ def _curves(title: str, of: Sequence[Panel], runs: Sequence[Run]) -> Section:
     for panel in of:
         drawn = draw_curves(panel, runs)
         if drawn is None:
-            section.absent.append((panel.title, panel.absent or "no step is logged yet"))
+            section.absent.append((panel.title, panel.absent or _NOTHING))
         else:
             section.figures.append(Shown(panel.key, panel.title, panel.says, drawn))
     return section
@@ -108,7 +111,7 @@ def _time(runs: Sequence[Run]) -> Section:
         says = "Generation may go on beside other stages (trainer.rollout_lag=1), so the parts can add up to more."
         section.figures.insert(0, Shown("stages", "Where the seconds of a step go", says, drawn))
     else:
-        section.absent.append(("Where the seconds of a step go", "no step is logged yet"))
+        section.absent.append(("Where the seconds of a step go", _NOTHING))
     for number, run in enumerate(runs):
         title = "Timeline of a step" if len(runs) == 1 else f"Timeline of a step, {run.name}"
         if run.timeline is None:

@@ -48,7 +48,6 @@ LEARNING = (
         "reward of a sample",
         {"critic/score/mean": "mean", "critic/rewards/mean": "mean, less the KL penalty"},
         "What the reward function gave to the samples of each step. It should rise, and then level off.",
-        "no step is logged yet",
     ),
 )
 RESPONSES = (
@@ -196,7 +195,6 @@ SPEED = (
         "seconds",
         {"timing_s/step": "step"},
         "Steps with a validation in them take longer.",
-        "no step is logged yet",
     ),
     Panel(
         "throughput",
@@ -204,7 +202,6 @@ SPEED = (
         "tokens a second and device",
         {"perf/throughput": "tokens a second"},
         "Tokens of prompts and responses, over the whole step.",
-        "no step is logged yet",
     ),
     Panel(
         "memory",
@@ -212,7 +209,6 @@ SPEED = (
         "GiB, peak of a rank",
         {"actor/perf/max_memory_allocated_gb": "policy", "critic/perf/max_memory_allocated_gb": "critic"},
         "The most that any rank has used so far. A curve that never levels off is a leak.",
-        "no step is logged yet",
         from_zero=True,
     ),
 )

@@ -192,8 +192,10 @@ def _find_timeline(run: Run) -> None:
 
 
 def _place(run: Run, key: str, usual: str) -> Path:
-    """What the config names; beside the metrics under the same name, or its usual one, if the run was moved."""
-    named = run.config.get(key)
-    if isinstance(named, str) and Path(named).exists():
-        return Path(named)
-    return run.directory / (Path(named).name if isinstance(named, str) else usual)
+    """What the config names; what lies in the run's directory is looked for there: the run may have moved."""
+    named, home = run.config.get(key), run.config.get("trainer.default_local_dir")
+    if not isinstance(named, str):
+        return run.directory / usual
+    if isinstance(home, str) and Path(named).is_relative_to(home):
+        return run.directory / Path(named).relative_to(home)
+    return Path(named)

@@ -148,7 +148,7 @@ def short(text: str, length: int) -> str:
     return f"{text[: length - 1 - half]}…{text[-half:]}"
 
 
-def legend(axes: Axes, entries: list[tuple[object, str]], columns_of: int = 62) -> None:
+def legend(axes: Axes, entries: list[tuple[object, str]], columns_of: int = 66) -> None:
     """Above the axes, in as many columns as fit a line of `columns_of` characters."""
     # Matplotlib leaves out names that begin with an underscore.
     names = [f"\u200b{name}" if name.startswith("_") else name for _, name in entries]

@@ -77,9 +77,10 @@ def import_external_lib(config: PPOConfig) -> None:
         ConfigError: one does not import.
     """
     model = config.actor_rollout_ref.model
-    model.external_lib = external.absolute(model.external_lib or ())
+    libs = external.absolute(model.external_lib or ())
+    model.external_lib = libs or None
     try:
-        external.import_external(model.external_lib)
+        external.import_external(libs)
     except external.ExternalLibError as error:
         raise ConfigError([str(error)]) from error
 
