@@ -113,6 +113,11 @@ def test_one_thing_that_hurts(changes, level, text):
             "PYTORCH_NPU_ALLOC_CONF=expandable_segments:True.*remove it",
         ),
         ({"environment": {"VLLM_PLUGINS": "verl"}}, "error", "VLLM_PLUGINS=verl: .* load ascend"),
+        (
+            {"packages": {**NPU["packages"], "torch-npu": None}},
+            "error",
+            r"torch-npu is not installed; run pip install 'torch-npu==2\.10\.0\.post4'",
+        ),
         ({"cann": None}, "error", r"CANN toolkit is not found.*set_env\.sh"),
         ({"cann": "9.0.0"}, "warning", r"CANN 9\.0\.0: vllm-ascend 0\.23\.0 is made for 9\.1\.0"),
         (
@@ -142,6 +147,11 @@ def test_the_same_variables_do_not_matter_without_an_npu():
 def test_a_vllm_ascend_for_another_processor(built_for):
     built_for(device_type="A2")
     assert "built for device type A2, MXFP8 needs an Ascend 950" in the_only(some_facts(**NPU))[1]
+
+
+def test_no_vllm_ascend_on_an_npu():
+    found = the_only(some_facts(**{**NPU, "packages": {**NPU["packages"], "vllm-ascend": None}}))
+    assert "vllm-ascend is not installed; install 0.18.0 or newer, built with SOC_VERSION=ascend950" in found[1]
 
 
 def test_a_release_that_verl_is_not_tested_with(built_for):

