@@ -124,6 +124,11 @@ def test_the_jobs_there_are():
         assert load(name)[True]
 
 
+def test_the_docs_are_built_by_a_job_where_they_can_be():
+    there = "docs" in make_targets()
+    assert ("docs" in WORKFLOWS) == there, "`make docs` and .github/workflows/docs.yml, which runs it, go together"
+
+
 def test_both_algorithms_run_with_and_without_a_quantised_rollout():
     ran = {words for name, words in COMMANDS if name == "cpu_e2e_rollout" and words[0].endswith(".sh")}
     pairs = {(words[0], words[1].partition("=")[2]) for words in ran}
