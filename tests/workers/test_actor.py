@@ -13,6 +13,7 @@ from fixtures.engine_cases import (
     bypass_program,
     make_batch,
     make_worker,
+    offload_program,
     optim_config,
     pieces_program,
     selecting_program,
@@ -183,6 +184,22 @@ def test_columns_of_pieces_are_those_of_the_whole_batch(model_dir, ranks):
         torch.testing.assert_close(column, expected.batch[name], msg=name)
     with pytest.raises(ValueError, match="micro_batch_size_per_gpu"):
         micro_batching(False, None, 100)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_offloaded_reference_is_the_same_and_is_moved_for_its_forward_passes_alone(model_dir, ranks):
+    data = make_batch(12)
+    shards, _ = split_even(data, ranks)
+    updates = split_mini_batches(data, 6, ranks)
+    config = worker_config(model_dir)
+    kept = run_ranks(ranks, offload_program, config, shards, updates)
+    config.ref.fsdp_config.param_offload = True
+    offloaded = run_ranks(ranks, offload_program, config, shards, updates)
+    for (before, moves, after), (expected, none, later) in zip(offloaded, kept, strict=True):
+        torch.testing.assert_close(before.batch["ref_log_prob"], expected.batch["ref_log_prob"])
+        torch.testing.assert_close(after.batch["ref_log_prob"], later.batch["ref_log_prob"])
+        # There and back at each of the two; here both places are the host's memory.
+        assert (len(moves), none) == (4, [])
 
 
 def test_a_reference_that_was_not_asked_for(model_dir):

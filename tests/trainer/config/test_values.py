@@ -25,7 +25,7 @@ from verl.trainer.config.values import value_problems
         ("actor_rollout_ref.actor.megatron.tensor_model_parallel_size", "2", ("not supported yet", "fsdp2")),
         ("actor_rollout_ref.actor.fsdp_config.param_offload", "True", ("not supported yet", "use False")),
         ("actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size", "2", ("not supported yet", "use 1")),
-        ("actor_rollout_ref.ref.fsdp_config.param_offload", "True", ("not supported yet", "use False")),
+        ("actor_rollout_ref.ref.fsdp_config.optimizer_offload", "True", ("not supported yet", "use False")),
         ("actor_rollout_ref.actor.policy_loss.loss_mode", "gsop", ("unknown", "did you mean gspo?")),
         ("actor_rollout_ref.actor.policy_loss.clip_cov_ratio", "0", ("above 0",)),
         ("actor_rollout_ref.actor.tau_neg", "0", ("above 0",)),

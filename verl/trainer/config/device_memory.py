@@ -9,6 +9,7 @@ from verl.trainer.config.estimate import (
     activation_bytes,
     critic_activation_bytes,
     critic_state_bytes,
+    ref_state_bytes,
     trainer_state_bytes,
 )
 from verl.trainer.config.lora import adapter_parameters, lora_options
@@ -122,6 +123,8 @@ class _Trainer:
         lora = lora_options(config.actor_rollout_ref.model)
         adapters = None if lora is None else adapter_parameters(lora, model.shapes)
         state = trainer_state_bytes(config, model.parameters, ranks, adapters)
+        if config.actor_rollout_ref.ref.fsdp_config.param_offload:
+            state -= ref_state_bytes(config, model.parameters, ranks)
         master = 4 if config.actor_rollout_ref.actor.fsdp_config.model_dtype in ("fp32", "float32") else 2
         gradients = (model.parameters if adapters is None else adapters) * master // ranks
         critic_state = 0

@@ -10,6 +10,7 @@ from verl.trainer.config.delta import whole_updates_why
 from verl.trainer.config.lora import adapter_parameters, lora_options
 from verl.trainer.config.model_files import ModelFiles
 from verl.trainer.config.ppo import PPOConfig
+from verl.trainer.config.ref import needs_ref
 from verl.utils.platform import choose_dtype
 
 _MIB, _GIB = 1 << 20, 1 << 30
@@ -101,11 +102,16 @@ def trainer_state_bytes(config: PPOConfig, parameters: int, ranks: int, adapters
 
     With `adapters` trained parameters in float32, the model itself has neither gradients nor moments.
     """
-    actor, ref = config.actor_rollout_ref.actor, config.actor_rollout_ref.ref
-    per_parameter = (4 if adapters is None else 1) * _ITEMSIZE[actor.fsdp_config.model_dtype]
-    if actor.use_kl_loss:
-        per_parameter += _ITEMSIZE[ref.fsdp_config.model_dtype]
-    return (parameters * per_parameter + (adapters or 0) * 4 * _ITEMSIZE["float32"]) // ranks
+    master = _ITEMSIZE[config.actor_rollout_ref.actor.fsdp_config.model_dtype]
+    trained = parameters * (4 if adapters is None else 1) * master + (adapters or 0) * 4 * _ITEMSIZE["float32"]
+    return trained // ranks + ref_state_bytes(config, parameters, ranks)
+
+
+def ref_state_bytes(config: PPOConfig, parameters: int, ranks: int) -> int:
+    """Sharded over the ranks: the reference model's weights, where there is one."""
+    if not needs_ref(config):
+        return 0
+    return parameters * _ITEMSIZE[config.actor_rollout_ref.ref.fsdp_config.model_dtype] // ranks
 
 
 def critic_state_bytes(config: PPOConfig, parameters: int, ranks: int) -> int:

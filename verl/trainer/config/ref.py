@@ -14,6 +14,13 @@ if TYPE_CHECKING:
 
 
 @dataclass
+class RefFSDPConfig(FSDPConfig):
+    """How the reference model is sharded, which no optimizer changes."""
+
+    param_offload: bool = key(False, "keep its weights in the host's memory while they are not used")
+
+
+@dataclass
 class RefConfig:
     """The reference model; held only where actor.use_kl_loss asks for it."""
 
@@ -33,7 +40,7 @@ class RefConfig:
     log_prob_max_token_len_per_gpu: int | None = key(
         None, "tokens a rank runs forward at once, null for the actor's", unit="tokens", at_least=1
     )
-    fsdp_config: FSDPConfig = section(FSDPConfig, "how the model is sharded over the trainer's ranks")
+    fsdp_config: RefFSDPConfig = section(RefFSDPConfig, "how the model is sharded over the trainer's ranks")
     megatron: MegatronConfig = section(MegatronConfig, "Megatron: not supported yet")
     use_torch_compile: bool = planned(False, "torch.compile in training")
     ulysses_sequence_parallel_size: int = planned(1, "sequence parallelism")

@@ -83,6 +83,8 @@ class FSDPTrainEngine(TrainEngine):
         self._schedule_step = 0
         self._mini_batch: DataProto | None = None
         self._export = WeightExport(self.model)
+        self._offloads = not trains and fsdp_config.param_offload
+        self._offload()
 
     @spanned("optimizer", "train")
     def optimizer_step(self) -> dict[str, float]:
@@ -184,6 +186,8 @@ class FSDPTrainEngine(TrainEngine):
         """The `count` [b, T] tensors that `forward` makes of each micro-batch, joined in the order of `data`, on the
         CPU."""
         self.model.eval()
+        if self._offloads:
+            self.model.to(self._device)
         aligned = AlignedBatch(data, self._device, self._layout)
         shape = aligned.response_mask.shape
         whole = [torch.zeros(shape, dtype=torch.float32, device=self._device) for _ in range(count)]
@@ -194,7 +198,13 @@ class FSDPTrainEngine(TrainEngine):
                 for column, part in zip(whole, parts, strict=True):
                     column[micro_batch.rows] = part.to(column.dtype)
         self._reshard()
+        self._offload()
         return [column.cpu() for column in whole]
+
+    def _offload(self) -> None:
+        """Move this rank's shards to the host until the next forward pass, where the config says so."""
+        if self._offloads:
+            self.model.to("cpu")
 
     def _reshard(self) -> None:
         """Free what FSDP keeps gathered after a forward pass, expecting a backward that does not come."""

@@ -101,6 +101,8 @@ def _idle(config: PPOConfig, device: str) -> Iterator[tuple[str, tuple[str, ...]
             "without a reference model (actor.use_kl_loss=False, algorithm.use_kl_in_reward=False)",
             (_REF,),
         )
+    elif device == "cpu":
+        yield "on a CPU, whose memory is the host's", (_REF + "fsdp_config.param_offload",)
     if roles.model.lora_rank == 0 and roles.model.lora_adapter_path is None:
         yield "without adapters (model.lora_rank=0)", ("actor_rollout_ref.model.lora_alpha",)
     if not actor.use_kl_loss:
