@@ -63,7 +63,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return train.run(given[1:])
     name = given[0] if given and given[0] in SUBCOMMANDS else None
-    options = parser(load=() if name is None else (name,)).parse_args(given)
+    built = parser(load=() if name is None else (name,))
+    options, rest = built.parse_known_args(given)
+    # argparse takes no words behind options that stand behind words.
+    if rest and (not hasattr(options, "target") or any(word.startswith("-") for word in rest)):
+        built.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.target += rest
     return options.run(options)
 
 

@@ -1,0 +1,24 @@
+"""A script that passes, and `verl check` in this process."""
+
+import json
+
+import pytest
+
+from fixtures.script import Script
+from verl.cli import main
+
+
+@pytest.fixture
+def script(tmp_path):
+    return Script(tmp_path)
+
+
+@pytest.fixture
+def check(capsys):
+    """`verl check ... --json`: the exit status and what it prints."""
+
+    def run(*arguments):
+        status = main(["check", *map(str, arguments), "--json"])
+        return status, json.loads(capsys.readouterr().out)
+
+    return run

@@ -1,0 +1,144 @@
+"""Scripts are run without their programs: what they would have run is known, and nothing happens."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from verl.cli.capture import CaptureError, capture, training_arguments
+
+TRAIN = "python3 -m verl.trainer.main_ppo"
+
+
+@pytest.fixture
+def of(tmp_path):
+    """What a script of this text would run; the directory holds nothing but it afterwards."""
+
+    def run(text, *arguments, **options):
+        script = tmp_path / "script.sh"
+        script.write_text(text)
+        before = sorted(tmp_path.rglob("*"))
+        try:
+            return capture(script, arguments, **options)
+        finally:
+            assert sorted(tmp_path.rglob("*")) == before
+
+    return run
+
+
+def words(captured):
+    return [list(command.words) for command in captured.trainings]
+
+
+def test_words_are_those_that_the_shell_makes(of):
+    variables = 'set -euo pipefail\nname="a b"\nall=(x=1 "y=\'2 > 3\'")\n'
+    text = f'{variables}{TRAIN} k="$name" "${{all[@]}}" l=[1,2] \\\n  m=$((2 * 3)) "$@"\n'
+    assert words(of(text, "n=1", "o=p q")) == [["k=a b", "x=1", "y='2 > 3'", "l=[1,2]", "m=6", "n=1", "o=p q"]]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"{TRAIN} k=1 > log.txt 2>&1",
+        f"{TRAIN} k=1 2>&1 | tee log.txt",
+        f"nohup {TRAIN} k=1 &> log.txt &\nwait",
+        f"exec {TRAIN} k=1 >> log.txt",
+        "/usr/bin/python3 -u -m verl.trainer.main_ppo k=1",
+        'PYTHON=/usr/bin/python3\n"$PYTHON" -m verl.trainer.main_ppo k=1 > "log file.txt"',
+        'run=(/usr/bin/env A=1 python3 -m verl.trainer.main_ppo)\n"${run[@]}" k=1',
+        f"A=1 CUDA_VISIBLE_DEVICES=0,1 {TRAIN} k=1",
+        f'f() {{ {TRAIN} "$@"; }}\nf k=1',
+        "verl train k=1",
+        f"if command -v python3 > /dev/null; then {TRAIN} k=1; fi",
+        "$(which python3) -m verl.trainer.main_ppo k=1",
+        f"exec > >(tee log.txt) 2>&1\n{TRAIN} k=1",
+        f"python3 prepare.py --out data || exit 1\n{TRAIN} k=1",
+        f"while ! ray status; do sleep 5; done\n{TRAIN} k=1",
+        f"source /nowhere/set_env.sh\n. /nowhere/else.sh\n{TRAIN} k=1",
+    ],
+)
+@pytest.mark.parametrize("strict", ["", "set -euo pipefail\n"])
+def test_the_ways_to_start_a_training(of, strict, line):
+    assert words(of(strict + line + "\n")) == [["k=1"]]
+
+
+def test_programs_do_not_run_however_they_are_called(of, tmp_path):
+    touched = [f"rm -f {tmp_path}/script.sh", f"/bin/rm {tmp_path}/script.sh", f"touch {tmp_path}/new"]
+    text = "\n".join(
+        [
+            *touched,
+            f"export PATH=/bin:/usr/bin\ntouch {tmp_path}/new",
+            f"PATH=/bin touch {tmp_path}/new",
+            f"x=$(/bin/touch {tmp_path}/new)",
+            f"env PATH=/bin /usr/bin/touch {tmp_path}/new",
+            f"command /bin/touch {tmp_path}/new",
+            f"(/bin/touch {tmp_path}/new)",
+            f"for tool in /bin/touch; do $tool {tmp_path}/new; done",
+            f"echo text > {tmp_path}/new",
+            f"cat <<< text >> {tmp_path}/new",
+            f"trap '/bin/touch {tmp_path}/new' EXIT",
+            f"shopt -u extdebug; trap - DEBUG\n/bin/touch {tmp_path}/new",
+            f"bash -c 'touch {tmp_path}/new'",
+            f"{TRAIN} k=1",
+        ]
+    )
+    captured = of(text)
+    assert words(captured) == [["k=1"]]
+    names = [command.words[0] for command in captured.others]
+    assert names[:4] == ["rm", "/bin/rm", "touch", "touch"] and names.count("/bin/touch") >= 5
+
+
+def test_no_process_is_ended(of):
+    with subprocess.Popen(["sleep", "60"]) as process:
+        try:
+            of(f"kill -9 {process.pid}\n{TRAIN} k=1\n")
+            assert process.poll() is None
+        finally:
+            process.kill()
+
+
+def test_a_file_that_is_there_keeps_its_content(of, tmp_path):
+    kept = tmp_path / "kept"
+    kept.write_text("as it was")
+    for line in (f"echo x > {kept}", f"echo x >> {kept}", f"{{ echo x; }} > {kept} || true", f"{TRAIN} k=0 >| {kept}"):
+        assert words(of(f"{line}\n{TRAIN} k=1\n"))[-1] == ["k=1"]
+        assert kept.read_text() == "as it was"
+
+
+def test_a_script_runs_another_and_both_know_where_they_are(of, tmp_path):
+    other = tmp_path / "inner" / "other.sh"
+    other.parent.mkdir()
+    other.write_text(f'#!/usr/bin/env bash\ncd "$(dirname "$0")"\n/bin/touch {tmp_path}/new\n{TRAIN} inner=1 "$@"\n')
+    other.chmod(0o755)
+    for line in (f"exec {other} k=1", f"{other} k=1", f"bash {other} k=1"):
+        (command,) = of(f"set -euo pipefail\n{line}\n").trainings
+        assert list(command.words) == ["inner=1", "k=1"] and command.folder == other.parent.resolve()
+
+
+def test_the_environment_of_a_command(of, monkeypatch):
+    monkeypatch.delenv("VLLM_ASCEND_ENABLE_NZ", raising=False)
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    (command,) = of(f"export PYTORCH_NPU_ALLOC_CONF='a b'\n{TRAIN} k=1\n").trainings
+    assert dict(command.environment) == {"PYTORCH_NPU_ALLOC_CONF": "a b", "RAY_ADDRESS": "auto"}
+
+
+def test_several_training_commands(of):
+    assert words(of(f"for i in 1 2; do {TRAIN} k=$i; done\n")) == [["k=1"], ["k=2"]]
+
+
+def test_a_script_without_one_says_how_far_it_came(of):
+    with pytest.raises(CaptureError, match=r"ended with status 3 .* no data here.*not run \(prepare\)"):
+        of("prepare --all\necho no data here >&2\nexit 3\n")
+
+
+def test_a_script_that_waits_is_ended(of):
+    with pytest.raises(CaptureError, match=r"still waiting after 0\.5 s"):
+        of("while :; do :; done\n", seconds=0.5)
+    assert words(of(f"{TRAIN} k=1\nwhile :; do :; done\n", seconds=0.5)) == [["k=1"]]
+
+
+def test_words_of_other_commands_are_no_training():
+    assert training_arguments(["python3", "-m", "verl.trainer.main_eval", "a=1"]) is None
+    assert training_arguments(["git", "train", "x"]) is None
+    assert training_arguments([str(Path("bin") / "verl"), "train", "x=1"]) == ["x=1"]
+    assert training_arguments(["-m", "verl.trainer.main_ppo"]) == []
