@@ -63,7 +63,7 @@ class Drawn:
 
     def __init__(self, made: Figure, title: str):
         self._made, self._title = made, title
-        self.svg = _svg(made, title)
+        self.svg = _svg(made)
 
     def png(self) -> bytes:
         """The same on white, under its title."""
@@ -84,9 +84,9 @@ def figure(title: str, width: float = 5.6, height: float = 2.9) -> Iterator[tupl
         drawn.append(Drawn(made, title))
 
 
-def _svg(made: Figure, title: str) -> str:
-    # Names of clips and markers are hashes; figures of one page must not share them.
-    with matplotlib.rc_context({"svg.hashsalt": title}):
+def _svg(made: Figure) -> str:
+    # The same figure has the same names inside, so that two reports can be compared.
+    with matplotlib.rc_context({"svg.hashsalt": "verl"}):
         out = io.StringIO()
         made.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = out.getvalue()
@@ -150,8 +150,7 @@ def short(text: str, length: int) -> str:
 
 def legend(axes: Axes, entries: list[tuple[object, str]], columns_of: int = 66) -> None:
     """Above the axes, in as many columns as fit a line of `columns_of` characters."""
-    # Matplotlib leaves out names that begin with an underscore.
-    names = [f"\u200b{name}" if name.startswith("_") else name for _, name in entries]
+    names = [name for _, name in entries]
     widest = max(len(name) for name in names) + 6
     columns = max(1, min(len(names), columns_of // widest))
     # What it takes beyond two lines it must not take from the curves.
