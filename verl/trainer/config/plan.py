@@ -151,9 +151,7 @@ class Plan:
             parts = ", ".join(f"{name} {part / 1e9:.1f}" for name, part in stage.parts.items() if part >= 5e7)
             label = "" if rows else "device memory"
             rows.append((label, f"{stage.name}: {stage.total / 1e9:.1f} of {memory.capacity / 1e9:.0f} GB ({parts})"))
-        cache = (
-            f"{max(0, memory.cache_bytes) / 1e9:.1f} GB on a device, {_count(memory.cache_tokens)} tokens a replica"
-        )
+        cache = f"{max(0, memory.cache_bytes) / 1e9:.1f} GB on a device, {_count(memory.cache_tokens)} tokens a replica"
         return [*rows, ("engine's cache", cache)]
 
     def _batch_rows(self) -> list[tuple[str, str]]:
