@@ -24,7 +24,7 @@ unit: setup ## the tests that start no engine
 e2e: setup ## the tests with Ray and a real vLLM engine
 	$(python) -m pytest -q tests/e2e $(ARGS)
 
-browser: ## install the Chromium in which tests open `verl report`: Debian and Ubuntu, as root
+browser: ## install the Chromium in which tests open `verl report`, on Debian, as root
 	apt-get update && apt-get install -y chromium
 
 contract: setup ## the code of three vllm-ascend releases under a stand-in for torch_npu; downloads them once

@@ -18,7 +18,7 @@ FLAGS = (
 )
 MEASURE = Path(__file__).with_name("measure.js").read_text()
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium; `make browser` installs it on Debian and Ubuntu")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium; `make browser` installs it on Debian")
 
 
 def opened(page: Path, tmp_path: Path, *flags: str, width: int = 1280) -> tuple[str, list[str]]:
