@@ -71,7 +71,9 @@ def _check_planned(config: PPOConfig, hardware: Hardware, found: Findings) -> st
     rollout, trainer = config.actor_rollout_ref.rollout, config.trainer
     apart = rollout.n_gpus_per_node * rollout.nnodes
     node = max(trainer.n_gpus_per_node, rollout.n_gpus_per_node if apart else 0)
-    needed = math.ceil((trainer_ranks(config) + apart) / node)
+    # Shared memory reaches replicas on the trainer's node alone.
+    together = rollout.nnodes == 1 and rollout.checkpoint_engine.backend == "naive"
+    needed = 1 if together else math.ceil((trainer_ranks(config) + apart) / node)
     if hardware.nodes is None or needed == hardware.nodes:
         return device
     if needed > hardware.nodes:
