@@ -85,14 +85,10 @@ def test_more_than_any_sharding_leaves(of):
     [
         ({}, 1, None, None),
         ({}, 3, "warnings", "set actor_rollout_ref.rollout.nnodes=2"),
-        ({f"{ROLLOUT}.nnodes": 1}, 2, None, None),
-        ({f"{ROLLOUT}.nnodes": 1}, 1, "errors", "use --nodes 2"),
-        (
-            {f"{ROLLOUT}.nnodes": 1, f"{ROLLOUT}.n_gpus_per_node": 4, "trainer.n_gpus_per_node": 4},
-            1,
-            "errors",
-            "--nodes 2",
-        ),
+        (APART, 2, None, None),
+        (APART, 1, "errors", "use --nodes 2"),
+        (APART | {f"{ROLLOUT}.checkpoint_engine.backend": "naive"}, 1, None, None),
+        (APART | {f"{ROLLOUT}.nnodes": 3}, 8, "warnings", "set actor_rollout_ref.rollout.nnodes=7"),
     ],
 )
 def test_nodes(of, keys, nodes, kind, words):
