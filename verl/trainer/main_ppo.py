@@ -16,6 +16,7 @@ import hydra
 from omegaconf import DictConfig
 
 from verl.trainer.config import ConfigError, Plan, PPOConfig, check, from_hydra, searchpath
+from verl.trainer.config.hints import config_name_hint
 from verl.trainer.config.overrides import Prepared, prepare
 from verl.utils import external
 
@@ -24,6 +25,7 @@ from verl.utils import external
 _QUIET = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
 _WITH_VALUE = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--cfg", "-c", "--package", "-p")
 _WITH_VALUE += ("--experimental-rerun",)
+_NAMES = ("--config-name", "-cn")
 _PATHS = ("--config-path", "-cp", "--config-dir", "-cd")
 _MULTIRUN = ("--multirun", "-m")
 
@@ -89,7 +91,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Hydra's options, a relative directory of configs made absolute, and overrides.
 
     Raises:
-        ConfigError: `--multirun`.
+        ConfigError: `--multirun`, or a config file of verl's for another training engine.
     """
     options: list[str] = []
     overrides: list[str] = []
@@ -108,6 +110,9 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             options += [name] if value is None else [name, _from_here(name, value)]
         else:
             options.append(f"{name}={_from_here(name, value)}" if equals else argument)
+        refused = config_name_hint(value or "") if name in _NAMES else None
+        if refused is not None:
+            raise ConfigError([refused])
     return options, overrides
 
 

@@ -94,6 +94,19 @@ _SECTIONS = {
     **{f"{role}.profiler.": _PROFILER.format(f"{role}.profiler") for role in _PROFILED},
 }
 
+# Config files of verl for other training engines.
+_CONFIG_NAMES = ("ppo_megatron_trainer", "ppo_veomni_trainer", "ppo_torchtitan_trainer")
+
+
+def config_name_hint(name: str) -> str | None:
+    """What to say about a `--config-name` of verl's that is not here; None for any other."""
+    if name.removesuffix(".yaml") not in _CONFIG_NAMES:
+        return None
+    return (
+        f"--config-name={name}: FSDP2 is the only training engine so far; leave --config-path and --config-name out, "
+        "and the keys of its sections"
+    )
+
 
 def hint(key: str) -> str | None:
     """What to say about an unknown key (dotted, by its present name); None for one that verl has not either."""
