@@ -140,3 +140,12 @@ def test_the_script_without_faults_passes(script, check):
     status, answer = check(script.write(), "--device", "npu:ascend950")
     assert (status, answer["ok"], answer["runs"][0]["errors"]) == (0, True, [])
     assert answer["runs"][0]["plan"]["prompt_lengths"] == {"measured": 64, "median": 7, "longest": 7, "over": 0}
+
+
+def test_all_faults_are_found_at_once(script, check):
+    script.keys |= {f"{ACTOR}.ppo_mini_batch_size": 12, f"{ROLLOUT}.gpu_memory_utilization": 0.99}
+    script.rows([row(data_source="mine")] * 40)
+    status, answer = check(script.write(), "--device", "npu:ascend950")
+    text = "\n".join(answer["runs"][0]["errors"])
+    assert status == 1 and len(answer["runs"][0]["errors"]) == 3
+    assert all(words in text for words in ("ppo_mini_batch_size=12", "data_source=mine", "generation takes about"))

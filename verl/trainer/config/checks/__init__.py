@@ -62,7 +62,8 @@ def examine(config: PPOConfig, scope: Scope) -> tuple[Plan | None, Findings]:
     """Everything that can be known of a config without starting a process.
 
     Returns:
-        The plan, None where errors leave nothing to derive it from; and what was found, the plan's warnings included.
+        The plan, None where errors leave nothing to derive it from or a run would start; and what was found, the plan's
+        warnings included.
     """
     wrong = value_problems(config)
     found = Findings(errors=list(wrong.values()), without_files=scope.without_files)
@@ -73,8 +74,10 @@ def examine(config: PPOConfig, scope: Scope) -> tuple[Plan | None, Findings]:
         _check_sizes(config, scope, found)
     model = check_model(config, scope, found) if sizes_hold else None
     critic = check_critic_model(config, model, scope, found) if sizes_hold else None
+    before = len(found.errors)
     if model is not None and not wrong:
         check_lora(config, model, found)
+    derivable = not wrong and len(found.errors) == before
     data = check_data(config, found)
     lengths = None if scope.starting else check_rows(config, found)
     check_reward(config, found)
@@ -91,13 +94,15 @@ def examine(config: PPOConfig, scope: Scope) -> tuple[Plan | None, Findings]:
     if device and sizes_hold:
         check_lag(config, device, found)
     quantisation: Quantisation | None = None
+    before = len(found.errors)
     if device and model and not wrong:
         quantisation = (
             check_quantization(config, device, found)
             if scope.starting
             else check_planned_quantization(config, device, model, found)
         )
-    if found.errors or device is None or model is None:
+    derivable = derivable and len(found.errors) == before
+    if device is None or model is None or not derivable or (scope.starting and found.errors):
         return None, found
     plan = derive_plan(config, device, model, critic, data, quantisation)
     plan.prompt_lengths = lengths
