@@ -11,6 +11,7 @@ from verl.trainer.config.model_files import ModelFiles
 from verl.trainer.config.rollout import RolloutConfig
 from verl.utils.vllm.ascend_description import AscendDescription, resolve_description
 from verl.utils.vllm.ascend_layers import Layer
+from verl.utils.vllm.ascend_release import NEWEST_READ, refuse_unpaired_groups
 from verl.utils.vllm.checkpoint_index import CheckpointIndex, has_weights, read_checkpoint_index
 from verl.utils.vllm.config_shapes import index_of_config
 from verl.utils.vllm.quantised_weights import (
@@ -80,6 +81,8 @@ def plan_quantisation(rollout: RolloutConfig, model: ModelFiles, device: str) ->
         model.path, rollout.quantization_config_file, rollout.tensor_model_parallel_size, index=index
     )
     refuse_fused_experts(description.layers)
+    if device == "npu":
+        refuse_unpaired_groups(description.layers, rollout.tensor_model_parallel_size, NEWEST_READ)
     return _ascend(description, sent)
 
 

@@ -13,12 +13,13 @@ from collections.abc import Iterable
 
 from packaging.version import Version
 
-from verl.utils.quantization.mx import MX_BLOCK_SIZE
-from verl.utils.vllm.ascend_layers import ROW, Layer
+from verl.utils.vllm.ascend_layers import MX_BLOCK_SIZE, ROW, Layer
 
 _PAIR = 2 * MX_BLOCK_SIZE
 # The first release that was seen to pad linear layers, and the first whose experts were not read.
 _PADS_LINEAR, _MAY_PAD_EXPERTS = Version("0.23.0"), Version("0.27.0")
+# The newest release whose code was read.
+NEWEST_READ = "0.26.0"
 
 
 def refuse_unpaired_groups(layers: Iterable[Layer], tp_size: int, release: str) -> None:

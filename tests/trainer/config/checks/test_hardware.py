@@ -123,3 +123,11 @@ def test_quantised_bytes_of_fp8(of):
 def test_unknown_hardware():
     with pytest.raises(ValueError, match="use one of cpu, cuda:a100"):
         Hardware("npu:910c")
+
+
+@pytest.mark.parametrize(("tp", "fits"), [(4, True), (8, False)])
+def test_experts_in_pairs_of_blocks(of, tp, fits):
+    """768 inputs of an expert: 192 on each of 4 ranks, 96 on each of 8, which no known vllm-ascend pairs."""
+    _, found = of("Qwen3-30B-A3B", {f"{ROLLOUT}.tensor_model_parallel_size": tp})
+    about = [text for text in found.errors if "96 inputs on a rank" in text and "quantization_config_file" in text]
+    assert bool(about) is not fits
