@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import runs
 import tables
 from grpo_step import LOADS, WARM_UP
 
+from verl.utils.timeline import close_timeline, open_timeline, span
 from verl.utils.timeline_reader import Event, StepShares, covered, read_events, step_shares, step_windows
 
 TARGET = 0.05
@@ -68,6 +70,25 @@ def measure(size: str, load: runs.Load, steps: int, work: Path) -> tuple[list[St
     return shares, medians
 
 
+def span_seconds(count: int = 20_000) -> tuple[float, float]:
+    """Of a span that is recorded, and of one in a run without a timeline."""
+
+    def each() -> float:
+        started = time.perf_counter()
+        for _ in range(count):
+            with span("nothing"):
+                pass
+        return (time.perf_counter() - started) / count
+
+    without = each()
+    with tempfile.TemporaryDirectory() as work:
+        open_timeline(Path(work) / "timeline.json")
+        try:
+            return each(), without
+        finally:
+            close_timeline()
+
+
 def row(size: str, lengths: str, load: runs.Load, shares: list[StepShares], stages: dict[str, float]) -> list[str]:
     """A line of the table."""
     overheads = [share.overhead for share in shares]
@@ -101,9 +122,11 @@ def main() -> None:
                 rows.append(row(size, lengths, load, *measure(size, load, options.steps, Path(work))))
             print(*rows[-1], sep="  ", flush=True)
     head = ["model", "lengths", "a step", "s", "engine", "trainer", "overhead", "of which in"]
+    recorded, unrecorded = (1e6 * seconds for seconds in span_seconds())
     text = (
         f"{tables.caption('make bench-overhead')} Median of {options.steps} steps; target for 135M: at most "
-        f"{TARGET:.0%}.\n\n{tables.markdown(head, rows)}"
+        f"{TARGET:.0%}.\n\n{tables.markdown(head, rows)}\n\nA span of the timeline costs {recorded:.1f} us, and "
+        f"{unrecorded:.2f} us in a run without one."
     )
     print(f"\n{text}")
     if options.write:
