@@ -7,7 +7,7 @@ python3 examples/data_preprocess/gsm8k.py --local_dataset_path ~/raw/gsm8k    # 
 import sys
 from typing import Any
 
-from verl.utils.dataset.prepare import convert, make_row, parser, published_files, text_of, write_rows
+from verl.utils.dataset.prepare import convert, make_row, parser, published_files, text_of, write_splits
 from verl.utils.reward_score.gsm8k import extract_answer
 
 SOURCE = "openai/gsm8k"
@@ -35,9 +35,11 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser(__doc__, "~/data/gsm8k").parse_args(arguments)
     try:
         files = published_files(given.local_dataset_path, SOURCE, folder="main", splits=SPLITS)
-        for split, paths in files.items():
-            rows = convert(paths, lambda example, index, split=split: row(example, split, index))
-            write_rows(given.local_save_dir / f"{split}.parquet", rows)
+        made = {
+            split: convert(paths, lambda example, index, split=split: row(example, split, index))
+            for split, paths in files.items()
+        }
+        write_splits(given.local_save_dir, made)
     except (ValueError, OSError, ImportError, NotImplementedError) as error:
         sys.exit(f"gsm8k.py: {error}")
 

@@ -8,7 +8,7 @@ import re
 import sys
 from typing import Any
 
-from verl.utils.dataset.prepare import convert, make_row, parser, published_files, text_of, write_rows
+from verl.utils.dataset.prepare import convert, make_row, parser, published_files, text_of, write_splits
 from verl.utils.reward_score.text import last_boxed
 
 SOURCE = "DigitalLearningGmbH/MATH-lighteval"
@@ -39,9 +39,11 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser(__doc__, "~/data/math").parse_args(arguments)
     try:
         files = published_files(given.local_dataset_path, SOURCE, folder="data", splits=SPLITS)
-        for split, paths in files.items():
-            rows = convert(paths, lambda example, index, split=split: row(example, split, index))
-            write_rows(given.local_save_dir / f"{split}.parquet", rows)
+        made = {
+            split: convert(paths, lambda example, index, split=split: row(example, split, index))
+            for split, paths in files.items()
+        }
+        write_splits(given.local_save_dir, made)
     except (ValueError, OSError, ImportError, NotImplementedError) as error:
         sys.exit(f"math_dataset.py: {error}")
 

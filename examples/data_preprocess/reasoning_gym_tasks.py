@@ -12,7 +12,7 @@ import json
 import sys
 from typing import Any
 
-from verl.utils.dataset.prepare import add_save_dir, check_row, make_row, write_rows
+from verl.utils.dataset.prepare import add_save_dir, check_row, make_row, write_splits
 from verl.utils.reward_score import GYM_PREFIX
 
 INSTRUCTION = "Think step by step, and give the final answer between <answer> and </answer>."
@@ -76,10 +76,9 @@ def main(arguments: list[str] | None = None) -> None:
             items = distinct_items(task, given.train_size + given.test_size, given.seed, given.task_config)
             for split, part in (("test", items[: given.test_size]), ("train", items[given.test_size :])):
                 splits[split] += [row(task, entry, split, len(splits[split]) + i) for i, entry in enumerate(part)]
-        for split, rows in splits.items():
-            for each in rows:
-                check_row(each)
-            write_rows(given.local_save_dir / f"{split}.parquet", rows)
+        for each in splits["train"] + splits["test"]:
+            check_row(each)
+        write_splits(given.local_save_dir, splits)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"reasoning_gym_tasks.py: {error}")
 

@@ -185,9 +185,10 @@ BAD = [
 @pytest.mark.parametrize(("name", "bad", "says"), BAD)
 def test_the_first_fault_is_named_by_file_and_row(load_example, tmp_path, name, bad, says):
     good = {"gsm8k.py": GSM8K, "math_dataset.py": MATH, "dapo_17k.py": DAPO}[name]
-    write(tmp_path / "train.jsonl", [*good[:2], bad, bad])
-    text = failure(load_example(f"data_preprocess/{name}"), tmp_path / "train.jsonl", tmp_path / "out")
-    assert f"{tmp_path / 'train.jsonl'}, row 2 (counted from 0): " in text
+    write(tmp_path / "raw/test.jsonl", good)
+    write(tmp_path / "raw/train.jsonl", [*good[:2], bad, bad])
+    text = failure(load_example(f"data_preprocess/{name}"), tmp_path / "raw", tmp_path / "out")
+    assert f"{tmp_path / 'raw/train.jsonl'}, row 2 (counted from 0): " in text
     assert says in text
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +103,14 @@ def _examples(path: Path) -> Iterable[Row]:
     return (rows[i] for i in range(len(rows)))
 
 
-def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Write a Parquet file, whole or not at all, and say so."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_splits(directory: Path, splits: Mapping[str, Sequence[Row]]) -> None:
+    """Write a Parquet file of each split, whole or not at all, and say so."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for split, rows in splits.items():
+        _write(directory / f"{split}.parquet", rows)
+
+
+def _write(path: Path, rows: Sequence[Row]) -> None:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         pq.write_table(pa.Table.from_pylist(list(rows)), unfinished)
