@@ -122,13 +122,22 @@ def test_the_environment_of_a_command(of, monkeypatch):
     assert dict(command.environment) == {"PYTORCH_NPU_ALLOC_CONF": "a b", "RAY_ADDRESS": "auto"}
 
 
+@pytest.mark.parametrize("npu", [False, True])
+def test_a_script_that_asks_for_an_npu(of, npu):
+    """As verl's scripts do."""
+    ask = "set -xeuo pipefail\nDEVICE=${DEVICE:-$(python3 -c 'import torch_npu' 2>/dev/null && echo npu || echo gpu)}\n"
+    captured = of(f"{ask}{TRAIN} k=$DEVICE 2>&1 | tee log\n", npu=npu)
+    assert words(captured) == [["k=npu" if npu else "k=gpu"]]
+
+
 def test_several_training_commands(of):
     assert words(of(f"for i in 1 2; do {TRAIN} k=$i; done\n")) == [["k=1"], ["k=2"]]
 
 
-def test_a_script_without_one_says_how_far_it_came(of):
+@pytest.mark.parametrize("trace", ["", "set -x\n"])
+def test_a_script_without_one_says_how_far_it_came(of, trace):
     with pytest.raises(CaptureError, match=r"ended with status 3 .* no data here.*not run \(prepare\)"):
-        of("prepare --all\necho no data here >&2\nexit 3\n")
+        of(f"{trace}prepare --all\necho no data here >&2\nexit 3\n")
 
 
 def test_a_script_that_waits_is_ended(of):

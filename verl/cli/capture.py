@@ -54,11 +54,12 @@ class Capture:
     output: str
 
 
-def capture(script: Path, arguments: Sequence[str] = (), *, seconds: float = SECONDS) -> Capture:
+def capture(script: Path, arguments: Sequence[str] = (), *, npu: bool = False, seconds: float = SECONDS) -> Capture:
     """Run a script without its programs.
 
     Args:
         arguments: the script's.
+        npu: what a script learns that asks whether torch_npu can be imported.
         seconds: after which a script that waits for something is ended.
 
     Raises:
@@ -70,7 +71,7 @@ def capture(script: Path, arguments: Sequence[str] = (), *, seconds: float = SEC
             place = shutil.which(tool)
             if place:
                 os.symlink(place, Path(folder) / tool)
-        status, reported, output = _run(bash, folder, [str(script), *arguments], seconds)
+        status, reported, output = _run(bash, folder, [str(script), *arguments], npu, seconds)
     commands = list(_commands(reported))
     trainings = tuple(
         replace(command, words=tuple(overrides))
@@ -105,7 +106,7 @@ def _bash() -> str:
     return bash
 
 
-def _run(bash: str, tools: str, words: Sequence[str], seconds: float) -> tuple[int | None, bytes, str]:
+def _run(bash: str, tools: str, words: Sequence[str], npu: bool, seconds: float) -> tuple[int | None, bytes, str]:
     """Exit status (None where time ran out), reports and output of a guarded bash."""
     read, write = os.pipe()
     # Functions that the environment exports would stand for programs.
@@ -116,6 +117,7 @@ def _run(bash: str, tools: str, words: Sequence[str], seconds: float) -> tuple[i
         "VERL_CHECK_BASH": bash,
         "VERL_CHECK_FD": str(write),
         "VERL_CHECK_GUARD": str(GUARD),
+        "VERL_CHECK_NPU": "1" if npu else "",
         "VERL_CHECK_TOOLS": tools,
         "VERL_CHECK_VARIABLES": " ".join(VARIABLES),
     }
@@ -158,7 +160,8 @@ def _commands(reported: bytes) -> Iterator[Command]:
 
 def _nothing(script: Path, status: int | None, others: Sequence[Command], output: str, seconds: float) -> str:
     end = f"was still waiting after {seconds:g} s" if status is None else f"ended with status {status}"
-    last = "; the last it printed: " + output.strip().splitlines()[-1] if output.strip() else ""
+    printed = [line for line in output.splitlines() if line.strip() and not line.startswith("+")]  # + is `set -x`
+    last = f"; the last it printed: {printed[-1].strip()}" if printed else ""
     unrun = ", ".join(dict.fromkeys(Path(command.words[0]).name for command in others))
     why = f"; it may need what a program prints that was not run ({unrun})" if unrun else ""
     return (

@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from verl.cli import check_output
@@ -93,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
     """Check and print; the exit status."""
     try:
         scope = _scope(options)
-        captured = _commands(options.target)
+        captured = _commands(options.target, scope.hardware)
     except (CaptureError, ValueError) as error:
         sys.stderr.write(f"verl check: {error}\n")
         return 2
@@ -118,14 +119,15 @@ def _scope(options: argparse.Namespace) -> Scope:
     return Scope(starting=False, hardware=hardware, without_files=options.without_files)
 
 
-def _commands(target: Sequence[str]) -> Capture:
+def _commands(target: Sequence[str], hardware: Hardware | None) -> Capture:
     """The training commands of a script, or the one that overrides make."""
     first = Path(target[0]).expanduser()
     if "=" in target[0] and not first.is_file():
         return Capture((Command(tuple(target), Path.cwd(), dict(os.environ)),), (), "")
     if not first.is_file():
         raise ValueError(f"{target[0]}: no such script; give a shell script, or overrides as key=value")
-    return capture(first, target[1:])
+    npu = find_spec("torch_npu") is not None if hardware is None else hardware.device == "npu"
+    return capture(first, target[1:], npu=npu)
 
 
 def _examine(command: Command, scope: Scope) -> Run:

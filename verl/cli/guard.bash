@@ -9,12 +9,14 @@ ulimit -f 0 -c 0
 set -o noclobber -o functrace
 
 __verl_report() {
-    local name variables=()
+    local - name variables=()
+    set +x
     for name in $VERL_CHECK_VARIABLES; do [[ -z ${!name+set} ]] || variables+=("$name=${!name}"); done
     printf '%s\0' "$PWD" "${#variables[@]}" ${variables[@]+"${variables[@]}"} "$#" "$@" >&"$VERL_CHECK_FD"
     # Whoever writes to a program that does not run would die of the broken pipe.
     if [ -p /dev/stdin ]; then while IFS= read -r _; do :; done; fi
-    return 0
+    # How scripts ask for an NPU: `python3 -c 'import torch_npu'`.
+    [[ " $* " != *" -c "*torch_npu* || -n $VERL_CHECK_NPU ]]
 }
 
 __verl_program() {
@@ -81,7 +83,8 @@ __verl_strip() {
 
 # Before each command: whether to leave it out. $1: its text; the rest: the arguments of the function that it is in.
 __verl_skips() {
-    local text=$1 word words=() whole=
+    local - text=$1 word words=() whole=
+    set +x
     shift
     shopt -s extdebug # the status counts; set any earlier, bash would look for a debugger
     case "$text" in *__verl_* | *VERL_CHECK_* | *command_not_found_handle*) return 1 ;; esac
