@@ -1,10 +1,12 @@
 import dataclasses
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
 from verl.trainer.config import PPOConfig
 from verl.trainer.config.schema import key_of, walk
+from verl.trainer.config.write_reference import reference
 from verl.trainer.config.write_yaml import FOLDER, SECTIONS, files
 
 
@@ -39,6 +41,23 @@ def test_the_files_are_as_written():
     for path, text in files().items():
         assert path.read_text(encoding="utf-8") == text, f"{path}: run python3 -m verl.trainer.config.write_yaml"
     assert {path for path in files() if path.parent.name == "sections"} == set((FOLDER / "sections").glob("*.yaml"))
+
+
+def test_the_reference_is_as_written():
+    page = Path(__file__).resolve().parents[3] / "docs" / "config.md"
+    assert page.read_text(encoding="utf-8") == reference(), "run python3 -m verl.trainer.config.write_reference"
+
+
+def test_the_reference_holds_every_key_once():
+    rows, section = set(), ""
+    for line in reference().splitlines():
+        if line.startswith("## "):
+            section = "" if line.startswith("## Keys without") else line.removeprefix("## ") + "."
+        elif line.startswith("| `"):
+            name = section + line.split("`")[1]
+            assert name not in rows
+            rows.add(name)
+    assert rows == {name for name, _, _ in walk(PPOConfig())}
 
 
 UNITS = {
