@@ -35,7 +35,7 @@ def files(tmp_path_factory):
 
     root = tmp_path_factory.mktemp("upstream")
     row = make_row("3+4=", "7", data_source="openai/gsm8k", ability="math", extra_info={"index": 0})
-    pq.write_table(pa.Table.from_pylist([row] * 1024), root / "train.parquet")
+    pq.write_table(pa.Table.from_pylist([row] * 1536), root / "train.parquet")
 
     def of(model):
         return write_char_tokenizer(write_config(root / model, model)), root / "train.parquet"
