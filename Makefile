@@ -3,7 +3,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 python := .venv/bin/python
 
-.PHONY: help setup quickstart test unit e2e browser contract lint format sweep study lock \
+.PHONY: help setup quickstart test unit e2e browser contract lint format docs sweep study lock \
 	bench bench-update bench-step bench-overhead bench-growth bench-scale
 
 help: ## this list
@@ -38,6 +38,9 @@ lint: setup ## ruff and the import contracts
 format: setup ## let ruff mend what it can
 	$(python) -m ruff check --fix .
 	$(python) -m ruff format .
+
+docs: setup ## the documentation as a site, in build/site; a broken link is an error
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build && echo "open build/site/index.html"
 
 bench: setup ## benchmarks that take minutes; each prints a table
 	@for benchmark in quantizer weight_update generation overhead scale_model; do \
