@@ -16,9 +16,9 @@ from verl.trainer.config.schema import Key, key_of, show
 
 _HEAD = """# Config reference
 
-Written by `python3 -m verl.trainer.config.write_reference` from the dataclasses in `verl/trainer/config/`, which are the
-source. Every key is given on the command line as `name=value`, or in a YAML file of the same shape; `verl check` tells
-what a config makes of them.
+Written by `python3 -m verl.trainer.config.write_reference` from the dataclasses in `verl/trainer/config/`, which are
+the source. Every key is given on the command line as `name=value`, or in a YAML file of the same shape; `verl check`
+tells what a config makes of them.
 
 """
 
