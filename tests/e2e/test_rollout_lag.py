@@ -52,9 +52,7 @@ def test_it_learns_one_version_behind_and_a_killed_run_goes_on_with_the_next_pro
 
     metrics = run.metrics()
     assert sorted(metrics) == list(range(1, STEPS + 1))
-    behind = {
-        step: {metrics[step][f"training/versions_behind/{end}"] for end in ("min", "max")} for step in metrics
-    }
+    behind = {step: {metrics[step][f"training/versions_behind/{end}"] for end in ("min", "max")} for step in metrics}
     # The first batch of either run is made by the weights that train on it.
     assert behind == {step: {0.0 if step in (1, saved + 1) else 1.0} for step in range(1, STEPS + 1)}
     mismatch = {step: metrics[step]["training/rollout_probs_diff_max"] for step in metrics}
