@@ -141,14 +141,13 @@ class SentWeights:
         if not changed.numel():
             return
         start = first_row * (part.shape[-1] if part.dim() > 1 else 1)
-        borders = torch.tensor([first - start for _, _, first in cuts] + [new.numel()], device=changed.device)
-        at = torch.searchsorted(changed, borders).tolist()
-        ends = borders.tolist()
+        ends = [first - start for _, _, first in cuts[1:]] + [new.numel()]
+        at = [0, *torch.searchsorted(changed, torch.tensor(ends, device=changed.device)).tolist()]
         for number, (name, shape, first) in enumerate(cuts):
             places = changed[at[number] : at[number + 1]]
             if places.numel():
                 begin = max(first - start, 0)
-                rows = new[begin : min(ends[number + 1], new.numel())]
+                rows = new[begin : min(ends[number], new.numel())]
                 if self._scheme is not None:
                     self._scheme.check_sent(name, new[places])
                 block.add(name, shape, start + begin - first, rows, places - begin)
