@@ -13,7 +13,7 @@ from fixtures.tiny import write_tiny_model
 from verl.trainer.config import RolloutConfig
 from verl.utils.vllm import plugin
 from verl.workers.rollout.quantization import get_scheme
-from verl.workers.rollout.weight_sync.encode_report import worst_error
+from verl.workers.rollout.weight_sync.encode_report import merged_errors
 from verl.workers.rollout.weight_sync.manifest import WeightUpdateError
 
 pytestmark = pytest.mark.e2e
@@ -170,8 +170,8 @@ def test_both_sides_give_the_same_bytes(tmp_path, start, kind):
         [received_encoded] = here.update(scheme.encode(weights.items()), version, 20_000)
         [received_plain] = there.update(weights.items(), version, 20_000)
         assert here.rpc("verl_parameter_hashes") == there.rpc("verl_parameter_hashes")
-        assert received_encoded["worst"] is None and received_encoded["encode"] == 0
-        assert received_plain["worst"] == worst_error([scheme.take_report().to_plain()])
+        assert received_encoded["errors"] == {} and received_encoded["encode"] == 0
+        assert received_plain["errors"] == merged_errors([scheme.take_report().to_plain()])
         assert received_plain["bytes"] > 2.5 * received_encoded["bytes"]
     spoilt = weights | {Q_PROJ: torch.full_like(weights[Q_PROJ], float("nan"))}
     with pytest.raises(WeightUpdateError, match=f"{Q_PROJ}.*NaN"):

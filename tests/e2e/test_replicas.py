@@ -33,7 +33,7 @@ SAMPLING = {"temperature": 1.0, "logprobs": 0, "ignore_eos": True, "max_tokens":
 
 def exported(sender):
     totals = {"seconds": sender.seconds, "full_bytes": sender.nbytes}
-    return {"manifest": sender.manifest(), "encode": 0.0, "worst": None, **totals}
+    return {"manifest": sender.manifest(), "encode": 0.0, "errors": {}, **totals}
 
 
 class Sender:
@@ -199,7 +199,7 @@ class MortalSender:
     def finish_export(self):
         # Spelled out: a function of this module would make the actor import it.
         totals = {"seconds": self.sender.seconds, "full_bytes": self.sender.nbytes}
-        return {"manifest": self.sender.manifest(), "encode": 0.0, "worst": None, **totals}
+        return {"manifest": self.sender.manifest(), "encode": 0.0, "errors": {}, **totals}
 
 
 class Remote:

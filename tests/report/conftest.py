@@ -36,6 +36,12 @@ def metrics_of(step: int, level: float = 0.0) -> dict:
         "rollout_corr/rollout_is_eff_sample_size": 0.97,
         "weight_update/max_quantization_error": 0.032 + 1e-4 * step,
         "weight_update/max_quantization_error_layer": LAYERS[step == 7],
+        "weight_update/quantization_errors": {
+            "self_attn.q_proj": [0.0301, 0.0302, 0.0299, 0.0303, 0.03, 0.0301],
+            "self_attn.v_proj": [0.032 + 1e-4 * step, 0.0298, 0.0301, 0.0302, None, 0.0304, 0.0303],
+            "mlp.down_proj": [0.0312, 0.0308, 0.0315, 0.0327, 0.0311, 0.0312],
+            "lm_head": [0.03],
+        },
         "timing_s/gen": 1.0,
         "timing_s/update_actor": 2.0,
         "timing_s/step": 3.5,

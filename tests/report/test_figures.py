@@ -7,7 +7,7 @@ import pytest
 
 from verl.report import panels
 from verl.report.curves import draw_curves
-from verl.report.layers import draw_layers, worst_layers
+from verl.report.layers import draw_depths, draw_layers, worst_layers
 from verl.report.run import read_runs
 from verl.report.stages import draw_stages
 from verl.report.style import number, percent, short
@@ -106,6 +106,7 @@ def test_one_step_alone_is_a_figure(make_run):
         draw_curves(panel, runs)
     draw_stages(runs)
     draw_layers(runs)
+    draw_depths(runs)
 
 
 def test_stages_have_their_seconds(one, two):
@@ -128,6 +129,18 @@ def test_many_layers_are_named_six_times_at_most(one):
     shown = texts(draw_layers(one))
     assert sum(text.startswith("layer ") for text in shown if text) == 6
     assert "other layers" in shown
+
+
+def test_every_layer_of_the_last_update_is_drawn(one, two):
+    drawn = draw_depths(one)
+    assert {"self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"} <= set(texts(drawn))
+    assert "lm_head" not in texts(drawn), "it is no decoder layer"
+    (whole,), (broken,) = curves_in(drawn, "--c0"), curves_in(drawn, "--c1")
+    assert (whole.count("M"), broken.count("M")) == (1, 2), "layer 4 has no v_proj"
+    assert {"one", "two"} <= set(texts(draw_depths(two)))
+    for data in one[0].records.values():
+        del data["weight_update/quantization_errors"]
+    assert draw_depths(one) is None
 
 
 def test_a_timeline_has_a_lane_for_each_process(one):

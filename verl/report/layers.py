@@ -1,17 +1,20 @@
-"""What quantising lost: the worst weight of each update, and which layers they were."""
+"""What quantising lost: the worst weight of each update, and every layer in the last one."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from verl.report.run import Run
-from verl.report.style import GRID, SERIES, SOFT, Drawn, figure, legend, short, step_axis, value_axis
+from verl.report.style import DASHES, GRID, SERIES, SOFT, Drawn, figure, legend, short, step_axis, value_axis
 
 ERROR, LAYER = "weight_update/max_quantization_error", "weight_update/max_quantization_error_layer"
+BY_DEPTH = "weight_update/quantization_errors"
 _NAMED = 6
 
 
@@ -86,3 +89,44 @@ def _points(axes: object, run: Run) -> list[tuple[object, str]]:
         axes.plot(*zip(*chosen, strict=True), "o", color=color)  # type: ignore[attr-defined]
         entries.append((Line2D([], [], color=color, marker="o", linestyle="none"), short(layer, 44)))
     return entries
+
+
+def draw_depths(runs: Sequence[Run]) -> Drawn | None:
+    """The error of every decoder layer in the last update, None where no run has it: of one run a line for each kind of
+    weight, of several the kind that loses most in each layer."""
+    shown = [(run, errors) for run in runs if (errors := _last_errors(run))]
+    if not shown:
+        return None
+    lines: list[tuple[str, list[float], str]] = []
+    if len(runs) > 1:
+        for run, errors in shown:
+            of_depths = zip_longest(*errors.values(), fillvalue=math.nan)
+            most = [max((e for e in found if not math.isnan(e)), default=math.nan) for found in of_depths]
+            lines.append((short(run.name, 26), most, SERIES[runs.index(run) % len(SERIES)]))
+    else:
+        [(_, errors)] = shown
+        lines = [(kind, values, SERIES[i % len(SERIES)]) for i, (kind, values) in enumerate(errors.items())]
+    with figure("Quantisation error by layer, last update") as (made, drawn):
+        axes = made.add_subplot()
+        for number, (_, values, color) in enumerate(lines):
+            style = DASHES[number // len(SERIES) % len(DASHES)]
+            axes.plot(range(len(values)), values, "o", linestyle=style, color=color)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("decoder layer, from the input")
+        low, high = axes.get_ylim()
+        axes.set_ylim(min(low, 0.9 * high), high + 0.02 * high)
+        value_axis(axes, "error, relative to the weight", share=True)
+        legend(axes, [(Line2D([], [], color=color, linewidth=2.5), name) for name, _, color in lines])
+    return drawn[0]
+
+
+def _last_errors(run: Run) -> dict[str, list[float]]:
+    """By kind of weight, those that are in decoder layers; NaN where a layer has none."""
+    for step in sorted(run.records, reverse=True):
+        if isinstance(found := run.records[step].get(BY_DEPTH), dict):
+            return {
+                str(kind): [math.nan if value is None else float(value) for value in values]
+                for kind, values in found.items()
+                if len(values) > 1
+            }
+    return {}

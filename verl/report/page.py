@@ -102,6 +102,14 @@ def _quantisation(runs: Sequence[Run]) -> Section:
         section.figures.append(Shown("quantisation_error", title, says, drawn))
     else:
         section.absent.append((title, "actor_rollout_ref.rollout.quantization is null, or the engine quantises"))
+    if drawn := layers.draw_depths(runs):
+        says = (
+            "The same of every layer, after the last update. Layers of one kind lose alike; one that stands out holds "
+            "outliers, and may be left out of quantisation (rollout.quantization_config_file)."
+        )
+        if len(runs) > 1:
+            says = f"Of each layer the weight that loses most. {says}"
+        section.figures.append(Shown("quantisation_by_layer", "Quantisation error by layer", says, drawn))
     return section
 
 

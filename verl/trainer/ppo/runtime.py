@@ -48,7 +48,7 @@ from verl.workers.reward import RewardLoop
 from verl.workers.rollout.client import LLMServerClient
 from verl.workers.rollout.replica import ReplicaSet, vLLMReplica
 from verl.workers.rollout.vllm_rollout.engine_args import engine_environment
-from verl.workers.rollout.weight_sync.encode_report import worst_error
+from verl.workers.rollout.weight_sync.encode_report import merged_errors
 from verl.workers.rollout.weight_sync.ray_relay import transport, where
 from verl.workers.rollout.weight_sync.update import PAYS_ACROSS_HOSTS, PAYS_ON_ONE_HOST, WeightUpdates
 from verl.workers.train_worker import TrainWorker
@@ -85,7 +85,7 @@ class GroupSender:
         export, *others = await self._group.all("finish_export")
         # Each rank encoded other rows.
         reports = [part.pop("report") for part in (export, *others)]
-        return {**export, "encode": reports[0]["seconds"], "worst": worst_error(reports)}
+        return {**export, "encode": reports[0]["seconds"], "errors": merged_errors(reports)}
 
 
 # Rows [b] of each rank.

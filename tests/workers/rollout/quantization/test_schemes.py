@@ -14,7 +14,7 @@ from verl.trainer.config import RolloutConfig
 from verl.utils.quantization.mx import mxfp8_dequantize
 from verl.workers.rollout.quantization import SCHEME_NAMES, get_scheme, scheme_class
 from verl.workers.rollout.quantization.scaled import ScaledWeights
-from verl.workers.rollout.weight_sync.encode_report import worst_error
+from verl.workers.rollout.weight_sync.encode_report import errors_by_depth, merged_errors, worst_error
 from verl.workers.rollout.weight_sync.manifest import TensorSpec, WeightUpdateError
 
 ROLLOUT = RolloutConfig(tensor_model_parallel_size=1, dtype="bfloat16")
@@ -101,17 +101,37 @@ def test_the_report_names_the_weight_that_lost_most(dense, pieces):
         for rank, rows in zip(ranks, weight.chunk(pieces), strict=True):
             rank.encode_weight(name, rows)
     reports = [rank.take_report().to_plain() for rank in ranks]
-    error, name = worst_error(reports)
+    error, name = worst_error(merged_errors(reports))
     assert name == max((n for n in weights if n in reports[0]["errors"]), key=lambda n: relative_error(weights[n]))
     assert error == pytest.approx(relative_error(weights[name]), rel=1e-6)
     assert all(report["seconds"] > 0 for report in reports)
-    assert worst_error([rank.take_report().to_plain() for rank in ranks]) is None, "it is taken once"
+    assert worst_error(merged_errors(rank.take_report().to_plain() for rank in ranks)) is None, "it is taken once"
+    by_depth = errors_by_depth(merged_errors(reports))
+    assert by_depth["mlp.up_proj"][1] == float(f"{error:.3g}") and len(by_depth["mlp.up_proj"]) == 2
+    other = relative_error(weights["model.layers.0.self_attn.q_proj.weight"])
+    assert by_depth["self_attn.q_proj"][0] == pytest.approx(other, rel=5e-3)
 
 
 def test_the_worst_error_of_zeros_and_of_nan():
-    assert worst_error([{"errors": {"a": [0.0, 0.0], "b": [1.0, 4.0]}}]) == (0.5, "b")
-    error, name = worst_error([{"errors": {"a": [float("nan"), 1.0], "b": [1.0, 4.0]}}])
+    assert worst_error({"a": [0.0, 0.0], "b": [1.0, 4.0]}) == (0.5, "b")
+    error, name = worst_error({"a": [float("nan"), 1.0], "b": [1.0, 4.0]})
     assert name == "a" and error != error
+
+
+def test_errors_by_depth_take_the_experts_of_a_layer_together():
+    experts = "model.layers.{}.mlp.experts.{}.up_proj.weight"
+    errors = {
+        experts.format(1, 0): [1.0, 100.0],
+        experts.format(1, 12): [3.0, 300.0],
+        experts.format(3, 0): [0.04, 1.0],
+        "model.layers.0.self_attn.q_proj.weight": [1.0, 9.0],
+        "lm_head.weight": [0.25, 1.0],
+    }
+    assert errors_by_depth(errors) == {
+        "mlp.experts.up_proj": [None, 0.1, None, 0.2],
+        "self_attn.q_proj": [0.333],
+        "lm_head": [0.5],
+    }
 
 
 def test_ascend_streams(dense):

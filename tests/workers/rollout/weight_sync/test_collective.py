@@ -128,7 +128,7 @@ class BytesSender:
 
     async def finish_export(self):
         manifest = {"version": self.version, "num_buckets": self.index}
-        return {"manifest": manifest, "seconds": 0.0, "encode": 0.0, "worst": None, "full_bytes": sum(self.sizes)}
+        return {"manifest": manifest, "seconds": 0.0, "encode": 0.0, "errors": {}, "full_bytes": sum(self.sizes)}
 
     async def abort_export(self):
         self.aborts += 1
@@ -155,7 +155,7 @@ class HashReceiver:
     async def finish_update(self, manifest):
         assert manifest["num_buckets"] == len(self.buckets)
         self.committed, self.reason = manifest["version"], None
-        return {"encode": 0.0, "load": 0.0, "finish": 0.0, "bytes": 0, "worst": None, "patchable": True}
+        return {"encode": 0.0, "load": 0.0, "finish": 0.0, "bytes": 0, "errors": {}, "patchable": True}
 
     async def abort_update(self, reason):
         self.committed, self.reason = None, reason

@@ -315,7 +315,7 @@ class LocalSender:
         self.kept, self.kept_version = {k: t.clone() for k, t in self.tensors.items()}, self.version
         full = sum(t.nbytes for t in self.tensors.values())
         manifest = self.sender.manifest() if self.base is None else delta_manifest([b for b, _ in self.deltas])
-        return {"manifest": manifest, "seconds": 0.0, "encode": 0.0, "worst": None, "full_bytes": full}
+        return {"manifest": manifest, "seconds": 0.0, "encode": 0.0, "errors": {}, "full_bytes": full}
 
     async def abort_export(self):
         self.aborted, self.kept_version = self.aborted + 1, None

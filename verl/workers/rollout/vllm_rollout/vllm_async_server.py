@@ -253,7 +253,7 @@ class vLLMHttpServer:
         """Check what arrived, bring the engine to its run-time layout, commit the version, and serve again.
 
         Returns:
-            As `WeightReceiver.finish`, the largest of all workers; `patchable` where all of them are.
+            As `WeightReceiver.finish`, the largest numbers of all workers; `patchable` where all of them are.
         """
         try:
             statistics = await self._workers("verl_finish_update", manifest)
@@ -265,11 +265,11 @@ class vLLMHttpServer:
             self._refuse(str(error))
             raise
         self._commit(int(manifest["version"]))
-        # Where the workers quantise, each does so with all weights: `worst` is None for all of them or for none.
         columns = _columns(statistics)
         patchable = all(columns.pop("patchable"))
-        largest = {key: max(values) if values[0] is not None else None for key, values in columns.items()}
-        return {**largest, "patchable": patchable}
+        # Where the workers quantise, each does so with all weights.
+        errors = columns.pop("errors")[0]
+        return {**{key: max(values) for key, values in columns.items()}, "errors": errors, "patchable": patchable}
 
     async def abort_update(self, reason: str) -> None:
         """Give an update up. The replica refuses every request until a whole update succeeds."""

@@ -10,7 +10,7 @@ import torch
 
 from verl.workers.rollout.weight_sync.bucket import read_bucket
 from verl.workers.rollout.weight_sync.delta import Piece, decode
-from verl.workers.rollout.weight_sync.encode_report import EncodeReport, worst_error
+from verl.workers.rollout.weight_sync.encode_report import EncodeReport
 from verl.workers.rollout.weight_sync.manifest import Manifest, TensorSpec, WeightUpdateError, check_arrived
 from verl.workers.rollout.weight_sync.shm import SegmentReader
 
@@ -129,8 +129,8 @@ class WeightReceiver:
         """Check against the sender's manifest, bring the weights to the run-time layout, and commit.
 
         Returns:
-            Seconds spent in `load`, of which `encode`, and in `finish`; `bytes` received; the `worst` error of a weight
-            that was encoded here, as (relative error, name), or None; `patchable`: whether a delta may follow.
+            Seconds spent in `load`, of which `encode`, and in `finish`; `bytes` received; the `errors` of weights that
+            were encoded here; `patchable`: whether a delta may follow.
         """
         update = self._take()
         started = time.perf_counter()
@@ -138,11 +138,12 @@ class WeightReceiver:
         self._specs, self.version = update.loaded, update.version
         update.seconds["finish"] = time.perf_counter() - started
         report = self._quantisation.take_report() if self._quantisation is not None else EncodeReport()
+        plain = report.to_plain()
         return {
             **update.seconds,
-            "encode": report.seconds,
+            "encode": plain["seconds"],
             "bytes": float(update.nbytes),
-            "worst": worst_error([report.to_plain()]),
+            "errors": plain["errors"],
             "patchable": self._session.patchable and not self._encodes,
         }
 

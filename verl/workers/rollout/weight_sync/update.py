@@ -15,6 +15,7 @@ import time
 from collections.abc import Coroutine, Sequence
 from typing import Any, Protocol
 
+from verl.workers.rollout.weight_sync.encode_report import errors_by_depth, worst_error
 from verl.workers.rollout.weight_sync.manifest import WeightUpdateError
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ class Sender(Protocol):
     async def next_bucket(self) -> dict[str, Any]: ...
 
     async def finish_export(self) -> dict[str, Any]:
-        """`manifest`, `seconds` spent gathering, encoding and packing, of which `encode`; the `worst` error;
+        """`manifest`, `seconds` spent gathering, encoding and packing, of which `encode`; `errors` of what it encoded;
         `full_bytes` that everything would take."""
 
     async def abort_export(self) -> None:
@@ -161,7 +162,8 @@ async def update_weights(
         Metrics `weight_update/`: seconds `begin_s` (to the load layout), `encode_s` (quantising), `send_s` (gathering
         and packing), `load_s`, `finish_s` (to the run-time layout) and `total_s`; `MiB`, of `full_MiB` that everything
         takes, in `buckets`; `delta`; where something was quantised `max_quantization_error`, the largest relative
-        error of a weight, and `max_quantization_error_layer`. And whether all can take changes to this version.
+        error of a weight, `max_quantization_error_layer`, and `quantization_errors`, as `errors_by_depth`. And whether
+        all can take changes to this version.
 
     Raises:
         WeightUpdateError: anything went wrong, with the cause's own words.
@@ -218,10 +220,13 @@ def _metrics(
         "weight_update/full_MiB": export["full_bytes"] / 2**20,
         "weight_update/buckets": float(export["manifest"]["num_buckets"]),
     }
-    worst = [part["worst"] for part in (export, *received) if part["worst"] is not None]
-    if worst:
-        error, layer = max(worst)
+    # Replicas that encode all encode the same.
+    errors = next((part["errors"] for part in (export, *received) if part["errors"]), {})
+    worst = worst_error(errors)
+    if worst is not None:
+        error, layer = worst
         metrics |= {
+            "weight_update/quantization_errors": errors_by_depth(errors),
             "weight_update/max_quantization_error": error,
             "weight_update/max_quantization_error_layer": layer,
         }
