@@ -154,7 +154,7 @@ class FileSender:
         report = self._scheme.take_report()
         manifest, seconds = self._sender.manifest(), self._sender.seconds
         sizes = {"full_bytes": self._sender.nbytes}
-        return {"manifest": manifest, "seconds": seconds, "encode": report.seconds, "worst": None, **sizes}
+        return {"manifest": manifest, "seconds": seconds, "encode": report.seconds, "errors": {}, **sizes}
 
     async def abort_export(self) -> None:
         self._sender.abort()
