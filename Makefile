@@ -3,7 +3,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 python := .venv/bin/python
 
-.PHONY: help setup quickstart test unit e2e browser contract lint format docs sweep study lock \
+.PHONY: help setup quickstart test unit e2e browser contract lint format reference docs sweep study lock \
 	bench bench-update bench-step bench-overhead bench-growth bench-scale
 
 help: ## this list
@@ -38,6 +38,11 @@ lint: setup ## ruff and the import contracts
 format: setup ## let ruff mend what it can
 	$(python) -m ruff check --fix .
 	$(python) -m ruff format .
+
+reference: setup ## what is written from the source: the YAML of the config, docs/config.md, docs/errors.md
+	$(python) -m verl.trainer.config.write_yaml
+	$(python) -m verl.trainer.config.write_reference
+	$(python) scripts/write_errors.py
 
 docs: setup ## the documentation as a site, in build/site; a broken link is an error
 	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build && echo "open build/site/index.html"

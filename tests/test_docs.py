@@ -1,6 +1,7 @@
 """The documentation as a site: every page is in its navigation, every link leads somewhere."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,19 @@ def build(root, target):
         check=False,
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
     )
+
+
+def test_the_errors_are_those_of_the_source():
+    namespace = runpy.run_path(str(ROOT / "scripts/write_errors.py"))
+    assert (ROOT / "docs/errors.md").read_text() == namespace["page"](), "run `make reference`"
+    source = """
+if x:
+    raise ValueError(f"field={value}: give " + more)
+found.errors.append("a is b" if c else f"b is {d}")
+raise KeyError(name)
+"""
+    expected = ["field={value}: give {more}", "a is b", "b is {d}"]
+    assert sorted(namespace["messages"](source)) == sorted(expected)
 
 
 def test_the_site_builds_without_a_warning(tmp_path):
