@@ -18,6 +18,7 @@ from verl.utils.vllm.quantised_weights import (
     FP8_BLOCK,
     fp8_layers,
     fp8_summary,
+    refuse_config_file,
     refuse_description,
     refuse_device,
     refuse_dtype,
@@ -92,12 +93,7 @@ def _ascend(description: AscendDescription, sent: bool) -> PlannedQuantisation:
 
 
 def _fp8(index: CheckpointIndex, rollout: RolloutConfig, sent: bool) -> PlannedQuantisation:
-    file = rollout.quantization_config_file
-    if file is not None:
-        raise NotImplementedError(
-            f"actor_rollout_ref.rollout.quantization_config_file={file} is not supported yet with quantization=fp8: "
-            "use null"
-        )
+    refuse_config_file("fp8", rollout.quantization_config_file)
     layers = fp8_layers(index).values()
     refuse_fused_experts(layers)
     for layer in layers:
@@ -112,11 +108,7 @@ def _fp8(index: CheckpointIndex, rollout: RolloutConfig, sent: bool) -> PlannedQ
 
 def _torchao(rollout: RolloutConfig) -> PlannedQuantisation:
     file = rollout.quantization_config_file
-    if file is None:
-        raise ValueError(
-            "actor_rollout_ref.rollout.quantization=torchao needs actor_rollout_ref.rollout.quantization_config_file: "
-            "the JSON that torchao.core.config.config_to_dict gives"
-        )
+    refuse_config_file("torchao", file)
     return PlannedQuantisation(f"torchao, as {file} says; the engine quantises", None, 0, False)
 
 

@@ -24,6 +24,17 @@ def refuse_device(quantization: str, device: str) -> None:
         raise ValueError(f"{_FIELD}={quantization}: not on an Ascend NPU; use ascend there")
 
 
+def refuse_config_file(quantization: str, file: str | None) -> None:
+    """Refuse a `rollout.quantization_config_file` that fp8 cannot heed, and one that torchao lacks."""
+    if quantization == "fp8" and file is not None:
+        raise NotImplementedError(f"{_FIELD}_config_file={file} is not supported yet with quantization=fp8: use null")
+    if quantization == "torchao" and file is None:
+        raise ValueError(
+            f"{_FIELD}=torchao needs {_FIELD}_config_file: the JSON that torchao.core.config.config_to_dict gives, for "
+            'example {"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": {}}'
+        )
+
+
 def refuse_load_format(quantization: str, load_format: str) -> None:
     """Refuse an engine that would read the checkpoint itself, which holds nothing in e4m3, and no scales."""
     if load_format != "dummy":

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 Request = tuple[int, tuple[Any, ...]]  # number, arguments
@@ -47,9 +47,9 @@ class RequestChannel:
         answer = self._waiting[number] = asyncio.get_running_loop().create_future()
         self._unsent.append((number, arguments))
         if len(self._unsent) == 1:
-            self._run(self._send())
+            _start(self._send(), self._tasks)
         if self._listening is None:
-            self._listening = self._run(self._listen())
+            self._listening = _start(self._listen(), self._tasks)
         return await answer
 
     async def _send(self) -> None:
@@ -82,12 +82,6 @@ class RequestChannel:
             if answer is not None and not answer.done():
                 answer.set_exception(error)
 
-    def _run(self, coroutine: Any) -> asyncio.Task[None]:
-        task = asyncio.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
-
 
 class RequestDesk:
     """The answering end.
@@ -107,9 +101,7 @@ class RequestDesk:
     def take(self, requests: Sequence[Request]) -> None:
         """Begin to answer."""
         for number, arguments in requests:
-            task = asyncio.create_task(self._run(number, arguments))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            _start(self._run(number, arguments), self._tasks)
 
     async def some_answers(self) -> list[Answer]:
         """All answers that are there, as (number of the request, result, error); waits for the first of them."""
@@ -133,3 +125,11 @@ class RequestDesk:
             if isinstance(error, kind):
                 return kind(str(error))
         return RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def _start(coroutine: Coroutine[Any, Any, None], tasks: set[asyncio.Task[None]]) -> asyncio.Task[None]:
+    """Run it beside, held by `tasks` while it runs: the event loop itself holds its tasks weakly."""
+    task = asyncio.create_task(coroutine)
+    tasks.add(task)
+    task.add_done_callback(tasks.discard)
+    return task

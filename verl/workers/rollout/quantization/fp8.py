@@ -13,6 +13,7 @@ from verl.utils.vllm.checkpoint_index import read_checkpoint_index
 from verl.utils.vllm.quantised_weights import (
     fp8_layers,
     fp8_summary,
+    refuse_config_file,
     refuse_device,
     refuse_dtype,
     refuse_fused_experts,
@@ -39,11 +40,7 @@ class Fp8Scheme(ScaledScheme):
         return fp8_layers(read_checkpoint_index(self._model_dir))
 
     def engine_overrides(self, device: str) -> dict[str, Any]:
-        if self._rollout.quantization_config_file is not None:
-            raise NotImplementedError(
-                f"actor_rollout_ref.rollout.quantization_config_file={self._rollout.quantization_config_file} is not "
-                "supported yet with quantization=fp8: use null"
-            )
+        refuse_config_file("fp8", self._rollout.quantization_config_file)
         refuse_device("fp8", device)
         refuse_load_format("fp8", self._rollout.load_format)
         refuse_dtype("fp8", self._rollout.dtype, device)

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from verl.utils.vllm.quantised_weights import refuse_device
+from verl.utils.vllm.quantised_weights import refuse_config_file, refuse_device
 from verl.workers.rollout.quantization.base import QuantizationScheme
 
 _SETTING = "actor_rollout_ref.rollout.quantization=torchao"
@@ -19,11 +19,7 @@ class TorchAOScheme(QuantizationScheme):
 
     def engine_overrides(self, device: str) -> dict[str, Any]:
         path = self._rollout.quantization_config_file
-        if path is None:
-            raise ValueError(
-                f"{_SETTING} needs {_FILE}: the JSON that torchao.core.config.config_to_dict gives, for example "
-                '{"_type": "Int8WeightOnlyConfig", "_version": 2, "_data": {}}'
-            )
+        refuse_config_file("torchao", path)
         if find_spec("torchao") is None:
             raise ValueError(f"{_SETTING}: torchao is not installed; pip install torchao")
         try:
