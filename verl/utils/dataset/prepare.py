@@ -17,6 +17,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from verl.utils.dataset.files import place, read_rows
+from verl.utils.dataset.prompts import check_messages, located
 
 Row = dict[str, Any]
 SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
@@ -40,8 +41,6 @@ def check_row(row: Row) -> None:
         ValueError: no prompt, data source or answer, or one of another form; the message names the column.
         NotImplementedError: a prompt with images, video or audio.
     """
-    from verl.utils.dataset.prompts import check_messages  # needs transformers, `--help` does not
-
     check_messages(row.get("prompt"), "prompt")
     source = row.get("data_source")
     if not isinstance(source, str) or not source:
@@ -76,8 +75,6 @@ def convert(files: Sequence[Path], row_of: Callable[[Row, int], Row | None]) -> 
     Raises:
         ValueError, NotImplementedError: the first row that has a fault, by file and number.
     """
-    from verl.utils.dataset.prompts import located
-
     made: list[Row] = []
     number = 0
     for path in files:
