@@ -51,11 +51,12 @@ class Measured:
         return runs.median(self.steps, name)
 
     def memory(self) -> list[str]:
-        """Cells: driver, each trainer rank, each replica."""
-        return ["+".join(map(str, self.peaks.get(role, []))) for role in ("driver", "trainer rank", "replica")]
+        """Cells: driver, each trainer rank, each replica, and the process of each one's engine."""
+        return ["+".join(map(str, self.peaks.get(role, []))) for role in MEMORY_ROLES]
 
 
-MEMORY_HEAD = ["driver, MiB", "trainer ranks, MiB", "replicas, MiB"]
+MEMORY_ROLES = ("driver", "trainer rank", "replica", "engine process")
+MEMORY_HEAD = ["driver, MiB", "trainer ranks, MiB", "replicas, MiB", "their engines, MiB"]
 
 
 def measure(size: str, load: runs.Load, steps: int, overrides: Mapping[str, Any]) -> Measured:

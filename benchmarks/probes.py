@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import machine
 import models
@@ -29,9 +30,6 @@ FEW = runs.Load(prompts=4, n=4, shortest=32, longest=32, updates=2, micro_batch=
 MANY = replace(FEW, prompts=16, micro_batch=32)
 # Micro-batches of one pass over the step, of both loads.
 _PASSES = 2
-# What vLLM's layer-wise reload does with a weight on a CPU: into a fresh tensor of the load layout, then packed for the
-# GEMM, then copied to where the parameter was.
-LOAD_COPIES = 3
 _COPIED = 64 << 20
 _GATHERED = 32 << 20
 
@@ -93,52 +91,83 @@ def train_flops(config: PretrainedConfig, samples: int, tokens: int) -> float:
     return flops / seconds(both, rounds=5)
 
 
-def link(ranks: int) -> tuple[float, float]:
-    """Bytes into a rank a second and seconds a call of an all-gather between `ranks` processes; (inf, 0) for one."""
-    if ranks == 1:
-        return float("inf"), 0.0
+def load_copies(config: PretrainedConfig) -> float:
+    """What vLLM's layer-wise reload does with a weight on a CPU, in copies of its bytes.
+
+    Into a fresh tensor of the load layout, then packed for the GEMM, then copied to where the parameter was.
+    """
+    pairs = [(weight, torch.empty_like(weight)) for weight in layer_weights(config, copies=1)[0]]
+
+    @torch.no_grad()
+    def load() -> None:
+        for sent, parameter in pairs:
+            loaded = torch.empty_like(sent).copy_(sent)
+            torch.ops.mkldnn._reorder_linear_weight(loaded)
+            parameter.copy_(loaded)
+
+    nbytes = sum(sent.nbytes for sent, _ in pairs)
+    return seconds(load) * copy_bandwidth() / nbytes
+
+
+def this_machine(config: PretrainedConfig, load: runs.Load, ranks: int) -> Device:
+    """One rank's share of this machine for a model and a load; without overheads.
+
+    As many processes as there are ranks probe at the same time, each with its share of the threads, as in a run.
+    """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
-    multiprocessing.spawn(_gather, (ranks, port, results), nprocs=ranks)
+    multiprocessing.spawn(_probe, (ranks, port, config, load, results), nprocs=ranks)
     return results.get()
 
 
-def _gather(rank: int, ranks: int, port: int, results: multiprocessing.SimpleQueue) -> None:
+def _probe(
+    rank: int,
+    ranks: int,
+    port: int,
+    config: PretrainedConfig,
+    load: runs.Load,
+    results: multiprocessing.SimpleQueue,
+) -> None:
     torch.set_num_threads(max(1, machine.usable_cores() // ranks))
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+
+    def together(probe: Callable[[], Any]) -> Any:
+        dist.barrier()
+        return probe()
+
+    read, generate = together(lambda: decode_rates(config, max(1, load.samples // ranks)))
+    bandwidth, latency = (float("inf"), 0.0) if ranks == 1 else together(lambda: link(ranks))
+    device = Device(
+        # As many tokens as a micro-batch has.
+        train_flops=together(lambda: train_flops(config, load.micro_batch, load.prompt + load.longest)),
+        generate_flops=generate,
+        read_bandwidth=read,
+        copy_bandwidth=together(copy_bandwidth),
+        link_bandwidth=bandwidth,
+        link_latency=latency,
+        overheads=Overheads(),
+        itemsize=4,
+        load_copies=together(lambda: load_copies(config)),
+        overlaps=False,
+    )
+    if rank == 0:
+        results.put(device)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def link(ranks: int) -> tuple[float, float]:
+    """Bytes into a rank a second, and seconds a call, of an all-gather between the ranks."""
 
     def gather(size: int) -> float:
         own, whole = torch.ones(size // ranks, dtype=torch.uint8), torch.empty(size, dtype=torch.uint8)
         return seconds(lambda: dist.all_gather_into_tensor(whole, own))
 
     small, large = gather(1 << 10), gather(_GATHERED)
-    if rank == 0:
-        results.put((_GATHERED * (ranks - 1) / ranks / max(large - small, 1e-9), small))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def this_machine(config: PretrainedConfig, load: runs.Load, ranks: int) -> Device:
-    """One rank's share of this machine for a model and a load; without overheads."""
-    read, generate = decode_rates(config, max(1, load.samples // ranks))
-    bandwidth, latency = link(ranks)
-    # As many tokens as a micro-batch has.
-    train = train_flops(config, load.micro_batch, load.prompt + load.longest)
-    return Device(
-        train_flops=train / ranks,
-        generate_flops=generate / ranks,
-        read_bandwidth=read / ranks,
-        copy_bandwidth=copy_bandwidth() / ranks,
-        link_bandwidth=bandwidth,
-        link_latency=latency,
-        overheads=Overheads(),
-        itemsize=4,
-        load_copies=LOAD_COPIES,
-        overlaps=False,
-    )
+    return _GATHERED * (ranks - 1) / ranks / max(large - small, 1e-9), small
 
 
 def measure_overheads(measure: Callable[[str, runs.Load], Parts], predict: Callable[..., Parts]) -> Overheads:

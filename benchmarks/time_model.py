@@ -54,7 +54,7 @@ class Device:
         link_bandwidth, link_latency: bytes into a device in a collective, and seconds of a call of one.
         memory: bytes; None where it is not what limits.
         itemsize: bytes of a trained, gathered or unquantised generated element.
-        load_copies: how often the engine copies what it loads.
+        load_copies: what the engine does with what it loads, in copies of it.
         buckets: of a weight update.
         overlaps: whether computing, moving and copying go on at the same time.
     """
@@ -68,7 +68,7 @@ class Device:
     overheads: Overheads
     memory: float | None = None
     itemsize: int = 2
-    load_copies: int = 1
+    load_copies: float = 1.0
     buckets: int = 8
     overlaps: bool = True
 

@@ -1,5 +1,6 @@
 """The documentation: it builds as a site, its keys exist, and what is written from the source is as written."""
 
+import json
 import os
 import re
 import runpy
@@ -7,12 +8,20 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pyarrow.parquet
 import pytest
+import torch
 
 from fixtures.tiny import write_tiny_model
+from fixtures.training import TinyRun
 from verl.trainer.config import check, load_config
+from verl.utils.dataset.rl_dataset import create_rl_dataset
+from verl.utils.tokenizer import hf_tokenizer
+from verl.utils.user_files import import_file
+from verl.workers.reward.function import load_function
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -106,3 +115,62 @@ def test_the_readme_s_own_data_and_reward(tmp_path, monkeypatch):
     words = shlex.split(command.replace("\\\n", " ").replace("/path/to/a/hugging/face/model", str(model)))
     plan = check(load_config(words[words.index("verl.trainer.main_ppo") + 1 :]))
     assert "90 to train on, 10 to validate on" in plan.render()
+
+
+def write_files(page, folder):
+    """Every Python block of a page that begins with a file's name, as that file."""
+    for block in blocks(page, "python"):
+        name = re.match(r"# (\w+\.py)\n", block)
+        assert name is not None, block
+        (folder / name[1]).write_text(block)
+
+
+def words_after(command, page):
+    """The arguments of the first command of a page that begins with `command`."""
+    text = next(block for block in blocks(page, "bash") if block.startswith(command)).replace("\\\n", " ")
+    return shlex.split(text.removeprefix(command))
+
+
+def test_own_data_is_converted_scored_and_planned(tmp_path, monkeypatch):
+    page = ROOT / "docs/own_data.md"
+    monkeypatch.chdir(tmp_path)
+    write_files(page, tmp_path)
+    for split, count in (("train", 64), ("test", 8)):
+        rows = [json.dumps({"q": f"Who wrote play {i}?", "a": f"Author {i}"}) for i in range(count)]
+        (tmp_path / f"trivia_{split}.jsonl").write_text("\n".join(rows))
+    runpy.run_path("convert_trivia.py")
+    score = load_function("trivia_reward.py", "compute_score", {"ignore_case": False}).call
+    row = pyarrow.parquet.read_table("train.parquet").to_pylist()[3]
+    sample = {
+        "data_source": row["data_source"],
+        "ground_truth": row["reward_model"]["ground_truth"],
+        "extra_info": row["extra_info"],
+    }
+    assert score(solution_str="It was Author 3.", **sample)["acc"] == 1.0
+    assert score(solution_str="it was author 3.", **sample) == {"score": -0.0016, "acc": 0.0, "characters": 16}
+    words = words_after("verl check", page)
+    model = write_tiny_model(tmp_path / "model")
+    plan = check(load_config([word.replace("=MODEL", f"={model}") for word in words]))
+    assert "64 to train on, 8 to validate on" in plan.render()
+
+
+def test_extensions_work_as_they_stand(tmp_path, monkeypatch):
+    page = ROOT / "docs/extending.md"
+    write_files(page, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    algorithm = import_file(tmp_path / "my_algorithm.py")
+    rewards = torch.tensor([[0.0, 1.0], [0.0, 3.0], [0.0, 2.0], [0.0, 2.0]])
+    mask = torch.tensor([[1, 1], [1, 1], [1, 0], [1, 1]])
+    advantages, _ = algorithm.best_of_group(rewards, mask, np.array(["a", "a", "b", "b"]))
+    assert advantages.tolist() == [[0, 0], [1, 1], [1, 0], [1, 1]]
+    config = SimpleNamespace(global_batch_info={})
+    log_prob = torch.full((4, 2), -2.0)
+    loss, _ = algorithm.plain_policy_gradient(log_prob, log_prob, advantages, mask, "token-mean", config)
+    assert loss.item() == pytest.approx(2 * 5 / 7)
+
+    rows = [{"question": f"{i}+1?", "choices": [str(i), str(i + 1)]} for i in range(4)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), "quiz.parquet")
+    keys = [line for block in blocks(page, "sh") for line in block.split()]
+    config = load_config(TinyRun(tmp_path / "run").overrides(data__max_prompt_length=64) + keys)
+    quiz = create_rl_dataset("quiz.parquet", hf_tokenizer(config.actor_rollout_ref.model.path), config.data)
+    assert quiz[2]["raw_prompt"][0]["content"] == "2+1?\nA. 2\nB. 3\nAnswer with a letter."

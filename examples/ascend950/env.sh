@@ -3,19 +3,18 @@
 #
 #   PLATFORM=npu         npu: Ascend 950; cuda: GPUs
 #   QUANTIZATION=ascend  of the rollout. npu: ascend (MXFP8) or null; cuda: fp8 (its default) or null
-#   NODES=1              1: trainer and replicas take turns on one node
-#                        N: the trainer has one node, replicas have the other N - 1 and generate the next batch while it
-#                        trains. A trainer on several nodes is not supported yet: trainer.nnodes=2 is refused.
+#   NODES=1              nodes of the trainer; replicas take turns with it on their devices
+#   ROLLOUT_NODES=0      more nodes, in the place of that for the replicas: they generate the next batch while it trains
 #   DEVICES=8            devices of a node
 #   MODELS=~/models      directory of the models:  hf download Qwen/Qwen3-8B --local-dir ~/models/Qwen3-8B
 #   DATA=~/data          what examples/data_preprocess writes
 #
-# With several nodes, source this file on each of them before Ray is started there, since Ray's processes have the
-# environment that `ray start` had:
+# With several nodes, these need one file system at the same path for MODELS, DATA and trainer.default_local_dir. Source
+# this file on each of them before Ray is started there, since Ray's processes have the environment that `ray start` had:
 #
 #   source examples/ascend950/env.sh && ray start --head --port=6379                   # the node that starts the run
 #   source examples/ascend950/env.sh && ray start --address=IP_OF_THE_FIRST:6379       # the others
-: "${PLATFORM:=npu}" "${NODES:=1}" "${DEVICES:=8}" "${MODELS:=$HOME/models}" "${DATA:=$HOME/data}"
+: "${PLATFORM:=npu}" "${NODES:=1}" "${ROLLOUT_NODES:=0}" "${DEVICES:=8}" "${MODELS:=$HOME/models}" "${DATA:=$HOME/data}"
 
 # $1 is the name of an allocator's variable: leaves what else it sets.
 without_expandable_segments() {
@@ -64,13 +63,16 @@ esac
 
 MACHINE=(
     trainer.device="$PLATFORM"
+    trainer.nnodes="$NODES"
     trainer.n_gpus_per_node="$DEVICES"
     actor_rollout_ref.rollout.quantization="$QUANTIZATION"
 )
-if [ "$NODES" != 1 ]; then
+if [ "$((NODES + ROLLOUT_NODES))" != 1 ]; then
+    MACHINE+=(ray_kwargs.ray_init.address=auto)
+fi
+if [ "$ROLLOUT_NODES" != 0 ]; then
     MACHINE+=(
-        ray_kwargs.ray_init.address=auto
-        actor_rollout_ref.rollout.nnodes="$((NODES - 1))"
+        actor_rollout_ref.rollout.nnodes="$ROLLOUT_NODES"
         actor_rollout_ref.rollout.n_gpus_per_node="$DEVICES"
         actor_rollout_ref.rollout.checkpoint_engine.backend="$collective"
         # The engine has the devices to itself, where the scripts give it what the trainer leaves.

@@ -11,6 +11,7 @@ import pytest
     [
         ("ray::TrainWorker.call", "trainer rank"),
         ("ray::vLLMHttpServer.start", "replica"),
+        ("VLLM::EngineCore", "engine process"),
         ("/env/bin/python -m verl.trainer.main_ppo key=value", "driver"),
         ("/env/ray/core/src/ray/raylet/raylet --socket", "Ray"),
         ("python -c from multiprocessing.spawn import spawn_main", "other"),

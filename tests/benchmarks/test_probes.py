@@ -1,3 +1,4 @@
+import models
 import probes
 import pytest
 from time_model import Overheads
@@ -37,8 +38,14 @@ def test_both_loads_make_as_many_passes():
         assert load.longest == probes.FEW.longest == 32
 
 
-def test_an_all_gather_between_two_processes_is_measured():
-    assert probes.link(1) == (float("inf"), 0.0)
-    bandwidth, latency = probes.link(2)
-    assert 1e6 < bandwidth < 1e13
-    assert 0 < latency < 10
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ranks_probe_their_shares_at_the_same_time(ranks):
+    device = probes.this_machine(models.config("shallow"), probes.FEW, ranks)
+    rates = (device.train_flops, device.generate_flops, device.read_bandwidth, device.copy_bandwidth)
+    assert all(1e6 < rate < 1e14 for rate in rates)
+    # Three copies at least, one of them into fresh memory.
+    assert 1 < device.load_copies < 1000
+    if ranks == 1:
+        assert (device.link_bandwidth, device.link_latency) == (float("inf"), 0.0)
+    else:
+        assert 1e6 < device.link_bandwidth < 1e13 and 0 < device.link_latency < 10

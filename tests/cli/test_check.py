@@ -17,7 +17,7 @@ BILLION = 10**9
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_example_passes(script, check, monkeypatch):
     monkeypatch.setenv("HOME", "/home/of/nobody")
-    for name in ("PLATFORM", "QUANTIZATION", "NODES", "DEVICES", "MODELS", "DATA"):
+    for name in ("PLATFORM", "QUANTIZATION", "NODES", "ROLLOUT_NODES", "DEVICES", "MODELS", "DATA"):
         monkeypatch.delenv(name, raising=False)
     hardware = ("--device", "npu:ascend950") if script.parent.name == "ascend950" else ()
     status, answer = check(script, *hardware, "--without-files")

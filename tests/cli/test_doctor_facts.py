@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from verl.cli import doctor_facts
-from verl.cli.doctor_facts import cann_version, installed, ray_cluster, try_imports, verl_requirements
+from verl.cli.doctor_facts import cann_version, installed, try_imports, verl_requirements
 
 
 def test_requirements_are_those_of_the_device():
@@ -37,15 +37,6 @@ def test_cann_is_read_where_the_environment_says_it_is(tmp_path):
     assert cann_version({"ASCEND_TOOLKIT_HOME": str(tmp_path / "mine")}, root=tmp_path) == "8.5.1"
     # One that is named and not there is not replaced by another.
     assert cann_version({"ASCEND_HOME_PATH": str(tmp_path / "gone")}, root=tmp_path) is None
-
-
-def test_the_cluster_that_a_run_would_join(tmp_path):
-    assert ray_cluster({}, root=tmp_path) is None
-    (tmp_path / "tmp/ray").mkdir(parents=True)
-    (tmp_path / "tmp/ray/ray_current_cluster").write_text("10.0.0.1:6379\n")
-    assert ray_cluster({}, root=tmp_path) == "10.0.0.1:6379"
-    assert ray_cluster({"RAY_ADDRESS": "10.0.0.2:1"}, root=tmp_path) == "10.0.0.2:1"
-    assert ray_cluster({"RAY_ADDRESS": "local"}, root=tmp_path) is None
 
 
 def test_whether_a_cluster_answers():

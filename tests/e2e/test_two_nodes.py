@@ -1,6 +1,7 @@
-"""Trainer and replica on two nodes: two raylets of this machine, which share no memory as far as the run knows."""
+"""Runs on two nodes: two raylets of this machine, which share no memory as far as the run knows."""
 
 import pytest
+import yaml
 from ray.cluster_utils import Cluster
 
 from fixtures.training import TinyRun
@@ -34,3 +35,22 @@ def test_weights_reach_a_replica_on_another_node(tmp_path, cluster):
     # Whole at first, then what changed alone.
     assert [data[step]["weight_update/delta"] for step in (1, 2)] == [0.0, 1.0]
     assert all(data[step]["training/rollout_probs_diff_max"] < 1e-4 for step in data)
+
+
+def test_a_trainer_on_two_nodes_goes_on_from_its_checkpoint(tmp_path, cluster):
+    """A rank and a replica on each node; then both ranks on one, from what the two nodes saved."""
+    run = TinyRun(tmp_path)
+    run.run(
+        **{"+ray_kwargs__ray_init__address": cluster.address},
+        trainer__nnodes=2,
+        trainer__save_freq=1,
+    )
+    data = run.metrics()
+    assert sorted(data) == [1, 2]
+    # Engines on both nodes have the trainer's weights.
+    assert all(data[step]["training/rollout_probs_diff_max"] < 1e-4 for step in data)
+    manifest = run.out / "global_step_2" / "manifest.json"
+    assert {f"actor/rng_rank_{rank}.pt" for rank in (0, 1)} < set(yaml.safe_load(manifest.read_text()))
+
+    run.run(trainer__n_gpus_per_node=2, trainer__total_training_steps=3)
+    assert run.metrics()[3]["training/rollout_probs_diff_max"] < 1e-4

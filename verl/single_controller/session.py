@@ -10,6 +10,7 @@ from typing import Any
 import ray
 
 from verl.trainer.config import PPOConfig
+from verl.utils.network import ray_cluster
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ class RaySession:
 
     def __enter__(self) -> RaySession:
         if not self._joined:
-            if self._options.get("address", os.environ.get("RAY_ADDRESS", "local")) != "local":
+            if (self._options.get("address") or ray_cluster(os.environ)) not in (None, "local"):
                 # Only a session that we start takes these.
                 for key in ("num_cpus", "num_gpus", "include_dashboard"):
                     self._options.pop(key, None)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from verl.trainer.config import ActorRolloutRefConfig, CriticConfig
 from verl.trainer.config.delta import whole_updates_why
 from verl.trainer.config.rollout_correction import Correction
 from verl.utils.heap import freeze_heap
+from verl.utils.network import interface_of
 from verl.utils.timeline import join_timeline, span, spanned
 from verl.workers.actor import ActorWorker
 from verl.workers.critic import CriticWorker
@@ -72,15 +75,29 @@ class TrainWorker:
         self._sent = SentWeights(self._scheme, keeps=whole_updates_why(config.rollout, device) is None)
         self._exporting = 0
 
-    def rendezvous(self, loopback: bool) -> tuple[str, int]:
-        """Address and free port where the ranks can meet this one."""
-        host = "127.0.0.1" if loopback else socket.gethostbyname(socket.gethostname())
-        with socket.socket() as probe:
-            probe.bind((host, 0))
-            return host, probe.getsockname()[1]
+    def read_text(self, path: str) -> str | None:
+        """The text of a file as this rank sees it; None where it is not there."""
+        try:
+            return Path(path).read_text(encoding="utf-8")
+        except OSError:
+            return None
 
-    def setup(self, host: str, port: int) -> None:
-        """Join the process group and load the models."""
+    def rendezvous(self, address: str) -> int:
+        """A port of this host's `address` that is free, where the ranks can meet."""
+        with socket.socket() as probe:
+            probe.bind((address, 0))
+            return probe.getsockname()[1]
+
+    def setup(self, host: str, port: int, address: str) -> None:
+        """Join the process group and load the models.
+
+        Args:
+            host, port: where rank 0 is met.
+            address: of this rank's host, towards the others.
+        """
+        # Gloo would take what the host's name resolves to, which often is an address that no other host reaches.
+        if address != "127.0.0.1" and (interface := interface_of(address)) is not None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         self._actor = ActorWorker(
             self._rank,
             self._world_size,

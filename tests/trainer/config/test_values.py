@@ -67,7 +67,7 @@ from verl.trainer.config.values import value_problems
         ("trainer.logger", "[console,mlflow]", ("mlflow", "not supported yet", "tensorboard")),
         ("trainer.logger", "[consle]", ("unknown", "did you mean console?")),
         ("trainer.v1.trainer_mode", "separate_async", ("not supported yet", "sync")),
-        ("trainer.nnodes", "2", ("not supported yet", "use 1")),
+        ("trainer.nnodes", "0", ("at least 1",)),
         ("trainer.critic_warmup", "-1", ("at least 0",)),
         ("trainer.device", "tpu", ("unknown", "cpu")),
         ("trainer.resume_mode", "never", ("unknown", "disable")),

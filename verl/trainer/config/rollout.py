@@ -27,8 +27,8 @@ class CheckpointEngineConfig:
 
     backend: str = key(
         "naive",
-        "transport to replicas on other nodes; naive: none, shared memory on the trainer's node alone; on an NPU nccl "
-        "means hccl",
+        "transport to replicas on other nodes; naive: none, shared memory on the trainer's node alone, and with "
+        "trainer.nnodes above 1 the fastest that the device has; on an NPU nccl means hccl",
         choices=("naive", "nccl", "hccl", "gloo"),
         planned=("nixl", "mooncake", "kimi_ckpt_engine", "delta_sharded"),
         use="use nccl, hccl or gloo across nodes",

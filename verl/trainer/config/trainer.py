@@ -30,9 +30,14 @@ class TrainerConfig:
     experiment_name: str = key("gsm8k", "name of the run in logs and paths")
     device: str = key("auto", "auto takes an accelerator if there is one", choices=("auto", "cpu", "cuda", "npu"))
     n_gpus_per_node: int = key(
-        8, "trainer ranks: devices of this host, or processes where the device is a CPU", unit="ranks", at_least=1
+        8, "trainer ranks of a node: its devices, or processes where the device is a CPU", unit="ranks", at_least=1
     )
-    nnodes: int = planned(1, "several hosts")
+    nnodes: int = key(
+        1,
+        "nodes of the trainer; more than one are a Ray cluster's (ray_kwargs.ray_init.address), and share the file "
+        "system of default_local_dir",
+        at_least=1,
+    )
     seed: int = key(0, "seed of weights made anew, of sampling, and of data order without data.seed", at_least=0)
     total_epochs: int = key(30, "passes over the training prompts", unit="epochs", at_least=1)
     total_training_steps: int | None = key(

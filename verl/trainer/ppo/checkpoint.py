@@ -107,8 +107,9 @@ class CheckpointStore:
     def writing(self, step: int) -> Iterator[Path]:
         """Give a temporary directory to fill; at the end of the block it becomes `global_step_STEP`.
 
-        The files may be written by other processes of this host; all of them must be done when the block ends. A
-        checkpoint of the same step is replaced. Then the tracker file is moved on and old checkpoints are deleted.
+        The files may be written by other processes, of other hosts too where these share the file system; all of them
+        must be done when the block ends. A checkpoint of the same step is replaced. Then the tracker file is moved on
+        and old checkpoints are deleted.
 
         Raises:
             CheckpointError: the block, or publishing its files, failed: disk full, a worker's error, ... The temporary

@@ -24,6 +24,7 @@ from verl.single_controller.placement import Placement, place, replica_count, vi
 from verl.single_controller.worker_group import WorkerGroup
 from verl.trainer.config import Plan, PPOConfig
 from verl.trainer.config.checks.batches import needs_ref
+from verl.trainer.config.checks.transport import resolve_backend
 from verl.trainer.config.critic import needs_critic, resolve_critic
 from verl.trainer.config.delta import whole_updates_why
 from verl.trainer.config.rollout_correction import resolve
@@ -35,6 +36,7 @@ from verl.trainer.ppo.metrics import compute_seqlen_metrics
 from verl.trainer.ppo.partial_rollout import Position
 from verl.trainer.ppo.prompts import Place, PromptSource
 from verl.trainer.ppo.sampling import Sampling
+from verl.trainer.ppo.shared_directory import check_shared
 from verl.utils.dataset.loader import build_dataloader
 from verl.utils.dataset.rl_dataset import create_rl_dataset
 from verl.utils.heap import freeze_heap
@@ -48,6 +50,7 @@ from verl.workers.reward import RewardLoop
 from verl.workers.rollout.client import LLMServerClient
 from verl.workers.rollout.replica import ReplicaSet, vLLMReplica
 from verl.workers.rollout.vllm_rollout.engine_args import engine_environment
+from verl.workers.rollout.weight_sync.collective import Node
 from verl.workers.rollout.weight_sync.encode_report import merged_errors
 from verl.workers.rollout.weight_sync.ray_relay import transport, where
 from verl.workers.rollout.weight_sync.update import PAYS_ACROSS_HOSTS, PAYS_ON_ONE_HOST, WeightUpdates
@@ -113,16 +116,18 @@ class Runtime:
         self.kl_controller = get_kl_controller(**dataclasses.asdict(config.algorithm.kl_ctrl))
         self._on_demand = self._estimator_columns()
         engine = config.actor_rollout_ref.rollout.checkpoint_engine
-        pays_below = PAYS_ON_ONE_HOST if engine.backend == "naive" else PAYS_ACROSS_HOSTS
+        backend = resolve_backend(config, plan.device)
+        pays_below = PAYS_ON_ONE_HOST if backend == "naive" else PAYS_ACROSS_HOSTS
         self._updates = WeightUpdates(
             delta=whole_updates_why(config.actor_rollout_ref.rollout, plan.device) is None,
             pays_below=math.inf if engine.delta == "on" else pays_below,
             check_interval=engine.delta_check_interval,
             buckets_in_flight=engine.buckets_in_flight,
         )
-        self._transport = transport(engine, plan.device)
+        self._transport = transport(engine, backend, plan.device)
         self._placement: Placement | None = None
         self._group: WorkerGroup | None = None
+        self._home: Node | None = None  # where rank 0 sends from
         self._replicas: ReplicaSet | None = None
         self._rewards: RewardLoop | None = None
         self._sampling: Sampling | None = None
@@ -198,7 +203,7 @@ class Runtime:
         }
         environment = engine_environment(
             device=self.plan.device,
-            threads=max(1, (os.cpu_count() or 1) // count),
+            threads=max(1, (os.cpu_count() or 1) // math.ceil(count / (rollout.nnodes or config.trainer.nnodes))),
             tensor_parallel_size=rollout.tensor_model_parallel_size,
         )
         replicas = []
@@ -220,15 +225,14 @@ class Runtime:
         logger.info("replica %d serves %s/v1; its key is in %s", rank, report["http"], path)
 
     def _make_trainers(self, placement: Placement) -> WorkerGroup:
-        ranks = len(placement.trainers)
-        threads = str(max(1, (os.cpu_count() or 1) // ranks))
+        threads = str(max(1, (os.cpu_count() or 1) // self.config.trainer.n_gpus_per_node))
         environment = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
         options = [{**option, "runtime_env": {"env_vars": environment}} for option in placement.trainers]
         return WorkerGroup(
             TrainWorker,
             options if self.plan.device == "cpu" else placement.trainers,
             {
-                "world_size": ranks,
+                "world_size": len(placement.trainers),
                 "config": self.config.actor_rollout_ref,
                 "device": self.plan.device,
                 "total_training_steps": self.total_steps,
@@ -244,8 +248,13 @@ class Runtime:
 
     async def _start_trainers(self) -> None:
         started = time.perf_counter()
-        host, port = await self.trainers.rank(0, "rendezvous", self.config.trainer.nnodes == 1)
-        await self.trainers.all("setup", host, port)
+        nodes = await self.trainers.all("__ray_call__", where, self.plan.device)
+        self._home, addresses = nodes[0], ["127.0.0.1"] * len(nodes)
+        if self.config.trainer.nnodes > 1:
+            addresses = [node.address for node in nodes]
+            await check_shared(self.config.trainer.default_local_dir, self.trainers, addresses)
+        port = await self.trainers.rank(0, "rendezvous", addresses[0])
+        await self.trainers.each("setup", [(addresses[0], port, address) for address in addresses])
         logger.info("%d trainer ranks are up after %.1f s", len(self.trainers), time.perf_counter() - started)
 
     async def stop(self) -> None:
@@ -396,9 +405,10 @@ class Runtime:
     async def update_weights(self, version: int) -> dict[str, Any]:
         """Bring every replica, restarted ones included, to the trainer's weights as `version`."""
         await self.replicas.restart_dead()
-        home = await self.trainers.rank(0, "__ray_call__", where, self.plan.device)
+        assert self._home is not None, "start() first"
         placed = [(replica, replica.node) for replica in self.replicas.alive]
-        return await self._updates.update(*self._transport.connect(GroupSender(self.trainers), home, placed), version)
+        sender, receivers = self._transport.connect(GroupSender(self.trainers), self._home, placed)
+        return await self._updates.update(sender, receivers, version)
 
     # ---- what is read off ----
 

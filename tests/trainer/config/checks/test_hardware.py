@@ -89,6 +89,9 @@ def test_more_than_any_sharding_leaves(of):
         (APART, 1, "errors", "use --nodes 2"),
         (APART | {f"{ROLLOUT}.checkpoint_engine.backend": "naive"}, 1, None, None),
         (APART | {f"{ROLLOUT}.nnodes": 3}, 8, "warnings", "set actor_rollout_ref.rollout.nnodes=7"),
+        ({"trainer.nnodes": 2}, 2, None, None),
+        ({"trainer.nnodes": 2}, 1, "errors", "or lower trainer.nnodes"),
+        ({"trainer.nnodes": 2}, 4, "warnings", "or trainer.nnodes=4"),
     ],
 )
 def test_nodes(of, keys, nodes, kind, words):

@@ -35,6 +35,15 @@ def test_ports_beyond_the_last(problem_of):
     assert "65536" in text and "at most 65534" in text
 
 
+def test_several_nodes_are_a_cluster_s(problem_of, plan_of, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    several = {"trainer__nnodes": 2}
+    assert problem_of(**several).startswith("trainer.nnodes=2: this machine alone is one node")
+    plan_of(**several, ray_kwargs__ray_init="{address: auto}")
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    plan_of(**several)
+
+
 def test_an_address_that_is_not_of_this_host(problem_of):
     text = problem_of(**{SERVER + "enable_http": True, SERVER + "host": "203.0.113.7"})
     assert "server.host=203.0.113.7" in text

@@ -1,7 +1,7 @@
 import pytest
 
-from verl.trainer.config import load_config
-from verl.trainer.config.checks.transport import check_transport
+from verl.trainer.config import PPOConfig, load_config
+from verl.trainer.config.checks.transport import check_transport, resolve_backend
 from verl.trainer.config.findings import Findings
 
 R = "actor_rollout_ref__rollout__"
@@ -39,6 +39,16 @@ def test_shared_memory_reaches_one_node(run_files):
     [problem] = problems_on("npu", run_files, **{R + "nnodes": 2})
     assert problem.startswith(f"{FIELD}=naive: ") and "rollout.nnodes=2" in problem and problem.endswith("use hccl")
     assert problems_on("npu", run_files, **{R + "nnodes": 1}) == []
+
+
+@pytest.mark.parametrize(("device", "backend"), [("cpu", "gloo"), ("cuda", "nccl"), ("npu", "hccl")])
+def test_a_trainer_on_several_nodes_has_the_device_s_own(device, backend):
+    config = PPOConfig()
+    assert resolve_backend(config, device) == "naive"
+    config.trainer.nnodes = 2
+    assert resolve_backend(config, device) == backend
+    config.actor_rollout_ref.rollout.checkpoint_engine.backend = "gloo"
+    assert resolve_backend(config, device) == "gloo"
 
 
 def test_changes_whatever_they_cost_where_there_can_be_none(run_files):

@@ -16,7 +16,7 @@ from verl.workers.rollout.weight_sync import relay as relay_module
 from verl.workers.rollout.weight_sync.collective import CollectiveTransport, Node, RelayDied, SharedMemory
 from verl.workers.rollout.weight_sync.manifest import WeightUpdateError
 from verl.workers.rollout.weight_sync.ray_relay import backend_on
-from verl.workers.rollout.weight_sync.relay import BucketRelay, interface_of
+from verl.workers.rollout.weight_sync.relay import BucketRelay
 from verl.workers.rollout.weight_sync.shm import SegmentReader, SharedSegment
 from verl.workers.rollout.weight_sync.update import update_weights
 
@@ -364,8 +364,3 @@ async def test_without_a_transport_a_remote_replica_is_refused():
 )
 def test_what_a_backend_means_on_a_device(device, backend, meant):
     assert backend_on(device, backend) == meant
-
-
-def test_the_interface_of_an_address():
-    assert interface_of("127.0.0.1") == "lo"
-    assert interface_of("203.0.113.7") is None

@@ -119,9 +119,9 @@ def check_limits(
 
 
 def check_replicas(config: PPOConfig, found: Findings) -> None:
-    """Devices have to divide into replicas, a node's devices where replicas have nodes of their own."""
+    """A node's devices have to divide into replicas: an engine is on one node."""
     rollout = config.actor_rollout_ref.rollout
-    devices = rollout.n_gpus_per_node if rollout.nnodes else trainer_ranks(config)
+    devices = rollout.n_gpus_per_node if rollout.nnodes else config.trainer.n_gpus_per_node
     size = rollout.tensor_model_parallel_size
     if devices % size:
         field = "actor_rollout_ref.rollout.n_gpus_per_node" if rollout.nnodes else "trainer.n_gpus_per_node"

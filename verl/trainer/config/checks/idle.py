@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from verl.trainer.config import names
 from verl.trainer.config.checks.agent import rows_choose_loop
+from verl.trainer.config.checks.transport import resolve_backend
 from verl.trainer.config.critic import needs_critic, resolve_critic
 from verl.trainer.config.delta import whole_updates_why
 from verl.trainer.config.ppo import PPOConfig
@@ -140,10 +141,12 @@ def _idle(config: PPOConfig, device: str) -> Iterator[tuple[str, tuple[str, ...]
         yield "on greedy validation (val_kwargs.do_sample=False)", sampling
     between_nodes = (_ROLLOUT + "checkpoint_engine.backend", _ROLLOUT + "checkpoint_engine.timeout")
     if not rollout.nnodes:
-        yield "with rollout.nnodes=0", (_ROLLOUT + "n_gpus_per_node", *between_nodes)
+        yield "with rollout.nnodes=0", (_ROLLOUT + "n_gpus_per_node",)
     else:
         yield "with rollout.nnodes, where replicas have memory of their own", (_ROLLOUT + "free_cache_engine",)
-    if rollout.nnodes and rollout.checkpoint_engine.backend == "naive":
+    if not rollout.nnodes and config.trainer.nnodes == 1:
+        yield "with rollout.nnodes=0 and trainer.nnodes=1", between_nodes
+    elif resolve_backend(config, device) == "naive":
         yield "with rollout.checkpoint_engine.backend=naive", between_nodes
     if not rollout.server.enable_http:
         yield "with rollout.server.enable_http=False", (_ROLLOUT + "server.",)

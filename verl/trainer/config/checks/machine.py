@@ -13,12 +13,14 @@ from pathlib import Path
 
 from verl.trainer.config import names
 from verl.trainer.config.checks.batches import rollout_devices, trainer_ranks
+from verl.trainer.config.checks.transport import resolve_backend
 from verl.trainer.config.critic import needs_critic
 from verl.trainer.config.estimate import MemoryEstimate
 from verl.trainer.config.findings import Findings
 from verl.trainer.config.plan import size
 from verl.trainer.config.ppo import PPOConfig
 from verl.trainer.config.scope import Hardware, Scope
+from verl.utils.network import ray_cluster
 from verl.utils.platform import count_devices, cpu_cores, detect_device
 from verl.utils.vllm.npu_settings import npu_environment, npu_environment_problems
 
@@ -37,6 +39,12 @@ def check_device(config: PPOConfig, scope: Scope, found: Findings) -> str | None
         found.errors.append(f"{error}{plan}")
         return None
     ranks, rollout = config.trainer.n_gpus_per_node, config.actor_rollout_ref.rollout
+    joins = _joins_a_cluster(config)
+    if config.trainer.nnodes > 1 and not joins:
+        found.errors.append(
+            f"trainer.nnodes={config.trainer.nnodes}: this machine alone is one node; start Ray on all of them (ray "
+            "start) and join it with +ray_kwargs.ray_init.address=auto, or use 1"
+        )
     if device == "cpu":
         if ranks > cpu_cores():
             found.warnings.append(
@@ -45,7 +53,7 @@ def check_device(config: PPOConfig, scope: Scope, found: Findings) -> str | None
             )
         return device
     present = count_devices(device)
-    if "address" in config.ray_kwargs.ray_init or "RAY_ADDRESS" in os.environ:
+    if joins:
         return device
     apart = rollout.n_gpus_per_node * rollout.nnodes
     if apart and ranks + apart > present:
@@ -61,6 +69,12 @@ def check_device(config: PPOConfig, scope: Scope, found: Findings) -> str | None
     return device
 
 
+def _joins_a_cluster(config: PPOConfig) -> bool:
+    """Whether devices may be other machines' too; of a cluster that runs, its own placement knows how many."""
+    address = config.ray_kwargs.ray_init.get("address")
+    return address != "local" if address else ray_cluster(os.environ) is not None
+
+
 def _check_planned(config: PPOConfig, hardware: Hardware, found: Findings) -> str | None:
     asked, device = config.trainer.device, hardware.device
     if asked not in ("auto", device):
@@ -72,7 +86,7 @@ def _check_planned(config: PPOConfig, hardware: Hardware, found: Findings) -> st
     apart = rollout.n_gpus_per_node * rollout.nnodes
     node = max(trainer.n_gpus_per_node, rollout.n_gpus_per_node if apart else 0)
     # Shared memory reaches replicas on the trainer's node alone.
-    together = rollout.nnodes == 1 and rollout.checkpoint_engine.backend == "naive"
+    together = rollout.nnodes == 1 and resolve_backend(config, device) == "naive"
     needed = 1 if together else math.ceil((trainer_ranks(config) + apart) / node)
     if hardware.nodes is None or needed == hardware.nodes:
         return device
@@ -81,13 +95,13 @@ def _check_planned(config: PPOConfig, hardware: Hardware, found: Findings) -> st
             f"--nodes {hardware.nodes}: trainer.nnodes={trainer.nnodes} x trainer.n_gpus_per_node="
             f"{trainer.n_gpus_per_node} and actor_rollout_ref.rollout.nnodes={rollout.nnodes} x .n_gpus_per_node="
             f"{rollout.n_gpus_per_node} take {needed} nodes of {node} devices; use --nodes {needed}, or lower "
-            "actor_rollout_ref.rollout.nnodes"
+            f"{'actor_rollout_ref.rollout.nnodes' if apart else 'trainer.nnodes'}"
         )
     else:
         found.warnings.append(
             f"--nodes {hardware.nodes}: the run takes {needed} node(s) of {node} devices, the rest is idle; set "
             f"actor_rollout_ref.rollout.nnodes={rollout.nnodes + hardware.nodes - needed} for replicas on nodes of "
-            "their own"
+            f"their own, or trainer.nnodes={trainer.nnodes + hardware.nodes - needed} for a larger trainer"
         )
     return device
 

@@ -20,7 +20,7 @@ def check_transport(config: PPOConfig, device: str, found: Findings) -> None:
             f"actor_rollout_ref.rollout.checkpoint_engine.delta=on: every update must send everything ({why}); "
             "change that, or use auto or off"
         )
-    backend, usable = rollout.checkpoint_engine.backend, BACKENDS[device]
+    backend, usable = resolve_backend(config, device), BACKENDS[device]
     if backend == "naive":
         if rollout.nnodes > 1:
             found.errors.append(
@@ -29,3 +29,9 @@ def check_transport(config: PPOConfig, device: str, found: Findings) -> None:
             )
     elif backend not in usable:
         found.errors.append(f"{_FIELD}={backend}: does not work on trainer.device={device}; use {' or '.join(usable)}")
+
+
+def resolve_backend(config: PPOConfig, device: str) -> str:
+    """`checkpoint_engine.backend`, in whose place a trainer on several nodes takes the device's own for `naive`."""
+    backend = config.actor_rollout_ref.rollout.checkpoint_engine.backend
+    return BACKENDS[device][0] if backend == "naive" and config.trainer.nnodes > 1 else backend

@@ -22,13 +22,13 @@ def where(_actor: Any, device: str) -> Node:
     )
 
 
-def transport(config: CheckpointEngineConfig, device: str) -> SharedMemory | CollectiveTransport:
-    """What `checkpoint_engine.backend` names, on a device (`cpu`, `cuda` or `npu`)."""
-    if config.backend == "naive":
+def transport(config: CheckpointEngineConfig, backend: str, device: str) -> SharedMemory | CollectiveTransport:
+    """What `backend` names, as `resolve_backend` finds it, on a device (`cpu`, `cuda` or `npu`)."""
+    if backend == "naive":
         return SharedMemory()
 
     def start(node: Node) -> _RayRelay:
-        return _RayRelay(node, backend_on(device, config.backend), config.buckets_in_flight)
+        return _RayRelay(node, backend_on(device, backend), config.buckets_in_flight)
 
     return CollectiveTransport(start, timeout_s=config.timeout)
 

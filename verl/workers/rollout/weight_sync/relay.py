@@ -10,10 +10,8 @@ network; what they mean travels beside them through the driver.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
-import struct
 from collections import deque
 from datetime import timedelta
 from typing import Any
@@ -21,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from verl.utils.network import interface_of
 from verl.utils.platform import torch_device
 from verl.workers.rollout.weight_sync.shm import SegmentReader, SharedSegment
 
@@ -28,7 +27,6 @@ from verl.workers.rollout.weight_sync.shm import SegmentReader, SharedSegment
 PIECE_BYTES = 64 << 20
 # What a backend reaches.
 DEVICES = {"gloo": "cpu", "nccl": "cuda", "hccl": "npu"}
-_SIOCGIFADDR = 0x8915
 
 
 class BucketRelay:
@@ -123,17 +121,3 @@ class BucketRelay:
         if not self._stages:
             self._stages = [torch.empty(PIECE_BYTES, dtype=torch.uint8, device=self._device) for _ in range(2)]
         return self._stages[index][: piece.numel()]
-
-
-def interface_of(address: str) -> str | None:
-    """The network interface with this IPv4 address, None where there is none."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            request = struct.pack("256s", name.encode())
-            try:
-                answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)
-            except OSError:  # an interface without an address
-                continue
-            if socket.inet_ntoa(answer[20:24]) == address:
-                return name
-    return None
