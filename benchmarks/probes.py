@@ -96,7 +96,9 @@ def load_copies(config: PretrainedConfig) -> float:
 
     Into a fresh tensor of the load layout, then packed for the GEMM, then copied to where the parameter was.
     """
-    pairs = [(weight, torch.empty_like(weight)) for weight in layer_weights(config, copies=1)[0]]
+    # As many as no cache holds.
+    layers = layer_weights(config, copies=config.num_hidden_layers)
+    pairs = [(weight, torch.empty_like(weight)) for layer in layers for weight in layer]
 
     @torch.no_grad()
     def load() -> None:
@@ -163,7 +165,8 @@ def link(ranks: int) -> tuple[float, float]:
     """Bytes into a rank a second, and seconds a call, of an all-gather between the ranks."""
 
     def gather(size: int) -> float:
-        own, whole = torch.ones(size // ranks, dtype=torch.uint8), torch.empty(size, dtype=torch.uint8)
+        own = torch.ones(size // ranks, dtype=torch.uint8)
+        whole = torch.empty(len(own) * ranks, dtype=torch.uint8)
         return seconds(lambda: dist.all_gather_into_tensor(whole, own))
 
     small, large = gather(1 << 10), gather(_GATHERED)

@@ -125,7 +125,7 @@ async def start(model_dir: Path, rollout: RolloutConfig, dtype: str) -> Pair:
         "response_length": 32,
     }
     environment = engine_environment(device="cpu", threads=2, tensor_parallel_size=1)
-    replica = vLLMReplica(0, server, {"num_cpus": 0, "runtime_env": {"env_vars": environment}})
+    replica = vLLMReplica(0, server, {"num_cpus": 0}, environment)
     host, port = await trainer.rank(0, "rendezvous", True)
     await asyncio.gather(trainer.all("setup", host, port), replica.start())
     pair = Pair(config, trainer, replica)

@@ -9,8 +9,9 @@
 #   MODELS=~/models      directory of the models:  hf download Qwen/Qwen3-8B --local-dir ~/models/Qwen3-8B
 #   DATA=~/data          what examples/data_preprocess writes
 #
-# With several nodes, these need one file system at the same path for MODELS, DATA and trainer.default_local_dir. Source
-# this file on each of them before Ray is started there, since Ray's processes have the environment that `ray start` had:
+# With several nodes, MODELS is the same on each of them and checkpoints go to a file system that they share
+# (docs/several_nodes.md). Source this file on each before Ray is started there, since Ray's processes have the environment
+# that `ray start` had:
 #
 #   source examples/ascend950/env.sh && ray start --head --port=6379                   # the node that starts the run
 #   source examples/ascend950/env.sh && ray start --address=IP_OF_THE_FIRST:6379       # the others
@@ -45,6 +46,10 @@ npu)
     unset VLLM_PLUGINS
     # How long ranks wait for each other, in seconds: one that reads large weights from a slow disk is late.
     export HCCL_CONNECT_TIMEOUT="${HCCL_CONNECT_TIMEOUT:-1200}"
+    # Trainer, engine and weight updates are processes of their own on one NPU, for which HCCL has one port unless told
+    # otherwise. A run sets both where they are not set.
+    export HCCL_HOST_SOCKET_PORT_RANGE="${HCCL_HOST_SOCKET_PORT_RANGE:-auto}"
+    export HCCL_NPU_SOCKET_PORT_RANGE="${HCCL_NPU_SOCKET_PORT_RANGE:-auto}"
     # Of the rollout alone: 1 queues operators on the host, 2 does it in two stages, 0 not at all. vllm-ascend's default:
     # export VLLM_ASCEND_TASK_QUEUE_ENABLE=1
     ;;

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains a small language model with GRPO to spell words backwards: a few minutes on two CPU cores, no accelerator.
-# The rollout runs in MXFP8 (quantization=ascend): by vllm-ascend on an Ascend 950, emulated elsewhere on the CPU.
+# The rollout runs in MXFP8 (quantization=ascend), emulated on the CPU with the layouts and roundings of an Ascend 950.
 #
 #   examples/quickstart/run.sh [key=value ...]        # any key of verl.trainer.main_ppo, e.g. trainer.n_gpus_per_node=2
 #

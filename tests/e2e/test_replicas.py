@@ -73,7 +73,7 @@ def replica(rank, model_dir, quantization=None, partial_rollout=False, response_
         "response_length": response_length,
     }
     environment = engine_environment(device="cpu", threads=1, tensor_parallel_size=1)
-    return vLLMReplica(rank, arguments, {"num_cpus": 0, "runtime_env": {"env_vars": environment}})
+    return vLLMReplica(rank, arguments, {"num_cpus": 0}, environment)
 
 
 def post(base, key, body):

@@ -1,10 +1,12 @@
 """Where processes run in a cluster of several nodes: raylets of this machine with pretended devices."""
 
+import os
+
 import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from verl.single_controller.placement import place, visible_devices
+from verl.single_controller.placement import place, shared_devices
 from verl.trainer.config import PPOConfig
 
 pytestmark = pytest.mark.e2e
@@ -13,6 +15,9 @@ pytestmark = pytest.mark.e2e
 class Asked:
     def where(self):
         return ray.get_runtime_context().get_node_id()
+
+    def device(self):
+        return os.environ["CUDA_VISIBLE_DEVICES"]
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +44,16 @@ def config(*, ranks, nnodes, trainer_nodes=1, replicas=8, tensor_parallel=1):
 
 
 def homes(options):
+    return answers(options, "where")
+
+
+def devices(options):
+    return answers(options, "device")
+
+
+def answers(options, method):
     actors = [ray.remote(**option)(Asked).remote() for option in options]
-    found = ray.get([actor.where.remote() for actor in actors], timeout=60)
+    found = ray.get([getattr(actor, method).remote() for actor in actors], timeout=60)
     for actor in actors:
         ray.kill(actor)
     return found
@@ -69,7 +82,11 @@ def test_on_devices_a_replica_is_where_its_ranks_are(nodes):
     try:
         trainers, replicas = homes(placement.trainers), homes(placement.replicas)
         assert trainers[0] == trainers[1] == replicas[0] != trainers[2] == trainers[3] == replicas[1]
-        assert visible_devices(asked, "cuda", 1)["CUDA_VISIBLE_DEVICES"] == "0,1"
+        seen = devices(placement.trainers)
+        assert shared_devices(asked, "cuda", seen, 1)["CUDA_VISIBLE_DEVICES"] == ",".join(seen[2:])
+        assert sorted(seen[2:]) == ["0", "1"]
+        assert shared_devices(asked, "cuda", ["5", "7", "4", "6"], 1)["CUDA_VISIBLE_DEVICES"] == "4,6"
+        assert shared_devices(asked, "cuda", [None] * 4, 1)["CUDA_VISIBLE_DEVICES"] == "0,1"
     finally:
         placement.release()
 
@@ -88,7 +105,7 @@ def test_on_devices_each_node_s_replicas_are_together(nodes):
         assert replicas[0] == replicas[1] != replicas[2] == replicas[3]
         assert trainers[0] not in replicas
         assert [option["num_gpus"] for option in placement.replicas] == [1] * 4
-        assert visible_devices(asked, "cuda", 0) == {}
+        assert shared_devices(asked, "cuda", ["0", "1"], 0) == {}
     finally:
         placement.release()
 
@@ -100,3 +117,10 @@ def test_a_replica_s_devices_are_of_one_node(nodes):
         assert len(set(homes(placement.replicas))) == 2
     finally:
         placement.release()
+
+
+def test_nodes_that_are_not_there_are_named_and_nothing_stays_reserved(nodes):
+    with pytest.raises(RuntimeError, match=r"rollout\.nnodes=4, .*n_gpus_per_node=2: there are not 4 node\(s\)"):
+        place(config(ranks=2, nnodes=4, replicas=2), "cuda")
+    placement = place(config(ranks=2, nnodes=0, trainer_nodes=3), "cuda")
+    placement.release()

@@ -13,3 +13,5 @@ def test_the_cluster_that_a_run_would_join(tmp_path):
     assert ray_cluster({}, root=tmp_path) == "10.0.0.1:6379"
     assert ray_cluster({"RAY_ADDRESS": "10.0.0.2:1"}, root=tmp_path) == "10.0.0.2:1"
     assert ray_cluster({"RAY_ADDRESS": "local"}, root=tmp_path) is None
+    assert ray_cluster({"TMPDIR": str(tmp_path / "tmp")}) == "10.0.0.1:6379"
+    assert ray_cluster({"RAY_TMPDIR": str(tmp_path / "elsewhere"), "TMPDIR": str(tmp_path / "tmp")}) is None

@@ -2,11 +2,13 @@
 
 Hybrid (`rollout.nnodes=0`): replicas share the trainer's devices; replica `r` with tensor parallelism `t` sits on the
 devices of trainer ranks `r*t .. r*t + t - 1`. Standalone (`rollout.nnodes=n`): they have devices of their own on n
-nodes, so many replicas on each. On a CPU, where cores are shared anyway, both only say on which node a process runs.
+nodes, so many replicas on each. The nodes of the trainer are different ones, and so are those of the replicas. On a
+CPU, where cores are shared anyway, both only say on which node a process runs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,24 +64,21 @@ def place(config: PPOConfig, device: str) -> Placement:
     rollout, replicas = config.actor_rollout_ref.rollout, replica_count(config)
     if device == "cpu":
         return _place_on_cpu(nodes, per_node, rollout.nnodes, replicas)
-    groups = [_reserve(device, per_node, 1, "trainer.n_gpus_per_node") for _ in range(nodes)]
-    bundles = [(group, index) for group in groups for index in range(per_node)]
-    trainers = [_in_bundle(*bundle, resources=_device_request(device, 1)) for bundle in bundles]
+    own = _reserve(device, nodes, per_node, "trainer")
+    ranks = range(nodes * per_node)
+    trainers = [_in_bundle(own, rank // per_node, resources=_device_request(device, 1)) for rank in ranks]
     if not rollout.nnodes:
-        per_replica = len(bundles) // replicas
         # The engine sees the devices of its trainers without owning them: the trainer's bundle already counts them.
-        shared = [_in_bundle(*bundles[r * per_replica], resources={}) for r in range(replicas)]
-        return Placement(trainers, shared, groups)
-    size, field = rollout.tensor_model_parallel_size, "actor_rollout_ref.rollout.n_gpus_per_node"
+        first = ranks[:: len(ranks) // replicas]
+        return Placement(trainers, [_in_bundle(own, rank // per_node, resources={}) for rank in first], [own])
     try:
-        for _ in range(rollout.nnodes):
-            groups.append(_reserve(device, rollout.n_gpus_per_node // size, size, field))
+        others = _reserve(device, rollout.nnodes, rollout.n_gpus_per_node, "actor_rollout_ref.rollout")
     except RuntimeError:
-        Placement([], [], groups).release()
+        remove_placement_group(own)
         raise
-    bundles = [(group, index) for group in groups[nodes:] for index in range(rollout.n_gpus_per_node // size)]
-    apart = [_in_bundle(*bundle, resources=_device_request(device, size)) for bundle in bundles]
-    return Placement(trainers, apart, groups)
+    size, each = rollout.tensor_model_parallel_size, replicas // rollout.nnodes
+    apart = [_in_bundle(others, r // each, resources=_device_request(device, size)) for r in range(replicas)]
+    return Placement(trainers, apart, [own, others])
 
 
 def _place_on_cpu(trainer_nodes: int, per_node: int, rollout_nodes: int, replicas: int) -> Placement:
@@ -104,26 +103,34 @@ def _place_on_cpu(trainer_nodes: int, per_node: int, rollout_nodes: int, replica
     )
 
 
-def visible_devices(config: PPOConfig, device: str, replica: int) -> dict[str, str]:
-    """Environment that shows replica `replica` the devices it shares with its trainers; empty where it shares none."""
+def shared_devices(config: PPOConfig, device: str, seen: Sequence[str | None], replica: int) -> dict[str, str]:
+    """Environment that shows replica `replica` the devices it shares with its trainers; empty where it shares none.
+
+    Args:
+        seen: by rank, the device that Ray gave it; None where it sees all of its node.
+    """
     if device == "cpu" or config.actor_rollout_ref.rollout.nnodes:
         return {}
-    per_node = config.trainer.n_gpus_per_node
-    per_replica = config.trainer.nnodes * per_node // replica_count(config)
-    first = replica * per_replica % per_node
-    return devices_environment(device, [str(first + i) for i in range(per_replica)])
+    per_replica = len(seen) // replica_count(config)
+    first = replica * per_replica
+    own = [id for id in seen[first : first + per_replica] if id is not None]
+    if len(own) < per_replica:
+        own = [str((first + i) % config.trainer.n_gpus_per_node) for i in range(per_replica)]
+    return devices_environment(device, own)
 
 
-def _reserve(device: str, count: int, size: int, field: str) -> PlacementGroup:
-    """`count` times `size` devices of one node; `field` asked for them."""
+def _reserve(device: str, nodes: int, per_node: int, section: str) -> PlacementGroup:
+    """A bundle of `per_node` devices on each of `nodes` different nodes; the keys of `section` asked for them."""
     resource = _RESOURCE[device]
-    group = placement_group([{resource: size, "CPU": 1}] * count, strategy="STRICT_PACK")
+    group = placement_group([{resource: per_node, "CPU": per_node}] * nodes, strategy="STRICT_SPREAD")
     if not group.wait(timeout_seconds=60):
         available = ray.cluster_resources().get(resource, 0)
+        alive = sum(node["Alive"] for node in ray.nodes())
         remove_placement_group(group)
         raise RuntimeError(
-            f"{field}={count * size}: no node has {count * size} free {resource} devices and {count} CPU cores (the "
-            f"cluster has {available:g} devices); lower it, or end what occupies them"
+            f"{section}.nnodes={nodes}, {section}.n_gpus_per_node={per_node}: there are not {nodes} node(s) with "
+            f"{per_node} free {resource} devices and {per_node} CPU cores each (the cluster has {available:g} devices "
+            f"on {alive} node(s)); lower them, or end what occupies the devices"
         )
     return group
 

@@ -30,7 +30,8 @@ def ray_cluster(environment: Mapping[str, str], *, root: Path = Path("/")) -> st
     address = environment.get("RAY_ADDRESS")
     if address:
         return None if address == "local" else address
+    folder = environment.get("RAY_TMPDIR") or environment.get("TMPDIR") or str(root / "tmp")
     try:
-        return (root / "tmp/ray/ray_current_cluster").read_text(encoding="utf-8").strip() or None
+        return Path(folder, "ray/ray_current_cluster").read_text(encoding="utf-8").strip() or None
     except OSError:
         return None

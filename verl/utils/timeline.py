@@ -229,6 +229,7 @@ class _Recorder:
 
 def _open(path: str) -> int:
     """The file, for appending; begun with the opening bracket by the first process of a host that opens it."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)  # which another host may lack
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o644)
     except FileExistsError:

@@ -18,9 +18,10 @@ _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 def join_ranks(device: str, rank: int, world_size: int, master_addr: str, master_port: int) -> DeviceMesh:
     """The mesh of all ranks; the first call joins their process group, which rank 0 listens for at that address."""
     if not dist.is_initialized():
+        host = f"[{master_addr}]" if ":" in master_addr else master_addr
         dist.init_process_group(
             dist_backend(device),
-            init_method=f"tcp://{master_addr}:{master_port}",
+            init_method=f"tcp://{host}:{master_port}",
             rank=rank,
             world_size=world_size,
             timeout=_COLLECTIVE_TIMEOUT,

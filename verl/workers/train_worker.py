@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,16 +74,13 @@ class TrainWorker:
         self._sent = SentWeights(self._scheme, keeps=whole_updates_why(config.rollout, device) is None)
         self._exporting = 0
 
-    def read_text(self, path: str) -> str | None:
-        """The text of a file as this rank sees it; None where it is not there."""
-        try:
-            return Path(path).read_text(encoding="utf-8")
-        except OSError:
-            return None
+    def missing(self, paths: list[str]) -> list[str]:
+        """Those of some files and directories that are not there on this host."""
+        return [path for path in paths if not os.path.exists(path)]
 
     def rendezvous(self, address: str) -> int:
         """A port of this host's `address` that is free, where the ranks can meet."""
-        with socket.socket() as probe:
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
             probe.bind((address, 0))
             return probe.getsockname()[1]
 

@@ -53,8 +53,10 @@ def test_nz_must_be_off_in_the_engines_arguments_too():
 
 
 def test_the_environment_of_a_replica():
-    assert npu_environment({}) == {"VLLM_ASCEND_ENABLE_NZ": "0"}
-    assert npu_environment({"VLLM_ASCEND_ENABLE_NZ": "1"}) == {"VLLM_ASCEND_ENABLE_NZ": "1"}
+    ports = {"HCCL_HOST_SOCKET_PORT_RANGE": "auto", "HCCL_NPU_SOCKET_PORT_RANGE": "auto"}
+    assert npu_environment({}) == {"VLLM_ASCEND_ENABLE_NZ": "0", **ports}
+    own = {"VLLM_ASCEND_ENABLE_NZ": "1", **dict.fromkeys(ports, "61000-61050")}
+    assert npu_environment(own) == own
     assert npu_environment({"VLLM_ASCEND_TASK_QUEUE_ENABLE": "2"})["TASK_QUEUE_ENABLE"] == "2"
 
 

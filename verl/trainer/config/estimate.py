@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +33,7 @@ class MemoryEstimate:
         trainer_bytes: each trainer rank.
         replica_bytes: each replica, key-value cache included; `cache_bytes` is that cache.
         other_bytes: driver, Ray, reward workers and the buckets of a weight update.
-        total_bytes: of the whole run.
+        total_bytes: of one node, which has its share of both.
     """
 
     trainer_bytes: int
@@ -93,7 +94,8 @@ def estimate_memory(
             kept = model.parameters * 33 // 32 if encoded else model.parameters * itemsize
             trainer += kept // ranks
             replica += 0 if rollout.quantization == "ascend" else kept
-    total = trainer * ranks + replica * replicas + others
+    nodes = config.trainer.nnodes
+    total = trainer * (ranks // nodes) + replica * math.ceil(replicas / (rollout.nnodes or nodes)) + others
     return MemoryEstimate(trainer, replica, cache, others, total)
 
 

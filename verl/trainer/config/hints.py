@@ -62,7 +62,8 @@ _SECTIONS = {
     ),
     # of one_step_off_policy
     "rollout.": (
-        f"rollout: there is no such section; {_LAG}, with nnodes and n_gpus_per_node in actor_rollout_ref.rollout"
+        "rollout: there is no such section; its keys are in actor_rollout_ref.rollout, nnodes and n_gpus_per_node of "
+        f"one_step_off_policy too, beside which {_LAG}"
     ),
     "actor_rollout_ref.rollout.trace.": (
         "actor_rollout_ref.rollout.trace: traces of samples are not written here; leave its keys out, "

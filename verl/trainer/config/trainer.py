@@ -35,7 +35,7 @@ class TrainerConfig:
     nnodes: int = key(
         1,
         "nodes of the trainer; more than one are a Ray cluster's (ray_kwargs.ray_init.address), and share the file "
-        "system of default_local_dir",
+        "system that checkpoints go to",
         at_least=1,
     )
     seed: int = key(0, "seed of weights made anew, of sampling, and of data order without data.seed", at_least=0)

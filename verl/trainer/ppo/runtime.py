@@ -20,7 +20,7 @@ import torch
 
 from verl.agent_loop.generation import SampleGenerator
 from verl.protocol import DataProto
-from verl.single_controller.placement import Placement, place, replica_count, visible_devices
+from verl.single_controller.placement import Placement, place, replica_count, shared_devices
 from verl.single_controller.worker_group import WorkerGroup
 from verl.trainer.config import Plan, PPOConfig
 from verl.trainer.config.checks.batches import needs_ref
@@ -36,12 +36,13 @@ from verl.trainer.ppo.metrics import compute_seqlen_metrics
 from verl.trainer.ppo.partial_rollout import Position
 from verl.trainer.ppo.prompts import Place, PromptSource
 from verl.trainer.ppo.sampling import Sampling
-from verl.trainer.ppo.shared_directory import check_shared
+from verl.trainer.ppo.shared_files import check_seen, check_shared, files_of
 from verl.utils.dataset.loader import build_dataloader
 from verl.utils.dataset.rl_dataset import create_rl_dataset
 from verl.utils.heap import freeze_heap
 from verl.utils.timeline import current_timeline
 from verl.utils.tokenizer import hf_tokenizer
+from verl.utils.vllm.npu_settings import hccl_environment
 from verl.workers.actor import log_prob_limits
 from verl.workers.critic import forward_limits
 from verl.workers.engine.batching import ACTOR_COLUMNS, CRITIC_COLUMNS, partition, split_even, split_mini_batches
@@ -52,7 +53,7 @@ from verl.workers.rollout.replica import ReplicaSet, vLLMReplica
 from verl.workers.rollout.vllm_rollout.engine_args import engine_environment
 from verl.workers.rollout.weight_sync.collective import Node
 from verl.workers.rollout.weight_sync.encode_report import merged_errors
-from verl.workers.rollout.weight_sync.ray_relay import transport, where
+from verl.workers.rollout.weight_sync.ray_relay import own_node, several_nodes, transport, where
 from verl.workers.rollout.weight_sync.update import PAYS_ACROSS_HOSTS, PAYS_ON_ONE_HOST, WeightUpdates
 from verl.workers.train_worker import TrainWorker
 
@@ -127,7 +128,7 @@ class Runtime:
         self._transport = transport(engine, backend, plan.device)
         self._placement: Placement | None = None
         self._group: WorkerGroup | None = None
-        self._home: Node | None = None  # where rank 0 sends from
+        self._nodes: list[Node] = []  # of each rank
         self._replicas: ReplicaSet | None = None
         self._rewards: RewardLoop | None = None
         self._sampling: Sampling | None = None
@@ -152,6 +153,9 @@ class Runtime:
             total_steps=self.total_steps,
         )
         self._group = self._make_trainers(self._placement)
+        if self.plan.device != "cpu" or several_nodes():
+            # Before the replicas, which open devices that their ranks have; what a node lacks shows here, too.
+            await self._find_trainers()
         starting = [asyncio.ensure_future(self._replicas.start()), asyncio.ensure_future(self._start_trainers())]
         try:
             await asyncio.gather(*starting)
@@ -208,8 +212,7 @@ class Runtime:
         )
         replicas = []
         for rank, options in enumerate(placement.replicas):
-            variables = environment | visible_devices(config, self.plan.device, rank)
-            replicas.append(vLLMReplica(rank, arguments, {**options, "runtime_env": {"env_vars": variables}}))
+            replicas.append(vLLMReplica(rank, arguments, options, dict(environment)))
         return ReplicaSet(replicas, on_start=self._note_endpoint)
 
     def _note_endpoint(self, rank: int, report: dict[str, Any]) -> None:
@@ -226,11 +229,14 @@ class Runtime:
 
     def _make_trainers(self, placement: Placement) -> WorkerGroup:
         threads = str(max(1, (os.cpu_count() or 1) // self.config.trainer.n_gpus_per_node))
-        environment = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
-        options = [{**option, "runtime_env": {"env_vars": environment}} for option in placement.trainers]
+        environment = {}
+        if self.plan.device == "cpu":
+            environment = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+        elif self.plan.device == "npu":
+            environment = hccl_environment(os.environ)
         return WorkerGroup(
             TrainWorker,
-            options if self.plan.device == "cpu" else placement.trainers,
+            [{**option, "runtime_env": {"env_vars": environment}} for option in placement.trainers],
             {
                 "world_size": len(placement.trainers),
                 "config": self.config.actor_rollout_ref,
@@ -248,14 +254,30 @@ class Runtime:
 
     async def _start_trainers(self) -> None:
         started = time.perf_counter()
-        nodes = await self.trainers.all("__ray_call__", where, self.plan.device)
-        self._home, addresses = nodes[0], ["127.0.0.1"] * len(nodes)
-        if self.config.trainer.nnodes > 1:
-            addresses = [node.address for node in nodes]
-            await check_shared(self.config.trainer.default_local_dir, self.trainers, addresses)
+        if not self._nodes:
+            await self._find_trainers()
+        addresses = [node.address if self.config.trainer.nnodes > 1 else "127.0.0.1" for node in self._nodes]
         port = await self.trainers.rank(0, "rendezvous", addresses[0])
         await self.trainers.each("setup", [(addresses[0], port, address) for address in addresses])
         logger.info("%d trainer ranks are up after %.1f s", len(self.trainers), time.perf_counter() - started)
+
+    async def _find_trainers(self) -> None:
+        """Where each rank is; and where some are on other nodes than the driver, that they see what it sees."""
+        trainer = self.config.trainer
+        self._nodes = await self.trainers.all("__ray_call__", where, self.plan.device)
+        for replica in self.replicas.replicas:
+            seen = [node.device for node in self._nodes]
+            replica.environment |= shared_devices(self.config, self.plan.device, seen, replica.rank)
+        if self._elsewhere:
+            await check_seen(files_of(self.config), self.trainers, self._elsewhere)
+            if trainer.save_freq > 0:
+                await check_shared(trainer.default_local_dir, self.trainers, self._elsewhere)
+
+    @property
+    def _elsewhere(self) -> list[str]:
+        """Each rank's address, if any is on another node than the driver; else none."""
+        here = own_node()
+        return [node.address for node in self._nodes] if any(node.id != here for node in self._nodes) else []
 
     async def stop(self) -> None:
         """End every process that `start` started; harmless where it did not get that far."""
@@ -405,9 +427,8 @@ class Runtime:
     async def update_weights(self, version: int) -> dict[str, Any]:
         """Bring every replica, restarted ones included, to the trainer's weights as `version`."""
         await self.replicas.restart_dead()
-        assert self._home is not None, "start() first"
         placed = [(replica, replica.node) for replica in self.replicas.alive]
-        sender, receivers = self._transport.connect(GroupSender(self.trainers), self._home, placed)
+        sender, receivers = self._transport.connect(GroupSender(self.trainers), self._nodes[0], placed)
         return await self._updates.update(sender, receivers, version)
 
     # ---- what is read off ----
@@ -442,6 +463,8 @@ class Runtime:
                 f"{directory} has no critic, and algorithm.adv_estimator={self.config.algorithm.adv_estimator} trains "
                 "one: resume a run that had a critic, or start afresh with trainer.resume_mode=disable"
             )
+        if self._elsewhere:
+            await check_seen({"checkpoint": directory}, self.trainers, self._elsewhere)
         await self.trainers.all("call", "load_checkpoint", str(directory / "actor"))
         if self.with_critic:
             await self.trainers.all("call_critic", "load_checkpoint", str(directory / "critic"))

@@ -14,6 +14,20 @@ from packaging.version import Version
 OLDEST_VLLM_ASCEND = "0.18.0"
 _NZ, _ALLOCATOR = "VLLM_ASCEND_ENABLE_NZ", "PYTORCH_NPU_ALLOC_CONF"
 _QUEUE, _ROLLOUT_QUEUE = "TASK_QUEUE_ENABLE", "VLLM_ASCEND_TASK_QUEUE_ENABLE"
+_PORTS = ("HCCL_HOST_SOCKET_PORT_RANGE", "HCCL_NPU_SOCKET_PORT_RANGE")
+
+
+def hccl_environment(current: Mapping[str, str]) -> dict[str, str]:
+    """Environment variables of every process that communicates by HCCL; of one communicator all need the same.
+
+    Trainer, engine and relay share an NPU, and HCCL's default is one port for each NPU (16666, says the description of
+    HCCL_NPU_SOCKET_PORT_RANGE in the manual of CANN 9): the second process could not listen. `auto` leaves the choice
+    to the operating system.
+
+    Args:
+        current: the environment to start from; what it sets is kept.
+    """
+    return {name: current.get(name, "auto") for name in _PORTS}
 
 
 def npu_environment(current: Mapping[str, str]) -> dict[str, str]:
@@ -22,7 +36,7 @@ def npu_environment(current: Mapping[str, str]) -> dict[str, str]:
     Args:
         current: the environment to start from; what it sets is kept, and checked in the replica.
     """
-    environment = {_NZ: current.get(_NZ, "0")}
+    environment = {_NZ: current.get(_NZ, "0"), **hccl_environment(current)}
     if _ROLLOUT_QUEUE in current:
         environment[_QUEUE] = current[_ROLLOUT_QUEUE]
     return environment

@@ -31,11 +31,15 @@ class vLLMReplica:
     Args:
         rank: index of this replica.
         server_arguments: keyword arguments of `vLLMHttpServer` except `replica_rank`.
-        actor_options: Ray options of the actor: environment, resources, placement.
+        actor_options: Ray options of the actor: resources, placement.
+        environment: variables that its process is started with.
     """
 
-    def __init__(self, rank: int, server_arguments: dict[str, Any], actor_options: dict[str, Any]):
+    def __init__(
+        self, rank: int, server_arguments: dict[str, Any], actor_options: dict[str, Any], environment: dict[str, str]
+    ):
         self.rank = rank
+        self.environment = environment
         self.alive = False
         self.in_flight = 0
         self.node: Node | None = None  # where it was started last
@@ -46,7 +50,8 @@ class vLLMReplica:
 
     async def start(self) -> dict[str, Any]:
         """Start the actor and its engine; what `vLLMHttpServer.start` returns."""
-        self._actor = ray.remote(**self._options)(vLLMHttpServer).remote(**self._arguments, replica_rank=self.rank)
+        options = {**self._options, "runtime_env": {"env_vars": self.environment}}
+        self._actor = ray.remote(**options)(vLLMHttpServer).remote(**self._arguments, replica_rank=self.rank)
         self._requests = RequestChannel(
             functools.partial(self._call, "take_requests"), functools.partial(self._call, "some_answers")
         )

@@ -35,6 +35,14 @@ def test_ports_beyond_the_last(problem_of):
     assert "65536" in text and "at most 65534" in text
 
 
+def test_an_endpoint_that_other_nodes_do_not_reach(plan_of, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    several = {SERVER + "enable_http": True, "trainer__nnodes": 2}
+    assert any("server.host=127.0.0.1: each replica" in text for text in plan_of(**several).warnings)
+    assert not any("server.host" in text for text in plan_of(**several, **{SERVER + "host": "0.0.0.0"}).warnings)
+    assert not any("server.host" in text for text in plan_of(**{SERVER + "enable_http": True}).warnings)
+
+
 def test_several_nodes_are_a_cluster_s(problem_of, plan_of, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "local")
     several = {"trainer__nnodes": 2}

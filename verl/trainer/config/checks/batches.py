@@ -60,13 +60,14 @@ def _mini_batch_error(prompts: int, mini: tuple[str, int], n: int, ranks: int, f
             else f"does not divide data.train_batch_size={prompts} prompts"
         )
     else:
-        why = f"x rollout.n={n} = {size * n} samples do not divide among {ranks} ranks (trainer.n_gpus_per_node)"
+        why = f"x rollout.n={n} = {size * n} samples do not divide among {ranks} ranks"
     sizes = near(size, prompts, fits)
     if sizes:
         return f"{key}={size}: {why}; use {sizes}"
     rows = near(prompts, prompts + ranks, lambda size: size * n % ranks == 0)
     return (
-        f"{key}={size}: {why}, and no other does; use data.train_batch_size={rows}, or another trainer.n_gpus_per_node"
+        f"{key}={size}: {why}, and no other does; use data.train_batch_size={rows}, or another number of ranks "
+        "(trainer.n_gpus_per_node, trainer.nnodes)"
     )
 
 

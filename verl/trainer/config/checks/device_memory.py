@@ -52,8 +52,8 @@ def _way_out(config: PPOConfig, stage: Stage, memory: DeviceMemory) -> str:
 def _more_devices(memory: DeviceMemory) -> str:
     apart = "give the replicas nodes of their own (actor_rollout_ref.rollout.nnodes), " if memory.shared else ""
     return (
-        f"raise trainer.n_gpus_per_node, among which the weights and the optimizer are sharded, {apart}or train "
-        "adapters alone (actor_rollout_ref.model.lora_rank=32)"
+        "raise trainer.n_gpus_per_node or trainer.nnodes, among which the weights and the optimizer are sharded, "
+        f"{apart}or train adapters alone (actor_rollout_ref.model.lora_rank=32)"
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import importlib.util
-import math
 import os
 import re
 import socket
@@ -12,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from verl.trainer.config import names
-from verl.trainer.config.checks.batches import rollout_devices, trainer_ranks
+from verl.trainer.config.checks.batches import rollout_devices
 from verl.trainer.config.checks.transport import resolve_backend
 from verl.trainer.config.critic import needs_critic
 from verl.trainer.config.estimate import MemoryEstimate
@@ -87,7 +86,7 @@ def _check_planned(config: PPOConfig, hardware: Hardware, found: Findings) -> st
     node = max(trainer.n_gpus_per_node, rollout.n_gpus_per_node if apart else 0)
     # Shared memory reaches replicas on the trainer's node alone.
     together = rollout.nnodes == 1 and resolve_backend(config, device) == "naive"
-    needed = 1 if together else math.ceil((trainer_ranks(config) + apart) / node)
+    needed = 1 if together else trainer.nnodes + rollout.nnodes
     if hardware.nodes is None or needed == hardware.nodes:
         return device
     if needed > hardware.nodes:
@@ -183,6 +182,12 @@ def check_ports(config: PPOConfig, found: Findings) -> None:
     if not server.enable_http:
         return
     field = f"actor_rollout_ref.rollout.server.port={server.port}"
+    loopback = server.host in ("localhost", "::1") or server.host.startswith("127.")
+    if loopback and max(config.trainer.nnodes, config.actor_rollout_ref.rollout.nnodes) > 1:
+        found.warnings.append(
+            f"actor_rollout_ref.rollout.server.host={server.host}: each replica is reached on its own node alone; set "
+            "an address that other nodes reach, or leave actor_rollout_ref.rollout.server.enable_http=False"
+        )
     replicas = max(1, rollout_devices(config) // config.actor_rollout_ref.rollout.tensor_model_parallel_size)
     for rank in range(replicas if server.port else 1):
         port = server.port + rank if server.port else 0

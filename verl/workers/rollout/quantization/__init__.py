@@ -1,4 +1,4 @@
-"""How the rollout holds its weights: `actor_rollout_ref.rollout.quantization` is compared here and nowhere else."""
+"""How the rollout holds its weights: the scheme of each value of `actor_rollout_ref.rollout.quantization`."""
 
 from __future__ import annotations
 

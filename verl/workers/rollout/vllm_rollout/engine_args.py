@@ -58,10 +58,11 @@ def engine_args(
         "logprobs_mode": rollout.logprobs_mode,
         "seed": seed,
         "worker_extension_cls": _WORKER_EXTENSION,
+        # In-process workers save a process and a hop per step; vLLM allows them for a single worker only. Left to
+        # itself it would take Ray for several, and wait for ever for the devices that the trainer's ranks reserve.
+        "distributed_executor_backend": "uni" if rollout.tensor_model_parallel_size == 1 else "mp",
     }
     if device == "cpu":
-        # In-process workers save a process and a hop per step; vLLM allows them for a single worker only.
-        arguments["distributed_executor_backend"] = "uni" if rollout.tensor_model_parallel_size == 1 else "mp"
         # On a CPU vLLM would reserve a share of the whole machine's memory, which replicas and trainers share.
         itemsize = 4 if dtype == "float32" else 2
         arguments["kv_cache_memory_bytes"] = cpu_cache_bytes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import ray
@@ -10,6 +11,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from verl.trainer.config.rollout import CheckpointEngineConfig
 from verl.utils.platform import devices_environment, visible_devices
+from verl.utils.vllm.npu_settings import hccl_environment
 from verl.workers.rollout.weight_sync.collective import CollectiveTransport, Node, RelayDied, SharedMemory
 from verl.workers.rollout.weight_sync.relay import DEVICES, BucketRelay
 
@@ -17,9 +19,17 @@ from verl.workers.rollout.weight_sync.relay import DEVICES, BucketRelay
 def where(_actor: Any, device: str) -> Node:
     """The node that an actor runs on; with `actor.__ray_call__.remote(where, device)` it is asked there."""
     visible = None if device == "cpu" else visible_devices(device)
-    return Node(
-        ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address(), visible[0] if visible else None
-    )
+    return Node(own_node(), ray.util.get_node_ip_address(), visible[0] if visible else None)
+
+
+def own_node() -> str:
+    """The id of the node that this process runs on."""
+    return ray.get_runtime_context().get_node_id()
+
+
+def several_nodes() -> bool:
+    """Whether the cluster has more nodes than this one."""
+    return sum(node["Alive"] for node in ray.nodes()) > 1
 
 
 def transport(config: CheckpointEngineConfig, backend: str, device: str) -> SharedMemory | CollectiveTransport:
@@ -45,6 +55,8 @@ class _RayRelay:
         device, environment = DEVICES[backend], {"OMP_NUM_THREADS": "1"}
         if device != "cpu":
             environment |= devices_environment(device, None if node.device is None else [node.device])
+        if device == "npu":
+            environment |= hccl_environment(os.environ)
         options = {
             "num_cpus": 0,
             "max_concurrency": 2,  # one to answer during a broadcast
