@@ -126,8 +126,9 @@ async def start(model_dir: Path, rollout: RolloutConfig, dtype: str) -> Pair:
     }
     environment = engine_environment(device="cpu", threads=2, tensor_parallel_size=1)
     replica = vLLMReplica(0, server, {"num_cpus": 0}, environment)
-    host, port = await trainer.rank(0, "rendezvous", True)
-    await asyncio.gather(trainer.all("setup", host, port), replica.start())
+    host = "127.0.0.1"
+    port = await trainer.rank(0, "rendezvous", host)
+    await asyncio.gather(trainer.all("setup", host, port, host), replica.start())
     pair = Pair(config, trainer, replica)
     await pair.update()
     return pair
