@@ -21,8 +21,8 @@ test: lint unit e2e ## lint and all tests but those of `make contract`
 unit: setup ## the tests that start no engine
 	$(python) -m pytest -q -n 2 tests --ignore=tests/e2e $(ARGS)
 
-e2e: setup ## the tests with Ray and a real vLLM engine, two at a time: half of each is waiting for processes to start
-	$(python) -m pytest -q -n 2 --dist worksteal tests/e2e $(ARGS)
+e2e: setup ## the tests with Ray and a real vLLM engine; one at a time, each keeps two cores busy
+	$(python) -m pytest -q tests/e2e $(ARGS)
 
 browser: ## install the Chromium in which tests open `verl report`, on Debian, as root
 	apt-get update && apt-get install -y chromium
