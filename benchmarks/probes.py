@@ -1,6 +1,6 @@
 """This machine's parameters for `time_model.py`, by probes of some seconds each.
 
-Rates come from a decoder layer of the model in question, copies and a collective; overheads, which no such probe shows,
+Rates come from the model in question and its weights, copies and a collective; overheads, which no such probe shows,
 from runs of models so small that they compute and move next to nothing: a shallow one, a deep one, and the shallow one
 with more samples.
 """
@@ -81,21 +81,25 @@ def _packed(weight: torch.Tensor) -> torch.Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight)
 
 
-def train_flops(config: PretrainedConfig, samples: int, tokens: int) -> float:
-    """FLOP/s of a decoder layer of the model, forward and backward, at a micro-batch of `samples` x `tokens`."""
+def train_flops(config: PretrainedConfig, samples: int, prompt: int, answer: int) -> float:
+    """FLOP/s of the model forward and backward, at a micro-batch of `samples` prompts and answers of so many tokens.
+
+    The head works at the answers alone, where it is followed by a pass over its logits that no FLOPs count.
+    """
     from transformers import AutoModelForCausalLM
 
-    single = type(config).from_dict({**config.to_dict(), "num_hidden_layers": 2, "vocab_size": 128})
-    model = AutoModelForCausalLM.from_config(single, dtype=torch.float32).model
-    matrices = [parameter for parameter in model.layers.parameters() if parameter.dim() == 2]
-    ids = torch.randint(3, 128, (samples, tokens))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    layers = sum(parameter.numel() for parameter in model.model.layers.parameters() if parameter.dim() == 2)
+    tokens = prompt + answer
+    ids = torch.randint(3, config.vocab_size, (samples, tokens))
 
     def both() -> None:
-        model(input_ids=ids, use_cache=False).last_hidden_state.sum().backward()
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, prompt:]
+        model.lm_head(hidden).logsumexp(-1).sum().backward()
 
-    attention = 2 * single.num_hidden_layers * single.num_attention_heads * single.head_dim * tokens
-    flops = 6 * samples * tokens * (sum(matrix.numel() for matrix in matrices) + attention)
-    return flops / seconds(both, rounds=5)
+    attention = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * tokens
+    flops = 6 * samples * (tokens * (layers + attention) + answer * model.lm_head.weight.numel())
+    return flops / seconds(both, rounds=3)
 
 
 def load_copies(config: PretrainedConfig) -> float:
@@ -150,8 +154,7 @@ def _probe(
     read, generate = together(lambda: decode_rates(config, max(1, load.samples // ranks)))
     bandwidth, latency = (float("inf"), 0.0) if ranks == 1 else together(lambda: link(ranks))
     device = Device(
-        # As many tokens as a micro-batch has.
-        train_flops=together(lambda: train_flops(config, load.micro_batch, load.prompt + load.longest)),
+        train_flops=together(lambda: train_flops(config, load.micro_batch, load.prompt, load.longest)),
         generate_flops=generate,
         read_bandwidth=read,
         copy_bandwidth=together(copy_bandwidth),
@@ -171,12 +174,12 @@ def _probe(
 def link(ranks: int) -> tuple[float, float]:
     """Bytes into a rank a second, and seconds a call, of an all-gather between the ranks."""
 
-    def gather(size: int) -> float:
+    def gather(size: int, rounds: int) -> float:
         own = torch.ones(size // ranks, dtype=torch.uint8)
         whole = torch.empty(len(own) * ranks, dtype=torch.uint8)
-        return seconds(lambda: dist.all_gather_into_tensor(whole, own))
+        return seconds(lambda: dist.all_gather_into_tensor(whole, own), rounds)
 
-    small, large = gather(1 << 10), gather(_GATHERED)
+    small, large = gather(1 << 10, rounds=101), gather(_GATHERED, rounds=7)
     return _GATHERED * (ranks - 1) / ranks / max(large - small, 1e-9), small
 
 

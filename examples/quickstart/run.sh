@@ -72,6 +72,6 @@ python3 -m verl.trainer.main_ppo \
 
 report="$(python3 -m verl.cli report "$run")"
 python3 examples/quickstart/summary.py "$run" --wall-seconds $((SECONDS - started)) --report "$report" \
-    --next 'make quickstart ARGS="actor_rollout_ref.rollout.quantization=null"    # the same without MXFP8' \
-    --next 'make quickstart ARGS="trainer.n_gpus_per_node=2"     # two trainer ranks and two vLLM replicas' \
+    --next 'make quickstart ARGS="actor_rollout_ref.rollout.quantization=null trainer.default_local_dir=outputs/plain"' \
+    --next 'make quickstart ARGS="trainer.n_gpus_per_node=2 trainer.default_local_dir=outputs/two_ranks"' \
     --next 'examples/grpo_trainer/run_smollm2_135m_cpu.sh        # a real pretrained model, for patient people'

@@ -64,7 +64,7 @@ FAULTS = [
     planted(
         "samples longer than the model's positions",
         ["data.max_response_length=2048", "1024 positions"],
-        "lower it to at most 1024",
+        "lower their sum to at most 1024",
         keys={"data.max_response_length": 2048},
     ),
     planted(

@@ -157,3 +157,10 @@ def test_facts_of_two_runs_stand_side_by_side(make_run):
     assert values["A step takes"] == ["3.5 s", "3.5 s"]
     assert values["Throughput"] == ["4,321 tokens/s", "4,321 tokens/s"]
     assert values["Quantisation error"] == ["3.4 %", "3.4 %"]
+
+
+def test_the_ends_of_a_short_run_do_not_overlap(make_run):
+    """Scores rise by 0.03 a step from 0.23 on."""
+    for steps, said in ((1, "0.23"), (2, "0.23 → 0.26"), (3, "0.23 → 0.29"), (4, "0.245 → 0.305")):
+        values = {fact.label: fact.values for fact in facts(read_runs([make_run(f"of {steps}", steps=steps)]))}
+        assert values["Reward in training"] == [said]

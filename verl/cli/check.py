@@ -43,6 +43,7 @@ examples:
   verl check train.sh trainer.n_gpus_per_node=16 --json
   verl check data.train_files=train.parquet data.val_files=test.parquet actor_rollout_ref.model.path=model
 """
+_ABSENT = "files are missing: --without-files judges what can be judged without them"
 _PREPARE = (
     "files are missing, and the script's other programs were not run: if they make these files, run them first, or use "
     "--without-files"
@@ -99,8 +100,8 @@ def run(options: argparse.Namespace) -> int:
         sys.stderr.write(f"verl check: {error}\n")
         return 2
     runs = [_examine(command, scope) for command in captured.trainings]
-    if captured.others and not options.without_files and any(run.found.absent for run in runs):
-        runs[0].found.notes.append(_PREPARE)
+    if not options.without_files and any(run.found.absent for run in runs):
+        runs[0].found.notes.append(_PREPARE if captured.others else _ABSENT)
     ok = not any(run.found.errors for run in runs)
     if options.json:
         content = check_output.as_json(runs, captured.others, options.bandwidth)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,8 @@ from verl.cli.capture import Command
 
 if TYPE_CHECKING:
     from verl.cli.check import Run
+
+_WIDTH_OF_A_FILE = 400
 
 
 def as_json(runs: Sequence[Run], others: Sequence[Command], bandwidth: float | None) -> dict[str, Any]:
@@ -43,7 +46,8 @@ def show(runs: Sequence[Run], others: Sequence[Command], bandwidth: float | None
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False, soft_wrap=False)
+    # Where lines go into a file, none is broken.
+    console = Console(highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else _WIDTH_OF_A_FILE)
     for number, run in enumerate(runs, start=1):
         title = "plan" if len(runs) == 1 else f"plan of training command {number}"
         if run.plan is not None:

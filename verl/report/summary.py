@@ -12,7 +12,7 @@ from verl.report.run import Curve, Run, is_number
 from verl.report.style import number, percent
 from verl.utils.tracking.progress import duration
 
-# Steps that an end of a noisy curve is the mean of.
+# Steps that an end of a noisy curve is the mean of, at most; half of a short one.
 _ENDS = 5
 # A run that has been silent for longer than so many of its steps, and a minute, is not called running.
 _SILENT_STEPS, _SILENT_SECONDS = 10, 60.0
@@ -61,7 +61,7 @@ def facts(runs: Sequence[Run]) -> list[Fact]:
     core = list(dict.fromkeys(name for run in runs for name in run.names() if name.startswith("val-core/")))
     means = [name for name in core if "/mean@" in name][:2]
     found = [
-        _fact("Reward in training", runs, "critic/score/mean", _ends, f"mean of the first and the last {_ENDS} steps"),
+        _fact("Reward in training", runs, "critic/score/mean", _ends, f"mean of up to {_ENDS} steps at either end"),
         *(_fact(_variable(name), runs, name, _first_last, "first and last validation") for name in means),
         _fact("Length of a response", runs, "response_length/mean", _ends, "tokens, first and last steps"),
         _fact("Entropy", runs, "actor/entropy", _ends, "nats a token, first and last steps"),
@@ -90,7 +90,10 @@ def _finite(curve: Curve) -> list[float]:
 
 
 def _ends(values: list[float]) -> str:
-    return _first_last([statistics.fmean(values[:_ENDS]), statistics.fmean(values[-_ENDS:])])
+    if len(values) == 1:
+        return _first_last(values)
+    steps = min(_ENDS, len(values) // 2)
+    return _first_last([statistics.fmean(values[:steps]), statistics.fmean(values[-steps:])])
 
 
 def _first_last(values: list[float]) -> str:

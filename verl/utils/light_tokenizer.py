@@ -25,6 +25,7 @@ class LightTokenizer:
     Attributes:
         chat_template: the default one, None where there is none.
         name_or_path: the directory.
+        unk_token_id: what stands for text that the tokenizer does not know, None where there is no such token.
 
     Raises:
         ValueError: no tokenizer.json, or a damaged one.
@@ -42,6 +43,8 @@ class LightTokenizer:
             raise ValueError(f"{path}: cannot be read ({error}); copy it again") from error
         self.chat_template = _template(Path(folder), settings)
         self._special = {name: _text(value) for name, value in settings.items() if name.endswith("_token") and value}
+        unknown = getattr(self._tokenizer.model, "unk_token", None)
+        self.unk_token_id = None if unknown is None else self._tokenizer.token_to_id(unknown)
 
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], *, tokenize: bool, return_dict: bool, **variables: Any

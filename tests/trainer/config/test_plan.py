@@ -24,6 +24,25 @@ def test_numbers_of_one_step(plan_of):
     assert plan_of(actor_rollout_ref__rollout__nnodes=1, actor_rollout_ref__rollout__n_gpus_per_node=3).replicas == 3
 
 
+def test_what_is_left_out_of_an_epoch_and_where_several_nodes_are(plan_of, monkeypatch):
+    plan = plan_of(data__train_batch_size=16)
+    assert "training steps" in plan.render() and "2 an epoch, which leaves 8 prompts out" in plan.render()
+    assert "left out" not in plan_of().render() and "nodes" not in plan_of().render()
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    two = plan_of(trainer__nnodes=2)
+    assert "2 of the trainer, replicas on the same; weights by gloo" in two.render()
+    assert (two.trainer_ranks, two.replicas, two.memory.ranks, two.memory.replicas) == (2, 2, 1, 1)
+    one = plan_of().memory
+    assert two.memory.total_bytes == pytest.approx(one.total_bytes, rel=0.05)
+    apart = plan_of(
+        actor_rollout_ref__rollout__nnodes=2,
+        actor_rollout_ref__rollout__n_gpus_per_node=3,
+        actor_rollout_ref__rollout__checkpoint_engine__backend="gloo",
+    )
+    assert "1 of the trainer, 2 of the replicas; weights by gloo" in apart.render()
+    assert (apart.replicas, apart.memory.replicas) == (6, 0) and "replica:" not in apart.render()
+
+
 def test_dtypes_and_the_weight_update(plan_of, run_files):
     plan = plan_of(
         actor_rollout_ref__rollout__dtype="bf16",
@@ -87,7 +106,7 @@ def test_the_table(plan_of, run_files):
         "40 to train on, 4 to validate on",
         "150 (5 an epoch)",
         "1 trainer rank(s), 1 replica(s) x 1 tensor parallel",
-        f"{run_files.out}, every 5 steps, the last 2 kept",
+        f"{run_files.out}, every 5 steps and after the last, the last 2 kept",
         f"file ({run_files.out}/metrics.jsonl)",
         "warning: actor_rollout_ref.rollout.n=1",
         "note: no effect on a CPU",

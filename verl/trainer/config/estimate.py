@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,19 +32,23 @@ class MemoryEstimate:
         trainer_bytes: each trainer rank.
         replica_bytes: each replica, key-value cache included; `cache_bytes` is that cache.
         other_bytes: driver, Ray, reward workers and the buckets of a weight update.
-        total_bytes: of one node, which has its share of both.
+        ranks, replicas: how many of them are on the driver's node, at most.
+        total_bytes: of that node.
     """
 
     trainer_bytes: int
     replica_bytes: int
     cache_bytes: int
     other_bytes: int
+    ranks: int
+    replicas: int
     total_bytes: int
 
-    def parts(self, ranks: int, replicas: int) -> list[tuple[str, str]]:
+    def parts(self) -> list[tuple[str, str]]:
         """Label and size of each part."""
         gib = [f"{part / _GIB:.1f} GiB" for part in (self.trainer_bytes, self.replica_bytes, self.other_bytes)]
-        return [("trainer rank", f"{gib[0]} x {ranks}"), ("replica", f"{gib[1]} x {replicas}"), ("the rest", gib[2])]
+        parts = [("trainer rank", f"{gib[0]} x {self.ranks}"), ("replica", f"{gib[1]} x {self.replicas}")]
+        return [*(parts if self.replicas else parts[:1]), ("the rest", gib[2])]
 
 
 def estimate_memory(
@@ -58,11 +61,15 @@ def estimate_memory(
     ranks: int,
     replicas: int,
     reward_workers: int,
+    apart: bool = False,
     critic: ModelFiles | None = None,
 ) -> MemoryEstimate | None:
     """What the run takes of the host's memory; None where the model's files do not tell its size.
 
     Models on an accelerator take its memory, so that only bare processes count here.
+
+    Args:
+        apart: replicas are on other nodes.
     """
     if model.parameters is None:
         return None
@@ -94,9 +101,9 @@ def estimate_memory(
             kept = model.parameters * 33 // 32 if encoded else model.parameters * itemsize
             trainer += kept // ranks
             replica += 0 if rollout.quantization == "ascend" else kept
-    nodes = config.trainer.nnodes
-    total = trainer * (ranks // nodes) + replica * math.ceil(replicas / (rollout.nnodes or nodes)) + others
-    return MemoryEstimate(trainer, replica, cache, others, total)
+    own, shared = ranks // config.trainer.nnodes, 0 if apart else replicas // config.trainer.nnodes
+    total = trainer * own + replica * shared + others
+    return MemoryEstimate(trainer, replica, cache, others, own, shared, total)
 
 
 def trainer_state_bytes(config: PPOConfig, parameters: int, ranks: int, adapters: int | None = None) -> int:

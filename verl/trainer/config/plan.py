@@ -76,6 +76,8 @@ class Plan:
         train_prompts, val_prompts: rows, before overlong prompts are dropped.
         steps_per_epoch, total_steps: training steps; None where a dataset class of the user's decides.
         trainer_ranks, replicas, tensor_parallel, reward_workers: processes.
+        trainer_nodes: of the trainer; rollout_nodes: of the replicas alone, 0 where they are on the trainer's.
+        transport: how weights get to the replicas, as `resolve_backend` says.
         parameters: of the model; None where its files do not tell.
         critic: the critic's part; None without one.
         update_bytes, update_buckets: what a whole weight update moves, at least; None likewise.
@@ -113,6 +115,9 @@ class Plan:
     replicas: int
     tensor_parallel: int
     reward_workers: int
+    trainer_nodes: int
+    rollout_nodes: int
+    transport: str
     parameters: int | None
     critic: CriticPlan | None
     update_bytes: int | None
@@ -161,10 +166,11 @@ class Plan:
             else f"{_count(self.micro_batches_per_rank)} for each mini-batch"
         )
         most = "at most " if self.at_most else ""
-        steps = "decided by the dataset class, or by data that is not here"
-        if self.total_steps is not None:
-            per_epoch = "" if self.steps_per_epoch is None else f" ({most}{_count(self.steps_per_epoch)} an epoch)"
-            steps = f"{_count(self.total_steps)}{per_epoch}"
+        unknown = "decided by the dataset class, or by data that is not here"
+        steps = unknown if self.total_steps is None else f"{_count(self.total_steps)}{self._per_epoch(most)}"
+        prompts = unknown
+        if self.train_prompts is not None or self.val_prompts is not None:
+            prompts = f"{most}{_count(self.train_prompts)} to train on, {most}{_count(self.val_prompts)} to validate on"
         return [
             ("prompts a step", _count(self.prompts_per_step)),
             ("samples a step", _count(self.samples_per_step)),
@@ -175,18 +181,30 @@ class Plan:
             ),
             ("micro-batches a rank", micro),
             ("token caps", f"{_count(self.prompt_tokens)} prompt + {_count(self.response_tokens)} response"),
-            (
-                "prompts",
-                f"{most}{_count(self.train_prompts)} to train on, {most}{_count(self.val_prompts)} to validate on",
-            ),
+            ("prompts", prompts),
             ("training steps", steps),
         ] + ([] if self.prompt_lengths is None else [("prompt lengths", self.prompt_lengths.text())])
+
+    def _per_epoch(self, most: str) -> str:
+        if self.steps_per_epoch is None or self.train_prompts is None:
+            return ""
+        over = self.train_prompts - self.steps_per_epoch * self.prompts_per_step
+        left_out = f", which leaves {_count(over)} prompts out" if over and not most else ""
+        return f" ({most}{_count(self.steps_per_epoch)} an epoch{left_out})"
+
+    def _node_rows(self) -> list[tuple[str, str]]:
+        """Where there are several."""
+        if self.trainer_nodes + self.rollout_nodes == 1 or (self.trainer_nodes == 1 and self.transport == "naive"):
+            return []
+        replicas = f"{self.rollout_nodes} of the replicas" if self.rollout_nodes else "replicas on the same"
+        return [("nodes", f"{self.trainer_nodes} of the trainer, {replicas}; weights by {self.transport}")]
 
     def _machine_rows(self) -> list[tuple[str, str]]:
         replicas = f"{self.replicas} replica(s) x {self.tensor_parallel} tensor parallel"
         rows = [
             ("device", self.device if self.hardware is None else f"{self.device}, planned for {self.hardware}"),
             ("processes", f"{self.trainer_ranks} trainer rank(s), {replicas}, {self.reward_workers} for rewards"),
+            *self._node_rows(),
             ("parameters", "unknown" if self.parameters is None else _millions(self.parameters)),
             ("trainer computes in", f"{self.compute_dtype} ({self.compute_why}); master weights {self.master_dtype}"),
             ("engine computes in", f"{self.rollout_dtype} ({self.rollout_why})"),
@@ -200,8 +218,9 @@ class Plan:
             rows.append(("weight update", f"{size(self.update_bytes)} in {self.update_buckets} bucket(s), {then}"))
         if self.memory is not None:
             free = "" if self.available_bytes is None else f", {size(self.available_bytes)} available"
-            rows.append(("host memory", f"about {size(self.memory.total_bytes)}{free}"))
-            rows += [("", f"{name}: {text}") for name, text in self.memory.parts(self.trainer_ranks, self.replicas)]
+            of_a_node = " on the driver's node" if self._node_rows() else ""
+            rows.append(("host memory", f"about {size(self.memory.total_bytes)}{of_a_node}{free}"))
+            rows += [("", f"{name}: {text}") for name, text in self.memory.parts()]
         return rows
 
 

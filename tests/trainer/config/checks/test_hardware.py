@@ -101,6 +101,13 @@ def test_nodes(of, keys, nodes, kind, words):
     assert kind is None or words in about[kind][0]
 
 
+def test_several_nodes_are_a_cluster(of):
+    _, found = of("Qwen3-8B", {"trainer.nnodes": 2})
+    assert any("takes 2 nodes: start it in a Ray cluster" in text for text in found.notes)
+    for keys in ({}, {"trainer.nnodes": 2, "ray_kwargs.ray_init.address": "auto"}):
+        assert not any("Ray cluster" in text for text in of("Qwen3-8B", keys)[1].notes)
+
+
 @pytest.mark.parametrize("name", [name for name in HARDWARE if name != "cpu"])
 def test_the_device_is_the_hardwares(of, name):
     quantization = "ascend" if name.startswith("npu") else "fp8"

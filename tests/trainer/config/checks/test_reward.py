@@ -11,6 +11,29 @@ def test_no_such_function(problem_of):
     assert "reward.custom_reward_function.name=compute_scores" in text and "did you mean compute_score?" in text
 
 
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("def compute_score(data_source, solution_str, ground_truth, extra_info, bonus=1): ...", "did you mean bonus?"),
+        (
+            "async def compute_score(data_source, solution_str, ground_truth, extra_info): ...",
+            "it has data_source, solu",
+        ),
+        ("def compute_score(*, solution_str, **others): ...", None),
+        ("@wrapped\ndef compute_score(): ...", None),
+        ("if True:\n    def compute_score(): ...", None),
+    ],
+)
+def test_a_keyword_that_the_function_does_not_take(problem_of, plan_of, run_files, source, words):
+    run_files.reward.write_text(source)
+    changes = {"reward__custom_reward_function__reward_kwargs": "{bonsu: 2}"}
+    if words is None:
+        plan_of(**changes)
+    else:
+        text = problem_of(**changes)
+        assert text.startswith("reward.custom_reward_function.reward_kwargs.bonsu: ") and words in text
+
+
 def test_a_file_that_does_not_compile(problem_of, run_files):
     run_files.reward.write_text("x = 1\ndef compute_score(:\n    pass\n")
     text = problem_of()
@@ -123,7 +146,8 @@ def test_the_buffer_is_the_dapo_managers_alone(plan_of):
     assert f"no effect on reward.reward_manager.name=naive: reward.reward_kwargs.max_resp_len, {BUFFER}" in notes
 
 
-def test_a_keyword_with_two_values(problem_of):
+def test_a_keyword_with_two_values(problem_of, run_files):
+    run_files.reward.write_text("def compute_score(**sample): ...")
     own = "reward__custom_reward_function__reward_kwargs"
     text = problem_of(**{"reward__reward_kwargs": "{a: 1, b: 2}", own: "{a: 3, b: 2}"})
     assert text.startswith("reward.custom_reward_function.reward_kwargs.a=3: is 1 in reward.reward_kwargs")

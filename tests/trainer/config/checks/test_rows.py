@@ -93,6 +93,15 @@ def test_prompts_that_are_too_long(of, keys, kind, words):
     assert not (found.errors and found.warnings)
 
 
+def test_text_that_the_tokenizer_does_not_know(of):
+    """Two words of seven in each second prompt."""
+    strange = row(prompt=[{"role": "user", "content": "word Wort mot word"}])
+    found, _ = of([row(), strange] * 8)
+    (text,) = found.warnings
+    assert text.startswith("data.train_files: 14% of the tokens of 16 prompts are text that the tokenizer in")
+    assert of([row()] * 60 + [strange])[0].warnings == []
+
+
 def test_without_tokenizer_nothing_is_measured(of):
     (of.script.model / "tokenizer.json").unlink()
     found, lengths = of([row()] * 4)

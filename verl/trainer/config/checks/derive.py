@@ -7,6 +7,7 @@ from pathlib import Path
 from verl.trainer.config.checks.batches import rollout_devices, trainer_ranks
 from verl.trainer.config.checks.data import DataInfo
 from verl.trainer.config.checks.quantization import Quantisation
+from verl.trainer.config.checks.transport import resolve_backend
 from verl.trainer.config.critic import resolve_critic
 from verl.trainer.config.delta import whole_updates_why
 from verl.trainer.config.estimate import estimate_memory
@@ -41,7 +42,7 @@ def derive_plan(
     update = None if model.parameters is None else model.parameters * itemsize
     if quantisation is not None:
         update = quantisation.update_bytes(itemsize) or update
-    bucket = rollout.checkpoint_engine.update_weights_bucket_megabytes * _MIB
+    bucket, backend = rollout.checkpoint_engine.update_weights_bucket_megabytes * _MIB, resolve_backend(config, device)
     return Plan(
         device=device,
         compute_dtype=compute.name,
@@ -68,6 +69,9 @@ def derive_plan(
         replicas=replicas,
         tensor_parallel=rollout.tensor_model_parallel_size,
         reward_workers=workers,
+        trainer_nodes=trainer.nnodes,
+        rollout_nodes=rollout.nnodes,
+        transport=backend,
         parameters=model.parameters,
         critic=None if critic is None else _critic(config, device, critic),
         update_bytes=update,
@@ -82,6 +86,7 @@ def derive_plan(
             ranks=ranks,
             replicas=replicas,
             reward_workers=workers,
+            apart=rollout.nnodes > 0 and backend != "naive",
             critic=critic,
         ),
         available_bytes=available_memory_bytes(),
@@ -108,7 +113,7 @@ def _checkpoints(config: PPOConfig) -> str:
     if trainer.save_freq <= 0:
         return "none (trainer.save_freq)"
     kept = "all" if trainer.max_actor_ckpt_to_keep is None else f"the last {trainer.max_actor_ckpt_to_keep}"
-    return f"{trainer.default_local_dir}, every {trainer.save_freq} steps, {kept} kept"
+    return f"{trainer.default_local_dir}, every {trainer.save_freq} steps and after the last, {kept} kept"
 
 
 def _logs(config: PPOConfig) -> str:

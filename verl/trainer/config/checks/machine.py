@@ -42,7 +42,7 @@ def check_device(config: PPOConfig, scope: Scope, found: Findings) -> str | None
     if config.trainer.nnodes > 1 and not joins:
         found.errors.append(
             f"trainer.nnodes={config.trainer.nnodes}: this machine alone is one node; start Ray on all of them (ray "
-            "start) and join it with +ray_kwargs.ray_init.address=auto, or use 1"
+            "start) and join it with ray_kwargs.ray_init.address=auto, or use 1"
         )
     if device == "cpu":
         if ranks > cpu_cores():
@@ -87,6 +87,11 @@ def _check_planned(config: PPOConfig, hardware: Hardware, found: Findings) -> st
     # Shared memory reaches replicas on the trainer's node alone.
     together = rollout.nnodes == 1 and resolve_backend(config, device) == "naive"
     needed = 1 if together else trainer.nnodes + rollout.nnodes
+    if needed > 1 and not config.ray_kwargs.ray_init.get("address"):
+        found.notes.append(
+            f"the run takes {needed} nodes: start it in a Ray cluster of them (ray start on each, and "
+            "ray_kwargs.ray_init.address=auto)"
+        )
     if hardware.nodes is None or needed == hardware.nodes:
         return device
     if needed > hardware.nodes:

@@ -113,8 +113,9 @@ def _check_lengths(config: PPOConfig, files: ModelFiles, found: Findings) -> Non
     # Scaled rotary embeddings reach further than the number in the config.
     if positions is not None and wanted > positions and not scales_positions(files):
         what = caps if wanted == longest else f"actor_rollout_ref.rollout.max_model_len={rollout.max_model_len}"
+        lower = "their sum" if what == caps else "it"
         found.errors.append(
-            f"{what}: {wanted} tokens, but the model has {positions} positions; lower it to at most {positions}"
+            f"{what}: {wanted} tokens, but the model has {positions} positions; lower {lower} to at most {positions}"
         )
 
 

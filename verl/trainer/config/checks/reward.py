@@ -67,7 +67,26 @@ def _check_function(config: PPOConfig, found: Findings) -> None:
         return
     names, open_ended = top_level_names(tree)
     if function.name in names or open_ended:
+        _check_keywords(tree, config, found)
         return
     near = difflib.get_close_matches(function.name, names, n=1)
     hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(names) or 'no function'}"
     found.errors.append(f"{_NAME}={function.name}: {path} does not define it ({hint}); set {_NAME}")
+
+
+def _check_keywords(tree: ast.Module, config: PPOConfig, found: Findings) -> None:
+    """Further keywords of the function, where its parameters are to be seen in the source."""
+    function = config.reward.custom_reward_function
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    written = [node for node in tree.body if isinstance(node, kinds) and node.name == function.name]
+    if len(written) != 1 or written[0].decorator_list or written[0].args.kwarg:
+        return
+    own = [argument.arg for argument in (*written[0].args.args, *written[0].args.kwonlyargs)]
+    for key in function.reward_kwargs or {}:
+        if key not in own:
+            near = difflib.get_close_matches(key, own, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(own)}"
+            found.errors.append(
+                f"reward.custom_reward_function.reward_kwargs.{key}: {function.name} has no such parameter ({hint}); "
+                "correct it, or add it to the function"
+            )

@@ -19,6 +19,8 @@ from verl.utils.reward_score import require_scorer
 
 MOST_ROWS = 20_000
 SAMPLE = 256
+# Share of unknown tokens: an odd character in a text is nothing to speak of.
+_MOST_UNKNOWN = 0.02
 _MEDIA = ("images", "videos", "audios")
 
 
@@ -101,10 +103,17 @@ def _measure(config: PPOConfig, sample: list[tuple[str, Messages]], found: Findi
     try:
         tokenizer = LightTokenizer(folder)
         variables = check_template_kwargs(data.apply_chat_template_kwargs or {})
-        lengths = [len(prompt_token_ids(tokenizer, messages, variables)) for _, messages in sample]
+        prompts = [prompt_token_ids(tokenizer, messages, variables) for _, messages in sample]
     except ValueError as error:
         found.errors.append(f"data.train_files: prompts cannot be made into tokens: {error}")
         return None
+    lengths = [len(prompt) for prompt in prompts]
+    unknown = sum(prompt.count(tokenizer.unk_token_id) for prompt in prompts) / max(1, sum(lengths))
+    if unknown > _MOST_UNKNOWN:
+        found.warnings.append(
+            f"data.train_files: {unknown:.0%} of the tokens of {len(prompts)} prompts are text that the tokenizer in "
+            f"{folder} does not know, and look all alike to the model; use a model whose tokenizer knows it"
+        )
     most = data.max_prompt_length
     over = [i for i, length in enumerate(lengths) if length > most]
     measured = PromptLengths(len(lengths), sorted(lengths)[len(lengths) // 2], max(lengths), len(over))
