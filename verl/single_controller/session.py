@@ -30,7 +30,7 @@ class RaySession:
 
     def __enter__(self) -> RaySession:
         if not self._joined:
-            if (self._options.get("address") or ray_cluster(os.environ)) not in (None, "local"):
+            if ray_cluster(os.environ, asked=self._options.get("address")) is not None:
                 # Only a session that we start takes these.
                 for key in ("num_cpus", "num_gpus", "include_dashboard"):
                     self._options.pop(key, None)

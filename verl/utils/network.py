@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import socket
 import struct
 from collections.abc import Mapping
@@ -25,9 +26,18 @@ def interface_of(address: str) -> str | None:
     return None
 
 
-def ray_cluster(environment: Mapping[str, str], *, root: Path = Path("/")) -> str | None:
-    """Where `ray.init` would join one: `RAY_ADDRESS`, or the cluster that was started last on this machine."""
-    address = environment.get("RAY_ADDRESS")
+def choose_gloo_interface(address: str) -> None:
+    """Have gloo use the interface with this host's `address`, unless `GLOO_SOCKET_IFNAME` is set already.
+
+    Left to itself it takes what the host's name resolves to, which often is an address that no other host reaches.
+    """
+    if (interface := interface_of(address)) is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
+def ray_cluster(environment: Mapping[str, str], *, asked: str | None = None, root: Path = Path("/")) -> str | None:
+    """Where `ray.init(address=asked)` would join one, `RAY_ADDRESS` and the cluster that was started last included."""
+    address = asked or environment.get("RAY_ADDRESS")
     if address:
         return None if address == "local" else address
     folder = environment.get("RAY_TMPDIR") or environment.get("TMPDIR") or str(root / "tmp")

@@ -13,7 +13,7 @@ from verl.trainer.config import ActorRolloutRefConfig, CriticConfig
 from verl.trainer.config.delta import whole_updates_why
 from verl.trainer.config.rollout_correction import Correction
 from verl.utils.heap import freeze_heap
-from verl.utils.network import interface_of
+from verl.utils.network import choose_gloo_interface
 from verl.utils.timeline import join_timeline, span, spanned
 from verl.workers.actor import ActorWorker
 from verl.workers.critic import CriticWorker
@@ -91,9 +91,8 @@ class TrainWorker:
             host, port: where rank 0 is met.
             address: of this rank's host, towards the others.
         """
-        # Gloo would take what the host's name resolves to, which often is an address that no other host reaches.
-        if address != "127.0.0.1" and (interface := interface_of(address)) is not None:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        if address != "127.0.0.1":
+            choose_gloo_interface(address)
         self._actor = ActorWorker(
             self._rank,
             self._world_size,

@@ -194,7 +194,7 @@ class Plan:
 
     def _node_rows(self) -> list[tuple[str, str]]:
         """Where there are several."""
-        if self.trainer_nodes + self.rollout_nodes == 1 or (self.trainer_nodes == 1 and self.transport == "naive"):
+        if self.transport == "naive" or self.trainer_nodes + self.rollout_nodes == 1:
             return []
         replicas = f"{self.rollout_nodes} of the replicas" if self.rollout_nodes else "replicas on the same"
         return [("nodes", f"{self.trainer_nodes} of the trainer, {replicas}; weights by {self.transport}")]

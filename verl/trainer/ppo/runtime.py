@@ -228,9 +228,9 @@ class Runtime:
         logger.info("replica %d serves %s/v1; its key is in %s", rank, report["http"], path)
 
     def _make_trainers(self, placement: Placement) -> WorkerGroup:
-        threads = str(max(1, (os.cpu_count() or 1) // self.config.trainer.n_gpus_per_node))
         environment = {}
         if self.plan.device == "cpu":
+            threads = str(max(1, (os.cpu_count() or 1) // self.config.trainer.n_gpus_per_node))
             environment = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
         elif self.plan.device == "npu":
             environment = hccl_environment(os.environ)
@@ -265,8 +265,8 @@ class Runtime:
         """Where each rank is; and where some are on other nodes than the driver, that they see what it sees."""
         trainer = self.config.trainer
         self._nodes = await self.trainers.all("__ray_call__", where, self.plan.device)
+        seen = [node.device for node in self._nodes]
         for replica in self.replicas.replicas:
-            seen = [node.device for node in self._nodes]
             replica.environment |= shared_devices(self.config, self.plan.device, seen, replica.rank)
         if self._elsewhere:
             await check_seen(files_of(self.config), self.trainers, self._elsewhere)

@@ -38,7 +38,8 @@ def check_device(config: PPOConfig, scope: Scope, found: Findings) -> str | None
         found.errors.append(f"{error}{plan}")
         return None
     ranks, rollout = config.trainer.n_gpus_per_node, config.actor_rollout_ref.rollout
-    joins = _joins_a_cluster(config)
+    # Devices may be another machine's then; the placement in that cluster knows how many there are.
+    joins = ray_cluster(os.environ, asked=config.ray_kwargs.ray_init.get("address")) is not None
     if config.trainer.nnodes > 1 and not joins:
         found.errors.append(
             f"trainer.nnodes={config.trainer.nnodes}: this machine alone is one node; start Ray on all of them (ray "
@@ -66,12 +67,6 @@ def check_device(config: PPOConfig, scope: Scope, found: Findings) -> str | None
             f"trainer.n_gpus_per_node={ranks}: this machine shows {present} {device} device(s); use at most {present}"
         )
     return device
-
-
-def _joins_a_cluster(config: PPOConfig) -> bool:
-    """Whether devices may be other machines' too; of a cluster that runs, its own placement knows how many."""
-    address = config.ray_kwargs.ray_init.get("address")
-    return address != "local" if address else ray_cluster(os.environ) is not None
 
 
 def _check_planned(config: PPOConfig, hardware: Hardware, found: Findings) -> str | None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from verl.utils.network import interface_of
+from verl.utils.network import choose_gloo_interface
 from verl.utils.platform import torch_device
 from verl.workers.rollout.weight_sync.shm import SegmentReader, SharedSegment
 
@@ -73,9 +73,8 @@ class BucketRelay:
         """
         timeout = timedelta(seconds=timeout_s)
         store = self._store or dist.TCPStore(*meeting, is_master=False, timeout=timeout)
-        interface = interface_of(address)
-        if self._backend == "gloo" and interface is not None:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        if self._backend == "gloo":
+            choose_gloo_interface(address)
         dist.init_process_group(self._backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
     def send(self, segment: dict[str, Any], nbytes: int) -> None:
