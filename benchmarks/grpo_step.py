@@ -33,6 +33,8 @@ import tables
 from pace import PacedProcess
 from runs import Load
 
+from verl.utils.platform import cpu_environment
+
 LOADS = {
     ("0.8M", "equal"): Load(prompts=32, n=16, shortest=6, longest=6, updates=2, micro_batch=256),
     ("0.8M", "ragged"): Load(prompts=16, n=8, shortest=32, longest=256, updates=2, micro_batch=32),
@@ -62,12 +64,7 @@ def trl_process(load: Load, model_dir: Path, work: Path) -> PacedProcess:
     specification = work / "load.json"
     specification.write_text(load.to_json())
     command = [".cache/trl/bin/python", runs.HERE / "trl_side.py", specification, model_dir, work / "trl"]
-    # As ours: threads that wait by spinning take the cores from whatever else runs.
-    variables = {
-        "OMP_NUM_THREADS": str(machine.usable_cores()),
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "HF_HUB_OFFLINE": "1",
-    }
+    variables = {**cpu_environment(machine.usable_cores()), "HF_HUB_OFFLINE": "1"}
     return PacedProcess(list(map(str, command)), variables, runs.HERE.parent, work / "trl.log")
 
 

@@ -39,7 +39,7 @@ from torch.distributed.tensor import DTensor
 from verl.single_controller.worker_group import WorkerGroup
 from verl.trainer.config import ActorConfig, ActorRolloutRefConfig, FSDPConfig, ModelConfig, RolloutConfig
 from verl.trainer.ppo.runtime import GroupSender
-from verl.utils.platform import choose_dtype
+from verl.utils.platform import choose_dtype, cpu_environment
 from verl.workers.rollout.quantization import get_scheme
 from verl.workers.rollout.replica import vLLMReplica
 from verl.workers.rollout.vllm_rollout.engine_args import engine_environment
@@ -54,7 +54,6 @@ LEARNING_RATES = (1e-6, 1e-5, 1e-4)
 # Of transformers' random weights, and of SmolLM2-135M's linear layers (0.18 to 0.28, embeddings 0.14).
 RANDOM_STD, SMOLLM2_STD = 0.02, 0.2
 PARTS = ("begin_s", "encode_s", "send_s", "load_s", "finish_s", "total_s")
-_TRAINER_ENVIRONMENT = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 class MovingWorker(TrainWorker):
@@ -105,7 +104,7 @@ async def start(model_dir: Path, rollout: RolloutConfig, dtype: str) -> Pair:
     config = ActorRolloutRefConfig(model=model, actor=actor, rollout=rollout)
     trainer = WorkerGroup(
         MovingWorker,
-        [{"num_cpus": 0, "runtime_env": {"env_vars": _TRAINER_ENVIRONMENT}}],
+        [{"num_cpus": 0, "runtime_env": {"env_vars": cpu_environment(threads=2)}}],
         {
             "world_size": 1,
             "config": config,

@@ -150,6 +150,17 @@ def test_this_machine_has_memory():
     assert available_memory_bytes() > 1 << 20
 
 
+def test_a_cpu_process_keeps_what_it_frees_unless_told_otherwise(monkeypatch):
+    names = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"}
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    given = platform.cpu_environment(3)
+    assert (given["OMP_NUM_THREADS"], given["OMP_WAIT_POLICY"]) == ("3", "PASSIVE")
+    assert {given[name] for name in names} == {str(2**30)}
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
+    assert platform.cpu_environment(3) == given | {"MALLOC_TRIM_THRESHOLD_": "131072"}
+
+
 def test_torch_devices():
     import torch
 

@@ -18,6 +18,8 @@ DEVICES = ("cpu", "cuda", "npu")
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 _VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "npu": "ASCEND_RT_VISIBLE_DEVICES"}
 _DTYPES = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
+# Freed memory that a process keeps, and the size from which a tensor's is given back all the same.
+_KEPT_BYTES = str(1 << 30)
 # Without one of these a CPU computes bfloat16 by converting, several times slower than float32.
 _CPU_BFLOAT16 = ("avx512_bf16", "amx_bf16")
 
@@ -136,6 +138,16 @@ def choose_dtype(device: str, requested: str = "auto", *, cpuinfo: str | None = 
 def cpu_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_environment(threads: int) -> dict[str, str]:
+    """Environment variables for a process that computes on the CPU, on cores that other processes use by turns.
+
+    Threads that wait sleep: by default they spin. What is freed is kept: by default glibc gives each tensor's memory
+    back and gets it again page by page, and a page costs more to get than to fill. What the user has set of that stays.
+    """
+    kept = {name: os.environ.get(name, _KEPT_BYTES) for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")}
+    return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", **kept}
 
 
 def available_memory_bytes(*, root: Path = Path("/")) -> int | None:

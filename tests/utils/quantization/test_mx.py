@@ -475,6 +475,53 @@ def test_encoding_in_one_pass_is_rounding_quantising_and_measuring(path, shape, 
     assert torch.allclose(error, exact, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(32,), (40, 64), (3, 80), (5, 4304), (2, 3, 2048 + 33), (33, 2048), (0, 64)])
+def test_requantising_finds_what_changed_and_leaves_what_encoding_makes(path, shape, dtype):
+    generator = torch.Generator().manual_seed(14)
+    before = torch.randn(shape, generator=generator) * 2.0 ** torch.randint(-30, 30, shape, generator=generator)
+    moved = torch.rand(shape, generator=generator) < 0.05
+    now = torch.where(moved, before * torch.randn(shape, generator=generator), before)
+    values, scales, _ = mx.mxfp8_encode(before, dtype)
+    old = values.view(torch.uint8).clone(), scales.clone()
+    new_values, new_scales, new_error = mx.mxfp8_encode(now, dtype)
+    values_at, scales_at, error = mx.mxfp8_requantize(now, dtype, values, scales)
+    assert torch.equal(values.view(torch.uint8), new_values.view(torch.uint8)) and torch.equal(scales, new_scales)
+    for places, earlier, later in ((values_at, old[0], values.view(torch.uint8)), (scales_at, old[1], scales)):
+        assert torch.equal(places, (earlier != later).flatten().nonzero().squeeze(-1))
+    assert torch.equal(error, new_error)
+    assert not values.numel() or 0 < len(values_at) < values.numel() or values.numel() == 32
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 100])
+def test_threads_do_not_change_what_requantising_finds(threads):
+    generator = torch.Generator().manual_seed(15)
+    before = torch.randn(70, 4304, generator=generator)
+    now = before + 1e-3 * torch.randn(70, 4304, generator=generator)
+    values, scales, _ = mx.mxfp8_encode(before, torch.bfloat16)
+    old, new = values.view(torch.uint8).clone(), mx.mxfp8_encode(now, torch.bfloat16)[0].view(torch.uint8)
+    many = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        places = mx.mxfp8_requantize(now, torch.bfloat16, values, scales)[0]
+    finally:
+        torch.set_num_threads(many)
+    assert torch.equal(places, (old != new).flatten().nonzero().squeeze(-1))
+    assert torch.equal(values.view(torch.uint8), new)
+
+
+def test_requantising_refuses_what_is_of_another_weight():
+    values, scales, _ = mx.mxfp8_encode(torch.zeros(4, 64), torch.bfloat16)
+    with pytest.raises(ValueError, match=r"values: .*contiguous"):
+        mx.mxfp8_requantize(torch.zeros(4, 32), torch.bfloat16, values, scales)
+    with pytest.raises(ValueError, match="scales has shape"):
+        mx.mxfp8_requantize(torch.zeros(4, 64), torch.bfloat16, values, scales[:, :1])
+    with pytest.raises(ValueError, match="contiguous"):
+        mx.mxfp8_requantize(
+            torch.zeros(64, 4).t(), torch.bfloat16, *(part.t().contiguous().t() for part in (values, scales))
+        )
+
+
 def test_encoding_in_one_pass_rounds_to_even_and_keeps_what_is_not_finite(path):
     bits = [0x3F808000, 0x3F818000, 0x3F808001, 0x7F7FFFFF, 0xFF7FFFFF, 0x00000001, 0x80008000, 0x007FFFFF]
     special = [0x7F800000, 0xFF800000, 0x7F800001, 0xFFFFFFFF, 0x7FC00000]

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from verl.utils.vllm.layout_map import BITS, LoadTrace, Region, Target, parameters_by_storage, storage_of
+from verl.utils.quantization.changes import bits
+from verl.utils.vllm.layout_map import LoadTrace, Region, Target, parameters_by_storage, storage_of
 from verl.utils.vllm.patching import EnginePatcher
 
 
@@ -202,7 +203,7 @@ def test_bytes_are_moved_and_never_converted(dtype):
         traced(model, {}, lambda t: _through(model.a.weight, t["w"]), {"w": torch.zeros_like(raw)}),
     )
     patch.patch("w", None, 0, raw)
-    assert torch.equal(model.a.weight.data.view(BITS[dtype.itemsize]), raw.view(BITS[dtype.itemsize]))
+    assert torch.equal(bits(model.a.weight.data), bits(raw))
 
 
 def _through(parameter, tensor):

@@ -40,6 +40,7 @@ from verl.trainer.ppo.shared_files import check_seen, check_shared, files_of
 from verl.utils.dataset.loader import build_dataloader
 from verl.utils.dataset.rl_dataset import create_rl_dataset
 from verl.utils.heap import freeze_heap
+from verl.utils.platform import cpu_environment
 from verl.utils.timeline import current_timeline
 from verl.utils.tokenizer import hf_tokenizer
 from verl.utils.vllm.npu_settings import hccl_environment
@@ -230,8 +231,7 @@ class Runtime:
     def _make_trainers(self, placement: Placement) -> WorkerGroup:
         environment = {}
         if self.plan.device == "cpu":
-            threads = str(max(1, (os.cpu_count() or 1) // self.config.trainer.n_gpus_per_node))
-            environment = {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+            environment = cpu_environment(max(1, (os.cpu_count() or 1) // self.config.trainer.n_gpus_per_node))
         elif self.plan.device == "npu":
             environment = hccl_environment(os.environ)
         return WorkerGroup(

@@ -1,57 +1,34 @@
-/* What differs between two arrays of bytes: the loop that weight_sync/changes.py calls through ctypes.
- *
- * One pass over memory finds, notes and takes over. Each thread writes its places at the beginning of its own share of
- * `places`, which has room for all n; they are then moved together.
- */
-#include <stdint.h>
-#include <string.h>
-
-#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
-#error "the lowest bits of a word are taken for its first element"
-#endif
-
-enum { LINE = 64, MOST_THREADS = 64 };
+/* What differs between two arrays, byte for byte: the loops that changes.py calls through ctypes. */
+#include "kernels.h"
 
 /* Elements j of `now` that differ from `kept`, ascending, into `places` [n]; afterwards both are equal. How many. */
-#define CHANGES(bits)                                                                                                  \
-    int64_t take_changes_##bits(uint##bits##_t *restrict kept, const uint##bits##_t *restrict now, int64_t n,          \
-                                int64_t *restrict places, int threads) {                                               \
-        enum { PER_WORD = 64 / bits, PER_LINE = 8 * LINE / bits, WORDS = LINE / 8 };                                   \
-        const uint64_t one = UINT64_MAX >> (64 - bits);                                                                \
-        int64_t counts[MOST_THREADS], total = 0;                                                                       \
-        int parts = threads < 1 ? 1 : threads > MOST_THREADS ? MOST_THREADS : threads;                                 \
-        _Pragma("omp parallel for num_threads(parts) schedule(static, 1)")                                             \
+#define TAKE_CHANGES(NAME, TO, FROM, NOTE)                                                                             \
+    int64_t take_changes_##NAME(TO *restrict kept, const FROM *restrict now, int64_t n, int64_t *restrict places,      \
+                                int threads) {                                                                         \
+        int parts = parts_of(threads);                                                                                 \
+        Share shares[MOST_THREADS];                                                                                    \
+        _Pragma("omp parallel for num_threads(parts) schedule(static, 1) if (n > 32768 && parts > 1)")                 \
         for (int part = 0; part < parts; part++) {                                                                     \
-            int64_t i = n * part / parts, end = n * (part + 1) / parts;                                                \
-            int64_t *out = places + i, count = 0;                                                                      \
-            for (; i + PER_LINE <= end; i += PER_LINE) {                                                               \
-                uint64_t old[WORDS], new[WORDS], differ = 0;                                                           \
-                memcpy(old, kept + i, LINE);                                                                           \
-                memcpy(new, now + i, LINE);                                                                            \
-                for (int w = 0; w < WORDS; w++) differ |= old[w] ^= new[w];                                            \
-                if (!differ) continue;                                                                                 \
-                for (int w = 0; w < WORDS; w++)                                                                        \
-                    for (uint64_t x = old[w]; x;) {                                                                    \
-                        int e = __builtin_ctzll(x) / bits;                                                              \
-                        out[count++] = i + w * PER_WORD + e;                                                           \
-                        x &= ~(one << (e * bits));                                                                     \
-                    }                                                                                                  \
-                memcpy(kept + i, new, LINE);                                                                           \
-            }                                                                                                          \
-            for (; i < end; i++) {                                                                                     \
-                out[count] = i;                                                                                        \
-                count += kept[i] != now[i];                                                                            \
-                kept[i] = now[i];                                                                                      \
-            }                                                                                                          \
-            counts[part] = count;                                                                                      \
+            int64_t begin = n * part / parts, size = n * (part + 1) / parts - begin;                                   \
+            shares[part] = (Share){begin, NOTE(kept + begin, now + begin, size, begin, places + begin)};               \
         }                                                                                                              \
-        for (int part = 0; part < parts; part++) {                                                                     \
-            memmove(places + total, places + n * part / parts, (size_t)counts[part] * sizeof(*places));                \
-            total += counts[part];                                                                                     \
-        }                                                                                                              \
-        return total;                                                                                                  \
+        return join_shares(places, shares, parts);                                                                     \
     }
-CHANGES(8)
-CHANGES(16)
-CHANGES(32)
-CHANGES(64)
+TAKE_CHANGES(8, uint8_t, uint8_t, note_changes_8)
+TAKE_CHANGES(16, uint16_t, uint16_t, note_changes_16)
+TAKE_CHANGES(32, uint32_t, uint32_t, note_changes_32)
+TAKE_CHANGES(64, uint64_t, uint64_t, note_changes_64)
+
+/* binary32 against what was kept of it in bfloat16, a few kilobytes rounded at a time. */
+enum { ROUNDED = 2048 };
+static int64_t note_rounded(uint16_t *kept, const uint32_t *now, int64_t n, int64_t base, int64_t *out) {
+    int64_t count = 0;
+    for (int64_t first = 0; first < n; first += ROUNDED) {
+        uint16_t rounded[ROUNDED];
+        int64_t size = n - first < ROUNDED ? n - first : ROUNDED;
+        for (int64_t i = 0; i < size; i++) rounded[i] = round_bf16(now[first + i]);
+        count += note_changes_16(kept + first, rounded, size, base + first, out + count);
+    }
+    return count;
+}
+TAKE_CHANGES(f32_bf16, uint16_t, uint32_t, note_rounded)

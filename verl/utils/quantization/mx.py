@@ -15,6 +15,7 @@ scale_alg 0 it writes zeros in a block whose scale byte is 0, that is, where eve
 they keep their value.
 """
 
+import ctypes
 import functools
 import importlib
 import logging
@@ -26,6 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from verl.utils.quantization import native
+from verl.utils.quantization.changes import take_changes
 
 logger = logging.getLogger(__name__)
 
@@ -195,18 +197,63 @@ def mxfp8_encode(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, tor
         TypeError, ValueError: as `mxfp8_quantize`.
     """
     _check_source(x, "x")
-    library = _native_library(x.device)
-    if (x.dtype, dtype) != (torch.float32, torch.bfloat16) or library is None or not x.numel():
+    library = _encoding_library(x, dtype)
+    if library is None:
         rounded = x.to(dtype)
         values, scales = mxfp8_quantize(rounded)
         return values, scales, squared_error(rounded, values, scales)
     values = torch.empty(x.shape, dtype=torch.float8_e4m3fn)
     scales = torch.empty((*x.shape[:-1], _ceil_div(x.shape[-1], MX_BLOCK_SIZE)), dtype=torch.uint8)
+    return values, scales, _encode(library.mx_encode_f32_bf16, x, values, scales)
+
+
+def mxfp8_requantize(
+    x: torch.Tensor, dtype: torch.dtype, values: torch.Tensor, scales: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Brings `values` and `scales` to those of `mxfp8_encode`; float32 through bfloat16 in one pass of a CPU's memory.
+
+    Args:
+        x: [..., K], as of `mxfp8_encode`.
+        values, scales: as it returned them for an x of this shape; changed in place.
+
+    Returns:
+        The places that changed, int64 ascending: in the flattened values, and in the flattened scales. The
+        `squared_error` of x rounded to `dtype`.
+
+    Raises:
+        TypeError, ValueError: as `mxfp8_quantize`, or `values` and `scales` are of another x.
+    """
+    _check_source(x, "x")
+    values, scales = _check_pair(values, scales, MX_BLOCK_SIZE)
+    _check_out(values, "values", x.shape, torch.float8_e4m3fn, x.device)
+    _check_out(scales, "scales", scales.shape, torch.uint8, x.device)
+    library = _encoding_library(x, dtype)
+    if library is None:
+        fresh_values, fresh_scales, error = mxfp8_encode(x, dtype)
+        return take_changes(values, fresh_values), take_changes(scales, fresh_scales), error
+    places = [torch.empty(part.numel(), dtype=torch.int64) for part in (values, scales)]
+    counts = torch.empty(2, dtype=torch.int64)
+    error = _encode(library.mx_encode_changes_f32_bf16, x, values, scales, *places, counts)
+    values_at, scales_at = (at[:count].clone() for at, count in zip(places, counts.tolist(), strict=True))
+    return values_at, scales_at, error
+
+
+def _encoding_library(x: torch.Tensor, dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The compiled kernels where they round, quantise and measure in one pass."""
+    in_one_pass = (x.dtype, dtype) == (torch.float32, torch.bfloat16) and x.numel()
+    return _native_library(x.device) if in_one_pass else None
+
+
+def _encode(
+    kernel: Callable, x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, *outputs: torch.Tensor
+) -> torch.Tensor:
+    """Run one of the kernels that do; the squared error."""
     source, stride, rows, k = _as_rows(x.detach())
     parts = torch.empty(rows * _ceil_div(_ceil_div(k, MX_BLOCK_SIZE), 64), 2, dtype=torch.float64)
-    pointers = values.data_ptr(), scales.data_ptr(), parts.data_ptr()
-    library.mx_encode_f32_bf16(source.data_ptr(), stride, *pointers, rows, k, 0, torch.get_num_threads())
-    return values, scales, parts.sum(0)
+    pointers = (tensor.data_ptr() for tensor in (values, scales, parts))
+    more = (tensor.data_ptr() for tensor in outputs)
+    kernel(source.data_ptr(), stride, *pointers, rows, k, 0, torch.get_num_threads(), *more)
+    return parts.sum(0)
 
 
 def _error_parts(
@@ -365,7 +412,7 @@ def _check_pair(values: torch.Tensor, scales: torch.Tensor, block_size: int) -> 
     return values, scales
 
 
-def _native_library(device: torch.device):
+def _native_library(device: torch.device) -> ctypes.CDLL | None:
     """The compiled kernels where they apply: real tensors on a CPU, outside a graph that torch.compile is tracing."""
     if device.type != "cpu" or torch.compiler.is_compiling():
         return None

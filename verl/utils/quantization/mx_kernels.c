@@ -5,13 +5,9 @@
  * that the result does not depend on the flush-to-zero mode of the calling thread. mx.py states the arithmetic and the
  * sections of the OCP MX specification it comes from; tests hold every branch here to it bit for bit.
  */
-#include <stdint.h>
-#include <string.h>
+#include "kernels.h"
 
 enum { BLOCK = 32 };
-
-static inline float as_float(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
-static inline uint32_t as_bits(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
 
 /* binary16 to the bits of the binary32 of the same value. */
 static inline uint32_t widen_f16(uint16_t h) {
@@ -176,9 +172,6 @@ static inline uint32_t decode(uint8_t q, float scale) {
     return bits | ((uint32_t)(q & 0x80u) << 24);
 }
 static inline uint32_t to_f32(uint32_t bits) { return bits; }
-static inline uint16_t to_bf16(uint32_t bits) { /* round to nearest even; NaN here is always 0x7fc0 and stays NaN */
-    return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
 
 /* q[rows, k], scale[rows, ceil(k / 32)] -> y[rows, k], all contiguous. */
 #define DEQUANTIZE(NAME, T)                                                                                            \
@@ -202,6 +195,19 @@ static inline uint16_t to_bf16(uint32_t bits) { /* round to nearest even; NaN he
 DEQUANTIZE(f32, uint32_t)
 DEQUANTIZE(bf16, uint16_t)
 
+/* The scale of `byte`, squared. */
+static inline double squared_unit(int byte) {
+    uint64_t bits = (uint64_t)(2 * byte - 254 + 1023) << 52;
+    double unit2;
+    memcpy(&unit2, &bits, 8);
+    return unit2;
+}
+/* The scale of `byte` in units of the largest one of its run; NaN for byte 255. */
+static inline float below_largest(int largest, int byte) {
+    int below = largest - byte;
+    return as_float(below < 0 ? 0x7fc00000u : below > 126 ? 0u : (uint32_t)(127 - below) << 23);
+}
+
 /* How far q and scale are from x. For every run of RUN blocks three doubles: sum of squared errors, sum of squares of x,
  * and the largest over its blocks of (max |error| / max |x|) squared. Each block is measured in units of its own scale, so
  * that squares neither overflow nor vanish; NaN in x, q or scale comes out as NaN. */
@@ -224,9 +230,7 @@ static inline void block_error(const uint32_t *restrict u, const uint8_t *restri
     for (int i = 0; i < 8; i++) { error2[i] += error2[i + 8]; norm2[i] += norm2[i + 8]; }
     for (int i = 0; i < 4; i++) { error2[i] += error2[i + 4]; norm2[i] += norm2[i + 4]; }
     for (int i = 1; i < 4; i++) { error2[0] += error2[i]; norm2[0] += norm2[i]; }
-    uint64_t unit_bits = (uint64_t)(2 * (int)byte - 254 + 1023) << 52;
-    double unit, ratio = top ? (double)as_float(far) / (double)as_float(top) : (double)as_float(far);
-    memcpy(&unit, &unit_bits, 8);
+    double unit = squared_unit((int)byte), ratio = top ? (double)as_float(far) / (double)as_float(top) : (double)as_float(far);
     sums[0] += unit * (double)error2[0];
     sums[1] += unit * (double)norm2[0];
     if (!(ratio <= sums[2])) sums[2] = ratio; /* a NaN stays: nothing compares below it */
@@ -274,13 +278,12 @@ static inline void add_squares(const uint32_t *restrict u, const uint8_t *restri
     static void squares_run_##NAME(const T *in, int64_t n, const uint8_t *q, const uint8_t *bytes, double *result) {   \
         int64_t blocks = (n + BLOCK - 1) / BLOCK;                                                                      \
         float error2[BLOCK] = {0}, norm2[BLOCK] = {0};                                                                 \
-        double sums[2] = {0.0, 0.0}, unit2;                                                                            \
+        double sums[2] = {0.0, 0.0};                                                                                   \
         int largest = 0;                                                                                               \
         for (int64_t b = 0; b < blocks; b++) largest = bytes[b] > largest && bytes[b] < 255 ? bytes[b] : largest;      \
         float unit = as_float(largest == 254 ? 0x00400000u : (uint32_t)(254 - largest) << 23);                         \
         for (int64_t b = 0; b < blocks; b++) {                                                                         \
-            int below = largest - (int)bytes[b];                                                                       \
-            float factor = as_float(below < 0 ? 0x7fc00000u : below > 126 ? 0u : (uint32_t)(127 - below) << 23);       \
+            float factor = below_largest(largest, bytes[b]);                                                           \
             const uint8_t *codes = q + b * BLOCK;                                                                      \
             uint32_t u[BLOCK];                                                                                         \
             uint8_t padded[BLOCK] = {0};                                                                               \
@@ -293,10 +296,8 @@ static inline void add_squares(const uint32_t *restrict u, const uint8_t *restri
             add_squares(u, codes, unit, factor, error2, norm2);                                                        \
         }                                                                                                              \
         for (int i = 0; i < BLOCK; i++) sums[0] += (double)error2[i], sums[1] += (double)norm2[i];                     \
-        uint64_t unit_bits = (uint64_t)(2 * largest - 254 + 1023) << 52;                                               \
-        memcpy(&unit2, &unit_bits, 8);                                                                                 \
-        result[0] = unit2 * sums[0];                                                                                   \
-        result[1] = unit2 * sums[1];                                                                                   \
+        result[0] = squared_unit(largest) * sums[0];                                                                   \
+        result[1] = squared_unit(largest) * sums[1];                                                                   \
     }
 SQUARES_RUN(f32, uint32_t, widen_f32)
 SQUARES_RUN(bf16, uint16_t, widen_bf16)
@@ -312,18 +313,94 @@ SQUARES(f32, uint32_t)
 SQUARES(bf16, uint16_t)
 SQUARES(f16, uint16_t)
 
-/* binary32 to bfloat16, to nearest even; any NaN is a NaN. */
-static inline uint16_t round_bf16(uint32_t u) { return (u & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : to_bf16(u); }
+/* A block of x, rounded already: its values, and what they lost, in units of the run's largest scale. What the values are
+ * worth falls out of rounding them, which is cheaper than decoding them. */
+static inline void encode_block(const uint32_t *restrict u, uint8_t *restrict q, float reciprocal, float factor,
+                                float *restrict error2, float *restrict norm2) {
+    for (int i = 0; i < BLOCK; i++) {
+        float v = as_float(u[i] & 0x7fffffffu) * reciprocal, shifted = v + 16384.0f;
+        uint32_t w = as_bits(v), rounded = w + 0x7ffffu + ((w >> 20) & 1u);
+        int tiny = w < (121u << 23);
+        uint32_t code = tiny ? as_bits(shifted) - 0x46800000u : (rounded >> 20) - (120u << 3);
+        float back = tiny ? shifted - 16384.0f : as_float(rounded & 0xfff00000u);
+        code = code > 0x7eu ? 0x7eu : code;
+        back = back > 448.0f ? 448.0f : back;
+        q[i] = (uint8_t)(code | ((u[i] >> 24) & 0x80u));
+        float s = v * factor, d = (v - back) * factor;
+        error2[i] += d * d;
+        norm2[i] += s * s;
+    }
+}
 
-/* binary32 rounded to bfloat16, that quantised, and what that lost, while a run is in the cache: results as of
+/* binary32 rounded to bfloat16, that quantised, and what that lost, of a run in the cache: results as of
  * mx_quantize_bf16 and mx_squares_bf16 on the rounded x. */
+static void encode_run(const uint32_t *in, int64_t n, uint8_t *q, uint8_t *bytes, int up, double *result) {
+    uint32_t u[RUN * BLOCK], low = UINT32_MAX, high = 0, carry = up ? 0x1fffffu : 0u;
+    int64_t blocks = n / BLOCK;
+    for (int64_t j = 0; j < blocks; j++) {
+        uint32_t top = 0, unrounded = 0;
+        for (int i = 0; i < BLOCK; i++) {
+            uint32_t x = in[j * BLOCK + i], r = (x + 0x7fffu + ((x >> 16) & 1u)) & 0xffff0000u;
+            uint32_t a = r & 0x7fffffffu, b = x & 0x7fffffffu;
+            u[j * BLOCK + i] = r;
+            top = a > top ? a : top;
+            unrounded = b > unrounded ? b : unrounded;
+        }
+        low = top < low ? top : low;
+        high = top > high ? top : high;
+        high = unrounded > high ? unrounded : high; /* adding to a NaN's bits may carry them to zero */
+        bytes[j] = (uint8_t)(((top + carry) >> 23) - 8u);
+    }
+    if (n % BLOCK || high >= 0x7f800000u || (low + carry) >> 23 < TINY + 8) {
+        uint16_t h[RUN * BLOCK];
+        for (int64_t i = 0; i < n; i++) h[i] = round_bf16(in[i]);
+        quantize_run_bf16(h, n, q, bytes, up);
+        squares_run_bf16(h, n, q, bytes, result);
+        return;
+    }
+    float error2[BLOCK] = {0}, norm2[BLOCK] = {0};
+    double sums[2] = {0.0, 0.0};
+    int largest = 0;
+    for (int64_t j = 0; j < blocks; j++) largest = bytes[j] > largest ? bytes[j] : largest;
+    for (int64_t j = 0; j < blocks; j++)
+        encode_block(u + j * BLOCK, q + j * BLOCK, as_float((254u - bytes[j]) << 23), below_largest(largest, bytes[j]),
+                     error2, norm2);
+    for (int i = 0; i < BLOCK; i++) sums[0] += (double)error2[i], sums[1] += (double)norm2[i];
+    result[0] = squared_unit(largest) * sums[0];
+    result[1] = squared_unit(largest) * sums[1];
+}
+
 void mx_encode_f32_bf16(const uint32_t *x, int64_t stride, uint8_t *q, uint8_t *scale, double *result, int64_t rows,
                         int64_t k, int up, int threads) {
-    FOR_RUNS(
-        uint16_t h[RUN * BLOCK];
-        const uint32_t *in = x + row * stride + first;
-        uint8_t *codes = q + row * k + first, *bytes = scale + row * per_row + first / BLOCK;
-        for (int64_t i = 0; i < n; i++) h[i] = round_bf16(in[i]);
-        quantize_run_bf16(h, n, codes, bytes, up);
-        squares_run_bf16(h, n, codes, bytes, result + 2 * r);)
+    FOR_RUNS(encode_run(x + row * stride + first, n, q + row * k + first, scale + row * per_row + first / BLOCK, up,
+                        result + 2 * r);)
+}
+
+/* The same, and what differs from the q and scale that are there, which are then as of mx_encode_f32_bf16: places in q
+ * into `q_places` [rows * k], and in scale into `scale_places` [rows * ceil(k / 32)], ascending; how many into `found`. */
+void mx_encode_changes_f32_bf16(const uint32_t *x, int64_t stride, uint8_t *q, uint8_t *scale, double *result,
+                                int64_t rows, int64_t k, int up, int threads, int64_t *q_places, int64_t *scale_places,
+                                int64_t *found) {
+    int64_t per_row = (k + BLOCK - 1) / BLOCK, runs = (per_row + RUN - 1) / RUN, total = rows * runs;
+    int parts = parts_of(threads);
+    Share of_q[MOST_THREADS], of_scale[MOST_THREADS];
+    _Pragma("omp parallel for num_threads(parts) schedule(static, 1) if (total > 16 && parts > 1)")
+    for (int part = 0; part < parts; part++) {
+        Share q_share = {-1, 0}, scale_share = {-1, 0};
+        for (int64_t r = total * part / parts; r < total * (part + 1) / parts; r++) {
+            int64_t row = r / runs, first = (r % runs) * RUN * BLOCK, left = k - first;
+            int64_t n = left < RUN * BLOCK ? left : RUN * BLOCK, blocks = (n + BLOCK - 1) / BLOCK;
+            int64_t q_at = row * k + first, scale_at = row * per_row + first / BLOCK;
+            uint8_t codes[RUN * BLOCK], bytes[RUN];
+            encode_run(x + row * stride + first, n, codes, bytes, up, result + 2 * r);
+            if (q_share.begin < 0) q_share.begin = q_at, scale_share.begin = scale_at;
+            q_share.count += note_changes_8(q + q_at, codes, n, q_at, q_places + q_share.begin + q_share.count);
+            scale_share.count += note_changes_8(scale + scale_at, bytes, blocks, scale_at,
+                                                scale_places + scale_share.begin + scale_share.count);
+        }
+        of_q[part] = q_share;
+        of_scale[part] = scale_share;
+    }
+    found[0] = join_shares(q_places, of_q, parts);
+    found[1] = join_shares(scale_places, of_scale, parts);
 }

@@ -20,6 +20,7 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 _SOURCES = [Path(__file__).with_name(name) for name in ("mx_kernels.c", "changes.c")]
+_HEADERS = [Path(__file__).with_name("kernels.h")]
 # No fast-math: the kernels rely on IEEE rounding. Without -fno-trapping-math gcc leaves selects between two floats
 # scalar.
 _FLAGS = ["-x", "c", "-std=c11", "-O3", "-march=native", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
@@ -31,11 +32,13 @@ _DEQUANTIZE = [_POINTER, _POINTER, _POINTER, _LONG, _LONG, _INT]
 _ERROR = [_POINTER, _LONG, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _INT]
 _CHANGES = [_POINTER, _POINTER, _LONG, _POINTER, _INT]
 _ENCODE = [_POINTER, _LONG, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _INT, _INT]
+_ENCODE_CHANGES = [*_ENCODE, _POINTER, _POINTER, _POINTER]
 _SIGNATURES = {
     "mx_encode_f32_bf16": _ENCODE,
+    "mx_encode_changes_f32_bf16": _ENCODE_CHANGES,
     **{f"mx_quantize_{kind}": _QUANTIZE for kind in ("f32", "bf16", "f16")},
     **{f"mx_dequantize_{kind}": _DEQUANTIZE for kind in ("f32", "bf16")},
-    **{f"take_changes_{bits}": _CHANGES for bits in (8, 16, 32, 64)},
+    **{f"take_changes_{kind}": _CHANGES for kind in (8, 16, 32, 64, "f32_bf16")},
     **{f"mx_{what}_{kind}": _ERROR for what in ("error", "squares") for kind in ("f32", "bf16", "f16")},
 }
 
@@ -77,7 +80,8 @@ def _find_compiler() -> list[str]:
 def _build(compiler: list[str]) -> Path:
     """Path of the shared library for this source, compiler and processor, compiled if the cache has none."""
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    identity = "\n".join([*(source.read_text() for source in _SOURCES), *compiler, *_FLAGS, version, _processor()])
+    texts = [source.read_text() for source in (*_SOURCES, *_HEADERS)]
+    identity = "\n".join([*texts, *compiler, *_FLAGS, version, _processor()])
     library = _cache_directory() / f"mx-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.so"
     if library.exists():
         return library

@@ -22,8 +22,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
+from verl.utils.quantization.changes import bits
+
 # Integers of an element's size: bytes are moved, never converted.
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Steps of a walk: (stride it leaves, how many, stride it takes), the largest stride first.
 Steps = tuple[tuple[int, int, int], ...]
 
@@ -73,7 +74,7 @@ class Target:
     def memory(self) -> torch.Tensor:
         """All of the storage behind `run`, flat, as integers of an element's size."""
         whole = torch.empty(0, dtype=self.run.dtype, device=self.run.device).set_(self.run.untyped_storage())
-        return whole.view(BITS[self.run.element_size()])
+        return bits(whole)
 
     def offsets(self, places: torch.Tensor) -> torch.Tensor:
         """Offsets in `memory` of places in the flattened parameter as it is loaded."""
@@ -295,8 +296,7 @@ def _extent(tensor: torch.Tensor) -> int:
 
 
 def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
-    kind = BITS[a.element_size()]
-    return torch.equal(a.contiguous().view(kind), b.contiguous().to(a.device).view(kind))
+    return torch.equal(bits(a.contiguous()), bits(b.contiguous().to(a.device)))
 
 
 def _as_loaded(view: torch.Tensor, parameter: torch.Tensor) -> tuple[int, tuple[int, ...]] | None:

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import nn
 
-from verl.utils.vllm.layout_map import BITS, LayoutMap, Target, storage_of
+from verl.utils.quantization.changes import bits
+from verl.utils.vllm.layout_map import LayoutMap, Target, storage_of
 
 # Elements that are placed at a time: three int64 tensors of this length.
 _CHUNK = 1 << 22
@@ -106,11 +107,10 @@ class EnginePatcher:
             places: int64 [count] ascending, in the flattened tensor; None for those from `start` on.
             values: [count], in its dtype.
         """
-        kind = BITS[values.element_size()]
-        raw = values.view(kind)
+        raw = bits(values)
         shadow = self._shadows.get(name)
         if shadow is not None:
-            flat = shadow.view(-1).view(kind)
+            flat = bits(shadow.view(-1))
             if places is None:
                 flat[start : start + raw.numel()] = raw
             else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from verl.utils.quantization.changes import take_rounded_changes
 from verl.workers.engine.export_rows import LocalRows, RowRange, find_ranges, local_rows
 from verl.workers.engine.loading import decoder_layer_names
 from verl.workers.engine.lora import merged_view
@@ -37,6 +38,11 @@ class RowEncoder(Protocol):
         self, name: str, weight: torch.Tensor, dtype: torch.dtype | None = None
     ) -> dict[str, torch.Tensor]:
         """What rows [..., K], rounded to `dtype`, become, by suffix of the name: tensors of the same leading shape."""
+
+    def take_changes(
+        self, name: str, weight: torch.Tensor, kept: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Bring what `encode_weight` returned earlier up to date; by suffix, which places of it changed."""
 
 
 class Unit(ABC):
@@ -87,6 +93,17 @@ class RowUnit(Unit):
         if self._encoder is None:
             return {"": _cast(self._local, self._dtype)}
         return self._encoder.encode_weight(self.name, self._local, self._dtype)
+
+    @torch.no_grad()
+    def take_changes(self, kept: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Bring what `parts` held in an earlier update up to date.
+
+        Returns:
+            By suffix, the places that changed in the flattened part, int64 ascending.
+        """
+        if self._encoder is None:
+            return {"": take_rounded_changes(kept[""], self._local.contiguous())}
+        return self._encoder.take_changes(self.name, self._local, kept, self._dtype)
 
     def owns(self, part: torch.Tensor) -> bool:
         """Whether a part will stay as it is when the parameter changes."""

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from verl.workers.rollout.weight_sync.delta import DeltaBlock, Piece, bits, decode, smallest_encoding
+from verl.utils.quantization.changes import bits
+from verl.workers.rollout.weight_sync.delta import DeltaBlock, Piece, decode, smallest_encoding
 from verl.workers.rollout.weight_sync.manifest import WeightUpdateError
 
 DTYPES = [torch.float8_e4m3fn, torch.bfloat16, torch.float32, torch.uint8]

@@ -9,8 +9,9 @@ import os
 import pytest
 import torch
 
+from verl.utils.quantization.changes import bits
 from verl.workers.rollout.weight_sync.bucket import BucketWriter, read_bucket
-from verl.workers.rollout.weight_sync.delta import DeltaBlock, bits
+from verl.workers.rollout.weight_sync.delta import DeltaBlock
 from verl.workers.rollout.weight_sync.encode_report import EncodeReport
 from verl.workers.rollout.weight_sync.manifest import Manifest, TensorSpec, WeightUpdateError, check_arrived
 from verl.workers.rollout.weight_sync.receiver import WeightReceiver

@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from verl.utils.quantization.mx import MX_BLOCK_SIZE, mxfp8_encode, npu_mxfp8_quantize, squared_error
+from verl.utils.quantization.mx import (
+    MX_BLOCK_SIZE,
+    mxfp8_encode,
+    mxfp8_requantize,
+    npu_mxfp8_quantize,
+    squared_error,
+)
 from verl.utils.vllm.ascend_description import AscendDescription, resolve_description
 from verl.utils.vllm.ascend_release import refuse_unpaired_groups
 from verl.utils.vllm.layout_map import Target
@@ -72,6 +78,13 @@ class AscendScheme(ScaledScheme):
         rounded = weight.to(dtype)
         values, scales = npu_mxfp8_quantize(rounded)
         return values, scales, squared_error(rounded, values, scales)
+
+    def requantise(
+        self, weight: torch.Tensor, dtype: torch.dtype, values: torch.Tensor, scales: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if weight.device.type == "npu":
+            return super().requantise(weight, dtype, values, scales)
+        return mxfp8_requantize(weight, dtype, values, scales)
 
     @staticmethod
     def finite_scales(scales: torch.Tensor) -> bool:

@@ -62,6 +62,16 @@ class QuantizationScheme(ABC):
         """What some rows of a weight, rounded to `dtype`, become, by suffix of the name; only where `encodes_rows`."""
         raise NotImplementedError(f"{type(self).__name__} encodes no single weights")
 
+    def take_changes(
+        self, name: str, weight: torch.Tensor, kept: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Bring `kept`, which `encode_weight` returned for rows of this shape, to what it would return now.
+
+        Returns:
+            By suffix, the places that changed in the flattened tensor, int64 ascending.
+        """
+        raise NotImplementedError(f"{type(self).__name__} encodes no single weights")
+
     def encode(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """Checkpoint tensors as the engine takes them; a stream, so that no more than one is held at a time.
 

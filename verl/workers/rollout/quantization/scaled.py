@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 
 from verl.trainer.config import RolloutConfig
+from verl.utils.quantization.changes import take_changes
 from verl.workers.rollout.quantization.base import QuantizationScheme
 from verl.workers.rollout.weight_sync.encode_report import EncodeReport
 from verl.workers.rollout.weight_sync.manifest import TensorSpec, WeightUpdateError
@@ -93,6 +94,13 @@ class ScaledScheme(QuantizationScheme):
             and sum of squares of the rounded weight, on its device.
         """
 
+    def requantise(
+        self, weight: torch.Tensor, dtype: torch.dtype, values: torch.Tensor, scales: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Bring `values` and `scales` to those of `quantise`; the places that changed in each, and the same error."""
+        fresh_values, fresh_scales, error = self.quantise(weight, dtype)
+        return take_changes(values, fresh_values), take_changes(scales, fresh_scales), error
+
     @staticmethod
     @abstractmethod
     def finite_scales(scales: torch.Tensor) -> bool:
@@ -107,6 +115,16 @@ class ScaledScheme(QuantizationScheme):
         self._report.add(name, error)
         self._report.seconds += time.perf_counter() - started
         return {"": values, self.scaled.suffix: scales}
+
+    def take_changes(
+        self, name: str, weight: torch.Tensor, kept: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None
+    ) -> dict[str, torch.Tensor]:
+        started = time.perf_counter()
+        suffix = self.scaled.suffix
+        values_at, scales_at, error = self.requantise(weight, dtype or weight.dtype, kept[""], kept[suffix])
+        self._report.add(name, error)
+        self._report.seconds += time.perf_counter() - started
+        return {"": values_at, suffix: scales_at}
 
     def encode(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in named_tensors:

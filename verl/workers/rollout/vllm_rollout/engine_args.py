@@ -9,6 +9,7 @@ from typing import Any
 from verl.trainer.config import ModelConfig, RolloutConfig
 from verl.trainer.config.estimate import cpu_cache_bytes
 from verl.trainer.config.model_files import read_model
+from verl.utils.platform import cpu_environment
 from verl.utils.vllm.npu_settings import npu_environment
 
 _WORKER_EXTENSION = "verl.workers.rollout.vllm_rollout.worker_extension.WeightUpdateExtension"
@@ -107,9 +108,7 @@ def engine_environment(*, device: str, threads: int, tensor_parallel_size: int) 
     environment = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "TOKENIZERS_PARALLELISM": "false"}
     if device == "cpu":
         environment |= {
-            "OMP_NUM_THREADS": str(max(1, threads // tensor_parallel_size)),
-            # The trainer uses the same cores while the engine idles: idle threads must sleep, not spin.
-            "OMP_WAIT_POLICY": "PASSIVE",
+            **cpu_environment(max(1, threads // tensor_parallel_size)),
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if tensor_parallel_size == 1 else "1",
         }

@@ -23,18 +23,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from verl.utils.quantization.changes import bits
 from verl.workers.rollout.weight_sync.manifest import WeightUpdateError, dtype_from_name, dtype_name
 
 # Values are aligned for every dtype.
 _ALIGNMENT = 8
 _ENCODINGS = ("index16", "index8", "bitmap", "whole")
 _BLOCKS = {"index8": 8, "index16": 16}
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """A view as integers of the same size: equal where the bytes are, NaN and -0.0 included."""
-    return tensor.view(_BITS[tensor.element_size()])
 
 
 @dataclass(frozen=True)

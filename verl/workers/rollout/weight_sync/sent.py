@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 import torch.distributed as dist
 
+from verl.utils.quantization.changes import take_changes
 from verl.workers.engine.export import RowUnit, Unit
 from verl.workers.rollout.quantization import QuantizationScheme
 from verl.workers.rollout.weight_sync.block_gather import Block, gather_blocks
-from verl.workers.rollout.weight_sync.changes import take_changes
 from verl.workers.rollout.weight_sync.delta import DeltaBlock
 from verl.workers.rollout.weight_sync.manifest import WeightUpdateError
 
@@ -34,8 +34,8 @@ class SentWeights:
 
     def __init__(self, scheme: QuantizationScheme | None, *, keeps: bool):
         self._scheme, self._keeps = scheme, keeps
-        # By name of the parameter, or of the checkpoint tensor where that is what rank 0 encodes; suffixes included.
-        self._kept: dict[str, torch.Tensor] = {}
+        # By name of the parameter, and suffix; or of the checkpoint tensor where that is what rank 0 encodes.
+        self._kept: dict[str, dict[str, torch.Tensor]] = {}
         self._version: int | None = None
         self._whole_bytes = 0
 
@@ -64,11 +64,11 @@ class SentWeights:
                 by_rows = isinstance(unit, RowUnit)
                 if by_rows and unit.sends and self._keeps:
                     for suffix, part in unit.parts.items():
-                        self._keep(unit.name + suffix, part, unit.owns(part))
+                        self._keep(unit.name, suffix, part, unit.owns(part))
                 whole = unit.gather()
                 for name, tensor in self._encoded(whole) if first else ():
                     if self._keeps and not by_rows:
-                        self._keep(name, tensor, name not in whole or tensor is not whole[name])
+                        self._keep(name, "", tensor, name not in whole or tensor is not whole[name])
                     yield name, tensor
         except Exception:
             # The other ranks gather to the end, and would wait there for this one.
@@ -109,35 +109,41 @@ class SentWeights:
     def _compare(self, unit: Unit, block: DeltaBlock) -> None:
         """Add what changed of what this rank answers for."""
         if isinstance(unit, RowUnit):
-            for suffix, part in unit.parts.items() if unit.sends else ():
-                cuts = [(cut.name + suffix, *cut.place(part)) for cut in unit.ranges]
-                self._add(unit.name + suffix, part, unit.first, cuts, block)
+            if not unit.sends:
+                return
+            kept = self._kept[unit.name]
+            for suffix, changed in unit.take_changes(kept).items():
+                cuts = [(cut.name + suffix, *cut.place(kept[suffix])) for cut in unit.ranges]
+                self._add(kept[suffix], changed, unit.first, cuts, block)
             return
         whole = unit.gather()
         for name, tensor in self._encoded(whole) if dist.get_rank() == 0 else ():
-            self._add(name, tensor, 0, [(name, tuple(tensor.shape), 0)], block)
+            changed = take_changes(self._kept[name][""], tensor)
+            self._add(tensor, changed, 0, [(name, tuple(tensor.shape), 0)], block)
 
-    def _keep(self, key: str, part: torch.Tensor, own: bool) -> None:
-        """Keep a flat tensor that nothing else changes; `own`: nothing changes `part`."""
-        flat = part.reshape(-1)
-        self._kept[key] = flat if own or flat.data_ptr() != part.data_ptr() else flat.clone()
+    def _keep(self, name: str, suffix: str, part: torch.Tensor, own: bool) -> None:
+        """Keep a contiguous tensor that nothing else changes; `own`: nothing changes `part`."""
+        kept = part.contiguous()
+        own = own or kept.data_ptr() != part.data_ptr()
+        self._kept.setdefault(name, {})[suffix] = kept if own else kept.clone()
 
     def _add(
         self,
-        key: str,
         part: torch.Tensor,
+        changed: torch.Tensor,
         first_row: int,
         cuts: Sequence[tuple[str, tuple[int, ...], int]],
         block: DeltaBlock,
     ) -> None:
-        """Add what changed of some adjacent rows, and keep them.
+        """Add what changed of some adjacent rows.
 
         Args:
+            part: the rows as they are now.
+            changed: int64 places in them flattened, ascending.
             first_row: of these rows in the parameter.
             cuts: name, shape and first element in the parameter of each tensor that the parameter is cut into.
         """
         new = part.reshape(-1)
-        changed = take_changes(self._kept[key], new)
         if not changed.numel():
             return
         start = first_row * (part.shape[-1] if part.dim() > 1 else 1)

@@ -2,8 +2,7 @@ import pytest
 import torch
 
 from verl.utils.quantization import native
-from verl.workers.rollout.weight_sync.changes import take_changes
-from verl.workers.rollout.weight_sync.delta import bits
+from verl.utils.quantization.changes import bits, take_changes, take_rounded_changes
 
 
 @pytest.fixture(params=["compiled", "torch"])
@@ -46,6 +45,29 @@ def test_threads_share_the_work(threads):
     assert torch.equal(kept, now)
 
 
+@pytest.mark.parametrize("kept_dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("size", [0, 1, 31, 2048, 2049, 5000, 70_001])
+def test_what_is_kept_may_be_rounded(way, kept_dtype, size):
+    generator = torch.Generator().manual_seed(size)
+    before = torch.randn(size, generator=generator)
+    now = before * (1 + 1e-3 * torch.randn(size, generator=generator))
+    kept, rounded = before.to(kept_dtype), now.to(kept_dtype)
+    expected = (kept != rounded).nonzero().squeeze(-1)
+    assert not size or len(expected) > 0 or size < 31
+    assert torch.equal(take_rounded_changes(kept, now), expected)
+    assert torch.equal(bits(kept), bits(rounded))
+    assert not take_rounded_changes(kept, now).numel()
+
+
+def test_rounding_keeps_nan_and_carries_to_infinity(way):
+    now = torch.tensor([0x7F800001, 0x7FFFFFFF, 0x7F7FFFFF, 0x3F808000, 0x3F818000], dtype=torch.int32).view(
+        torch.float32
+    )
+    kept = torch.zeros(5, dtype=torch.bfloat16)
+    assert take_rounded_changes(kept, now).tolist() == [0, 1, 2, 3, 4]
+    assert kept[:2].isnan().all() and kept[2:].tolist() == [float("inf"), 1.0, 1.015625]
+
+
 def test_zeros_of_either_sign_and_the_same_nan(way):
     kept = torch.tensor([0.0, torch.nan, 1.0])
     assert take_changes(kept, torch.tensor([-0.0, torch.nan, 1.0])).tolist() == [0]
@@ -55,3 +77,9 @@ def test_zeros_of_either_sign_and_the_same_nan(way):
 def test_what_does_not_match_is_refused_before_memory_is_touched(way, now):
     with pytest.raises(ValueError, match="is kept"):
         take_changes(torch.zeros(8), now)
+
+
+@pytest.mark.parametrize("now", [torch.zeros(7), torch.zeros(16)[::2]])
+def test_neither_is_what_does_not_match_before_it_is_rounded(way, now):
+    with pytest.raises(ValueError, match="is kept"):
+        take_rounded_changes(torch.zeros(9, dtype=torch.bfloat16), now)
