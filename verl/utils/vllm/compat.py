@@ -388,6 +388,19 @@ def load_session(
     return LayerwiseLoadSession(model, vllm_config, device, hooks)
 
 
+async def drain(engine) -> None:
+    """Have an `AsyncLLM` finish what is in flight and hold what comes, until its `resume_generation`.
+
+    `pause_generation(mode="wait")` does this and then sleeps for 20 ms, in which answers reach whoever asked for them.
+    An update has no need of that: the answers are tokens already.
+    """
+    core = getattr(engine, "engine_core", None)
+    if hasattr(core, "pause_scheduler_async"):
+        await core.pause_scheduler_async(mode="wait", clear_cache=False)
+    else:
+        await engine.pause_generation(mode="wait", clear_cache=False)
+
+
 def openai_functions() -> tuple[Callable, Callable, Callable]:
     """vLLM's `build_app`, `init_app_state` and `make_arg_parser` of its OpenAI-compatible endpoint."""
     try:

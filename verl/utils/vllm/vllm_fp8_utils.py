@@ -148,11 +148,11 @@ def refresh_patched(model: nn.Module, places: Mapping[str, Mapping[str, torch.Te
     Args:
         places: by layer and parameter, int64 places in the flattened parameter as it is loaded.
     """
-    layers = mxfp8_layers(model)
     for name, changed in places.items():
-        refresh = getattr(getattr(layers.get(name), "quant_method", None), "refresh_after_patch", None)
+        layer = model.get_submodule(name)
+        refresh = getattr(getattr(layer, "quant_method", None), "refresh_after_patch", None)
         if refresh is not None:
-            refresh(layers[name], changed)
+            refresh(layer, changed)
 
 
 def _flat(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -24,6 +24,7 @@ from typing import Any
 from verl.trainer.config import ModelConfig, RolloutConfig
 from verl.utils.heap import freeze_heap
 from verl.utils.timeline import join_timeline, spanned
+from verl.utils.vllm.compat import drain
 from verl.utils.vllm.npu_settings import check_npu_environment
 from verl.workers.rollout.continuation import after_cut, check_continuable
 from verl.workers.rollout.quantization import SCHEME_NAMES, get_scheme, worker_settings
@@ -226,7 +227,7 @@ class vLLMHttpServer:
             if self._rollout.partial_rollout:
                 await self._cut()
             # What came over HTTP has no client that would go on with it.
-            await self._engine.pause_generation(mode="wait", clear_cache=False)
+            await drain(self._engine)
             await self._workers("verl_begin_update", version, worker_settings(self._rollout), base)
         except BaseException as error:
             self._refuse(str(error))
