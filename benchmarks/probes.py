@@ -7,6 +7,7 @@ with more samples.
 
 from __future__ import annotations
 
+import os
 import socket
 import statistics
 import time
@@ -23,11 +24,15 @@ import torch.multiprocessing as multiprocessing
 from time_model import Device, Overheads
 from transformers import PretrainedConfig
 
+from verl.utils.platform import cpu_environment
+
 Parts = dict[str, float]
 # Runs that show overheads; the deep model is the shallow one with more layers.
 SHALLOW, DEEP = "shallow", "deep"
 FEW = runs.Load(prompts=4, n=4, shortest=32, longest=32, updates=2, micro_batch=8)
 MANY = replace(FEW, prompts=16, micro_batch=32)
+# Buckets so small that an update of the deep model takes many.
+SMALL_BUCKETS = 1
 # Micro-batches of one pass over the step, of both loads.
 _PASSES = 2
 _COPIED = 64 << 20
@@ -125,8 +130,11 @@ def load_copies(config: PretrainedConfig) -> float:
 def this_machine(config: PretrainedConfig, load: runs.Load, ranks: int) -> Device:
     """One rank's share of this machine for a model and a load; without overheads.
 
-    As many processes as there are ranks probe at the same time, each with its share of the threads, as in a run.
+    As many processes as there are ranks probe at the same time, each with its share of the threads and with a run's
+    environment.
     """
+    # Spawned processes get this one's; the C library reads it when they start.
+    os.environ.update(cpu_environment(max(1, machine.usable_cores() // ranks)))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
@@ -183,23 +191,30 @@ def link(ranks: int) -> tuple[float, float]:
     return _GATHERED * (ranks - 1) / ranks / max(large - small, 1e-9), small
 
 
-def measure_overheads(measure: Callable[[str, runs.Load], Parts], predict: Callable[..., Parts]) -> Overheads:
+def measure_overheads(measure: Callable[..., Parts], predict: Callable[..., Parts]) -> Overheads:
     """Overheads of this machine at one rank, from what the smallest models take beyond their computing.
 
     Args:
-        measure: seconds of the parts of a run, for a model and a load.
-        predict: the same by the time model, for a model, a load, a device and ranks.
+        measure: seconds of the parts of a run, and the number of `buckets` of an update; for a model, a load and, where
+            that is not the default, MiB of a bucket.
+        predict: seconds by the time model, for a model, a load, a device and ranks.
     """
-    beyond: dict[tuple[str, runs.Load], Parts] = {}
-    for size, load in ((SHALLOW, FEW), (DEEP, FEW), (SHALLOW, MANY)):
+    beyond: dict[tuple[Any, ...], Parts] = {}
+    for run in ((SHALLOW, FEW), (DEEP, FEW), (SHALLOW, MANY), (DEEP, FEW, SMALL_BUCKETS)):
+        size, load = run[:2]
         bare = predict(size, load, this_machine(models.config(size), load, 1), 1)
-        beyond[size, load] = {part: found - bare[part] for part, found in measure(size, load).items()}
-    layers = {size: models.config(size).num_hidden_layers for size in (SHALLOW, DEEP)}
-    return solve(beyond[SHALLOW, FEW], beyond[DEEP, FEW], beyond[SHALLOW, MANY], layers[SHALLOW], layers[DEEP])
+        beyond[run] = {part: found - bare.get(part, 0.0) for part, found in measure(*run).items()}
+    layers = [models.config(size).num_hidden_layers for size in (SHALLOW, DEEP)]
+    return solve(*beyond.values(), *layers)
 
 
-def solve(shallow: Parts, deep: Parts, many: Parts, shallow_layers: int, deep_layers: int) -> Overheads:
-    """Overheads from the seconds beyond computing of three runs: `FEW` on two depths, and `MANY` on the shallow one."""
+def solve(
+    shallow: Parts, deep: Parts, many: Parts, bucketed: Parts, shallow_layers: int, deep_layers: int
+) -> Overheads:
+    """Overheads from four runs' seconds beyond computing, and their `buckets`.
+
+    `FEW` on two depths, `MANY` on the shallow model, and `FEW` on the deep one with more buckets.
+    """
 
     def line(few: float, more: float) -> tuple[float, float]:
         """Seconds of no layer, and of each; neither below nothing, whatever the noise."""
@@ -213,7 +228,9 @@ def solve(shallow: Parts, deep: Parts, many: Parts, shallow_layers: int, deep_la
     sample = max(0.0, (many["generation"] - shallow["generation"]) / (MANY.samples - FEW.samples))
     decode, decode_layer = line(*((run["generation"] - FEW.samples * sample) / FEW.longest for run in (shallow, deep)))
     micro_batch, micro_batch_layer = line(passes(shallow), passes(deep))
-    update, update_layer = line(shallow["weight_update"], deep["weight_update"])
+    more = bucketed["buckets"] - deep["buckets"]
+    update_bucket = max(0.0, (bucketed["weight_update"] - deep["weight_update"]) / more)
+    update, update_layer = line(*(run["weight_update"] - run["buckets"] * update_bucket for run in (shallow, deep)))
     parts = ("generation", "old_log_probs", "updates", "weight_update")
     return Overheads(
         decode=decode,
@@ -223,5 +240,6 @@ def solve(shallow: Parts, deep: Parts, many: Parts, shallow_layers: int, deep_la
         micro_batch_layer=micro_batch_layer,
         update=update,
         update_layer=update_layer,
+        update_bucket=update_bucket,
         step=max(0.0, shallow["step"] - sum(shallow[part] for part in parts)),
     )

@@ -19,7 +19,8 @@ Assumed, because nothing measured was found:
 - reached of the published: 40 % of the FLOPs in training (BF16), 50 % in prefill and large decoding passes (MXFP8),
   60 % of the memory bandwidth, 50 % of one direction of the link;
 - decoding runs as a graph: 1 ms a pass and 20 us a layer; a tensor-parallel reduction or other collective takes 20 us;
-- 0.2 ms of driver a sample, 0.5 s a step; 0.1 s and 2 ms a layer for an update; a trainer's layers run without gaps;
+- 0.2 ms of driver a sample, 0.5 s a step; 0.1 s, 2 ms a layer and 2 ms a bucket for an update; no gaps between a
+  trainer's layers;
 - the hybrid layout: every device holds a trainer shard (FSDP2 over all ranks, 16 bytes a parameter) and 1 / tp of a
   replica; the smallest tp up to 16 that leaves half of the rest free, of which 80 % are cache in BF16; samples without
   room in the cache wait;
@@ -53,7 +54,14 @@ _ASCEND = Device(
     link_bandwidth=0.5 * 1 * TB,
     link_latency=20e-6,
     overheads=Overheads(
-        decode=1e-3, decode_layer=20e-6, sample=0.2e-3, micro_batch=0.0, update=0.1, update_layer=2e-3, step=0.5
+        decode=1e-3,
+        decode_layer=20e-6,
+        sample=0.2e-3,
+        micro_batch=0.0,
+        update=0.1,
+        update_layer=2e-3,
+        update_bucket=2e-3,
+        step=0.5,
     ),
     memory=144e9,
 )
@@ -160,17 +168,20 @@ def work_of(load: runs.Load) -> Work:
     return Work(load.prompts, load.n, load.prompt, load.lengths, tokens, load.updates, recomputes=False)
 
 
-def measure(size: str, load: runs.Load, ranks: int, steps: int) -> dict[str, float]:
-    """Seconds of the parts of a real run: medians after two steps."""
-    keys = {
-        "trainer.n_gpus_per_node": ranks,
-        "actor_rollout_ref.rollout.checkpoint_engine.delta": "off",
-    }
+def measure(
+    size: str, load: runs.Load, ranks: int, steps: int, bucket_megabytes: int | None = None
+) -> dict[str, float]:
+    """Seconds of the parts of a real run, and the `buckets` of an update: medians after two steps."""
+    engine = "actor_rollout_ref.rollout.checkpoint_engine"
+    keys = {"trainer.n_gpus_per_node": ranks, f"{engine}.delta": "off"}
+    if bucket_megabytes is not None:
+        keys[f"{engine}.update_weights_bucket_megabytes"] = bucket_megabytes
     with tempfile.TemporaryDirectory() as work:
         model_dir = models.write_model(size, Path(work) / "model")
         config = runs.keys(load, model_dir, Path(work) / "run", 2 + steps, keys)
         recorded = runs.finish(runs.start(config), config)[2:]
-    return {part: statistics.median(step[name] for step in recorded) for part, name in PARTS.items()}
+    named = PARTS | {"buckets": "weight_update/buckets"}
+    return {part: statistics.median(step[name] for step in recorded) for part, name in named.items()}
 
 
 def predicted(size: str, load: runs.Load, device: Device, ranks: int) -> dict[str, float]:
@@ -186,7 +197,7 @@ def check(sizes: list[str], steps: int) -> tuple[str, float]:
     import probes
 
     rows, errors = [], []
-    overheads = probes.measure_overheads(lambda size, load: measure(size, load, 1, steps), predicted)
+    overheads = probes.measure_overheads(lambda *run: measure(*run[:2], 1, steps, *run[2:]), predicted)
     lines = [
         "Overheads, ms: " + ", ".join(f"{name} {1e3 * value:.2f}" for name, value in vars(overheads).items()) + "."
     ]

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 
 from shapes import Counts
 
+from verl.workers.rollout.weight_sync.sender import bucket_capacity
+
 
 @dataclass(frozen=True)
 class Overheads:
@@ -29,7 +31,7 @@ class Overheads:
         sample: of each sample of a step, in the driver and at the engine's door.
         micro_batch, micro_batch_layer: of a forward pass over a micro-batch, and of each of its layers; with the
             backward pass three times that.
-        update, update_layer: of a weight update, and of each layer of the model.
+        update, update_layer, update_bucket: of a weight update, of each layer of the model, and of each bucket.
         step: of a step besides.
     """
 
@@ -40,6 +42,7 @@ class Overheads:
     micro_batch_layer: float = 0.0
     update: float = 0.0
     update_layer: float = 0.0
+    update_bucket: float = 0.0
     step: float = 0.0
 
 
@@ -55,7 +58,7 @@ class Device:
         memory: bytes; None where it is not what limits.
         itemsize: bytes of a trained, gathered or unquantised generated element.
         load_copies: what the engine does with what it loads, in copies of it.
-        buckets: of a weight update.
+        bucket_bytes: of a weight update, at most.
         overlaps: whether computing, moving and copying go on at the same time.
     """
 
@@ -69,7 +72,7 @@ class Device:
     memory: float | None = None
     itemsize: int = 2
     load_copies: float = 1.0
-    buckets: int = 8
+    bucket_bytes: int = 2048 << 20
     overlaps: bool = True
 
 
@@ -214,9 +217,11 @@ def weight_update_seconds(
         # Over the link to the replicas; where everything is one memory, the bucket is already there.
         parts.append(sent_bytes * changed / device.link_bandwidth)
     latency = counts.tensors * device.link_latency if layout.ranks > 1 else 0.0
-    over = device.overheads.update + counts.layers * device.overheads.update_layer + latency
+    buckets = math.ceil(sent_bytes / bucket_capacity(device.bucket_bytes, sent_bytes))
+    per = device.overheads
+    over = per.update + counts.layers * per.update_layer + buckets * per.update_bucket + latency
     if device.overlaps:
-        return over + max(parts) + (sum(parts) - max(parts)) / device.buckets
+        return over + max(parts) + (sum(parts) - max(parts)) / buckets
     return over + sum(parts)
 
 

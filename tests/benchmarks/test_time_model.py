@@ -40,7 +40,15 @@ ONE = Layout(1, 1)
 
 def test_overheads_alone():
     over = Overheads(
-        decode=1, decode_layer=0.5, sample=0.25, micro_batch=2, micro_batch_layer=1, update=3, update_layer=4, step=5
+        decode=1,
+        decode_layer=0.5,
+        sample=0.25,
+        micro_batch=2,
+        micro_batch_layer=1,
+        update=3,
+        update_layer=4,
+        update_bucket=6,
+        step=5,
     )
     times = time_model.predict(DENSE, WORK, replace(FREE, overheads=over), ONE, 4000, 4000)
     assert times.generation == pytest.approx(40 * (1 + 2 * 0.5) + 8 * 0.25)
@@ -48,7 +56,13 @@ def test_overheads_alone():
     assert time_model.micro_batches(WORK, ONE) == 4
     assert times.old_log_probs == pytest.approx(4 * (2 + 2 * 1))
     assert times.updates == pytest.approx(3 * times.old_log_probs)
-    assert times.weight_update == pytest.approx(3 + 2 * 4)
+    assert times.weight_update == pytest.approx(3 + 2 * 4 + 6)
+    # As the sender cuts an update: into buckets of 8 MiB, of a sixth of it, or of the most that is allowed.
+    for mebibytes, buckets in ((8, 1), (9, 2), (48, 6), (480, 6), (6144, 6), (12288, 12)):
+        seconds = time_model.weight_update_seconds(
+            DENSE, replace(FREE, overheads=over, bucket_bytes=1 << 30), ONE, mebibytes << 20
+        )
+        assert seconds == pytest.approx(3 + 2 * 4 + 6 * buckets)
     assert times.step == pytest.approx(times.generation + times.old_log_probs + times.updates + times.weight_update + 5)
 
 
@@ -94,7 +108,7 @@ def test_an_update_is_a_sum_on_one_processor_and_a_pipeline_where_parts_overlap(
     assert alone == pytest.approx(4000 / 100 + 3 * 4000 / 100)
     two = time_model.weight_update_seconds(DENSE, device, Layout(2, 2), 4000)
     assert two == pytest.approx(2000 / 100 + 2000 / 10 + 3 * 4000 / 100)
-    piped = replace(device, overlaps=True, buckets=4)
+    piped = replace(device, overlaps=True, bucket_bytes=1024)
     assert time_model.weight_update_seconds(DENSE, piped, Layout(2, 2), 4000) == pytest.approx(
         400 + (20 + 200 + 120) / 4
     )

@@ -22,6 +22,11 @@ _OVERLAPPING_BUCKETS = 6
 _SMALLEST_BUCKET = 8 << 20
 
 
+def bucket_capacity(most_bytes: int, nbytes: int) -> int:
+    """Bytes of a bucket in an update of `nbytes`, where a bucket may have `most_bytes`."""
+    return align(min(most_bytes, max(nbytes // _OVERLAPPING_BUCKETS, _SMALLEST_BUCKET)))
+
+
 class _Packing(Protocol):
     """What a stream consists of, and how it goes into buckets."""
 
@@ -79,9 +84,8 @@ class WeightSender:
 
     def _begin(self, packing: _Packing, stream: Iterable[Any]) -> None:
         if self.nbytes:
-            share = max(self.nbytes // _OVERLAPPING_BUCKETS, _SMALLEST_BUCKET)
             for writer in self._writers:
-                writer.capacity = align(min(self._bucket_bytes, share))
+                writer.capacity = bucket_capacity(self._bucket_bytes, self.nbytes)
         self._packing, self._stream, self._waiting = packing, iter(stream), None
         self.seconds = 0.0
 
