@@ -58,6 +58,10 @@ class Unit(ABC):
     def gather(self) -> dict[str, torch.Tensor]:
         """Its checkpoint tensors, whole and contiguous, on the model's device. Collective."""
 
+    def gather_to_first(self) -> dict[str, torch.Tensor]:
+        """As `gather`, for rank 0 alone; what other ranks get is not for use. Collective."""
+        return self.gather()
+
 
 class RowUnit(Unit):
     """A parameter of which each rank holds whole rows, and that a checkpoint holds with its rows in this order.
@@ -110,9 +114,21 @@ class RowUnit(Unit):
         return part.untyped_storage().data_ptr() != self._local.untyped_storage().data_ptr()
 
     def gather(self) -> dict[str, torch.Tensor]:
+        return self._cut({suffix: _gather_rows(part, self._shard) for suffix, part in self.parts.items()})
+
+    def gather_to_first(self) -> dict[str, torch.Tensor]:
+        if not isinstance(self._shard, DTensor) or self._shard.device_mesh.size() == 1:
+            return self._cut(self.parts)
+        cut_once = self._shard.device_mesh.ndim == 1 and self._shard.placements[0].is_shard(0)
+        if not cut_once or self._shard.device_mesh.size() < dist.get_world_size():
+            return self.gather()
+        arrived = {suffix: _rows_to_first(part, self._shard) for suffix, part in self.parts.items()}
+        return self._cut(arrived) if dist.get_rank() == 0 else {}
+
+    def _cut(self, wholes: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Checkpoint tensors out of all ranks' parts."""
         found = {}
-        for suffix, part in self.parts.items():
-            whole = _gather_rows(part, self._shard)
+        for suffix, whole in wholes.items():
             flat = whole.reshape(-1)
             for cut in self.ranges:
                 shape, start = cut.place(whole)
@@ -238,6 +254,28 @@ def _gather_rows(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     stride = torch.empty(shape, device="meta").stride()
     sharded = DTensor.from_local(plain, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride)
     return sharded.full_tensor().view(part.dtype)
+
+
+def _rows_to_first(part: torch.Tensor, like: DTensor) -> torch.Tensor:
+    """All ranks' parts [rows of this rank, ...], cut along a mesh of one dimension as `like` is, on rank 0.
+
+    Each rank sends its part once, where an all-gather would bring every rank all of them; by all_to_all, as in
+    `gather_blocks`.
+    """
+    ranks = like.device_mesh.size()
+    share = -(-like.shape[0] // ranks)
+    row = part.dtype.itemsize * prod(part.shape[1:])
+    sizes = [max(0, min(share, like.shape[0] - rank * share)) * row for rank in range(ranks)]
+    first = dist.get_rank() == 0
+    sent = part.contiguous().view(-1).view(torch.uint8)
+    arrived = torch.empty(sum(sizes) if first else 0, dtype=torch.uint8, device=part.device)
+    dist.all_to_all_single(
+        arrived,
+        sent,
+        output_split_sizes=sizes if first else [0] * ranks,
+        input_split_sizes=[sent.numel(), *[0] * (ranks - 1)],
+    )
+    return arrived.view(part.dtype).view(-1, *part.shape[1:])
 
 
 def _groups(model: PreTrainedModel, state: dict[str, torch.Tensor], by_layer: bool) -> list[list[str]]:

@@ -65,7 +65,7 @@ class SentWeights:
                 if by_rows and unit.sends and self._keeps:
                     for suffix, part in unit.parts.items():
                         self._keep(unit.name, suffix, part, unit.owns(part))
-                whole = unit.gather()
+                whole = unit.gather_to_first()
                 for name, tensor in self._encoded(whole) if first else ():
                     if self._keeps and not by_rows:
                         self._keep(name, "", tensor, name not in whole or tensor is not whole[name])
@@ -73,7 +73,7 @@ class SentWeights:
         except Exception:
             # The other ranks gather to the end, and would wait there for this one.
             for unit in units:
-                unit.gather()
+                unit.gather_to_first()
             raise
 
     def changes(self, units: Iterator[Unit], device: torch.device) -> Iterator[Block | None]:
@@ -116,7 +116,7 @@ class SentWeights:
                 cuts = [(cut.name + suffix, *cut.place(kept[suffix])) for cut in unit.ranges]
                 self._add(kept[suffix], changed, unit.first, cuts, block)
             return
-        whole = unit.gather()
+        whole = unit.gather_to_first()
         for name, tensor in self._encoded(whole) if dist.get_rank() == 0 else ():
             changed = take_changes(self._kept[name][""], tensor)
             self._add(tensor, changed, 0, [(name, tuple(tensor.shape), 0)], block)
