@@ -160,7 +160,9 @@ def _probe(
         return probe()
 
     read, generate = together(lambda: decode_rates(config, max(1, load.samples // ranks)))
-    bandwidth, latency = (float("inf"), 0.0) if ranks == 1 else together(lambda: link(ranks))
+    alone = float("inf"), 0.0
+    bandwidth, latency = alone if ranks == 1 else together(lambda: link(ranks))
+    collected, call = alone if ranks == 1 else together(lambda: collect(rank, ranks))
     device = Device(
         train_flops=together(lambda: train_flops(config, load.micro_batch, load.prompt, load.longest)),
         generate_flops=generate,
@@ -168,6 +170,8 @@ def _probe(
         copy_bandwidth=together(copy_bandwidth),
         link_bandwidth=bandwidth,
         link_latency=latency,
+        collect_bandwidth=collected,
+        collect_latency=call,
         overheads=Overheads(),
         itemsize=4,
         load_copies=together(lambda: load_copies(config)),
@@ -187,7 +191,24 @@ def link(ranks: int) -> tuple[float, float]:
         whole = torch.empty(len(own) * ranks, dtype=torch.uint8)
         return seconds(lambda: dist.all_gather_into_tensor(whole, own), rounds)
 
-    small, large = gather(1 << 10, rounds=101), gather(_GATHERED, rounds=7)
+    return _rate_and_latency(gather, ranks)
+
+
+def collect(rank: int, ranks: int) -> tuple[float, float]:
+    """The same of bringing every rank's bytes to rank 0 alone, as a weight update does."""
+
+    def to_first(size: int, rounds: int) -> float:
+        own = torch.ones(size // ranks, dtype=torch.uint8)
+        coming = [len(own) if rank == 0 else 0] * ranks
+        whole = torch.empty(sum(coming), dtype=torch.uint8)
+        going = [len(own), *[0] * (ranks - 1)]
+        return seconds(lambda: dist.all_to_all_single(whole, own, coming, going), rounds)
+
+    return _rate_and_latency(to_first, ranks)
+
+
+def _rate_and_latency(collective: Callable[[int, int], float], ranks: int) -> tuple[float, float]:
+    small, large = collective(1 << 10, 101), collective(_GATHERED, 7)
     return _GATHERED * (ranks - 1) / ranks / max(large - small, 1e-9), small
 
 

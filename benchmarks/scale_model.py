@@ -220,7 +220,11 @@ def check(sizes: list[str], steps: int) -> tuple[str, float]:
 
 def rates(device: Device) -> str:
     """What a rank and a replica reach, for people."""
-    link = f", link {device.link_bandwidth / 1e9:.2f} GB/s and {device.link_latency * 1e3:.2f} ms"
+    assert device.collect_bandwidth is not None and device.collect_latency is not None
+    link = (
+        f", link {device.link_bandwidth / 1e9:.2f} GB/s and {device.link_latency * 1e3:.2f} ms, to one rank "
+        f"{device.collect_bandwidth / 1e9:.2f} GB/s and {device.collect_latency * 1e3:.2f} ms"
+    )
     return (
         f"training {device.train_flops / 1e9:.1f} GFLOP/s, decoding {device.generate_flops / 1e9:.1f} GFLOP/s or "
         f"{device.read_bandwidth / 1e9:.1f} GB/s, copies {device.copy_bandwidth / 1e9:.1f} GB/s"

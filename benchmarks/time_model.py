@@ -55,6 +55,8 @@ class Device:
         read_bandwidth: bytes, weights and cache in a decoding pass.
         copy_bandwidth: bytes copied (each read once and written once).
         link_bandwidth, link_latency: bytes into a device in a collective, and seconds of a call of one.
+        collect_bandwidth, collect_latency: bytes into one device of what the others send it, and seconds of a call;
+            None where they are the link's.
         memory: bytes; None where it is not what limits.
         itemsize: bytes of a trained, gathered or unquantised generated element.
         load_copies: what the engine does with what it loads, in copies of it.
@@ -69,6 +71,8 @@ class Device:
     link_bandwidth: float
     link_latency: float
     overheads: Overheads
+    collect_bandwidth: float | None = None
+    collect_latency: float | None = None
     memory: float | None = None
     itemsize: int = 2
     load_copies: float = 1.0
@@ -210,13 +214,14 @@ def weight_update_seconds(
         # Each rank encodes its own shard: reads it, and writes what is sent into a bucket.
         max(source, sent_bytes) / layout.ranks / device.copy_bandwidth,
         # One rank receives what the others hold.
-        sent_bytes * changed * (layout.ranks - 1) / layout.ranks / device.link_bandwidth,
+        sent_bytes * changed * (layout.ranks - 1) / layout.ranks / (device.collect_bandwidth or device.link_bandwidth),
         sent_bytes * changed / layout.tensor_parallel / device.copy_bandwidth * device.load_copies,
     ]
     if device.overlaps:
         # Over the link to the replicas; where everything is one memory, the bucket is already there.
         parts.append(sent_bytes * changed / device.link_bandwidth)
-    latency = counts.tensors * device.link_latency if layout.ranks > 1 else 0.0
+    call = device.link_latency if device.collect_latency is None else device.collect_latency
+    latency = counts.tensors * call if layout.ranks > 1 else 0.0
     buckets = math.ceil(sent_bytes / bucket_capacity(device.bucket_bytes, sent_bytes))
     per = device.overheads
     over = per.update + counts.layers * per.update_layer + buckets * per.update_bucket + latency

@@ -48,5 +48,7 @@ def test_ranks_probe_their_shares_at_the_same_time(ranks):
     assert 1 < device.load_copies < 1000
     if ranks == 1:
         assert (device.link_bandwidth, device.link_latency) == (float("inf"), 0.0)
+        assert (device.collect_bandwidth, device.collect_latency) == (float("inf"), 0.0)
     else:
         assert 1e6 < device.link_bandwidth < 1e13 and 0 < device.link_latency < 10
+        assert 1e6 < device.collect_bandwidth < 1e13 and 0 < device.collect_latency < 10

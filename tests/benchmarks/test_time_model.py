@@ -108,6 +108,8 @@ def test_an_update_is_a_sum_on_one_processor_and_a_pipeline_where_parts_overlap(
     assert alone == pytest.approx(4000 / 100 + 3 * 4000 / 100)
     two = time_model.weight_update_seconds(DENSE, device, Layout(2, 2), 4000)
     assert two == pytest.approx(2000 / 100 + 2000 / 10 + 3 * 4000 / 100)
+    collecting = replace(device, link_bandwidth=1.0, link_latency=1.0, collect_bandwidth=10.0, collect_latency=0.0)
+    assert time_model.weight_update_seconds(DENSE, collecting, Layout(2, 2), 4000) == pytest.approx(two)
     piped = replace(device, overlaps=True, bucket_bytes=1024)
     assert time_model.weight_update_seconds(DENSE, piped, Layout(2, 2), 4000) == pytest.approx(
         400 + (20 + 200 + 120) / 4
