@@ -57,8 +57,8 @@ GROWTH = {
     "190M": _scaled(1024, 16, 8192),
     "500M": _scaled(1408, 22, 16384),
 }
-# So small that next to nothing is computed or moved, whatever the depth.
-PROBES = {"shallow": GROWTH["1M"], "deep": _scaled(128, 24, 2048)}
+# So small that next to nothing is computed or moved, whatever the depth; and one of few layers that are large.
+PROBES = {"shallow": GROWTH["1M"], "deep": _scaled(128, 24, 2048), "wide": _scaled(896, 6, 8192)}
 
 
 def config(size: str) -> PretrainedConfig:

@@ -1,8 +1,9 @@
 """This machine's parameters for `time_model.py`, by probes of some seconds each.
 
-Rates come from the model in question and its weights, copies and a collective; overheads, which no such probe shows,
-from runs of models so small that they compute and move next to nothing: a shallow one, a deep one, and the shallow one
-with more samples.
+Rates come from the model in question and its weights, copies and a collective. What no such probe shows comes from
+runs: overheads from models so small that they compute and move next to nothing (a shallow one, a deep one, the shallow
+one with more samples, the deep one with more buckets), and what an engine does with the weights that it loads from a
+model of few large layers.
 """
 
 from __future__ import annotations
@@ -27,23 +28,26 @@ from transformers import PretrainedConfig
 from verl.utils.platform import cpu_environment
 
 Parts = dict[str, float]
-# Runs that show overheads; the deep model is the shallow one with more layers.
-SHALLOW, DEEP = "shallow", "deep"
+# Runs that show what no probe does; the deep model is the shallow one with more layers, the wide one has large ones.
+SHALLOW, DEEP, WIDE = "shallow", "deep", "wide"
 FEW = runs.Load(prompts=4, n=4, shortest=32, longest=32, updates=2, micro_batch=8)
 MANY = replace(FEW, prompts=16, micro_batch=32)
 # Buckets so small that an update of the deep model takes many.
 SMALL_BUCKETS = 1
 # Micro-batches of one pass over the step, of both loads.
 _PASSES = 2
+# Seconds of a probe without collectives, whose ranks need not agree on how often they call.
+_PROBED = 1.0
 _COPIED = 64 << 20
 _GATHERED = 32 << 20
 
 
-def seconds(call: Callable[[], object], rounds: int = 7) -> float:
-    """Of one call, the median after one to warm up."""
+def seconds(call: Callable[[], object], rounds: int = 7, at_least: float = 0.0) -> float:
+    """Of one call, the median of some rounds after one to warm up; of more, as long as `at_least` is not over."""
     call()
-    found = []
-    for _ in range(rounds):
+    found: list[float] = []
+    begun = time.perf_counter()
+    while len(found) < rounds or time.perf_counter() - begun < at_least:
         started = time.perf_counter()
         call()
         found.append(time.perf_counter() - started)
@@ -53,7 +57,7 @@ def seconds(call: Callable[[], object], rounds: int = 7) -> float:
 def copy_bandwidth() -> float:
     """Bytes copied a second, with all threads."""
     source, target = torch.ones(_COPIED, dtype=torch.uint8), torch.empty(_COPIED, dtype=torch.uint8)
-    return _COPIED / seconds(lambda: target.copy_(source))
+    return _COPIED / seconds(lambda: target.copy_(source), at_least=_PROBED)
 
 
 def layer_weights(config: PretrainedConfig, copies: int) -> list[list[torch.Tensor]]:
@@ -79,7 +83,8 @@ def decode_rates(config: PretrainedConfig, active: int) -> tuple[float, float]:
         for inputs, weight in weights:
             torch.ops.mkldnn._linear_pointwise(torch.ones(rows, inputs), weight, None, "none", [], "")
 
-    return 4 * elements / seconds(lambda: pass_over(1)), 2 * active * elements / seconds(lambda: pass_over(active))
+    one, many = (seconds(lambda rows=rows: pass_over(rows), at_least=_PROBED) for rows in (1, active))
+    return 4 * elements / one, 2 * active * elements / many
 
 
 def _packed(weight: torch.Tensor) -> torch.Tensor:
@@ -104,27 +109,7 @@ def train_flops(config: PretrainedConfig, samples: int, prompt: int, answer: int
 
     attention = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * tokens
     flops = 6 * samples * (tokens * (layers + attention) + answer * model.lm_head.weight.numel())
-    return flops / seconds(both, rounds=3)
-
-
-def load_copies(config: PretrainedConfig) -> float:
-    """What vLLM's layer-wise reload does with a weight on a CPU, in copies of its bytes.
-
-    Into a fresh tensor of the load layout, then packed for the GEMM, then copied to where the parameter was.
-    """
-    # As many as no cache holds.
-    layers = layer_weights(config, copies=config.num_hidden_layers)
-    pairs = [(weight, torch.empty_like(weight)) for layer in layers for weight in layer]
-
-    @torch.no_grad()
-    def load() -> None:
-        for sent, parameter in pairs:
-            loaded = torch.empty_like(sent).copy_(sent)
-            _packed(loaded)
-            parameter.copy_(loaded)
-
-    nbytes = sum(sent.nbytes for sent, _ in pairs)
-    return seconds(load) * copy_bandwidth() / nbytes
+    return flops / seconds(both, rounds=3, at_least=_PROBED)
 
 
 def this_machine(config: PretrainedConfig, load: runs.Load, ranks: int) -> Device:
@@ -174,7 +159,6 @@ def _probe(
         collect_latency=call,
         overheads=Overheads(),
         itemsize=4,
-        load_copies=together(lambda: load_copies(config)),
         overlaps=False,
     )
     if rank == 0:
@@ -212,21 +196,38 @@ def _rate_and_latency(collective: Callable[[int, int], float], ranks: int) -> tu
     return _GATHERED * (ranks - 1) / ranks / max(large - small, 1e-9), small
 
 
-def measure_overheads(measure: Callable[..., Parts], predict: Callable[..., Parts]) -> Overheads:
-    """Overheads of this machine at one rank, from what the smallest models take beyond their computing.
+def calibrate(measure: Callable[..., Parts], predict: Callable[..., Parts]) -> tuple[Overheads, float]:
+    """What no probe shows, of this machine at one rank: overheads, and `Device.load_copies`.
+
+    Overheads are what the smallest models take beyond their computing; how often an engine copies what it loads is what
+    is left of a large model's weight update.
 
     Args:
         measure: seconds of the parts of a run, and the number of `buckets` of an update; for a model, a load and, where
             that is not the default, MiB of a bucket.
         predict: seconds by the time model, for a model, a load, a device and ranks.
     """
-    beyond: dict[tuple[Any, ...], Parts] = {}
-    for run in ((SHALLOW, FEW), (DEEP, FEW), (SHALLOW, MANY), (DEEP, FEW, SMALL_BUCKETS)):
-        size, load = run[:2]
-        bare = predict(size, load, this_machine(models.config(size), load, 1), 1)
-        beyond[run] = {part: found - bare.get(part, 0.0) for part, found in measure(*run).items()}
+    measured, devices = {}, {}
+    for run in ((SHALLOW, FEW), (DEEP, FEW), (SHALLOW, MANY), (DEEP, FEW, SMALL_BUCKETS), (WIDE, FEW)):
+        devices[run] = this_machine(models.config(run[0]), run[1], 1)
+        measured[run] = measure(*run)
+    *small, large = measured
     layers = [models.config(size).num_hidden_layers for size in (SHALLOW, DEEP)]
-    return solve(*beyond.values(), *layers)
+
+    def bare(run: tuple[Any, ...], **known: Any) -> Parts:
+        return predict(*run[:2], replace(devices[run], **known), 1)
+
+    overheads, copies = Overheads(), 1.0
+    # Each is found with the other one known; small models hardly copy, so that this settles at once.
+    for _ in range(4):
+        beyond = []
+        for run in small:
+            expected = bare(run, load_copies=copies)
+            beyond.append({part: found - expected.get(part, 0.0) for part, found in measured[run].items()})
+        overheads = solve(*beyond, *layers)
+        none, one = (bare(large, overheads=overheads, load_copies=n)["weight_update"] for n in (0.0, 1.0))
+        copies = max(0.0, (measured[large]["weight_update"] - none) / (one - none))
+    return overheads, copies
 
 
 def solve(

@@ -197,13 +197,13 @@ def check(sizes: list[str], steps: int) -> tuple[str, float]:
     import probes
 
     rows, errors = [], []
-    overheads = probes.measure_overheads(lambda *run: measure(*run[:2], 1, steps, *run[2:]), predicted)
-    lines = [
-        "Overheads, ms: " + ", ".join(f"{name} {1e3 * value:.2f}" for name, value in vars(overheads).items()) + "."
-    ]
+    overheads, copies = probes.calibrate(lambda *run: measure(*run[:2], 1, steps, *run[2:]), predicted)
+    named = ", ".join(f"{name} {1e3 * value:.2f}" for name, value in vars(overheads).items())
+    lines = [f"Overheads, ms: {named}. An engine copies what it loads {copies:.1f} times."]
     for size in sizes:
         for ranks in (1, 2):
-            device = replace(probes.this_machine(models.config(size), CHECKED, ranks), overheads=overheads)
+            device = probes.this_machine(models.config(size), CHECKED, ranks)
+            device = replace(device, overheads=overheads, load_copies=copies)
             expected, found = predicted(size, CHECKED, device, ranks), measure(size, CHECKED, ranks, steps)
             lines.append(f"{size}, {ranks} rank(s): {rates(device)}.")
             row = [size, str(ranks)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Protocol
@@ -23,6 +23,8 @@ from verl.workers.engine.loading import decoder_layer_names
 from verl.workers.engine.lora import merged_view
 
 _SHARD_BYTES = 5 * 10**9
+# Rows of all ranks that travel to rank 0 in one collective, if no parameter is larger.
+_TOGETHER_BYTES = 8 << 20
 
 
 class RowEncoder(Protocol):
@@ -57,10 +59,6 @@ class Unit(ABC):
     @abstractmethod
     def gather(self) -> dict[str, torch.Tensor]:
         """Its checkpoint tensors, whole and contiguous, on the model's device. Collective."""
-
-    def gather_to_first(self) -> dict[str, torch.Tensor]:
-        """As `gather`, for rank 0 alone; what other ranks get is not for use. Collective."""
-        return self.gather()
 
 
 class RowUnit(Unit):
@@ -114,18 +112,19 @@ class RowUnit(Unit):
         return part.untyped_storage().data_ptr() != self._local.untyped_storage().data_ptr()
 
     def gather(self) -> dict[str, torch.Tensor]:
-        return self._cut({suffix: _gather_rows(part, self._shard) for suffix, part in self.parts.items()})
+        return self.cut({suffix: _gather_rows(part, self._shard) for suffix, part in self.parts.items()})
 
-    def gather_to_first(self) -> dict[str, torch.Tensor]:
-        if not isinstance(self._shard, DTensor) or self._shard.device_mesh.size() == 1:
-            return self._cut(self.parts)
-        cut_once = self._shard.device_mesh.ndim == 1 and self._shard.placements[0].is_shard(0)
-        if not cut_once or self._shard.device_mesh.size() < dist.get_world_size():
-            return self.gather()
-        arrived = {suffix: _rows_to_first(part, self._shard) for suffix, part in self.parts.items()}
-        return self._cut(arrived) if dist.get_rank() == 0 else {}
+    def sizes(self, part: torch.Tensor) -> list[int] | None:
+        """Bytes that each rank holds of one of `parts`; None where not every rank holds a share of its own."""
+        shard, ranks = self._shard, dist.get_world_size()
+        if not isinstance(shard, DTensor) or tuple(shard.device_mesh.shape) != (ranks,):
+            return None
+        if not shard.placements[0].is_shard(0):
+            return None
+        share, row = -(-shard.shape[0] // ranks), part.dtype.itemsize * prod(part.shape[1:])
+        return [max(0, min(share, shard.shape[0] - rank * share)) * row for rank in range(ranks)]
 
-    def _cut(self, wholes: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def cut(self, wholes: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Checkpoint tensors out of all ranks' parts."""
         found = {}
         for suffix, whole in wholes.items():
@@ -256,26 +255,54 @@ def _gather_rows(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return sharded.full_tensor().view(part.dtype)
 
 
-def _rows_to_first(part: torch.Tensor, like: DTensor) -> torch.Tensor:
-    """All ranks' parts [rows of this rank, ...], cut along a mesh of one dimension as `like` is, on rank 0.
+def gathered_to_first(units: Iterable[Unit]) -> Iterator[tuple[Unit, dict[str, torch.Tensor]]]:
+    """Each unit with what `gather` makes of it, on rank 0; what other ranks get is not for use.
 
-    Each rank sends its part once, where an all-gather would bring every rank all of them; by all_to_all, as in
-    `gather_blocks`.
+    Collective: to be exhausted. Rows travel to rank 0 alone, where an all-gather would bring every rank all of them,
+    and those of small parameters together: a collective whose ranks share processors waits for each of them.
     """
-    ranks = like.device_mesh.size()
-    share = -(-like.shape[0] // ranks)
-    row = part.dtype.itemsize * prod(part.shape[1:])
-    sizes = [max(0, min(share, like.shape[0] - rank * share)) * row for rank in range(ranks)]
-    first = dist.get_rank() == 0
-    sent = part.contiguous().view(-1).view(torch.uint8)
-    arrived = torch.empty(sum(sizes) if first else 0, dtype=torch.uint8, device=part.device)
-    dist.all_to_all_single(
-        arrived,
-        sent,
-        output_split_sizes=sizes if first else [0] * ranks,
-        input_split_sizes=[sent.numel(), *[0] * (ranks - 1)],
-    )
-    return arrived.view(part.dtype).view(-1, *part.shape[1:])
+    waiting: list[tuple[RowUnit, str, torch.Tensor, list[int]]] = []
+    for unit in units:
+        alone = not isinstance(unit, RowUnit) or dist.get_world_size() == 1
+        shares = [] if alone else [(unit, *item, unit.sizes(item[1])) for item in unit.parts.items()]
+        if alone or any(sizes is None for *_, sizes in shares):
+            yield from _to_first(waiting)
+            waiting = []
+            yield unit, unit.gather()
+            continue
+        waiting += shares
+        if sum(sum(sizes) for *_, sizes in waiting) >= _TOGETHER_BYTES:
+            yield from _to_first(waiting)
+            waiting = []
+    yield from _to_first(waiting)
+
+
+def _to_first(
+    shares: Sequence[tuple[RowUnit, str, torch.Tensor, list[int]]],
+) -> Iterator[tuple[Unit, dict[str, torch.Tensor]]]:
+    """One collective for some parts: unit, suffix, rows of this rank, and bytes of each rank's.
+
+    By all_to_all, as in `gather_blocks`.
+    """
+    if not shares:
+        return
+    ranks, first = dist.get_world_size(), dist.get_rank() == 0
+    raw = [part.contiguous().view(-1).view(torch.uint8) for _, _, part, _ in shares]
+    sent = raw[0] if len(raw) == 1 else torch.cat(raw)
+    of_ranks = [sum(sizes[rank] for *_, sizes in shares) for rank in range(ranks)]
+    arrived = torch.empty(sum(of_ranks) if first else 0, dtype=torch.uint8, device=sent.device)
+    coming, going = of_ranks if first else [0] * ranks, [sent.numel(), *[0] * (ranks - 1)]
+    dist.all_to_all_single(arrived, sent, output_split_sizes=coming, input_split_sizes=going)
+    wholes: dict[int, tuple[RowUnit, dict[str, torch.Tensor]]] = {id(unit): (unit, {}) for unit, *_ in shares}
+    if first:
+        pieces = [
+            block.split([sizes[rank] for *_, sizes in shares]) for rank, block in enumerate(arrived.split(of_ranks))
+        ]
+        for (unit, suffix, part, _), of_part in zip(shares, zip(*pieces, strict=True), strict=True):
+            whole = arrived if len(shares) == 1 else torch.cat(of_part)
+            wholes[id(unit)][1][suffix] = whole.view(part.dtype).view(-1, *part.shape[1:])
+    for unit, whole in wholes.values():
+        yield unit, unit.cut(whole)
 
 
 def _groups(model: PreTrainedModel, state: dict[str, torch.Tensor], by_layer: bool) -> list[list[str]]:

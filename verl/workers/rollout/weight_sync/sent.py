@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from verl.utils.quantization.changes import take_changes
-from verl.workers.engine.export import RowUnit, Unit
+from verl.workers.engine.export import RowUnit, Unit, gathered_to_first
 from verl.workers.rollout.quantization import QuantizationScheme
 from verl.workers.rollout.weight_sync.block_gather import Block, gather_blocks
 from verl.workers.rollout.weight_sync.delta import DeltaBlock
@@ -58,22 +58,22 @@ class SentWeights:
         """
         self._version, self._whole_bytes = None, 0
         first = dist.get_rank() == 0
+        gathered = gathered_to_first(units)
         try:
-            for unit in units:
+            for unit, whole in gathered:
                 self._whole_bytes += unit.nbytes
                 by_rows = isinstance(unit, RowUnit)
                 if by_rows and unit.sends and self._keeps:
                     for suffix, part in unit.parts.items():
                         self._keep(unit.name, suffix, part, unit.owns(part))
-                whole = unit.gather_to_first()
                 for name, tensor in self._encoded(whole) if first else ():
                     if self._keeps and not by_rows:
                         self._keep(name, "", tensor, name not in whole or tensor is not whole[name])
                     yield name, tensor
         except Exception:
             # The other ranks gather to the end, and would wait there for this one.
-            for unit in units:
-                unit.gather_to_first()
+            for _ in gathered:
+                pass
             raise
 
     def changes(self, units: Iterator[Unit], device: torch.device) -> Iterator[Block | None]:
@@ -116,7 +116,7 @@ class SentWeights:
                 cuts = [(cut.name + suffix, *cut.place(kept[suffix])) for cut in unit.ranges]
                 self._add(kept[suffix], changed, unit.first, cuts, block)
             return
-        whole = unit.gather_to_first()
+        whole = unit.gather()
         for name, tensor in self._encoded(whole) if dist.get_rank() == 0 else ():
             changed = take_changes(self._kept[name][""], tensor)
             self._add(tensor, changed, 0, [(name, tuple(tensor.shape), 0)], block)
