@@ -8,7 +8,8 @@ One model for every machine: what differs is the numbers in `Device`. All times 
   attention over half the context; micro-batches one after the other. Weights are gathered for each pass and gradients
   scattered (FSDP2), behind the computing where the device overlaps.
 - Weight update: encode, gather to one rank, send, load. A pipeline where the device overlaps: it takes its slowest
-  part, and one bucket's share of the others; the sum of them where one processor does it all.
+  part, and one bucket's share of the others; the sum of them where one processor does it all, with more bookkeeping
+  the more ranks and replicas do theirs on it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 
 from shapes import Counts
 
+from verl.workers.engine.export import TOGETHER_BYTES
 from verl.workers.rollout.weight_sync.sender import bucket_capacity
 
 
@@ -221,10 +223,15 @@ def weight_update_seconds(
         # Over the link to the replicas; where everything is one memory, the bucket is already there.
         parts.append(sent_bytes * changed / device.link_bandwidth)
     call = device.link_latency if device.collect_latency is None else device.collect_latency
-    latency = counts.tensors * call if layout.ranks > 1 else 0.0
+    latency = min(counts.tensors, math.ceil(sent_bytes / TOGETHER_BYTES)) * call if layout.ranks > 1 else 0.0
     buckets = math.ceil(sent_bytes / bucket_capacity(device.bucket_bytes, sent_bytes))
     per = device.overheads
-    over = per.update + counts.layers * per.update_layer + buckets * per.update_bucket + latency
+    over = per.update + counts.layers * per.update_layer + buckets * per.update_bucket
+    if not device.overlaps:
+        # It is known of one sender and one engine, who do part of it at the same time. More of them on the same cores
+        # take as long if none of it was at the same time, and that many times as long if all of it was: halfway.
+        over *= (1 + layout.ranks) / 2
+    over += latency
     if device.overlaps:
         return over + max(parts) + (sum(parts) - max(parts)) / buckets
     return over + sum(parts)

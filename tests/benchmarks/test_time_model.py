@@ -57,6 +57,8 @@ def test_overheads_alone():
     assert times.old_log_probs == pytest.approx(4 * (2 + 2 * 1))
     assert times.updates == pytest.approx(3 * times.old_log_probs)
     assert times.weight_update == pytest.approx(3 + 2 * 4 + 6)
+    shared = time_model.weight_update_seconds(DENSE, replace(FREE, overheads=over), Layout(2, 2), 4000)
+    assert shared == pytest.approx(1.5 * times.weight_update)
     # As the sender cuts an update: into buckets of 8 MiB, of a sixth of it, or of the most that is allowed.
     for mebibytes, buckets in ((8, 1), (9, 2), (48, 6), (480, 6), (6144, 6), (12288, 12)):
         seconds = time_model.weight_update_seconds(

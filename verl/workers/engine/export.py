@@ -24,7 +24,7 @@ from verl.workers.engine.lora import merged_view
 
 _SHARD_BYTES = 5 * 10**9
 # Rows of all ranks that travel to rank 0 in one collective, if no parameter is larger.
-_TOGETHER_BYTES = 8 << 20
+TOGETHER_BYTES = 8 << 20
 
 
 class RowEncoder(Protocol):
@@ -271,7 +271,7 @@ def gathered_to_first(units: Iterable[Unit]) -> Iterator[tuple[Unit, dict[str, t
             yield unit, unit.gather()
             continue
         waiting += shares
-        if sum(sum(sizes) for *_, sizes in waiting) >= _TOGETHER_BYTES:
+        if sum(sum(sizes) for *_, sizes in waiting) >= TOGETHER_BYTES:
             yield from _to_first(waiting)
             waiting = []
     yield from _to_first(waiting)
