@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import machine
 import models
@@ -118,14 +119,14 @@ def this_machine(config: PretrainedConfig, load: runs.Load, ranks: int) -> Devic
     As many processes as there are ranks probe at the same time, each with its share of the threads and with a run's
     environment.
     """
-    # Spawned processes get this one's; the C library reads it when they start.
-    os.environ.update(cpu_environment(max(1, machine.usable_cores() // ranks)))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
-    multiprocessing.spawn(_probe, (ranks, port, config, load, results), nprocs=ranks)
+    # Spawned processes get this one's environment, which the C library reads when they start; later runs do not.
+    with mock.patch.dict(os.environ, cpu_environment(max(1, machine.usable_cores() // ranks))):
+        multiprocessing.spawn(_probe, (ranks, port, config, load, results), nprocs=ranks)
     return results.get()
 
 
@@ -209,13 +210,15 @@ def calibrate(measure: Callable[..., Parts], predict: Callable[..., Parts]) -> t
     """
     measured, devices = {}, {}
     for run in ((SHALLOW, FEW), (DEEP, FEW), (SHALLOW, MANY), (DEEP, FEW, SMALL_BUCKETS), (WIDE, FEW)):
-        devices[run] = this_machine(models.config(run[0]), run[1], 1)
+        size, load = run[:2]
+        if (size, load) not in devices:
+            devices[size, load] = this_machine(models.config(size), load, 1)
         measured[run] = measure(*run)
     *small, large = measured
     layers = [models.config(size).num_hidden_layers for size in (SHALLOW, DEEP)]
 
     def bare(run: tuple[Any, ...], **known: Any) -> Parts:
-        return predict(*run[:2], replace(devices[run], **known), 1)
+        return predict(*run[:2], replace(devices[run[:2]], **known), 1)
 
     overheads, copies = Overheads(), 1.0
     # Each is found with the other one known; small models hardly copy, so that this settles at once.

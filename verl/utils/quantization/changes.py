@@ -9,12 +9,12 @@ import torch
 
 from verl.utils.quantization import native
 
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """A view as integers of the same size: equal where the bytes are, NaN and -0.0 included."""
-    return tensor.view(BITS[tensor.element_size()])
+    return tensor.view(_BITS[tensor.element_size()])
 
 
 def take_changes(kept: torch.Tensor, now: torch.Tensor) -> torch.Tensor:

@@ -230,7 +230,8 @@ static inline void block_error(const uint32_t *restrict u, const uint8_t *restri
     for (int i = 0; i < 8; i++) { error2[i] += error2[i + 8]; norm2[i] += norm2[i + 8]; }
     for (int i = 0; i < 4; i++) { error2[i] += error2[i + 4]; norm2[i] += norm2[i + 4]; }
     for (int i = 1; i < 4; i++) { error2[0] += error2[i]; norm2[0] += norm2[i]; }
-    double unit = squared_unit((int)byte), ratio = top ? (double)as_float(far) / (double)as_float(top) : (double)as_float(far);
+    double unit = squared_unit((int)byte);
+    double ratio = top ? (double)as_float(far) / (double)as_float(top) : (double)as_float(far);
     sums[0] += unit * (double)error2[0];
     sums[1] += unit * (double)norm2[0];
     if (!(ratio <= sums[2])) sums[2] = ratio; /* a NaN stays: nothing compares below it */

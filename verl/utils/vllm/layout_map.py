@@ -24,7 +24,6 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 
 from verl.utils.quantization.changes import bits
 
-# Integers of an element's size: bytes are moved, never converted.
 # Steps of a walk: (stride it leaves, how many, stride it takes), the largest stride first.
 Steps = tuple[tuple[int, int, int], ...]
 
