@@ -20,7 +20,7 @@ from pathlib import Path
 import machine
 import models
 
-from verl.utils.platform import choose_dtype, cpu_environment
+from verl.utils.platform import choose_dtype, cpu_cores, cpu_environment
 
 KINDS = {"not quantised": None, "MXFP8, emulated": "ascend"}
 # Requests at a time, tokens of each.
@@ -81,7 +81,7 @@ class Engine:
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_LOGGING_LEVEL": "ERROR",
             "VLLM_NO_USAGE_STATS": "1",
-            **cpu_environment(machine.usable_cores()),
+            **cpu_environment(cpu_cores()),
         }
         command = [sys.executable, __file__, "--serve", str(model_dir), quantization or "", dtype]
         # What it says is of interest only where it fails.

@@ -11,9 +11,10 @@ and clipping, no gradient checkpointing, samples of a micro-batch, two optimizer
 compute old log-probabilities; with one TRL would skip them), and the tokens of every answer: a prompt says how long its
 answer is (`task.py`), and both sides generate that many tokens; the benchmark fails where the counts differ.
 
-What is not: ours is `python3 -m verl.trainer.main_ppo` with a vLLM engine and a metrics file. TRL generates with
-transformers' `generate`, its default, and logs nothing. Its other ways are no use on a CPU: vLLM in the same
-process, because `load_weights` on an engine whose CPU kernels have packed their weights fails at the first step; and
+What is not: ours is `python3 -m verl.trainer.main_ppo` with a vLLM engine and a metrics file, and its processes keep
+the memory that they free. TRL generates with transformers' `generate`, its default, logs nothing, and keeps freed
+memory only with --trl-keeps-memory. Its other ways are no use on a CPU: vLLM in the same process, because
+`load_weights` on an engine whose CPU kernels have packed their weights fails at the first step; and
 `use_transformers_continuous_batching`, which is more than ten times slower there (docs/performance.md).
 """
 
@@ -33,7 +34,7 @@ import tables
 from pace import PacedProcess
 from runs import Load
 
-from verl.utils.platform import cpu_environment
+from verl.utils.platform import cpu_cores, cpu_environment, thread_environment
 
 LOADS = {
     ("0.8M", "equal"): Load(prompts=32, n=16, shortest=6, longest=6, updates=2, micro_batch=256),
@@ -59,34 +60,34 @@ class Outcome:
         return statistics.median(theirs / ours for ours, theirs in zip(self.ours, self.trl, strict=True))
 
 
-def trl_process(load: Load, model_dir: Path, work: Path) -> PacedProcess:
+def trl_process(load: Load, model_dir: Path, work: Path, keeps_memory: bool) -> PacedProcess:
     """TRL's side, in its own environment."""
     specification = work / "load.json"
     specification.write_text(load.to_json())
     command = [".cache/trl/bin/python", runs.HERE / "trl_side.py", specification, model_dir, work / "trl"]
-    variables = {**cpu_environment(machine.usable_cores()), "HF_HUB_OFFLINE": "1"}
+    environment = cpu_environment if keeps_memory else thread_environment
+    variables = {**environment(cpu_cores()), "HF_HUB_OFFLINE": "1"}
     return PacedProcess(list(map(str, command)), variables, runs.HERE.parent, work / "trl.log")
 
 
-def measure(size: str, load: Load, rounds: int, work: Path, with_trl: bool) -> Outcome:
+def measure(load: Load, model_dir: Path, work: Path, options: argparse.Namespace) -> Outcome:
     """Both sides in turn."""
-    model_dir = models.write_model(size, work / "model")
     config = runs.keys(load, model_dir, work / "ours", steps=1000)
     sides = {"ours": PacedProcess(runs.command(config), runs.environment(), runs.HERE.parent, work / "ours.log")}
-    if with_trl:
-        sides["trl"] = trl_process(load, model_dir, work)
+    if not options.without_trl:
+        sides["trl"] = trl_process(load, model_dir, work, options.trl_keeps_memory)
     seconds: dict[str, list[float]] = {"ours": [], "trl": []}
     try:
         for side in sides.values():
             side.arrived()
-        for number in range(WARM_UP + rounds):
+        for number in range(WARM_UP + options.rounds):
             for name, side in sides.items():
                 elapsed, tokens = side.step()
                 if tokens != load.tokens:
                     raise RuntimeError(f"{name} generated {tokens} tokens instead of {load.tokens}")
                 if number >= WARM_UP:
                     seconds[name].append(elapsed)
-        recorded = runs.metrics(config)[WARM_UP : WARM_UP + rounds]
+        recorded = runs.metrics(config)[WARM_UP : WARM_UP + options.rounds]
     finally:
         for side in sides.values():
             side.close()
@@ -121,6 +122,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help=f"measured steps of each side, after {WARM_UP}")
     parser.add_argument("--prompts", type=int, help="a step, instead of the load's own number")
     parser.add_argument("--without-trl", action="store_true", help="ours alone")
+    parser.add_argument("--trl-keeps-memory", action="store_true", help="what it frees, as ours does by itself")
     tables.add_write_option(parser)
     options = parser.parse_args()
     print(machine.header(), flush=True)
@@ -131,7 +133,7 @@ def main() -> None:
         if size in options.sizes and lengths in options.lengths:
             load = load.scaled(options.prompts)
             with tempfile.TemporaryDirectory() as work:
-                outcome = measure(size, load, options.rounds, Path(work), not options.without_trl)
+                outcome = measure(load, models.write_model(size, Path(work) / "model"), Path(work), options)
             rows.append(row(size, lengths, load, outcome))
             print(*rows[-1], sep="  ", flush=True)
     head = ["model", "lengths", "samples x tokens", "ours, s", "TRL, s", "TRL / ours", "target", "ours by stage, s"]

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from verl.utils.platform import cpu_cores
+
 _X86_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16")
 _ARM_FLAGS = ("asimd", "sve", "bf16", "i8mm")
 
@@ -25,7 +27,7 @@ def describe() -> dict[str, str]:
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "kind": kind(),
         "processor": f"{info.get('model name', platform.processor() or 'unknown')} ({platform.machine()})",
-        "cores": f"{usable_cores()} usable of {os.cpu_count()}, {torch.get_num_threads()} torch threads",
+        "cores": f"{cpu_cores()} usable of {os.cpu_count()}, {torch.get_num_threads()} torch threads",
         "features": " ".join(f"{name}={'yes' if name in features else 'no'}" for name in known),
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB",
         "accelerator": _accelerator(),
@@ -44,11 +46,6 @@ def kind() -> str:
     if "avx2" in features:
         return "AVX2"
     return platform.machine()
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0))
 
 
 def header() -> str:

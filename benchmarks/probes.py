@@ -17,7 +17,6 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
-import machine
 import models
 import runs
 import torch
@@ -26,7 +25,7 @@ import torch.multiprocessing as multiprocessing
 from time_model import Device, Overheads
 from transformers import PretrainedConfig
 
-from verl.utils.platform import cpu_environment
+from verl.utils.platform import cpu_cores, cpu_environment
 
 Parts = dict[str, float]
 # Runs that show what no probe does; the deep model is the shallow one with more layers, the wide one has large ones.
@@ -125,7 +124,7 @@ def this_machine(config: PretrainedConfig, load: runs.Load, ranks: int) -> Devic
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
     # Spawned processes get this one's environment, which the C library reads when they start; later runs do not.
-    with mock.patch.dict(os.environ, cpu_environment(max(1, machine.usable_cores() // ranks))):
+    with mock.patch.dict(os.environ, cpu_environment(max(1, cpu_cores() // ranks))):
         multiprocessing.spawn(_probe, (ranks, port, config, load, results), nprocs=ranks)
     return results.get()
 
@@ -138,7 +137,7 @@ def _probe(
     load: runs.Load,
     results: multiprocessing.SimpleQueue,
 ) -> None:
-    torch.set_num_threads(max(1, machine.usable_cores() // ranks))
+    torch.set_num_threads(max(1, cpu_cores() // ranks))
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
 
     def together(probe: Callable[[], Any]) -> Any:

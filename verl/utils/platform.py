@@ -140,14 +140,22 @@ def cpu_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def cpu_environment(threads: int) -> dict[str, str]:
-    """Environment variables for a process that computes on the CPU, on cores that other processes use by turns.
+def thread_environment(threads: int) -> dict[str, str]:
+    """Environment variables for a process that computes on cores that other processes use by turns.
 
-    Threads that wait sleep: by default they spin. What is freed is kept: by default glibc gives each tensor's memory
-    back and gets it again page by page, and a page costs more to get than to fill. What the user has set of that stays.
+    Threads that wait sleep: by default they spin.
+    """
+    return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def cpu_environment(threads: int) -> dict[str, str]:
+    """`thread_environment` for a process whose tensors are in the host's memory.
+
+    What is freed is kept: by default glibc gives each tensor's memory back and gets it again page by page, and a page
+    costs more to get than to fill. What the user has set of that stays.
     """
     kept = {name: os.environ.get(name, _KEPT_BYTES) for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")}
-    return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false", **kept}
+    return {**thread_environment(threads), **kept}
 
 
 def available_memory_bytes(*, root: Path = Path("/")) -> int | None:

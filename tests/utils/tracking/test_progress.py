@@ -37,6 +37,19 @@ def test_time_left_follows_the_last_steps():
     assert left.update(40) == 0.0
 
 
+def test_what_a_run_does_once_does_not_count_for_the_steps_left():
+    now = [0.0]
+    left = TimeLeft(total_steps=10, clock=lambda: now[0])
+    now[0] += 100.0
+    assert left.update(0) is None  # a validation before the first step
+    now[0] += 9.0
+    assert left.update(1) == pytest.approx(81.0)
+    now[0] += 1.0
+    assert left.update(2) == pytest.approx(8.0)
+    now[0] += 3.0
+    assert left.update(3) == pytest.approx(14.0)
+
+
 def test_reward_and_speed():
     assert reward_of(METRICS) == 0.4567 and reward_of({}) is None
     assert reward_of({"critic/rewards/mean": 1}) == 1.0

@@ -76,7 +76,7 @@ class Plan:
         train_prompts, val_prompts: rows, before overlong prompts are dropped.
         steps_per_epoch, total_steps: training steps; None where a dataset class of the user's decides.
         trainer_ranks, replicas, tensor_parallel, reward_workers: processes.
-        trainer_nodes: of the trainer; rollout_nodes: of the replicas alone, 0 where they are on the trainer's.
+        trainer_nodes: of the trainer; replica_nodes: of the replicas alone, 0 where they are on the trainer's.
         transport: how weights get to the replicas, as `resolve_backend` says.
         parameters: of the model; None where its files do not tell.
         critic: the critic's part; None without one.
@@ -116,7 +116,7 @@ class Plan:
     tensor_parallel: int
     reward_workers: int
     trainer_nodes: int
-    rollout_nodes: int
+    replica_nodes: int
     transport: str
     parameters: int | None
     critic: CriticPlan | None
@@ -194,9 +194,9 @@ class Plan:
 
     def _node_rows(self) -> list[tuple[str, str]]:
         """Where there are several."""
-        if self.transport == "naive" or self.trainer_nodes + self.rollout_nodes == 1:
+        if self.trainer_nodes + self.replica_nodes == 1:
             return []
-        replicas = f"{self.rollout_nodes} of the replicas" if self.rollout_nodes else "replicas on the same"
+        replicas = f"{self.replica_nodes} of the replicas" if self.replica_nodes else "replicas on the same"
         return [("nodes", f"{self.trainer_nodes} of the trainer, {replicas}; weights by {self.transport}")]
 
     def _machine_rows(self) -> list[tuple[str, str]]:

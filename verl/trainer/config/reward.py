@@ -8,6 +8,9 @@ from typing import Any
 
 from verl.trainer.config import names
 from verl.trainer.config.schema import key, planned, section
+from verl.utils.platform import cpu_cores
+
+_MOST_WORKERS = 8
 
 
 @dataclass
@@ -55,3 +58,8 @@ class RewardConfig:
     )
     timeout: float = key(30.0, "time to score one sample, after which its score is 0", unit="seconds", above=0)
     reward_model: RewardModelConfig = section(RewardModelConfig, "a model that scores: not supported yet")
+
+    @property
+    def workers(self) -> int:
+        """Processes that score."""
+        return min(_MOST_WORKERS, cpu_cores()) if self.num_workers is None else self.num_workers

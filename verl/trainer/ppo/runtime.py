@@ -40,7 +40,7 @@ from verl.trainer.ppo.shared_files import check_seen, check_shared, files_of
 from verl.utils.dataset.loader import build_dataloader
 from verl.utils.dataset.rl_dataset import create_rl_dataset
 from verl.utils.heap import freeze_heap
-from verl.utils.platform import cpu_environment
+from verl.utils.platform import cpu_cores, cpu_environment
 from verl.utils.timeline import current_timeline
 from verl.utils.tokenizer import hf_tokenizer
 from verl.utils.vllm.npu_settings import hccl_environment
@@ -157,6 +157,7 @@ class Runtime:
         if self.plan.device != "cpu" or several_nodes():
             # Before the replicas, which open devices that their ranks have; what a node lacks shows here, too.
             await self._find_trainers()
+        logger.info("starting %d trainer rank(s) and %d replica(s)", len(self.trainers), len(self.replicas.replicas))
         starting = [asyncio.ensure_future(self._replicas.start()), asyncio.ensure_future(self._start_trainers())]
         try:
             await asyncio.gather(*starting)
@@ -208,7 +209,7 @@ class Runtime:
         }
         environment = engine_environment(
             device=self.plan.device,
-            threads=max(1, (os.cpu_count() or 1) // math.ceil(count / (rollout.nnodes or config.trainer.nnodes))),
+            threads=max(1, cpu_cores() // math.ceil(count / (rollout.nnodes or config.trainer.nnodes))),
             tensor_parallel_size=rollout.tensor_model_parallel_size,
         )
         replicas = []
@@ -231,7 +232,7 @@ class Runtime:
     def _make_trainers(self, placement: Placement) -> WorkerGroup:
         environment = {}
         if self.plan.device == "cpu":
-            environment = cpu_environment(max(1, (os.cpu_count() or 1) // self.config.trainer.n_gpus_per_node))
+            environment = cpu_environment(max(1, cpu_cores() // self.config.trainer.n_gpus_per_node))
         elif self.plan.device == "npu":
             environment = hccl_environment(os.environ)
         return WorkerGroup(
@@ -259,7 +260,7 @@ class Runtime:
         addresses = [node.address if self.config.trainer.nnodes > 1 else "127.0.0.1" for node in self._nodes]
         port = await self.trainers.rank(0, "rendezvous", addresses[0])
         await self.trainers.each("setup", [(addresses[0], port, address) for address in addresses])
-        logger.info("%d trainer ranks are up after %.1f s", len(self.trainers), time.perf_counter() - started)
+        logger.info("%d trainer rank(s) are up after %.1f s", len(self.trainers), time.perf_counter() - started)
 
     async def _find_trainers(self) -> None:
         """Where each rank is; and where some are on other nodes than the driver, that they see what it sees."""

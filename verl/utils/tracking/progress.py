@@ -27,16 +27,26 @@ def duration(seconds: float) -> str:
 
 
 class TimeLeft:
-    """Estimates the seconds left from the pace of the last `WINDOW` steps; validations and saves in between count."""
+    """Estimates the seconds left from the pace of the last `WINDOW` steps; validations and saves in between count.
+
+    The first step counts only while there is no other: what a run does once is in it.
+    """
 
     def __init__(self, total_steps: int, start_step: int = 0, clock: Callable[[], float] = time.monotonic):
         self._total, self._clock = total_steps, clock
         self._marks: deque[tuple[int, float]] = deque([(start_step, clock())], maxlen=WINDOW + 1)
+        self._warm = False
 
     def update(self, step: int) -> float | None:
         """Note that `step` is done; seconds left, or None while no step has been seen."""
         if step > self._marks[-1][0]:
             self._marks.append((step, self._clock()))
+            if not self._warm and len(self._marks) == 3:
+                self._marks.popleft()
+                self._warm = True
+        elif len(self._marks) == 1:
+            # Logged before the first step: what was validated then is no part of it.
+            self._marks[0] = step, self._clock()
         (first_step, first_time), (last_step, last_time) = self._marks[0], self._marks[-1]
         if last_step == first_step:
             return None

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import pickle
 import threading
 import weakref
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     from verl.trainer.config import RewardConfig
 
 _LOG = logging.getLogger(__name__)
-
-_MOST_WORKERS = 8
 
 
 @dataclass(frozen=True)
@@ -87,9 +84,7 @@ class RewardLoop:
         timeout = float(config.timeout)
         if not 0 < timeout < float("inf"):
             raise ValueError(f"reward.timeout={config.timeout}: give the seconds that scoring one sample may take, > 0")
-        count = config.num_workers if num_workers is None else num_workers
-        if count is None:
-            count = min(_MOST_WORKERS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
+        count = config.workers if num_workers is None else num_workers
         if count < 1:
             raise ValueError(f"reward.num_workers={count}: give at least 1, or null for one a core (at most 8)")
         path = config.custom_reward_function.path

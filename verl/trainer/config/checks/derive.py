@@ -7,17 +7,16 @@ from pathlib import Path
 from verl.trainer.config.checks.batches import rollout_devices, trainer_ranks
 from verl.trainer.config.checks.data import DataInfo
 from verl.trainer.config.checks.quantization import Quantisation
-from verl.trainer.config.checks.transport import resolve_backend
+from verl.trainer.config.checks.transport import replica_nodes, resolve_backend
 from verl.trainer.config.critic import resolve_critic
 from verl.trainer.config.delta import whole_updates_why
 from verl.trainer.config.estimate import estimate_memory
 from verl.trainer.config.model_files import ModelFiles
 from verl.trainer.config.plan import CriticPlan, Plan
 from verl.trainer.config.ppo import PPOConfig
-from verl.utils.platform import available_memory_bytes, choose_dtype, cpu_cores
+from verl.utils.platform import available_memory_bytes, choose_dtype
 
 _MIB = 1 << 20
-_MOST_REWARD_WORKERS = 8
 
 
 def derive_plan(
@@ -36,13 +35,12 @@ def derive_plan(
     mini = actor.ppo_mini_batch_size * rollout.n
     micro = None if actor.use_dynamic_bsz else mini // ranks // (actor.ppo_micro_batch_size_per_gpu or 1)
     compute, engine = choose_dtype(device, actor.fsdp_config.dtype), choose_dtype(device, rollout.dtype)
-    workers = config.reward.num_workers or min(_MOST_REWARD_WORKERS, cpu_cores())
     steps = None if data.train is None else data.train // config.data.train_batch_size
     itemsize = 4 if engine.name == "float32" else 2
     update = None if model.parameters is None else model.parameters * itemsize
     if quantisation is not None:
         update = quantisation.update_bytes(itemsize) or update
-    bucket, backend = rollout.checkpoint_engine.update_weights_bucket_megabytes * _MIB, resolve_backend(config, device)
+    bucket, apart = rollout.checkpoint_engine.update_weights_bucket_megabytes * _MIB, replica_nodes(config, device)
     return Plan(
         device=device,
         compute_dtype=compute.name,
@@ -68,10 +66,10 @@ def derive_plan(
         trainer_ranks=ranks,
         replicas=replicas,
         tensor_parallel=rollout.tensor_model_parallel_size,
-        reward_workers=workers,
+        reward_workers=config.reward.workers,
         trainer_nodes=trainer.nnodes,
-        rollout_nodes=rollout.nnodes,
-        transport=backend,
+        replica_nodes=apart,
+        transport=resolve_backend(config, device),
         parameters=model.parameters,
         critic=None if critic is None else _critic(config, device, critic),
         update_bytes=update,
@@ -85,8 +83,8 @@ def derive_plan(
             rollout_dtype=engine.name,
             ranks=ranks,
             replicas=replicas,
-            reward_workers=workers,
-            apart=rollout.nnodes > 0 and backend != "naive",
+            reward_workers=config.reward.workers,
+            apart=apart > 0,
             critic=critic,
         ),
         available_bytes=available_memory_bytes(),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from verl.trainer.config import names
 from verl.trainer.config.checks.batches import rollout_devices
-from verl.trainer.config.checks.transport import resolve_backend
+from verl.trainer.config.checks.transport import replica_nodes
 from verl.trainer.config.critic import needs_critic
 from verl.trainer.config.estimate import MemoryEstimate
 from verl.trainer.config.findings import Findings
@@ -79,9 +79,7 @@ def _check_planned(config: PPOConfig, hardware: Hardware, found: Findings) -> st
     rollout, trainer = config.actor_rollout_ref.rollout, config.trainer
     apart = rollout.n_gpus_per_node * rollout.nnodes
     node = max(trainer.n_gpus_per_node, rollout.n_gpus_per_node if apart else 0)
-    # Shared memory reaches replicas on the trainer's node alone.
-    together = rollout.nnodes == 1 and resolve_backend(config, device) == "naive"
-    needed = 1 if together else trainer.nnodes + rollout.nnodes
+    needed = trainer.nnodes + replica_nodes(config, device)
     if needed > 1 and not config.ray_kwargs.ray_init.get("address"):
         found.notes.append(
             f"the run takes {needed} nodes: start it in a Ray cluster of them (ray start on each, and "

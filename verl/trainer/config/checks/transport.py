@@ -35,3 +35,8 @@ def resolve_backend(config: PPOConfig, device: str) -> str:
     """`checkpoint_engine.backend`, in whose place a trainer on several nodes takes the device's own for `naive`."""
     backend = config.actor_rollout_ref.rollout.checkpoint_engine.backend
     return BACKENDS[device][0] if backend == "naive" and config.trainer.nnodes > 1 else backend
+
+
+def replica_nodes(config: PPOConfig, device: str) -> int:
+    """Nodes that the replicas have to themselves; 0 where they share the trainer's, as shared memory demands."""
+    return 0 if resolve_backend(config, device) == "naive" else config.actor_rollout_ref.rollout.nnodes

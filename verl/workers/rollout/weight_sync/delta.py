@@ -117,10 +117,12 @@ class DeltaBlock:
 
     def __init__(self) -> None:
         self.pieces: list[Piece] = []
-        self._parts: list[tuple[int, torch.Tensor]] = []
+        self._parts: list[tuple[int, np.ndarray]] = []
         self.nbytes = 0
 
-    def add(self, name: str, shape: tuple[int, ...], start: int, new: torch.Tensor, changed: torch.Tensor) -> None:
+    def add(
+        self, name: str, shape: tuple[int, ...], start: int, new: torch.Tensor, changed: torch.Tensor
+    ) -> torch.Tensor:
         """Add what changed in a range; nothing where nothing did.
 
         Args:
@@ -128,44 +130,48 @@ class DeltaBlock:
             start: of the range in the flattened tensor.
             new: [length], its present elements.
             changed: [count] int64, ascending: which of them differ from what was sent before.
+
+        Returns:
+            The values that are sent, on the CPU: of what changed, or where that is shorter of all.
         """
         length, count = new.numel(), changed.numel()
         if not count:
-            return
+            return new[:0]
         places, encoding = _encode_places(changed.cpu().numpy(), length, new.element_size())
-        values = new if encoding == "whole" else new[changed]
+        values = (new if encoding == "whole" else new[changed]).cpu().contiguous()
         places_at = _align(self.nbytes)
-        values_at = _align(places_at + places.numel())
+        values_at = _align(places_at + places.size)
         piece = Piece(
             name, tuple(shape), dtype_name(new.dtype), start, length, encoding, values.numel(), places_at, values_at
         )
         self.pieces.append(piece)
-        self._parts += [(places_at, places), (values_at, bits(values.cpu().contiguous()).view(torch.uint8))]
+        self._parts += [(places_at, places), (values_at, bits(values).view(torch.uint8).numpy())]
         self.nbytes = piece.end
+        return values
 
     def to_bytes(self) -> torch.Tensor:
         """The block, uint8 [nbytes]."""
-        block = torch.zeros(self.nbytes, dtype=torch.uint8)
+        block = np.zeros(self.nbytes, dtype=np.uint8)
         for offset, part in self._parts:
-            block[offset : offset + part.numel()] = part
-        return block
+            block[offset : offset + part.size] = part
+        return torch.from_numpy(block)
 
 
-def _encode_places(changed: np.ndarray, length: int, itemsize: int) -> tuple[torch.Tensor, str]:
+def _encode_places(changed: np.ndarray, length: int, itemsize: int) -> tuple[np.ndarray, str]:
     # In numpy, whose calls cost a tenth of torch's: most pieces hold some hundred changes.
     count = len(changed)
     counts = np.bincount(changed >> 8, minlength=-(-length // 256))
     encoding = smallest_encoding(length, count, itemsize, int(counts.max()))
     if encoding == "whole":
-        return torch.empty(0, dtype=torch.uint8), encoding
+        return np.empty(0, dtype=np.uint8), encoding
     if encoding == "bitmap":
         marked = np.zeros(length, dtype=bool)
         marked[changed] = True
-        return torch.from_numpy(np.packbits(marked)), encoding
+        return np.packbits(marked), encoding
     if encoding == "index8":
-        return torch.from_numpy(np.concatenate([counts.astype(np.uint8), changed.astype(np.uint8)])), encoding
+        return np.concatenate([counts.astype(np.uint8), changed.astype(np.uint8)]), encoding
     counts = np.bincount(changed >> 16, minlength=-(-length // 65536)).astype(np.int32)
-    return torch.from_numpy(np.concatenate([counts.view(np.uint8), changed.astype(np.uint16).view(np.uint8)])), encoding
+    return np.concatenate([counts.view(np.uint8), changed.astype(np.uint16).view(np.uint8)]), encoding
 
 
 def decode(block: torch.Tensor, piece: Piece) -> tuple[torch.Tensor | None, torch.Tensor]:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from verl.utils.quantization.changes import take_changes
 from verl.workers.engine.export import RowUnit, Unit, gathered_to_first
+from verl.workers.engine.export_rows import row_length
 from verl.workers.rollout.quantization import QuantizationScheme
 from verl.workers.rollout.weight_sync.block_gather import Block, gather_blocks
 from verl.workers.rollout.weight_sync.delta import DeltaBlock
@@ -143,17 +145,17 @@ class SentWeights:
             first_row: of these rows in the parameter.
             cuts: name, shape and first element in the parameter of each tensor that the parameter is cut into.
         """
-        new = part.reshape(-1)
         if not changed.numel():
             return
-        start = first_row * (part.shape[-1] if part.dim() > 1 else 1)
+        new = part.reshape(-1)
+        start = first_row * row_length(part.shape)
         ends = [first - start for _, _, first in cuts[1:]] + [new.numel()]
-        at = [0, *torch.searchsorted(changed, torch.tensor(ends, device=changed.device)).tolist()]
+        at = [0, *np.searchsorted(changed.cpu().numpy(), ends)]
         for number, (name, shape, first) in enumerate(cuts):
             places = changed[at[number] : at[number + 1]]
             if places.numel():
                 begin = max(first - start, 0)
                 rows = new[begin : min(ends[number], new.numel())]
+                values = block.add(name, shape, start + begin - first, rows, places - begin)
                 if self._scheme is not None:
-                    self._scheme.check_sent(name, new[places])
-                block.add(name, shape, start + begin - first, rows, places - begin)
+                    self._scheme.check_sent(name, values)
