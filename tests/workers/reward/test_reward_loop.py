@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from verl.trainer.config.reward import CustomRewardFunctionConfig, RewardConfig, RewardManagerConfig
 from verl.workers.reward import RewardError, RewardFunctionError, RewardLoop, RewardResult, extra_columns
 from verl.workers.reward.counts import check_scored, reward_metrics
 
@@ -26,16 +27,13 @@ SHORT = 1.0
 
 
 def config(path=None, **over):
-    """The attributes of the `reward` config section."""
-    values = {"name": "compute_score", "manager": "naive", "num_workers": 2, "timeout": 60.0, "reward_kwargs": {}}
-    values |= {"own_kwargs": {}} | over
-    return SimpleNamespace(
-        custom_reward_function=SimpleNamespace(
-            path=None if path is None else str(path), name=values.pop("name"), reward_kwargs=values.pop("own_kwargs")
-        ),
-        reward_manager=SimpleNamespace(name=values.pop("manager")),
-        **values,
+    """The `reward` section of a config."""
+    values = {"name": "compute_score", "manager": "naive", "num_workers": 2, "timeout": 60.0, "own_kwargs": {}} | over
+    function = CustomRewardFunctionConfig(
+        path=None if path is None else str(path), name=values.pop("name"), reward_kwargs=values.pop("own_kwargs")
     )
+    manager = RewardManagerConfig(name=values.pop("manager"))
+    return RewardConfig(custom_reward_function=function, reward_manager=manager, **values)
 
 
 WAITING = """
@@ -809,16 +807,15 @@ def test_close_ends_busy_and_idle_workers_and_says_so_to_waiting_samples(start, 
 
 DRIVER = """
 import asyncio, signal, sys
-from types import SimpleNamespace as N
+from verl.trainer.config.reward import CustomRewardFunctionConfig, RewardConfig
 from verl.workers.reward import RewardLoop
 
 # Tests that a shell runs in the background inherit an ignored Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 async def main(path):
-    function = N(path=path, name="compute_score", reward_kwargs={})
-    loop = RewardLoop(N(custom_reward_function=function, reward_manager=N(name="naive"),
-                        num_workers=2, timeout=1000, reward_kwargs={}))
+    function = CustomRewardFunctionConfig(path=path)
+    loop = RewardLoop(RewardConfig(custom_reward_function=function, num_workers=2, timeout=1000))
     tasks = [asyncio.create_task(loop.score("d", "x", "t", {})) for _ in range(1)]
     await asyncio.sleep(0.3)
     print(*loop.worker_pids(), flush=True)
