@@ -33,17 +33,15 @@ class TimeLeft:
     """
 
     def __init__(self, total_steps: int, start_step: int = 0, clock: Callable[[], float] = time.monotonic):
-        self._total, self._clock = total_steps, clock
+        self._total, self._start, self._clock = total_steps, start_step, clock
         self._marks: deque[tuple[int, float]] = deque([(start_step, clock())], maxlen=WINDOW + 1)
-        self._warm = False
 
     def update(self, step: int) -> float | None:
         """Note that `step` is done; seconds left, or None while no step has been seen."""
         if step > self._marks[-1][0]:
             self._marks.append((step, self._clock()))
-            if not self._warm and len(self._marks) == 3:
+            if len(self._marks) == 3 and self._marks[0][0] == self._start:
                 self._marks.popleft()
-                self._warm = True
         elif len(self._marks) == 1:
             # Logged before the first step: what was validated then is no part of it.
             self._marks[0] = step, self._clock()
