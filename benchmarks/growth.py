@@ -5,7 +5,8 @@
 Every line is a run of `python3 -m verl.trainer.main_ppo` with random weights: medians of its steps after two to warm
 up. The exponent is the slope of a least-squares line through the logarithms, next to it those between neighbours; 1
 means proportional, less that something fixed has a share. High-water marks are VmHWM of each process of the run, read
-until it ends; shared pages (libraries, buckets of the weight update) count in every process that maps them.
+until it ends; shared pages (libraries, buckets of the weight update) count in every process that maps them. Next to
+them stands what the run's plan had estimated of a rank, and of a replica with its engine.
 
 - size: the whole weight update (delta=off), unquantised and in MXFP8, one rank to one replica, 1M to 500M parameters.
 - samples: the step of the 0.8M model, 6 tokens a sample, four optimizer steps, micro-batches of 256 samples.
@@ -29,6 +30,9 @@ import runs
 import tables
 from peaks import PeakWatcher
 
+from verl.trainer.config import check, load_config
+from verl.trainer.config.estimate import MemoryEstimate
+
 WARM_UP = 2
 QUANTIZATION = "actor_rollout_ref.rollout.quantization"
 WHOLE = {"actor_rollout_ref.rollout.checkpoint_engine.delta": "off"}
@@ -42,21 +46,30 @@ SHARED = runs.Load(prompts=8, n=8, shortest=16, longest=16, updates=2, micro_bat
 
 @dataclass
 class Measured:
-    """A run: its steps after the warm-up, and the high-water marks of its processes in MiB, by role."""
+    """A run: its steps after the warm-up, the high-water marks of its processes in MiB, by role, and their estimate."""
 
     steps: list[dict[str, float]]
     peaks: dict[str, list[int]]
+    estimate: MemoryEstimate
 
     def median(self, name: str) -> float:
         return runs.median(self.steps, name)
 
     def memory(self) -> list[str]:
-        """Cells: driver, each trainer rank, each replica, and the process of each one's engine."""
-        return ["+".join(map(str, self.peaks.get(role, []))) for role in MEMORY_ROLES]
+        """Cells: driver, each trainer rank, each replica, the process of each one's engine; and the estimate."""
+        measured = ["+".join(map(str, self.peaks.get(role, []))) for role in MEMORY_ROLES]
+        estimated = (self.estimate.trainer_bytes, self.estimate.replica_bytes)
+        return [*measured, ", ".join(f"{part >> 20}" for part in estimated)]
 
 
 MEMORY_ROLES = ("driver", "trainer rank", "replica", "engine process")
-MEMORY_HEAD = ["driver, MiB", "trainer ranks, MiB", "replicas, MiB", "their engines, MiB"]
+MEMORY_HEAD = [
+    "driver, MiB",
+    "trainer ranks, MiB",
+    "replicas, MiB",
+    "their engines, MiB",
+    "estimated: a rank, a replica and its engine",
+]
 
 
 def measure(size: str, load: runs.Load, steps: int, overrides: Mapping[str, Any]) -> Measured:
@@ -64,13 +77,15 @@ def measure(size: str, load: runs.Load, steps: int, overrides: Mapping[str, Any]
     with tempfile.TemporaryDirectory() as work:
         model_dir = models.write_model(size, Path(work) / "model")
         config = runs.keys(load, model_dir, Path(work) / "run", WARM_UP + steps, overrides)
+        estimate = check(load_config([f"{key}={value}" for key, value in config.items()])).memory
+        assert estimate is not None
         process = runs.start(config)
         watcher = PeakWatcher(process.pid)
         try:
             recorded = runs.finish(process, config)
         finally:
             peaks = watcher.stop()
-    return Measured(recorded[WARM_UP:], peaks)
+    return Measured(recorded[WARM_UP:], peaks, estimate)
 
 
 def exponents(what: str, x: Sequence[float], y: Sequence[float]) -> str:

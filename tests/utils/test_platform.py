@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 
 from verl.utils import platform
@@ -150,15 +154,30 @@ def test_this_machine_has_memory():
     assert available_memory_bytes() > 1 << 20
 
 
-def test_a_cpu_process_keeps_what_it_frees_unless_told_otherwise(monkeypatch):
-    names = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"}
-    for name in names:
+def test_a_cpu_process_gets_an_allocator_that_keeps_what_is_freed(monkeypatch):
+    for name in ("LD_PRELOAD", "MALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
     given = platform.cpu_environment(3)
     assert (given["OMP_NUM_THREADS"], given["OMP_WAIT_POLICY"]) == ("3", "PASSIVE")
-    assert {given[name] for name in names} == {str(2**30)}
-    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
-    assert platform.cpu_environment(3) == given | {"MALLOC_TRIM_THRESHOLD_": "131072"}
+    library = given["LD_PRELOAD"]
+    # It frees 256 MiB in blocks of 4, and is asked how much it holds for the next ones.
+    code = (
+        "import ctypes, torch; kept = [torch.ones(1 << 20) for _ in range(64)]; kept.clear(); "
+        "import re; print(re.search(r'VmRSS:\\s+(\\d+)', open('/proc/self/status').read())[1])"
+    )
+    rss = {}
+    for conf in (given["MALLOC_CONF"], "dirty_decay_ms:0"):
+        environment = {**os.environ, **given, "MALLOC_CONF": conf}
+        printed = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
+        rss[conf] = int(printed) >> 10
+    assert rss[given["MALLOC_CONF"]] - rss["dirty_decay_ms:0"] > 200
+
+    monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libother.so")
+    monkeypatch.setenv("MALLOC_CONF", "dirty_decay_ms:0")
+    both = platform.cpu_environment(3)
+    assert (both["LD_PRELOAD"], both["MALLOC_CONF"]) == (f"{library}:/usr/lib/libother.so", "dirty_decay_ms:0")
+    monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libtcmalloc_minimal.so.4")
+    assert platform.cpu_environment(3) == platform.thread_environment(3)
 
 
 def test_torch_devices():

@@ -18,8 +18,8 @@ DEVICES = ("cpu", "cuda", "npu")
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 _VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "npu": "ASCEND_RT_VISIBLE_DEVICES"}
 _DTYPES = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
-# Freed memory that a process keeps, and the size from which a tensor's is given back all the same.
-_KEPT_BYTES = str(1 << 30)
+# One arena: what the backward pass's thread frees is of use to the others. Large tensors are kept as small ones are.
+_JEMALLOC = "narenas:1,oversize_threshold:0,dirty_decay_ms:-1"
 # Without one of these a CPU computes bfloat16 by converting, several times slower than float32.
 _CPU_BFLOAT16 = ("avx512_bf16", "amx_bf16")
 
@@ -149,13 +149,26 @@ def thread_environment(threads: int) -> dict[str, str]:
 
 
 def cpu_environment(threads: int) -> dict[str, str]:
-    """`thread_environment` for a process whose tensors are in the host's memory.
+    """`thread_environment` for a process whose tensors are in the host's memory: jemalloc allocates it.
 
-    What is freed is kept: by default glibc gives each tensor's memory back and gets it again page by page, and a page
-    costs more to get than to fill. What the user has set of that stays.
+    glibc gives each tensor's memory back and gets it again page by page, and a page costs more to get than to fill.
+    Told to keep it, its heap grows, for the next tensor rarely fits where one was. An allocator of the user's own in
+    LD_PRELOAD stays, and so does MALLOC_CONF.
     """
-    kept = {name: os.environ.get(name, _KEPT_BYTES) for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")}
-    return {**thread_environment(threads), **kept}
+    return {**thread_environment(threads), **_allocator()}
+
+
+def _allocator() -> dict[str, str]:
+    preloaded = os.environ.get("LD_PRELOAD", "")
+    spec = importlib.util.find_spec("ray")
+    # Ray brings it along for its own processes, built for pages of 4 KiB.
+    library = Path(spec.origin).parent / "core" / "libjemalloc.so" if spec and spec.origin else None
+    if "malloc" in preloaded or library is None or not library.is_file() or os.sysconf("SC_PAGE_SIZE") != 4096:
+        return {}
+    return {
+        "LD_PRELOAD": ":".join(filter(None, [str(library), preloaded])),
+        "MALLOC_CONF": os.environ.get("MALLOC_CONF", _JEMALLOC),
+    }
 
 
 def available_memory_bytes(*, root: Path = Path("/")) -> int | None:

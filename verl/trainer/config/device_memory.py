@@ -9,6 +9,7 @@ from verl.trainer.config.estimate import (
     activation_bytes,
     critic_activation_bytes,
     critic_state_bytes,
+    gathered_bytes,
     ref_state_bytes,
     trainer_state_bytes,
 )
@@ -143,14 +144,10 @@ class _Trainer:
         self.updates["actor update"] = self._update(gradients, model, activations)
 
     def _update(self, gradients: int, model: ModelFiles, activations: int) -> dict[str, int]:
-        """The layer that is computed and the next one are gathered, with gradients of one; embedding and head stay."""
-        assert model.parameters is not None
-        embedding = (model.number("vocab_size") or 0) * (model.hidden or 0)
-        layer = max(0, model.parameters - 2 * embedding) // max(1, model.layers or 1)
         return {
             "state of the trainer": self.resident,
             "gradients": gradients,
-            "gathered weights": _ITEMSIZE * (3 * layer + 4 * embedding),
+            "gathered weights": gathered_bytes(model, _ITEMSIZE),
             "activations and logits": activations,
             "runtime": _RUNTIME,
         }

@@ -84,23 +84,22 @@ def estimate_memory(
         adapters = None if lora is None else adapter_parameters(lora, model.shapes)
         trainer += trainer_state_bytes(config, model.parameters, ranks, adapters)
         activations = activation_bytes(config, model, _ITEMSIZE[compute_dtype], ranks)
+        gathered = gathered_bytes(model, _ITEMSIZE[compute_dtype])
         if critic is not None and critic.parameters is not None:
             trainer += critic_state_bytes(config, critic.parameters, ranks)
             # Actor and critic take turns.
             activations = max(activations, critic_activation_bytes(config, critic, device, ranks))
-        trainer += activations
+        trainer += gathered + activations
         length = rollout.max_model_len or config.data.max_prompt_length + config.data.max_response_length
         cache = cpu_cache_bytes(model, itemsize, length, rollout.max_num_seqs)
-        replica += model.parameters * itemsize + cache
-        if rollout.quantization is not None:
-            # What computes on a CPU is dequantised; the quantised weights, a byte and their scales, are kept besides.
-            replica += model.parameters * 33 // 32
+        # Of a quantised weight a byte and its scales.
+        encoded = model.parameters * 33 // 32
+        computes = model.parameters * itemsize
+        # While a whole update is loaded both layouts are there; what computes is packed or dequantised besides.
+        replica += computes + 2 * (computes if rollout.quantization is None else encoded) + cache
         if whole_updates_why(rollout, device) is None:
-            # What was sent last, and for weights that the engine packs the form that changes are made in.
-            encoded = rollout.quantization in ("ascend", "fp8")
-            kept = model.parameters * 33 // 32 if encoded else model.parameters * itemsize
-            trainer += kept // ranks
-            replica += 0 if rollout.quantization == "ascend" else kept
+            # What was sent last.
+            trainer += (encoded if rollout.quantization in ("ascend", "fp8") else computes) // ranks
     own, shared = ranks // config.trainer.nnodes, 0 if apart else replicas // config.trainer.nnodes
     total = trainer * own + replica * shared + others
     return MemoryEstimate(trainer, replica, cache, others, own, shared, total)
@@ -114,6 +113,13 @@ def trainer_state_bytes(config: PPOConfig, parameters: int, ranks: int, adapters
     master = _ITEMSIZE[config.actor_rollout_ref.actor.fsdp_config.model_dtype]
     trained = parameters * (4 if adapters is None else 1) * master + (adapters or 0) * 4 * _ITEMSIZE["float32"]
     return trained // ranks + ref_state_bytes(config, parameters, ranks)
+
+
+def gathered_bytes(model: ModelFiles, itemsize: int) -> int:
+    """The layer that is computed and the next one are gathered, with gradients of one; embedding and head stay."""
+    embedding = (model.number("vocab_size") or 0) * (model.hidden or 0)
+    layer = max(0, (model.parameters or 0) - 2 * embedding) // max(1, model.layers or 1)
+    return itemsize * (3 * layer + 4 * embedding)
 
 
 def ref_state_bytes(config: PPOConfig, parameters: int, ranks: int) -> int:
