@@ -18,8 +18,10 @@ DEVICES = ("cpu", "cuda", "npu")
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 _VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "npu": "ASCEND_RT_VISIBLE_DEVICES"}
 _DTYPES = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
-# One arena: what the backward pass's thread frees is of use to the others. Large tensors are kept as small ones are.
-_JEMALLOC = "narenas:1,oversize_threshold:0,dirty_decay_ms:-1"
+# One arena, as what the backward pass's thread frees is of use to the others, and large tensors are kept as small ones
+# are. A tensor takes any hole that it fits into: by default one 64 times too large stays, and where lengths vary there
+# are more of them after each step.
+_JEMALLOC = "narenas:1,oversize_threshold:0,dirty_decay_ms:-1,lg_extent_max_active_fit:40"
 # Without one of these a CPU computes bfloat16 by converting, several times slower than float32.
 _CPU_BFLOAT16 = ("avx512_bf16", "amx_bf16")
 
