@@ -73,16 +73,17 @@ class TrainWorker:
         self._scheme: QuantizationScheme | None = get_scheme(config.rollout, config.model.path) if sends else None
         self._sent = SentWeights(self._scheme, keeps=whole_updates_why(config.rollout, device) is None)
         self._exporting = 0
+        self._meeting: socket.socket | None = None
 
     def missing(self, paths: list[str]) -> list[str]:
         """Those of some files and directories that are not there on this host."""
         return [path for path in paths if not os.path.exists(path)]
 
     def rendezvous(self, address: str) -> int:
-        """A port of this host's `address` that is free, where the ranks can meet."""
-        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
-            probe.bind((address, 0))
-            return probe.getsockname()[1]
+        """A port of this host's `address` where the ranks can meet, held until `setup`."""
+        self._meeting = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+        self._meeting.bind((address, 0))
+        return self._meeting.getsockname()[1]
 
     def setup(self, host: str, port: int, address: str) -> None:
         """Join the process group and load the models.
@@ -93,6 +94,9 @@ class TrainWorker:
         """
         if address != "127.0.0.1":
             choose_gloo_interface(address)
+        if self._meeting is not None:
+            # Only now, or another process of the run might be given the port meanwhile.
+            self._meeting.close()
         self._actor = ActorWorker(
             self._rank,
             self._world_size,
