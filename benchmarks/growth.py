@@ -77,7 +77,7 @@ def measure(size: str, load: runs.Load, steps: int, overrides: Mapping[str, Any]
     with tempfile.TemporaryDirectory() as work:
         model_dir = models.write_model(size, Path(work) / "model")
         config = runs.keys(load, model_dir, Path(work) / "run", WARM_UP + steps, overrides)
-        estimate = check(load_config([f"{key}={value}" for key, value in config.items()])).memory
+        estimate = check(load_config(runs.overrides_of(config))).memory
         assert estimate is not None
         process = runs.start(config)
         watcher = PeakWatcher(process.pid)

@@ -131,9 +131,14 @@ def keys(load: Load, model_dir: Path, directory: Path, steps: int, overrides: Ma
     }
 
 
+def overrides_of(config: Mapping[str, Any]) -> list[str]:
+    """The config as a command line gives it."""
+    return [f"{key}={value}" for key, value in config.items()]
+
+
 def command(config: Mapping[str, Any]) -> list[str]:
     """The command line of a run."""
-    return [sys.executable, "-m", "verl.trainer.main_ppo", *(f"{key}={value}" for key, value in config.items())]
+    return [sys.executable, "-m", "verl.trainer.main_ppo", *overrides_of(config)]
 
 
 def environment() -> dict[str, str]:

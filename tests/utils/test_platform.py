@@ -162,8 +162,8 @@ def test_a_cpu_process_gets_an_allocator_that_keeps_what_is_freed(monkeypatch):
     library = given["LD_PRELOAD"]
     # It frees 256 MiB in blocks of 4, and is asked how much it holds for the next ones.
     code = (
-        "import ctypes, torch; kept = [torch.ones(1 << 20) for _ in range(64)]; kept.clear(); "
-        "import re; print(re.search(r'VmRSS:\\s+(\\d+)', open('/proc/self/status').read())[1])"
+        "import re, torch; kept = [torch.ones(1 << 20) for _ in range(64)]; kept.clear(); "
+        "print(re.search(r'VmRSS:\\s+(\\d+)', open('/proc/self/status').read())[1])"
     )
     rss = {}
     for conf in (given["MALLOC_CONF"], "dirty_decay_ms:0"):

@@ -84,12 +84,11 @@ def estimate_memory(
         adapters = None if lora is None else adapter_parameters(lora, model.shapes)
         trainer += trainer_state_bytes(config, model.parameters, ranks, adapters)
         activations = activation_bytes(config, model, _ITEMSIZE[compute_dtype], ranks)
-        gathered = gathered_bytes(model, _ITEMSIZE[compute_dtype])
         if critic is not None and critic.parameters is not None:
             trainer += critic_state_bytes(config, critic.parameters, ranks)
             # Actor and critic take turns.
             activations = max(activations, critic_activation_bytes(config, critic, device, ranks))
-        trainer += gathered + activations
+        trainer += gathered_bytes(model, _ITEMSIZE[compute_dtype]) + activations
         length = rollout.max_model_len or config.data.max_prompt_length + config.data.max_response_length
         cache = cpu_cache_bytes(model, itemsize, length, rollout.max_num_seqs)
         # Of a quantised weight a byte and its scales.
