@@ -40,8 +40,8 @@ format: setup ## let ruff mend what it can
 	$(python) -m ruff format .
 
 reference: setup ## what is written from the source: the YAML of the config, docs/config.md, docs/errors.md
-	$(python) -m verl.trainer.config.write_yaml
-	$(python) -m verl.trainer.config.write_reference
+	$(python) -m verl.config.write_yaml
+	$(python) -m verl.config.write_reference
 	$(python) scripts/write_errors.py
 
 docs: setup ## the documentation as a site, in build/site; a broken link is an error

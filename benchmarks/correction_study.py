@@ -1,4 +1,4 @@
-"""Does a quantised rollout need correction? GRPO on the quickstart's task with three rollouts, several seeds each.
+"""Does a quantized rollout need correction? GRPO on the quickstart's task with three rollouts, several seeds each.
 
     python benchmarks/correction_study.py [--steps 50] [--seeds 1 2 3] [--picture docs/rollout_correction.png]
                                           [--write docs/rollout_correction.md]

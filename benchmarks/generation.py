@@ -1,4 +1,4 @@
-"""Generation with MXFP8 emulated on a CPU against generation without quantisation: tokens a second, and memory.
+"""Generation with MXFP8 emulated on a CPU against generation without quantization: tokens a second, and memory.
 
     python benchmarks/generation.py [--sizes 0.8M 135M] [--rounds 5] [--dtype auto]
 
@@ -22,7 +22,7 @@ import models
 
 from verl.utils.platform import choose_dtype, cpu_cores, cpu_environment
 
-KINDS = {"not quantised": None, "MXFP8, emulated": "ascend"}
+KINDS = {"not quantized": None, "MXFP8, emulated": "ascend"}
 # Requests at a time, tokens of each.
 LOADS = {"0.8M": (256, 16), "135M": (32, 16)}
 PROMPT = 16
@@ -33,7 +33,7 @@ def serve(model_dir: Path, quantization: str | None, dtype: str, requests: int, 
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
 
-    from verl.trainer.config import RolloutConfig
+    from verl.config import RolloutConfig
     from verl.utils.vllm import plugin
     from verl.workers.rollout.quantization import get_scheme
 

@@ -8,7 +8,7 @@ means proportional, less that something fixed has a share. High-water marks are 
 until it ends; shared pages (libraries, buckets of the weight update) count in every process that maps them. Next to
 them stands what the run's plan had estimated of a rank, and of a replica with its engine.
 
-- size: the whole weight update (delta=off), unquantised and in MXFP8, one rank to one replica, 1M to 500M parameters.
+- size: the whole weight update (delta=off), unquantized and in MXFP8, one rank to one replica, 1M to 500M parameters.
 - samples: the step of the 0.8M model, 6 tokens a sample, four optimizer steps, micro-batches of 256 samples.
 - processes: the step and the update of a 21M model over trainer ranks and replicas. On a machine with two cores both
   share them: what is to be seen is what a second process costs, not what it brings.
@@ -30,8 +30,9 @@ import runs
 import tables
 from peaks import PeakWatcher
 
-from verl.trainer.config import check, load_config
-from verl.trainer.config.estimate import MemoryEstimate
+from verl.config import load_config
+from verl.preflight import check
+from verl.preflight.estimate import MemoryEstimate
 
 WARM_UP = 2
 QUANTIZATION = "actor_rollout_ref.rollout.quantization"

@@ -1,4 +1,4 @@
-"""The MXFP8 quantiser against a plain bf16 copy of the same tensor, and against the other ways to write it.
+"""The MXFP8 quantizer against a plain bf16 copy of the same tensor, and against the other ways to write it.
 
     python benchmarks/quantizer.py [--size 4096] [--threads 2] [--runs 31]
 
@@ -19,7 +19,8 @@ from collections.abc import Callable
 import machine
 import torch
 
-from verl.utils.quantization import mx, native
+from verl.utils.native import library as native
+from verl.utils.quantization import mx
 
 TARGET = 3.0
 
@@ -34,7 +35,7 @@ def torch_operators(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def candidates(x: torch.Tensor) -> dict[str, Callable]:
-    """Name to a call that quantises x, all to the same bits, and the copies they are measured against."""
+    """Name to a call that quantizes x, all to the same bits, and the copies they are measured against."""
     half, copied = x.bfloat16(), torch.empty_like(x, dtype=torch.bfloat16)
     out = mx.mxfp8_quantize(x)
     values, scales = mx.mxfp8_quantize(x)
@@ -52,14 +53,14 @@ def candidates(x: torch.Tensor) -> dict[str, Callable]:
     return {
         "bf16 copy": lambda: copied.copy_(half),
         "bf16 copy to new memory": lambda: half.clone(),
-        "quantise, C kernels, into `out`": lambda: mx.mxfp8_quantize(x, out=out),
-        "quantise, C kernels": lambda: mx.mxfp8_quantize(x),
-        "quantise, torch.compile": lambda: compiled(blocks, 0),
-        "quantise, no compiler": pieces,
-        "quantise, plain torch operators": lambda: torch_operators(x),
-        "dequantise to bf16, into `out`": lambda: mx.mxfp8_dequantize(values, scales, torch.bfloat16, out=restored),
-        "dequantise to float32, into `out`": lambda: mx.mxfp8_dequantize(values, scales, out=restored_float),
-        "dequantise to float32": lambda: mx.mxfp8_dequantize(values, scales),
+        "quantize, C kernels, into `out`": lambda: mx.mxfp8_quantize(x, out=out),
+        "quantize, C kernels": lambda: mx.mxfp8_quantize(x),
+        "quantize, torch.compile": lambda: compiled(blocks, 0),
+        "quantize, no compiler": pieces,
+        "quantize, plain torch operators": lambda: torch_operators(x),
+        "dequantize to bf16, into `out`": lambda: mx.mxfp8_dequantize(values, scales, torch.bfloat16, out=restored),
+        "dequantize to float32, into `out`": lambda: mx.mxfp8_dequantize(values, scales, out=restored_float),
+        "dequantize to float32": lambda: mx.mxfp8_dequantize(values, scales),
         "quantization_error": lambda: mx.quantization_error(x, values, scales),
         "cast to bf16 (for scale)": lambda: restored.copy_(x),
     }
@@ -90,17 +91,17 @@ def measure(calls: dict[str, Callable], runs: int, clock: Callable[[], float]) -
 
 
 def check_bits(x: torch.Tensor, calls: dict[str, Callable]) -> None:
-    """All candidates quantise to the same bits, or the table would compare different things.
+    """All candidates quantize to the same bits, or the table would compare different things.
 
     What is used on this device has to. Of what is only compared, one that does not is left out, and said so.
     """
-    codes, scales = (part.view(torch.uint8).reshape(-1) for part in calls["quantise, C kernels"]())
+    codes, scales = (part.view(torch.uint8).reshape(-1) for part in calls["quantize, C kernels"]())
     for name, call in list(calls.items()):
-        if name.startswith("quantise"):
+        if name.startswith("quantize"):
             other = [part.view(torch.uint8).reshape(-1) for part in call()]
             if not (torch.equal(other[0], codes) and torch.equal(other[1], scales)):
                 message = f"{name}: other bits than the C kernels for {x.dtype}"
-                if name != "quantise, torch.compile":
+                if name != "quantize, torch.compile":
                     raise SystemExit(message)
                 print(f"\n{message}; it is left out")
                 del calls[name]
@@ -162,10 +163,10 @@ def main() -> None:
         alone = measure(calls, max(arguments.runs // 3, 3), time.process_time)
         print_table(f"{title}, 1 thread, processor time", alone)
         torch.set_num_threads(arguments.threads)
-        ours = "quantise, C kernels, into `out`"
+        ours = "quantize, C kernels, into `out`"
         verdict.append((name, wall[ours][2], alone[ours][2]))
 
-    print(f"\n{machine.kind()}: quantising, times a bf16 copy of the same tensor (target {TARGET:.0f})")
+    print(f"\n{machine.kind()}: quantizing, times a bf16 copy of the same tensor (target {TARGET:.0f})")
     for name, ratio, ratio_alone in verdict:
         met = "met" if max(ratio, ratio_alone) <= TARGET else "missed"
         print(f"  {name:<10}{ratio:>6.2f} by wall clock, {ratio_alone:.2f} by processor time: {met}")

@@ -2,7 +2,7 @@
 
     python benchmarks/scale_model.py [--no-check] [--sizes 21M 59M 135M] [--steps 5] [--write DOCUMENT]
 
-Nobody here has an Ascend 950. The predictions take the byte counts of the code that quantises (`shapes.py`), the
+Nobody here has an Ascend 950. The predictions take the byte counts of the code that quantizes (`shapes.py`), the
 published figures below and the assumptions below, through the functions of `time_model.py`. The same functions, with
 parameters that small probes measure (`probes.py`), predict runs of this machine at one and two ranks; the table says
 how far off they are.
@@ -156,9 +156,9 @@ def bytes_table() -> str:
     rows = []
     for name, config in shapes.PUBLIC.items():
         counts = shapes.count(config)
-        plain, quantised = counts.plain_bytes(2), counts.mxfp8_bytes
-        rows.append([name, f"{counts.parameters / 1e9:.2f}", f"{plain / 1e9:.1f}", f"{quantised / 1e9:.1f}"])
-        rows[-1].append(f"{quantised / plain:.1%}")
+        plain, quantized = counts.plain_bytes(2), counts.mxfp8_bytes
+        rows.append([name, f"{counts.parameters / 1e9:.2f}", f"{plain / 1e9:.1f}", f"{quantized / 1e9:.1f}"])
+        rows[-1].append(f"{quantized / plain:.1%}")
     return tables.markdown(["model", "parameters, 1e9", "BF16, GB", "MXFP8, GB", "of BF16"], rows)
 
 

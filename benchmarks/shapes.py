@@ -1,6 +1,6 @@
 """Public shapes of models, and the counts that times follow from: parameters, bytes that are sent, FLOPs a token.
 
-Bytes are counted by the code that quantises: `read_layers` and `AscendDescription` on the names and shapes of a model
+Bytes are counted by the code that quantizes: `read_layers` and `AscendDescription` on the names and shapes of a model
 on the meta device, which takes no memory.
 """
 
@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config, Qwen3MoeConfig
 
-from verl.utils.vllm.ascend_description import AscendDescription
-from verl.utils.vllm.ascend_layers import read_layers
-from verl.utils.vllm.checkpoint_index import CheckpointIndex, TensorInfo
+from verl.utils.model_dir.index import CheckpointIndex, TensorInfo
+from verl.utils.quantization.ascend_description import AscendDescription
+from verl.utils.quantization.ascend_layers import read_layers
 
 _QWEN3 = {"vocab_size": 151936, "head_dim": 128, "tie_word_embeddings": False}
 _EXPERTS = {"num_experts": 128, "num_experts_per_tok": 8, "num_key_value_heads": 4}
@@ -70,7 +70,7 @@ class Counts:
         layers: decoder layers.
         attention: query heads times their size.
         kv_elements: cached a token.
-        mxfp8_bytes: of a weight update in MXFP8, what is not quantised in BF16.
+        mxfp8_bytes: of a weight update in MXFP8, what is not quantized in BF16.
         tensors: of a checkpoint with its experts packed.
     """
 
@@ -86,7 +86,7 @@ class Counts:
     tensors: int
 
     def plain_bytes(self, itemsize: int) -> int:
-        """Of a weight update without quantisation."""
+        """Of a weight update without quantization."""
         return self.parameters * itemsize
 
 

@@ -11,7 +11,7 @@ import task
 
 from verl.agent_loop.agent_loop import AgentLoopOutput
 from verl.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
-from verl.trainer.config import PPOConfig
+from verl.config import PPOConfig
 
 
 class StepGate:

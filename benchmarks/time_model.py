@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from shapes import Counts
 
 from verl.workers.engine.export import TOGETHER_BYTES
-from verl.workers.rollout.weight_sync.sender import bucket_capacity
+from verl.workers.weight_sync.sender import bucket_capacity
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Device:
         collect_bandwidth, collect_latency: bytes into one device of what the others send it, and seconds of a call;
             None where they are the link's.
         memory: bytes; None where it is not what limits.
-        itemsize: bytes of a trained, gathered or unquantised generated element.
+        itemsize: bytes of a trained, gathered or unquantized generated element.
         load_copies: what the engine does with what it loads, in copies of it.
         bucket_bytes: of a weight update, at most.
         overlaps: whether computing, moving and copying go on at the same time.

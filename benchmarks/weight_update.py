@@ -7,8 +7,8 @@ weights. Every round does each of these once, one after the other, so that ratio
 
 - copying as many bytes as the MXFP8 update sends, twice: into a shared bucket and out of it, the least that two
   processes can do;
-- the update with `rollout.quantization=ascend`, quantised by the sender, and by the receiver;
-- the update without quantisation;
+- the update with `rollout.quantization=ascend`, quantized by the sender, and by the receiver;
+- the update without quantization;
 - the way around: write the weights as safetensors, read them back, and send those;
 - what changed alone, after every weight moved by a learning rate up or down, as Adam's first step moves it.
 
@@ -36,20 +36,20 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
+from verl.config import ActorConfig, ActorRolloutRefConfig, FSDPConfig, ModelConfig, RolloutConfig
 from verl.single_controller.worker_group import WorkerGroup
-from verl.trainer.config import ActorConfig, ActorRolloutRefConfig, FSDPConfig, ModelConfig, RolloutConfig
-from verl.trainer.ppo.runtime import GroupSender
+from verl.trainer.ppo.runtime import TrainerSender
 from verl.utils.platform import choose_dtype, cpu_environment
 from verl.workers.rollout.quantization import get_scheme
 from verl.workers.rollout.replica import vLLMReplica
 from verl.workers.rollout.vllm_rollout.engine_args import engine_environment
-from verl.workers.rollout.weight_sync.sender import WeightSender
-from verl.workers.rollout.weight_sync.update import update_weights
 from verl.workers.train_worker import TrainWorker
+from verl.workers.weight_sync.driver import update_weights
+from verl.workers.weight_sync.sender import WeightSender
 
 TARGET = 2.0
 COPY = "copying its bytes twice"
-SENDER = "update, quantised by the sender"
+SENDER = "update, quantized by the sender"
 LEARNING_RATES = (1e-6, 1e-5, 1e-4)
 # Of transformers' random weights, and of SmolLM2-135M's linear layers (0.18 to 0.28, embeddings 0.14).
 RANDOM_STD, SMOLLM2_STD = 0.02, 0.2
@@ -90,7 +90,9 @@ class Pair:
 
     async def update(self, sender: Any = None, *, base: int | None = None) -> dict[str, Any]:
         self.version += 1
-        metrics, _ = await update_weights(sender or GroupSender(self.trainer), [self.replica], self.version, base=base)
+        metrics, _ = await update_weights(
+            sender or TrainerSender(self.trainer), [self.replica], self.version, base=base
+        )
         return metrics
 
     async def changes(self) -> dict[str, Any]:
@@ -187,7 +189,7 @@ async def measure(size: str, dtype: str, rounds: int, std: float, work: Path) ->
     pairs = {
         SENDER: await start(model_dir, base, dtype),
         "update, by the receiver": await start(model_dir, replace(base, quantization_side="receiver"), dtype),
-        "update, not quantised": await start(model_dir, replace(base, quantization=None), dtype),
+        "update, not quantized": await start(model_dir, replace(base, quantization=None), dtype),
     }
     first = pairs[SENDER]
     for pair in pairs.values():

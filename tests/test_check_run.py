@@ -69,10 +69,10 @@ def test_a_run_that_learnt_nothing_lost_a_metric_or_ended_early_is_not(check_run
         assert expected in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("quantised", "plain"), [("grpo-ascend", "grpo-null"), ("ppo-ascend", "ppo-null")])
-def test_a_run_without_the_quantised_rollout_is_told_from_one_with_it(check_run, quantised, plain, tmp_path):
-    assert check_run.main([write(tmp_path, records(plain)), quantised]) == 1
-    assert check_run.main([write(tmp_path, records(quantised)), plain]) == 1
+@pytest.mark.parametrize(("quantized", "plain"), [("grpo-ascend", "grpo-null"), ("ppo-ascend", "ppo-null")])
+def test_a_run_without_the_quantized_rollout_is_told_from_one_with_it(check_run, quantized, plain, tmp_path):
+    assert check_run.main([write(tmp_path, records(plain)), quantized]) == 1
+    assert check_run.main([write(tmp_path, records(quantized)), plain]) == 1
 
 
 def test_statistics(check_run):

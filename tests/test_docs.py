@@ -17,7 +17,8 @@ import torch
 
 from fixtures.tiny import write_tiny_model
 from fixtures.training import TinyRun
-from verl.trainer.config import check, load_config
+from verl.config import load_config
+from verl.preflight import check
 from verl.utils.dataset.rl_dataset import create_rl_dataset
 from verl.utils.tokenizer import hf_tokenizer
 from verl.utils.user_files import import_file

@@ -71,7 +71,7 @@ def test_every_file_of_the_packages_is_in_the_wheel(wheel):
         inside = {name for name in archive.namelist() if ".dist-info/" not in name}
         info = {name.partition(".dist-info/")[2] for name in archive.namelist()}
     assert inside == present
-    assert "verl/trainer/config/ppo_trainer.yaml" in inside and "verl/utils/quantization/mx_kernels.c" in inside
+    assert "verl/trainer/config/ppo_trainer.yaml" in inside and "verl/utils/native/mx_kernels.c" in inside
     assert "licenses/LICENSE" in info
 
 

@@ -12,7 +12,7 @@ import yaml
 from contract.vllm_ascend.build_env import RELEASES
 
 from verl.cli.entry import SUBCOMMANDS
-from verl.trainer.config import load_config
+from verl.config import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKFLOWS = {path.stem: path for path in sorted((ROOT / ".github/workflows").glob("*.yml"))}
@@ -129,7 +129,7 @@ def test_the_docs_are_built_by_a_job_where_they_can_be():
     assert ("docs" in WORKFLOWS) == there, "`make docs` and .github/workflows/docs.yml, which runs it, go together"
 
 
-def test_both_algorithms_run_with_and_without_a_quantised_rollout():
+def test_both_algorithms_run_with_and_without_a_quantized_rollout():
     ran = {words for name, words in COMMANDS if name == "cpu_e2e_rollout" and words[0].endswith(".sh")}
     pairs = {(words[0], words[1].partition("=")[2]) for words in ran}
     assert {quantization for _, quantization in pairs} == {"null", "ascend"}

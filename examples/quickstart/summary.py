@@ -60,7 +60,7 @@ def reward_rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
 
 
 def mismatch_rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """How far the policy that generated is from the one that is trained: quantisation, above all."""
+    """How far the policy that generated is from the one that is trained: quantization, above all."""
     rows = []
     if points := series(records, "training/rollout_probs_diff_mean"):
         rows.append(("mean |p_rollout - p_trainer| of a token", f"{_median(points):.1e}  (median of the steps)"))
@@ -72,7 +72,7 @@ def mismatch_rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
     if points := series(records, "weight_update/max_quantization_error"):
         step, error = max(points, key=lambda point: point[1])
         layer = next(r["data"] for r in records if r["step"] == step)["weight_update/max_quantization_error_layer"]
-        rows.append(("largest quantisation error of a weight", f"{error:.2%}  ({layer})"))
+        rows.append(("largest quantization error of a weight", f"{error:.2%}  ({layer})"))
     return rows
 
 

@@ -1,5 +1,5 @@
 """Hydra discovers plugins in this namespace package: any Hydra program can use `ppo_trainer` as a default."""
 
-from verl.trainer.config.searchpath import VerlSearchPath
+from verl.config.searchpath import VerlSearchPath
 
 __all__ = ["VerlSearchPath"]

@@ -7,8 +7,8 @@ import pytest
 
 from fixtures.chat import HERMES, ScriptedClient, byte_tokenizer
 from verl.agent_loop.generation import SampleGenerator
+from verl.config import PPOConfig
 from verl.tools.utils.tool_registry import initialize_tools_from_config
-from verl.trainer.config import PPOConfig
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "agent_loops.md").read_text(encoding="utf-8")
 
@@ -48,7 +48,7 @@ def test_every_kind_of_failure_and_every_key_is_explained():
     import dataclasses
 
     from verl.agent_loop.metrics import FAILURES
-    from verl.trainer.config.rollout import MultiTurnConfig
+    from verl.config.rollout import MultiTurnConfig
 
     assert all(f"| `{kind}` |" in TEXT for kind in FAILURES)
     keys = {field.name for field in dataclasses.fields(MultiTurnConfig)} - {"interaction_config_path"}

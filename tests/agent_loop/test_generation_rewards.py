@@ -8,7 +8,7 @@ import pytest
 
 from verl.agent_loop.agent_loop import AgentLoopBase, AgentLoopOutput, register
 from verl.agent_loop.generation import SampleGenerator, ScoredSample, to_batch
-from verl.trainer.config import CustomRewardFunctionConfig, PPOConfig, RewardConfig, RewardManagerConfig
+from verl.config import CustomRewardFunctionConfig, PPOConfig, RewardConfig, RewardManagerConfig
 from verl.workers.reward import RewardLoop, RewardResult
 
 

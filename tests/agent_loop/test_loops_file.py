@@ -5,7 +5,7 @@ import pytest
 from verl.agent_loop.agent_loop import agent_loop_names, get_agent_loop, register
 from verl.agent_loop.generation import SampleGenerator
 from verl.agent_loop.loops_file import register_from_file
-from verl.trainer.config import PPOConfig, names
+from verl.config import PPOConfig, names
 
 OWN = """
 from verl.agent_loop import AgentLoopBase, AgentLoopOutput, register

@@ -10,7 +10,7 @@ from verl.agent_loop.agent_loop import get_agent_loop
 from verl.agent_loop.generation import ScoredSample, to_batch
 from verl.agent_loop.metrics import FAILURES, compute_agent_metrics
 from verl.agent_loop.tool_session import truncate
-from verl.trainer.config import PPOConfig
+from verl.config import PPOConfig
 from verl.workers.reward import RewardResult
 from verl.workers.rollout.types import TokenOutput
 

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from verl.agent_loop.tool_parser import PARSERS, parse_hermes
-from verl.trainer.config import names
+from verl.config import names
 
 
 def call(text):

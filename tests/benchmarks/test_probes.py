@@ -7,7 +7,7 @@ import pytest
 import shapes
 from time_model import Device, Overheads
 
-from verl.workers.rollout.weight_sync.sender import bucket_capacity
+from verl.workers.weight_sync.sender import bucket_capacity
 
 KNOWN = Overheads(
     decode=0.01, decode_layer=0.002, sample=0.003, micro_batch=0.02, micro_batch_layer=0.004, update=0.05,

@@ -10,11 +10,11 @@ def linear_layers(hidden, inner, heads, kv, head_dim=128):
 
 def test_a_dense_model_by_hand():
     counts = shapes.count(shapes.PUBLIC["Qwen3-8B"])
-    quantised = 36 * linear_layers(4096, 12288, 32, 8)
+    quantized = 36 * linear_layers(4096, 12288, 32, 8)
     plain = 2 * 151936 * 4096 + 36 * (2 * 4096 + 2 * 128) + 4096
-    assert counts.parameters == quantised + plain == 8_190_735_360
-    assert counts.mxfp8_bytes == quantised * 33 // 32 + 2 * plain
-    assert counts.body == quantised
+    assert counts.parameters == quantized + plain == 8_190_735_360
+    assert counts.mxfp8_bytes == quantized * 33 // 32 + 2 * plain
+    assert counts.body == quantized
     assert counts.head == 151936 * 4096
     assert counts.kv_elements == 2 * 36 * 8 * 128
     assert counts.experts == 0
@@ -56,7 +56,7 @@ def test_biases_are_sent_as_they_are():
         tie_word_embeddings=True,
     )
     counts = shapes.count(config)
-    quantised = 2 * linear_layers(64, 128, heads=2, kv=1, head_dim=32)
+    quantized = 2 * linear_layers(64, 128, heads=2, kv=1, head_dim=32)
     plain = 64 * 64 + 2 * (2 * 64 + 64 + 2 * 32) + 64
-    assert counts.parameters == quantised + plain
-    assert counts.mxfp8_bytes == quantised * 33 // 32 + 2 * plain
+    assert counts.parameters == quantized + plain
+    assert counts.mxfp8_bytes == quantized * 33 // 32 + 2 * plain

@@ -86,7 +86,7 @@ FAULTS = [
         keys={f"{ROLLOUT}.gpu_memory_utilization": 0.02},
     ),
     planted(
-        "quantisation of another device",
+        "quantization of another device",
         ["quantization=fp8", "not on an Ascend NPU"],
         "use ascend there",
         keys={f"{ROLLOUT}.quantization": "fp8"},

@@ -26,7 +26,7 @@ def spy(token_level_rewards, response_mask, index, config, non_tensor_batch):
 """
 
 
-def test_ppo_with_a_critic_on_a_quantised_rollout_resumes(tmp_path):
+def test_ppo_with_a_critic_on_a_quantized_rollout_resumes(tmp_path):
     run = TinyRun(tmp_path, std=0.02)
     settings = {
         "algorithm__adv_estimator": "gae",

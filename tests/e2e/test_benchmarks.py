@@ -16,18 +16,18 @@ _SMALL = ["--sizes", "0.8M", "--lengths", "equal", "--prompts", "2"]
 @pytest.mark.parametrize(
     ("name", "arguments", "rows"),
     [
-        ("quantizer", ["--size", "256", "--runs", "3"], ["bf16 copy", "quantise, C kernels", "quantization_error"]),
+        ("quantizer", ["--size", "256", "--runs", "3"], ["bf16 copy", "quantize, C kernels", "quantization_error"]),
         (
             "weight_update",
             ["--sizes", "0.8M", "--rounds", "1"],
             [
                 "copying its bytes twice",
-                "update, quantised by the sender",
+                "update, quantized by the sender",
                 "update, by the receiver",
                 "through safetens",
             ],
         ),
-        ("generation", ["--sizes", "0.8M", "--rounds", "1"], ["not quantised", "MXFP8, emulated"]),
+        ("generation", ["--sizes", "0.8M", "--rounds", "1"], ["not quantized", "MXFP8, emulated"]),
         ("grpo_step", [*_SMALL, "--rounds", "1", "--without-trl"], ["| 0.8M "]),
         ("overhead", [*_SMALL, "--steps", "1"], ["| 0.8M "]),
         ("growth", ["--parts", "samples", "--samples", "64", "--steps", "1"], ["| 64 "]),

@@ -10,10 +10,10 @@ import torch
 from fixtures.deltas import Changes, nudged
 from fixtures.engine import Engine, weights_of
 from fixtures.tiny import write_tiny_model
-from verl.trainer.config import RolloutConfig
+from verl.config import RolloutConfig
 from verl.utils.vllm import plugin
 from verl.workers.rollout.quantization import get_scheme
-from verl.workers.rollout.weight_sync.manifest import WeightUpdateError
+from verl.workers.weight_sync.manifest import WeightUpdateError
 
 pytestmark = pytest.mark.e2e
 

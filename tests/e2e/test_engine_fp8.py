@@ -7,10 +7,10 @@ from transformers import AutoModelForCausalLM
 
 from fixtures.engine import Engine, log_probs_of, weights_of
 from fixtures.tiny import write_tiny_model
-from verl.trainer.config import RolloutConfig
+from verl.config import RolloutConfig
 from verl.utils.vllm import plugin
 from verl.workers.rollout.quantization import get_scheme
-from verl.workers.rollout.weight_sync.manifest import WeightUpdateError
+from verl.workers.weight_sync.manifest import WeightUpdateError
 
 pytestmark = pytest.mark.e2e
 
@@ -36,7 +36,7 @@ def round_trip(x, rows, columns):
     return out
 
 
-def fake_quantised(model_dir):
+def fake_quantized(model_dir):
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16).eval()
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name != "lm_head":
@@ -76,12 +76,12 @@ def test_new_weights_are_the_ones_that_count(tmp_path, start):
     for version, source in enumerate([second, third, first, second], 1):
         engine.update(scheme.encode(bf16(source).items()), version, 1 << 24 if version % 2 else 20_000)
         layer = dict(engine.model.named_modules())["model.layers.0.mlp.down_proj"]
-        assert torch.equal(layer._dequantised_weight, round_trip(bf16(source)[DOWN], 128, 128))
+        assert torch.equal(layer._dequantized_weight, round_trip(bf16(source)[DOWN], 128, 128))
         answers, log_probs = engine.sample(tokens=10)
-        difference = (log_probs - log_probs_of(fake_quantised(source), answers)).abs().mean()
+        difference = (log_probs - log_probs_of(fake_quantized(source), answers)).abs().mean()
         plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
         assert difference < (log_probs - log_probs_of(plain, answers)).abs().mean()
-        stale = fake_quantised({second: third}.get(source, second))
+        stale = fake_quantized({second: third}.get(source, second))
         assert difference < 0.1 * (log_probs - log_probs_of(stale, answers)).abs().mean()
         assert engine.rpc("verl_parameter_addresses") == addresses
 
@@ -105,4 +105,4 @@ def test_what_is_damaged_is_named_and_a_whole_update_heals(tmp_path, start):
         engine.update(scheme.encode(rest.items()), 2)
     engine.update(scheme.encode(bf16(second).items()), 3)
     layer = dict(engine.model.named_modules())["model.layers.0.mlp.down_proj"]
-    assert torch.equal(layer._dequantised_weight, round_trip(bf16(second)[DOWN], 128, 128))
+    assert torch.equal(layer._dequantized_weight, round_trip(bf16(second)[DOWN], 128, 128))

@@ -1,4 +1,4 @@
-"""MXFP8 in a real vLLM engine on the CPU: after each update it computes what a fake-quantised model does."""
+"""MXFP8 in a real vLLM engine on the CPU: after each update it computes what a fake-quantized model does."""
 
 import json
 from dataclasses import replace
@@ -8,13 +8,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fixtures.engine import Engine, log_probs_of, weights_of
-from fixtures.fake_quant import fake_quantised
+from fixtures.fake_quant import fake_quantized
 from fixtures.tiny import write_tiny_model
-from verl.trainer.config import RolloutConfig
+from verl.config import RolloutConfig
 from verl.utils.vllm import plugin
 from verl.workers.rollout.quantization import get_scheme
-from verl.workers.rollout.weight_sync.encode_report import merged_errors
-from verl.workers.rollout.weight_sync.manifest import WeightUpdateError
+from verl.workers.weight_sync.encode_report import merged_errors
+from verl.workers.weight_sync.manifest import WeightUpdateError
 
 pytestmark = pytest.mark.e2e
 
@@ -61,19 +61,19 @@ def start():
     ],
     ids=lambda value: {True: "tied", False: "untied"}.get(value, value) if isinstance(value, bool | str) else "",
 )
-def test_log_probabilities_after_four_updates_are_those_of_a_fake_quantised_model(tmp_path, start, kind, tied, sizes):
+def test_log_probabilities_after_four_updates_are_those_of_a_fake_quantized_model(tmp_path, start, kind, tied, sizes):
     first, *others = model_dirs(tmp_path, kind, tied, **sizes)
     engine, scheme = start(first)
     addresses = engine.rpc("verl_parameter_addresses")
     for version, source in enumerate([*others, first], 1):
         engine.update(scheme.encode(weights_of(source).items()), version, 1 << 24 if version % 2 else 20_000)
         answers, log_probs = engine.sample()
-        difference = (log_probs - log_probs_of(fake_quantised(source), answers)).abs()
+        difference = (log_probs - log_probs_of(fake_quantized(source), answers)).abs()
         assert difference.mean() <= 5e-5
         assert difference.median() <= 1e-6
         assert engine.rpc("verl_parameter_addresses") == addresses
         plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-        assert (log_probs - log_probs_of(plain, answers)).abs().mean() > 1e-3, "nothing was quantised"
+        assert (log_probs - log_probs_of(plain, answers)).abs().mean() > 1e-3, "nothing was quantized"
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
@@ -90,7 +90,7 @@ def test_two_ranks_hold_their_shares(tmp_path, monkeypatch, kind):
         for version, source in enumerate([second, first, second], 1):
             engine.update(scheme.encode(weights_of(source).items()), version, 20_000)
             answers, log_probs = engine.sample()
-            assert (log_probs - log_probs_of(fake_quantised(source), answers)).abs().mean() <= 5e-5
+            assert (log_probs - log_probs_of(fake_quantized(source), answers)).abs().mean() <= 5e-5
             assert engine.rpc("verl_parameter_addresses") == addresses
     finally:
         engine.close()
@@ -130,7 +130,7 @@ FAULTS = {
     "a weight of another shape": ("qwen3", Q_PROJ, lambda w: w[:-1], rf"{Q_PROJ}"),
     "a NaN scale": ("qwen3", f"{O_PROJ}_scale", with_nan, rf"{O_PROJ}_scale.*NaN"),
     "scales of another dtype": ("qwen3", f"{O_PROJ}_scale", lambda s: s.float(), rf"{O_PROJ}_scale.*uint8.*float32"),
-    "a weight that was not quantised": ("qwen3", O_PROJ, lambda w: w.float(), rf"{O_PROJ}.*float32"),
+    "a weight that was not quantized": ("qwen3", O_PROJ, lambda w: w.float(), rf"{O_PROJ}.*float32"),
     "a scale of an expert": ("qwen3_moe", f"{EXPERT}_scale", lambda _: None, rf"{EXPERT}.*scales.*did not arrive"),
     "a NaN scale of an expert": ("qwen3_moe", f"{EXPERT}_scale", with_nan, rf"{EXPERT}_scale.*NaN"),
 }
@@ -154,7 +154,7 @@ def test_what_is_damaged_is_named_and_a_whole_update_heals(tmp_path, start, kind
                 engine.update(scheme.encode(rest.items()), 2)
     engine.update(scheme.encode(weights.items()), 3)
     answers, log_probs = engine.sample()
-    assert (log_probs - log_probs_of(fake_quantised(second), answers)).abs().mean() <= 5e-5
+    assert (log_probs - log_probs_of(fake_quantized(second), answers)).abs().mean() <= 5e-5
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
@@ -187,7 +187,7 @@ def test_layers_left_out_stay_as_they_are(tmp_path, start):
     engine, scheme = start(first, replace(ROLLOUT, quantization_config_file=str(ignore)))
     engine.update(scheme.encode(weights_of(second).items()), 1)
     answers, log_probs = engine.sample()
-    expected = fake_quantised(second, left_out=("lm_head", "o_proj", "down_proj"))
+    expected = fake_quantized(second, left_out=("lm_head", "o_proj", "down_proj"))
     assert (log_probs - log_probs_of(expected, answers)).abs().mean() <= 5e-5
 
 

@@ -1,4 +1,4 @@
-"""torchao in a real vLLM engine on the CPU: weights arrive as they are and are quantised by the engine, every time."""
+"""torchao in a real vLLM engine on the CPU: weights arrive as they are and are quantized by the engine, every time."""
 
 import json
 
@@ -11,7 +11,7 @@ from fixtures.deltas import Changes, nudged
 from fixtures.engine import Engine, log_probs_of, weights_of
 from fixtures.tiny import write_tiny_model
 from fixtures.torchao import torchao_directory
-from verl.trainer.config import RolloutConfig
+from verl.config import RolloutConfig
 from verl.workers.rollout.quantization import get_scheme
 
 pytestmark = pytest.mark.e2e
@@ -25,7 +25,7 @@ def config_file(tmp_path, monkeypatch):
     return path
 
 
-def fake_quantised(model_dir):
+def fake_quantized(model_dir):
     """int8, one scale for each output."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     for name, module in model.named_modules():
@@ -45,10 +45,10 @@ def test_new_weights_are_the_ones_that_count(tmp_path, config_file):
         for version, source in enumerate([second, third, first], 1):
             engine.update(scheme.encode(weights_of(source).items()), version, 1 << 24 if version % 2 else 20_000)
             answers, log_probs = engine.sample(tokens=10)
-            difference = (log_probs - log_probs_of(fake_quantised(source), answers)).abs().mean()
+            difference = (log_probs - log_probs_of(fake_quantized(source), answers)).abs().mean()
             plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
             assert difference < 0.3 * (log_probs - log_probs_of(plain, answers)).abs().mean()
-        # What changed alone is quantised as a whole update is.
+        # What changed alone is quantized as a whole update is.
         old = dict(scheme.encode(weights_of(first).items()))
         new = nudged(old, 0, size=1e-2)
         changes, before = Changes(old, new, 4), engine.rpc("verl_parameter_hashes")

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from fixtures.tiny import write_tiny_model
-from verl.workers.rollout.weight_sync.manifest import WeightUpdateError
-from verl.workers.rollout.weight_sync.receiver import WeightReceiver
-from verl.workers.rollout.weight_sync.sender import WeightSender
+from verl.workers.weight_sync.manifest import WeightUpdateError
+from verl.workers.weight_sync.receiver import WeightReceiver
+from verl.workers.weight_sync.sender import WeightSender
 
 pytestmark = pytest.mark.e2e
 

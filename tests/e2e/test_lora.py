@@ -1,4 +1,4 @@
-"""The real command line with adapters and a quantised rollout."""
+"""The real command line with adapters and a quantized rollout."""
 
 import pytest
 import torch

@@ -14,7 +14,7 @@ from fixtures.tiny import write_tiny_model
 from fixtures.training import TinyRun
 from verl.workers.rollout.client import LLMServerClient
 from verl.workers.rollout.replica import ReplicaSet
-from verl.workers.rollout.weight_sync.update import update_weights
+from verl.workers.weight_sync.driver import update_weights
 
 pytestmark = pytest.mark.e2e
 

@@ -14,16 +14,16 @@ import ray
 from safetensors.torch import load_file
 
 from fixtures.tiny import write_tiny_model
-from verl.trainer.config import ModelConfig, RolloutConfig, ServerConfig
+from verl.config import ModelConfig, RolloutConfig, ServerConfig
 from verl.workers.rollout.client import LLMServerClient
 from verl.workers.rollout.quantization import get_scheme
 from verl.workers.rollout.replica import ReplicaSet, vLLMReplica
 from verl.workers.rollout.types import NoReplicaLeft
 from verl.workers.rollout.vllm_rollout.engine_args import engine_environment
 from verl.workers.rollout.vllm_rollout.http_endpoint import bind
-from verl.workers.rollout.weight_sync.manifest import WeightUpdateError
-from verl.workers.rollout.weight_sync.sender import WeightSender
-from verl.workers.rollout.weight_sync.update import update_weights
+from verl.workers.weight_sync.driver import update_weights
+from verl.workers.weight_sync.manifest import WeightUpdateError
+from verl.workers.weight_sync.sender import WeightSender
 
 pytestmark = pytest.mark.e2e
 
@@ -224,7 +224,7 @@ class Remote:
         return await self.actor.finish_export.remote()
 
 
-async def test_processes_killed_in_the_middle_of_a_quantised_update(tmp_path, ray_session):
+async def test_processes_killed_in_the_middle_of_a_quantized_update(tmp_path, ray_session):
     model_dir = write_tiny_model(tmp_path / "model")
     reports = {}
     replicas = [replica(rank, model_dir, quantization="ascend") for rank in (0, 1)]

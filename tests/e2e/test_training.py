@@ -121,7 +121,7 @@ def test_mixture_of_experts_trains(tmp_path, kind):
     ],
     ids=["two replicas", "tensor parallel", "receiver"],
 )
-def test_a_quantised_rollout_trains(tmp_path, kind, changes):
+def test_a_quantized_rollout_trains(tmp_path, kind, changes):
     run = TinyRun(tmp_path, kind=kind, tied=kind == "qwen3", std=0.02)
     text = run.run(actor_rollout_ref__rollout__quantization="ascend", trainer__total_training_steps=2, **changes)
     assert "MXFP8" in text
@@ -136,7 +136,7 @@ def test_a_quantised_rollout_trains(tmp_path, kind, changes):
 
 
 @pytest.mark.parametrize("quantization", ["fp8", "torchao"])
-def test_other_quantisations_train(tmp_path, monkeypatch, quantization):
+def test_other_quantizations_train(tmp_path, monkeypatch, quantization):
     changes = {"actor_rollout_ref__rollout__dtype": "bfloat16"}
     if quantization == "torchao":
         monkeypatch.setenv("PYTHONPATH", str(torchao_directory()), prepend=os.pathsep)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from verl.trainer.config import load_config
-from verl.trainer.config.checks import examine
-from verl.trainer.config.scope import Hardware, Scope
+from verl.config import load_config
+from verl.preflight.check import examine
+from verl.preflight.target import Hardware, Scope
 from verl.utils.vllm.npu_settings import check_npu_environment
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples/ascend950"

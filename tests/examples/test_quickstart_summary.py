@@ -30,7 +30,7 @@ def mismatch(largest):
     return dict(zip(names, (largest, largest / 10, largest / 100), strict=True))
 
 
-def quantised(error, layer):
+def quantized(error, layer):
     prefix = "weight_update/max_quantization_error"
     return {prefix: error, f"{prefix}_layer": layer}
 
@@ -44,8 +44,8 @@ RUN = [
             "val-aux/gym/spell/acc/std@4": 0.1,
         },
     ),
-    (1, {"timing_s/step": 2.0, "timing_s/gen": 1.5, **mismatch(2e-6), **quantised(0.031, "model.layers.0.a")}),
-    (2, {"timing_s/step": 1.0, "timing_s/gen": 0.5, **mismatch(7e-6), **quantised(0.033, "model.layers.1.b")}),
+    (1, {"timing_s/step": 2.0, "timing_s/gen": 1.5, **mismatch(2e-6), **quantized(0.031, "model.layers.0.a")}),
+    (2, {"timing_s/step": 1.0, "timing_s/gen": 0.5, **mismatch(7e-6), **quantized(0.033, "model.layers.1.b")}),
     (
         3,
         {
@@ -53,7 +53,7 @@ RUN = [
             "timing_s/gen": 0.7,
             "timing_s/testing": 2.5,
             **mismatch(1e-6),
-            **quantised(0.032, "model.layers.2.c"),
+            **quantized(0.032, "model.layers.2.c"),
             "val-core/gym/spell/acc/mean@4": 0.91,
             "val-aux/gym/spell/reward/mean@4": 0.97,
         },
@@ -72,7 +72,7 @@ def test_whole_run(script, tmp_path):
     assert value_of(text, "mean |p_rollout - p_trainer|") == "2.0e-07  (median of the steps)"
     assert value_of(text, "largest of any token") == "7.0e-06  (step 2 of 3)"
     assert value_of(text, "KL of rollout and trainer") == "2.0e-08  (median of the steps)"
-    assert value_of(text, "largest quantisation error") == "3.30%  (model.layers.1.b)"
+    assert value_of(text, "largest quantization error") == "3.30%  (model.layers.1.b)"
     assert value_of(text, "generation") == "0.70 s"  # the median of 1.5, 0.5, 0.7
     assert value_of(text, "whole step") == "2.00 s"
     assert value_of(text, "validation") == "2.50 s"

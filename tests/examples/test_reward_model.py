@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from verl.trainer.config import CustomRewardFunctionConfig, RewardConfig
+from verl.config import CustomRewardFunctionConfig, RewardConfig
 from verl.workers.reward import RewardLoop
 
 KEY = "not-for-anyone-s-eyes"

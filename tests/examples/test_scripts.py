@@ -24,7 +24,7 @@ def test_script_parses_and_is_executable(script):
 
 @pytest.mark.parametrize("script", ON_A_CPU, ids=lambda path: path.name)
 def test_the_config_takes_every_key(script, overrides_of):
-    from verl.trainer.config import load_config
+    from verl.config import load_config
 
     config = load_config(overrides_of(script, "trainer.n_gpus_per_node=2", "trainer.default_local_dir=elsewhere"))
     assert config.algorithm.adv_estimator == ("gae" if script.parent.name == "ppo_trainer" else "grpo")

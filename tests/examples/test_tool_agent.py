@@ -11,7 +11,7 @@ import pytest
 
 from fixtures.chat import ScriptedClient
 from verl.agent_loop.tool_agent_loop import ToolAgentLoop
-from verl.trainer.config import PPOConfig
+from verl.config import PPOConfig
 from verl.utils.tokenizer import hf_tokenizer
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "tool_agent"

@@ -13,9 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fixtures.engine import Engine, log_probs_of, weights_of
-from fixtures.fake_quant import fake_quantised, mxfp8_round_trip
+from fixtures.fake_quant import fake_quantized, mxfp8_round_trip
 from fixtures.tiny import write_tiny_model
-from verl.trainer.config import RolloutConfig
+from verl.config import RolloutConfig
 from verl.utils.quantization.mx import npu_mxfp8_quantize
 from verl.utils.vllm.npu_settings import check_vllm_ascend, npu_environment
 from verl.workers.rollout.quantization import get_scheme
@@ -54,7 +54,7 @@ def test_the_machine_is_an_ascend_950_with_a_vllm_ascend_built_for_it():
 
 
 @pytest.mark.parametrize("k", [4096, 96, 80])
-def test_quantised_product(k):
+def test_quantized_product(k):
     """`npu_quant_matmul` in the layouts that the hooks leave weights in, odd and partial groups included."""
     import torch_npu
 
@@ -78,7 +78,7 @@ def test_quantised_product(k):
 
 
 def test_a_block_too_small_for_its_scale():
-    """Where our quantiser and the operator's published source differ: every magnitude below 2^-118."""
+    """Where our quantizer and the operator's published source differ: every magnitude below 2^-118."""
     x = torch.full((1, 32), 2.0**-124).bfloat16()
     values, scales = npu_mxfp8_quantize(moved(x))
     assert int(scales[0, 0]) == 0
@@ -112,12 +112,12 @@ def start(monkeypatch):
 
 
 def is_near(engine, source, stale):
-    """In bfloat16 rounding hides a part of what quantisation does: emulated on a CPU, 0.004 against 0.007 and 0.17."""
+    """In bfloat16 rounding hides a part of what quantization does: emulated on a CPU, 0.004 against 0.007 and 0.17."""
     answers, log_probs = engine.sample()
     plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    difference = (log_probs - log_probs_of(fake_quantised(source), answers)).abs().mean()
+    difference = (log_probs - log_probs_of(fake_quantized(source), answers)).abs().mean()
     assert difference < (log_probs - log_probs_of(plain, answers)).abs().mean()
-    assert difference < 0.1 * (log_probs - log_probs_of(fake_quantised(stale), answers)).abs().mean()
+    assert difference < 0.1 * (log_probs - log_probs_of(fake_quantized(stale), answers)).abs().mean()
 
 
 @pytest.mark.parametrize("enforce_eager", [True, False], ids=["eager", "graphs"])

@@ -20,7 +20,7 @@ TITLES = (
     "Gradient norm",
     "Probabilities: rollout against trainer",
     "Correction: effective sample size",
-    "Largest quantisation error of a weight",
+    "Largest quantization error of a weight",
     "Timeline of a step: step 20",
     "Memory of the trainer",
 )
@@ -104,7 +104,7 @@ def test_the_command_prints_the_path(make_run, capsys, tmp_path):
     assert capsys.readouterr().out == f"{directory / 'report.html'}\n"
     assert (directory / "report.html").stat().st_size > 50_000
     names = {path.name for path in (tmp_path / "pngs").iterdir()}
-    assert names >= {"reward.png", "timeline.png", "quantisation_error.png", "stages.png"}
+    assert names >= {"reward.png", "timeline.png", "quantization_error.png", "stages.png"}
     assert command.run(parse(directory, make_run("two"), "-o", tmp_path / "deep" / "both.html")) == 0
     assert "one and two" not in capsys.readouterr().out
     assert "<title>run and two - verl report</title>" in (tmp_path / "deep" / "both.html").read_text()

@@ -29,7 +29,7 @@ def test_a_whole_run(make_run):
     assert [list(run.dumps[kind]) for kind in ("validation", "rollouts")] == [[20], [20]]
     assert run.notes == []
     assert state(run) == "finished, 20 steps"
-    assert about(run) == "p / e · model tiny/model · advantages grpo · rollout quantised: ascend"
+    assert about(run) == "p / e · model tiny/model · advantages grpo · rollout quantized: ascend"
 
 
 def test_half_a_last_line_is_left_out_and_said(make_run):
@@ -156,7 +156,7 @@ def test_facts_of_two_runs_stand_side_by_side(make_run):
     assert values["Validation: acc, spell"] == ["0.4 → 0.8", "0.4 → 0.8"]
     assert values["A step takes"] == ["3.5 s", "3.5 s"]
     assert values["Throughput"] == ["4,321 tokens/s", "4,321 tokens/s"]
-    assert values["Quantisation error"] == ["3.4 %", "3.4 %"]
+    assert values["Quantization error"] == ["3.4 %", "3.4 %"]
 
 
 def test_the_ends_of_a_short_run_do_not_overlap(make_run):

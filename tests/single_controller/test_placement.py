@@ -6,8 +6,8 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from verl.config import PPOConfig
 from verl.single_controller.placement import place, shared_devices
-from verl.trainer.config import PPOConfig
 
 pytestmark = pytest.mark.e2e
 

@@ -23,14 +23,14 @@ from fixtures.engine_cases import (
 )
 from fixtures.ranks import run_ranks
 from fixtures.tiny import write_tiny_model
+from verl.config.actor import PolicyLossConfig
+from verl.config.rollout_correction import Band, Correction
 from verl.protocol import DataProto
-from verl.trainer.config.actor import PolicyLossConfig
-from verl.trainer.config.rollout_correction import Band, Correction
-from verl.trainer.ppo.batch_padding import pad_and_concat
-from verl.trainer.ppo.forward_passes import joined
+from verl.trainer.ppo.batching import split_even, split_mini_batches
+from verl.trainer.rollouts.batch_padding import pad_and_concat
+from verl.trainer.rollouts.forward_passes import joined
 from verl.workers.actor import ActorWorker, log_prob_limits, micro_batching
 from verl.workers.engine import MicroBatching
-from verl.workers.engine.batching import split_even, split_mini_batches
 
 
 @pytest.fixture(scope="module")

@@ -16,13 +16,13 @@ from fixtures.critic_cases import (
 from fixtures.engine_cases import fsdp_config, worker_config
 from fixtures.ranks import run_ranks
 from fixtures.tiny import write_tiny_model
+from verl.config.actor import CheckpointConfig
+from verl.config.critic import CriticOptimConfig
 from verl.protocol import DataProto
-from verl.trainer.config.actor import CheckpointConfig
-from verl.trainer.config.critic import CriticOptimConfig
+from verl.trainer.ppo.batching import CRITIC_COLUMNS, split_even, split_mini_batches
 from verl.trainer.ppo.core_algos import LOSS_AGG_MODES
 from verl.workers.critic import CriticWorker
 from verl.workers.engine import MicroBatching, NonFiniteError
-from verl.workers.engine.batching import CRITIC_COLUMNS, split_even, split_mini_batches
 from verl.workers.train_worker import TrainWorker
 
 

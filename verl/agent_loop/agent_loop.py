@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from verl.trainer.config import PPOConfig
+from verl.config import PPOConfig
 from verl.workers.rollout.client import LLMServerClient
 
 

@@ -14,8 +14,8 @@ import torch
 
 from verl.agent_loop.agent_loop import AgentLoopBase, AgentLoopOutput, get_agent_loop
 from verl.agent_loop.loops_file import register_from_file
+from verl.config import PPOConfig
 from verl.protocol import DataProto
-from verl.trainer.config import PPOConfig
 from verl.utils.proto_columns import object_array
 from verl.utils.timeline import spanned
 from verl.workers.reward import RewardLoop, RewardResult, extra_columns

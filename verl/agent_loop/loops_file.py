@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from verl.agent_loop.agent_loop import AgentLoopBase, agent_loop_names, get_agent_loop, register
-from verl.trainer.config.checks.agent import LOOPS_KEY, AgentLoopFileError, read_agent_loops
+from verl.preflight.checks.agent import LOOPS_KEY, AgentLoopFileError, read_agent_loops
 from verl.utils.user_class import UserClassError, load_class
 
 

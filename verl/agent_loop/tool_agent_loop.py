@@ -12,8 +12,8 @@ from verl.agent_loop.agent_loop import AgentLoopBase, AgentLoopOutput, register
 from verl.agent_loop.chat_template import ChatRenderer
 from verl.agent_loop.tool_parser import PARSERS, ToolCall
 from verl.agent_loop.tool_session import Toolbox, ToolSession
+from verl.config import PPOConfig
 from verl.tools.utils.tool_registry import initialize_tools_from_config
-from verl.trainer.config import PPOConfig
 from verl.utils.dataset.prompts import truncated
 from verl.workers.reward.function import BadReturnError, plain
 from verl.workers.rollout.client import LLMServerClient

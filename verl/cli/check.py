@@ -18,10 +18,10 @@ from pathlib import Path
 
 from verl.cli import check_output
 from verl.cli.capture import SECONDS, Capture, CaptureError, Command, capture
-from verl.trainer.config.errors import ConfigError
-from verl.trainer.config.findings import Findings
-from verl.trainer.config.plan import Plan
-from verl.trainer.config.scope import HARDWARE, Hardware, Scope
+from verl.config.errors import ConfigError
+from verl.preflight.findings import Findings
+from verl.preflight.plan import Plan
+from verl.preflight.target import HARDWARE, Hardware, Scope
 
 _DESCRIPTION = f"""\
 Checks a training script, or the overrides of a run, without starting anything: keys and values, the model (config.json
@@ -132,7 +132,7 @@ def _commands(target: Sequence[str], hardware: Hardware | None) -> Capture:
 
 
 def _examine(command: Command, scope: Scope) -> Run:
-    from verl.trainer.config.checks import examine
+    from verl.preflight.check import examine
     from verl.trainer.main_ppo import compose, import_external_lib
 
     # Relative paths are the script's.

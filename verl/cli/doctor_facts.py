@@ -39,7 +39,7 @@ _IMPORTS = {
     "torch-npu": "import torch_npu",
     "vllm-ascend": "import vllm_ascend",
 }
-_KERNELS = "import sys; from verl.utils.quantization.native import kernels; sys.exit(kernels() is None)"
+_KERNELS = "import sys; from verl.utils.native.library import kernels; sys.exit(kernels() is None)"
 # Instruction sets that vLLM's and our kernels are built for: x86, then ARM.
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 _IMPORT_SECONDS = 180

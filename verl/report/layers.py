@@ -1,4 +1,4 @@
-"""What quantising lost: the worst weight of each update, and every layer in the last one."""
+"""What quantizing lost: the worst weight of each update, and every layer in the last one."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ def worst_layers(run: Run) -> list[LayerError]:
 
 
 def draw_layers(runs: Sequence[Run]) -> Drawn | None:
-    """The worst error over the steps, None if nothing was quantised; of one run each point in its layer's colour."""
-    quantised = [run for run in runs if any(math.isfinite(error) for error in run.curve(ERROR)[1])]
-    if not quantised:
+    """The worst error over the steps, None if nothing was quantized; of one run each point in its layer's colour."""
+    quantized = [run for run in runs if any(math.isfinite(error) for error in run.curve(ERROR)[1])]
+    if not quantized:
         return None
-    steps = [step for run in quantised for step in run.curve(ERROR)[0]]
-    with figure("Largest quantisation error of a weight") as (made, drawn):
+    steps = [step for run in quantized for step in run.curve(ERROR)[0]]
+    with figure("Largest quantization error of a weight") as (made, drawn):
         axes = made.add_subplot()
         if len(runs) > 1:
             entries = []
-            for run in quantised:
+            for run in quantized:
                 color = SERIES[runs.index(run) % len(SERIES)]
                 axes.plot(*run.curve(ERROR), color=color)
                 entries.append((Line2D([], [], color=color, linewidth=2.5), short(run.name, 26)))
@@ -106,7 +106,7 @@ def draw_depths(runs: Sequence[Run]) -> Drawn | None:
     else:
         [(_, errors)] = shown
         lines = [(kind, values, SERIES[i % len(SERIES)]) for i, (kind, values) in enumerate(errors.items())]
-    with figure("Quantisation error by layer, last update") as (made, drawn):
+    with figure("Quantization error by layer, last update") as (made, drawn):
         axes = made.add_subplot()
         for number, (_, values, color) in enumerate(lines):
             style = DASHES[number // len(SERIES) % len(DASHES)]

@@ -75,7 +75,7 @@ def make_sections(runs: Sequence[Run]) -> list[Section]:
         _curves("Responses", panels.RESPONSES, runs),
         _curves("Policy", panels.POLICY, runs),
         _curves("Rollout against trainer", panels.MISMATCH, runs),
-        _quantisation(runs),
+        _quantization(runs),
         _time(runs),
     ]
 
@@ -91,25 +91,25 @@ def _curves(title: str, of: Sequence[Panel], runs: Sequence[Run]) -> Section:
     return section
 
 
-def _quantisation(runs: Sequence[Run]) -> Section:
-    section = Section("Quantised weights")
-    title = "Largest quantisation error of a weight"
+def _quantization(runs: Sequence[Run]) -> Section:
+    section = Section("Quantized weights")
+    title = "Largest quantization error of a weight"
     if drawn := layers.draw_layers(runs):
         says = (
             "What MXFP8 or fp8 loses of a weight, in the layer that loses most: the length of the error over that of "
             "the weight. About 3 % is normal for MXFP8; a layer that rises has outliers."
         )
-        section.figures.append(Shown("quantisation_error", title, says, drawn))
+        section.figures.append(Shown("quantization_error", title, says, drawn))
     else:
-        section.absent.append((title, "actor_rollout_ref.rollout.quantization is null, or the engine quantises"))
+        section.absent.append((title, "actor_rollout_ref.rollout.quantization is null, or the engine quantizes"))
     if drawn := layers.draw_depths(runs):
         says = (
             "The same of every layer, after the last update. Layers of one kind lose alike; one that stands out holds "
-            "outliers, and may be left out of quantisation (rollout.quantization_config_file)."
+            "outliers, and may be left out of quantization (rollout.quantization_config_file)."
         )
         if len(runs) > 1:
             says = f"Of each layer the weight that loses most. {says}"
-        section.figures.append(Shown("quantisation_by_layer", "Quantisation error by layer", says, drawn))
+        section.figures.append(Shown("quantization_by_layer", "Quantization error by layer", says, drawn))
     return section
 
 

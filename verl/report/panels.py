@@ -135,7 +135,7 @@ MISMATCH = (
         "Probabilities: rollout against trainer",
         "|p rollout - p trainer| of a token",
         {"training/rollout_probs_diff_mean": "mean", "training/rollout_probs_diff_max": "largest"},
-        "The engine and the trainer give the same token different probabilities: number formats, kernels, quantised "
+        "The engine and the trainer give the same token different probabilities: number formats, kernels, quantized "
         "weights. The mean should stay low and level; a steady rise can end a run.",
         _NO_LOG_PROBS,
         log=True,

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from verl.trainer.config.record import CHANGES_FILE, CONFIG_FILE, flat
+from verl.config.record import CHANGES_FILE, CONFIG_FILE, flat
 from verl.utils.tracking import read_steps
 
 METRICS_FILE = "metrics.jsonl"

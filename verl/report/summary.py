@@ -43,7 +43,7 @@ def state(run: Run) -> str:
 
 
 def about(run: Run) -> str:
-    """Model, algorithm and quantisation, as far as the config is known."""
+    """Model, algorithm and quantization, as far as the config is known."""
     config = run.config
     model = config.get("actor_rollout_ref.model.path")
     quantization = config.get("actor_rollout_ref.rollout.quantization")
@@ -51,7 +51,7 @@ def about(run: Run) -> str:
         f"{config.get('trainer.project_name')} / {config.get('trainer.experiment_name')}",
         f"model {'/'.join(PurePath(str(model)).parts[-2:])}" if model else None,
         f"advantages {config.get('algorithm.adv_estimator')}",
-        f"rollout quantised: {quantization}" if quantization else "rollout not quantised",
+        f"rollout quantized: {quantization}" if quantization else "rollout not quantized",
     ]
     return " · ".join(part for part in parts if part) if config else "its config is not recorded"
 
@@ -67,7 +67,7 @@ def facts(runs: Sequence[Run]) -> list[Fact]:
         _fact("Entropy", runs, "actor/entropy", _ends, "nats a token, first and last steps"),
         _fact("Rollout against trainer", runs, "training/rollout_probs_diff_mean", _median,
               "mean difference of a token's probability, median of the steps"),
-        _fact("Quantisation error", runs, "weight_update/max_quantization_error", _largest, "of the worst weight"),
+        _fact("Quantization error", runs, "weight_update/max_quantization_error", _largest, "of the worst weight"),
         _fact("A step takes", runs, "timing_s/step", _seconds, "median of the steps"),
         _fact("Throughput", runs, "perf/throughput", _speed, "a device, median of the steps"),
         _fact("Memory of the trainer", runs, "actor/perf/max_memory_allocated_gb", _memory, "peak of a rank"),

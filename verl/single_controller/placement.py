@@ -16,7 +16,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from verl.trainer.config import PPOConfig
+from verl.config import PPOConfig
 from verl.utils.platform import devices_environment
 
 _RESOURCE = {"cuda": "GPU", "npu": "NPU"}

@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from verl.trainer.config import PPOConfig
+from verl.config import PPOConfig
 from verl.utils.network import ray_cluster
 
 logger = logging.getLogger(__name__)

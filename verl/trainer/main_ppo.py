@@ -15,9 +15,10 @@ from collections.abc import Sequence
 import hydra
 from omegaconf import DictConfig
 
-from verl.trainer.config import ConfigError, Plan, PPOConfig, check, from_hydra, searchpath
-from verl.trainer.config.hints import config_name_hint
-from verl.trainer.config.overrides import Prepared, prepare
+from verl.config import ConfigError, PPOConfig, from_hydra, searchpath
+from verl.config.hints import config_name_hint
+from verl.config.overrides import Prepared, prepare
+from verl.preflight import Plan, check
 from verl.utils import external
 
 # Hydra would make a directory with a log file and copies of the config for every run, wherever it is started.

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from verl.algorithms.losses import get_policy_loss_fn, get_token_selector
+from verl.config.rollout_correction import Correction
 from verl.protocol import DataProto
-from verl.trainer.config.rollout_correction import Correction
-from verl.trainer.ppo.core_algos import get_policy_loss_fn, get_token_selector
 from verl.utils.external import import_external
 from verl.utils.platform import choose_dtype
 from verl.workers.engine.base import PolicyEngine
@@ -152,7 +152,7 @@ class ActorWorker:
         """Train on this rank's share of each mini-batch, `ppo_epochs` times over, one optimizer step each.
 
         Args:
-            mini_batches: as `verl.workers.engine.batching.split_mini_batches` makes them.
+            mini_batches: as `verl.trainer.ppo.batching.split_mini_batches` makes them.
 
         Returns:
             `actor/*` metrics, means over the optimizer steps; equal on all ranks.
@@ -185,7 +185,7 @@ class ActorWorker:
         means["actor/perf/max_memory_allocated_gb"] = peak_memory_gb(self._device)
         return means
 
-    def seen_log_probs(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def training_log_probs(self) -> tuple[torch.Tensor, torch.Tensor]:
         """What the last `update_actor` saw of the policy in bypass mode, when each sample was first trained on.
 
         Returns:

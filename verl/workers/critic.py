@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
+from verl.algorithms.losses import agg_loss, compute_value_loss
+from verl.config import CriticConfig
 from verl.protocol import DataProto
-from verl.trainer.config import CriticConfig
-from verl.trainer.ppo.core_algos import agg_loss, compute_value_loss
 from verl.utils.platform import choose_dtype
 from verl.workers.engine.base import ValueEngine
 from verl.workers.engine.fsdp import FSDPValueEngine
@@ -35,7 +35,7 @@ class CriticWorker:
         rank: this rank, of `world_size`.
         master_addr: where rank 0 listens for the others, unless another worker of this process has joined them already.
         master_port: on which port.
-        config: the `critic` section as `verl.trainer.config.critic.resolve_critic` completes it.
+        config: the `critic` section as `verl.config.critic.resolve_critic` completes it.
         total_training_steps: length of the learning-rate schedule.
         device: "cpu", "cuda" or "npu".
     """
@@ -102,7 +102,7 @@ class CriticWorker:
         """Train on this rank's share of each mini-batch, `ppo_epochs` times over, one optimizer step each.
 
         Args:
-            mini_batches: as `verl.workers.engine.batching.split_mini_batches` makes them, with `values` and `returns`.
+            mini_batches: as `verl.trainer.ppo.batching.split_mini_batches` makes them, with `values` and `returns`.
 
         Returns:
             `critic/{vf_loss,vf_clipfrac,vpred_mean,grad_norm,lr,perf/padding_fraction}`, means over the optimizer

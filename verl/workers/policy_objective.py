@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from verl.trainer.ppo.core_algos import agg_loss, get_token_selector, kl_penalty
+from verl.algorithms.losses import agg_loss, get_token_selector, kl_penalty
 
 
 class PolicyObjective:

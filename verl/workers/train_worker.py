@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from verl.trainer.config import ActorRolloutRefConfig, CriticConfig
-from verl.trainer.config.delta import whole_updates_why
-from verl.trainer.config.rollout_correction import Correction
+from verl.config import ActorRolloutRefConfig, CriticConfig
+from verl.config.rollout_correction import Correction
+from verl.config.weight_updates import full_update_reason
 from verl.utils.heap import freeze_heap
 from verl.utils.network import choose_gloo_interface
 from verl.utils.timeline import join_timeline, span, spanned
@@ -19,11 +19,11 @@ from verl.workers.actor import ActorWorker
 from verl.workers.critic import CriticWorker
 from verl.workers.engine.export import Unit
 from verl.workers.rollout.quantization import QuantizationScheme, get_scheme
-from verl.workers.rollout.weight_sync.block_gather import Block
-from verl.workers.rollout.weight_sync.encode_report import EncodeReport
-from verl.workers.rollout.weight_sync.manifest import dtype_from_name
-from verl.workers.rollout.weight_sync.sender import WeightSender
-from verl.workers.rollout.weight_sync.sent import SentWeights
+from verl.workers.weight_sync.block_gather import Block
+from verl.workers.weight_sync.encode_report import EncodeReport
+from verl.workers.weight_sync.last_sent import LastSentWeights
+from verl.workers.weight_sync.manifest import dtype_from_name
+from verl.workers.weight_sync.sender import WeightSender
 
 _MIB = 1 << 20
 
@@ -68,10 +68,10 @@ class TrainWorker:
         self._critic: CriticWorker | None = None
         self._send_dtype = dtype_from_name(rollout_dtype)
         self._sender: WeightSender | None = None
-        # What the engine's workers quantise travels as it is.
+        # What the engine's workers quantize travels as it is.
         sends = config.rollout.quantization_side == "sender"
         self._scheme: QuantizationScheme | None = get_scheme(config.rollout, config.model.path) if sends else None
-        self._sent = SentWeights(self._scheme, keeps=whole_updates_why(config.rollout, device) is None)
+        self._sent = LastSentWeights(self._scheme, keeps=full_update_reason(config.rollout, device) is None)
         self._exporting = 0
         self._meeting: socket.socket | None = None
 

@@ -46,7 +46,7 @@ def numbered_weights(weights: Mapping[str, torch.Tensor], seed: int) -> dict[str
 
 
 def digests(model: torch.nn.Module) -> dict[str, list]:
-    """Of each quantised parameter: its shape, and the SHA-256 of its bytes, in the run-time layout."""
+    """Of each quantized parameter: its shape, and the SHA-256 of its bytes, in the run-time layout."""
     return {
         name: [list(value.shape), hashlib.sha256(value.tobytes()).hexdigest()]
         for name, value in held(model).items()
@@ -56,7 +56,7 @@ def digests(model: torch.nn.Module) -> dict[str, list]:
 
 def _emulated(case: str, directory: Path) -> list[dict[str, list]]:
     from fixtures.engine import Engine, weights_of
-    from verl.trainer.config import RolloutConfig
+    from verl.config import RolloutConfig
     from verl.utils.vllm import plugin
     from verl.workers.rollout.quantization import get_scheme
 

@@ -36,7 +36,7 @@ def plain_attention() -> Iterator[None]:
 
 
 def in_float32(model: nn.Module) -> nn.Module:
-    """What is not quantised, and so all activations, in float32: bfloat16 would round between any two layers.
+    """What is not quantized, and so all activations, in float32: bfloat16 would round between any two layers.
 
     The release refuses to be configured so, its layers take it; the operators' stand-ins do too.
     """

@@ -1,4 +1,4 @@
-"""Builds a model in a release's environment: vLLM's CPU platform, vllm-ascend's quantisation, the stand-in's operators.
+"""Builds a model in a release's environment: vLLM's CPU platform, vllm-ascend's quantization, the stand-in's operators.
 
 To be imported inside an environment of `build_env.py` only.
 """
@@ -86,7 +86,7 @@ def build_model(config: VllmConfig) -> nn.Module:
 
 
 def schemes(model: nn.Module) -> dict[str, str]:
-    """Layer name -> the class of its vllm-ascend scheme, or of its method where it is not quantised."""
+    """Layer name -> the class of its vllm-ascend scheme, or of its method where it is not quantized."""
     found = {}
     for name, layer in model.named_modules():
         method = getattr(layer, "quant_method", None)

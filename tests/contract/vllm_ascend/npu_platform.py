@@ -17,7 +17,7 @@ def main(model_dir: str) -> None:
     from vllm.platforms import current_platform
     from vllm.plugins import load_general_plugins
 
-    from verl.trainer.config import ModelConfig, RolloutConfig
+    from verl.config import ModelConfig, RolloutConfig
     from verl.utils.vllm.npu_vllm_patch import apply_patches
     from verl.utils.vllm.vllm_fp8_utils import is_mxfp8_vllm_ascend
     from verl.workers.rollout.quantization.ascend import AscendScheme

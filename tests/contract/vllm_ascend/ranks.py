@@ -10,7 +10,7 @@ from contract.vllm_ascend.harness import build_model, engine, make_vllm_config
 from contract.vllm_ascend.reference import assert_same, engine_parameters, held
 from contract.vllm_ascend.updates import Updates, addresses, scheme_of, weights_of
 
-from verl.workers.rollout.weight_sync.manifest import WeightUpdateError
+from verl.workers.weight_sync.manifest import WeightUpdateError
 
 
 def update(rank: int, ranks: int, sources: list[Path], padded: str) -> str:

@@ -27,7 +27,7 @@ def _magnitudes() -> np.ndarray:
 _E4M3 = _magnitudes()
 
 
-def quantised(weight: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+def quantized(weight: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     """OCP MX v1.0, section 6.3: e4m3 codes [.., N, K] and E8M0 bytes [.., N, ceil(K / 32)], both uint8."""
     values = weight.double().numpy()
     k = values.shape[-1]
@@ -52,7 +52,7 @@ def _nearest(scaled: np.ndarray) -> np.ndarray:
     return (np.where(take_above, above, above - 1) | np.where(np.signbit(scaled), 128, 0)).astype(np.uint8)
 
 
-def dequantised(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+def dequantized(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """The float64 values [.., N, K] that codes and scales stand for."""
     signs = np.where(codes & 128, -1.0, 1.0)
     factors = np.repeat(2.0 ** (scales - 127.0), GROUP, axis=-1)[..., : codes.shape[-1]]
@@ -61,7 +61,7 @@ def dequantised(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 def rounded(x: torch.Tensor) -> np.ndarray:
     """x [.., K] after a round trip through MXFP8, in float64."""
-    return dequantised(*quantised(x))
+    return dequantized(*quantized(x))
 
 
 def run_time(codes: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -74,7 +74,7 @@ def run_time(codes: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def packed(checkpoint: Mapping[str, torch.Tensor], *, rank: int = 0, ranks: int = 1) -> dict[str, torch.Tensor]:
-    """The tensors of tensor-parallel `rank` of `ranks` as vLLM packs them, [.., N, K] and not yet quantised."""
+    """The tensors of tensor-parallel `rank` of `ranks` as vLLM packs them, [.., N, K] and not yet quantized."""
     parts: dict[str, list[torch.Tensor]] = {}
     experts: dict[str, dict[int, list[torch.Tensor]]] = {}
     for name in sorted(checkpoint, key=_shard_order):
@@ -95,7 +95,7 @@ def packed(checkpoint: Mapping[str, torch.Tensor], *, rank: int = 0, ranks: int 
 def engine_parameters(
     checkpoint: Mapping[str, torch.Tensor], *, rank: int = 0, ranks: int = 1, left_out: tuple[str, ...] = ()
 ) -> dict[str, np.ndarray]:
-    """Every parameter of tensor-parallel `rank` of `ranks`: uint8 where quantised, else float32.
+    """Every parameter of tensor-parallel `rank` of `ranks`: uint8 where quantized, else float32.
 
     Args:
         left_out: parts of the names of layers that stay as they are.
@@ -103,7 +103,7 @@ def engine_parameters(
     result = {}
     for name, tensor in packed(checkpoint, rank=rank, ranks=ranks).items():
         if is_projection(name) and not any(part in name for part in left_out):
-            result[name], result[f"{name}_scale"] = run_time(*quantised(tensor))
+            result[name], result[f"{name}_scale"] = run_time(*quantized(tensor))
         else:
             result[name] = tensor.float().numpy()
     return result

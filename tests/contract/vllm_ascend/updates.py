@@ -15,12 +15,12 @@ from vllm.config import VllmConfig
 
 from fixtures.deltas import Changes
 from fixtures.tiny import write_tiny_model
-from verl.trainer.config import RolloutConfig
+from verl.config import RolloutConfig
 from verl.utils.vllm.compat import load_session
 from verl.utils.vllm.npu_vllm_patch import apply_patches
 from verl.workers.rollout.quantization.ascend import AscendScheme
-from verl.workers.rollout.weight_sync.receiver import WeightReceiver
-from verl.workers.rollout.weight_sync.sender import WeightSender
+from verl.workers.weight_sync.receiver import WeightReceiver
+from verl.workers.weight_sync.sender import WeightSender
 
 # What verl's plugin does in every process of an engine on an NPU, before the model is built.
 apply_patches()

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from verl.algorithms.registry import Registry
 from verl.protocol import DataProto
 from verl.trainer.ppo import core_algos
-from verl.trainer.ppo.registry import Registry
 
 
 def batch_of(rewards, uids):

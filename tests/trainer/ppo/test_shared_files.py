@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from verl.trainer.config import PPOConfig
+from verl.config import PPOConfig
 from verl.trainer.ppo.shared_files import check_seen, check_shared, files_of
 
 ADDRESSES = ["10.0.0.1", "10.0.0.2"]

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fixtures.tiny import CHARS, write_char_tokenizer
-from verl.trainer.config import CustomClassConfig, DataConfig
+from verl.config import CustomClassConfig, DataConfig
 from verl.utils.dataset import prompts
 from verl.utils.dataset.files import count_rows
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn, create_rl_dataset, load_dataset_class

@@ -13,7 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from verl.utils.quantization import mx, native
+from verl.utils.native import library as native
+from verl.utils.quantization import mx
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -345,11 +346,11 @@ def test_compiled_is_eager_bit_for_bit_and_compiles_once(scale_alg):
 
 
 def test_can_be_traced_into_a_compiled_model():
-    def fake_quantised(x):
+    def fake_quantized(x):
         return mx.mxfp8_dequantize(*mx.mxfp8_quantize(x))
 
     x = torch.randn(4, 80, generator=torch.Generator().manual_seed(9))
-    assert torch.equal(torch.compile(fake_quantised, fullgraph=True)(x), fake_quantised(x))
+    assert torch.equal(torch.compile(fake_quantized, fullgraph=True)(x), fake_quantized(x))
 
 
 def test_trim_scales_undoes_the_padding_to_pairs():
@@ -462,7 +463,7 @@ def test_quantization_error_of_zeros_extremes_and_nan(path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(32,), (40, 64), (3, 80), (5, 4304), (2, 3, 2048 + 33), (0, 64)])
-def test_encoding_in_one_pass_is_rounding_quantising_and_measuring(path, shape, dtype):
+def test_encoding_in_one_pass_is_rounding_quantizing_and_measuring(path, shape, dtype):
     generator = torch.Generator().manual_seed(13)
     x = torch.randn(shape, generator=generator) * 2.0 ** torch.randint(-30, 30, shape, generator=generator)
     values, scales, error = mx.mxfp8_encode(x, dtype)
@@ -477,7 +478,7 @@ def test_encoding_in_one_pass_is_rounding_quantising_and_measuring(path, shape, 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(32,), (40, 64), (3, 80), (5, 4304), (2, 3, 2048 + 33), (33, 2048), (0, 64)])
-def test_requantising_finds_what_changed_and_leaves_what_encoding_makes(path, shape, dtype):
+def test_requantizing_finds_what_changed_and_leaves_what_encoding_makes(path, shape, dtype):
     generator = torch.Generator().manual_seed(14)
     before = torch.randn(shape, generator=generator) * 2.0 ** torch.randint(-30, 30, shape, generator=generator)
     moved = torch.rand(shape, generator=generator) < 0.05
@@ -494,7 +495,7 @@ def test_requantising_finds_what_changed_and_leaves_what_encoding_makes(path, sh
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 100])
-def test_threads_do_not_change_what_requantising_finds(threads):
+def test_threads_do_not_change_what_requantizing_finds(threads):
     generator = torch.Generator().manual_seed(15)
     before = torch.randn(70, 4304, generator=generator)
     now = before + 1e-3 * torch.randn(70, 4304, generator=generator)
@@ -510,7 +511,7 @@ def test_threads_do_not_change_what_requantising_finds(threads):
     assert torch.equal(values.view(torch.uint8), new)
 
 
-def test_requantising_refuses_what_is_of_another_weight():
+def test_requantizing_refuses_what_is_of_another_weight():
     values, scales, _ = mx.mxfp8_encode(torch.zeros(4, 64), torch.bfloat16)
     with pytest.raises(ValueError, match=r"values: .*contiguous"):
         mx.mxfp8_requantize(torch.zeros(4, 32), torch.bfloat16, values, scales)

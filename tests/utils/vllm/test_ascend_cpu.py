@@ -64,7 +64,7 @@ def fill(layer, weight):
 
 @pytest.mark.parametrize("k", [64, 96, 80, 20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_linear_multiplies_quantised_activations_with_quantised_weights(k, dtype):
+def test_linear_multiplies_quantized_activations_with_quantized_weights(k, dtype):
     generator = torch.Generator().manual_seed(k)
     layer = linear(6, k, dtype)
     for update in range(2):
@@ -109,7 +109,7 @@ def test_processing_twice_changes_nothing():
     assert torch.equal(layer.weight_scale.data, before[2])
 
 
-def test_dequantised_weights_are_no_parameters():
+def test_dequantized_weights_are_no_parameters():
     layer = linear(6, 96)
     layer.quant_method.process_weights_after_loading(layer)
     assert {name for name, _ in layer.named_parameters()} == {"weight", "weight_scale"}

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from verl.utils.quantization.changes import bits
+from verl.utils.tensor_diff import bits
+from verl.utils.vllm.apply_delta import EnginePatcher
 from verl.utils.vllm.layout_map import LoadTrace, Region, Target, parameters_by_storage, storage_of
-from verl.utils.vllm.patching import EnginePatcher
 
 
 class Layer(nn.Module):

@@ -125,7 +125,7 @@ def test_an_error_inside_a_patch_is_not_hidden():
         apply_patches((Patch("x", "all", "because", broken),))
 
 
-# ---- unquantised experts ----
+# ---- unquantized experts ----
 
 
 class FusedMoE:
@@ -181,7 +181,7 @@ def test_experts_load_in_whichever_layout_they_are(monkeypatch, hidden, inner):
 
 
 def test_experts_that_woke_up_as_others_are_put_back(monkeypatch):
-    """vllm-ascend 0.18's wake_up makes new parameters of unquantised experts, transposed and without loaders."""
+    """vllm-ascend 0.18's wake_up makes new parameters of unquantized experts, transposed and without loaders."""
 
     def process(self, layer):
         for name in ("w13_weight", "w2_weight"):

@@ -295,7 +295,7 @@ def test_a_release_without_marks_needs_the_plugin():
         restore_mxfp8_weights_for_loading(nn.Sequential(layer))
 
 
-def test_layers_that_are_not_quantised_are_left_alone():
+def test_layers_that_are_not_quantized_are_left_alone():
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
     before = {name: p.data_ptr() for name, p in model.named_parameters()}
     restore_mxfp8_weights_for_loading(model)

@@ -43,7 +43,7 @@ def test_copies_outside_are_not_seen():
 
 
 @pytest.mark.parametrize(("name", "sent"), [("b", torch.bfloat16), ("c", torch.float32), ("c", torch.float8_e4m3fn)])
-def test_a_conversion_into_quantised_memory_is_refused(name, sent):
+def test_a_conversion_into_quantized_memory_is_refused(name, sent):
     made = parameters()
     with pytest.raises(ValueError, match=f"{name} holds .*was sent {sent}"), WriteLog(made):
         made[name].data.copy_(torch.ones(made[name].shape).to(sent))

@@ -8,7 +8,7 @@ import torch
 from fixtures.engine_cases import actor_config, checkpoint_program, make_batch, make_engine, optim_config
 from fixtures.ranks import run_ranks
 from fixtures.tiny import write_tiny_model
-from verl.workers.engine.batching import split_mini_batches
+from verl.trainer.ppo.batching import split_mini_batches
 
 
 @pytest.fixture(scope="module", params=["qwen3", "qwen3_moe"])

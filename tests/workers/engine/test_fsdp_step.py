@@ -26,9 +26,9 @@ from fixtures.engine_cases import (
 from fixtures.ranks import run_ranks
 from fixtures.tiny import write_tiny_model
 from verl.protocol import DataProto
+from verl.trainer.ppo.batching import split_even, split_mini_batches
 from verl.trainer.ppo.core_algos import LOSS_AGG_MODES, get_policy_loss_fn
 from verl.workers.engine import MicroBatching
-from verl.workers.engine.batching import split_even, split_mini_batches
 from verl.workers.engine.micro_batch import AlignedBatch, Layout
 from verl.workers.policy_objective import PolicyObjective
 

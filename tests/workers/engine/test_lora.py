@@ -22,7 +22,7 @@ from fixtures.lora_cases import (
 )
 from fixtures.ranks import run_ranks
 from fixtures.tiny import write_tiny_model
-from verl.workers.engine.batching import split_mini_batches
+from verl.trainer.ppo.batching import split_mini_batches
 
 LORA = {"lora_rank": 4, "lora_alpha": 12}
 Q_PROJ = "model.layers.1.self_attn.q_proj"

@@ -7,8 +7,8 @@ import pytest
 from fixtures.engine_cases import failure_program, make_batch
 from fixtures.ranks import run_ranks
 from fixtures.tiny import write_tiny_model
+from verl.trainer.ppo.batching import split_mini_batches
 from verl.workers.engine import MicroBatching, NonFiniteError
-from verl.workers.engine.batching import split_mini_batches
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from fixtures.engine_cases import actor_config, make_engine, optim_config, train
 from fixtures.ranks import run_ranks
 from fixtures.tiny import write_tiny_model
 from verl.protocol import DataProto
+from verl.trainer.ppo.batching import split_mini_batches
 from verl.workers.engine import MicroBatching
-from verl.workers.engine.batching import split_mini_batches
 from verl.workers.engine.packed_attention import PackedSequences, pack_attention
 
 COMMON = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}

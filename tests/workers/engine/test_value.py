@@ -13,8 +13,8 @@ from fixtures.engine_cases import fsdp_config, make_batch
 from fixtures.ranks import run_ranks
 from fixtures.tiny import write_tiny_model
 from verl.protocol import DataProto
+from verl.trainer.ppo.batching import split_even
 from verl.workers.engine import MicroBatching
-from verl.workers.engine.batching import split_even
 
 ALL = MicroBatching(size=100)
 HEAD = (torch.linspace(-1.0, 1.0, 65)[:-1].view(1, 64) / 4, torch.tensor([-0.25]))

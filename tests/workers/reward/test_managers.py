@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from verl.trainer.config.reward_kwargs import OverlongBuffer
+from verl.config.reward_kwargs import OverlongBuffer
 from verl.workers.reward.managers import (
     ComponentError,
     DapoManager,

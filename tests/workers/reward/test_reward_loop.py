@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from verl.trainer.config.reward import CustomRewardFunctionConfig, RewardConfig, RewardManagerConfig
+from verl.config.reward import CustomRewardFunctionConfig, RewardConfig, RewardManagerConfig
 from verl.workers.reward import RewardError, RewardFunctionError, RewardLoop, RewardResult, extra_columns
 from verl.workers.reward.counts import check_scored, reward_metrics
 
@@ -807,7 +807,7 @@ def test_close_ends_busy_and_idle_workers_and_says_so_to_waiting_samples(start, 
 
 DRIVER = """
 import asyncio, signal, sys
-from verl.trainer.config.reward import CustomRewardFunctionConfig, RewardConfig
+from verl.config.reward import CustomRewardFunctionConfig, RewardConfig
 from verl.workers.reward import RewardLoop
 
 # Tests that a shell runs in the background inherit an ignored Ctrl-C.

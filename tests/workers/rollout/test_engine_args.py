@@ -2,7 +2,7 @@
 
 import pytest
 
-from verl.trainer.config import PPOConfig
+from verl.config import PPOConfig
 from verl.workers.rollout.vllm_rollout.engine_args import engine_args
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
+from verl.algorithms import advantages, losses
+from verl.algorithms.advantages import *  # noqa: F403
+from verl.algorithms.advantages import estimator_arguments, get_adv_estimator_fn
+from verl.algorithms.losses import *  # noqa: F403
 from verl.protocol import DataProto
-from verl.trainer.ppo import advantages, losses
-from verl.trainer.ppo.advantages import *  # noqa: F403
-from verl.trainer.ppo.advantages import estimator_arguments, get_adv_estimator_fn
-from verl.trainer.ppo.losses import *  # noqa: F403
 
 __all__ = ["compute_advantage", *advantages.__all__, *losses.__all__]
 

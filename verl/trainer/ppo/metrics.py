@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
+from verl.algorithms.kl import LOG_RATIO_BOUND
 from verl.protocol import DataProto
-from verl.trainer.ppo.losses.kl import LOG_RATIO_BOUND
 
 # Which stages work on every token; generation makes the response tokens only.
 ALL_TOKEN_STAGES = ("old_log_prob", "ref", "values", "adv", "update_critic", "update_actor")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from verl.algorithms.rollout_correction import apply_rollout_correction, correction_metrics
+from verl.config.rollout_correction import Correction
 from verl.protocol import DataProto
-from verl.trainer.config.rollout_correction import Correction
 from verl.trainer.ppo.metrics import compute_mismatch_metrics
-from verl.trainer.ppo.rollout_correction import apply_rollout_correction, correction_metrics
 
 
 def correct_rollout(batch: DataProto, correction: Correction) -> tuple[DataProto, dict[str, float]]:

@@ -50,10 +50,11 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from verl.agent_loop.metrics import compute_agent_metrics
+from verl.config import PPOConfig
+from verl.config.record import write_record
+from verl.preflight import Plan
 from verl.protocol import DataProto
 from verl.single_controller.session import RaySession
-from verl.trainer.config import Plan, PPOConfig
-from verl.trainer.config.record import write_record
 from verl.trainer.ppo.checkpoint import CheckpointStore
 from verl.trainer.ppo.metrics import (
     compute_data_metrics,
@@ -62,10 +63,10 @@ from verl.trainer.ppo.metrics import (
     compute_version_metrics,
 )
 from verl.trainer.ppo.off_policy import correct_rollout, drop_rejected, mismatch_metrics
-from verl.trainer.ppo.pipeline import RolloutPipeline, rollout_pipeline
-from verl.trainer.ppo.rewards import apply_advantages, apply_kl_penalty
+from verl.trainer.ppo.rewards_to_advantages import apply_advantages, apply_kl_penalty
 from verl.trainer.ppo.runtime import Runtime
 from verl.trainer.ppo.validation_run import ValidationRun
+from verl.trainer.rollouts.pipeline import RolloutPipeline, rollout_pipeline
 from verl.utils.timeline import close_timeline, open_timeline, spanned
 from verl.utils.timing import marked_timer
 from verl.utils.tracking import Progress, Tracking
@@ -154,7 +155,7 @@ class RayPPOTrainer:
     async def update_actor(self, batch: DataProto) -> dict[str, float]:
         metrics = await self.runtime.update_actor(batch)
         if self.runtime.correction.bypass_mode:
-            seen = await self.runtime.seen_log_probs(batch)
+            seen = await self.runtime.training_log_probs(batch)
             metrics |= mismatch_metrics(batch, seen, self.runtime.correction)
         return metrics
 

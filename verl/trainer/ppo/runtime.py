@@ -19,24 +19,26 @@ import numpy as np
 import torch
 
 from verl.agent_loop.generation import SampleGenerator
+from verl.algorithms.advantages import get_adv_estimator_fn, required_columns
+from verl.algorithms.kl_in_reward import get_kl_controller
+from verl.config import PPOConfig
+from verl.config.critic import needs_critic, resolve_critic
+from verl.config.rollout_correction import resolve
+from verl.config.weight_updates import full_update_reason
+from verl.preflight import Plan
+from verl.preflight.checks.batches import needs_ref
+from verl.preflight.checks.transport import resolve_backend
 from verl.protocol import DataProto
 from verl.single_controller.placement import Placement, place, replica_count, shared_devices
 from verl.single_controller.worker_group import WorkerGroup
-from verl.trainer.config import Plan, PPOConfig
-from verl.trainer.config.checks.batches import needs_ref
-from verl.trainer.config.checks.transport import resolve_backend
-from verl.trainer.config.critic import needs_critic, resolve_critic
-from verl.trainer.config.delta import whole_updates_why
-from verl.trainer.config.rollout_correction import resolve
-from verl.trainer.ppo.advantages import get_adv_estimator_fn, required_columns
+from verl.trainer.ppo.batching import ACTOR_COLUMNS, CRITIC_COLUMNS, partition, split_even, split_mini_batches
 from verl.trainer.ppo.checkpoint import CheckpointError, load_driver_state, save_driver_state
-from verl.trainer.ppo.forward_passes import ForwardPasses, Pass
-from verl.trainer.ppo.kl_in_reward import get_kl_controller
 from verl.trainer.ppo.metrics import compute_seqlen_metrics
-from verl.trainer.ppo.partial_rollout import Position
-from verl.trainer.ppo.prompts import Place, PromptSource
-from verl.trainer.ppo.sampling import Sampling
 from verl.trainer.ppo.shared_files import check_seen, check_shared, files_of
+from verl.trainer.rollouts.forward_passes import ForwardPasses, Pass
+from verl.trainer.rollouts.partial_rollout import Position
+from verl.trainer.rollouts.prompts import Place, PromptSource
+from verl.trainer.rollouts.sampling import Sampling
 from verl.utils.dataset.loader import build_dataloader
 from verl.utils.dataset.rl_dataset import create_rl_dataset
 from verl.utils.heap import freeze_heap
@@ -46,22 +48,21 @@ from verl.utils.tokenizer import hf_tokenizer
 from verl.utils.vllm.npu_settings import hccl_environment
 from verl.workers.actor import log_prob_limits
 from verl.workers.critic import forward_limits
-from verl.workers.engine.batching import ACTOR_COLUMNS, CRITIC_COLUMNS, partition, split_even, split_mini_batches
 from verl.workers.engine.micro_batch import MicroBatching
 from verl.workers.reward import RewardLoop
 from verl.workers.rollout.client import LLMServerClient
 from verl.workers.rollout.replica import ReplicaSet, vLLMReplica
 from verl.workers.rollout.vllm_rollout.engine_args import engine_environment
-from verl.workers.rollout.weight_sync.collective import Node
-from verl.workers.rollout.weight_sync.encode_report import merged_errors
-from verl.workers.rollout.weight_sync.ray_relay import own_node, several_nodes, transport, where
-from verl.workers.rollout.weight_sync.update import PAYS_ACROSS_HOSTS, PAYS_ON_ONE_HOST, WeightUpdates
 from verl.workers.train_worker import TrainWorker
+from verl.workers.weight_sync.collective import Node
+from verl.workers.weight_sync.driver import PAYS_ACROSS_HOSTS, PAYS_ON_ONE_HOST, WeightUpdater
+from verl.workers.weight_sync.encode_report import merged_errors
+from verl.workers.weight_sync.ray_broadcast_proxy import current_node_id, is_multi_node, transport, where
 
 logger = logging.getLogger(__name__)
 
 
-class GroupSender:
+class TrainerSender:
     """The trainer's ranks as the sending end of a weight update: rank 0 sends, the others take part in gathering."""
 
     def __init__(self, group: WorkerGroup):
@@ -120,8 +121,8 @@ class Runtime:
         engine = config.actor_rollout_ref.rollout.checkpoint_engine
         backend = resolve_backend(config, plan.device)
         pays_below = PAYS_ON_ONE_HOST if backend == "naive" else PAYS_ACROSS_HOSTS
-        self._updates = WeightUpdates(
-            delta=whole_updates_why(config.actor_rollout_ref.rollout, plan.device) is None,
+        self._updates = WeightUpdater(
+            delta=full_update_reason(config.actor_rollout_ref.rollout, plan.device) is None,
             pays_below=math.inf if engine.delta == "on" else pays_below,
             check_interval=engine.delta_check_interval,
             buckets_in_flight=engine.buckets_in_flight,
@@ -154,7 +155,7 @@ class Runtime:
             total_steps=self.total_steps,
         )
         self._group = self._make_trainers(self._placement)
-        if self.plan.device != "cpu" or several_nodes():
+        if self.plan.device != "cpu" or is_multi_node():
             # Before the replicas, which open devices that their ranks have; what a node lacks shows here, too.
             await self._find_trainers()
         logger.info("starting %d trainer rank(s) and %d replica(s)", len(self.trainers), len(self.replicas.replicas))
@@ -277,7 +278,7 @@ class Runtime:
     @property
     def _elsewhere(self) -> list[str]:
         """Each rank's address, if any is on another node than the driver; else none."""
-        here = own_node()
+        here = current_node_id()
         return [node.address for node in self._nodes] if any(node.id != here for node in self._nodes) else []
 
     async def stop(self) -> None:
@@ -417,10 +418,10 @@ class Runtime:
             loss_scale_factor=config.actor.loss_scale_factor or self.config.data.max_response_length,
         )
 
-    async def seen_log_probs(self, batch: DataProto) -> torch.Tensor:
+    async def training_log_probs(self, batch: DataProto) -> torch.Tensor:
         """In bypass mode, log-probabilities [B, T] float32 of the policy when it trained on each sample of `batch`."""
         seen = torch.zeros(batch.batch["response_mask"].shape)
-        for index, log_probs in await self.trainers.all("call", "seen_log_probs"):
+        for index, log_probs in await self.trainers.all("call", "training_log_probs"):
             if len(index):
                 seen[index] = log_probs
         return seen
@@ -429,7 +430,7 @@ class Runtime:
         """Bring every replica, restarted ones included, to the trainer's weights as `version`."""
         await self.replicas.restart_dead()
         placed = [(replica, replica.node) for replica in self.replicas.alive]
-        sender, receivers = self._transport.connect(GroupSender(self.trainers), self._nodes[0], placed)
+        sender, receivers = self._transport.connect(TrainerSender(self.trainers), self._nodes[0], placed)
         return await self._updates.update(sender, receivers, version)
 
     # ---- what is read off ----

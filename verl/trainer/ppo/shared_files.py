@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from verl.trainer.config import PPOConfig
-from verl.trainer.config.critic import needs_critic
+from verl.config import PPOConfig
+from verl.config.critic import needs_critic
 
 
 class Ranks(Protocol):

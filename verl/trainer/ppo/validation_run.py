@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from verl.agent_loop.generation import ScoredSample
-from verl.trainer.config import PPOConfig
-from verl.trainer.ppo.prompts import rows_of
+from verl.config import PPOConfig
 from verl.trainer.ppo.runtime import Runtime
 from verl.trainer.ppo.validation import (
     dump_generations,
@@ -15,6 +14,7 @@ from verl.trainer.ppo.validation import (
     samples_table,
     validation_variables,
 )
+from verl.trainer.rollouts.prompts import rows_of
 
 
 class ValidationRun:

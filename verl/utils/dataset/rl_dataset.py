@@ -28,7 +28,7 @@ from verl.utils.user_files import import_file
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from verl.trainer.config import DataConfig
+    from verl.config import DataConfig
 
 logger = logging.getLogger(__name__)
 

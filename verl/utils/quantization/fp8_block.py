@@ -14,7 +14,7 @@ _E4M3_MAX = 448.0
 
 
 def fp8_block_quantize(x: torch.Tensor, block: tuple[int, int] = (BLOCK, BLOCK)) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantises a matrix so that each block's largest magnitude becomes 448.
+    """Quantizes a matrix so that each block's largest magnitude becomes 448.
 
     Args:
         x: floating, [N, K]; blocks at the ends may be smaller than the rest.

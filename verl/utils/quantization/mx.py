@@ -26,8 +26,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from verl.utils.quantization import native
-from verl.utils.quantization.changes import take_changes
+from verl.utils.native import library as native
+from verl.utils.tensor_diff import diff_and_update_
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def mxfp8_quantize(
     scale_alg: int = 0,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantises to MXFP8 along the last dimension, as OCP MX section 6.3 describes.
+    """Quantizes to MXFP8 along the last dimension, as OCP MX section 6.3 describes.
 
     With amax the largest magnitude of a block, the scale is 2^(byte - 127) where
 
@@ -61,7 +61,7 @@ def mxfp8_quantize(
     clamped to 0..254 (OCP MX 5.4.1), a block of zeros having byte 0. Values are x / scale rounded to the nearest e4m3
     number, ties to even, saturated to +-448, signed zeros kept. A block that holds NaN or Inf gets byte 255, and all
     its values are NaN (0x7F): OCP MX 5.1 makes every value of a block with a NaN scale NaN. A partial last block is
-    quantised on its own, as if padded with zeros. The division by a power of two is exact wherever it can matter, so
+    quantized on its own, as if padded with zeros. The division by a power of two is exact wherever it can matter, so
     the result does not depend on the dtype that it is done in.
 
     Args:
@@ -131,7 +131,7 @@ def mxfp8_dequantize(
         TypeError, ValueError: a dtype or a shape that does not fit, naming both.
     """
     if dtype not in _NATIVE_NAMES:
-        raise TypeError(f"dtype={dtype}: dequantises to float32, bfloat16 or float16")
+        raise TypeError(f"dtype={dtype}: dequantizes to float32, bfloat16 or float16")
     if block_size < 1:
         raise ValueError(f"block_size={block_size}: must be 1 or more; MXFP8 uses 32")
     values, scales = _check_pair(values, scales, block_size)
@@ -155,7 +155,7 @@ def mxfp8_dequantize(
 
 
 class QuantizationError(NamedTuple):
-    """How far a quantised tensor is from its source."""
+    """How far a quantized tensor is from its source."""
 
     relative: float  # Euclidean norm of the error over that of the source; 0 for a source of zeros
     worst_block: float  # largest over blocks of (largest |error| / largest |source|); at most 2^-3 with scale_alg 0
@@ -188,7 +188,7 @@ def squared_error(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -
 
 
 def mxfp8_encode(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x rounded to `dtype`, quantised, and what that lost; float32 through bfloat16 in one pass of a CPU's memory.
+    """x rounded to `dtype`, quantized, and what that lost; float32 through bfloat16 in one pass of a CPU's memory.
 
     Returns:
         values and scales of `mxfp8_quantize(x.to(dtype))`, and its `squared_error`.
@@ -230,7 +230,7 @@ def mxfp8_requantize(
     library = _encoding_library(x, dtype)
     if library is None:
         fresh_values, fresh_scales, error = mxfp8_encode(x, dtype)
-        return take_changes(values, fresh_values), take_changes(scales, fresh_scales), error
+        return diff_and_update_(values, fresh_values), diff_and_update_(scales, fresh_scales), error
     places = [torch.empty(part.numel(), dtype=torch.int64) for part in (values, scales)]
     counts = torch.empty(2, dtype=torch.int64)
     error = _encode(library.mx_encode_changes_f32_bf16, x, values, scales, *places, counts)
@@ -239,7 +239,7 @@ def mxfp8_requantize(
 
 
 def _encoding_library(x: torch.Tensor, dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The compiled kernels where they round, quantise and measure in one pass."""
+    """The compiled kernels where they round, quantize and measure in one pass."""
     in_one_pass = (x.dtype, dtype) == (torch.float32, torch.bfloat16) and x.numel()
     return _native_library(x.device) if in_one_pass else None
 
@@ -293,7 +293,7 @@ def trim_scales(padded: torch.Tensor, k: int, *, block_size: int = MX_BLOCK_SIZE
 
     Args:
         padded: uint8 or float8_e8m0fnu [..., ceil(ceil(K / block_size) / 2), 2], as the operator returns it.
-        k: K, the length of the quantised dimension.
+        k: K, the length of the quantized dimension.
 
     Returns:
         uint8 [..., ceil(K / block_size)], contiguous.

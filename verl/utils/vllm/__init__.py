@@ -1,1 +1,1 @@
-"""What touches vLLM's internals: version differences, quantisation hooks, platform patches."""
+"""What touches vLLM's internals: version differences, quantization hooks, platform patches."""

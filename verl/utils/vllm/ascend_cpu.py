@@ -1,13 +1,13 @@
-"""vLLM's quantisation method "ascend" on a CPU: what vllm-ascend's MXFP8 layers do, where there is no NPU.
+"""vLLM's quantization method "ascend" on a CPU: what vllm-ascend's MXFP8 layers do, where there is no NPU.
 
 Parameters have the names, dtypes and layouts of vllm-ascend's (see `vllm_fp8_utils`, whose hooks reload them), which
-layers are quantised is read from the same description, and activations are quantised the moment they come, as
-`npu_dynamic_mx_quant` does. The products themselves are computed from dequantised operands in the dtype of the
+layers are quantized is read from the same description, and activations are quantized the moment they come, as
+`npu_dynamic_mx_quant` does. The products themselves are computed from dequantized operands in the dtype of the
 activations; bfloat16 and float32 hold e4m3 times a power of two exactly, so that what differs from an NPU is the order
 in which sums are accumulated.
 
-Memory: each weight is kept twice, as MXFP8 (1 1/32 bytes a weight) and dequantised (2 or 4 bytes), made once per
-update; dequantising in every step would cost many times the product of a small batch.
+Memory: each weight is kept twice, as MXFP8 (1 1/32 bytes a weight) and dequantized (2 or 4 bytes), made once per
+update; dequantizing in every step would cost many times the product of a small batch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from vllm.model_executor.utils import set_weight_attrs
 from verl.utils.quantization.mx import MX_BLOCK_SIZE, mxfp8_dequantize, mxfp8_quantize
 from verl.utils.vllm.vllm_fp8_utils import record_run_time_layout, scales_as_loaded
 
-_QUANTISED, _FLOAT = "W8A8_MXFP8", "FLOAT"
+_QUANTIZED, _FLOAT = "W8A8_MXFP8", "FLOAT"
 # Names that checkpoints give an expert's projections: gate, up, down.
 _EXPERT_PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 
@@ -68,8 +68,8 @@ class AscendCpuConfig(QuantizationConfig):
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, LinearBase):
-            return AscendCpuLinearMethod() if self._is_quantised(self._shards(prefix)) else UnquantizedLinearMethod()
-        if isinstance(layer, RoutedExperts) and self._is_quantised(self._expert_keys(prefix)):
+            return AscendCpuLinearMethod() if self._is_quantized(self._shards(prefix)) else UnquantizedLinearMethod()
+        if isinstance(layer, RoutedExperts) and self._is_quantized(self._expert_keys(prefix)):
             return AscendCpuMoEMethod(layer.moe_config)
         return None
 
@@ -85,17 +85,17 @@ class AscendCpuConfig(QuantizationConfig):
                 return keys
         return [f"{prefix}.weight"]
 
-    def _is_quantised(self, keys: list[str]) -> bool:
+    def _is_quantized(self, keys: list[str]) -> bool:
         missing = [key for key in keys if key not in self.quant_description]
         if missing:
             raise ValueError(f"quantization=ascend: the description has no entry {missing[0]!r}")
         kinds = {self.quant_description[key] for key in keys}
-        if len(kinds) > 1 or not kinds <= {_QUANTISED, _FLOAT}:
+        if len(kinds) > 1 or not kinds <= {_QUANTIZED, _FLOAT}:
             raise ValueError(
                 f"quantization=ascend: {', '.join(keys)} are {sorted(kinds)} in the description: make them all "
-                f"{_QUANTISED} or all {_FLOAT}"
+                f"{_QUANTIZED} or all {_FLOAT}"
             )
-        return kinds == {_QUANTISED}
+        return kinds == {_QUANTIZED}
 
 
 def _parameter(layer: nn.Module, name: str, shape: tuple[int, ...], dtype: torch.dtype, **attributes: Any) -> None:
@@ -118,25 +118,25 @@ def _to_run_time_layout(layer: nn.Module, keys: tuple[str, ...]) -> None:
         shapes |= {key: tuple(weight.shape), f"{key}_scale": tuple(scale.shape)}
         padded = F.pad(scale.data, (0, scale.shape[-1] % 2))
         scale.data = padded.unflatten(-1, (-1, 2)).transpose(-2, -3).contiguous()
-        # A view: new weights are loaded, and dequantised, row by row of the memory below.
+        # A view: new weights are loaded, and dequantized, row by row of the memory below.
         weight.data = weight.data.transpose(-1, -2)
     record_run_time_layout(layer, shapes)
 
 
-def _dequantised(layer: nn.Module, key: str, dtype: torch.dtype, out: torch.Tensor | None) -> torch.Tensor:
+def _dequantized(layer: nn.Module, key: str, dtype: torch.dtype, out: torch.Tensor | None) -> torch.Tensor:
     """A weight [.., N, K] in the dtype that it is multiplied in, from its run-time layout."""
     values = getattr(layer, key).data.transpose(-1, -2).contiguous()
     scales = scales_as_loaded(getattr(layer, f"{key}_scale").data, _groups(values.shape[-1]))
     return mxfp8_dequantize(values, scales.contiguous(), dtype, out=out)
 
 
-def _as_quantised(x: torch.Tensor) -> torch.Tensor:
+def _as_quantized(x: torch.Tensor) -> torch.Tensor:
     """Activations [.., K] after a round trip through MXFP8."""
     return mxfp8_dequantize(*mxfp8_quantize(x), dtype=x.dtype)
 
 
-class _Dequantising:
-    """Keeps the dequantised weights of a layer, and makes them again after each update."""
+class _Dequantizing:
+    """Keeps the dequantized weights of a layer, and makes them again after each update."""
 
     keys: tuple[str, ...]
 
@@ -146,13 +146,13 @@ class _Dequantising:
 
     def refresh_after_loading(self, layer: nn.Module) -> None:
         for key in self.keys:
-            name = f"_dequantised_{key}"
-            made = _dequantised(layer, key, layer._mxfp8_compute_dtype, layer.__dict__.get(name))
+            name = f"_dequantized_{key}"
+            made = _dequantized(layer, key, layer._mxfp8_compute_dtype, layer.__dict__.get(name))
             # Past nn.Module.__setattr__: derived from the parameters, so no parameter or buffer itself.
             layer.__dict__[name] = made
 
     def refresh_after_patch(self, layer: nn.Module, places: Mapping[str, torch.Tensor]) -> None:
-        """Dequantise again the blocks in which something changed.
+        """Dequantize again the blocks in which something changed.
 
         Args:
             places: by parameter, int64 places in the flattened parameter as it is loaded.
@@ -167,9 +167,9 @@ class _Dequantising:
             if not blocks:
                 continue
             changed = torch.cat(blocks).unique()
-            made = layer.__dict__[f"_dequantised_{key}"]
+            made = layer.__dict__[f"_dequantized_{key}"]
             if k % MX_BLOCK_SIZE or len(changed) > made.numel() // MX_BLOCK_SIZE // 2:
-                _dequantised(layer, key, layer._mxfp8_compute_dtype, made)
+                _dequantized(layer, key, layer._mxfp8_compute_dtype, made)
                 continue
             weight, scale = getattr(layer, key).data, getattr(layer, f"{key}_scale").data
             values = weight.transpose(-1, -2).contiguous().view(torch.uint8).view(-1, MX_BLOCK_SIZE)[changed]
@@ -178,7 +178,7 @@ class _Dequantising:
             made.view(-1, MX_BLOCK_SIZE)[changed] = fresh
 
 
-class AscendCpuLinearMethod(_Dequantising, LinearMethodBase):
+class AscendCpuLinearMethod(_Dequantizing, LinearMethodBase):
     """`weight` [N, K] float8_e4m3fn and `weight_scale` [N, ceil(K/32)] uint8, as loaded."""
 
     keys = ("weight",)
@@ -205,10 +205,10 @@ class AscendCpuLinearMethod(_Dequantising, LinearMethodBase):
         _parameter(layer, "weight_scale", (n, _groups(k)), torch.uint8, **attributes)
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return F.linear(_as_quantised(x), layer._dequantised_weight, bias)
+        return F.linear(_as_quantized(x), layer._dequantized_weight, bias)
 
 
-class AscendCpuMoEMethod(_Dequantising, FusedMoEMethodBase):
+class AscendCpuMoEMethod(_Dequantizing, FusedMoEMethodBase):
     """`w13_weight` [E, 2I, H], `w2_weight` [E, H, I] float8_e4m3fn and their scales uint8, as loaded."""
 
     keys = ("w13_weight", "w2_weight")
@@ -250,8 +250,8 @@ class AscendCpuMoEMethod(_Dequantising, FusedMoEMethodBase):
             x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
         if layer.expert_map is not None:
             topk_ids = layer.expert_map[topk_ids.long()]
-        x = _as_quantised(x)
-        w13, w2 = layer._dequantised_w13_weight, layer._dequantised_w2_weight
+        x = _as_quantized(x)
+        w13, w2 = layer._dequantized_w13_weight, layer._dequantized_w2_weight
         output = torch.zeros(x.shape[0], w2.shape[1], dtype=torch.float32)
         for expert in range(w13.shape[0]):
             rows, slots = torch.where(topk_ids == expert)
@@ -259,7 +259,7 @@ class AscendCpuMoEMethod(_Dequantising, FusedMoEMethodBase):
                 continue
             gate, up = F.linear(x[rows], w13[expert]).chunk(2, dim=-1)
             # Between the two products nothing is rounded to the activations' dtype: one kernel does it all on an NPU.
-            inner = _as_quantised(F.silu(gate.float()) * up.float()).to(x.dtype)
+            inner = _as_quantized(F.silu(gate.float()) * up.float()).to(x.dtype)
             product = F.linear(inner, w2[expert])
             output.index_add_(0, rows, product.float() * topk_weights[rows, slots, None].float())
         return output.to(x.dtype)

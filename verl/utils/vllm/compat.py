@@ -14,14 +14,14 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from verl.utils.vllm.apply_delta import EnginePatcher
 from verl.utils.vllm.layout_map import LayoutMap, LoadTrace, Target, parameters_by_storage, storage_of
 from verl.utils.vllm.npu_vllm_patch import run_time_parameters_back
-from verl.utils.vllm.patching import EnginePatcher
 from verl.utils.vllm.write_log import WriteLog
 
 
 class LayerHooks(Protocol):
-    """Around loading: what a quantisation does to the layers that it keeps in a layout of its own."""
+    """Around loading: what a quantization does to the layers that it keeps in a layout of its own."""
 
     def begin(self, model: nn.Module) -> Mapping[str, nn.Module]:
         """Bring its layers into their load layout, and return them by name: they are loaded in place."""
@@ -72,7 +72,7 @@ class LayerwiseLoadSession:
         model: the engine's model.
         vllm_config: its `VllmConfig`.
         device: where its parameters live.
-        hooks: of the quantisation, if any.
+        hooks: of the quantization, if any.
     """
 
     def __init__(self, model: nn.Module, vllm_config, device: torch.device, hooks: LayerHooks | None = None):
@@ -321,7 +321,7 @@ def _is_packed(model: nn.Module, layer: nn.Module) -> bool:
 
 
 def _forget_packed_experts(model: nn.Module | _Some) -> None:
-    """Make unquantised experts on a CPU pack their weights again.
+    """Make unquantized experts on a CPU pack their weights again.
 
     Their method takes an existing kernel as a sign that weights need no more than copying (vLLM 0.32), which holds for
     layouts that a copy preserves, not for the CPU's packed one.

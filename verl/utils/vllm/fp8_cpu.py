@@ -1,6 +1,6 @@
 """A block-scaled fp8 kernel for CPUs that vLLM's own do not run on: those need Intel's AMX.
 
-Weights are dequantised once per update, and kept so besides the fp8 ones; activations are quantised in blocks of
+Weights are dequantized once per update, and kept so besides the fp8 ones; activations are quantized in blocks of
 1 x 128 as they come, as the kernels on a GPU do.
 """
 
@@ -17,8 +17,8 @@ from vllm.platforms import current_platform
 from verl.utils.quantization.fp8_block import fp8_block_dequantize, fp8_block_quantize
 
 
-class DequantisingFp8BlockKernel(Fp8BlockScaledMMLinearKernel):
-    """Products of dequantised operands."""
+class DequantizingFp8BlockKernel(Fp8BlockScaledMMLinearKernel):
+    """Products of dequantized operands."""
 
     @classmethod
     def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
@@ -28,7 +28,7 @@ class DequantisingFp8BlockKernel(Fp8BlockScaledMMLinearKernel):
         params = self._get_layer_params(layer)
         block = self.weight_group_shape
         # Past nn.Module.__setattr__: derived from the parameters, so no parameter or buffer itself.
-        layer.__dict__["_dequantised_weight"] = fp8_block_dequantize(
+        layer.__dict__["_dequantized_weight"] = fp8_block_dequantize(
             params.weight.data, params.block_scale.data, self.config.out_dtype, (block.row, block.col)
         )
 
@@ -38,7 +38,7 @@ class DequantisingFp8BlockKernel(Fp8BlockScaledMMLinearKernel):
         block = (1, self.weight_group_shape.col)
         rows = x.reshape(-1, x.shape[-1])
         rows = fp8_block_dequantize(*fp8_block_quantize(rows, block), x.dtype, block)
-        return F.linear(rows, layer._dequantised_weight, bias).view(*x.shape[:-1], -1)
+        return F.linear(rows, layer._dequantized_weight, bias).view(*x.shape[:-1], -1)
 
     def apply_block_scaled_mm(self, A: torch.Tensor, B: torch.Tensor, As: torch.Tensor, Bs: torch.Tensor):
         raise NotImplementedError("apply_weights does the whole product")
@@ -50,5 +50,5 @@ def register() -> None:
     from vllm.platforms import PlatformEnum
 
     kernels = _POSSIBLE_FP8_BLOCK_KERNELS.setdefault(PlatformEnum.CPU, [])
-    if DequantisingFp8BlockKernel not in kernels:
-        kernels.append(DequantisingFp8BlockKernel)
+    if DequantizingFp8BlockKernel not in kernels:
+        kernels.append(DequantizingFp8BlockKernel)

@@ -5,7 +5,7 @@ box of which checkpoint tensor was copied where. Nothing is inferred from names 
 
 - a copy straight into a parameter's memory is a region;
 - a copy into a tensor that the engine then copies into the parameter is one where the bytes came through unchanged;
-- whatever else is done with a weight (packed for a kernel, converted, quantised) makes its name opaque.
+- whatever else is done with a weight (packed for a kernel, converted, quantized) makes its name opaque.
 
     checkpoint tensor, flattened --Region--> the parameter as it is loaded, flattened --Target--> memory that is run on
 """
@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
-from verl.utils.quantization.changes import bits
+from verl.utils.tensor_diff import bits
 
 # Steps of a walk: (stride it leaves, how many, stride it takes), the largest stride first.
 Steps = tuple[tuple[int, int, int], ...]

@@ -99,11 +99,11 @@ def _patch_rotary() -> str | None:
     return _replace(common.ApplyRotaryEmb, "__init__", lambda _: rotary_init(common.ApplyRotaryEmb))
 
 
-# ---- unquantised experts ----
+# ---- unquantized experts ----
 
 
 def recording_transposition(process: Callable) -> Callable:
-    """Wraps `process_weights_after_loading` of vllm-ascend's unquantised experts, which transposes their weights.
+    """Wraps `process_weights_after_loading` of vllm-ascend's unquantized experts, which transposes their weights.
 
     It makes new parameters; they get what vLLM had hung on the old ones, `weight_loader` above all, and a mark. The
     layer keeps them at hand too: waking up replaces them again (`run_time_parameters_back`).
@@ -129,7 +129,7 @@ def recording_transposition(process: Callable) -> Callable:
 
 
 def run_time_parameters_back(model: Any) -> None:
-    """Undo what `wake_up` does to unquantised experts (vllm-ascend 0.18, and 0.23 where nothing is quantised).
+    """Undo what `wake_up` does to unquantized experts (vllm-ascend 0.18, and 0.23 where nothing is quantized).
 
     It makes new parameters of them, transposed and without loaders; the ones that the engine runs on have the same
     memory.

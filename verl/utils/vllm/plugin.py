@@ -11,11 +11,11 @@ def register() -> None:
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
-        from verl.utils.vllm import ascend_cpu, fp8_cpu, idle
+        from verl.utils.vllm import ascend_cpu, cpu_sleep_when_idle, fp8_cpu
 
         ascend_cpu.register()
         fp8_cpu.register()
-        idle.sleep_when_idle()
+        cpu_sleep_when_idle.sleep_when_idle()
     elif current_platform.device_type == "npu":
         from verl.utils.vllm.npu_vllm_patch import apply_patches
 

@@ -45,7 +45,7 @@ _ASCEND_SCHEMES = {"AscendW8A8MXFP8DynamicLinearMethod", "AscendW8A8MXFP8Dynamic
 
 
 def is_mxfp8_vllm_ascend(quant_config: Any) -> bool:
-    """Whether a vLLM quantisation config is vllm-ascend's (or its CPU emulation's) and describes MXFP8 layers.
+    """Whether a vLLM quantization config is vllm-ascend's (or its CPU emulation's) and describes MXFP8 layers.
 
     Nothing is imported: a config of vllm-ascend's class can only exist where its module has been.
     """
@@ -171,7 +171,7 @@ def record_run_time_layout(layer: nn.Module, load_shapes: Mapping[str, tuple[int
 
 
 def _scheme(layer: nn.Module) -> Any:
-    """What vllm-ascend hangs under a layer's quantisation method."""
+    """What vllm-ascend hangs under a layer's quantization method."""
     return getattr(getattr(layer, "quant_method", None), "quant_method", None)
 
 

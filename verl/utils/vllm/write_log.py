@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_QUANTISED_DTYPES = (torch.float8_e4m3fn, torch.uint8)
+_QUANTIZED_DTYPES = (torch.float8_e4m3fn, torch.uint8)
 
 
 class WriteLog(TorchDispatchMode):
@@ -34,9 +34,9 @@ class WriteLog(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _note(self, name: str, target: torch.Tensor, source: torch.Tensor) -> None:
-        if target.dtype in _QUANTISED_DTYPES and source.dtype != target.dtype:
+        if target.dtype in _QUANTIZED_DTYPES and source.dtype != target.dtype:
             # copy_ would convert: plain weights in e4m3 without a scale, or scales that are no E8M0 bytes.
-            raise ValueError(f"{name} holds {target.dtype}, and was sent {source.dtype}: it has to be quantised first")
+            raise ValueError(f"{name} holds {target.dtype}, and was sent {source.dtype}: it has to be quantized first")
         self._regions[name][target.storage_offset(), target.shape, target.stride()] = target.numel()
 
     def unwritten(self) -> list[str]:

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from verl.utils.quantization.changes import take_rounded_changes
+from verl.utils.tensor_diff import diff_and_update_rounded_
 from verl.workers.engine.export_rows import LocalRows, RowRange, find_ranges, local_rows
 from verl.workers.engine.loading import decoder_layer_names
 from verl.workers.engine.lora import merged_view
@@ -30,7 +30,7 @@ TOGETHER_BYTES = 8 << 20
 class RowEncoder(Protocol):
     """Turns weights into what is sent in their place, on each rank the rows that it holds."""
 
-    def quantises(self, name: str) -> bool:
+    def quantizes(self, name: str) -> bool:
         """Whether a checkpoint tensor is sent in another form at all, encoded by rows or once it is whole."""
 
     def encodes_rows(self, name: str) -> bool:
@@ -41,7 +41,7 @@ class RowEncoder(Protocol):
     ) -> dict[str, torch.Tensor]:
         """What rows [..., K], rounded to `dtype`, become, by suffix of the name: tensors of the same leading shape."""
 
-    def take_changes(
+    def diff_and_update_(
         self, name: str, weight: torch.Tensor, kept: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None
     ) -> dict[str, torch.Tensor]:
         """Bring what `encode_weight` returned earlier up to date; by suffix, which places of it changed."""
@@ -61,7 +61,7 @@ class Unit(ABC):
         """Its checkpoint tensors, whole and contiguous, on the model's device. Collective."""
 
 
-class RowUnit(Unit):
+class RowShardedParam(Unit):
     """A parameter of which each rank holds whole rows, and that a checkpoint holds with its rows in this order.
 
     Attributes:
@@ -97,15 +97,15 @@ class RowUnit(Unit):
         return self._encoder.encode_weight(self.name, self._local, self._dtype)
 
     @torch.no_grad()
-    def take_changes(self, kept: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def diff_and_update_(self, kept: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Bring what `parts` held in an earlier update up to date.
 
         Returns:
             By suffix, the places that changed in the flattened part, int64 ascending.
         """
         if self._encoder is None:
-            return {"": take_rounded_changes(kept[""], self._local.contiguous())}
-        return self._encoder.take_changes(self.name, self._local, kept, self._dtype)
+            return {"": diff_and_update_rounded_(kept[""], self._local.contiguous())}
+        return self._encoder.diff_and_update_(self.name, self._local, kept, self._dtype)
 
     def owns(self, part: torch.Tensor) -> bool:
         """Whether a part will stay as it is when the parameter changes."""
@@ -135,7 +135,7 @@ class RowUnit(Unit):
         return found
 
 
-class WholeUnit(Unit):
+class GatheredParams(Unit):
     """Parameters of which checkpoint tensors can only be made, or encoded, once they are gathered."""
 
     def __init__(self, model: PreTrainedModel, shards: dict[str, torch.Tensor], dtype: torch.dtype | None):
@@ -185,11 +185,11 @@ class WeightExport:
                 if held is None or encodes is None:
                     rest.append(name)
                 else:
-                    yield RowUnit(name, merged(name), held, ranges[name], dtype, encoder if encodes else None)
+                    yield RowShardedParam(name, merged(name), held, ranges[name], dtype, encoder if encodes else None)
             mapped = [[name] for name in rest if name in ranges]
             for together in (*mapped, [name for name in rest if name not in ranges]):
                 if together:
-                    yield WholeUnit(model, {name: merged(name) for name in together}, dtype)
+                    yield GatheredParams(model, {name: merged(name) for name in together}, dtype)
 
     def _ranges_of(self, names: tuple[str, ...], shards: dict[str, torch.Tensor]) -> dict[str, tuple[RowRange, ...]]:
         if names not in self._ranges:
@@ -220,7 +220,7 @@ def _encodes(encoder: RowEncoder | None, ranges: tuple[RowRange, ...], dimension
         return False
     if dimensions > 1 and all(encoder.encodes_rows(part.name) for part in ranges):
         return True
-    return None if any(encoder.quantises(part.name) for part in ranges) else False
+    return None if any(encoder.quantizes(part.name) for part in ranges) else False
 
 
 def _nbytes(tensor: torch.Tensor, dtype: torch.dtype | None) -> int:
@@ -255,15 +255,15 @@ def _gather_rows(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return sharded.full_tensor().view(part.dtype)
 
 
-def gathered_to_first(units: Iterable[Unit]) -> Iterator[tuple[Unit, dict[str, torch.Tensor]]]:
+def gather_to_rank0(units: Iterable[Unit]) -> Iterator[tuple[Unit, dict[str, torch.Tensor]]]:
     """Each unit with what `gather` makes of it, on rank 0; what other ranks get is not for use.
 
     Collective: to be exhausted. Rows travel to rank 0 alone, where an all-gather would bring every rank all of them,
     and those of small parameters together: a collective whose ranks share processors waits for each of them.
     """
-    waiting: list[tuple[RowUnit, str, torch.Tensor, list[int]]] = []
+    waiting: list[tuple[RowShardedParam, str, torch.Tensor, list[int]]] = []
     for unit in units:
-        alone = not isinstance(unit, RowUnit) or dist.get_world_size() == 1
+        alone = not isinstance(unit, RowShardedParam) or dist.get_world_size() == 1
         shares = [] if alone else [(unit, *item, unit.sizes(item[1])) for item in unit.parts.items()]
         if alone or any(sizes is None for *_, sizes in shares):
             yield from _to_first(waiting)
@@ -278,7 +278,7 @@ def gathered_to_first(units: Iterable[Unit]) -> Iterator[tuple[Unit, dict[str, t
 
 
 def _to_first(
-    shares: Sequence[tuple[RowUnit, str, torch.Tensor, list[int]]],
+    shares: Sequence[tuple[RowShardedParam, str, torch.Tensor, list[int]]],
 ) -> Iterator[tuple[Unit, dict[str, torch.Tensor]]]:
     """One collective for some parts: unit, suffix, rows of this rank, and bytes of each rank's.
 
@@ -293,7 +293,7 @@ def _to_first(
     arrived = torch.empty(sum(of_ranks) if first else 0, dtype=torch.uint8, device=sent.device)
     coming, going = of_ranks if first else [0] * ranks, [sent.numel(), *[0] * (ranks - 1)]
     dist.all_to_all_single(arrived, sent, output_split_sizes=coming, input_split_sizes=going)
-    wholes: dict[int, tuple[RowUnit, dict[str, torch.Tensor]]] = {id(unit): (unit, {}) for unit, *_ in shares}
+    wholes: dict[int, tuple[RowShardedParam, dict[str, torch.Tensor]]] = {id(unit): (unit, {}) for unit, *_ in shares}
     if first:
         pieces = [
             block.split([sizes[rank] for *_, sizes in shares]) for rank, block in enumerate(arrived.split(of_ranks))

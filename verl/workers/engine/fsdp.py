@@ -12,8 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from verl.config import lora_options
 from verl.protocol import DataProto
-from verl.trainer.config import lora_options
 from verl.utils.timeline import span, spanned
 from verl.workers.engine import checkpoint, export, optim
 from verl.workers.engine.base import LossFn, PolicyEngine, TrainEngine, ValueEngine, ValueLossFn

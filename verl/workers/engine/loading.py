@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from verl.trainer.config import LoraOptions
+from verl.config import LoraOptions
 from verl.workers.engine.lora import add_adapters, has_adapters
 from verl.workers.engine.value_head import HEAD, output_head_keys, read_head, to_value_model
 

@@ -22,7 +22,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from verl.trainer.config import LoraOptions
+from verl.config import LoraOptions
 
 logger = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from verl.workers.reward.pool import Outcome, RewardError, WorkerPool
 from verl.workers.reward.worker import Setup
 
 if TYPE_CHECKING:
-    from verl.trainer.config import RewardConfig
+    from verl.config import RewardConfig
 
 _LOG = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class RewardLoop:
         components: Iterable[str] = (),
         data_sources: Iterable[str] = (),
     ) -> None:
-        from verl.trainer.config.reward_kwargs import kwargs_problems, scorer_kwargs
+        from verl.config.reward_kwargs import kwargs_problems, scorer_kwargs
 
         self._manager = make_manager(config, components)
         if problems := kwargs_problems(config):

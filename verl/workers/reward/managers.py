@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from verl.trainer.config import RewardConfig
-    from verl.trainer.config.reward_kwargs import OverlongBuffer
+    from verl.config import RewardConfig
+    from verl.config.reward_kwargs import OverlongBuffer
 
 Extra = dict[str, Any]
 
@@ -114,8 +114,8 @@ def make_manager(config: RewardConfig, components: Iterable[str] = ()) -> Reward
         ValueError: an unknown manager, or keywords that it cannot work with.
     """
     # Here, so that the worker processes, which import this package too, need not load the configuration.
-    from verl.trainer.config import names
-    from verl.trainer.config.reward_kwargs import overlong_buffer
+    from verl.config import names
+    from verl.config.reward_kwargs import overlong_buffer
 
     name = config.reward_manager.name
     if name == "naive":
@@ -125,6 +125,6 @@ def make_manager(config: RewardConfig, components: Iterable[str] = ()) -> Reward
     if name == "gdpo":
         return GdpoManager(tuple(components))
     known = f"use one of {', '.join(names.REWARD_MANAGERS)}"
-    if name in names.PLANNED_REWARD_MANAGERS:
+    if name in names.UNSUPPORTED_REWARD_MANAGERS:
         raise NotImplementedError(f"reward.reward_manager.name={name} is not supported yet; {known}")
     raise ValueError(f"reward.reward_manager.name={name} is unknown; {known}")

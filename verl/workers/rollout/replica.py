@@ -14,8 +14,8 @@ from ray.exceptions import RayActorError, RayTaskError
 from verl.workers.rollout.request_channel import RequestChannel
 from verl.workers.rollout.types import ReplicaUnavailable, TokenOutput
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer
-from verl.workers.rollout.weight_sync.collective import Node
-from verl.workers.rollout.weight_sync.ray_relay import where
+from verl.workers.weight_sync.collective import Node
+from verl.workers.weight_sync.ray_broadcast_proxy import where
 
 logger = logging.getLogger(__name__)
 

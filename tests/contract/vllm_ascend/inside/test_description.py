@@ -20,7 +20,7 @@ from transformers import DeepseekV3Config
 
 from fixtures.header_checkpoint import small_decoder, tensors_of_config, write_header_checkpoint
 from fixtures.tiny import write_tiny_model
-from verl.utils.vllm.ascend_description import build_description
+from verl.utils.quantization.ascend_description import build_description
 
 MX = "W8A8_MXFP8"
 LINEAR, MOE = "AscendW8A8MXFP8DynamicLinearMethod", "AscendW8A8MXFP8DynamicFusedMoEMethod"
@@ -185,7 +185,7 @@ def blocks_of(x):
     return result
 
 
-def test_a_linear_layer_computes_the_product_of_quantised_matrices(tmp_path):
+def test_a_linear_layer_computes_the_product_of_quantized_matrices(tmp_path):
     """Loaded through the layer's own weight_loader, processed and applied by the release's scheme."""
     config = make(tmp_path, "qwen3")
     generator = torch.Generator().manual_seed(0)

@@ -9,7 +9,7 @@ from contract.vllm_ascend.reference import canonical, packed, rounded
 from contract.vllm_ascend.updates import Updates, checkpoints, config_of, scheme_of, weights_of
 from transformers import AutoModelForCausalLM
 
-from fixtures.fake_quant import fake_quantised
+from fixtures.fake_quant import fake_quantized
 from verl.utils.vllm.vllm_fp8_utils import mxfp8_layers
 
 
@@ -41,7 +41,7 @@ def test_every_linear_layer_after_every_update(tmp_path):
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("kind", ["qwen3", "llama"])
-def test_a_dense_model_is_a_fake_quantised_one(tmp_path, kind, tied):
+def test_a_dense_model_is_a_fake_quantized_one(tmp_path, kind, tied):
     # transformers' own deviation: a value that falls on the other side of a rounding boundary moves little.
     first, *others = checkpoints(tmp_path, kind, tied=tied, std=0.02)
     config = config_of(first)
@@ -52,14 +52,14 @@ def test_a_dense_model_is_a_fake_quantised_one(tmp_path, kind, tied):
         for source in [*others, first]:
             updates.send(weights_of(source))
             actual = log_probs(model, ids)
-            reference = fake_quantised(source)
+            reference = fake_quantized(source)
             with torch.no_grad():
                 expected = torch.log_softmax(reference(ids[None]).logits[0].double(), -1)
                 plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)(ids[None]).logits[0]
             difference = (actual - expected).abs()
             assert difference.mean() <= 5e-5
             assert difference.median() <= 1e-6
-            assert (actual - torch.log_softmax(plain.double(), -1)).abs().mean() > 1e-3, "nothing was quantised"
+            assert (actual - torch.log_softmax(plain.double(), -1)).abs().mean() > 1e-3, "nothing was quantized"
 
 
 def experts_by_hand(x, logits, w13, w2, top_k):

@@ -100,7 +100,7 @@ def test_updates_between_sleeps(tmp_path, worker, kind, tags):
             assert addresses(model) == before
 
 
-def test_experts_that_are_not_quantised(tmp_path, worker):
+def test_experts_that_are_not_quantized(tmp_path, worker):
     """0.18.0 makes new parameters of these too; it is the layer-wise reload that has to find the old ones."""
     first, *others = checkpoints(tmp_path, "qwen3_moe", 3)
     ignore = tmp_path / "ignore.json"
@@ -126,9 +126,9 @@ def test_experts_that_are_not_quantised(tmp_path, worker):
             assert addresses(model) == before
 
 
-@pytest.mark.skipif(RELEASE != "0.18.0", reason="later releases leave quantised experts alone when they wake up")
+@pytest.mark.skipif(RELEASE != "0.18.0", reason="later releases leave quantized experts alone when they wake up")
 def test_a_plain_wake_up_turns_experts_round_and_an_update_mends_it(tmp_path, worker):
-    """0.18.0 makes new, transposed parameters without a loader out of quantised experts."""
+    """0.18.0 makes new, transposed parameters without a loader out of quantized experts."""
     first, second = checkpoints(tmp_path, "qwen3_moe", 2)
     scheme = scheme_of(first)
     config = make_vllm_config(first, scheme.description.to_json_dict(), load_format="dummy")

@@ -7,7 +7,7 @@ import torch_npu
 E8M0 = torch_npu.float8_e8m0fnu
 
 
-def dequantise(values, scales):
+def dequantize(values, scales):
     """By hand: value times two to the power of its block's byte minus 127."""
     flat = scales.flatten(-2)
     result = torch.empty(values.shape, dtype=torch.float64)
@@ -18,7 +18,7 @@ def dequantise(values, scales):
 
 
 @pytest.mark.parametrize("k", [64, 96, 80, 32])
-def test_quantised_product(k):
+def test_quantized_product(k):
     torch.manual_seed(k)
     x, weight = torch.randn(3, k, dtype=torch.bfloat16), torch.randn(5, k, dtype=torch.bfloat16)
     xq, xs = torch_npu.npu_dynamic_mx_quant(x, dst_type=torch.float8_e4m3fn)
@@ -28,10 +28,10 @@ def test_quantised_product(k):
         xq, wq.T, ws.transpose(0, 1), scale_dtype=E8M0, pertoken_scale=xs, pertoken_scale_dtype=E8M0,
         bias=torch.ones(5), output_dtype=torch.float32, group_sizes=[1, 1, 32],
     )  # fmt: skip
-    torch.testing.assert_close(output.double(), dequantise(xq, xs) @ dequantise(wq, ws).T + 1, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output.double(), dequantize(xq, xs) @ dequantize(wq, ws).T + 1, rtol=1e-5, atol=1e-5)
 
 
-def test_quantising_along_another_axis():
+def test_quantizing_along_another_axis():
     x = torch.randn(96, 4)
     values, scales = torch_npu.npu_dynamic_mx_quant(x, axis=0, dst_type=torch.float8_e4m3fn)
     rows, row_scales = torch_npu.npu_dynamic_mx_quant(x.T.contiguous(), dst_type=torch.float8_e4m3fn)
@@ -52,7 +52,7 @@ def test_what_is_refused():
     assert not hasattr(torch_npu, "npu_rms_norm_dynamic_mx_quant")
 
 
-def test_routing_that_quantises_is_routing_and_then_quantising():
+def test_routing_that_quantizes_is_routing_and_then_quantizing():
     torch.manual_seed(0)
     x, chosen = torch.randn(6, 80, dtype=torch.bfloat16), torch.randint(0, 4, (6, 2))
     options = {"active_num": 12, "expert_num": 4, "expert_tokens_num_type": 1, "expert_tokens_num_flag": True}
@@ -64,8 +64,8 @@ def test_routing_that_quantises_is_routing_and_then_quantising():
 
 
 @pytest.mark.parametrize("group_list_type", [0, 1])
-@pytest.mark.parametrize("quantised", [False, True])
-def test_mixture_of_experts(group_list_type, quantised):
+@pytest.mark.parametrize("quantized", [False, True])
+def test_mixture_of_experts(group_list_type, quantized):
     """Route, gate and up, down, bring back: as every token with each of its experts on its own."""
     torch.manual_seed(0)
     tokens, experts, h, i, k = 6, 4, 64, 32, 2
@@ -77,7 +77,7 @@ def test_mixture_of_experts(group_list_type, quantised):
         expert_tokens_num_flag=True, active_expert_range=[0, experts],
     )  # fmt: skip
     groups = {"group_list": counts, "group_list_type": group_list_type}
-    if quantised:
+    if quantized:
         fp8 = torch.float8_e4m3fn
         (q13, s13), (q2, s2) = (torch_npu.npu_dynamic_mx_quant(w, dst_type=fp8) for w in (w13, w2))
         rows, scales = torch_npu.npu_dynamic_mx_quant(rows, dst_type=fp8)
@@ -102,5 +102,5 @@ def test_mixture_of_experts(group_list_type, quantised):
             gate, up = (w13[expert] @ x[token]).chunk(2)
             expected[token] += weights[token, choice] * (w2[expert] @ (torch.nn.functional.silu(gate) * up))
     error = (output - expected).norm() / expected.norm()
-    assert error < (0.1 if quantised else 1e-5)
-    assert not quantised or error > 0.01  # it is quantised
+    assert error < (0.1 if quantized else 1e-5)
+    assert not quantized or error > 0.01  # it is quantized

@@ -18,7 +18,7 @@ from contract.vllm_ascend.updates import (
 )
 
 from fixtures.deltas import nudged
-from verl.workers.rollout.weight_sync.manifest import WeightUpdateError
+from verl.workers.weight_sync.manifest import WeightUpdateError
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -47,7 +47,7 @@ def test_changes_written_in_place_leave_the_bytes_of_a_whole_update(tmp_path, ki
 
 
 def test_layers_left_out_are_updated_as_they_are(tmp_path):
-    """Unquantised experts too, which the release keeps transposed."""
+    """Unquantized experts too, which the release keeps transposed."""
     first, *others = checkpoints(tmp_path, "qwen3_moe", 3)
     ignore = tmp_path / "ignore.json"
     ignore.write_text(json.dumps({"ignore": [r"re:.*\.layers\.0\.mlp\.experts\..*", r"re:.*\.layers\.1\..*o_proj"]}))
@@ -92,7 +92,7 @@ FAULTS = {
     ),
     "padded scales of an expert": ("qwen3_moe", f"{EXPERT}_scale", left_padded, rf"{EXPERT}_scale.*left padded"),
     "no scales": ("qwen3", f"{DOWN}_scale", lambda _: None, rf"{DOWN}.*scales.*did not arrive"),
-    "a weight that was not quantised": ("qwen3", O_PROJ, lambda w: w.to(torch.bfloat16), rf"{O_PROJ}.*bfloat16"),
+    "a weight that was not quantized": ("qwen3", O_PROJ, lambda w: w.to(torch.bfloat16), rf"{O_PROJ}.*bfloat16"),
     "a cut weight": ("qwen3", DOWN, lambda w: w[:-1], DOWN),
     "a missing norm": ("qwen3", NORM, lambda _: None, NORM),
 }

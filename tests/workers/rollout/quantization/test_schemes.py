@@ -1,4 +1,4 @@
-"""What a quantisation tells the engine, what it sends, and what it refuses, without an engine."""
+"""What a quantization tells the engine, what it sends, and what it refuses, without an engine."""
 
 import json
 from dataclasses import replace
@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from fixtures.fake_quant import mxfp8_round_trip
 from fixtures.tiny import write_tiny_model
 from fixtures.torchao import torchao_directory
-from verl.trainer.config import RolloutConfig
+from verl.config import RolloutConfig
 from verl.utils.quantization.mx import mxfp8_dequantize
 from verl.workers.rollout.quantization import SCHEME_NAMES, get_scheme, scheme_class
 from verl.workers.rollout.quantization.scaled import ScaledWeights
-from verl.workers.rollout.weight_sync.encode_report import errors_by_depth, merged_errors, worst_error
-from verl.workers.rollout.weight_sync.manifest import TensorSpec, WeightUpdateError
+from verl.workers.weight_sync.encode_report import errors_by_depth, merged_errors, worst_error
+from verl.workers.weight_sync.manifest import TensorSpec, WeightUpdateError
 
 ROLLOUT = RolloutConfig(tensor_model_parallel_size=1, dtype="bfloat16")
 Q_PROJ, EMBEDDING = "model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight"
@@ -67,7 +67,7 @@ def test_none_changes_nothing(dense):
 # ---- ascend ----
 
 
-def test_ascend_sends_what_an_independent_quantiser_makes(dense):
+def test_ascend_sends_what_an_independent_quantizer_makes(dense):
     weights = weights_of(dense)
     sent = dict(scheme("ascend", dense).encode(weights.items()))
     projections = {name for name in weights if name.endswith("_proj.weight")}
@@ -89,7 +89,7 @@ def relative_error(weight):
 
 @pytest.mark.parametrize("pieces", [1, 3])
 def test_the_report_names_the_weight_that_lost_most(dense, pieces):
-    """As an independent quantiser has it, whether the rows were encoded together or by several ranks."""
+    """As an independent quantizer has it, whether the rows were encoded together or by several ranks."""
     weights = weights_of(dense)
     # Just above a power of two, e4m3 is at its worst.
     victim = "model.layers.1.mlp.up_proj.weight"
@@ -147,7 +147,7 @@ def test_ascend_streams(dense):
         assert name.removesuffix("_scale") == drawn[-1]
 
 
-def test_ascend_quantises_each_expert(experts):
+def test_ascend_quantizes_each_expert(experts):
     sent = dict(scheme("ascend", experts).encode(weights_of(experts).items()))
     assert sent["model.layers.1.mlp.experts.3.down_proj.weight"].dtype == torch.float8_e4m3fn
     assert sent["model.layers.1.mlp.experts.3.down_proj.weight_scale"].shape == (64, 2)
@@ -181,11 +181,11 @@ def test_ascend_refuses_what_tensor_parallelism_cuts_inside_a_block(dense):
 
 
 @pytest.mark.parametrize("name", ["ascend", "fp8"])
-def test_a_checkpoint_that_is_quantised_already_is_refused(tmp_path, name):
+def test_a_checkpoint_that_is_quantized_already_is_refused(tmp_path, name):
     directory = write_tiny_model(tmp_path, **FP8_SIZES)
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
-    with pytest.raises(ValueError, match="already quantised"):
+    with pytest.raises(ValueError, match="already quantized"):
         scheme(name, directory).engine_overrides("cpu")
 
 

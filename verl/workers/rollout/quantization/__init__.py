@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from verl.trainer.config import RolloutConfig
+from verl.config import RolloutConfig
 from verl.workers.rollout.quantization.ascend import AscendScheme
 from verl.workers.rollout.quantization.base import QuantizationScheme
 from verl.workers.rollout.quantization.fp8 import Fp8Scheme

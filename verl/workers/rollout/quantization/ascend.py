@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from verl.utils.quantization.ascend_description import AscendDescription, resolve_description
+from verl.utils.quantization.ascend_releases import validate_unpaired_groups
 from verl.utils.quantization.mx import (
     MX_BLOCK_SIZE,
     mxfp8_encode,
@@ -16,11 +18,14 @@ from verl.utils.quantization.mx import (
     npu_mxfp8_quantize,
     squared_error,
 )
-from verl.utils.vllm.ascend_description import AscendDescription, resolve_description
-from verl.utils.vllm.ascend_release import refuse_unpaired_groups
+from verl.utils.quantization.requirements import (
+    validate_device,
+    validate_dtype,
+    validate_fused_experts,
+    validate_load_format,
+)
 from verl.utils.vllm.layout_map import Target
 from verl.utils.vllm.npu_settings import check_vllm_ascend
-from verl.utils.vllm.quantised_weights import refuse_device, refuse_dtype, refuse_fused_experts, refuse_load_format
 from verl.utils.vllm.vllm_fp8_utils import (
     MXFP8_BLOCK_QUANT_KWARGS,
     apply_mxfp8_transformation_after_loading,
@@ -42,19 +47,19 @@ class AscendScheme(ScaledScheme):
 
     @functools.cached_property
     def description(self) -> AscendDescription:
-        """Which weights are quantised."""
+        """Which weights are quantized."""
         return resolve_description(
             self._model_dir, self._rollout.quantization_config_file, self._rollout.tensor_model_parallel_size
         )
 
     def engine_overrides(self, device: str) -> dict[str, Any]:
-        refuse_device("ascend", device)
-        refuse_load_format("ascend", self._rollout.load_format)
+        validate_device("ascend", device)
+        validate_load_format("ascend", self._rollout.load_format)
         if device == "npu":
             release = check_vllm_ascend()
-            refuse_dtype("ascend", self._rollout.dtype, device)
-            refuse_unpaired_groups(self.description.layers, self._rollout.tensor_model_parallel_size, release)
-        refuse_fused_experts(self.description.layers)
+            validate_dtype("ascend", self._rollout.dtype, device)
+            validate_unpaired_groups(self.description.layers, self._rollout.tensor_model_parallel_size, release)
+        validate_fused_experts(self.description.layers)
         described = {**MXFP8_BLOCK_QUANT_KWARGS, **self.description.to_json_dict()}
         return {"quantization": "ascend", "hf_overrides": {"quantization_config": described}}
 
@@ -66,24 +71,24 @@ class AscendScheme(ScaledScheme):
             return None
         return self.description.sent_bytes(itemsize)
 
-    def quantises(self, name: str) -> bool:
-        return self.description.is_quantised(name)
+    def quantizes(self, name: str) -> bool:
+        return self.description.is_quantized(name)
 
     def encodes_rows(self, name: str) -> bool:
-        return name in self.description.parameters and self.description.is_quantised(name)
+        return name in self.description.parameters and self.description.is_quantized(name)
 
-    def quantise(self, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def quantize(self, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if weight.device.type != "npu":
             return mxfp8_encode(weight, dtype)
         rounded = weight.to(dtype)
         values, scales = npu_mxfp8_quantize(rounded)
         return values, scales, squared_error(rounded, values, scales)
 
-    def requantise(
+    def requantize(
         self, weight: torch.Tensor, dtype: torch.dtype, values: torch.Tensor, scales: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if weight.device.type == "npu":
-            return super().requantise(weight, dtype, values, scales)
+            return super().requantize(weight, dtype, values, scales)
         return mxfp8_requantize(weight, dtype, values, scales)
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""What a quantisation of the rollout consists of, in all the places that take part in it."""
+"""What a quantization of the rollout consists of, in all the places that take part in it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from verl.trainer.config import RolloutConfig
+from verl.config import RolloutConfig
 from verl.utils.vllm.layout_map import Target
-from verl.workers.rollout.weight_sync.encode_report import EncodeReport
-from verl.workers.rollout.weight_sync.manifest import TensorSpec
+from verl.workers.weight_sync.encode_report import EncodeReport
+from verl.workers.weight_sync.manifest import TensorSpec
 
 
 class QuantizationScheme(ABC):
@@ -48,7 +48,7 @@ class QuantizationScheme(ABC):
 
     # ---- encoding, in the trainer or in the engine's workers (`rollout.quantization_side`) ----
 
-    def quantises(self, name: str) -> bool:
+    def quantizes(self, name: str) -> bool:
         """Whether a checkpoint tensor is sent in another form than its own."""
         return False
 
@@ -62,7 +62,7 @@ class QuantizationScheme(ABC):
         """What some rows of a weight, rounded to `dtype`, become, by suffix of the name; only where `encodes_rows`."""
         raise NotImplementedError(f"{type(self).__name__} encodes no single weights")
 
-    def take_changes(
+    def diff_and_update_(
         self, name: str, weight: torch.Tensor, kept: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None
     ) -> dict[str, torch.Tensor]:
         """Bring `kept`, which `encode_weight` returned for rows of this shape, to what it would return now.

@@ -1,10 +1,10 @@
-"""No quantisation: the engine holds the weights as they are sent."""
+"""No quantization: the engine holds the weights as they are sent."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from verl.utils.vllm.quantised_weights import refuse_description
+from verl.utils.quantization.requirements import validate_description
 from verl.workers.rollout.quantization.base import QuantizationScheme
 
 
@@ -12,8 +12,8 @@ class NoQuantization(QuantizationScheme):
     """`rollout.quantization=null`."""
 
     def engine_overrides(self, device: str) -> dict[str, Any]:
-        refuse_description(self._model_dir, device)
+        validate_description(self._model_dir, device)
         return {}
 
     def summary(self) -> str:
-        return "not quantised"
+        return "not quantized"

@@ -10,11 +10,11 @@ from typing import ClassVar
 
 import torch
 
-from verl.trainer.config import RolloutConfig
-from verl.utils.quantization.changes import take_changes
+from verl.config import RolloutConfig
+from verl.utils.tensor_diff import diff_and_update_
 from verl.workers.rollout.quantization.base import QuantizationScheme
-from verl.workers.rollout.weight_sync.encode_report import EncodeReport
-from verl.workers.rollout.weight_sync.manifest import TensorSpec, WeightUpdateError
+from verl.workers.weight_sync.encode_report import EncodeReport
+from verl.workers.weight_sync.manifest import TensorSpec, WeightUpdateError
 
 _VALUES = "float8_e4m3fn"
 
@@ -28,7 +28,7 @@ def _finite(tensor: torch.Tensor) -> bool:
 
 @dataclass(frozen=True)
 class ScaledWeights:
-    """One kind of quantised weight.
+    """One kind of quantized weight.
 
     Attributes:
         suffix: what a scale's name adds to its weight's.
@@ -82,11 +82,11 @@ class ScaledScheme(QuantizationScheme):
         self._report = EncodeReport()
 
     @abstractmethod
-    def quantises(self, name: str) -> bool:
-        """Whether a checkpoint tensor is quantised."""
+    def quantizes(self, name: str) -> bool:
+        """Whether a checkpoint tensor is quantized."""
 
     @abstractmethod
-    def quantise(self, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def quantize(self, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """A weight, rounded to `dtype` first.
 
         Returns:
@@ -94,12 +94,12 @@ class ScaledScheme(QuantizationScheme):
             and sum of squares of the rounded weight, on its device.
         """
 
-    def requantise(
+    def requantize(
         self, weight: torch.Tensor, dtype: torch.dtype, values: torch.Tensor, scales: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Bring `values` and `scales` to those of `quantise`; the places that changed in each, and the same error."""
-        fresh_values, fresh_scales, error = self.quantise(weight, dtype)
-        return take_changes(values, fresh_values), take_changes(scales, fresh_scales), error
+        """Bring `values` and `scales` to those of `quantize`; the places that changed in each, and the same error."""
+        fresh_values, fresh_scales, error = self.quantize(weight, dtype)
+        return diff_and_update_(values, fresh_values), diff_and_update_(scales, fresh_scales), error
 
     @staticmethod
     @abstractmethod
@@ -111,17 +111,17 @@ class ScaledScheme(QuantizationScheme):
     ) -> dict[str, torch.Tensor]:
         """Suffix -> tensor: what a weight, or some of its rows, becomes. NaN and Inf are left to `check_sent`."""
         started = time.perf_counter()
-        values, scales, error = self.quantise(weight, dtype or weight.dtype)
+        values, scales, error = self.quantize(weight, dtype or weight.dtype)
         self._report.add(name, error)
         self._report.seconds += time.perf_counter() - started
         return {"": values, self.scaled.suffix: scales}
 
-    def take_changes(
+    def diff_and_update_(
         self, name: str, weight: torch.Tensor, kept: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None
     ) -> dict[str, torch.Tensor]:
         started = time.perf_counter()
         suffix = self.scaled.suffix
-        values_at, scales_at, error = self.requantise(weight, dtype or weight.dtype, kept[""], kept[suffix])
+        values_at, scales_at, error = self.requantize(weight, dtype or weight.dtype, kept[""], kept[suffix])
         self._report.add(name, error)
         self._report.seconds += time.perf_counter() - started
         return {"": values_at, suffix: scales_at}
@@ -129,7 +129,7 @@ class ScaledScheme(QuantizationScheme):
     def encode(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in named_tensors:
             encoded = {name: tensor}
-            if tensor.dtype != torch.float8_e4m3fn and self.scaled.weight_of(name) is None and self.quantises(name):
+            if tensor.dtype != torch.float8_e4m3fn and self.scaled.weight_of(name) is None and self.quantizes(name):
                 encoded = {name + suffix: part for suffix, part in self.encode_weight(name, tensor).items()}
             for part_name, part in encoded.items():
                 self.check_sent(part_name, part)

@@ -1,4 +1,4 @@
-"""`rollout.quantization=torchao`: the engine quantises what it loads, as torchao's own JSON config says."""
+"""`rollout.quantization=torchao`: the engine quantizes what it loads, as torchao's own JSON config says."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from verl.utils.vllm.quantised_weights import refuse_config_file, refuse_device
+from verl.utils.quantization.requirements import validate_config_file, validate_device
 from verl.workers.rollout.quantization.base import QuantizationScheme
 
 _SETTING = "actor_rollout_ref.rollout.quantization=torchao"
@@ -15,11 +15,11 @@ _FILE = "actor_rollout_ref.rollout.quantization_config_file"
 
 
 class TorchAOScheme(QuantizationScheme):
-    """Weights travel as they are; each layer is quantised again after each update, by vLLM's layer-wise reload."""
+    """Weights travel as they are; each layer is quantized again after each update, by vLLM's layer-wise reload."""
 
     def engine_overrides(self, device: str) -> dict[str, Any]:
         path = self._rollout.quantization_config_file
-        refuse_config_file("torchao", path)
+        validate_config_file("torchao", path)
         if find_spec("torchao") is None:
             raise ValueError(f"{_SETTING}: torchao is not installed; pip install torchao")
         try:
@@ -34,9 +34,9 @@ class TorchAOScheme(QuantizationScheme):
             config_from_dict(config)
         except ValueError as error:
             raise ValueError(f"{_FILE}={path}: torchao does not take it: {error}") from error
-        refuse_device("torchao", device)
+        validate_device("torchao", device)
         return {"quantization": "torchao", "hf_overrides": {"quantization_config_file": str(Path(path).resolve())}}
 
     def summary(self) -> str:
         file = self._rollout.quantization_config_file
-        return f"torchao, as {file} says; the engine quantises, whatever quantization_side is"
+        return f"torchao, as {file} says; the engine quantizes, whatever quantization_side is"

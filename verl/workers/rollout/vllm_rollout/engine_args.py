@@ -6,9 +6,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from verl.trainer.config import ModelConfig, RolloutConfig
-from verl.trainer.config.estimate import cpu_cache_bytes
-from verl.trainer.config.model_files import read_model
+from verl.config import ModelConfig, RolloutConfig
+from verl.preflight.estimate import cpu_cache_bytes
+from verl.utils.model_dir.model_files import read_model
 from verl.utils.platform import cpu_environment
 from verl.utils.vllm.npu_settings import npu_environment
 
@@ -36,10 +36,10 @@ def engine_args(
     Args:
         dtype: torch dtype name the engine computes in.
         prompt_length, response_length: caps in tokens.
-        quantization: what the quantisation needs; of its dictionaries single entries can be overridden.
+        quantization: what the quantization needs; of its dictionaries single entries can be overridden.
 
     Raises:
-        ValueError: `engine_kwargs.vllm` overrides the quantisation.
+        ValueError: `engine_kwargs.vllm` overrides the quantization.
     """
     length = max_model_len(rollout, prompt_length, response_length)
     arguments: dict[str, Any] = {

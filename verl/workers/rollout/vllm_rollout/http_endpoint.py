@@ -9,7 +9,7 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from verl.trainer.config import ServerConfig
+from verl.config import ServerConfig
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -21,7 +21,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from verl.trainer.config import ModelConfig, RolloutConfig
+from verl.config import ModelConfig, RolloutConfig
 from verl.utils.heap import freeze_heap
 from verl.utils.timeline import join_timeline, spanned
 from verl.utils.vllm.compat import drain
@@ -31,7 +31,7 @@ from verl.workers.rollout.quantization import SCHEME_NAMES, get_scheme, worker_s
 from verl.workers.rollout.request_channel import Answer, Request, RequestDesk
 from verl.workers.rollout.types import ReplicaUnavailable, TokenOutput
 from verl.workers.rollout.vllm_rollout.engine_args import engine_args
-from verl.workers.rollout.weight_sync.manifest import WeightUpdateError
+from verl.workers.weight_sync.manifest import WeightUpdateError
 
 logger = logging.getLogger(__name__)
 
@@ -268,7 +268,7 @@ class vLLMHttpServer:
         self._commit(int(manifest["version"]))
         columns = _columns(statistics)
         patchable = all(columns.pop("patchable"))
-        # Where the workers quantise, each does so with all weights.
+        # Where the workers quantize, each does so with all weights.
         errors = columns.pop("errors")[0]
         return {**{key: max(values) for key, values in columns.items()}, "errors": errors, "patchable": patchable}
 

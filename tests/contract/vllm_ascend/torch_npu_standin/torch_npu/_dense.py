@@ -1,4 +1,4 @@
-"""Operators without quantisation, and names that must exist but that nothing here calls."""
+"""Operators without quantization, and names that must exist but that nothing here calls."""
 
 import torch
 import torch.nn.functional as F

@@ -92,7 +92,7 @@ def npu_grouped_matmul_swiglu_quant_v2(
     x_scale_dtype=None,
     **others,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Grouped product, silu of the first half times the second, and that quantised again; mode 2 is MXFP8."""
+    """Grouped product, silu of the first half times the second, and that quantized again; mode 2 is MXFP8."""
     refuse("npu_grouped_matmul_swiglu_quant_v2", smooth_scale=smooth_scale, bias=bias, **others)
     refuse("npu_grouped_matmul_swiglu_quant_v2", weight_assist_matrix=weight_assist_matrix)
     refuse("npu_grouped_matmul_swiglu_quant_v2", x_dtype=x_dtype, weight_dtype=weight_dtype)
@@ -165,7 +165,7 @@ def npu_moe_init_routing_v2(
     """Rows of x [M, H] once for each of their experts [M, k], sorted by expert.
 
     Returns the rows, where each (row, choice) went (row_idx_type 0: [M * k]) or came from (1), tokens of each expert
-    (counts for type 1, summed up for 0), and the rows' scales. With quant_mode 3 the rows are quantised to MXFP8, -1 is
+    (counts for type 1, summed up for 0), and the rows' scales. With quant_mode 3 the rows are quantized to MXFP8, -1 is
     none.
     """
     refuse("npu_moe_init_routing_v2", offset=offset, x_dtype=x_dtype)

@@ -1,6 +1,6 @@
-"""MXFP8 operators: quantisation of activations, and the product of quantised matrices.
+"""MXFP8 operators: quantization of activations, and the product of quantized matrices.
 
-Scales come in pairs of groups: the quantised axis has ceil(ceil(K / 32) / 2) entries and a trailing axis of 2. The
+Scales come in pairs of groups: the quantized axis has ceil(ceil(K / 32) / 2) entries and a trailing axis of 2. The
 second of an odd number of groups is padding (byte 0), and no operator here reads it.
 """
 

@@ -1,0 +1,84 @@
+"""Loss aggregation against a float64 loop, whole and in parts."""
+
+import math
+
+import pytest
+import torch
+
+from verl.algorithms.aggregation import LOSS_AGG_MODES, agg_loss
+
+
+def reference(loss, mask, mode, scale):
+    sequences = [[x for x, m in zip(row, keep, strict=True) if m] for row, keep in zip(loss, mask, strict=True)]
+    sequences = [s for s in sequences if s]
+    total = math.fsum(x for s in sequences for x in s)
+    if mode == "token-mean":
+        return total / sum(len(s) for s in sequences)
+    if mode == "token-sum":
+        return total
+    per_sequence = [math.fsum(s) for s in sequences]
+    if mode == "seq-mean-token-mean":
+        per_sequence = [v / len(s) for v, s in zip(per_sequence, sequences, strict=True)]
+    if mode == "seq-mean-token-sum-norm":
+        per_sequence = [v / scale for v in per_sequence]
+    return math.fsum(per_sequence) / len(sequences)
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    loss = torch.randn(9, 5, generator=generator, dtype=torch.float64)
+    mask = (torch.rand(9, 5, generator=generator) > 0.4).long()
+    mask[2] = 0
+    mask[6] = 0
+    mask[0] = 1
+    return loss, mask
+
+
+@pytest.mark.parametrize("mode", LOSS_AGG_MODES)
+def test_against_loops(batch, mode):
+    loss, mask = batch
+    assert agg_loss(loss, mask, mode).item() == pytest.approx(
+        reference(loss.tolist(), mask.tolist(), mode, 5), rel=1e-12
+    )
+    scaled = agg_loss(loss, mask, mode, loss_scale_factor=512)
+    assert scaled.item() == pytest.approx(reference(loss.tolist(), mask.tolist(), mode, 512), rel=1e-12)
+
+
+@pytest.mark.parametrize("mode", LOSS_AGG_MODES)
+@pytest.mark.parametrize("part", [1, 2, 4, 9])
+def test_parts_add_up_to_the_whole(batch, mode, part):
+    loss, mask = batch
+    denominators = {
+        "global_tokens": int(mask.sum()),
+        "global_sequences": int((mask.sum(1) > 0).sum()),
+        "loss_scale_factor": 5,
+    }
+    parts = [agg_loss(a, m, mode, **denominators) for a, m in zip(loss.split(part), mask.split(part), strict=True)]
+    assert sum(parts).item() == pytest.approx(agg_loss(loss, mask, mode).item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("mode", LOSS_AGG_MODES)
+def test_padding_may_hold_anything(batch, mode):
+    loss, mask = batch
+    expected = agg_loss(loss, mask, mode)
+    dirty = loss.masked_fill(mask == 0, float("nan")).requires_grad_()
+    value = agg_loss(dirty, mask, mode)
+    value.backward()
+    assert value.item() == expected.item()
+    assert torch.isfinite(dirty.grad).all()
+
+
+@pytest.mark.parametrize("mode", LOSS_AGG_MODES)
+def test_no_token_at_all_is_loss_zero(mode):
+    loss = torch.randn(3, 4, requires_grad=True)
+    for denominators in ({}, {"global_tokens": 0, "global_sequences": 0, "loss_scale_factor": 4}):
+        value = agg_loss(loss, torch.zeros(3, 4), mode, **denominators)
+        assert value.item() == 0
+        value.backward()
+    assert loss.grad.abs().max() == 0
+
+
+def test_unknown_mode():
+    with pytest.raises(ValueError, match=r"loss_agg_mode='mean' is unknown.*token-mean"):
+        agg_loss(torch.zeros(1, 1), torch.ones(1, 1), "mean")

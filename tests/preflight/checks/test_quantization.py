@@ -1,0 +1,146 @@
+"""`rollout.quantization` against checkpoint and machine, before any process starts."""
+
+import json
+import subprocess
+import sys
+from importlib import metadata
+
+import pytest
+
+from verl.preflight.checks.quantization import check_quantization
+from verl.preflight.findings import Findings
+
+FIELD = "actor_rollout_ref__rollout__quantization"
+FILE = "actor_rollout_ref__rollout__quantization_config_file"
+SIZES = {"hidden": 64, "inner": 96}
+
+
+@pytest.fixture
+def decoder(run_files):
+    """The checkpoint of the run becomes a decoder of two layers; called again with other tensors or config keys."""
+
+    def write(extra=(), **config):
+        hidden, inner = SIZES["hidden"], SIZES["inner"]
+        tensors = {"model.embed_tokens.weight": (32, hidden), "model.norm.weight": (hidden,)}
+        for layer in range(2):
+            prefix = f"model.layers.{layer}"
+            tensors |= {f"{prefix}.self_attn.{name}_proj.weight": (hidden, hidden) for name in "qkvo"}
+            tensors |= {f"{prefix}.mlp.{name}_proj.weight": (inner, hidden) for name in ("gate", "up")}
+            tensors[f"{prefix}.mlp.down_proj.weight"] = (hidden, inner)
+        run_files.write_safetensors(run_files.weights, tensors | dict(extra))
+        path = run_files.model / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | config))
+
+    write()
+    return write
+
+
+def test_the_plan_says_what_the_engine_holds(decoder, plan_of):
+    plain, quantized = plan_of(), plan_of(**{FIELD: "ascend"})
+    assert plain.rollout_weights is None
+    assert quantized.rollout_weights.startswith("MXFP8: 14 of 17 weights")
+    assert quantized.update_bytes < plain.update_bytes
+    assert "engine's weights" in quantized.render() and "engine's weights" not in plain.render()
+    received = plan_of(**{FIELD: "ascend", f"{FIELD}_side": "receiver"})
+    assert received.update_bytes == plain.update_bytes
+
+
+def test_layers_left_out(decoder, plan_of, tmp_path):
+    ignore = tmp_path / "ignore.json"
+    ignore.write_text('{"ignore": ["re:.*o_proj"]}')
+    assert plan_of(**{FIELD: "ascend", FILE: ignore}).rollout_weights.startswith("MXFP8: 12 of 17 weights")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "no such file"),
+        ('{"ignore": [', "damaged JSON"),
+        ('{"ignore": ["model.layers.7.mlp.up_proj"]}', "matches no layer"),
+        ('{"model.layers.9.mlp.up_proj.weight": "W8A8_MXFP8"}', "describes another model"),
+        ('{"model.layers.0.mlp.up_proj.weight": "W8A8_DYNAMIC"}', "only W8A8_MXFP8 and FLOAT"),
+    ],
+)
+def test_a_description_that_does_not_fit(decoder, problem_of, tmp_path, content, words):
+    file = tmp_path / "description.json"
+    if content is not None:
+        file.write_text(content)
+    problem = problem_of(**{FIELD: "ascend", FILE: file})
+    assert str(file) in problem or words == "matches no layer"
+    assert words in problem and problem.startswith("actor_rollout_ref.rollout.quantization")
+
+
+def test_a_checkpoint_that_is_quantized_already(decoder, problem_of):
+    decoder(quantization_config={"quant_method": "fp8"})
+    assert "already quantized" in problem_of(**{FIELD: "ascend"})
+
+
+def test_inputs_that_tensor_parallelism_cuts_inside_a_block(decoder, problem_of):
+    changes = {"actor_rollout_ref__rollout__tensor_model_parallel_size": 2, "trainer__n_gpus_per_node": 2}
+    problem = problem_of(**{FIELD: "ascend", **changes})
+    assert "model.layers.0.mlp.down_proj [64, 96]" in problem and "tensor_model_parallel_size=1" in problem
+
+
+def test_a_file_that_is_not_used(decoder, plan_of, tmp_path):
+    notes = plan_of(**{FILE: tmp_path / "x.json", f"{FIELD}_side": "receiver"}).notes
+    note = next(note for note in notes if "rollout.quantization=null" in note)
+    assert "quantization_config_file" in note and "quantization_side" in note
+
+
+def problems_on(device, run_files, value="ascend"):
+    from verl.config import load_config
+
+    found = Findings()
+    check_quantization(load_config(run_files.overrides(**{FIELD: value})), device, found)
+    return found.errors
+
+
+def test_a_description_that_would_quantize_against_the_users_wish(decoder, run_files):
+    """vllm-ascend detects it by itself where nothing else is named."""
+    assert problems_on("npu", run_files, "null") == []
+    (run_files.model / "quant_model_description.json").write_text("{}")
+    [problem] = problems_on("npu", run_files, "null")
+    assert "quantization=null" in problem and "quant_model_description.json" in problem
+    assert problems_on("cpu", run_files, "null") == []
+
+
+def test_ascend_on_cuda(decoder, run_files):
+    [problem] = problems_on("cuda", run_files)
+    assert "quantization=ascend" in problem and "use fp8 there" in problem
+
+
+def test_ascend_on_an_npu_without_vllm_ascend(decoder, run_files):
+    [problem] = problems_on("npu", run_files)
+    assert "vllm-ascend is not installed" in problem and "0.18.0 or newer" in problem
+
+
+@pytest.mark.parametrize(
+    ("version", "built_for", "words"),
+    [("0.17.0", "A5", "0.17.0 is too old; install 0.18.0"), ("0.23.0", "A2", "built for device type A2")],
+)
+def test_ascend_on_an_npu_with_a_vllm_ascend_that_cannot(
+    decoder, run_files, monkeypatch, tmp_path, version, built_for, words
+):
+    package = tmp_path / "site" / "vllm_ascend"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "_build_info.py").write_text(f"__device_type__ = {built_for!r}\n")
+    info = tmp_path / "site" / f"vllm_ascend-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm-ascend\nVersion: {version}\n")
+    monkeypatch.syspath_prepend(str(package.parent))
+    assert metadata.version("vllm-ascend") == version
+    [problem] = problems_on("npu", run_files)
+    assert words in problem
+    for name in ("vllm_ascend", "vllm_ascend._build_info"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("value", ["mxfp8", "Ascend", "int4"])
+def test_the_command_line_ends_before_anything_starts(decoder, run_files, value):
+    overrides = run_files.overrides(**{FIELD: value})
+    command = [sys.executable, "-m", "verl.trainer.main_ppo", *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert f"rollout.quantization={value}" in done.stderr and "fp8, torchao, ascend, null" in done.stderr
+    assert "Traceback" not in done.stderr and not run_files.out.exists()

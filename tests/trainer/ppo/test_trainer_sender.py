@@ -1,0 +1,65 @@
+"""The ranks as one sender: who is asked what, and in which order."""
+
+import asyncio
+
+import pytest
+
+from verl.trainer.ppo.runtime import TrainerSender
+from verl.workers.weight_sync.manifest import WeightUpdateError
+
+
+class Ranks:
+    """Two ranks that write down what they are asked."""
+
+    def __init__(self, refuses=None):
+        self.asked, self._refuses = [], refuses
+
+    def __len__(self):
+        return 2
+
+    async def rank(self, rank, method, *arguments):
+        self.asked.append((rank, method, *arguments))
+        if method == "check_sent" and rank == self._refuses:
+            raise WeightUpdateError("the trainer keeps nothing, a delta to version 4 was asked for")
+        if method == "finish_export":
+            report = {"report": {"seconds": 1.0 + rank, "errors": {"w": [1.0 + rank, 100.0]}}}
+            return report | ({"manifest": {"version": 5}, "seconds": 3.0, "full_bytes": 9} if rank == 0 else {})
+        return None
+
+    async def all(self, method, *arguments):
+        return list(await asyncio.gather(*(self.rank(rank, method, *arguments) for rank in range(2))))
+
+
+@pytest.mark.parametrize("base", [None, 4])
+def test_all_ranks_take_part_and_keep_what_was_sent(base):
+    async def program():
+        ranks = Ranks()
+        sender = TrainerSender(ranks)
+        await sender.begin_export(5, base)
+        await sender.next_bucket()
+        return ranks.asked, await sender.finish_export()
+
+    asked, export = asyncio.run(program())
+    asked_first = [(0, "check_sent", 4), (1, "check_sent", 4)] if base else []
+    assert asked[: len(asked_first)] == asked_first
+    assert set(asked[len(asked_first) :]) == {
+        (0, "begin_export", 5, base),
+        (1, "join_export", 5, base),
+        (0, "next_bucket"),
+        *((rank, "finish_export") for rank in range(2)),
+    }
+    assert export["manifest"] == {"version": 5} and export["full_bytes"] == 9 and export["encode"] == 1.0
+    assert export["errors"] == {"w": [3.0, 200.0]}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_nothing_begins_where_a_rank_keeps_another_version(rank):
+    async def program():
+        ranks = Ranks(refuses=rank)
+        sender = TrainerSender(ranks)
+        with pytest.raises(WeightUpdateError, match="keeps nothing"):
+            await sender.begin_export(5, 4)
+        await sender.abort_export()
+        return ranks.asked
+
+    assert {method for _, method, *_ in asyncio.run(program())} <= {"check_sent", "abort_export"}

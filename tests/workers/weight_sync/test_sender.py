@@ -1,0 +1,99 @@
+"""Buckets of an update: how many there are at a time, and how what changed lies in them."""
+
+import pytest
+import torch
+
+from verl.workers.weight_sync.bucket import read_bucket
+from verl.workers.weight_sync.delta import DeltaBlock, Piece, decode
+from verl.workers.weight_sync.sender import WeightSender
+from verl.workers.weight_sync.shm import SegmentReader
+
+
+def tensors(count, numel=1000):
+    generator = torch.Generator().manual_seed(0)
+    return {f"w{i}": torch.randn(numel, generator=generator) for i in range(count)}
+
+
+@pytest.mark.parametrize("in_flight", [2, 3, 5])
+def test_a_bucket_stays_valid_until_as_many_more_are_asked_for(in_flight):
+    sender, reader = WeightSender(4096, in_flight), SegmentReader()
+    weights = tensors(12)
+    sender.begin(1, weights.items())
+    views = []
+    for index, (name, tensor) in enumerate(weights.items()):
+        bucket = sender.next_bucket()
+        assert bucket["index"] == index and bucket["last"] == (index == 11)
+        views += read_bucket(reader.open(bucket["segment"]), bucket)
+        assert [seen for seen, _ in views[-in_flight:]] == list(weights)[max(0, index + 1 - in_flight) : index + 1]
+        assert all(torch.equal(view, weights[seen]) for seen, view in views[-in_flight:])
+        assert views[-1][0] == name and torch.equal(views[-1][1], tensor)
+    assert not torch.equal(views[0][1], weights["w0"])
+
+
+@pytest.mark.parametrize("in_flight", [2, 4])
+def test_memory_is_bounded_by_the_buckets_in_flight(in_flight):
+    bucket_bytes, reader = 1 << 20, SegmentReader()
+    sender = WeightSender(bucket_bytes, in_flight)
+    for version in (1, 2):
+        sender.begin(version, tensors(64, 100_000).items())
+        segments, last = {}, False
+        while not last:
+            bucket = sender.next_bucket()
+            last = bucket["last"]
+            segments[bucket["segment"]["fd"]] = reader.open(bucket["segment"]).numel()
+        assert len(segments) == in_flight and sum(segments.values()) <= in_flight * bucket_bytes
+    assert sender.manifest()["num_buckets"] == 32
+
+
+def test_less_than_two_buckets_are_refused():
+    with pytest.raises(ValueError, match="1 buckets in flight: must be 2 or more"):
+        WeightSender(1 << 20, 1)
+
+
+def block_of(name, values):
+    block = DeltaBlock()
+    block.add(name, (5000,), 0, values, torch.arange(0, 5000, 50))
+    return block.pieces, block.to_bytes()
+
+
+@pytest.mark.parametrize(("bucket_bytes", "buckets"), [(1, 6), (1400, 3), (1 << 20, 1)])
+def test_blocks_share_buckets_while_they_fit(bucket_bytes, buckets):
+    generator = torch.Generator().manual_seed(1)
+    changed = {f"w{i}": torch.randn(5000, generator=generator) for i in range(6)}
+    sender, reader = WeightSender(bucket_bytes), SegmentReader()
+    sender.begin_delta(7, 4, [block_of(name, values) for name, values in changed.items()])
+    seen, last, count = [], False, 0
+    while not last:
+        bucket = sender.next_bucket()
+        last, count = bucket["last"], count + 1
+        assert bucket["base"] == 4 and bucket["version"] == 7 and bucket["entries"] == []
+        memory = reader.open(bucket["segment"])[: bucket["nbytes"]]
+        for plain in bucket["pieces"]:
+            piece = Piece.from_plain(plain)
+            places, values = decode(memory, piece)
+            assert torch.equal(values, changed[piece.name][places]) and places.tolist() == list(range(0, 5000, 50))
+            seen.append(piece.name)
+    assert seen == list(changed) and count == buckets
+    assert sender.manifest() == {"version": 7, "base": 4, "num_buckets": buckets, "num_pieces": 6, "num_values": 600}
+
+
+def test_no_change_is_one_bucket_without_pieces():
+    sender = WeightSender(1 << 20)
+    sender.begin(1, tensors(2).items())
+    sender.next_bucket()
+    assert sender.nbytes == 8000
+    sender.begin_delta(2, 1, [])
+    bucket = sender.next_bucket()
+    assert bucket["last"] and bucket["pieces"] == [] and bucket["nbytes"] == 0
+    assert sender.manifest()["num_buckets"] == 1 and sender.manifest()["num_values"] == 0
+    assert sender.nbytes == 8000
+
+
+def test_an_update_that_is_given_up_is_exhausted_unsent():
+    sender, taken = WeightSender(4096), []
+    sender.begin(1, ((name, taken.append(name) or tensor) for name, tensor in tensors(5).items()))
+    sender.next_bucket()
+    sender.abort()
+    assert len(taken) == 5
+    sender.begin(2, tensors(1).items())
+    assert sender.next_bucket()["last"]

@@ -1,0 +1,1 @@
+"""Tensor mathematics of the algorithms: advantages, losses, KL, aggregation, rollout correction. No Ray, no engine."""

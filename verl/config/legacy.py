@@ -1,0 +1,112 @@
+"""Spellings of earlier verl versions, moved to where the keys are now."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from verl.config.errors import ConfigError
+
+_BUFFER = "reward.reward_kwargs.overlong_buffer_cfg"
+# Old name, or the old section with a dot behind it -> where it is now. The first that fits wins.
+_MOVED = (
+    ("custom_reward_function.reward_kwargs.", "reward.reward_kwargs."),
+    ("custom_reward_function.reward_kwargs", "reward.reward_kwargs"),
+    ("custom_reward_function.overlong_buffer.", f"{_BUFFER}."),
+    ("custom_reward_function.overlong_buffer", _BUFFER),
+    ("custom_reward_function.", "reward.custom_reward_function."),
+    ("custom_reward_function", "reward.custom_reward_function"),
+    ("reward_model.reward_kwargs.", "reward.reward_kwargs."),
+    ("reward_model.reward_kwargs", "reward.reward_kwargs"),
+    ("reward_model.overlong_buffer_cfg.", f"{_BUFFER}."),
+    ("reward_model.overlong_buffer_cfg", _BUFFER),
+    ("reward_model.overlong_buffer.", f"{_BUFFER}."),
+    ("reward_model.overlong_buffer", _BUFFER),
+    ("reward_model.reward_manager.", "reward.reward_manager."),
+    ("reward_model.reward_manager", "reward.reward_manager.name"),
+    ("reward_model.num_workers", "reward.num_workers"),
+    ("reward_model.model.path", "reward.reward_model.model_path"),
+    ("reward_model.", "reward.reward_model."),
+    ("ray_init.", "ray_kwargs.ray_init."),
+    ("ray_init", "ray_kwargs.ray_init"),
+    ("actor_rollout_ref.actor.grad_clip", "actor_rollout_ref.actor.optim.clip_grad"),
+    ("actor_rollout_ref.actor.optim.warmup_style", "actor_rollout_ref.actor.optim.lr_scheduler_type"),
+    ("critic.grad_clip", "critic.optim.clip_grad"),
+    ("critic.optim.warmup_style", "critic.optim.lr_scheduler_type"),
+    ("critic.model.fsdp_config.", "critic.fsdp."),
+    (
+        "algorithm.rollout_correction.bypass_old_logprob_for_rollout",
+        "algorithm.rollout_correction.bypass_mode",
+    ),
+)
+_OLD_SECTIONS = ("custom_reward_function", "reward_model", "ray_init")
+
+
+def current_name(key: str) -> str:
+    """Where the dotted key `key` is now; itself if it did not move."""
+    for old, new in _MOVED:
+        if key == old or (old.endswith(".") and key.startswith(old)):
+            return new + key.removeprefix(old)
+    return key
+
+
+def migrate(values: Mapping[str, Any], given: Collection[str] = ()) -> dict[str, Any]:
+    """Nested `values` with the old spellings moved; keys in `given` were set under their new name and keep that value.
+
+    Raises:
+        ConfigError: an old section is not a mapping.
+    """
+    result = _copy(values)
+    for old, value in _old_leaves(result):
+        _remove(result, old.split("."))
+        new = current_name(old)
+        if new not in given:
+            _put(result, new.split("."), value)
+    return result
+
+
+def _old_leaves(values: dict[str, Any]) -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for section in _OLD_SECTIONS:
+        if section not in values:
+            continue
+        if not isinstance(values[section], dict):
+            raise ConfigError([f"{section}={values[section]}: this is a section, now {current_name(section)}"])
+        found += list(_leaves(values.pop(section), section))
+    found += [
+        (key, value)
+        for name, section in values.items()
+        for key, value in _leaves(section, name)
+        if current_name(key) != key
+    ]
+    return found
+
+
+def _leaves(value: Any, path: str) -> list[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        return [leaf for name, item in value.items() for leaf in _leaves(item, f"{path}.{name}")]
+    return [] if value == {} else [(path, value)]
+
+
+def _copy(value: Any) -> Any:
+    return {name: _copy(item) for name, item in value.items()} if isinstance(value, Mapping) else value
+
+
+def _remove(values: dict[str, Any], path: list[str]) -> None:
+    """Take out a key, and the sections that it leaves empty: an old one would be an unknown key."""
+    name, *inner = path
+    if name not in values:
+        return
+    if inner:
+        _remove(values[name], inner)
+    if not inner or not values[name]:
+        del values[name]
+
+
+def _put(values: dict[str, Any], path: list[str], value: Any) -> None:
+    for name in path[:-1]:
+        inner = values.get(name)
+        if not isinstance(inner, dict):
+            inner = values[name] = {}
+        values = inner
+    values[path[-1]] = value

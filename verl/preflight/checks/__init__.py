@@ -1,0 +1,1 @@
+"""Checks of a config, one module for each of its sections."""

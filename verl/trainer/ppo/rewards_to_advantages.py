@@ -1,0 +1,44 @@
+"""From scores to token-level rewards to advantages."""
+
+from __future__ import annotations
+
+from verl.algorithms.kl_in_reward import KLController, penalised_rewards
+from verl.config import AlgorithmConfig
+from verl.protocol import DataProto
+from verl.trainer.ppo.core_algos import compute_advantage
+
+
+def apply_kl_penalty(
+    batch: DataProto, algorithm: AlgorithmConfig, controller: KLController
+) -> tuple[DataProto, dict[str, float]]:
+    """Add `token_level_rewards` [B, T] float32: the scores, less the KL penalty where `algorithm.use_kl_in_reward`.
+
+    Reads `token_level_scores`, and for the penalty `old_log_probs`, `ref_log_prob` and `response_mask`. The controller
+    takes notice of the step's KL after its weight was used.
+
+    Returns:
+        the batch, and `actor/reward_kl_penalty` (nats per token) and `actor/reward_kl_penalty_coeff` with a penalty.
+    """
+    columns = batch.batch
+    rewards, metrics = columns["token_level_scores"], {}
+    if algorithm.use_kl_in_reward:
+        rewards, kl = penalised_rewards(
+            columns["token_level_scores"],
+            columns["old_log_probs"],
+            columns["ref_log_prob"],
+            columns["response_mask"],
+            estimator=algorithm.kl_penalty,
+            kl_coef=controller.value,
+        )
+        metrics = {"actor/reward_kl_penalty": kl, "actor/reward_kl_penalty_coeff": controller.value}
+        controller.update(kl, n_steps=len(batch))
+    return batch.union(DataProto.from_dict(tensors={"token_level_rewards": rewards})), metrics
+
+
+def apply_advantages(batch: DataProto, algorithm: AlgorithmConfig) -> DataProto:
+    """Add `advantages` and `returns` (float32 [B, T]).
+
+    Reads `token_level_rewards`, `response_mask`, `uid` and what else the estimator names.
+    """
+    advantages, returns = compute_advantage(algorithm.adv_estimator, batch, algorithm)
+    return batch.union(DataProto.from_dict(tensors={"advantages": advantages, "returns": returns}))

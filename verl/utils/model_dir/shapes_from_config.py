@@ -1,0 +1,129 @@
+"""Names and shapes of a checkpoint's tensors from its config.json alone, for models whose weights are elsewhere.
+
+Decoders of the Llama kind: attention with a gated MLP or with experts, every projection of each a tensor of its own, as
+checkpoints hold them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from verl.utils.model_dir.index import (
+    CheckpointIndex,
+    TensorInfo,
+    has_weights,
+    read_checkpoint_index,
+    read_json_object,
+)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How models of a type differ.
+
+    Attributes:
+        qkv_bias: q, k and v have biases whatever the config says.
+        head_norms: queries and keys are normalised by head.
+        experts: layers may have experts.
+    """
+
+    qkv_bias: bool = False
+    head_norms: bool = False
+    experts: bool = False
+
+
+_KINDS = {
+    "llama": _Kind(),
+    "mistral": _Kind(),
+    "qwen2": _Kind(qkv_bias=True),
+    "qwen3": _Kind(head_norms=True),
+    "qwen3_moe": _Kind(head_norms=True, experts=True),
+}
+
+
+def read_index_or_config(model_dir: str | Path) -> CheckpointIndex:
+    """`read_checkpoint_index`, or for a directory without weights what its config.json implies.
+
+    Raises:
+        ValueError: as `read_checkpoint_index`, or a model type whose tensors are not known here.
+    """
+    directory = Path(model_dir)
+    if not directory.is_dir() or has_weights(directory):
+        return read_checkpoint_index(directory)
+    return index_of_config(directory, read_json_object(directory / "config.json"))
+
+
+def index_of_config(model_dir: Path, config: Mapping[str, Any]) -> CheckpointIndex:
+    """The checkpoint that a config.json describes, in BF16.
+
+    Raises:
+        ValueError: an unknown model type, or a size that the config lacks.
+    """
+    model_type = config.get("model_type")
+    if model_type not in _KINDS:
+        raise ValueError(
+            f"{model_dir}: has no weights, and what a model of type {model_type!r} consists of is known for "
+            f"{', '.join(_KINDS)} only; copy the weights there, or model.safetensors.index.json and the shards"
+        )
+    try:
+        tensors = {name: TensorInfo(shape, "BF16") for name, shape in _tensors(config, _KINDS[str(model_type)])}
+    except KeyError as error:
+        raise ValueError(f"{model_dir}/config.json: has no {error.args[0]}; copy it from the model again") from None
+    return CheckpointIndex(model_dir, config, tensors)
+
+
+def _tensors(config: Mapping[str, Any], kind: _Kind) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, vocabulary = config["hidden_size"], config["vocab_size"]
+    yield "model.embed_tokens.weight", (vocabulary, hidden)
+    for number in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{number}"
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            yield f"{layer}.{norm}.weight", (hidden,)
+        yield from _attention(f"{layer}.self_attn", config, kind)
+        if kind.experts and _has_experts(config, number):
+            yield from _experts(f"{layer}.mlp", config)
+        else:
+            yield from _mlp(f"{layer}.mlp", hidden, config["intermediate_size"], config.get("mlp_bias", False))
+    yield "model.norm.weight", (hidden,)
+    if not config.get("tie_word_embeddings", False):
+        yield "lm_head.weight", (vocabulary, hidden)
+
+
+def _attention(name: str, config: Mapping[str, Any], kind: _Kind) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    size = config.get("head_dim") or hidden // heads
+    kv_heads = config.get("num_key_value_heads") or heads
+    bias = config.get("attention_bias", False)
+    outputs = {"q_proj": heads * size, "k_proj": kv_heads * size, "v_proj": kv_heads * size}
+    for projection, rows in outputs.items():
+        yield f"{name}.{projection}.weight", (rows, hidden)
+        if bias or kind.qkv_bias:
+            yield f"{name}.{projection}.bias", (rows,)
+    yield f"{name}.o_proj.weight", (hidden, heads * size)
+    if bias:
+        yield f"{name}.o_proj.bias", (hidden,)
+    if kind.head_norms:
+        yield f"{name}.q_norm.weight", (size,)
+        yield f"{name}.k_norm.weight", (size,)
+
+
+def _mlp(name: str, hidden: int, width: int, bias: bool = False) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for projection, shape in {"gate": (width, hidden), "up": (width, hidden), "down": (hidden, width)}.items():
+        yield f"{name}.{projection}_proj.weight", shape
+        if bias:
+            yield f"{name}.{projection}_proj.bias", shape[:1]
+
+
+def _has_experts(config: Mapping[str, Any], number: int) -> bool:
+    step = config.get("decoder_sparse_step", 1)
+    return number not in config.get("mlp_only_layers", ()) and (number + 1) % step == 0
+
+
+def _experts(name: str, config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden, count = config["hidden_size"], config["num_experts"]
+    yield f"{name}.gate.weight", (count, hidden)
+    for expert in range(count):
+        yield from _mlp(f"{name}.experts.{expert}", hidden, config["moe_intermediate_size"])

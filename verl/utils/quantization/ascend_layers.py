@@ -1,0 +1,248 @@
+"""Which tensors of a checkpoint MXFP8 can take, and how tensor parallelism cuts them.
+
+Everything that is known by name is in the tables at the top: names of projections, and what vllm-ascend keeps in BF16.
+What no table knows stays unquantized and says so.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from verl.utils.model_dir.index import CheckpointIndex, TensorInfo
+
+MX_BLOCK_SIZE = 32
+
+COLUMN, ROW, REPLICATED = "column", "row", "replicated"
+
+# How vLLM cuts a projection over tensor-parallel ranks: "column" cuts its outputs (N), "row" its inputs (K), along
+# which blocks run.
+SPLITS = {
+    "q_proj": COLUMN,
+    "k_proj": COLUMN,
+    "v_proj": COLUMN,
+    "qkv_proj": COLUMN,
+    "q_b_proj": COLUMN,
+    "gate_proj": COLUMN,
+    "up_proj": COLUMN,
+    "gate_up_proj": COLUMN,
+    "w1": COLUMN,
+    "w3": COLUMN,
+    "o_proj": ROW,
+    "down_proj": ROW,
+    "w2": ROW,
+    "q_a_proj": REPLICATED,
+    "kv_a_proj_with_mqa": REPLICATED,
+}
+
+# Checkpoint modules that vLLM packs into one: all of a row are quantized, or none.
+PACKED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+)
+
+_EMBEDDINGS = {"embed_tokens", "wte", "word_embeddings", "tok_embeddings"}
+_HEADS = {"lm_head", "shared_head"}
+_ROUTERS = {"gate", "router", "shared_expert_gate"}
+_TOWERS = re.compile(r"(^|\.)(visual|vision\w*|vit|image\w*|audio\w*|multi_modal_projector|mm_projector)(\.|$)")
+_EXPERT = re.compile(r"^(?P<experts>.+\.experts)\.(?P<index>\d+)\.(?P<projection>[^.]+)$")
+_FUSED_EXPERTS = re.compile(r"^(?P<experts>.+\.experts)\.(?P<projection>gate_up_proj|down_proj)(\.weight)?$")
+
+VECTOR = "vector"
+EMBEDDING = "embedding"
+HEAD = "output head"
+TOWER = "vision or audio tower"
+OUTSIDE = "outside the decoder"
+PREDICTION = "multi-token prediction layer"
+ROUTER = "router"
+NOT_MATRIX = "not a matrix"
+ABSORBED = "vllm-ascend absorbs it into attention"
+UNKNOWN = "unknown kind of layer"
+IGNORED = "left out by ignore"
+DESCRIBED = "FLOAT in the description"
+
+# What a description may not quantize, and the rest of which only its author can know that the engine can.
+NEVER = {VECTOR, EMBEDDING, HEAD, PREDICTION, ROUTER, NOT_MATRIX, ABSORBED}
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One weight of a checkpoint.
+
+    Attributes:
+        name: the module, as `model.layers.0.self_attn.q_proj`; for fused experts their parameter, without `.weight`.
+        parameter: the tensor's name in the checkpoint.
+        info: shape as stored, [N, K] or, for fused experts, [E, N, K] or [E, K, N]; dtype.
+        split: "column", "row" or "replicated" by the table above; empty where unknown.
+        reason: why it stays unquantized; empty where it is quantized.
+        axis: the dimension that a product sums over (K), -1 or -2.
+        experts: the module that holds a MoE layer's experts; empty for any other layer.
+        expert: number of the expert, 0 for fused ones; None for any other layer.
+    """
+
+    name: str
+    parameter: str
+    info: TensorInfo
+    split: str = ""
+    reason: str = ""
+    axis: int = -1
+    experts: str = ""
+    expert: int | None = None
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the engine holds it in MXFP8."""
+        return not self.reason
+
+    @property
+    def k(self) -> int:
+        """Length of the dimension that blocks run along."""
+        return self.info.shape[self.axis]
+
+    @property
+    def nbytes_after(self) -> int:
+        """Bytes in the engine: MXFP8 values and scales, or as stored."""
+        if not self.quantized:
+            return self.info.nbytes
+        elements = math.prod(self.info.shape)
+        return elements + elements // self.k * math.ceil(self.k / MX_BLOCK_SIZE)
+
+    @property
+    def packed_with(self) -> str:
+        """A name that the shards of one packed layer share; empty where the engine packs nothing into it."""
+        if self.experts:
+            return self.experts
+        parent, _, last = self.name.rpartition(".")
+        row = next((row for row in PACKED if last in row), None)
+        return f"{parent}.{{{','.join(row)}}}" if row else ""
+
+    def description_keys(self) -> tuple[str, ...]:
+        """Keys that stand for it in a description; none for experts after the first, which speaks for all."""
+        if not self.experts:
+            return (f"{self.name}.weight",)
+        if self.expert:
+            return ()
+        if _EXPERT.match(self.name):
+            names = [self.name]
+        elif self.name.endswith("gate_up_proj"):
+            names = [f"{self.experts}.0.gate_proj", f"{self.experts}.0.up_proj"]
+        else:
+            names = [f"{self.experts}.0.down_proj"]
+        # A release that has no packing table for the model's type asks for the experts' module itself.
+        return (*(f"{name}.weight" for name in names), f"{self.experts}.weight")
+
+
+def read_layers(index: CheckpointIndex) -> tuple[Layer, ...]:
+    """Every weight of a checkpoint, with what MXFP8 would do to it.
+
+    Raises:
+        ValueError: the decoder cannot be found, or has fewer layers than the config says; fused experts of a shape that
+            the config does not explain.
+    """
+    decoder = _decoder_prefix(index)
+    count = index.text_config.get("num_hidden_layers")
+    if not isinstance(count, int):
+        raise ValueError(f"{index.model_dir}/config.json: num_hidden_layers={count!r}, expected a number of layers")
+    pattern = re.compile(re.escape(decoder) + r"layers\.(\d+)\.")
+    layers, seen = [], set()
+    for name, info in index.tensors.items():
+        match = pattern.match(name)
+        number = int(match[1]) if match else None
+        seen.add(number)
+        layer = _layer(index, name, info, number, count)
+        if layer is not None:
+            layers.append(layer)
+    missing = sorted(set(range(count)) - seen)
+    if missing:
+        raise ValueError(
+            f"{index.model_dir}: config.json says num_hidden_layers={count}, the checkpoint has no {decoder}layers."
+            f"{missing[0]} ({len(missing)} such): it is incomplete, or the config is another model's"
+        )
+    if not any(layer.name.rpartition(".")[2] == "lm_head" for layer in layers):
+        # A tied head is stored once, under the embedding's name; the engine may still ask for it.
+        embedding = next(layer for layer in layers if layer.name == f"{decoder}embed_tokens")
+        layers.append(
+            Layer("lm_head", "lm_head.weight", TensorInfo((0, *embedding.info.shape[1:]), "BF16"), reason=HEAD)
+        )
+    return tuple(layers)
+
+
+def _decoder_prefix(index: CheckpointIndex) -> str:
+    """`model.` or the like: where both the embedding and the first layer are."""
+    suffix = "embed_tokens.weight"
+    prefixes = [name.removesuffix(suffix) for name in index.tensors if name.endswith(suffix)]
+    decoders = [prefix for prefix in prefixes if any(name.startswith(f"{prefix}layers.0.") for name in index.tensors)]
+    if len(decoders) != 1:
+        raise ValueError(
+            f"{index.model_dir}: no one decoder found (<prefix>.embed_tokens.weight next to <prefix>.layers.0: "
+            f"{decoders or 'none'}); models of type {index.config.get('model_type')!r} are not supported in MXFP8: set "
+            "actor_rollout_ref.rollout.quantization=null"
+        )
+    return decoders[0]
+
+
+def _layer(index: CheckpointIndex, name: str, info: TensorInfo, number: int | None, count: int) -> Layer | None:
+    """The layer that a tensor is the weight of; None for biases, buffers and the like."""
+    fused = _FUSED_EXPERTS.match(name) if len(info.shape) == 3 else None
+    if not name.endswith(".weight") and not fused:
+        return None
+    module = name.removesuffix(".weight")
+    expert = _EXPERT.match(module)
+    last = module.rpartition(".")[2]
+    reason = _reason(module, info, number, count, fused is not None)
+    options: dict[str, Any] = {"split": SPLITS.get(last, ""), "reason": reason}
+    if expert:
+        options |= {"experts": expert["experts"], "expert": int(expert["index"])}
+    elif fused:
+        options |= {"experts": fused["experts"], "expert": 0}
+        if not reason:
+            options["axis"] = _fused_axis(index, fused["experts"])
+    return Layer(module, name, info, **options)
+
+
+def _reason(module: str, info: TensorInfo, number: int | None, count: int, fused: bool) -> str:
+    """Why a weight stays unquantized, or an empty string."""
+    last = module.rpartition(".")[2]
+    inside = number is not None
+    tests = (
+        (len(info.shape) < 2, VECTOR),
+        (last in _EMBEDDINGS, EMBEDDING),
+        (not _HEADS.isdisjoint(module.split(".")), HEAD),
+        (not inside and _TOWERS.search(module) is not None, TOWER),
+        (not inside, OUTSIDE),
+        (inside and number >= count, PREDICTION),
+        (last in _ROUTERS, ROUTER),
+        (len(info.shape) != 2 and not fused, NOT_MATRIX),
+        (last == "kv_b_proj", ABSORBED),
+        (last not in SPLITS, UNKNOWN),
+    )
+    return next((reason for applies, reason in tests if applies), "")
+
+
+def _fused_axis(index: CheckpointIndex, experts: str) -> int:
+    """Where K is in a layer's packed experts: [E, 2I, H] and [E, H, I] give -1, their transposes -2.
+
+    Either of the two tensors can be square and fit both ways, never both of them (2I = H and I = H).
+    """
+    found = {}
+    for projection in ("gate_up_proj", "down_proj"):
+        info = index.tensors.get(f"{experts}.{projection}") or index.tensors.get(f"{experts}.{projection}.weight")
+        found[projection] = info.shape if info else None
+    config: Mapping[str, Any] = index.text_config
+    hidden = config.get("hidden_size")
+    width = config.get("moe_intermediate_size") or config.get("intermediate_size")
+    if found["gate_up_proj"] and found["down_proj"] and isinstance(hidden, int) and isinstance(width, int):
+        gate_up, down = found["gate_up_proj"][1:], found["down_proj"][1:]
+        if gate_up == (2 * width, hidden) and down == (hidden, width):
+            return -1
+        if gate_up == (hidden, 2 * width) and down == (width, hidden):
+            return -2
+    raise ValueError(
+        f"{index.model_dir}: {experts}: gate_up_proj {found['gate_up_proj']} and down_proj {found['down_proj']} do not "
+        f"fit hidden_size={hidden} and moe_intermediate_size={width} of config.json"
+    )
