@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from verl.config import ActorRolloutRefConfig, CriticConfig
 from verl.config.rollout_correction import Correction
 from verl.config.weight_updates import full_update_reason
+from verl.protocol import DataProto
 from verl.utils.heap import freeze_heap
 from verl.utils.network import choose_gloo_interface
 from verl.utils.timeline import join_timeline, span, spanned
@@ -122,6 +123,61 @@ class TrainWorker:
             )
             self._critic.init_model()
         freeze_heap()
+
+    @spanned("compute_log_prob")
+    def compute_log_prob(self, data: DataProto, extras: Sequence[str] = ()) -> DataProto:
+        """Return `old_log_probs` and the `extras` of this rank's shard; see `ActorWorker.compute_log_prob`."""
+        return self._actor.compute_log_prob(data, extras)
+
+    @spanned("compute_ref_log_prob")
+    def compute_ref_log_prob(self, data: DataProto) -> DataProto:
+        """Return `ref_log_prob` of this rank's shard; see `ActorWorker.compute_ref_log_prob`."""
+        return self._actor.compute_ref_log_prob(data)
+
+    @spanned("update_actor")
+    def update_actor(self, mini_batches: list[DataProto]) -> dict[str, float]:
+        """Train the actor on this rank's share of each mini-batch; see `ActorWorker.update_actor`."""
+        return self._actor.update_actor(mini_batches)
+
+    @spanned("training_log_probs")
+    def training_log_probs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return sample indices and log-probabilities of the last update; see `ActorWorker.training_log_probs`."""
+        return self._actor.training_log_probs()
+
+    @spanned("critic: compute_values")
+    def compute_values(self, data: DataProto) -> DataProto:
+        """Return the critic's `values` of this rank's shard; see `CriticWorker.compute_values`."""
+        return self._require_critic().compute_values(data)
+
+    @spanned("critic: update_critic")
+    def update_critic(self, mini_batches: list[DataProto]) -> dict[str, float]:
+        """Train the critic on this rank's share of each mini-batch; see `CriticWorker.update_critic`."""
+        return self._require_critic().update_critic(mini_batches)
+
+    def save_checkpoint(self, directory: str) -> None:
+        """Write the actor's state into `directory`/actor and the critic's, if there is one, into `directory`/critic."""
+        with span("save_checkpoint"):
+            self._actor.save_checkpoint(f"{directory}/actor")
+        if self._critic is not None:
+            with span("critic: save_checkpoint"):
+                self._critic.save_checkpoint(f"{directory}/critic")
+
+    def load_checkpoint(self, directory: str) -> None:
+        """Read the state that `save_checkpoint` wrote."""
+        with span("load_checkpoint"):
+            self._actor.load_checkpoint(f"{directory}/actor")
+        if self._critic is not None:
+            with span("critic: load_checkpoint"):
+                self._critic.load_checkpoint(f"{directory}/critic")
+
+    @spanned("export_hf")
+    def export_hf(self, path: str) -> None:
+        """Write the policy as a Hugging Face directory."""
+        self._actor.export_hf(path)
+
+    def _require_critic(self) -> CriticWorker:
+        assert self._critic is not None, "this run has no critic"
+        return self._critic
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Call a method of the `ActorWorker`."""
