@@ -15,6 +15,8 @@ from verl.preflight.estimate import (
     ref_state_bytes,
     trainer_state_bytes,
 )
+from verl.utils.dtypes import itemsize
+from verl.utils.model_dir.kv_cache import kv_bytes_per_token
 from verl.utils.model_dir.model_files import ModelFiles
 
 _GIB = 1 << 30
@@ -98,14 +100,8 @@ def device_memory(
     for name, parts in trainer.updates.items():
         stages.append(Stage(name, parts | ({"engine": asleep} if shared else {})))
     stages.append(Stage("weight update", update))
-    tokens = max(0, cache) // max(1, cache_token_bytes(model, rollout.tensor_model_parallel_size))
+    tokens = max(0, cache) // max(1, kv_bytes_per_token(model, _ITEMSIZE, rollout.tensor_model_parallel_size))
     return DeviceMemory(capacity, tuple(stages), weights, cache, tokens, trainer.resident, shared)
-
-
-def cache_token_bytes(model: ModelFiles, tensor_parallel: int) -> int:
-    """Keys and values of a token on one device; key-value heads are copied where there are fewer than devices."""
-    heads = max(1, (model.kv_heads or 1) // tensor_parallel)
-    return 2 * (model.layers or 0) * heads * (model.head_dim or 0) * _ITEMSIZE
 
 
 class _Trainer:
@@ -126,7 +122,7 @@ class _Trainer:
         state = trainer_state_bytes(config, model.parameters, ranks, adapters)
         if config.actor_rollout_ref.ref.fsdp_config.param_offload:
             state -= ref_state_bytes(config, model.parameters, ranks)
-        master = 4 if config.actor_rollout_ref.actor.fsdp_config.model_dtype in ("fp32", "float32") else 2
+        master = itemsize(config.actor_rollout_ref.actor.fsdp_config.model_dtype)
         gradients = (model.parameters if adapters is None else adapters) * master // ranks
         critic_state = 0
         if critic is not None and critic.parameters is not None and needs_critic(config):

@@ -10,6 +10,7 @@ from verl.config.lora import adapter_parameters, lora_options
 from verl.config.ppo import PPOConfig
 from verl.config.ref import needs_ref
 from verl.config.weight_updates import full_update_reason
+from verl.utils.model_dir.kv_cache import cpu_kv_cache_bytes
 from verl.utils.model_dir.model_files import ModelFiles
 from verl.utils.platform import choose_dtype
 
@@ -20,7 +21,6 @@ _REPLICA_BASE = 1100 * _MIB
 _DRIVER_BASE = 1200 * _MIB  # with Ray's own processes
 _REWARD_WORKER = 60 * _MIB
 _LOGITS_CHUNK = 2 * 64 * _MIB
-_CPU_BLOCK_TOKENS = 128
 _ITEMSIZE = {"float32": 4, "bfloat16": 2, "fp32": 4, "bf16": 2}
 
 
@@ -90,7 +90,7 @@ def estimate_memory(
             activations = max(activations, critic_activation_bytes(config, critic, device, ranks))
         trainer += gathered_bytes(model, _ITEMSIZE[compute_dtype]) + activations
         length = rollout.max_model_len or config.data.max_prompt_length + config.data.max_response_length
-        cache = cpu_cache_bytes(model, itemsize, length, rollout.max_num_seqs)
+        cache = cpu_kv_cache_bytes(model, itemsize, length, rollout.max_num_seqs)
         # Of a quantized weight a byte and its scales.
         encoded = model.parameters * 33 // 32
         computes = model.parameters * itemsize
@@ -164,12 +164,3 @@ def _kept_bytes(model: ModelFiles, tokens: int, itemsize: int, recomputed: bool)
     inner = model.number("intermediate_size") or 4 * hidden
     one_layer = tokens * (8 * hidden + 4 * inner) * itemsize
     return tokens * hidden * layers * itemsize + one_layer if recomputed else one_layer * layers
-
-
-def cpu_cache_bytes(model: ModelFiles, itemsize: int, tokens_per_request: int, max_requests: int) -> int:
-    """The key-value cache a replica reserves on a CPU: room for `max_requests` requests, from 64 MiB to 4 GiB."""
-    if not (model.layers and model.kv_heads and model.head_dim):
-        return _GIB // 16
-    blocks = -(-tokens_per_request // _CPU_BLOCK_TOKENS) * max_requests + 1
-    wanted = blocks * _CPU_BLOCK_TOKENS * model.layers * 2 * model.kv_heads * model.head_dim * itemsize
-    return min(max(wanted, _GIB // 16), 4 * _GIB)

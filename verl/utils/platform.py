@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from verl.utils.dtypes import DTYPE_NAMES
+
 if TYPE_CHECKING:
     import torch
 
 DEVICES = ("cpu", "cuda", "npu")
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 _VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "npu": "ASCEND_RT_VISIBLE_DEVICES"}
-_DTYPES = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
 # One arena, as what the backward pass's thread frees is of use to the others, and large tensors are kept as small ones
 # are. A tensor takes any hole that it fits into: by default one 64 times too large stays, and where lengths vary there
 # are more of them after each step.
@@ -126,9 +127,9 @@ def choose_dtype(device: str, requested: str = "auto", *, cpuinfo: str | None = 
         ValueError: another dtype.
     """
     if requested != "auto":
-        if requested not in _DTYPES:
+        if requested not in DTYPE_NAMES:
             raise ValueError(f"dtype={requested!r}: use auto, float32 or bfloat16")
-        return DtypeChoice(_DTYPES[requested], "as configured")
+        return DtypeChoice(DTYPE_NAMES[requested], "as configured")
     if device != "cpu":
         return DtypeChoice("bfloat16", f"auto: {device} computes bfloat16 natively")
     native = [flag for flag in _CPU_BFLOAT16 if flag in cpu_features(cpuinfo)]

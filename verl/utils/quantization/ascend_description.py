@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from verl.utils.atomic_io import atomic_write_text
+from verl.utils.byte_size import format_bytes
 from verl.utils.model_dir.index import CheckpointIndex, read_checkpoint_index, read_json_object
 from verl.utils.model_dir.shapes_from_config import read_index_or_config
 from verl.utils.quantization.ascend_layers import (
@@ -104,7 +105,7 @@ class AscendDescription:
         after = sum(layer.nbytes_after for layer in self.layers)
         return (
             f"{len(self.quantized_layers)} of {len(self.layers)} weights, tensor-parallel size {self.tp_size}: "
-            f"{_size(before)} stored, {_size(after)} in the engine ({after / before:.0%})"
+            f"{format_bytes(before)} stored, {format_bytes(after)} in the engine ({after / before:.0%})"
         )
 
     def sent_bytes(self, itemsize: int) -> int:
@@ -415,14 +416,6 @@ def _pattern(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
-def _size(size: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            break
-        size /= 1024
-    return f"{size:,.1f} {unit}" if unit != "B" else f"{size} B"
-
-
 def _render(description: AscendDescription) -> str:
     groups: dict[tuple, list[Layer]] = {}
     for layer in description.layers:
@@ -433,7 +426,18 @@ def _render(description: AscendDescription) -> str:
         old, new = len(alike) * first.info.nbytes, len(alike) * first.nbytes_after
         size = " x ".join(map(str, shape)) if first.info.nbytes else "tied"
         cut = first.split if first.quantized else ""
-        rows.append((pattern, str(len(alike)), size, first.info.dtype, cut, _size(old), _size(new), reason or "MXFP8"))
+        rows.append(
+            (
+                pattern,
+                str(len(alike)),
+                size,
+                first.info.dtype,
+                cut,
+                format_bytes(old),
+                format_bytes(new),
+                reason or "MXFP8",
+            )
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     right = {1, 5, 6}
     lines = [

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from verl.config import ModelConfig, RolloutConfig
-from verl.preflight.estimate import cpu_cache_bytes
+from verl.utils.dtypes import itemsize
+from verl.utils.model_dir.kv_cache import cpu_kv_cache_bytes
 from verl.utils.model_dir.model_files import read_model
 from verl.utils.platform import cpu_environment
 from verl.utils.vllm.npu_settings import npu_environment
@@ -65,9 +66,8 @@ def engine_args(
     }
     if device == "cpu":
         # On a CPU vLLM would reserve a share of the whole machine's memory, which replicas and trainers share.
-        itemsize = 4 if dtype == "float32" else 2
-        arguments["kv_cache_memory_bytes"] = cpu_cache_bytes(
-            read_model(model.path), itemsize, length, rollout.max_num_seqs
+        arguments["kv_cache_memory_bytes"] = cpu_kv_cache_bytes(
+            read_model(model.path), itemsize(dtype), length, rollout.max_num_seqs
         )
     else:
         arguments["gpu_memory_utilization"] = rollout.gpu_memory_utilization
