@@ -38,7 +38,7 @@ from torch.distributed.tensor import DTensor
 
 from verl.config import ActorConfig, ActorRolloutRefConfig, FSDPConfig, ModelConfig, RolloutConfig
 from verl.single_controller.worker_group import WorkerGroup
-from verl.trainer.ppo.runtime import TrainerSender
+from verl.trainer.ppo.trainer_sender import TrainerSender
 from verl.utils.platform import choose_dtype, cpu_environment
 from verl.workers.rollout.quantization import get_scheme
 from verl.workers.rollout.replica import vLLMReplica
@@ -84,7 +84,7 @@ class Pair:
     """A trainer and an engine that agree on how weights travel."""
 
     config: ActorRolloutRefConfig
-    trainer: WorkerGroup
+    trainer: WorkerGroup[MovingWorker]
     replica: vLLMReplica
     version: int = 0
 
@@ -107,15 +107,13 @@ async def start(model_dir: Path, rollout: RolloutConfig, dtype: str) -> Pair:
     trainer = WorkerGroup(
         MovingWorker,
         [{"num_cpus": 0, "runtime_env": {"env_vars": cpu_environment(threads=2)}}],
-        {
-            "world_size": 1,
-            "config": config,
-            "device": "cpu",
-            "total_training_steps": 1,
-            "with_ref": False,
-            "seed": 0,
-            "rollout_dtype": dtype,
-        },
+        world_size=1,
+        config=config,
+        device="cpu",
+        total_training_steps=1,
+        with_ref=False,
+        seed=0,
+        rollout_dtype=dtype,
     )
     server = {
         "rollout": rollout,
@@ -128,8 +126,8 @@ async def start(model_dir: Path, rollout: RolloutConfig, dtype: str) -> Pair:
     environment = engine_environment(device="cpu", threads=2, tensor_parallel_size=1)
     replica = vLLMReplica(0, server, {"num_cpus": 0}, environment)
     host = "127.0.0.1"
-    port = await trainer.rank(0, "rendezvous", host)
-    await asyncio.gather(trainer.all("setup", host, port, host), replica.start())
+    port = await trainer.rank(0, TrainWorker.rendezvous, host)
+    await asyncio.gather(trainer.all(TrainWorker.setup, host, port, host), replica.start())
     pair = Pair(config, trainer, replica)
     await pair.update()
     return pair
@@ -193,13 +191,13 @@ async def measure(size: str, dtype: str, rounds: int, std: float, work: Path) ->
     }
     first = pairs[SENDER]
     for pair in pairs.values():
-        await pair.trainer.all("scale", std / RANDOM_STD)
+        await pair.trainer.all(MovingWorker.scale, std / RANDOM_STD)
     metrics = await first.update()
     copy = Copy(int(metrics["weight_update/MiB"] * 2**20))
     bucket_bytes = base.checkpoint_engine.update_weights_bucket_megabytes << 20
 
     async def through_files() -> dict[str, Any]:
-        await first.trainer.all("call", "export_hf", str(work / "exported"))
+        await first.trainer.all(TrainWorker.call, "export_hf", str(work / "exported"))
         return await first.update(FileSender(work / "exported", first.config, getattr(torch, dtype), bucket_bytes))
 
     async def copied() -> dict[str, Any]:
@@ -220,7 +218,7 @@ async def measure(size: str, dtype: str, rounds: int, std: float, work: Path) ->
         # What went through files is not what the trainer sent last.
         await first.update()
         for name, rate in rates.items():
-            await first.trainer.all("move", rate, number)
+            await first.trainer.all(MovingWorker.move, rate, number)
             outcome = await timed(first.changes)
             if number:
                 records[name].append(outcome)

@@ -1,70 +1,82 @@
-"""The trainer's ranks as Ray actors, called together."""
+"""One actor per trainer rank, all called together."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, TypeVarTuple
 
-import ray
-from ray.exceptions import RayActorError, RayTaskError
+from verl.single_controller.actor import Actor
+
+WorkerT_co = TypeVar("WorkerT_co", covariant=True)
+P = ParamSpec("P")
+R = TypeVar("R")
+Ts = TypeVarTuple("Ts")
 
 
-class WorkerDied(RuntimeError):
-    """A trainer process ended without saying why (out of memory, killed)."""
+class WorkerGroup(Generic[WorkerT_co]):
+    """Ranks of one worker class.
 
-
-class WorkerGroup:
-    """One actor per rank.
+    Methods are named by the class's function, for example `await group.all(TrainWorker.save_checkpoint, path)`. Every
+    method raises as `Actor.call` does. The first error is raised at once: other ranks may wait for the failed rank in a
+    collective operation forever.
 
     Args:
-        worker_class: a plain class; rank `r` is made with `worker_class(r, **arguments)`.
-        options: Ray options for each rank.
-        arguments: keyword arguments common to all ranks.
+        worker_class: a plain class; rank `r` is constructed as `worker_class(r, *arguments, **keywords)`.
+        options: Ray options of each rank.
+        arguments, keywords: constructor arguments shared by all ranks.
     """
 
-    def __init__(self, worker_class: type, options: Sequence[dict[str, Any]], arguments: dict[str, Any]):
-        actor_class = ray.remote(worker_class)
-        self._actors = [actor_class.options(**option).remote(rank, **arguments) for rank, option in enumerate(options)]
+    def __init__(
+        self,
+        worker_class: Callable[Concatenate[int, P], WorkerT_co],
+        options: Sequence[Mapping[str, Any]],
+        *arguments: P.args,
+        **keywords: P.kwargs,
+    ):
+        self._actors: list[Actor[WorkerT_co]] = [
+            Actor(worker_class, option, rank, *arguments, **keywords) for rank, option in enumerate(options)
+        ]
 
     def __len__(self) -> int:
         return len(self._actors)
 
-    async def all(self, method: str, *arguments: Any) -> list[Any]:
-        """Call `method` with the same arguments on every rank; the results in rank order."""
-        return await self._gather([getattr(actor, method).remote(*arguments) for actor in self._actors])
+    async def all(
+        self, method: Callable[Concatenate[WorkerT_co, P], R], *arguments: P.args, **keywords: P.kwargs
+    ) -> list[R]:
+        """Call `method` with the same arguments on every rank and return the results by rank."""
+        return await self._results([actor.submit(method, *arguments, **keywords) for actor in self._actors])
 
-    async def each(self, method: str, per_rank: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Call `method` on every rank with arguments of its own."""
-        calls = [getattr(actor, method).remote(*a) for actor, a in zip(self._actors, per_rank, strict=True)]
-        return await self._gather(calls)
+    async def each(self, method: Callable[[WorkerT_co, *Ts], R], per_rank: Sequence[tuple[*Ts]]) -> list[R]:
+        """Call `method` on every rank with that rank's arguments and return the results by rank."""
+        calls = zip(self._actors, per_rank, strict=True)
+        return await self._results([actor.submit(method, *arguments) for actor, arguments in calls])
 
-    async def rank(self, rank: int, method: str, *arguments: Any) -> Any:
+    async def rank(
+        self, rank: int, method: Callable[Concatenate[WorkerT_co, P], R], *arguments: P.args, **keywords: P.kwargs
+    ) -> R:
         """Call `method` on one rank."""
-        return (await self._gather([getattr(self._actors[rank], method).remote(*arguments)]))[0]
+        return await self._actors[rank].call(method, *arguments, **keywords)
 
-    async def _gather(self, calls: list[Any]) -> list[Any]:
-        """The first error wins at once: other ranks may wait for the failed one in a collective, for ever."""
-        tasks = [asyncio.ensure_future(_result(call)) for call in calls]
+    async def run(
+        self, function: Callable[Concatenate[Any, P], R], *arguments: P.args, **keywords: P.kwargs
+    ) -> list[R]:
+        """Evaluate `function(worker, *arguments)` in every rank's process and return the results by rank."""
+        return await self._results([actor.submit_function(function, *arguments, **keywords) for actor in self._actors])
+
+    async def _results(self, references: Sequence[Any]) -> list[Any]:
+        waiting = [
+            asyncio.ensure_future(actor.result(reference))
+            for actor, reference in zip(self._actors, references, strict=True)
+        ]
         try:
-            return await asyncio.gather(*tasks)
+            return await asyncio.gather(*waiting)
         finally:
-            for task in tasks:
+            for task in waiting:
                 task.cancel()
 
     def stop(self) -> None:
         """End every rank's process."""
         for actor in self._actors:
-            ray.kill(actor)
+            actor.kill()
         self._actors = []
-
-
-async def _result(call: Any) -> Any:
-    try:
-        return await call
-    except RayTaskError as error:
-        if error.cause is None:
-            raise
-        raise error.cause from None
-    except RayActorError as error:
-        raise WorkerDied(f"a trainer process died: {error}") from error

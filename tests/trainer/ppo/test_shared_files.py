@@ -7,6 +7,7 @@ import pytest
 
 from verl.config import PPOConfig
 from verl.trainer.ppo.shared_files import check_seen, check_shared, files_of
+from verl.workers.train_worker import TrainWorker
 
 ADDRESSES = ["10.0.0.1", "10.0.0.2"]
 
@@ -18,7 +19,7 @@ class Ranks:
         self.roots = roots
 
     async def all(self, method, paths):
-        assert method == "missing"
+        assert method is TrainWorker.missing
         return [[path for path in paths if not os.path.exists(f"{root}{path}")] for root in self.roots]
 
 

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from verl.trainer.ppo.runtime import TrainerSender
+from verl.trainer.ppo.trainer_sender import TrainerSender
 from verl.workers.weight_sync.manifest import WeightUpdateError
 
 
@@ -18,6 +18,7 @@ class Ranks:
         return 2
 
     async def rank(self, rank, method, *arguments):
+        method = method.__name__
         self.asked.append((rank, method, *arguments))
         if method == "check_sent" and rank == self._refuses:
             raise WeightUpdateError("the trainer keeps nothing, a delta to version 4 was asked for")

@@ -35,6 +35,7 @@ from verl.trainer.ppo.batching import ACTOR_COLUMNS, CRITIC_COLUMNS, partition, 
 from verl.trainer.ppo.checkpoint import CheckpointError, load_driver_state, save_driver_state
 from verl.trainer.ppo.metrics import compute_seqlen_metrics
 from verl.trainer.ppo.shared_files import check_seen, check_shared, files_of
+from verl.trainer.ppo.trainer_sender import TrainerSender
 from verl.trainer.rollouts.forward_passes import ForwardPasses, Pass
 from verl.trainer.rollouts.partial_rollout import Position
 from verl.trainer.rollouts.prompts import Place, PromptSource
@@ -56,42 +57,9 @@ from verl.workers.rollout.vllm_rollout.engine_args import engine_environment
 from verl.workers.train_worker import TrainWorker
 from verl.workers.weight_sync.collective import Node
 from verl.workers.weight_sync.driver import PAYS_ACROSS_HOSTS, PAYS_ON_ONE_HOST, WeightUpdater
-from verl.workers.weight_sync.encode_report import merged_errors
 from verl.workers.weight_sync.ray_broadcast_proxy import current_node_id, is_multi_node, transport, where
 
 logger = logging.getLogger(__name__)
-
-
-class TrainerSender:
-    """The trainer's ranks as the sending end of a weight update: rank 0 sends, the others take part in gathering."""
-
-    def __init__(self, group: WorkerGroup):
-        self._group = group
-        self._others: list[asyncio.Future[Any]] = []
-
-    async def begin_export(self, version: int, base: int | None = None) -> None:
-        if base is not None:
-            # Asked first: a rank that refused on its own would leave the others waiting for it.
-            await self._group.all("check_sent", base)
-        self._others = [
-            asyncio.ensure_future(self._group.rank(rank, "join_export", version, base))
-            for rank in range(1, len(self._group))
-        ]
-        await self._group.rank(0, "begin_export", version, base)
-
-    async def next_bucket(self) -> dict[str, Any]:
-        return await self._group.rank(0, "next_bucket")
-
-    async def abort_export(self) -> None:
-        await self._group.rank(0, "abort_export")
-        await asyncio.gather(*self._others, return_exceptions=True)
-
-    async def finish_export(self) -> dict[str, Any]:
-        await asyncio.gather(*self._others)
-        export, *others = await self._group.all("finish_export")
-        # Each rank encoded other rows.
-        reports = [part.pop("report") for part in (export, *others)]
-        return {**export, "encode": reports[0]["seconds"], "errors": merged_errors(reports)}
 
 
 # Rows [b] of each rank.
@@ -129,7 +97,7 @@ class Runtime:
         )
         self._transport = transport(engine, backend, plan.device)
         self._placement: Placement | None = None
-        self._group: WorkerGroup | None = None
+        self._group: WorkerGroup[TrainWorker] | None = None
         self._nodes: list[Node] = []  # of each rank
         self._replicas: ReplicaSet | None = None
         self._rewards: RewardLoop | None = None
@@ -230,7 +198,7 @@ class Runtime:
             json.dump({"base_url": report["http"] + "/v1", "api_key": report["api_key"]}, file)
         logger.info("replica %d serves %s/v1; its key is in %s", rank, report["http"], path)
 
-    def _make_trainers(self, placement: Placement) -> WorkerGroup:
+    def _make_trainers(self, placement: Placement) -> WorkerGroup[TrainWorker]:
         environment = {}
         if self.plan.device == "cpu":
             environment = cpu_environment(max(1, cpu_cores() // self.config.trainer.n_gpus_per_node))
@@ -239,19 +207,17 @@ class Runtime:
         return WorkerGroup(
             TrainWorker,
             [{**option, "runtime_env": {"env_vars": environment}} for option in placement.trainers],
-            {
-                "world_size": len(placement.trainers),
-                "config": self.config.actor_rollout_ref,
-                "device": self.plan.device,
-                "total_training_steps": self.total_steps,
-                "with_ref": self.with_ref,
-                "critic": self._critic,
-                "critic_warmup": self.config.trainer.critic_warmup,
-                "bypass": self.correction if self.correction.bypass_mode else None,
-                "seed": self.config.trainer.seed,
-                "rollout_dtype": self.plan.rollout_dtype,
-                "timeline": current_timeline(),
-            },
+            world_size=len(placement.trainers),
+            config=self.config.actor_rollout_ref,
+            device=self.plan.device,
+            total_training_steps=self.total_steps,
+            with_ref=self.with_ref,
+            critic=self._critic,
+            critic_warmup=self.config.trainer.critic_warmup,
+            bypass=self.correction if self.correction.bypass_mode else None,
+            seed=self.config.trainer.seed,
+            rollout_dtype=self.plan.rollout_dtype,
+            timeline=current_timeline(),
         )
 
     async def _start_trainers(self) -> None:
@@ -259,14 +225,14 @@ class Runtime:
         if not self._nodes:
             await self._find_trainers()
         addresses = [node.address if self.config.trainer.nnodes > 1 else "127.0.0.1" for node in self._nodes]
-        port = await self.trainers.rank(0, "rendezvous", addresses[0])
-        await self.trainers.each("setup", [(addresses[0], port, address) for address in addresses])
+        port = await self.trainers.rank(0, TrainWorker.rendezvous, addresses[0])
+        await self.trainers.each(TrainWorker.setup, [(addresses[0], port, address) for address in addresses])
         logger.info("%d trainer rank(s) are up after %.1f s", len(self.trainers), time.perf_counter() - started)
 
     async def _find_trainers(self) -> None:
         """Where each rank is; and where some are on other nodes than the driver, that they see what it sees."""
         trainer = self.config.trainer
-        self._nodes = await self.trainers.all("__ray_call__", where, self.plan.device)
+        self._nodes = await self.trainers.run(where, self.plan.device)
         seen = [node.device for node in self._nodes]
         for replica in self.replicas.replicas:
             replica.environment |= shared_devices(self.config, self.plan.device, seen, replica.rank)
@@ -329,7 +295,7 @@ class Runtime:
         return self._critic is not None
 
     @property
-    def trainers(self) -> WorkerGroup:
+    def trainers(self) -> WorkerGroup[TrainWorker]:
         assert self._group is not None, "start() first"
         return self._group
 
@@ -381,17 +347,17 @@ class Runtime:
             parts: rows of each rank; None to divide them evenly.
         """
         extras = [name for name in ("entropys", "sum_pi_squared") if name in self._on_demand]
-        return await self._on_shards("call", "compute_log_prob", batch, parts, extras)
+        return await self._on_shards(TrainWorker.call, "compute_log_prob", batch, parts, extras)
 
     async def ref_log_prob(self, batch: DataProto, parts: Parts = None) -> DataProto:
         """`ref_log_prob` [B, T]; arguments as for `old_log_probs`."""
-        return await self._on_shards("call", "compute_ref_log_prob", batch, parts)
+        return await self._on_shards(TrainWorker.call, "compute_ref_log_prob", batch, parts)
 
     async def values(self, batch: DataProto, parts: Parts = None) -> DataProto:
         """The critic's `values` [B, T]; arguments as for `old_log_probs`."""
-        return await self._on_shards("call_critic", "compute_values", batch, parts)
+        return await self._on_shards(TrainWorker.call_critic, "compute_values", batch, parts)
 
-    async def _on_shards(self, role: str, method: str, batch: DataProto, parts: Parts, *arguments: Any) -> DataProto:
+    async def _on_shards(self, role: Any, method: str, batch: DataProto, parts: Parts, *arguments: Any) -> DataProto:
         shards, inverse = split_even(batch, len(self.trainers), self.config.trainer.balance_batch, parts)
         columns = await self.trainers.each(role, [(method, shard, *arguments) for shard in shards])
         return DataProto.concat(columns)[inverse]
@@ -400,12 +366,12 @@ class Runtime:
         """One pass of optimizer steps of the critic over the batch; metrics `critic/*`."""
         assert self._critic is not None and self._critic.ppo_mini_batch_size is not None
         shards = self._mini_batches(batch, self._critic.ppo_mini_batch_size, CRITIC_COLUMNS)
-        return (await self.trainers.each("call_critic", [("update_critic", shard) for shard in shards]))[0]
+        return (await self.trainers.each(TrainWorker.call_critic, [("update_critic", shard) for shard in shards]))[0]
 
     async def update_actor(self, batch: DataProto) -> dict[str, float]:
         """One pass of optimizer steps over the batch; metrics `actor/*`."""
         shards = self._mini_batches(batch, self.config.actor_rollout_ref.actor.ppo_mini_batch_size, ACTOR_COLUMNS)
-        return (await self.trainers.each("call", [("update_actor", shard) for shard in shards]))[0]
+        return (await self.trainers.each(TrainWorker.call, [("update_actor", shard) for shard in shards]))[0]
 
     def _mini_batches(self, batch: DataProto, prompts: int, columns: tuple[str, ...]) -> list[list[DataProto]]:
         config = self.config.actor_rollout_ref
@@ -421,7 +387,7 @@ class Runtime:
     async def training_log_probs(self, batch: DataProto) -> torch.Tensor:
         """In bypass mode, log-probabilities [B, T] float32 of the policy when it trained on each sample of `batch`."""
         seen = torch.zeros(batch.batch["response_mask"].shape)
-        for index, log_probs in await self.trainers.all("call", "training_log_probs"):
+        for index, log_probs in await self.trainers.all(TrainWorker.call, "training_log_probs"):
             if len(index):
                 seen[index] = log_probs
         return seen
@@ -445,9 +411,9 @@ class Runtime:
 
     async def save(self, directory: Path, step: int) -> None:
         """Write everything a run needs to go on into `directory`."""
-        await self.trainers.all("call", "save_checkpoint", str(directory / "actor"))
+        await self.trainers.all(TrainWorker.call, "save_checkpoint", str(directory / "actor"))
         if self.with_critic:
-            await self.trainers.all("call_critic", "save_checkpoint", str(directory / "critic"))
+            await self.trainers.all(TrainWorker.call_critic, "save_checkpoint", str(directory / "critic"))
         state = {
             "step": step,
             "train_loader": self.prompts.position.loader,
@@ -467,9 +433,9 @@ class Runtime:
             )
         if self._elsewhere:
             await check_seen({"checkpoint": directory}, self.trainers, self._elsewhere)
-        await self.trainers.all("call", "load_checkpoint", str(directory / "actor"))
+        await self.trainers.all(TrainWorker.call, "load_checkpoint", str(directory / "actor"))
         if self.with_critic:
-            await self.trainers.all("call_critic", "load_checkpoint", str(directory / "critic"))
+            await self.trainers.all(TrainWorker.call_critic, "load_checkpoint", str(directory / "critic"))
         self.prompts.restore(Place(state.get("draws", state["step"]), state["train_loader"]))
         self.sampling.carry([Position(*position) for position in state.get("carried", ())])
         if self.config.algorithm.kl_ctrl.type == "adaptive":

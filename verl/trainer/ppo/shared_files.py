@@ -6,15 +6,13 @@ import os
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
 
 from verl.config import PPOConfig
 from verl.config.critic import needs_critic
+from verl.single_controller.worker_group import WorkerGroup
+from verl.workers.train_worker import TrainWorker
 
-
-class Ranks(Protocol):
-    async def all(self, method: str, *arguments: Any) -> list[Any]:
-        """Call a method of every rank; the results in rank order."""
+Ranks = WorkerGroup[TrainWorker]
 
 
 def files_of(config: PPOConfig) -> dict[str, str]:
@@ -43,7 +41,7 @@ async def check_seen(paths: Mapping[str, str | Path], ranks: Ranks, addresses: S
         FileNotFoundError: a rank does not see one.
     """
     keys = {str(Path(path).absolute()): key for key, path in paths.items()}
-    for rank, absent in enumerate(await ranks.all("missing", list(keys))):
+    for rank, absent in enumerate(await ranks.all(TrainWorker.missing, list(keys))):
         for path in absent:
             raise FileNotFoundError(
                 f"{keys[path]}={path}: rank {rank} on {addresses[rank]} does not see it; put it there at the same "
@@ -66,7 +64,7 @@ async def check_shared(directory: str | Path, ranks: Ranks, addresses: Sequence[
     probe = directory / f".seen-by-all-ranks-{uuid.uuid4().hex}"
     probe.touch()
     try:
-        answers = await ranks.all("missing", [str(probe)])
+        answers = await ranks.all(TrainWorker.missing, [str(probe)])
     finally:
         probe.unlink()
     blind = [f"rank {rank} on {addresses[rank]}" for rank, absent in enumerate(answers) if absent]

@@ -1,0 +1,42 @@
+"""The sending end of a weight update on the driver's side."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from verl.single_controller.worker_group import WorkerGroup
+from verl.workers.train_worker import TrainWorker
+from verl.workers.weight_sync.encode_report import merged_errors
+
+
+class TrainerSender:
+    """The trainer ranks as the sender of a weight update: rank 0 sends, the other ranks take part in the gathers."""
+
+    def __init__(self, group: WorkerGroup[TrainWorker]):
+        self._group = group
+        self._others: list[asyncio.Future[Any]] = []
+
+    async def begin_export(self, version: int, base: int | None = None) -> None:
+        if base is not None:
+            # Check all ranks first: a rank that refuses alone would leave the others waiting for it.
+            await self._group.all(TrainWorker.check_sent, base)
+        self._others = [
+            asyncio.ensure_future(self._group.rank(rank, TrainWorker.join_export, version, base))
+            for rank in range(1, len(self._group))
+        ]
+        await self._group.rank(0, TrainWorker.begin_export, version, base)
+
+    async def next_bucket(self) -> dict[str, Any]:
+        return await self._group.rank(0, TrainWorker.next_bucket)
+
+    async def abort_export(self) -> None:
+        await self._group.rank(0, TrainWorker.abort_export)
+        await asyncio.gather(*self._others, return_exceptions=True)
+
+    async def finish_export(self) -> dict[str, Any]:
+        await asyncio.gather(*self._others)
+        export, *others = await self._group.all(TrainWorker.finish_export)
+        # Each rank encoded other rows, so their errors are merged.
+        reports = [part.pop("report") for part in (export, *others)]
+        return {**export, "encode": reports[0]["seconds"], "errors": merged_errors(reports)}
