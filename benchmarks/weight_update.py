@@ -151,7 +151,7 @@ class FileSender:
         return self._sender.next_bucket()
 
     async def finish_export(self) -> dict[str, Any]:
-        report = self._scheme.take_report()
+        report = self._scheme.pop_report()
         manifest, seconds = self._sender.manifest(), self._sender.seconds
         sizes = {"full_bytes": self._sender.nbytes}
         return {"manifest": manifest, "seconds": seconds, "encode": report.seconds, "errors": {}, **sizes}

@@ -16,7 +16,7 @@ AREAS = {
     "Data and tokenizers": ("verl/utils/dataset/", "verl/utils/tokenizer", "verl/utils/proto", "verl/protocol.py"),
     "Rewards": ("verl/workers/reward/", "verl/utils/reward_score/", "verl/trainer/ppo/rewards_to_advantages.py"),
     "Quantization": ("verl/workers/rollout/quantization/", "verl/utils/quantization/", "verl/utils/vllm/"),
-    "Weight updates": ("verl/workers/rollout/weight_sync/",),
+    "Weight updates": ("verl/workers/weight_sync/",),
     "Rollout, agent loops and tools": ("verl/workers/rollout/", "verl/agent_loop/", "verl/tools/"),
     "Training": ("verl/trainer/ppo/", "verl/workers/", "verl/single_controller/"),
     "Everything else": ("verl/",),

@@ -48,9 +48,9 @@ def stepped(weights, step):
 def twenty_steps(engine, scheme, weights, dtype):
     """Every other delta follows a delta; after each, hashes are compared with a whole update's."""
     sent = encoded(scheme, weights, dtype)
-    version, patchable = 0, False
-    while not patchable:
-        patchable = engine.update(sent.items(), version)[0]["patchable"]
+    version, accepts_delta = 0, False
+    while not accepts_delta:
+        accepts_delta = engine.update(sent.items(), version)[0]["accepts_delta"]
         version += 1
         assert version <= 2
     addresses = engine.rpc("verl_parameter_addresses")

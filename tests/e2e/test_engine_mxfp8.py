@@ -171,7 +171,7 @@ def test_both_sides_give_the_same_bytes(tmp_path, start, kind):
         [received_plain] = there.update(weights.items(), version, 20_000)
         assert here.rpc("verl_parameter_hashes") == there.rpc("verl_parameter_hashes")
         assert received_encoded["errors"] == {} and received_encoded["encode"] == 0
-        assert received_plain["errors"] == merged_errors([scheme.take_report().to_plain()])
+        assert received_plain["errors"] == merged_errors([scheme.pop_report().to_message()])
         assert received_plain["bytes"] > 2.5 * received_encoded["bytes"]
     spoilt = weights | {Q_PROJ: torch.full_like(weights[Q_PROJ], float("nan"))}
     with pytest.raises(WeightUpdateError, match=f"{Q_PROJ}.*NaN"):

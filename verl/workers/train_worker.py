@@ -20,7 +20,7 @@ from verl.workers.actor import ActorWorker
 from verl.workers.critic import CriticWorker
 from verl.workers.engine.export import Unit
 from verl.workers.rollout.quantization import QuantizationScheme, get_scheme
-from verl.workers.weight_sync.block_gather import Block
+from verl.workers.weight_sync.block_gather import PackedBlock
 from verl.workers.weight_sync.encode_report import EncodeReport
 from verl.workers.weight_sync.last_sent import LastSentWeights
 from verl.workers.weight_sync.manifest import dtype_from_name
@@ -72,7 +72,7 @@ class TrainWorker:
         # What the engine's workers quantize travels as it is.
         sends = config.rollout.quantization_side == "sender"
         self._scheme: QuantizationScheme | None = get_scheme(config.rollout, config.model.path) if sends else None
-        self._sent = LastSentWeights(self._scheme, keeps=full_update_reason(config.rollout, device) is None)
+        self._last_sent = LastSentWeights(self._scheme, keeps=full_update_reason(config.rollout, device) is None)
         self._exporting = 0
         self._meeting: socket.socket | None = None
 
@@ -190,9 +190,9 @@ class TrainWorker:
         with span(f"critic: {method}"):
             return getattr(self._critic, method)(*arguments)
 
-    def check_sent(self, base: int) -> None:
+    def check_base(self, base: int) -> None:
         """WeightUpdateError unless this rank keeps just what it sent as version `base`; before a delta to it begins."""
-        self._sent.check(base)
+        self._last_sent.check_base(base)
 
     @spanned("export: begin")
     def begin_export(self, version: int, base: int | None = None) -> None:
@@ -209,9 +209,9 @@ class TrainWorker:
             self._sender = WeightSender(engine.update_weights_bucket_megabytes * _MIB, engine.buckets_in_flight)
         self._exporting = version
         if base is None:
-            self._sender.begin(version, self._everything())
+            self._sender.begin(version, self._export_full())
         else:
-            self._sender.begin_delta(version, base, self._changes(base))
+            self._sender.begin_delta(version, base, self._export_delta(base))
 
     @spanned("export: gather, encode and pack a bucket")
     def next_bucket(self) -> dict[str, Any]:
@@ -227,8 +227,8 @@ class TrainWorker:
             the `report` of encoding; on rank 0 besides the `manifest` of everything sent, `seconds` to gather, encode
             and pack it, and the `full_bytes` that an update without a base sends.
         """
-        self._sent.commit(self._exporting)
-        report = {"report": self._take_report()}
+        self._last_sent.commit(self._exporting)
+        report = {"report": self._pop_report()}
         if self._sender is None:
             return report
         sender = self._sender
@@ -243,19 +243,19 @@ class TrainWorker:
     def join_export(self, version: int, base: int | None = None) -> None:
         """Take part in what rank 0 sends with `begin_export`, to its end."""
         self._exporting = version
-        for _ in self._everything() if base is None else self._changes(base):
+        for _ in self._export_full() if base is None else self._export_delta(base):
             raise AssertionError("rank 0 alone has something to send")
 
-    def _take_report(self) -> dict[str, Any]:
-        return EncodeReport().to_plain() if self._scheme is None else self._scheme.take_report().to_plain()
+    def _pop_report(self) -> dict[str, Any]:
+        return EncodeReport().to_message() if self._scheme is None else self._scheme.pop_report().to_message()
 
-    def _everything(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return self._sent.everything(self._units())
+    def _export_full(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return self._last_sent.export_full(self._units())
 
-    def _changes(self, base: int) -> Iterator[Block | None]:
-        self._sent.check(base)
-        return self._sent.changes(self._units(), torch.device(self._device))
+    def _export_delta(self, base: int) -> Iterator[PackedBlock | None]:
+        self._last_sent.check_base(base)
+        return self._last_sent.export_delta(self._units(), torch.device(self._device))
 
     def _units(self) -> Iterator[Unit]:
-        self._take_report()  # what an update that failed left behind
+        self._pop_report()  # what an update that failed left behind
         return self._actor.export_units(dtype=self._send_dtype, encoder=self._scheme)

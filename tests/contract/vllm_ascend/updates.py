@@ -16,8 +16,8 @@ from vllm.config import VllmConfig
 from fixtures.deltas import Changes
 from fixtures.tiny import write_tiny_model
 from verl.config import RolloutConfig
-from verl.utils.vllm.compat import load_session
 from verl.utils.vllm.npu_vllm_patch import apply_patches
+from verl.utils.vllm.reload import load_session
 from verl.workers.rollout.quantization.ascend import AscendScheme
 from verl.workers.weight_sync.receiver import WeightReceiver
 from verl.workers.weight_sync.sender import WeightSender
@@ -81,7 +81,7 @@ class Updates:
             bucket = self._sender.next_bucket()
             self._receiver.load_bucket(bucket)
             last = bucket["last"]
-        self.patchable = self._receiver.finish(self._sender.manifest())["patchable"]
+        self.accepts_delta = self._receiver.finish(self._sender.manifest())["accepts_delta"]
         assert self._receiver.version == self._version
 
     def send_changes(self, old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor]) -> None:

@@ -20,7 +20,7 @@ class Ranks:
     async def rank(self, rank, method, *arguments):
         method = method.__name__
         self.asked.append((rank, method, *arguments))
-        if method == "check_sent" and rank == self._refuses:
+        if method == "check_base" and rank == self._refuses:
             raise WeightUpdateError("the trainer keeps nothing, a delta to version 4 was asked for")
         if method == "finish_export":
             report = {"report": {"seconds": 1.0 + rank, "errors": {"w": [1.0 + rank, 100.0]}}}
@@ -41,7 +41,7 @@ def test_all_ranks_take_part_and_keep_what_was_sent(base):
         return ranks.asked, await sender.finish_export()
 
     asked, export = asyncio.run(program())
-    asked_first = [(0, "check_sent", 4), (1, "check_sent", 4)] if base else []
+    asked_first = [(0, "check_base", 4), (1, "check_base", 4)] if base else []
     assert asked[: len(asked_first)] == asked_first
     assert set(asked[len(asked_first) :]) == {
         (0, "begin_export", 5, base),
@@ -63,4 +63,4 @@ def test_nothing_begins_where_a_rank_keeps_another_version(rank):
         await sender.abort_export()
         return ranks.asked
 
-    assert {method for _, method, *_ in asyncio.run(program())} <= {"check_sent", "abort_export"}
+    assert {method for _, method, *_ in asyncio.run(program())} <= {"check_base", "abort_export"}

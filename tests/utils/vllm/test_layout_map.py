@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from verl.utils.tensor_diff import bits
-from verl.utils.vllm.apply_delta import EnginePatcher
+from verl.utils.vllm.apply_delta import DeltaApplier
 from verl.utils.vllm.layout_map import LoadTrace, Region, Target, parameters_by_storage, storage_of
 
 
@@ -34,7 +34,7 @@ def traced(model, loaded, load, tensors):
 
 def patcher(model, layout, **over):
     options = dict(reloaded={}, derived={}, refresh=lambda places: None, reload=lambda layers, tensors: None) | over
-    return EnginePatcher(model, layout, **options)
+    return DeltaApplier(model, layout, **options)
 
 
 def test_a_packed_parameter_that_is_made_elsewhere_and_copied_in_is_known_element_by_element():

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from verl.utils.tensor_diff import bits
-from verl.workers.weight_sync.delta import DeltaBlock, Piece, decode, smallest_encoding
+from verl.workers.weight_sync.delta import DeltaBlock, DeltaChunk, decode, smallest_encoding
 from verl.workers.weight_sync.manifest import WeightUpdateError
 
 DTYPES = [torch.float8_e4m3fn, torch.bfloat16, torch.float32, torch.uint8]
@@ -49,11 +49,11 @@ def test_what_changed_arrives_and_nothing_else(length, share, dtype, seed):
     block = DeltaBlock()
     block.add("w", (length + 13,), 5, new, picked)
     sent = block.to_bytes()
-    assert len(block.pieces) == (1 if len(picked) else 0)
+    assert len(block.chunks) == (1 if len(picked) else 0)
     engine = torch.cat([random_bytes(5, dtype, 2), old, random_bytes(8, dtype, 3)])
     expected = torch.cat([random_bytes(5, dtype, 2), new, random_bytes(8, dtype, 3)])
-    for piece in block.pieces:
-        apply(sent, Piece.from_plain(piece.to_plain()), engine)
+    for piece in block.chunks:
+        apply(sent, DeltaChunk.from_message(piece.to_message()), engine)
     assert torch.equal(bits(engine), bits(expected))
 
 
@@ -71,7 +71,7 @@ def test_the_smallest_encoding_is_taken(share, dtype, encoding):
     new, picked = changed_copy(old, share, 1)
     block = DeltaBlock()
     block.add("w", tuple(new.shape), 0, new, picked)
-    assert block.pieces[0].encoding == encoding
+    assert block.chunks[0].encoding == encoding
     # by counting: blocks of 64 Ki and of 256 elements, a bit each, or all
     n, c, size = 1 << 20, len(picked), dtype.itemsize
     candidates = {"index16": 4 * 16 + 2 * c, "index8": 4096 + c, "bitmap": n // 8, "whole": (n - c) * size}
@@ -86,7 +86,7 @@ def test_a_block_that_changed_altogether_does_not_overflow_its_count():
     block = DeltaBlock()
     picked = (bits(old) != bits(new)).nonzero().squeeze(-1)
     block.add("w", (4096,), 0, new, picked)
-    apply(block.to_bytes(), block.pieces[0], old)
+    apply(block.to_bytes(), block.chunks[0], old)
     assert torch.equal(bits(old), bits(new))
 
 
@@ -100,7 +100,7 @@ def good():
     new, picked = changed_copy(old, 0.05, 1)
     block = DeltaBlock()
     block.add("w", (1000,), 0, new, picked)
-    return block.to_bytes(), block.pieces[0]
+    return block.to_bytes(), block.chunks[0]
 
 
 @pytest.mark.parametrize(
@@ -109,18 +109,18 @@ def good():
         ({"start": 1}, "does not lie inside it"),
         ({"start": -1}, "does not lie inside it"),
         ({"count": 2000}, "does not lie inside it"),
-        ({"values_at": 10**6}, "does not lie inside a block"),
+        ({"values_offset": 10**6}, "does not lie inside a block"),
         ({"encoding": "zip"}, "does not lie inside a block"),
         ({"encoding": "whole"}, "out of range or out of order"),
         ({"count": 3}, "out of range or out of order"),
         ({"length": 300}, "out of range or out of order"),
-        ({"values_at": 3}, "misaligned"),
+        ({"values_offset": 3}, "misaligned"),
     ],
 )
 def test_a_piece_that_contradicts_itself_is_refused(changes, message):
     block, piece = good()
     with pytest.raises(WeightUpdateError, match=message):
-        decode(block, Piece.from_plain({**piece.to_plain(), **changes}))
+        decode(block, DeltaChunk.from_message({**piece.to_message(), **changes}))
 
 
 def test_an_index_out_of_range_is_refused():

@@ -120,7 +120,7 @@ def test_a_delta_to_what_was_never_sent_is_refused_before_anything_is_sent(tmp_p
         engine = make_engine(source)
         new, off = (Sending(rank, str(source), engine, {"checkpoint_engine": e}) for e in engines)
         off.send(1)
-        return [refusal(sending.worker.begin_export, 2, 1) for sending in (new, off)], len(off.worker._sent._kept)
+        return [refusal(sending.worker.begin_export, 2, 1) for sending in (new, off)], len(off.worker._last_sent._kept)
 
     from verl.config.rollout import CheckpointEngineConfig
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from verl.workers.weight_sync.bucket import read_bucket
-from verl.workers.weight_sync.delta import DeltaBlock, Piece, decode
+from verl.workers.weight_sync.delta import DeltaBlock, DeltaChunk, decode
 from verl.workers.weight_sync.sender import WeightSender
 from verl.workers.weight_sync.shm import SegmentReader
 
@@ -53,7 +53,7 @@ def test_less_than_two_buckets_are_refused():
 def block_of(name, values):
     block = DeltaBlock()
     block.add(name, (5000,), 0, values, torch.arange(0, 5000, 50))
-    return block.pieces, block.to_bytes()
+    return block.chunks, block.to_bytes()
 
 
 @pytest.mark.parametrize(("bucket_bytes", "buckets"), [(1, 6), (1400, 3), (1 << 20, 1)])
@@ -68,13 +68,13 @@ def test_blocks_share_buckets_while_they_fit(bucket_bytes, buckets):
         last, count = bucket["last"], count + 1
         assert bucket["base"] == 4 and bucket["version"] == 7 and bucket["entries"] == []
         memory = reader.open(bucket["segment"])[: bucket["nbytes"]]
-        for plain in bucket["pieces"]:
-            piece = Piece.from_plain(plain)
+        for plain in bucket["chunks"]:
+            piece = DeltaChunk.from_message(plain)
             places, values = decode(memory, piece)
             assert torch.equal(values, changed[piece.name][places]) and places.tolist() == list(range(0, 5000, 50))
             seen.append(piece.name)
     assert seen == list(changed) and count == buckets
-    assert sender.manifest() == {"version": 7, "base": 4, "num_buckets": buckets, "num_pieces": 6, "num_values": 600}
+    assert sender.manifest() == {"version": 7, "base": 4, "num_buckets": buckets, "num_chunks": 6, "num_values": 600}
 
 
 def test_no_change_is_one_bucket_without_pieces():
@@ -84,7 +84,7 @@ def test_no_change_is_one_bucket_without_pieces():
     assert sender.nbytes == 8000
     sender.begin_delta(2, 1, [])
     bucket = sender.next_bucket()
-    assert bucket["last"] and bucket["pieces"] == [] and bucket["nbytes"] == 0
+    assert bucket["last"] and bucket["chunks"] == [] and bucket["nbytes"] == 0
     assert sender.manifest()["num_buckets"] == 1 and sender.manifest()["num_values"] == 0
     assert sender.nbytes == 8000
 

@@ -12,12 +12,13 @@ import torch
 from verl.utils.tensor_diff import bits
 from verl.workers.weight_sync.bucket import BucketWriter, read_bucket
 from verl.workers.weight_sync.delta import DeltaBlock
-from verl.workers.weight_sync.driver import WeightUpdater, update_weights
+from verl.workers.weight_sync.driver import update_weights
 from verl.workers.weight_sync.encode_report import EncodeReport
-from verl.workers.weight_sync.manifest import Manifest, TensorSpec, WeightUpdateError, check_arrived
+from verl.workers.weight_sync.manifest import Manifest, TensorSpec, WeightUpdateError, check_received
 from verl.workers.weight_sync.receiver import WeightReceiver
 from verl.workers.weight_sync.sender import WeightSender
 from verl.workers.weight_sync.shm import SegmentReader, SharedSegment
+from verl.workers.weight_sync.updater import WeightUpdater
 
 
 class DictSession:
@@ -41,10 +42,10 @@ class DictSession:
         self.finished += 1
 
     @property
-    def patchable(self):
+    def accepts_delta(self):
         return bool(self.weights)
 
-    def begin_patch(self):
+    def begin_delta(self):
         self.patched = 0
 
     def patch(self, name, places, start, values):
@@ -53,10 +54,10 @@ class DictSession:
         flat[where] = bits(values)
         self.patched += 1
 
-    def settle_patches(self):
+    def refresh_derived(self):
         pass
 
-    def finish_patch(self):
+    def finish_delta(self):
         self.finished += 1
 
 
@@ -102,24 +103,24 @@ def delta_buckets(old, new, version, base, bucket_bytes=1 << 20):
         block, flat = DeltaBlock(), tensor.contiguous().view(-1)
         before = old[name].contiguous().view(-1)
         block.add(name, tuple(tensor.shape), 0, flat, (bits(flat) != bits(before)).nonzero().squeeze(-1))
-        if block.pieces:
-            pairs.append((block.to_bytes(), [piece.to_plain() for piece in block.pieces]))
+        if block.chunks:
+            pairs.append((block.to_bytes(), [piece.to_message() for piece in block.chunks]))
     for index, (memory, pieces) in enumerate(pairs or [(torch.empty(0, dtype=torch.uint8), [])]):
         writer = BucketWriter(bucket_bytes)
         if memory.numel():
             writer.add("", memory)
         sealed = writer.seal(version=version, index=index, last=index == max(len(pairs) - 1, 0))
         writers.append(writer)
-        yield {**sealed, "entries": [], "base": base, "pieces": pieces}, writers
+        yield {**sealed, "entries": [], "base": base, "chunks": pieces}, writers
 
 
 def delta_manifest(buckets):
-    pieces = [piece for bucket in buckets for piece in bucket["pieces"]]
+    pieces = [piece for bucket in buckets for piece in bucket["chunks"]]
     return {
         "version": buckets[0]["version"],
         "base": buckets[0]["base"],
         "num_buckets": len(buckets),
-        "num_pieces": len(pieces),
+        "num_chunks": len(pieces),
         "num_values": sum(piece["count"] for piece in pieces),
     }
 
@@ -251,11 +252,11 @@ def test_an_unwritten_engine_parameter_is_refused_by_name():
 def test_manifest_survives_plain_form_and_names_the_difference():
     manifest = Manifest(3, 2)
     manifest.add(TensorSpec("w", (2, 3), "bfloat16"))
-    back = Manifest.from_plain(manifest.to_plain())
+    back = Manifest.from_message(manifest.to_message())
     assert back == manifest and back.nbytes == 12
-    check_arrived(manifest, back)
+    check_received(manifest, back)
     with pytest.raises(WeightUpdateError, match="finished version 3, the engine was loading 4"):
-        check_arrived(manifest, Manifest(4, 2))
+        check_received(manifest, Manifest(4, 2))
 
 
 def test_unknown_dtype_is_refused():
@@ -351,8 +352,8 @@ class LocalReceiver:
 async def test_driver_brings_all_receivers_to_one_version():
     tensors = weights()
     receivers = [LocalReceiver(tensors) for _ in range(2)]
-    metrics, patchable = await update_weights(LocalSender(tensors, 600), receivers, 5)
-    assert patchable
+    metrics, accepts_delta = await update_weights(LocalSender(tensors, 600), receivers, 5)
+    assert accepts_delta
     assert [r.receiver.version for r in receivers] == [5, 5]
     assert all(equal(r.receiver._session.weights, tensors) for r in receivers)
     assert metrics["weight_update/buckets"] > 2
@@ -396,7 +397,7 @@ def send_delta(receiver, old, new, version, base, spoil=lambda buckets: buckets,
 def test_deltas_add_up_to_what_a_whole_update_brings():
     tensors = weights()
     receiver = WeightReceiver(DictSession(tensors))
-    assert send(receiver, tensors, version=0)["patchable"]
+    assert send(receiver, tensors, version=0)["accepts_delta"]
     for version in range(1, 6):
         old, tensors = tensors, nudged(tensors, version)
         statistics = send_delta(receiver, old, tensors, version, version - 1)
@@ -420,7 +421,7 @@ def test_nothing_changed_is_a_delta_too():
         (lambda b: [b[0], b[0], *b[1:]], "bucket 0 of version 2 arrived where bucket 1"),
         (lambda b: b[:-1], "num_buckets is"),
         (lambda b: [{**b[0], "base": 0}, *b[1:]], "relative to version 0, where 1 was due"),
-        (lambda b: [{**b[0], "pieces": []}, *b[1:]], "num_pieces is"),
+        (lambda b: [{**b[0], "chunks": []}, *b[1:]], "num_chunks is"),
         (lambda b: [piece_with(b[0], name="ghost"), *b[1:]], "'ghost': a delta to .* no such parameter"),
         (lambda b: [piece_with(b[0], shape=[91]), *b[1:]], r"a delta to float32\[91\], .* given float32\[13, 7\]"),
         (lambda b: [piece_with(b[0], dtype="int32"), *b[1:]], r"a delta to int32\[13, 7\]"),
@@ -443,7 +444,7 @@ def test_a_spoiled_delta_is_refused_and_only_a_whole_update_heals(spoil, words):
 
 
 def piece_with(bucket, **changes):
-    return {**bucket, "pieces": [{**bucket["pieces"][0], **changes}]}
+    return {**bucket, "chunks": [{**bucket["chunks"][0], **changes}]}
 
 
 def test_a_delta_twice_out_of_order_or_before_everything_is_refused():
@@ -461,7 +462,7 @@ def test_a_delta_twice_out_of_order_or_before_everything_is_refused():
 def test_a_delta_is_refused_where_the_engine_quantizes():
     tensors = {"w": torch.zeros(3)}
     receiver = WeightReceiver(DictSession(tensors), PassThrough(), encodes=True)
-    assert not send(receiver, tensors, version=0)["patchable"]
+    assert not send(receiver, tensors, version=0)["accepts_delta"]
     with pytest.raises(WeightUpdateError, match="the engine quantizes what arrives"):
         receiver.begin(1, 0)
 
@@ -472,13 +473,13 @@ class PassThrough:
     def encode(self, named_tensors):
         return named_tensors
 
-    def check_arriving(self, name, tensor, arrived):
+    def check_tensor(self, name, tensor, arrived):
         assert name in arrived
 
     def check_complete(self, arrived):
         assert arrived
 
-    def take_report(self):
+    def pop_report(self):
         return EncodeReport()
 
 

@@ -55,9 +55,10 @@ from verl.workers.rollout.client import LLMServerClient
 from verl.workers.rollout.replica import ReplicaSet, vLLMReplica
 from verl.workers.rollout.vllm_rollout.engine_args import engine_environment
 from verl.workers.train_worker import TrainWorker
-from verl.workers.weight_sync.collective import Node
-from verl.workers.weight_sync.driver import PAYS_ACROSS_HOSTS, PAYS_ON_ONE_HOST, WeightUpdater
-from verl.workers.weight_sync.ray_broadcast_proxy import current_node_id, is_multi_node, transport, where
+from verl.workers.weight_sync.transports.base import Node
+from verl.workers.weight_sync.transports.create import create_transport
+from verl.workers.weight_sync.transports.nodes import current_node_id, is_multi_node, node_of
+from verl.workers.weight_sync.updater import PAYS_ACROSS_HOSTS, PAYS_ON_ONE_HOST, WeightUpdater
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ class Runtime:
             check_interval=engine.delta_check_interval,
             buckets_in_flight=engine.buckets_in_flight,
         )
-        self._transport = transport(engine, backend, plan.device)
+        self._transport = create_transport(engine, backend, plan.device)
         self._placement: Placement | None = None
         self._group: WorkerGroup[TrainWorker] | None = None
         self._nodes: list[Node] = []  # of each rank
@@ -232,7 +233,7 @@ class Runtime:
     async def _find_trainers(self) -> None:
         """Where each rank is; and where some are on other nodes than the driver, that they see what it sees."""
         trainer = self.config.trainer
-        self._nodes = await self.trainers.run(where, self.plan.device)
+        self._nodes = await self.trainers.run(node_of, self.plan.device)
         seen = [node.device for node in self._nodes]
         for replica in self.replicas.replicas:
             replica.environment |= shared_devices(self.config, self.plan.device, seen, replica.rank)

@@ -20,7 +20,7 @@ class TrainerSender:
     async def begin_export(self, version: int, base: int | None = None) -> None:
         if base is not None:
             # Check all ranks first: a rank that refuses alone would leave the others waiting for it.
-            await self._group.all(TrainWorker.check_sent, base)
+            await self._group.all(TrainWorker.check_base, base)
         self._others = [
             asyncio.ensure_future(self._group.rank(rank, TrainWorker.join_export, version, base))
             for rank in range(1, len(self._group))

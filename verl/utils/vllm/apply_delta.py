@@ -23,7 +23,7 @@ def _place(tensor: torch.Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
     return tensor.data_ptr(), tensor.size(), tensor.stride()
 
 
-class EnginePatcher:
+class DeltaApplier:
     """Made from a recorded load; `patch` for each change, `settle` now and then, `finish`.
 
     Args:

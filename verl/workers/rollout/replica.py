@@ -14,8 +14,8 @@ from ray.exceptions import RayActorError, RayTaskError
 from verl.workers.rollout.request_channel import RequestChannel
 from verl.workers.rollout.types import ReplicaUnavailable, TokenOutput
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer
-from verl.workers.weight_sync.collective import Node
-from verl.workers.weight_sync.ray_broadcast_proxy import where
+from verl.workers.weight_sync.transports.base import Node
+from verl.workers.weight_sync.transports.nodes import node_of
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class vLLMReplica:
             functools.partial(self._call, "take_requests"), functools.partial(self._call, "some_answers")
         )
         report = await self._call("start")
-        self.node = await self._call("__ray_call__", where, self._arguments["device"])
+        self.node = await self._call("__ray_call__", node_of, self._arguments["device"])
         self.alive = True
         return report
 

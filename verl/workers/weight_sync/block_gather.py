@@ -7,14 +7,14 @@ import json
 import torch
 import torch.distributed as dist
 
-from verl.workers.weight_sync.delta import DeltaBlock, Piece
+from verl.workers.weight_sync.delta import DeltaBlock, DeltaChunk
 from verl.workers.weight_sync.manifest import WeightUpdateError
 
 # Pieces, and the bytes (uint8, on the CPU) that they speak of.
-Block = tuple[list[Piece], torch.Tensor]
+PackedBlock = tuple[list[DeltaChunk], torch.Tensor]
 
 
-def gather_blocks(block: DeltaBlock, device: torch.device, error: Exception | None = None) -> list[Block]:
+def gather_blocks(block: DeltaBlock, device: torch.device, error: Exception | None = None) -> list[PackedBlock]:
     """The blocks of all ranks that hold something, in rank order, on rank 0; none on the others. Collective.
 
     Bytes travel by all_to_all in the default process group: of what moves a different number from each rank, it is
@@ -24,12 +24,12 @@ def gather_blocks(block: DeltaBlock, device: torch.device, error: Exception | No
         device: of the group's collectives.
         error: why this rank has no block; then it is raised, on other ranks as WeightUpdateError in its words.
     """
-    table = json.dumps([piece.to_plain() for piece in block.pieces]).encode() if block.pieces else b""
+    table = json.dumps([piece.to_message() for piece in block.chunks]).encode() if block.chunks else b""
     sizes = _sizes(torch.tensor([len(table), block.nbytes, error is not None], device=device))
     if any(failed for _, _, failed in sizes):
         raise _first_error(error)
     first = dist.get_rank() == 0
-    found: list[Block] = [(block.pieces, block.to_bytes())] if first and block.pieces else []
+    found: list[PackedBlock] = [(block.chunks, block.to_bytes())] if first and block.chunks else []
     # What rank 0 has needs no way; what it gets from the others follows one after the other.
     coming = [0, *(table_bytes + nbytes for table_bytes, nbytes, _ in sizes[1:])]
     if not any(coming):
@@ -48,7 +48,7 @@ def gather_blocks(block: DeltaBlock, device: torch.device, error: Exception | No
         for part, (table_bytes, _, _) in zip(arrived.cpu().split(coming), sizes, strict=True):
             if part.numel():
                 plain = json.loads(part[:table_bytes].numpy().tobytes())
-                found.append(([Piece.from_plain(piece) for piece in plain], part[table_bytes:]))
+                found.append(([DeltaChunk.from_message(piece) for piece in plain], part[table_bytes:]))
     return found
 
 

@@ -40,7 +40,7 @@ class BucketWriter:
         offset = self.add_bytes(tensor)
         if offset is None:
             return False
-        self._entries.append({**TensorSpec.of(name, tensor).to_plain(), "offset": offset})
+        self._entries.append({**TensorSpec.of(name, tensor).to_message(), "offset": offset})
         return True
 
     def add_bytes(self, tensor: torch.Tensor) -> int | None:
@@ -91,7 +91,7 @@ def read_bucket(memory: torch.Tensor, bucket: dict[str, Any]) -> list[tuple[str,
     """
     tensors, end = [], 0
     for entry in bucket["entries"]:
-        spec, offset = TensorSpec.from_plain(entry), int(entry["offset"])
+        spec, offset = TensorSpec.from_message(entry), int(entry["offset"])
         if offset % ALIGNMENT or offset < end or offset + spec.nbytes > min(int(bucket["nbytes"]), memory.numel()):
             raise WeightUpdateError(
                 f"parameter {spec.name!r}: its {spec.nbytes} bytes at offset {offset} do not lie inside bucket "

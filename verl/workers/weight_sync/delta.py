@@ -33,7 +33,7 @@ _BLOCKS = {"index8": 8, "index16": 16}
 
 
 @dataclass(frozen=True)
-class Piece:
+class DeltaChunk:
     """What changed in one range of a tensor, and where its bytes are in the block they travel in.
 
     Attributes:
@@ -41,7 +41,7 @@ class Piece:
         start, length: the range of the flattened tensor, in elements.
         encoding: how the places are written.
         count: elements that follow.
-        indices_offset, values_at: offsets in bytes.
+        indices_offset, values_offset: offsets in bytes.
     """
 
     name: str
@@ -52,29 +52,29 @@ class Piece:
     encoding: str
     count: int
     indices_offset: int
-    values_at: int
+    values_offset: int
 
     @property
     def end(self) -> int:
         """Offset behind the last value."""
-        return self.values_at + self.count * dtype_from_name(self.dtype).itemsize
+        return self.values_offset + self.count * dtype_from_name(self.dtype).itemsize
 
-    def moved(self, by: int) -> Piece:
+    def moved(self, by: int) -> DeltaChunk:
         """The same piece in a block that begins `by` bytes earlier."""
-        return replace(self, indices_offset=self.indices_offset + by, values_at=self.values_at + by)
+        return replace(self, indices_offset=self.indices_offset + by, values_offset=self.values_offset + by)
 
-    def to_plain(self) -> dict[str, Any]:
+    def to_message(self) -> dict[str, Any]:
         # Not asdict, which takes a tenth of a millisecond; a mixture of experts has tens of thousands of pieces.
         return {**vars(self), "shape": list(self.shape)}
 
     @classmethod
-    def from_plain(cls, plain: dict[str, Any]) -> Piece:
+    def from_message(cls, plain: dict[str, Any]) -> DeltaChunk:
         """Raises WeightUpdateError where the numbers contradict each other."""
-        numbers = {key: int(plain[key]) for key in ("start", "length", "count", "indices_offset", "values_at")}
+        numbers = {key: int(plain[key]) for key in ("start", "length", "count", "indices_offset", "values_offset")}
         shape = tuple(int(size) for size in plain["shape"])
         piece = cls(str(plain["name"]), shape, str(plain["dtype"]), encoding=str(plain["encoding"]), **numbers)
         inside = min(piece.start, piece.length) >= 0 and piece.start + piece.length <= prod(shape)
-        if not inside or not 0 <= piece.count <= piece.length or min(piece.indices_offset, piece.values_at) < 0:
+        if not inside or not 0 <= piece.count <= piece.length or min(piece.indices_offset, piece.values_offset) < 0:
             raise WeightUpdateError(
                 f"parameter {piece.name!r} {list(shape)}: a delta of {piece.count} values for elements {piece.start} "
                 f"to {piece.start + piece.length} does not lie inside it"
@@ -86,7 +86,7 @@ def _align(offset: int) -> int:
     return -(-offset // _ALIGNMENT) * _ALIGNMENT
 
 
-def place_bytes(encoding: str, length: int, count: int) -> int:
+def index_bytes(encoding: str, length: int, count: int) -> int:
     """Bytes that the places of `count` of `length` elements take."""
     return {
         "index16": 4 * -(-length // 65536) + 2 * count,
@@ -104,7 +104,7 @@ def smallest_encoding(length: int, count: int, itemsize: int, fullest_block: int
         fullest_block: changed elements in the block of 256 that has most of them; 256 do not fit index8's counts.
     """
     sizes = {
-        name: place_bytes(name, length, count) + count * itemsize
+        name: index_bytes(name, length, count) + count * itemsize
         for name in ("index16", "index8", "bitmap")
         if name != "index8" or fullest_block < 256
     }
@@ -116,7 +116,7 @@ class DeltaBlock:
     """Collects pieces into one block of bytes."""
 
     def __init__(self) -> None:
-        self.pieces: list[Piece] = []
+        self.chunks: list[DeltaChunk] = []
         self._parts: list[tuple[int, np.ndarray]] = []
         self.nbytes = 0
 
@@ -140,8 +140,8 @@ class DeltaBlock:
         places, encoding = _encode_places(changed.cpu().numpy(), length, new.element_size())
         values = (new if encoding == "whole" else new[changed]).cpu().contiguous()
         indices_offset = _align(self.nbytes)
-        values_at = _align(indices_offset + places.size)
-        piece = Piece(
+        values_offset = _align(indices_offset + places.size)
+        piece = DeltaChunk(
             name,
             tuple(shape),
             dtype_name(new.dtype),
@@ -150,10 +150,10 @@ class DeltaBlock:
             encoding,
             values.numel(),
             indices_offset,
-            values_at,
+            values_offset,
         )
-        self.pieces.append(piece)
-        self._parts += [(indices_offset, places), (values_at, bits(values).view(torch.uint8).numpy())]
+        self.chunks.append(piece)
+        self._parts += [(indices_offset, places), (values_offset, bits(values).view(torch.uint8).numpy())]
         self.nbytes = piece.end
         return values
 
@@ -182,7 +182,7 @@ def _encode_places(changed: np.ndarray, length: int, itemsize: int) -> tuple[np.
     return np.concatenate([counts.view(np.uint8), changed.astype(np.uint16).view(np.uint8)]), encoding
 
 
-def decode(block: torch.Tensor, piece: Piece) -> tuple[torch.Tensor | None, torch.Tensor]:
+def decode(block: torch.Tensor, piece: DeltaChunk) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Places in the whole flattened tensor, int64 [count] ascending (None for all of the range), and values [count].
 
     Values are a view of `block`.
@@ -190,7 +190,7 @@ def decode(block: torch.Tensor, piece: Piece) -> tuple[torch.Tensor | None, torc
     Raises:
         WeightUpdateError: the piece does not lie inside the block, or its places outside its range.
     """
-    size = place_bytes(piece.encoding, piece.length, piece.count) if piece.encoding in _ENCODINGS else -1
+    size = index_bytes(piece.encoding, piece.length, piece.count) if piece.encoding in _ENCODINGS else -1
     if size < 0 or piece.end > block.numel() or piece.indices_offset + size > block.numel():
         raise WeightUpdateError(
             f"parameter {piece.name!r}: its delta ({piece.encoding}, up to byte {piece.end}) does not lie inside a "
@@ -198,7 +198,7 @@ def decode(block: torch.Tensor, piece: Piece) -> tuple[torch.Tensor | None, torc
         )
     dtype = dtype_from_name(piece.dtype)
     try:
-        values = block[piece.values_at : piece.end].view(dtype)
+        values = block[piece.values_offset : piece.end].view(dtype)
         places = _decode_places(block[piece.indices_offset : piece.indices_offset + size], piece)
     except RuntimeError as error:
         raise WeightUpdateError(f"parameter {piece.name!r}: its delta is misaligned: {error}") from error
@@ -215,7 +215,7 @@ def decode(block: torch.Tensor, piece: Piece) -> tuple[torch.Tensor | None, torc
     return (None if places is None else places + piece.start), values
 
 
-def _decode_places(raw: torch.Tensor, piece: Piece) -> torch.Tensor | None:
+def _decode_places(raw: torch.Tensor, piece: DeltaChunk) -> torch.Tensor | None:
     if piece.encoding == "whole":
         return None
     if piece.encoding == "bitmap":

@@ -30,18 +30,18 @@ class EncodeReport:
         """Count a weight, or the rows of it that this process holds.
 
         Args:
-            sums: [2], squared error and sum of squares; not read before `to_plain`, so that no device is waited for.
+            sums: [2], squared error and sum of squares; not read before `to_message`, so that no device is waited for.
         """
         self._sums[name] = sums
 
-    def to_plain(self) -> dict[str, Any]:
+    def to_message(self) -> dict[str, Any]:
         """`seconds`, and `errors`: weight -> [squared error, sum of squares]."""
         values = torch.stack(list(self._sums.values())).tolist() if self._sums else []
         return {"seconds": self.seconds, "errors": dict(zip(self._sums, values, strict=True))}
 
 
 def merged_errors(reports: Iterable[Mapping[str, Any]]) -> Errors:
-    """The errors of `EncodeReport.to_plain` of processes that each quantized other rows, added up."""
+    """The errors of `EncodeReport.to_message` of processes that each quantized other rows, added up."""
     totals: Errors = {}
     for report in reports:
         for name, (error, norm) in report["errors"].items():

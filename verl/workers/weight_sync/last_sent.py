@@ -16,7 +16,7 @@ from verl.utils.tensor_diff import diff_and_update_
 from verl.workers.engine.export import RowShardedParam, Unit, gather_to_rank0
 from verl.workers.engine.export_rows import row_length
 from verl.workers.rollout.quantization import QuantizationScheme
-from verl.workers.weight_sync.block_gather import Block, gather_blocks
+from verl.workers.weight_sync.block_gather import PackedBlock, gather_blocks
 from verl.workers.weight_sync.delta import DeltaBlock
 from verl.workers.weight_sync.manifest import WeightUpdateError
 
@@ -41,7 +41,7 @@ class LastSentWeights:
         self._version: int | None = None
         self._whole_bytes = 0
 
-    def check(self, base: int) -> None:
+    def check_base(self, base: int) -> None:
         """Refuse a delta to anything but the version that is kept."""
         if self._version != base:
             kept = "nothing" if self._version is None else f"version {self._version}"
@@ -52,7 +52,7 @@ class LastSentWeights:
         if self._keeps:
             self._version = version
 
-    def everything(self, units: Iterator[Unit]) -> Iterator[tuple[str, torch.Tensor]]:
+    def export_full(self, units: Iterator[Unit]) -> Iterator[tuple[str, torch.Tensor]]:
         """On rank 0 each checkpoint tensor as it is sent; on other ranks nothing. Collective: to be exhausted.
 
         Raises:
@@ -78,7 +78,7 @@ class LastSentWeights:
                 pass
             raise
 
-    def changes(self, units: Iterator[Unit], device: torch.device) -> Iterator[Block | None]:
+    def export_delta(self, units: Iterator[Unit], device: torch.device) -> Iterator[PackedBlock | None]:
         """On rank 0 what changed on all ranks since the last commit; on other ranks nothing. Collective, as above.
 
         A None stands between what should travel on and what is only compared now.

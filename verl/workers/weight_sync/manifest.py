@@ -46,11 +46,11 @@ class TensorSpec:
     def nbytes(self) -> int:
         return prod(self.shape) * dtype_from_name(self.dtype).itemsize
 
-    def to_plain(self) -> dict[str, Any]:
+    def to_message(self) -> dict[str, Any]:
         return {"name": self.name, "shape": list(self.shape), "dtype": self.dtype}
 
     @classmethod
-    def from_plain(cls, plain: dict[str, Any]) -> TensorSpec:
+    def from_message(cls, plain: dict[str, Any]) -> TensorSpec:
         return cls(str(plain["name"]), tuple(int(n) for n in plain["shape"]), str(plain["dtype"]))
 
 
@@ -72,22 +72,22 @@ class Manifest:
             raise WeightUpdateError(f"parameter {spec.name!r} occurs twice in the update to version {self.version}")
         self.specs[spec.name] = spec
 
-    def to_plain(self) -> dict[str, Any]:
+    def to_message(self) -> dict[str, Any]:
         return {
             "version": self.version,
             "num_buckets": self.num_buckets,
-            "specs": [spec.to_plain() for spec in self.specs.values()],
+            "specs": [spec.to_message() for spec in self.specs.values()],
         }
 
     @classmethod
-    def from_plain(cls, plain: dict[str, Any]) -> Manifest:
+    def from_message(cls, plain: dict[str, Any]) -> Manifest:
         manifest = cls(int(plain["version"]), int(plain["num_buckets"]))
         for spec in plain["specs"]:
-            manifest.add(TensorSpec.from_plain(spec))
+            manifest.add(TensorSpec.from_message(spec))
         return manifest
 
 
-def check_arrived(sent: Manifest, arrived: Manifest) -> None:
+def check_received(sent: Manifest, arrived: Manifest) -> None:
     """Raise `WeightUpdateError` naming the first parameter in which what arrived differs from what was sent."""
     if sent.version != arrived.version:
         raise WeightUpdateError(f"the sender finished version {sent.version}, the engine was loading {arrived.version}")

@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import torch
 
 from verl.workers.weight_sync.bucket import read_bucket
-from verl.workers.weight_sync.delta import Piece, decode
+from verl.workers.weight_sync.delta import DeltaChunk, decode
 from verl.workers.weight_sync.encode_report import EncodeReport
-from verl.workers.weight_sync.manifest import Manifest, TensorSpec, WeightUpdateError, check_arrived
+from verl.workers.weight_sync.manifest import Manifest, TensorSpec, WeightUpdateError, check_received
 from verl.workers.weight_sync.shm import SegmentReader
 
 
@@ -29,19 +29,19 @@ class LoadSession(Protocol):
     def finish(self) -> None: ...
 
     @property
-    def patchable(self) -> bool:
+    def accepts_delta(self) -> bool:
         """Whether single elements can be changed in place, now that a whole load has shown where they are."""
 
-    def begin_patch(self) -> None:
+    def begin_delta(self) -> None:
         """Before the first `patch`; raises where the layout is not known, or not as it was."""
 
     def patch(self, name: str, places: torch.Tensor | None, start: int, values: torch.Tensor) -> None:
         """Change elements of a checkpoint tensor: `places` of it flattened, or those from `start` on."""
 
-    def settle_patches(self) -> None:
+    def refresh_derived(self) -> None:
         """After those of a bucket."""
 
-    def finish_patch(self) -> None:
+    def finish_delta(self) -> None:
         """After the last `patch`."""
 
 
@@ -51,13 +51,13 @@ class Quantization(Protocol):
     def encode(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterable[tuple[str, torch.Tensor]]:
         """Turn weights that came unquantized into what the engine takes."""
 
-    def check_arriving(self, name: str, tensor: torch.Tensor, arrived: Mapping[str, TensorSpec]) -> None:
+    def check_tensor(self, name: str, tensor: torch.Tensor, arrived: Mapping[str, TensorSpec]) -> None:
         """Called before each tensor is loaded; `arrived` is what has come so far, this one included."""
 
     def check_complete(self, arrived: Mapping[str, TensorSpec]) -> None:
         """Called once everything has come."""
 
-    def take_report(self) -> EncodeReport:
+    def pop_report(self) -> EncodeReport:
         """What `encode` did since the last call."""
 
 
@@ -130,21 +130,21 @@ class WeightReceiver:
 
         Returns:
             Seconds spent in `load`, of which `encode`, and in `finish`; `bytes` received; the `errors` of weights that
-            were encoded here; `patchable`: whether a delta may follow.
+            were encoded here; `accepts_delta`: whether a delta may follow.
         """
         update = self._take()
         started = time.perf_counter()
         update.finish(manifest)
         self._specs, self.version = update.loaded, update.version
         update.seconds["finish"] = time.perf_counter() - started
-        report = self._quantization.take_report() if self._quantization is not None else EncodeReport()
-        plain = report.to_plain()
+        report = self._quantization.pop_report() if self._quantization is not None else EncodeReport()
+        plain = report.to_message()
         return {
             **update.seconds,
             "encode": plain["seconds"],
             "bytes": float(update.nbytes),
             "errors": plain["errors"],
-            "patchable": self._session.patchable and not self._encodes,
+            "accepts_delta": self._session.accepts_delta and not self._encodes,
         }
 
     def _take(self) -> _Whole | _Delta:
@@ -176,7 +176,7 @@ class _Whole(_Update):
         # What the engine is given: the same tensors, or the encoded ones.
         self.loaded: dict[str, TensorSpec] = {}
         if quantization is not None:
-            quantization.take_report()  # what an update that failed left behind
+            quantization.pop_report()  # what an update that failed left behind
         session.begin()
 
     def load(self, memory: torch.Tensor, bucket: dict[str, Any]) -> None:
@@ -189,12 +189,12 @@ class _Whole(_Update):
         for name, tensor in tensors:
             self.loaded[name] = TensorSpec.of(name, tensor)
             if self._quantization is not None:
-                self._quantization.check_arriving(name, tensor, self.loaded)
+                self._quantization.check_tensor(name, tensor, self.loaded)
         self._session.load(tensors)
 
     def finish(self, manifest: dict[str, Any]) -> None:
         self._arrived.num_buckets, self.nbytes = self.num_buckets, self._arrived.nbytes
-        check_arrived(Manifest.from_plain(manifest), self._arrived)
+        check_received(Manifest.from_message(manifest), self._arrived)
         if self._quantization is not None:
             self._quantization.check_complete(self.loaded)
         unwritten = self._session.unwritten()
@@ -220,14 +220,14 @@ class _Delta(_Update):
         super().__init__(version)
         self._base, self._session, self._quantization, self.loaded = base, session, quantization, dict(specs)
         self._pieces = self._values = 0
-        session.begin_patch()
+        session.begin_delta()
 
     def load(self, memory: torch.Tensor, bucket: dict[str, Any]) -> None:
         block = memory[: int(bucket["nbytes"])]
         if bucket.get("base") != self._base:
             raise WeightUpdateError(f"a bucket relative to version {bucket.get('base')}, where {self._base} was due")
-        for plain in bucket["pieces"]:
-            piece = Piece.from_plain(plain)
+        for plain in bucket["chunks"]:
+            piece = DeltaChunk.from_message(plain)
             spec, sent = self.loaded.get(piece.name), TensorSpec(piece.name, piece.shape, piece.dtype)
             if spec != sent:
                 known = "no such parameter" if spec is None else f"{spec.dtype}{list(spec.shape)}"
@@ -236,11 +236,11 @@ class _Delta(_Update):
                 )
             places, values = decode(block, piece)
             if self._quantization is not None:
-                self._quantization.check_arriving(piece.name, values, self.loaded)
+                self._quantization.check_tensor(piece.name, values, self.loaded)
             self._session.patch(piece.name, places, piece.start, values)
             self._pieces += 1
             self._values += piece.count
-        self._session.settle_patches()
+        self._session.refresh_derived()
         self.nbytes += block.numel()
 
     def finish(self, manifest: dict[str, Any]) -> None:
@@ -248,7 +248,7 @@ class _Delta(_Update):
             "version": self.version,
             "base": self._base,
             "num_buckets": self.num_buckets,
-            "num_pieces": self._pieces,
+            "num_chunks": self._pieces,
             "num_values": self._values,
         }
         for key, value in arrived.items():
@@ -257,4 +257,4 @@ class _Delta(_Update):
                     f"delta from version {self._base} to {self.version}: {key} is {manifest.get(key)} at the sender "
                     f"and {value} here"
                 )
-        self._session.finish_patch()
+        self._session.finish_delta()

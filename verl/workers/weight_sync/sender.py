@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 import torch
 
-from verl.workers.weight_sync.block_gather import Block
+from verl.workers.weight_sync.block_gather import PackedBlock
 from verl.workers.weight_sync.bucket import BucketWriter, align
-from verl.workers.weight_sync.delta import Piece
+from verl.workers.weight_sync.delta import DeltaChunk
 from verl.workers.weight_sync.manifest import Manifest, TensorSpec
 
 # Enough of them that little of the loading is left when the last one is filled; each costs a round of calls.
@@ -78,7 +78,7 @@ class WeightSender:
         """Start an update that sends everything; one that was not finished is forgotten."""
         self._begin(_Whole(version), named_tensors)
 
-    def begin_delta(self, version: int, base: int, blocks: Iterable[Block | None]) -> None:
+    def begin_delta(self, version: int, base: int, blocks: Iterable[PackedBlock | None]) -> None:
         """Start an update that sends what changed since version `base`; at a None what came so far is sent."""
         self._begin(_Delta(version, base), blocks)
 
@@ -162,7 +162,7 @@ class _Whole:
         return writer.seal(version=self._manifest.version, index=self.num_buckets - 1, last=last)
 
     def manifest(self) -> dict[str, Any]:
-        return self._manifest.to_plain()
+        return self._manifest.to_message()
 
 
 class _Delta:
@@ -171,13 +171,13 @@ class _Delta:
     def __init__(self, version: int, base: int):
         self._version, self._base = version, base
         self.num_buckets = self._num_pieces = self._num_values = 0
-        self._pieces: list[Piece] = []
+        self._pieces: list[DeltaChunk] = []
 
     @property
     def waits(self) -> bool:
         return bool(self._pieces)
 
-    def add(self, writer: BucketWriter, item: Block) -> bool:
+    def add(self, writer: BucketWriter, item: PackedBlock) -> bool:
         pieces, memory = item
         offset = writer.add_bytes(memory)
         if offset is None:
@@ -191,13 +191,13 @@ class _Delta:
         self._num_pieces += len(pieces)
         self._num_values += sum(piece.count for piece in pieces)
         sealed = writer.seal(version=self._version, index=self.num_buckets - 1, last=last)
-        return {**sealed, "base": self._base, "pieces": [piece.to_plain() for piece in pieces]}
+        return {**sealed, "base": self._base, "chunks": [piece.to_message() for piece in pieces]}
 
     def manifest(self) -> dict[str, Any]:
         return {
             "version": self._version,
             "base": self._base,
             "num_buckets": self.num_buckets,
-            "num_pieces": self._num_pieces,
+            "num_chunks": self._num_pieces,
             "num_values": self._num_values,
         }

@@ -12,7 +12,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from fixtures.tiny import write_tiny_model
 from verl.config import ModelConfig, RolloutConfig
 from verl.utils.quantization.ascend_description import build_description
-from verl.utils.vllm.compat import build_openai_app, openai_functions
+from verl.utils.vllm.server import build_openai_app, openai_functions
 from verl.workers.rollout.vllm_rollout.engine_args import engine_args
 
 

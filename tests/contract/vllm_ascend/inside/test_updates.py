@@ -36,9 +36,9 @@ def test_changes_written_in_place_leave_the_bytes_of_a_whole_update(tmp_path, ki
         model = build_model(config)
         updates, before = Updates(model, config, scheme), addresses(model)
         updates.send(weights)
-        if not updates.patchable:  # what a layer is made from is kept by the next whole update
+        if not updates.accepts_delta:  # what a layer is made from is kept by the next whole update
             updates.send(weights)
-        assert updates.patchable
+        assert updates.accepts_delta
         for step in range(5):
             old, weights = weights, nudged(weights, step, 10 ** (step - 5))
             updates.send_changes(old, weights)

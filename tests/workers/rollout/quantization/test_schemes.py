@@ -100,12 +100,12 @@ def test_the_report_names_the_weight_that_lost_most(dense, pieces):
             continue
         for rank, rows in zip(ranks, weight.chunk(pieces), strict=True):
             rank.encode_weight(name, rows)
-    reports = [rank.take_report().to_plain() for rank in ranks]
+    reports = [rank.pop_report().to_message() for rank in ranks]
     error, name = worst_error(merged_errors(reports))
     assert name == max((n for n in weights if n in reports[0]["errors"]), key=lambda n: relative_error(weights[n]))
     assert error == pytest.approx(relative_error(weights[name]), rel=1e-6)
     assert all(report["seconds"] > 0 for report in reports)
-    assert worst_error(merged_errors(rank.take_report().to_plain() for rank in ranks)) is None, "it is taken once"
+    assert worst_error(merged_errors(rank.pop_report().to_message() for rank in ranks)) is None, "it is taken once"
     by_depth = errors_by_depth(merged_errors(reports))
     assert by_depth["mlp.up_proj"][1] == float(f"{error:.3g}") and len(by_depth["mlp.up_proj"]) == 2
     other = relative_error(weights["model.layers.0.self_attn.q_proj.weight"])
@@ -373,4 +373,4 @@ def test_the_class_alone_serves_the_workers():
     nan = torch.tensor([[1, 255]], dtype=torch.uint8)
     arrived = specs(("a.weight_scale", (1, 2), "uint8"))
     with pytest.raises(WeightUpdateError, match=r"'a\.weight_scale'.*NaN"):
-        scheme_class("ascend").check_arriving("a.weight_scale", nan, arrived)
+        scheme_class("ascend").check_tensor("a.weight_scale", nan, arrived)

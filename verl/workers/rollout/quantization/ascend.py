@@ -109,7 +109,7 @@ class AscendScheme(ScaledScheme):
         return run_time_targets(model)
 
     @staticmethod
-    def begin_patch(model: nn.Module) -> None:
+    def begin_delta(model: nn.Module) -> None:
         run_time_layout_back(model)
 
     @staticmethod

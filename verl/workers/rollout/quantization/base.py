@@ -90,7 +90,7 @@ class QuantizationScheme(ABC):
         """
         return
 
-    def take_report(self) -> EncodeReport:
+    def pop_report(self) -> EncodeReport:
         """What was encoded since the last call."""
         return EncodeReport()
 
@@ -112,7 +112,7 @@ class QuantizationScheme(ABC):
         return []
 
     @staticmethod
-    def begin_patch(model: nn.Module) -> None:
+    def begin_delta(model: nn.Module) -> None:
         """Before single elements are changed: the layers have to be as they run."""
         return
 
@@ -122,7 +122,7 @@ class QuantizationScheme(ABC):
         return
 
     @classmethod
-    def check_arriving(cls, name: str, tensor: torch.Tensor, arrived: Mapping[str, TensorSpec]) -> None:
+    def check_tensor(cls, name: str, tensor: torch.Tensor, arrived: Mapping[str, TensorSpec]) -> None:
         """Refuse a tensor before it is loaded.
 
         Args:

@@ -147,12 +147,12 @@ class ScaledScheme(QuantizationScheme):
                 f"parameter {(weight_name or name)!r} holds NaN or Inf: the training diverged; nothing more was sent"
             )
 
-    def take_report(self) -> EncodeReport:
+    def pop_report(self) -> EncodeReport:
         report, self._report = self._report, EncodeReport()
         return report
 
     @classmethod
-    def check_arriving(cls, name: str, tensor: torch.Tensor, arrived: Mapping[str, TensorSpec]) -> None:
+    def check_tensor(cls, name: str, tensor: torch.Tensor, arrived: Mapping[str, TensorSpec]) -> None:
         cls.scaled.check_pair(name, arrived)
         if cls.scaled.weight_of(name) is not None and not cls.finite_scales(tensor):
             raise WeightUpdateError(f"parameter {name!r} holds a NaN or infinite scale: its weight is not finite")

@@ -70,7 +70,7 @@ class HttpEndpoint:
         """Start serving; the base address, such as `http://127.0.0.1:34567`."""
         import uvicorn
 
-        from verl.utils.vllm.compat import openai_app
+        from verl.utils.vllm.server import openai_app
 
         app = await openai_app(engine, engine_arguments.model, api_key=self.api_key)
         guarded = RefuseWithoutWeights(app, self._refusal)

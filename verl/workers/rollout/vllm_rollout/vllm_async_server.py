@@ -24,8 +24,8 @@ from typing import Any
 from verl.config import ModelConfig, RolloutConfig
 from verl.utils.heap import freeze_heap
 from verl.utils.timeline import join_timeline, spanned
-from verl.utils.vllm.compat import drain
 from verl.utils.vllm.npu_settings import check_npu_environment
+from verl.utils.vllm.server import drain
 from verl.workers.rollout.continuation import after_cut, check_continuable
 from verl.workers.rollout.quantization import SCHEME_NAMES, get_scheme, worker_settings
 from verl.workers.rollout.request_channel import Answer, Request, RequestDesk
@@ -254,7 +254,7 @@ class vLLMHttpServer:
         """Check what arrived, bring the engine to its run-time layout, commit the version, and serve again.
 
         Returns:
-            As `WeightReceiver.finish`, the largest numbers of all workers; `patchable` where all of them are.
+            As `WeightReceiver.finish`, the largest numbers of all workers; `accepts_delta` where all of them are.
         """
         try:
             statistics = await self._workers("verl_finish_update", manifest)
@@ -267,10 +267,14 @@ class vLLMHttpServer:
             raise
         self._commit(int(manifest["version"]))
         columns = _columns(statistics)
-        patchable = all(columns.pop("patchable"))
+        accepts_delta = all(columns.pop("accepts_delta"))
         # Where the workers quantize, each does so with all weights.
         errors = columns.pop("errors")[0]
-        return {**{key: max(values) for key, values in columns.items()}, "errors": errors, "patchable": patchable}
+        return {
+            **{key: max(values) for key, values in columns.items()},
+            "errors": errors,
+            "accepts_delta": accepts_delta,
+        }
 
     async def abort_update(self, reason: str) -> None:
         """Give an update up. The replica refuses every request until a whole update succeeds."""

@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from verl.utils.timeline import join_timeline, spanned
-from verl.utils.vllm.compat import load_session
+from verl.utils.vllm.reload import load_session
 from verl.workers.rollout.quantization import worker_scheme
 from verl.workers.weight_sync.manifest import WeightUpdateError
 from verl.workers.weight_sync.receiver import WeightReceiver

@@ -15,12 +15,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from verl.utils.timeline import span, spanned
 from verl.workers.weight_sync.driver import Receiver, Sender
 from verl.workers.weight_sync.manifest import WeightUpdateError
+from verl.workers.weight_sync.transports.base import Node
 
 logger = logging.getLogger(__name__)
 
@@ -28,29 +28,11 @@ logger = logging.getLogger(__name__)
 _GRACE_S = 5.0
 
 
-@dataclass(frozen=True)
-class Node:
-    """Where a process runs.
-
-    Attributes:
-        id: of the node, unique in the cluster.
-        address: of the node in the cluster's network.
-        device: of those that the process sees, the first; None where that is not restricted.
-    """
-
-    id: str
-    address: str = field(compare=False)
-    device: str | None = field(default=None, compare=False)
-
-    def __str__(self) -> str:
-        return f"{self.address} ({self.id[:8]})"
-
-
 class BroadcastProxyDied(RuntimeError):
     """A relay's process ended, or its node."""
 
 
-class Relay(Protocol):
+class ProxyHandle(Protocol):
     """A `BroadcastProxy` somewhere else."""
 
     async def call(self, method: str, *arguments: Any) -> Any:
@@ -64,29 +46,6 @@ class Relay(Protocol):
         """End the process at once, whatever it does."""
 
 
-class SharedMemory:
-    """The way to replicas on the trainer's node, which needs nothing."""
-
-    def connect(
-        self, sender: Sender, home: Node, receivers: Sequence[tuple[Receiver, Node]]
-    ) -> tuple[Sender, list[Receiver]]:
-        """See `CollectiveTransport.connect`.
-
-        Raises:
-            WeightUpdateError: a receiver on another node.
-        """
-        for _, node in receivers:
-            if node != home:
-                raise WeightUpdateError(
-                    "actor_rollout_ref.rollout.checkpoint_engine.backend=naive: shared memory does not reach from the "
-                    f"trainer's node {home} to a replica on node {node}; use nccl, hccl or gloo"
-                )
-        return sender, [receiver for receiver, _ in receivers]
-
-    def close(self) -> None:
-        """Nothing to end."""
-
-
 class CollectiveTransport:
     """The way to replicas on any node: the relays of a run.
 
@@ -95,11 +54,11 @@ class CollectiveTransport:
         timeout_s: seconds that starting the relays, and each broadcast of a bucket, may take.
     """
 
-    def __init__(self, start: Callable[[Node], Relay], *, timeout_s: float):
+    def __init__(self, start: Callable[[Node], ProxyHandle], *, timeout_s: float):
         self._start, self._timeout_s = start, timeout_s
         self._nodes: tuple[Node, ...] = ()
         self._joined: tuple[Node, ...] = ()
-        self._relays: dict[Node, Relay] = {}
+        self._relays: dict[Node, ProxyHandle] = {}
         self._buckets: dict[int, asyncio.Task[dict[Node, Any]]] = {}
         self._last: asyncio.Task[dict[Node, Any]] | None = None
 
@@ -112,8 +71,8 @@ class CollectiveTransport:
             self.close()
             return sender, [receiver for receiver, _ in receivers]
         self._nodes = (home, *remote)
-        return _RelayedSender(self, sender), [
-            receiver if node == home else _RelayedReceiver(self, receiver, node) for receiver, node in receivers
+        return _BroadcastingSender(self, sender), [
+            receiver if node == home else _RemoteReceiver(self, receiver, node) for receiver, node in receivers
         ]
 
     @spanned("update: relays")
@@ -224,7 +183,7 @@ class CollectiveTransport:
         )
 
 
-async def _call(relay: Relay | None, method: str, *arguments: Any) -> Any:
+async def _call(relay: ProxyHandle | None, method: str, *arguments: Any) -> Any:
     if relay is None:
         raise BroadcastProxyDied("its relay was ended")
     return await relay.call(method, *arguments)
@@ -249,7 +208,7 @@ async def _cancel(calls: Iterable[asyncio.Future[Any]]) -> None:
     await asyncio.gather(*calls, return_exceptions=True)
 
 
-class _RelayedSender:
+class _BroadcastingSender:
     """A sender whose buckets also travel to other nodes."""
 
     def __init__(self, transport: CollectiveTransport, sender: Sender):
@@ -271,7 +230,7 @@ class _RelayedSender:
         await asyncio.gather(self._transport.settle(), self._sender.abort_export())
 
 
-class _RelayedReceiver:
+class _RemoteReceiver:
     """A receiver on another node than the sender's."""
 
     def __init__(self, transport: CollectiveTransport, receiver: Receiver, node: Node):

@@ -6,7 +6,6 @@ Everything that reaches into vLLM for loading weights into a live engine is here
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Protocol
@@ -14,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from verl.utils.vllm.apply_delta import EnginePatcher
+from verl.utils.vllm.apply_delta import DeltaApplier
 from verl.utils.vllm.layout_map import LayoutMap, LoadTrace, Target, parameters_by_storage, storage_of
 from verl.utils.vllm.npu_vllm_patch import run_time_parameters_back
 from verl.utils.vllm.write_log import WriteLog
@@ -32,7 +31,7 @@ class LayerHooks(Protocol):
     def targets(self, model: nn.Module) -> list[tuple[torch.Tensor, Target]]:
         """For each of their parameters, in the load layout: what loaders write to, and where it is run from."""
 
-    def begin_patch(self, model: nn.Module) -> None:
+    def begin_delta(self, model: nn.Module) -> None:
         """Before single elements are changed: the layers have to be as they run."""
 
     def refresh(self, model: nn.Module, places: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
@@ -80,7 +79,7 @@ class LayerwiseLoadSession:
         self._vllm_config = vllm_config
         self._device = device
         self._hooks = hooks
-        self._patcher: EnginePatcher | None = None
+        self._patcher: DeltaApplier | None = None
         self._trace: LoadTrace | None = None
 
     def begin(self) -> None:
@@ -206,7 +205,7 @@ class LayerwiseLoadSession:
 
     def _new_patcher(
         self, layout: LayoutMap, tied: Mapping[str, nn.Module], derived: Mapping[str, Callable[[], None]]
-    ) -> EnginePatcher:
+    ) -> DeltaApplier:
         filled: dict[str, int] = {}
         for name, count in layout.filled().items():
             layer = name.rpartition(".")[0]
@@ -222,7 +221,7 @@ class LayerwiseLoadSession:
             for name, layer in self._owners.items()
             if name not in reloaded and _is_packed(self._model, layer) and (make := _processing(layer)) is not None
         }
-        return EnginePatcher(
+        return DeltaApplier(
             self._model,
             layout,
             reloaded=reloaded,
@@ -234,11 +233,11 @@ class LayerwiseLoadSession:
     # ---- patches, instead of a load ----
 
     @property
-    def patchable(self) -> bool:
+    def accepts_delta(self) -> bool:
         """Whether single elements can be changed: a whole load was watched, and what has to be kept is kept."""
         return self._patcher is not None and self._patcher.complete
 
-    def begin_patch(self) -> None:
+    def begin_delta(self) -> None:
         """Before the first `patch`.
 
         Raises:
@@ -246,8 +245,8 @@ class LayerwiseLoadSession:
         """
         run_time_parameters_back(self._model)
         if self._hooks is not None:
-            self._hooks.begin_patch(self._model)
-        if not self.patchable:
+            self._hooks.begin_delta(self._model)
+        if not self.accepts_delta:
             raise RuntimeError("no load of this engine was recorded yet: changes alone cannot be placed")
         assert self._patcher is not None
         moved = self._patcher.moved()
@@ -256,17 +255,17 @@ class LayerwiseLoadSession:
             raise RuntimeError(f"{moved} is not in the memory it was loaded into: changes alone cannot be placed")
 
     def patch(self, name: str, places: torch.Tensor | None, start: int, values: torch.Tensor) -> None:
-        """Change elements of a checkpoint tensor; see `EnginePatcher.patch`."""
+        """Change elements of a checkpoint tensor; see `DeltaApplier.patch`."""
         assert self._patcher is not None
         self._patcher.patch(name, places, start, values)
 
-    def settle_patches(self) -> None:
+    def refresh_derived(self) -> None:
         """After some of them: make anew what is derived from what changed, while the next ones are on their way."""
         assert self._patcher is not None
         with self._context():
             self._patcher.settle()
 
-    def finish_patch(self) -> None:
+    def finish_delta(self) -> None:
         """After the last `patch`."""
         assert self._patcher is not None
         with self._context():
@@ -386,49 +385,3 @@ def load_session(
             "use a release that has it, 0.18 or newer"
         ) from error
     return LayerwiseLoadSession(model, vllm_config, device, hooks)
-
-
-async def drain(engine) -> None:
-    """Have an `AsyncLLM` finish what is in flight and hold what comes, until its `resume_generation`.
-
-    `pause_generation(mode="wait")` does this and then sleeps for 20 ms, in which answers reach whoever asked for them.
-    An update has no need of that: the answers are tokens already.
-    """
-    core = getattr(engine, "engine_core", None)
-    if hasattr(core, "pause_scheduler_async"):
-        await core.pause_scheduler_async(mode="wait", clear_cache=False)
-    else:
-        await engine.pause_generation(mode="wait", clear_cache=False)
-
-
-def openai_functions() -> tuple[Callable, Callable, Callable]:
-    """vLLM's `build_app`, `init_app_state` and `make_arg_parser` of its OpenAI-compatible endpoint."""
-    try:
-        from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-        from vllm.entrypoints.launchers.app import build_app
-        from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    except ImportError:  # before 0.31
-        from vllm.entrypoints.openai.api_server import build_app, init_app_state
-        from vllm.entrypoints.openai.cli_args import make_arg_parser
-    return build_app, init_app_state, make_arg_parser
-
-
-def build_openai_app(model: str, tasks: tuple[str, ...], model_config, *, api_key: str):
-    """The FastAPI application and the arguments it was built from; no engine is behind it yet."""
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    build_app, _, make_arg_parser = openai_functions()
-    arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", model, "--disable-uvicorn-access-log"])
-    arguments.api_key = [api_key]
-    # vLLM 0.18 does not ask for the model's config.
-    takes_config = "model_config" in inspect.signature(build_app).parameters
-    return build_app(arguments, tasks, *([model_config] if takes_config else [])), arguments
-
-
-async def openai_app(engine, model: str, *, api_key: str):
-    """vLLM's FastAPI application in front of `engine`; requests to `/v1` need `Authorization: Bearer <api_key>`."""
-    tasks = await engine.get_supported_tasks()
-    app, arguments = build_openai_app(model, tasks, engine.model_config, api_key=api_key)
-    _, init_app_state, _ = openai_functions()
-    await init_app_state(engine, app.state, arguments, tasks)
-    return app

@@ -24,7 +24,7 @@ from verl.utils.platform import torch_device
 from verl.workers.weight_sync.shm import SegmentReader, SharedSegment
 
 # Of an accelerator's memory two of these are taken; one travels while the next is copied.
-PIECE_BYTES = 64 << 20
+SLICE_BYTES = 64 << 20
 # What a backend reaches.
 DEVICES = {"gloo": "cpu", "nccl": "cuda", "hccl": "npu"}
 
@@ -98,7 +98,7 @@ class BroadcastProxy:
     def _broadcast(self, memory: torch.Tensor, *, sends: bool) -> None:
         """`memory` (uint8 `[nbytes]`) piece by piece, two of them under way."""
         under_way: deque[tuple[dist.Work, torch.Tensor, torch.Tensor]] = deque()
-        for index, piece in enumerate(memory.split(PIECE_BYTES)):
+        for index, piece in enumerate(memory.split(SLICE_BYTES)):
             if len(under_way) == 2:
                 self._arrive(*under_way.popleft(), sends=sends)
             stage = self._stage(index % 2, piece)
@@ -118,5 +118,5 @@ class BroadcastProxy:
         if not self._staged:
             return piece
         if not self._stages:
-            self._stages = [torch.empty(PIECE_BYTES, dtype=torch.uint8, device=self._device) for _ in range(2)]
+            self._stages = [torch.empty(SLICE_BYTES, dtype=torch.uint8, device=self._device) for _ in range(2)]
         return self._stages[index][: piece.numel()]

@@ -11,26 +11,27 @@ import time
 import pytest
 import torch
 
-from verl.workers.weight_sync import collective
-from verl.workers.weight_sync import relay as relay_module
-from verl.workers.weight_sync.broadcast_proxy import BroadcastProxy
-from verl.workers.weight_sync.collective import BroadcastProxyDied, CollectiveTransport, Node, SharedMemory
 from verl.workers.weight_sync.driver import update_weights
 from verl.workers.weight_sync.manifest import WeightUpdateError
-from verl.workers.weight_sync.ray_broadcast_proxy import backend_on
 from verl.workers.weight_sync.shm import SegmentReader, SharedSegment
+from verl.workers.weight_sync.transports import broadcast_proxy, collective
+from verl.workers.weight_sync.transports.base import Node
+from verl.workers.weight_sync.transports.broadcast_proxy import BroadcastProxy
+from verl.workers.weight_sync.transports.collective import BroadcastProxyDied, CollectiveTransport
+from verl.workers.weight_sync.transports.create import backend_on
+from verl.workers.weight_sync.transports.shared_memory import SharedMemoryTransport
 
 HOME, *REMOTE = (Node(name, "10.0.0.1") for name in ("home", "left", "right"))
 PIECE = 1000  # bytes; far below what is sent, so that pieces and their tail are tried
 DEATH_S = 60  # a bound that only a hang exceeds
 # Each relay is forked from a process that has imported torch and done nothing with it.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload([relay_module.__name__, __name__])
+CONTEXT.set_forkserver_preload([broadcast_proxy.__name__, __name__])
 
 
 def serve(pipe, segments, staged):
     """A relay's process: methods by name through a pipe, each in a thread."""
-    relay_module.PIECE_BYTES = PIECE
+    broadcast_proxy.SLICE_BYTES = PIECE
     relay, answering = BroadcastProxy("gloo", segments), threading.Lock()
     relay._staged = staged
 
@@ -123,7 +124,7 @@ class BytesSender:
             "segment": segment.handle if nbytes else None,
             "entries": [{"name": "w", "offset": index}],
             "base": self.base,
-            "pieces": [{"name": "w", "count": index}],
+            "chunks": [{"name": "w", "count": index}],
         }
 
     async def finish_export(self):
@@ -155,7 +156,7 @@ class HashReceiver:
     async def finish_update(self, manifest):
         assert manifest["num_buckets"] == len(self.buckets)
         self.committed, self.reason = manifest["version"], None
-        return {"encode": 0.0, "load": 0.0, "finish": 0.0, "bytes": 0, "errors": {}, "patchable": True}
+        return {"encode": 0.0, "load": 0.0, "finish": 0.0, "bytes": 0, "errors": {}, "accepts_delta": True}
 
     async def abort_update(self, reason):
         self.committed, self.reason = None, reason
@@ -214,7 +215,7 @@ async def test_all_but_the_segment_is_passed_through(relays):
     await run(transport, SIZES, [at_home, away], 3, base=2)
     for sent, received in zip(at_home[0].buckets, away[0].buckets, strict=True):
         assert {**sent, "segment": None} == {**received, "segment": None}
-        assert received["base"] == 2 and received["pieces"] == [{"name": "w", "count": received["index"]}]
+        assert received["base"] == 2 and received["chunks"] == [{"name": "w", "count": received["index"]}]
         if sent["nbytes"]:
             assert sent["segment"]["pid"] == os.getpid()
             assert received["segment"]["pid"] == relays[REMOTE[0]].process.pid
@@ -353,9 +354,9 @@ async def test_replicas_on_other_nodes_join_and_leave(relays):
 
 async def test_without_a_transport_a_remote_replica_is_refused():
     sender, (local, remote) = BytesSender(SIZES), receivers_on([HOME, REMOTE[0]])
-    assert SharedMemory().connect(sender, HOME, [local]) == (sender, [local[0]])
+    assert SharedMemoryTransport().connect(sender, HOME, [local]) == (sender, [local[0]])
     with pytest.raises(WeightUpdateError, match=r"backend=naive.*\(home\).*\(left\).*use nccl, hccl or gloo"):
-        SharedMemory().connect(sender, HOME, [local, remote])
+        SharedMemoryTransport().connect(sender, HOME, [local, remote])
 
 
 @pytest.mark.parametrize(
