@@ -126,7 +126,7 @@ async def start(model_dir: Path, rollout: RolloutConfig, dtype: str) -> Pair:
     environment = engine_environment(device="cpu", threads=2, tensor_parallel_size=1)
     replica = vLLMReplica(0, server, {"num_cpus": 0}, environment)
     host = "127.0.0.1"
-    port = await trainer.rank(0, TrainWorker.rendezvous, host)
+    port = await trainer.rank(0, TrainWorker.reserve_port, host)
     await asyncio.gather(trainer.all(TrainWorker.setup, host, port, host), replica.start())
     pair = Pair(config, trainer, replica)
     await pair.update()

@@ -288,7 +288,7 @@ def test_beside_the_actor_in_one_process(model_dir):
     )
     data = critic_batch(12)
     try:
-        worker.setup("127.0.0.1", worker.rendezvous("127.0.0.1"), "127.0.0.1")
+        worker.setup("127.0.0.1", worker.reserve_port("127.0.0.1"), "127.0.0.1")
         assert worker.call("compute_log_prob", data).batch["old_log_probs"].any()
         before = worker.call_critic("compute_values", data).batch["values"]
         metrics = worker.call_critic("update_critic", mini_batches(data, 12, 1)[0])

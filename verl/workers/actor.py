@@ -22,7 +22,7 @@ from verl.protocol import DataProto
 from verl.utils.external import import_external
 from verl.utils.platform import choose_dtype
 from verl.workers.engine.base import PolicyEngine
-from verl.workers.engine.export import RowEncoder, Unit
+from verl.workers.engine.export import ExportUnit, RowEncoder
 from verl.workers.engine.fsdp import FSDPEngine
 from verl.workers.engine.micro_batch import MicroBatching, micro_batching
 from verl.workers.policy_objective import PolicyObjective
@@ -236,7 +236,9 @@ class ActorWorker:
         """The policy's weights under checkpoint names; see `TrainEngine.export_weights`."""
         return self.engine.export_weights(dtype=dtype, encoder=encoder)
 
-    def export_units(self, *, dtype: torch.dtype | None = None, encoder: RowEncoder | None = None) -> Iterator[Unit]:
+    def export_units(
+        self, *, dtype: torch.dtype | None = None, encoder: RowEncoder | None = None
+    ) -> Iterator[ExportUnit]:
         """The policy's weights before they are gathered; see `TrainEngine.export_units`."""
         return self.engine.export_units(dtype=dtype, encoder=encoder)
 

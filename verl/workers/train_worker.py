@@ -18,7 +18,7 @@ from verl.utils.network import choose_gloo_interface
 from verl.utils.timeline import join_timeline, span, spanned
 from verl.workers.actor import ActorWorker
 from verl.workers.critic import CriticWorker
-from verl.workers.engine.export import Unit
+from verl.workers.engine.export import ExportUnit
 from verl.workers.rollout.quantization import QuantizationScheme, get_scheme
 from verl.workers.weight_sync.block_gather import PackedBlock
 from verl.workers.weight_sync.encode_report import EncodeReport
@@ -74,17 +74,17 @@ class TrainWorker:
         self._scheme: QuantizationScheme | None = get_scheme(config.rollout, config.model.path) if sends else None
         self._last_sent = LastSentWeights(self._scheme, keeps=full_update_reason(config.rollout, device) is None)
         self._exporting = 0
-        self._meeting: socket.socket | None = None
+        self._reserved_port: socket.socket | None = None
 
-    def missing(self, paths: list[str]) -> list[str]:
+    def missing_paths(self, paths: list[str]) -> list[str]:
         """Those of some files and directories that are not there on this host."""
         return [path for path in paths if not os.path.exists(path)]
 
-    def rendezvous(self, address: str) -> int:
+    def reserve_port(self, address: str) -> int:
         """A port of this host's `address` where the ranks can meet, held until `setup`."""
-        self._meeting = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
-        self._meeting.bind((address, 0))
-        return self._meeting.getsockname()[1]
+        self._reserved_port = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+        self._reserved_port.bind((address, 0))
+        return self._reserved_port.getsockname()[1]
 
     def setup(self, host: str, port: int, address: str) -> None:
         """Join the process group and load the models.
@@ -95,9 +95,9 @@ class TrainWorker:
         """
         if address != "127.0.0.1":
             choose_gloo_interface(address)
-        if self._meeting is not None:
+        if self._reserved_port is not None:
             # Only now, or another process of the run might be given the port meanwhile.
-            self._meeting.close()
+            self._reserved_port.close()
         self._actor = ActorWorker(
             self._rank,
             self._world_size,
@@ -256,6 +256,6 @@ class TrainWorker:
         self._last_sent.check_base(base)
         return self._last_sent.export_delta(self._units(), torch.device(self._device))
 
-    def _units(self) -> Iterator[Unit]:
+    def _units(self) -> Iterator[ExportUnit]:
         self._pop_report()  # what an update that failed left behind
         return self._actor.export_units(dtype=self._send_dtype, encoder=self._scheme)

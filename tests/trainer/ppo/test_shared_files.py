@@ -19,7 +19,7 @@ class Ranks:
         self.roots = roots
 
     async def all(self, method, paths):
-        assert method is TrainWorker.missing
+        assert method is TrainWorker.missing_paths
         return [[path for path in paths if not os.path.exists(f"{root}{path}")] for root in self.roots]
 
 

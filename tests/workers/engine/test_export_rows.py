@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from fixtures.ranks import run_ranks
 from verl.workers.engine import export_rows
-from verl.workers.engine.export_rows import LocalRows, RowRange, find_ranges, local_rows
+from verl.workers.engine.export_rows import LocalRows, RowRange, find_row_ranges, local_rows
 
 SHAPES = {"packed": torch.Size([2, 6, 4]), "plain": torch.Size([3, 4]), "norm": torch.Size([5])}
 CONVERTS = SimpleNamespace(_weight_conversions=[object()])
@@ -54,14 +54,14 @@ def change(name, how):
 )
 def test_rows_are_found_unless_they_are_changed(monkeypatch, convert, lost):
     monkeypatch.setattr(export_rows, "revert_weight_conversion", lambda model, tensors: convert(tensors))
-    found = find_ranges(CONVERTS, SHAPES)
+    found = find_row_ranges(CONVERTS, SHAPES)
     assert set(found) == set(SHAPES) - set(lost)
     # What they say is what the conversion does.
     weights = {name: torch.randn(shape) for name, shape in SHAPES.items()}
     whole = convert(weights)
     for name, ranges in found.items():
         for part in ranges:
-            shape, start = part.place(weights[name])
+            shape, start = part.shape_and_offset(weights[name])
             flat = weights[name].reshape(-1)[start : start + whole[part.name].numel()]
             assert torch.equal(flat.view(shape), whole[part.name])
 
@@ -71,16 +71,16 @@ def test_joined_parameters_are_left_whole(monkeypatch):
         return {"joined": torch.cat([tensors["a"], tensors["b"]]), "c": tensors["c"]}
 
     monkeypatch.setattr(export_rows, "revert_weight_conversion", convert)
-    assert set(find_ranges(CONVERTS, {name: torch.Size([3, 4]) for name in "abc"})) == {"c"}
+    assert set(find_row_ranges(CONVERTS, {name: torch.Size([3, 4]) for name in "abc"})) == {"c"}
 
 
 def test_ranges_of_packed_experts(monkeypatch):
     monkeypatch.setattr(export_rows, "revert_weight_conversion", lambda model, tensors: packed_apart(tensors))
-    assert find_ranges(CONVERTS, SHAPES) == CUT
+    assert find_row_ranges(CONVERTS, SHAPES) == CUT
 
 
 def test_without_a_conversion_each_parameter_is_its_tensor():
-    found = find_ranges(SimpleNamespace(), {**SHAPES, "scalar": torch.Size([])})
+    found = find_row_ranges(SimpleNamespace(), {**SHAPES, "scalar": torch.Size([])})
     assert {name: [part.shape for part in ranges] for name, ranges in found.items()} == {
         **{name: [tuple(shape)] for name, shape in SHAPES.items()},
         "scalar": [()],

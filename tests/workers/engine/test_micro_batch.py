@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fixtures.engine_cases import make_batch
-from verl.workers.engine.micro_batch import AlignedBatch, Layout, MicroBatching, equalise, plan_micro_batches
+from verl.workers.engine.micro_batch import AlignedBatch, Layout, MicroBatching, equalize_counts, plan_micro_batches
 
 CPU = torch.device("cpu")
 
@@ -76,7 +76,7 @@ def test_limits_are_checked(limits):
 
 def test_equalise_leaves_one_rank_alone():
     plan = [np.array([1, 0])]
-    assert equalise(plan, None, CPU) is plan
+    assert equalize_counts(plan, None, CPU) is plan
 
 
 def test_a_response_needs_something_before_it():

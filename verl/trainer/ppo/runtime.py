@@ -226,7 +226,7 @@ class Runtime:
         if not self._nodes:
             await self._find_trainers()
         addresses = [node.address if self.config.trainer.nnodes > 1 else "127.0.0.1" for node in self._nodes]
-        port = await self.trainers.rank(0, TrainWorker.rendezvous, addresses[0])
+        port = await self.trainers.rank(0, TrainWorker.reserve_port, addresses[0])
         await self.trainers.each(TrainWorker.setup, [(addresses[0], port, address) for address in addresses])
         logger.info("%d trainer rank(s) are up after %.1f s", len(self.trainers), time.perf_counter() - started)
 

@@ -41,7 +41,7 @@ async def check_seen(paths: Mapping[str, str | Path], ranks: Ranks, addresses: S
         FileNotFoundError: a rank does not see one.
     """
     keys = {str(Path(path).absolute()): key for key, path in paths.items()}
-    for rank, absent in enumerate(await ranks.all(TrainWorker.missing, list(keys))):
+    for rank, absent in enumerate(await ranks.all(TrainWorker.missing_paths, list(keys))):
         for path in absent:
             raise FileNotFoundError(
                 f"{keys[path]}={path}: rank {rank} on {addresses[rank]} does not see it; put it there at the same "
@@ -64,7 +64,7 @@ async def check_shared(directory: str | Path, ranks: Ranks, addresses: Sequence[
     probe = directory / f".seen-by-all-ranks-{uuid.uuid4().hex}"
     probe.touch()
     try:
-        answers = await ranks.all(TrainWorker.missing, [str(probe)])
+        answers = await ranks.all(TrainWorker.missing_paths, [str(probe)])
     finally:
         probe.unlink()
     blind = [f"rank {rank} on {addresses[rank]}" for rank, absent in enumerate(answers) if absent]

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from verl.protocol import DataProto
-from verl.workers.engine.export import RowEncoder, Unit, whole_tensors
+from verl.workers.engine.export import ExportUnit, RowEncoder, gather_all
 from verl.workers.engine.micro_batch import MicroBatching
 
 
@@ -54,7 +54,9 @@ class TrainEngine(ABC):
         """Advance the learning-rate schedule by one training step."""
 
     @abstractmethod
-    def export_units(self, *, dtype: torch.dtype | None = None, encoder: RowEncoder | None = None) -> Iterator[Unit]:
+    def export_units(
+        self, *, dtype: torch.dtype | None = None, encoder: RowEncoder | None = None
+    ) -> Iterator[ExportUnit]:
         """Every weight, a tied one once, as this rank holds it and before it is gathered.
 
         All ranks must exhaust it.
@@ -68,7 +70,7 @@ class TrainEngine(ABC):
         self, *, dtype: torch.dtype | None = None, encoder: RowEncoder | None = None
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Every weight under its checkpoint name and shape, whole, one after the other; otherwise as `export_units`."""
-        return whole_tensors(self.export_units(dtype=dtype, encoder=encoder))
+        return gather_all(self.export_units(dtype=dtype, encoder=encoder))
 
     @abstractmethod
     def save(self, path: str | Path, contents: Sequence[str] = ("model", "optimizer", "extra")) -> None:

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from verl.utils.tensor_diff import diff_and_update_rounded_
-from verl.workers.engine.export_rows import LocalRows, RowRange, find_ranges, local_rows
+from verl.workers.engine.export_rows import LocalRows, RowRange, find_row_ranges, local_rows
 from verl.workers.engine.loading import decoder_layer_names
 from verl.workers.engine.lora import merged_view
 
@@ -47,7 +47,7 @@ class RowEncoder(Protocol):
         """Bring what `encode_weight` returned earlier up to date; by suffix, which places of it changed."""
 
 
-class Unit(ABC):
+class ExportUnit(ABC):
     """What is gathered at once: a parameter, or several that have to be converted together.
 
     Attributes:
@@ -61,7 +61,7 @@ class Unit(ABC):
         """Its checkpoint tensors, whole and contiguous, on the model's device. Collective."""
 
 
-class RowShardedParam(Unit):
+class RowShardedParam(ExportUnit):
     """A parameter of which each rank holds whole rows, and that a checkpoint holds with its rows in this order.
 
     Attributes:
@@ -107,12 +107,14 @@ class RowShardedParam(Unit):
             return {"": diff_and_update_rounded_(kept[""], self._local.contiguous())}
         return self._encoder.diff_and_update_(self.name, self._local, kept, self._dtype)
 
-    def owns(self, part: torch.Tensor) -> bool:
+    def is_copy(self, part: torch.Tensor) -> bool:
         """Whether a part will stay as it is when the parameter changes."""
         return part.untyped_storage().data_ptr() != self._local.untyped_storage().data_ptr()
 
     def gather(self) -> dict[str, torch.Tensor]:
-        return self.cut({suffix: _gather_rows(part, self._shard) for suffix, part in self.parts.items()})
+        return self.to_checkpoint_tensors(
+            {suffix: _gather_rows(part, self._shard) for suffix, part in self.parts.items()}
+        )
 
     def sizes(self, part: torch.Tensor) -> list[int] | None:
         """Bytes that each rank holds of one of `parts`; None where not every rank holds a share of its own."""
@@ -124,18 +126,18 @@ class RowShardedParam(Unit):
         share, row = -(-shard.shape[0] // ranks), part.dtype.itemsize * prod(part.shape[1:])
         return [max(0, min(share, shard.shape[0] - rank * share)) * row for rank in range(ranks)]
 
-    def cut(self, wholes: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def to_checkpoint_tensors(self, wholes: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Checkpoint tensors out of all ranks' parts."""
         found = {}
         for suffix, whole in wholes.items():
             flat = whole.reshape(-1)
             for cut in self.ranges:
-                shape, start = cut.place(whole)
+                shape, start = cut.shape_and_offset(whole)
                 found[cut.name + suffix] = flat[start : start + prod(shape)].view(shape)
         return found
 
 
-class GatheredParams(Unit):
+class GatheredParams(ExportUnit):
     """Parameters of which checkpoint tensors can only be made, or encoded, once they are gathered."""
 
     def __init__(self, model: PreTrainedModel, shards: dict[str, torch.Tensor], dtype: torch.dtype | None):
@@ -161,7 +163,7 @@ class WeightExport:
         self._held: dict[str, LocalRows | None] = {}
 
     @torch.no_grad()
-    def units(self, *, dtype: torch.dtype | None = None, encoder: RowEncoder | None = None) -> Iterator[Unit]:
+    def units(self, *, dtype: torch.dtype | None = None, encoder: RowEncoder | None = None) -> Iterator[ExportUnit]:
         """All of it, a tied weight once. Collective: every rank must exhaust it, and where one gathers all must.
 
         Args:
@@ -193,7 +195,7 @@ class WeightExport:
 
     def _ranges_of(self, names: tuple[str, ...], shards: dict[str, torch.Tensor]) -> dict[str, tuple[RowRange, ...]]:
         if names not in self._ranges:
-            self._ranges[names] = find_ranges(self._model, {name: shards[name].shape for name in names})
+            self._ranges[names] = find_row_ranges(self._model, {name: shards[name].shape for name in names})
             self._held |= {name: local_rows(shards[name], dist.get_rank()) for name in names}
         return self._ranges[names]
 
@@ -206,10 +208,10 @@ def export_weights(
     No more is gathered at once than a parameter, or the parameters of a decoder layer that are converted together.
     Arguments as of `WeightExport.units`. Collective: every rank must exhaust the stream.
     """
-    return whole_tensors(WeightExport(model).units(dtype=dtype, encoder=encoder))
+    return gather_all(WeightExport(model).units(dtype=dtype, encoder=encoder))
 
 
-def whole_tensors(units: Iterable[Unit]) -> Iterator[tuple[str, torch.Tensor]]:
+def gather_all(units: Iterable[ExportUnit]) -> Iterator[tuple[str, torch.Tensor]]:
     for unit in units:
         yield from unit.gather().items()
 
@@ -255,7 +257,7 @@ def _gather_rows(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return sharded.full_tensor().view(part.dtype)
 
 
-def gather_to_rank0(units: Iterable[Unit]) -> Iterator[tuple[Unit, dict[str, torch.Tensor]]]:
+def gather_to_rank0(units: Iterable[ExportUnit]) -> Iterator[tuple[ExportUnit, dict[str, torch.Tensor]]]:
     """Each unit with what `gather` makes of it, on rank 0; what other ranks get is not for use.
 
     Collective: to be exhausted. Rows travel to rank 0 alone, where an all-gather would bring every rank all of them,
@@ -279,7 +281,7 @@ def gather_to_rank0(units: Iterable[Unit]) -> Iterator[tuple[Unit, dict[str, tor
 
 def _to_first(
     shares: Sequence[tuple[RowShardedParam, str, torch.Tensor, list[int]]],
-) -> Iterator[tuple[Unit, dict[str, torch.Tensor]]]:
+) -> Iterator[tuple[ExportUnit, dict[str, torch.Tensor]]]:
     """One collective for some parts: unit, suffix, rows of this rank, and bytes of each rank's.
 
     By all_to_all, as in `gather_blocks`.
@@ -302,7 +304,7 @@ def _to_first(
             whole = arrived if len(shares) == 1 else torch.cat(of_part)
             wholes[id(unit)][1][suffix] = whole.view(part.dtype).view(-1, *part.shape[1:])
     for unit, whole in wholes.values():
-        yield unit, unit.cut(whole)
+        yield unit, unit.to_checkpoint_tensors(whole)
 
 
 def _groups(model: PreTrainedModel, state: dict[str, torch.Tensor], by_layer: bool) -> list[list[str]]:

@@ -35,7 +35,7 @@ class RowRange:
     def rows(self) -> int:
         return count_rows(self.shape)
 
-    def place(self, part: torch.Tensor) -> tuple[tuple[int, ...], int]:
+    def shape_and_offset(self, part: torch.Tensor) -> tuple[tuple[int, ...], int]:
         """Shape of what rows become, and where it begins in what all of the parameter's become, in elements.
 
         Args:
@@ -55,7 +55,7 @@ def count_rows(shape: tuple[int, ...]) -> int:
     return prod(shape[:-1]) if len(shape) > 1 else prod(shape)
 
 
-def find_ranges(model: PreTrainedModel, shapes: Mapping[str, torch.Size]) -> dict[str, tuple[RowRange, ...]]:
+def find_row_ranges(model: PreTrainedModel, shapes: Mapping[str, torch.Size]) -> dict[str, tuple[RowRange, ...]]:
     """For parameters that are converted together: the checkpoint tensors that each one is cut into between its rows.
 
     A parameter is missing where some of its rows are cut, mixed, turned or joined with another's.

@@ -18,7 +18,7 @@ from verl.utils.timeline import span, spanned
 from verl.workers.engine import checkpoint, export, optim
 from verl.workers.engine.base import LossFn, PolicyEngine, TrainEngine, ValueEngine, ValueLossFn
 from verl.workers.engine.errors import NonFiniteError
-from verl.workers.engine.export import RowEncoder, Unit, WeightExport
+from verl.workers.engine.export import ExportUnit, RowEncoder, WeightExport
 from verl.workers.engine.loading import load_sharded_model, parse_dtype
 from verl.workers.engine.log_probs import token_log_probs
 from verl.workers.engine.micro_batch import AlignedBatch, Layout, MicroBatch, MicroBatching
@@ -107,7 +107,9 @@ class FSDPTrainEngine(TrainEngine):
     def schedule_step(self) -> None:
         self._schedule_step += 1
 
-    def export_units(self, *, dtype: torch.dtype | None = None, encoder: RowEncoder | None = None) -> Iterator[Unit]:
+    def export_units(
+        self, *, dtype: torch.dtype | None = None, encoder: RowEncoder | None = None
+    ) -> Iterator[ExportUnit]:
         return self._export.units(dtype=dtype, encoder=encoder)
 
     def save(self, path: str | Path, contents: Sequence[str] = checkpoint.CONTENTS) -> None:

@@ -115,7 +115,7 @@ class AlignedBatch:
         """The micro-batches, as many on each rank of `group`: without samples where this rank has too few."""
         padded = self.lengths if self._layout is not Layout.FULL_ROWS else np.full_like(self.lengths, self._width)
         plan = plan_micro_batches(padded, limits, packed=self._layout is Layout.PACKED)
-        for rows in equalise(plan, group, self._device):
+        for rows in equalize_counts(plan, group, self._device):
             yield self._build(rows)
 
     def _build(self, rows: np.ndarray) -> MicroBatch:
@@ -177,7 +177,7 @@ def plan_micro_batches(lengths: np.ndarray, limits: MicroBatching, *, packed: bo
     return plan
 
 
-def equalise(plan: list[np.ndarray], group: dist.ProcessGroup | None, device: torch.device) -> list[np.ndarray]:
+def equalize_counts(plan: list[np.ndarray], group: dist.ProcessGroup | None, device: torch.device) -> list[np.ndarray]:
     """The same samples in as many micro-batches as the rank with the most: every one is a collective operation."""
     if group is None or dist.get_world_size(group) == 1:
         return plan

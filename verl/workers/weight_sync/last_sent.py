@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from verl.utils.tensor_diff import diff_and_update_
-from verl.workers.engine.export import RowShardedParam, Unit, gather_to_rank0
+from verl.workers.engine.export import ExportUnit, RowShardedParam, gather_to_rank0
 from verl.workers.engine.export_rows import row_length
 from verl.workers.rollout.quantization import QuantizationScheme
 from verl.workers.weight_sync.block_gather import PackedBlock, gather_blocks
@@ -52,7 +52,7 @@ class LastSentWeights:
         if self._keeps:
             self._version = version
 
-    def export_full(self, units: Iterator[Unit]) -> Iterator[tuple[str, torch.Tensor]]:
+    def export_full(self, units: Iterator[ExportUnit]) -> Iterator[tuple[str, torch.Tensor]]:
         """On rank 0 each checkpoint tensor as it is sent; on other ranks nothing. Collective: to be exhausted.
 
         Raises:
@@ -67,7 +67,7 @@ class LastSentWeights:
                 by_rows = isinstance(unit, RowShardedParam)
                 if by_rows and unit.sends and self._keeps:
                     for suffix, part in unit.parts.items():
-                        self._keep(unit.name, suffix, part, unit.owns(part))
+                        self._keep(unit.name, suffix, part, unit.is_copy(part))
                 for name, tensor in self._encoded(whole) if first else ():
                     if self._keeps and not by_rows:
                         self._keep(name, "", tensor, name not in whole or tensor is not whole[name])
@@ -78,7 +78,7 @@ class LastSentWeights:
                 pass
             raise
 
-    def export_delta(self, units: Iterator[Unit], device: torch.device) -> Iterator[PackedBlock | None]:
+    def export_delta(self, units: Iterator[ExportUnit], device: torch.device) -> Iterator[PackedBlock | None]:
         """On rank 0 what changed on all ranks since the last commit; on other ranks nothing. Collective, as above.
 
         A None stands between what should travel on and what is only compared now.
@@ -108,14 +108,14 @@ class LastSentWeights:
     def _encoded(self, tensors: dict[str, torch.Tensor]) -> Iterable[tuple[str, torch.Tensor]]:
         return tensors.items() if self._scheme is None else self._scheme.encode(tensors.items())
 
-    def _compare(self, unit: Unit, block: DeltaBlock) -> None:
+    def _compare(self, unit: ExportUnit, block: DeltaBlock) -> None:
         """Add what changed of what this rank answers for."""
         if isinstance(unit, RowShardedParam):
             if not unit.sends:
                 return
             kept = self._kept[unit.name]
             for suffix, changed in unit.diff_and_update_(kept).items():
-                cuts = [(cut.name + suffix, *cut.place(kept[suffix])) for cut in unit.ranges]
+                cuts = [(cut.name + suffix, *cut.shape_and_offset(kept[suffix])) for cut in unit.ranges]
                 self._add(kept[suffix], changed, unit.first, cuts, block)
             return
         whole = unit.gather()
