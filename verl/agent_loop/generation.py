@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from verl.agent_loop.agent_loop import AgentLoopBase, AgentLoopOutput, get_agent
 from verl.agent_loop.loops_file import register_from_file
 from verl.config import PPOConfig
 from verl.protocol import DataProto
+from verl.utils.asyncio_utils import gather_or_cancel
 from verl.utils.proto_columns import object_array
 from verl.utils.timeline import spanned
 from verl.workers.reward import RewardLoop, RewardResult, extra_columns
@@ -77,13 +77,8 @@ class SampleGenerator:
         """
         started = time.monotonic_ns()
         self._answered_at = started
-        tasks = [asyncio.create_task(self._sample(row, sampling_params)) for row in rows]
-        try:
-            samples = list(await asyncio.gather(*tasks))
-        finally:
-            for task in tasks:
-                task.cancel()
-        return samples, GenerationTimes(started, self._answered_at, time.monotonic_ns())
+        samples = await gather_or_cancel(*(self._sample(row, sampling_params) for row in rows))
+        return list(samples), GenerationTimes(started, self._answered_at, time.monotonic_ns())
 
     @spanned("sample", "sample", overlaps=True)
     async def _sample(self, row: dict[str, Any], sampling_params: dict[str, Any]) -> ScoredSample:

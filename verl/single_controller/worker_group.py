@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar, TypeVarTuple
 
 from verl.single_controller.actor import Actor
+from verl.utils.asyncio_utils import gather_or_cancel
 
 WorkerT_co = TypeVar("WorkerT_co", covariant=True)
 P = ParamSpec("P")
@@ -65,15 +65,8 @@ class WorkerGroup(Generic[WorkerT_co]):
         return await self._results([actor.submit_function(function, *arguments, **keywords) for actor in self._actors])
 
     async def _results(self, references: Sequence[Any]) -> list[Any]:
-        waiting = [
-            asyncio.ensure_future(actor.result(reference))
-            for actor, reference in zip(self._actors, references, strict=True)
-        ]
-        try:
-            return await asyncio.gather(*waiting)
-        finally:
-            for task in waiting:
-                task.cancel()
+        calls = zip(self._actors, references, strict=True)
+        return list(await gather_or_cancel(*(actor.result(reference) for actor, reference in calls)))
 
     def stop(self) -> None:
         """End every rank's process."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import dataclasses
 import json
@@ -40,6 +39,7 @@ from verl.trainer.rollouts.forward_passes import ForwardPasses, Pass
 from verl.trainer.rollouts.partial_rollout import Position
 from verl.trainer.rollouts.prompts import Place, PromptSource
 from verl.trainer.rollouts.sampling import Sampling
+from verl.utils.asyncio_utils import gather_or_cancel
 from verl.utils.dataset.loader import build_dataloader
 from verl.utils.dataset.rl_dataset import create_rl_dataset
 from verl.utils.heap import freeze_heap
@@ -128,12 +128,7 @@ class Runtime:
             # Before the replicas, which open devices that their ranks have; what a node lacks shows here, too.
             await self._find_trainers()
         logger.info("starting %d trainer rank(s) and %d replica(s)", len(self.trainers), len(self.replicas.replicas))
-        starting = [asyncio.ensure_future(self._replicas.start()), asyncio.ensure_future(self._start_trainers())]
-        try:
-            await asyncio.gather(*starting)
-        finally:
-            for task in starting:
-                task.cancel()
+        await gather_or_cancel(self._replicas.start(), self._start_trainers())
         freeze_heap()
 
     def _load_data(self) -> None:

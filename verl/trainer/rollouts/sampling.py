@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, MutableMapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
+from typing import Any
 
 import torch
 
@@ -17,6 +16,7 @@ from verl.trainer.rollouts.dynamic_sampling import GroupFilter
 from verl.trainer.rollouts.partial_rollout import Position, Prompt, carried_groups, staleness_metrics
 from verl.trainer.rollouts.pipeline import Generated
 from verl.trainer.rollouts.prompts import Place, PromptSource
+from verl.utils.asyncio_utils import gather_or_cancel
 from verl.utils.timeline import spanned
 from verl.utils.timing import add_stage, marked_timer
 from verl.workers.reward import RewardLoop, RewardResult
@@ -24,7 +24,6 @@ from verl.workers.reward.counts import check_scored, reward_metrics
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 # Told of a sample that has finished: its row in the batch, the sample, its tokens with the prompt's.
 Arrived = Callable[[int, ScoredSample, int], None]
 # Samples of rows, greedy answers to them where the estimator compares; each with its times.
@@ -140,7 +139,7 @@ class Sampling:
             self._one_by_one(repeated, sampling, arrived) if arrived else self._generator.generate(repeated, sampling)
         )
         greedy = self._generator.generate(list(rows), {"temperature": 0.0}) if self._with_baselines else _nothing()
-        return tuple(await _gathered(sampled, greedy))
+        return await gather_or_cancel(sampled, greedy)
 
     async def _one_by_one(
         self, rows: Sequence[dict[str, Any]], sampling: dict[str, Any], arrived: Arrived
@@ -150,7 +149,7 @@ class Sampling:
             arrived(place, sample, len(sample.output.prompt_ids) + len(sample.output.response_ids))
             return sample, times
 
-        done = await _gathered(*(one(place, row) for place, row in enumerate(rows)))
+        done = await gather_or_cancel(*(one(place, row) for place, row in enumerate(rows)))
         times = [times for _, times in done]
         return [sample for sample, _ in done], _earliest_to_last(times)
 
@@ -229,16 +228,6 @@ class Sampling:
 
 async def _nothing() -> tuple[list[ScoredSample], None]:
     return [], None
-
-
-async def _gathered(*calls: Coroutine[Any, Any, T]) -> list[T]:
-    """All results; the first error ends the other calls."""
-    tasks = [asyncio.ensure_future(call) for call in calls]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
 
 
 def _earliest_to_last(times: Sequence[GenerationTimes]) -> GenerationTimes:
