@@ -39,10 +39,9 @@ format: setup ## let ruff mend what it can
 	$(python) -m ruff check --fix .
 	$(python) -m ruff format .
 
-reference: setup ## what is written from the source: the YAML of the config, docs/config.md, docs/errors.md
+reference: setup ## write the YAML files and docs/config.md from the config dataclasses
 	$(python) -m verl.config.write_yaml
 	$(python) -m verl.config.write_reference
-	$(python) scripts/write_errors.py
 
 docs: setup ## the documentation as a site, in build/site; a broken link is an error
 	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build && echo "open build/site/index.html"

@@ -38,19 +38,6 @@ def build(root, target):
     )
 
 
-def test_the_errors_are_those_of_the_source():
-    namespace = runpy.run_path(str(ROOT / "scripts/write_errors.py"))
-    assert (ROOT / "docs/errors.md").read_text() == namespace["page"](), "run `make reference`"
-    source = """
-if x:
-    raise ValueError(f"field={value}: give " + more)
-found.errors.append("a is b" if c else f"b is {d}")
-raise KeyError(name)
-"""
-    expected = ["field={value}: give {more}", "a is b", "b is {d}"]
-    assert sorted(namespace["messages"](source)) == sorted(expected)
-
-
 def test_the_site_builds_without_a_warning(tmp_path):
     built = build(ROOT, tmp_path / "site")
     assert built.returncode == 0 and "WARNING" not in built.stderr, built.stderr

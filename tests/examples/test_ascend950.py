@@ -1,4 +1,4 @@
-"""The scripts for Ascend 950: each passes the check for the hardware that it names, in every way that env.sh offers."""
+"""The script for Ascend 950 passes the check for each model, algorithm and kind of hardware."""
 
 import os
 import re
@@ -12,9 +12,16 @@ from verl.preflight.check import examine
 from verl.preflight.target import Hardware, Scope
 from verl.utils.vllm.npu_settings import check_npu_environment
 
-FOLDER = Path(__file__).resolve().parents[2] / "examples/ascend950"
-SCRIPTS = sorted(path for path in FOLDER.glob("*.sh") if path.name != "env.sh")
-MODELS = ("qwen2.5_7b", "qwen3_0.6b", "qwen3_30b_a3b", "qwen3_32b", "qwen3_8b")
+SCRIPT = Path(__file__).resolve().parents[2] / "examples/ascend950/run.sh"
+# Name of the experiment by model.
+MODELS = {
+    "Qwen2.5-7B-Instruct": "qwen2.5_7b",
+    "Qwen3-0.6B": "qwen3_0.6b",
+    "Qwen3-30B-A3B": "qwen3_30b_a3b",
+    "Qwen3-32B": "qwen3_32b",
+    "Qwen3-8B": "qwen3_8b",
+}
+RUNS = [(model, algorithm) for model in MODELS for algorithm in ("grpo", "ppo")]
 WAYS = {
     "npu": ({}, Hardware("npu:ascend950", 1)),
     "npu-2-nodes": ({"NODES": "2"}, Hardware("npu:ascend950", 2)),
@@ -27,24 +34,26 @@ WAYS = {
 }
 
 
-def test_there_is_one_for_each_model_and_algorithm():
-    assert {path.stem for path in SCRIPTS} == {f"{kind}_{model}" for kind in ("grpo", "ppo") for model in MODELS}
+def test_the_readme_lists_every_model():
+    readme = SCRIPT.with_name("README.md").read_text()
+    assert set(re.findall(r"^\| `(Qwen[^`]+)`", readme, re.MULTILINE)) == set(MODELS)
 
 
 def cases():
-    """Every script in every way; the last one, which is made of parts of the others, with one model."""
+    """Every model and algorithm in every way. The last way is made of parts of the others: one model is enough."""
     *most, last = WAYS
-    yield from ((script, way) for script in SCRIPTS for way in most)
-    yield from ((script, last) for script in SCRIPTS if script.stem.endswith("qwen3_8b"))
+    yield from ((model, algorithm, way) for model, algorithm in RUNS for way in most)
+    yield from ((model, algorithm, last) for model, algorithm in RUNS if model == "Qwen3-8B")
 
 
-@pytest.mark.parametrize(("script", "way"), cases(), ids=lambda value: getattr(value, "stem", value))
-def test_it_passes_the_check(script, way, overrides_of):
+@pytest.mark.parametrize(("model", "algorithm", "way"), cases())
+def test_the_script_passes_the_check(model, algorithm, way, overrides_of):
     environment, hardware = WAYS[way]
-    config = load_config(overrides_of(script, **environment, HOME="/home/of/nobody"))
+    environment = {**environment, "MODEL": model, "ALGORITHM": algorithm, "HOME": "/home/of/nobody"}
+    config = load_config(overrides_of(SCRIPT, **environment))
     plan, found = examine(config, Scope(starting=False, hardware=hardware, without_files=True))
     assert found.errors == []
-    # The data files, two of them, are not here; and nothing else disappoints.
+    # Only the two data files are missing; there is no other warning.
     assert [text for text in found.warnings if "data file /home/of/nobody/data/" not in text] == []
     assert plan is not None
     assert plan.device == hardware.device
@@ -52,19 +61,29 @@ def test_it_passes_the_check(script, way, overrides_of):
     rollout = config.actor_rollout_ref.rollout
     assert rollout.nnodes + config.trainer.nnodes == hardware.nodes
     assert rollout.quantization == {"npu": "ascend", "cuda-fp8": "fp8"}.get(re.sub(r"-\d-nodes$", "", way))
-    assert config.trainer.experiment_name == script.stem
-    assert config.algorithm.adv_estimator == {"grpo": "grpo", "ppo": "gae"}[script.stem.partition("_")[0]]
+    assert config.trainer.experiment_name == f"{algorithm}_{MODELS[model]}"
+    assert config.algorithm.adv_estimator == {"grpo": "grpo", "ppo": "gae"}[algorithm]
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_what_the_user_says_comes_last(script, overrides_of):
+@pytest.mark.parametrize(("model", "algorithm"), RUNS)
+def test_user_overrides_come_last(model, algorithm, overrides_of):
     given = ["actor_rollout_ref.rollout.gpu_memory_utilization=0.1", "trainer.device=cpu"]
-    assert overrides_of(script, *given)[-2:] == given
+    assert overrides_of(SCRIPT, *given, MODEL=model, ALGORITHM=algorithm)[-2:] == given
+
+
+@pytest.mark.parametrize(
+    ("variable", "message"),
+    [({"MODEL": "Qwen9"}, "MODEL=Qwen9: use Qwen3-0.6B"), ({"ALGORITHM": "dqn"}, "ALGORITHM=dqn: use grpo or ppo")],
+)
+def test_an_unknown_model_or_algorithm_is_an_error(variable, message):
+    done = subprocess.run([SCRIPT], env={**os.environ, **variable}, timeout=30, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert message in done.stderr
 
 
 def sourced(**environment: str) -> dict[str, str]:
-    """The environment behind env.sh, in a shell as strict as the scripts'."""
-    command = f"set -euo pipefail; source {FOLDER / 'env.sh'}; env -0"
+    """The environment after sourcing the script in a strict shell."""
+    command = f"set -euo pipefail; source {SCRIPT}; env -0"
     full = {"PATH": os.environ["PATH"], "HOME": "/home/of/nobody", **environment}
     done = subprocess.run(["bash", "-c", command], env=full, check=True, timeout=30, capture_output=True, text=True)
     return dict(pair.split("=", 1) for pair in done.stdout.removesuffix("\0").split("\0"))
@@ -96,12 +115,12 @@ def test_on_gpus_nothing_is_set_for_an_npu():
 
 def test_an_unknown_platform_ends_a_script_with_what_to_use():
     done = subprocess.run(
-        [SCRIPTS[0]], env={**os.environ, "PLATFORM": "tpu"}, timeout=30, capture_output=True, text=True
+        [SCRIPT], env={**os.environ, "PLATFORM": "tpu"}, timeout=30, capture_output=True, text=True
     )
     assert done.returncode == 2
     assert "PLATFORM=tpu: use npu or cuda" in done.stderr
 
 
-def test_sourcing_it_leaves_a_shell_as_it_was():
-    command = f"before=$-; source {FOLDER / 'env.sh'}; [ $before = $- ]"
+def test_sourcing_changes_no_shell_option_and_starts_nothing():
+    command = f"before=$-; source {SCRIPT}; [ $before = $- ]"
     subprocess.run(["bash", "-c", command], check=True, timeout=30)

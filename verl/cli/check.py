@@ -39,7 +39,7 @@ exit status:
 
 examples:
   verl check examples/quickstart/run.sh --without-files
-  verl check examples/ascend950/grpo_qwen3_32b.sh --device npu:ascend950 --without-files --bandwidth 5.3
+  verl check examples/ascend950/run.sh --device npu:ascend950 --without-files --bandwidth 5.3
   verl check train.sh trainer.n_gpus_per_node=16 --json
   verl check data.train_files=train.parquet data.val_files=test.parquet actor_rollout_ref.model.path=model
 """
