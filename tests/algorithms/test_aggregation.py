@@ -1,4 +1,4 @@
-"""Loss aggregation against a float64 loop, whole and in parts."""
+"""Loss aggregation against a float64 loop, for a whole mini-batch and for its parts."""
 
 import math
 
@@ -36,7 +36,7 @@ def batch():
 
 
 @pytest.mark.parametrize("mode", LOSS_AGG_MODES)
-def test_against_loops(batch, mode):
+def test_agg_loss_equals_the_loop(batch, mode):
     loss, mask = batch
     assert agg_loss(loss, mask, mode).item() == pytest.approx(
         reference(loss.tolist(), mask.tolist(), mode, 5), rel=1e-12
@@ -59,7 +59,7 @@ def test_parts_add_up_to_the_whole(batch, mode, part):
 
 
 @pytest.mark.parametrize("mode", LOSS_AGG_MODES)
-def test_padding_may_hold_anything(batch, mode):
+def test_padding_is_ignored(batch, mode):
     loss, mask = batch
     expected = agg_loss(loss, mask, mode)
     dirty = loss.masked_fill(mask == 0, float("nan")).requires_grad_()
@@ -70,7 +70,7 @@ def test_padding_may_hold_anything(batch, mode):
 
 
 @pytest.mark.parametrize("mode", LOSS_AGG_MODES)
-def test_no_token_at_all_is_loss_zero(mode):
+def test_loss_without_a_token_is_0(mode):
     loss = torch.randn(3, 4, requires_grad=True)
     for denominators in ({}, {"global_tokens": 0, "global_sequences": 0, "loss_scale_factor": 4}):
         value = agg_loss(loss, torch.zeros(3, 4), mode, **denominators)
@@ -79,6 +79,6 @@ def test_no_token_at_all_is_loss_zero(mode):
     assert loss.grad.abs().max() == 0
 
 
-def test_unknown_mode():
-    with pytest.raises(ValueError, match=r"loss_agg_mode='mean' is unknown.*token-mean"):
+def test_unknown_mode_is_an_error():
+    with pytest.raises(ValueError, match=r"unknown loss_agg_mode='mean'.*token-mean"):
         agg_loss(torch.zeros(1, 1), torch.ones(1, 1), "mean")

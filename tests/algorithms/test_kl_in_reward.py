@@ -1,11 +1,11 @@
-"""The KL penalty against a float64 loop, and the controllers against their recursion."""
+"""The KL penalty against a float64 loop, and the controllers against their recurrence."""
 
 import math
 
 import pytest
 import torch
 
-from verl.algorithms.kl_in_reward import get_kl_controller, penalised_rewards
+from verl.algorithms.kl_in_reward import get_kl_controller, penalized_rewards
 
 
 def loop_kl(kind, old, ref):
@@ -21,7 +21,7 @@ def loop_kl(kind, old, ref):
 
 @pytest.mark.parametrize("kind", ["kl", "abs", "mse", "low_var_kl"])
 @pytest.mark.parametrize("plus", ["", "+"])
-def test_against_a_loop(kind, plus):
+def test_penalized_rewards_equal_the_loop(kind, plus):
     generator = torch.Generator().manual_seed(3)
     scores, old, ref = (torch.randn(5, 6, generator=generator, dtype=torch.float64) for _ in range(3))
     old[1, 2], ref[1, 2] = -0.1, -40.0
@@ -29,7 +29,7 @@ def test_against_a_loop(kind, plus):
     mask[1, 2] = 1
     mask[3] = 0
     old[~mask.bool()] = math.nan
-    rewards, current = penalised_rewards(scores, old, ref, mask, estimator=kind + plus, kl_coef=0.3)
+    rewards, current = penalized_rewards(scores, old, ref, mask, estimator=kind + plus, kl_coef=0.3)
     means = []
     for i in range(5):
         kls = [loop_kl(kind, old[i, j].item(), ref[i, j].item()) if mask[i, j] else 0.0 for j in range(6)]
@@ -41,20 +41,20 @@ def test_against_a_loop(kind, plus):
     assert rewards.dtype == torch.float32
 
 
-def test_nothing_to_penalise():
+def test_rewards_without_a_token_have_no_penalty():
     zero = torch.zeros(2, 3)
-    rewards, current = penalised_rewards(zero + 1, zero, zero - 5, zero.long(), estimator="kl", kl_coef=1.0)
+    rewards, current = penalized_rewards(zero + 1, zero, zero - 5, zero.long(), estimator="kl", kl_coef=1.0)
     assert rewards.tolist() == [[1.0] * 3] * 2
     assert current == 0.0
 
 
-def test_a_fixed_weight_stays():
+def test_fixed_weight_is_constant():
     controller = get_kl_controller("fixed", kl_coef=0.02, target_kl=0.1, horizon=10)
     controller.update(50.0, n_steps=1000)
     assert controller.value == 0.02
 
 
-def test_an_adaptive_weight_follows_its_recursion():
+def test_adaptive_weight_follows_its_recurrence():
     controller = get_kl_controller("adaptive", kl_coef=0.02, target_kl=0.1, horizon=1000)
     value = 0.02
     for kl, error in ((0.11, 0.1), (5.0, 0.2), (0.09, -0.1), (0.0, -0.2), (0.1, 0.0)):
@@ -63,6 +63,6 @@ def test_an_adaptive_weight_follows_its_recursion():
         assert controller.value == pytest.approx(value, rel=1e-12)
 
 
-def test_an_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match=r"kl_ctrl\.type='adaptve' is unknown: use fixed or adaptive"):
+def test_unknown_controller_type_is_an_error():
+    with pytest.raises(ValueError, match=r"unknown algorithm\.kl_ctrl\.type='adaptve': use fixed or adaptive"):
         get_kl_controller("adaptve", 0.1, 0.1, 1)

@@ -101,8 +101,8 @@ def test_a_required_value_that_is_not_set(problem_of, key):
 
 def test_the_names_are_those_of_the_code():
     from verl.algorithms import kl
-    from verl.algorithms.advantages.registry import ADV_ESTIMATORS
-    from verl.algorithms.losses.registry import POLICY_LOSSES
+    from verl.algorithms.advantages.common import ADV_ESTIMATORS
+    from verl.algorithms.losses.common import POLICY_LOSSES
     from verl.config.actor import OptimConfig
     from verl.config.schema import key_of
     from verl.trainer.ppo import core_algos

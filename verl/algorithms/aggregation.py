@@ -1,4 +1,7 @@
-"""From a loss on each token to one number, such that the parts of a split mini-batch add up to the whole's loss."""
+"""Masked sums and means of values per token, and the aggregation of a loss per token to one number.
+
+The aggregation is additive: the results of the micro-batches of a mini-batch add up to the result of the mini-batch.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,18 @@ LOSS_AGG_MODES = (
     "seq-mean-token-mean",
 )
 
+# Log-ratios are clamped to +-20 before exp(), which would overflow. Beyond that the two policies are simply far apart.
+LOG_RATIO_BOUND = 20.0
+
 
 def masked_sum(values: torch.Tensor, mask: torch.Tensor, dim: int | None = None) -> torch.Tensor:
-    """Sum of `values` where `mask` is not 0; what stands elsewhere, NaN included, does not matter."""
+    """Return the sum of `values` where `mask` is not 0; all other values, including NaN, are ignored."""
     kept = torch.where(mask.bool(), values, torch.zeros((), dtype=values.dtype, device=values.device))
     return kept.sum() if dim is None else kept.sum(dim=dim)
 
 
 def sequence_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean over each sequence's tokens, [B, T] -> [B]; 0 of none."""
+    """Return the mean over the tokens of each sequence, [B, T] -> [B]; 0 for a sequence without a token."""
     return masked_sum(values, mask, dim=-1) / mask.bool().sum(dim=-1).clamp(min=1)
 
 
@@ -41,19 +47,25 @@ def agg_loss(
     - `seq-mean-token-sum-norm`: the same / `loss_scale_factor`
     - `seq-mean-token-mean`: mean over sequences of the mean over their tokens
 
-    Sequences without a token count nowhere. When `loss_mat` is a part of a mini-batch, pass the whole's denominators:
-    the parts' results then add up to the result of the whole.
+    Sequences without a token are not counted. When `loss_mat` is one part of a mini-batch, pass the denominators of
+    the whole mini-batch: the results of the parts then add up to the result of the whole.
 
     Args:
-        global_tokens: tokens in the whole mini-batch; by default those of `loss_mask`.
-        global_sequences: sequences with a token in the whole mini-batch; by default those of `loss_mask`.
-        loss_scale_factor: divisor of `seq-mean-token-sum-norm` in tokens; by default the padded width T.
+        loss_mat: [B, T] float.
+        loss_mask: [B, T], not 0 for a token that counts.
+        loss_agg_mode: one of `LOSS_AGG_MODES`.
+        global_tokens: number of tokens in the whole mini-batch; default: the tokens of `loss_mask`.
+        global_sequences: number of sequences with a token in the whole mini-batch; default: those of `loss_mask`.
+        loss_scale_factor: divisor of `seq-mean-token-sum-norm`, in tokens; default: the padded width T.
+
+    Returns:
+        a scalar; 0 if no token counts.
 
     Raises:
-        ValueError: an unknown mode.
+        ValueError: unknown mode.
     """
     if loss_agg_mode not in LOSS_AGG_MODES:
-        raise ValueError(f"loss_agg_mode={loss_agg_mode!r} is unknown: use one of {', '.join(LOSS_AGG_MODES)}")
+        raise ValueError(f"unknown loss_agg_mode={loss_agg_mode!r}: use one of {', '.join(LOSS_AGG_MODES)}")
     if loss_agg_mode == "token-sum":
         return masked_sum(loss_mat, loss_mask)
     tokens_per_sequence = loss_mask.bool().sum(dim=-1)
@@ -70,5 +82,5 @@ def agg_loss(
 
 
 def _at_least_one(count: torch.Tensor | float) -> torch.Tensor | float:
-    """So that a batch without a single token has loss 0."""
+    """Return `count`, or 1 for 0, so that a batch without a token has loss 0."""
     return count.clamp(min=1) if isinstance(count, torch.Tensor) else max(count, 1)

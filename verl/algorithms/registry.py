@@ -1,7 +1,9 @@
-"""A name-to-function table that users extend with a decorator."""
+"""Registry of functions by name, which users extend with a decorator."""
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -12,19 +14,19 @@ class Registry:
     """Functions by name.
 
     Args:
-        kind: what an entry is, as it reads in an error.
-        key: the config key that chooses an entry.
-        planned: names that this framework knows but does not implement yet.
+        kind: noun for an entry in error messages, for example "policy loss".
+        key: config key that selects an entry.
+        unsupported: names that exist in upstream verl and are not implemented here.
     """
 
-    def __init__(self, kind: str, key: str, planned: Iterable[str] = ()):
+    def __init__(self, kind: str, key: str, unsupported: Iterable[str] = ()):
         self._kind = kind
         self._key = key
-        self._planned = frozenset(planned)
+        self._unsupported = frozenset(unsupported)
         self._functions: dict[str, Callable[..., Any]] = {}
 
     def register(self, name: str) -> Callable[[F], F]:
-        """Decorator that adds a function under `name`; the same function may be registered again.
+        """Return a decorator that adds a function under `name`; the same function may be registered again.
 
         Raises:
             ValueError: another function already has that name.
@@ -34,7 +36,8 @@ class Registry:
             known = self._functions.get(name)
             if known is not None and _origin(known) != _origin(function):
                 raise ValueError(
-                    f"{self._kind} {name!r} is already registered by {'.'.join(_origin(known))}: choose another name"
+                    f"duplicate name: {self._kind} {name!r} is already registered by {'.'.join(_origin(known))}; "
+                    "choose another name"
                 )
             self._functions[name] = function
             return function
@@ -42,19 +45,30 @@ class Registry:
         return add
 
     def get(self, name: str) -> Callable[..., Any]:
-        """The function registered under `name`.
+        """Return the function registered under `name`.
 
         Raises:
-            ValueError: nothing is registered under it; lists what is.
+            ValueError: no function has that name; the message lists the registered names.
         """
         if name in self._functions:
             return self._functions[name]
-        reason = "is not supported yet" if name in self._planned else "is not registered"
+        reason = "is not supported yet" if name in self._unsupported else "is not registered"
         raise ValueError(f"{self._key}={name!r} {reason}: use one of {', '.join(self.names())}")
 
     def names(self) -> list[str]:
-        """Every registered name, sorted."""
+        """Return all registered names, sorted."""
         return sorted(self._functions)
+
+
+def import_all(package: str, path: Iterable[str]) -> None:
+    """Import all modules of a package, so that they register their functions.
+
+    Args:
+        package: its `__name__`.
+        path: its `__path__`.
+    """
+    for module in pkgutil.iter_modules(path):
+        importlib.import_module(f"{package}.{module.name}")
 
 
 def _origin(function: Callable[..., Any]) -> tuple[str, str]:

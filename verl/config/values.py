@@ -13,8 +13,8 @@ from verl.config.schema import Key, key_of, show, walk
 
 # Names that a user's own code may have added, and the registry (module, attribute) that then knows them.
 _EXTENSIBLE = {
-    "algorithm.adv_estimator": ("verl.algorithms.advantages.registry", "ADV_ESTIMATORS"),
-    "actor_rollout_ref.actor.policy_loss.loss_mode": ("verl.algorithms.losses.registry", "POLICY_LOSSES"),
+    "algorithm.adv_estimator": ("verl.algorithms.advantages.common", "ADV_ESTIMATORS"),
+    "actor_rollout_ref.actor.policy_loss.loss_mode": ("verl.algorithms.losses.common", "POLICY_LOSSES"),
 }
 
 

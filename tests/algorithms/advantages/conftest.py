@@ -1,4 +1,4 @@
-"""One awkward batch that every estimator has to get right."""
+"""A batch of edge cases for all estimators, and the section that they read."""
 
 from types import SimpleNamespace
 
@@ -24,8 +24,8 @@ def config():
 def batch():
     """15 samples of 8 columns.
 
-    Ragged masks with gaps, groups of 4, 3, 2 and 1, empty responses among others, a group of empty ones, a group of
-    equal rewards, rewards off the mask, and NaN where nothing may be read.
+    Ragged masks with gaps; groups of 4, 3, 2 and 1; empty responses in groups with others, and a group of empty
+    responses; a group of equal rewards; rewards outside the mask; NaN where no estimator may read.
     """
     generator = torch.Generator().manual_seed(7)
     index = np.array(list("abacbaefbadddfe"), dtype=object)
@@ -42,7 +42,7 @@ def batch():
     rewards[flat, 7] = 0.1
     log_probs = torch.log(torch.rand(size, width, generator=generator).clamp(min=1e-3))
     nan_off_mask = torch.where(mask.bool(), 0.0, torch.nan)
-    nan_off_mask[::2] = 0.0  # what nobody may read can also look sound
+    nan_off_mask[::2] = 0.0  # values outside the mask may also look valid
     tensors = {
         "token_level_rewards": rewards,
         "response_mask": mask,

@@ -1,4 +1,4 @@
-"""What holds for every estimator, called as the trainer calls it."""
+"""Properties of all estimators, which are called as the trainer calls them."""
 
 from types import SimpleNamespace
 
@@ -18,7 +18,7 @@ def run(name, batch, config):
 
 
 def altered(batch, change):
-    """The batch with every column changed."""
+    """The batch with `change` applied to every column."""
     return SimpleNamespace(
         tensors={name: change(column) for name, column in batch.tensors.items()},
         non_tensors={name: change(column) for name, column in batch.non_tensors.items()},
@@ -27,7 +27,7 @@ def altered(batch, change):
 
 
 @every_estimator
-def test_finite_float32_and_0_off_the_mask(batch, config, name):
+def test_result_is_finite_float32_and_0_outside_the_mask(batch, config, name):
     for result in run(name, batch, config):
         assert result.dtype == torch.float32 and result.shape == batch.response_mask.shape
         assert result.is_contiguous()
@@ -37,7 +37,7 @@ def test_finite_float32_and_0_off_the_mask(batch, config, name):
 
 
 @every_estimator
-def test_the_order_of_the_samples_does_not_matter(batch, config, name):
+def test_result_does_not_depend_on_the_order_of_the_samples(batch, config, name):
     order = np.random.default_rng(3).permutation(len(batch.index))
     permuted = run(name, altered(batch, lambda column: column[order]), config)
     for result, expected in zip(permuted, run(name, batch, config), strict=True):
@@ -45,7 +45,7 @@ def test_the_order_of_the_samples_does_not_matter(batch, config, name):
 
 
 @every_estimator
-def test_the_width_of_the_padding_does_not_matter(batch, config, name):
+def test_result_does_not_depend_on_the_padding(batch, config, name):
     def padded(column):
         if isinstance(column, np.ndarray) or column.ndim == 1:
             return column
@@ -59,7 +59,7 @@ def test_the_width_of_the_padding_does_not_matter(batch, config, name):
 
 
 @every_estimator
-def test_nothing_given_is_written_to(batch, config, name):
+def test_inputs_are_not_modified(batch, config, name):
     before = {key: column.clone() for key, column in batch.tensors.items()}
     run(name, batch, config)
     for key, column in batch.tensors.items():
@@ -67,18 +67,18 @@ def test_nothing_given_is_written_to(batch, config, name):
 
 
 @every_estimator
-@pytest.mark.parametrize("live", [0, 1])
-def test_a_batch_of_one_sample_of_no_or_one_token(batch, config, name, live):
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_batch_of_one_sample_with_at_most_one_token(batch, config, name, tokens):
     one = altered(batch, lambda column: column[:1])
     one.tensors["response_mask"] = torch.zeros(1, 8, dtype=torch.int64)
-    one.tensors["response_mask"][0, :live] = 1
+    one.tensors["response_mask"][0, :tokens] = 1
     for result in run(name, one, config):
         assert torch.isfinite(result).all()
-        assert not result[:, live:].any()
+        assert not result[:, tokens:].any()
 
 
 @pytest.mark.parametrize("name", names.GROUP_ESTIMATORS)
-def test_equal_rewards_of_a_group_leave_nothing_to_learn(batch, config, name):
+def test_equal_rewards_in_a_group_give_no_advantage(batch, config, name):
     same = altered(batch, lambda column: column)
     same.index = np.array(["a"] * 15)
     same.tensors["response_mask"] = torch.ones(15, 8)
@@ -93,7 +93,7 @@ def test_equal_rewards_of_a_group_leave_nothing_to_learn(batch, config, name):
 
 
 @every_estimator
-def test_the_names_say_which_estimators_look_at_groups(batch, config, name):
+def test_config_names_list_the_estimators_that_use_groups(batch, config, name):
     regrouped = altered(batch, lambda column: column)
     regrouped.index = np.roll(batch.index, 1)
     same = torch.equal(run(name, batch, config)[0], run(name, regrouped, config)[0])

@@ -11,7 +11,7 @@ from verl.algorithms.advantages.grpo import compute_grpo_outcome_advantage
 
 
 def reference(rewards, mask, index, by_std):
-    """One sample at a time, Python floats."""
+    """Advantages, one sample at a time, in Python floats."""
     totals = [math.fsum(float(x) for x in row) for row in rewards]
     rows = []
     for i, total in enumerate(totals):
@@ -39,7 +39,7 @@ def batch():
 
 
 @pytest.mark.parametrize("by_std", [True, False])
-def test_against_loops(batch, by_std):
+def test_grpo_equals_the_loop(batch, by_std):
     rewards, mask, index = batch
     advantages, returns = compute_grpo_outcome_advantage(rewards, mask, index, norm_adv_by_std_in_grpo=by_std)
     expected = reference(rewards.tolist(), mask.tolist(), index, by_std)
@@ -49,7 +49,7 @@ def test_against_loops(batch, by_std):
     assert advantages.data_ptr() != returns.data_ptr()
 
 
-def test_a_group_of_one_keeps_its_reward(batch):
+def test_group_of_one_keeps_its_reward(batch):
     rewards, mask, index = batch
     advantages, _ = compute_grpo_outcome_advantage(rewards, mask, index)
     expected = rewards[3].double().sum() / (1 + 1e-6) * mask[3]
@@ -58,7 +58,7 @@ def test_a_group_of_one_keeps_its_reward(batch):
 
 @pytest.mark.parametrize("reward", [0.1, 1e6 + 0.1, -1 / 3])
 def test_equal_rewards_give_no_advantage(reward):
-    """In float32 the mean of 7 equal rewards misses them by a rounding, which epsilon = 1e-6 would blow up."""
+    """In float32 the mean of 7 equal rewards has a rounding error, which the division by 1e-6 would amplify."""
     rewards = torch.full((7, 1), reward)
     advantages, _ = compute_grpo_outcome_advantage(rewards, torch.ones(7, 3), np.array(["x"] * 7, dtype=object))
     assert advantages.abs().max() < 1e-3
@@ -67,15 +67,15 @@ def test_equal_rewards_give_no_advantage(reward):
     assert advantages.abs().max() < 1e-9
 
 
-def test_config_decides_on_the_deviation(batch):
+def test_config_replaces_the_argument_norm_adv_by_std_in_grpo(batch):
     rewards, mask, index = batch
     config = SimpleNamespace(norm_adv_by_std_in_grpo=False)
     with_config, _ = compute_grpo_outcome_advantage(rewards, mask, index, config=config)
-    plain, _ = compute_grpo_outcome_advantage(rewards, mask, index, norm_adv_by_std_in_grpo=False)
-    assert torch.equal(with_config, plain)
+    with_argument, _ = compute_grpo_outcome_advantage(rewards, mask, index, norm_adv_by_std_in_grpo=False)
+    assert torch.equal(with_config, with_argument)
 
 
-def test_integer_group_ids():
+def test_group_ids_may_be_integers():
     rewards = torch.tensor([[1.0], [0.0], [3.0], [5.0]])
     advantages, _ = compute_grpo_outcome_advantage(
         rewards, torch.ones(4, 1), np.array([10, 10, 2, 2]), norm_adv_by_std_in_grpo=False
@@ -83,6 +83,6 @@ def test_integer_group_ids():
     assert advantages.flatten().tolist() == [0.5, -0.5, -1.0, 1.0]
 
 
-def test_wrong_number_of_group_ids():
+def test_wrong_number_of_group_ids_is_an_error():
     with pytest.raises(ValueError, match="3 group ids for 4 samples"):
         compute_grpo_outcome_advantage(torch.zeros(4, 1), torch.ones(4, 1), np.array(["a"] * 3))

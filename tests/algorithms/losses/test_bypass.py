@@ -1,4 +1,4 @@
-"""The loss of bypass mode against loops: PPO on pi/mu, or REINFORCE with weights, and rejection in either."""
+"""The loss of bypass mode against loops: PPO on pi/mu, or REINFORCE with weights; with and without rejection."""
 
 import math
 from types import SimpleNamespace
@@ -31,7 +31,7 @@ def correction_of(loss_type, rejections=(), **keys):
 
 @pytest.fixture
 def batch():
-    """log mu, log pi, advantages, mask: [6, 5], one sequence empty, one a single token."""
+    """log mu, log pi, advantages, mask: [6, 5]; one sequence is empty, one has a single token."""
     generator = torch.Generator().manual_seed(5)
 
     def normal(scale):
@@ -48,7 +48,7 @@ def batch():
 
 
 def sequences(batch):
-    """For each sequence its tokens as (log mu, log pi, advantage)."""
+    """For each sequence, its tokens as (log mu, log pi, advantage)."""
     log_mu, log_pi, advantages, mask = batch
     keep = mask.bool()
     return [
@@ -60,7 +60,7 @@ def sequences(batch):
 
 
 def kept_tokens(sequence, rejected):
-    """Whether each token passes 0.7 <= ratio <= 1.9 and its sequence 0.8 <= geometric mean <= 1.15."""
+    """For each token, True if it passes 0.7 <= ratio <= 1.9 and its sequence 0.8 <= geometric mean <= 1.15."""
     if not rejected or not sequence:
         return [True] * len(sequence)
     geometric = math.exp(math.fsum(p - m for m, p, _ in sequence) / len(sequence))
@@ -68,7 +68,7 @@ def kept_tokens(sequence, rejected):
 
 
 def clipped_loss(m, p, a):
-    """Loss, whether clipped, whether clipped by the dual clip."""
+    """Loss, 1 if clipped, 1 if clipped by the dual clip."""
     ratio = math.exp(min(max(p - m, -20), 20))
     unclipped, bounded = -a * ratio, -a * min(max(ratio, 0.8), 1.28)
     loss = max(unclipped, bounded)
@@ -85,7 +85,7 @@ def weight_of(sequence, i, level, lo, hi, zero):
 
 
 def aggregated(rows, mode, width):
-    """Of a value for each token of each sequence."""
+    """Aggregate a value of each token of each sequence."""
     rows = [row for row in rows if row]
     if mode == "token-mean":
         return math.fsum(v for row in rows for v in row) / sum(map(len, rows))
@@ -101,7 +101,7 @@ def aggregated(rows, mode, width):
 
 @pytest.mark.parametrize("mode", LOSS_AGG_MODES)
 @pytest.mark.parametrize("rejected", [False, True])
-def test_clipped_loss_against_loops(batch, mode, rejected):
+def test_ppo_clip_loss_equals_the_loop(batch, mode, rejected):
     log_mu, log_pi, advantages, mask = batch
     correction = correction_of("ppo_clip", REJECTIONS if rejected else ())
     loss, metrics = compute_policy_loss_bypass_mode(log_mu, log_pi, advantages, mask, mode, config_of(correction))
@@ -129,7 +129,7 @@ def test_clipped_loss_against_loops(batch, mode, rejected):
 @pytest.mark.parametrize("rejected", [False, True])
 @pytest.mark.parametrize("level", [None, "token", "sequence"])
 @pytest.mark.parametrize(("band", "zero"), [((0.5, 2.0), False), ((0.8, 1.5), True)])
-def test_reinforce_against_loops(batch, mode, rejected, level, band, zero):
+def test_reinforce_loss_equals_the_loop(batch, mode, rejected, level, band, zero):
     log_mu, log_pi, advantages, mask = batch
     keys = {"rollout_is": level, "rollout_is_band": Band(*band), "rollout_is_zero": zero}
     correction = correction_of("reinforce", REJECTIONS if rejected else (), **keys)
@@ -148,7 +148,7 @@ def test_reinforce_against_loops(batch, mode, rejected, level, band, zero):
         assert metrics["actor/bypass_is_mean"].item() == pytest.approx(aggregated(weights, "token-mean", 5), rel=1e-12)
 
 
-def test_the_gradient_of_reinforce_is_minus_weight_times_advantage(batch):
+def test_gradient_of_reinforce_is_minus_weight_times_advantage(batch):
     log_mu, log_pi, advantages, mask = batch
     correction = correction_of("reinforce", REJECTIONS, rollout_is="sequence")
     log_pi = log_pi.clone().requires_grad_()
@@ -156,14 +156,14 @@ def test_the_gradient_of_reinforce_is_minus_weight_times_advantage(batch):
     loss.backward()
     expected = torch.zeros(6, 5, dtype=torch.float64)
     for i, row in enumerate(sequences(batch)):
-        places = [j for j in range(5) if mask[i, j]]
-        for t, (j, k) in enumerate(zip(places, kept_tokens(row, True), strict=True)):
+        columns = [j for j in range(5) if mask[i, j]]
+        for t, (j, k) in enumerate(zip(columns, kept_tokens(row, True), strict=True)):
             expected[i, j] = -weight_of(row, t, "sequence", 0.5, 2.0, False) * row[t][2] if k else 0.0
     torch.testing.assert_close(log_pi.grad, expected)
     assert bool((expected != 0).any())
 
 
-def test_a_rejected_token_has_no_gradient_and_still_counts(batch):
+def test_rejected_token_has_no_gradient_and_counts_in_the_denominator(batch):
     log_mu, log_pi, advantages, mask = batch
     log_pi = log_pi.clone().requires_grad_()
     correction = correction_of("ppo_clip", (Rejection("seq_mean_k1", Band(0.8, 1.15)),))
@@ -186,7 +186,7 @@ def _geometric(row):
 
 @pytest.mark.parametrize("mode", LOSS_AGG_MODES)
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name.startswith("bypass")])
-def test_parts_of_a_mini_batch_add_up(batch, mode, preset):
+def test_parts_of_a_mini_batch_add_up_to_it(batch, mode, preset):
     log_mu, log_pi, advantages, mask = batch
     correction = resolve(RolloutCorrectionConfig(preset=preset))
     info = {"global_tokens": int(mask.sum()), "global_sequences": int((mask.sum(1) > 0).sum()), "loss_scale_factor": 5}
@@ -202,7 +202,7 @@ def test_parts_of_a_mini_batch_add_up(batch, mode, preset):
 
 
 @pytest.mark.parametrize("loss_type", ["ppo_clip", "reinforce"])
-def test_nothing_kept_or_nothing_there_is_a_loss_of_zero(loss_type):
+def test_loss_without_a_kept_token_or_without_a_token_is_0(loss_type):
     log_mu, mask = torch.full((2, 3), -1.0), torch.ones(2, 3)
     for log_pi, present in ((log_mu + 3, mask), (log_mu - 100, mask), (log_mu.clone(), torch.zeros(2, 3))):
         log_pi = log_pi.clone().requires_grad_()
@@ -215,7 +215,7 @@ def test_nothing_kept_or_nothing_there_is_a_loss_of_zero(loss_type):
         assert all(math.isfinite(value.item()) for value in metrics.values())
 
 
-def test_it_is_registered_and_reads_the_correction(batch):
+def test_bypass_mode_is_registered_and_requires_a_correction(batch):
     log_mu, log_pi, advantages, mask = batch
     function = get_policy_loss_fn("bypass_mode")
     arguments = {
@@ -230,6 +230,6 @@ def test_it_is_registered_and_reads_the_correction(batch):
             function(**arguments, config=config_of(correction), rollout_is_weights=None)
     with pytest.raises(ValueError, match="bypass_mode=True"):
         function(**arguments, config=SimpleNamespace(**CLIP), rollout_is_weights=None)
-    with pytest.raises(ValueError, match="rollout_is_weights are given"):
+    with pytest.raises(ValueError, match="rollout_is_weights must be None"):
         function(**arguments, config=config_of(correction_of("reinforce")), rollout_is_weights=torch.ones_like(log_mu))
     assert math.isfinite(function(**arguments, config=config_of(correction_of("ppo_clip")))[0].item())

@@ -1,4 +1,4 @@
-"""What holds for every built-in policy loss."""
+"""Properties of all built-in policy losses."""
 
 import itertools
 from types import SimpleNamespace
@@ -16,8 +16,8 @@ from verl.algorithms.losses import (
 from verl.config import names
 
 LOSSES = [name for name in names.POLICY_LOSSES if name != "bypass_mode"]
-CHOOSING = {"clip_cov", "kl_cov"}
-OWN_AGGREGATION = {"gspo", "sapo", "geo_mean"}
+SELECTING = {"clip_cov", "kl_cov"}
+FIXED_AGGREGATION = {"gspo", "sapo", "geo_mean"}
 
 
 def evaluate(name, batch, config=CONFIG, mode="token-mean", weights=None, selected=None):
@@ -71,16 +71,16 @@ def test_parts_of_a_shuffled_mini_batch_add_up_to_it(name, mode, cuts):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_mode_counts_unless_the_loss_has_its_own(name):
+def test_loss_depends_on_loss_agg_mode_except_for_fixed_aggregations(name):
     losses = {evaluate(name, make_loss_batch(), mode=mode)[0].item() for mode in LOSS_AGG_MODES}
-    assert len(losses) == (1 if name in OWN_AGGREGATION else len(LOSS_AGG_MODES))
+    assert len(losses) == (1 if name in FIXED_AGGREGATION else len(LOSS_AGG_MODES))
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_on_policy_the_gradient_is_the_policy_gradient(name):
+def test_gradient_on_policy_is_the_policy_gradient(name):
     batch = make_loss_batch()
     batch.old = batch.new.clone()
-    batch.advantages = batch.advantages[:, :1].expand_as(batch.new)  # geo_mean takes one for a sequence
+    batch.advantages = batch.advantages[:, :1].expand_as(batch.new)  # geo_mean uses one advantage per sequence
     nothing = torch.zeros_like(batch.mask)
     _, _, gradient = evaluate(name, batch, mode="seq-mean-token-mean", selected=nothing)
     expected = torch.zeros_like(gradient)
@@ -96,16 +96,16 @@ def test_on_policy_the_gradient_is_the_policy_gradient(name):
 def test_importance_weights_scale_the_loss_and_get_no_gradient(name):
     batch = make_loss_batch()
     weights = torch.full_like(batch.old, 0.25, requires_grad=True)
-    plain, before, by_new = evaluate(name, batch)
+    unweighted, before, by_new = evaluate(name, batch)
     weighted, after, by_new_weighted = evaluate(name, batch, weights=weights)
     # geo_mean adds 1e-10 to a weight
-    torch.testing.assert_close(weighted, 0.25 * plain, rtol=1e-8, atol=0)
+    torch.testing.assert_close(weighted, 0.25 * unweighted, rtol=1e-8, atol=0)
     torch.testing.assert_close(by_new_weighted, 0.25 * by_new, rtol=1e-8, atol=0)
     assert weights.grad is None and after == before
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_without_advantages_only_a_penalty_is_left(name):
+def test_loss_without_advantages_is_its_penalty(name):
     batch = make_loss_batch()
     batch.advantages[:] = 0.0
     loss, _, gradient = evaluate(name, batch)
@@ -116,7 +116,7 @@ def test_without_advantages_only_a_penalty_is_left(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_no_token_at_all(name):
+def test_loss_without_a_token_is_0(name):
     batch = make_loss_batch()
     batch.mask[:] = 0
     loss, metrics, gradient = evaluate(name, batch)
@@ -130,7 +130,7 @@ def test_float32_stays_finite_and_close_to_float64(name):
     exact, _, exact_gradient = evaluate(name, batch)
     selector = get_token_selector(name)
     selected = selector and selector(batch.new, batch.old, batch.advantages, batch.mask, CONFIG, 1)
-    batch.old[3], batch.new[3] = -500.0, -0.5  # padding, beyond what float32 can hold as a ratio
+    batch.old[3], batch.new[3] = -500.0, -0.5  # padding whose ratio overflows float32
     single = SimpleNamespace(**{k: v.float() if v.is_floating_point() else v for k, v in vars(batch).items()})
     loss, metrics, gradient = evaluate(name, single, selected=selected)
     assert loss.dtype == torch.float32 and all(torch.isfinite(value) for value in metrics.values())
@@ -139,31 +139,31 @@ def test_float32_stays_finite_and_close_to_float64(name):
 
 
 @pytest.mark.parametrize("name", sorted(set(LOSSES) - {"gpg"}))
-def test_the_settings_are_needed(name):
+def test_missing_config_is_an_error(name):
     batch = make_loss_batch()
-    nothing = {"selected_tokens": torch.zeros_like(batch.mask)} if name in CHOOSING else {}
+    nothing = {"selected_tokens": torch.zeros_like(batch.mask)} if name in SELECTING else {}
     with pytest.raises(ValueError, match="config=None"):
         get_policy_loss_fn(name)(batch.old, batch.new, batch.advantages, batch.mask, **nothing)
 
 
 def test_selectors_are_found_by_name_and_by_function():
-    assert {name for name in LOSSES if get_token_selector(name) is not None} == CHOOSING
+    assert {name for name in LOSSES if get_token_selector(name) is not None} == SELECTING
 
-    def choose(**columns):
+    def select(**columns):
         raise NotImplementedError
 
-    @register_policy_loss("test_every_loss_chooses", select_tokens=choose)
+    @register_policy_loss("test_every_loss_selects", select_tokens=select)
     def loss(**columns):
         raise NotImplementedError
 
-    assert get_token_selector("test_every_loss_chooses") is choose
-    assert get_token_selector(loss) is choose
+    assert get_token_selector("test_every_loss_selects") is select
+    assert get_token_selector(loss) is select
     assert get_token_selector(lambda **columns: None) is None
     with pytest.raises(ValueError, match=r"loss_mode='gsop' is not registered: use one of .*gspo"):
         get_token_selector("gsop")
 
 
-def test_the_batch_is_as_hard_as_it_says():
+def test_batch_has_the_documented_edge_cases():
     batch = make_loss_batch()
     lengths = batch.mask.sum(1).tolist()
     distances = [(batch.new - batch.old)[place].item() for place in tokens(batch.mask)]

@@ -8,7 +8,7 @@ from verl.trainer.ppo.core_algos import LOSS_AGG_MODES, compute_value_loss
 
 
 def reference(vpreds, returns, values, mask, clip, mode, factor):
-    """Loss and share of clipped tokens; lists of lists."""
+    """Loss and share of clipped tokens, from lists of lists."""
     sequences, clipped_tokens, tokens = [], 0, 0
     for v_row, r_row, old_row, m_row in zip(vpreds, returns, values, mask, strict=True):
         losses = []
@@ -37,14 +37,14 @@ def make_case(scale=1.0, seed=0, rows=7, width=6):
     vpreds, returns, values = (torch.tensor(rng.normal(0, scale, (rows, width))) for _ in range(3))
     lengths = torch.tensor([0, 1, width, *rng.integers(1, width, rows - 3)])
     mask = (torch.arange(width) < lengths[:, None]).long()
-    mask[2, 2:4] = 0  # a tool's tokens in the middle
+    mask[2, 2:4] = 0  # tokens of a tool in the middle
     return vpreds, returns, values, mask
 
 
 @pytest.mark.parametrize("mode", LOSS_AGG_MODES)
 @pytest.mark.parametrize("scale", [1e-3, 0.3, 1.0, 1e4])
 @pytest.mark.parametrize("clip", [0.05, 0.5, 100.0])
-def test_against_a_loop(mode, scale, clip):
+def test_value_loss_equals_the_loop(mode, scale, clip):
     vpreds, returns, values, mask = make_case(scale)
     hidden = mask == 0
     loss, clipfrac = compute_value_loss(
@@ -63,7 +63,7 @@ def test_against_a_loop(mode, scale, clip):
         assert 0 < expected[1] < 1
 
 
-def test_parts_add_up_to_the_whole():
+def test_parts_of_a_mini_batch_add_up_to_it():
     vpreds, returns, values, mask = make_case()
     tokens = mask.sum(1)
     whole = {"global_tokens": int(tokens.sum()), "global_sequences": int((tokens > 0).sum()), "loss_scale_factor": 5.0}
@@ -81,12 +81,12 @@ def test_parts_add_up_to_the_whole():
     ("vpred", "gradient"),
     [
         (0.3, 0.3 - 1.0),  # within the range
-        (0.7, 0.0),  # past the range, towards the return: the clipped error is larger, and has no gradient
-        (-0.7, -0.7 - 1.0),  # past it, away from the return: drawn back
-        (3.0, 3.0 - 1.0),  # past the return as well: the error counts
+        (0.7, 0.0),  # beyond the range, towards the return: the clipped error is larger and has no gradient
+        (-0.7, -0.7 - 1.0),  # beyond the range, away from the return: the error counts
+        (3.0, 3.0 - 1.0),  # beyond the return as well: the error counts
     ],
 )
-def test_where_there_is_a_gradient(vpred, gradient):
+def test_gradient_is_0_only_where_the_clipped_error_is_larger(vpred, gradient):
     value = torch.tensor([[vpred]], dtype=torch.float64, requires_grad=True)
     one = torch.ones(1, 1, dtype=torch.float64)
     loss, clipfrac = compute_value_loss(value, one, 0 * one, one, 0.5)
@@ -96,7 +96,7 @@ def test_where_there_is_a_gradient(vpred, gradient):
     assert clipfrac.item() == (gradient == 0.0)
 
 
-def test_nothing_to_learn_from():
+def test_value_loss_without_a_token_is_0():
     empty = torch.zeros(2, 3, requires_grad=True)
     loss, clipfrac = compute_value_loss(empty, torch.ones(2, 3), torch.ones(2, 3), torch.zeros(2, 3), 0.5)
     loss.backward()

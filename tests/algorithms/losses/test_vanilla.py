@@ -12,7 +12,7 @@ CONFIG = SimpleNamespace(clip_ratio=0.2, clip_ratio_low=0.2, clip_ratio_high=0.2
 
 
 def reference_token(old, new, advantage, low, high, c):
-    """Loss, clipped, clipped by the dual clip, kl of one token."""
+    """Loss, 1 if clipped, 1 if clipped by the dual clip, and kl of one token."""
     log_ratio = min(max(new - old, -20.0), 20.0)
     ratio = math.exp(log_ratio)
     unclipped = -advantage * ratio
@@ -48,7 +48,7 @@ def batch():
     return old, new, advantages, mask
 
 
-def test_against_loops(batch):
+def test_ppo_loss_equals_the_loop(batch):
     old, new, advantages, mask = batch
     loss, metrics = compute_policy_loss_vanilla(old, new, advantages, mask, "token-mean", CONFIG)
     kept = [(i, j) for i in range(8) for j in range(6) if mask[i, j]]
@@ -63,7 +63,7 @@ def test_against_loops(batch):
     assert means[1] > 0 and means[2] > 0
 
 
-def test_gradient_is_the_policy_gradient_inside_the_bounds_and_zero_where_clipped():
+def test_gradient_is_the_policy_gradient_inside_the_bounds_and_0_if_clipped():
     old = torch.zeros(1, 5, dtype=torch.float64)
     new = torch.tensor([[0.1, 0.5, 0.5, -0.5, 2.0]], dtype=torch.float64, requires_grad=True)
     advantages = torch.tensor([[2.0, 2.0, -2.0, -2.0, -2.0]], dtype=torch.float64)
@@ -76,10 +76,10 @@ def test_gradient_is_the_policy_gradient_inside_the_bounds_and_zero_where_clippe
 
 def test_bounds_default_to_clip_ratio(batch):
     old, new, advantages, mask = batch
-    open_ended = SimpleNamespace(clip_ratio=0.1, clip_ratio_low=None, clip_ratio_high=None, clip_ratio_c=3.0)
-    spelled = SimpleNamespace(clip_ratio=0.5, clip_ratio_low=0.1, clip_ratio_high=0.1, clip_ratio_c=3.0)
-    a, _ = compute_policy_loss_vanilla(old, new, advantages, mask, "token-mean", open_ended)
-    b, _ = compute_policy_loss_vanilla(old, new, advantages, mask, "token-mean", spelled)
+    from_clip_ratio = SimpleNamespace(clip_ratio=0.1, clip_ratio_low=None, clip_ratio_high=None, clip_ratio_c=3.0)
+    explicit = SimpleNamespace(clip_ratio=0.5, clip_ratio_low=0.1, clip_ratio_high=0.1, clip_ratio_c=3.0)
+    a, _ = compute_policy_loss_vanilla(old, new, advantages, mask, "token-mean", from_clip_ratio)
+    b, _ = compute_policy_loss_vanilla(old, new, advantages, mask, "token-mean", explicit)
     assert a.item() == b.item()
 
 
@@ -87,14 +87,14 @@ def test_importance_weights_scale_tokens_and_get_no_gradient(batch):
     old, new, advantages, mask = batch
     weights = torch.full_like(old, 0.25, requires_grad=True)
     new = new.clone().requires_grad_()
-    plain, _ = compute_policy_loss_vanilla(old, new, advantages, mask, "token-sum", CONFIG)
+    unweighted, _ = compute_policy_loss_vanilla(old, new, advantages, mask, "token-sum", CONFIG)
     weighted, _ = compute_policy_loss_vanilla(old, new, advantages, mask, "token-sum", CONFIG, weights)
     weighted.backward()
-    assert weighted.item() == pytest.approx(0.25 * plain.item(), rel=1e-12)
+    assert weighted.item() == pytest.approx(0.25 * unweighted.item(), rel=1e-12)
     assert weights.grad is None
 
 
-def test_parts_of_a_mini_batch_add_up(batch):
+def test_parts_of_a_mini_batch_add_up_to_it(batch):
     old, new, advantages, mask = batch
     info = {"global_tokens": int(mask.sum()), "global_sequences": int((mask.sum(1) > 0).sum()), "loss_scale_factor": 6}
     config = SimpleNamespace(**vars(CONFIG), global_batch_info=info)

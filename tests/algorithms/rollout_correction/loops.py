@@ -1,4 +1,4 @@
-"""Weights, rejection and their metrics of one batch after another, token by token in Python floats."""
+"""Reference of the rollout correction: weights, rejection and metrics, token by token in Python floats."""
 
 import math
 
@@ -6,7 +6,7 @@ import torch
 
 
 def make_batch(seed=0):
-    """log pi, log mu [10, 7] float64 and a mask [10, 7] int64; what is masked out is NaN or -inf."""
+    """log pi, log mu [10, 7] float64 and a mask [10, 7] int64; values outside the mask are NaN or -inf."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -35,11 +35,11 @@ def rows_of(log_pi, log_mu, mask):
 
 
 def spread(rows, mask):
-    """A list of values for each sequence's tokens, laid out as `mask` is, 0 elsewhere."""
+    """Put the values of the tokens of each sequence into a tensor in the layout of `mask`, 0 elsewhere."""
     out = torch.zeros(mask.shape, dtype=torch.float64)
     for i, row in enumerate(rows):
-        places = [j for j in range(mask.shape[1]) if mask[i, j]]
-        for j, value in zip(places, row, strict=True):
+        columns = [j for j in range(mask.shape[1]) if mask[i, j]]
+        for j, value in zip(columns, row, strict=True):
             out[i, j] = value
     return out
 
@@ -51,27 +51,27 @@ def mean(values):
 def std(values):
     if len(values) < 2:
         return 0.0
-    centre = mean(values)
-    return math.sqrt(math.fsum((v - centre) ** 2 for v in values) / (len(values) - 1))
+    center = mean(values)
+    return math.sqrt(math.fsum((v - center) ** 2 for v in values) / (len(values) - 1))
 
 
 def population_std(values):
-    centre = mean(values)
-    return math.sqrt(mean([(v - centre) ** 2 for v in values]))
+    center = mean(values)
+    return math.sqrt(mean([(v - center) ** 2 for v in values]))
 
 
-def limited(x):
+def clamped(x):
     return min(max(x, -20.0), 20.0)
 
 
 def raw_weights(rows, level):
     if level == "token":
-        return [[math.exp(limited(p - q)) for p, q in row] for row in rows]
-    return [[math.exp(limited(math.fsum(p - q for p, q in row)))] * len(row) for row in rows]
+        return [[math.exp(clamped(p - q)) for p, q in row] for row in rows]
+    return [[math.exp(clamped(math.fsum(p - q for p, q in row)))] * len(row) for row in rows]
 
 
 def weights(rows, level, lo, hi, zero):
-    """Bounded weights: [lo, hi] with 0 outside, or at most hi."""
+    """Bounded weights: 0 outside [lo, hi] with `zero`, else at most hi."""
     found = raw_weights(rows, level)
     if zero:
         return [[w if lo <= w <= hi else 0.0 for w in row] for row in found]
@@ -90,7 +90,7 @@ def token_statistic(p, q, estimator):
     if estimator == "k2":
         return d * d / 2
     if estimator == "k3":
-        return math.exp(limited(d)) - 1 - limited(d)
+        return math.exp(clamped(d)) - 1 - clamped(d)
     a, b = (min(max(math.exp(x), 1e-6), 1 - 1e-6) for x in (p, q))
     forward = a * math.log(a / b) + (1 - a) * math.log((1 - a) / (1 - b))
     backward = b * math.log(b / a) + (1 - b) * math.log((1 - b) / (1 - a))
@@ -98,7 +98,7 @@ def token_statistic(p, q, estimator):
 
 
 def statistic(rows, term):
-    """What `term` looks at, for each token of each sequence."""
+    """The value that `term` compares with its bounds, for each token of each sequence."""
     level, estimator = ("token", term) if term == "binary_kl" else term.rsplit("_", 1)
     values = [[token_statistic(p, q, estimator) for p, q in row] for row in rows]
     pool = {"token": None, "seq_sum": math.fsum, "seq_mean": mean, "seq_max": max}[level]
@@ -106,12 +106,12 @@ def statistic(rows, term):
 
 
 def within(value, term, lo, hi):
-    """k1: lo and hi are of the ratio."""
+    """True if a value is within the bounds; for k1 they are bounds of the ratio."""
     return lo <= math.exp(min(value, 700.0)) <= hi if term.endswith("k1") else value <= hi
 
 
 def kept(rows, terms):
-    """`terms`: (term, lo, hi); whether each token of each sequence is kept by all of them."""
+    """For each token of each sequence, True if all `terms`, each (term, lo, hi), keep it."""
     result = [[True] * len(row) for row in rows]
     for term, lo, hi in terms:
         values = statistic(rows, term)
@@ -127,15 +127,15 @@ def weight_metrics(rows, level, lo, hi, zero, normalize=False):
     tokens, raw_tokens = ([w for row in x for w in row] for x in (bounded, raw))
     sequences, raw_sequences = ([mean(row) for row in x if row] for x in (bounded, raw))
     extremes = raw_sequences if level == "sequence" else tokens
-    judged = raw_sequences if level == "sequence" else raw_tokens
+    compared = raw_sequences if level == "sequence" else raw_tokens
     found = {
         "mean": mean(tokens),
         "std": population_std(tokens),
         "max": max(extremes),
         "min": min(extremes),
         "eff_sample_size": math.fsum(tokens) ** 2 / (len(tokens) * math.fsum(w * w for w in tokens)),
-        "ratio_fraction_high": mean([float(w > hi) for w in judged]),
-        "ratio_fraction_low": mean([float(w < lo) for w in judged]),
+        "ratio_fraction_high": mean([float(w > hi) for w in compared]),
+        "ratio_fraction_low": mean([float(w < lo) for w in compared]),
         "seq_mean": mean(sequences),
         "seq_std": std(sequences),
         "seq_max": max(sequences),

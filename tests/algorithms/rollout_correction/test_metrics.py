@@ -1,4 +1,4 @@
-"""Metrics against loops, and what they are for nothing."""
+"""Metrics against loops, and their values for an empty batch."""
 
 import math
 
@@ -22,7 +22,7 @@ def correction_of(weights=(), terms=()):
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
-def test_weights_against_loops(weights):
+def test_weight_metrics_equal_the_loop(weights):
     batch = loops.make_batch()
     level, band, zero, normalize = weights
     expected = loops.weight_metrics(loops.rows_of(*batch), level, band.lo, band.hi, zero, normalize)
@@ -31,13 +31,13 @@ def test_weights_against_loops(weights):
 
 
 @pytest.mark.parametrize("term", TERMS)
-def test_a_term_against_loops(term):
+def test_rejection_metrics_of_a_term_equal_the_loop(term):
     batch = loops.make_batch()
     expected = loops.rejection_metrics(loops.rows_of(*batch), [term])
     assert correction_metrics(*batch, correction_of((), [term])) == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
-def test_several_terms_and_weights_at_once():
+def test_metrics_of_several_terms_and_weights_together():
     batch = loops.make_batch(4)
     rows, terms = loops.rows_of(*batch), [TERMS[0], TERMS[8], TERMS[9]]
     expected = {**loops.weight_metrics(rows, "token", 0.5, 2.0, False), **loops.rejection_metrics(rows, terms)}
@@ -47,12 +47,12 @@ def test_several_terms_and_weights_at_once():
     assert all(total >= found[f"rollout_corr/rollout_rs_{term}_masked_fraction"] for term, *_ in terms)
 
 
-def test_without_weights_and_terms_there_is_nothing_to_say():
+def test_metrics_without_weights_and_terms_are_empty():
     assert correction_metrics(*loops.make_batch(), Correction()) == {}
 
 
 @pytest.mark.parametrize("shape", [(0, 0), (0, 3), (2, 0), (2, 3)])
-def test_a_batch_without_a_token(shape):
+def test_batch_without_a_token(shape):
     correction = correction_of(("sequence", Band(0.5, 2.0), True, True), TERMS)
     empty = torch.zeros(shape)
     weights, kept, metrics = apply_rollout_correction(empty, empty, empty.long(), correction)
@@ -61,7 +61,7 @@ def test_a_batch_without_a_token(shape):
     assert [name for name, value in metrics.items() if value] == ["rollout_corr/rollout_is_batch_norm_factor"]
 
 
-def test_one_token():
+def test_batch_of_one_token():
     d = torch.tensor([[math.log(1.5)]])
     correction = correction_of(("token",), [("seq_mean_k1", 0.5, 2.0)])
     weights, kept, metrics = apply_rollout_correction(d, torch.zeros(1, 1), torch.ones(1, 1), correction)
@@ -71,7 +71,7 @@ def test_one_token():
     assert metrics["rollout_corr/rollout_rs_seq_mean_k1_mean"] == pytest.approx(math.log(1.5))
 
 
-def test_all_rejected():
+def test_batch_whose_tokens_are_all_rejected():
     d = torch.full((2, 3), 1.0)
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     correction = correction_of((), [("seq_mean_k1", 0.999, 1.001)])
@@ -83,11 +83,11 @@ def test_all_rejected():
     assert all(math.isfinite(value) for value in metrics.values())
 
 
-def test_modes_do_not_matter():
+def test_metrics_do_not_depend_on_the_mode():
     batch = loops.make_batch()
-    plain = correction_of(("token",), TERMS[:2])
-    bypass = Correction("token", rejections=plain.rejections, bypass_mode=True, loss_type="reinforce")
-    assert correction_metrics(*batch, plain) == correction_metrics(*batch, bypass)
+    decoupled = correction_of(("token",), TERMS[:2])
+    bypass = Correction("token", rejections=decoupled.rejections, bypass_mode=True, loss_type="reinforce")
+    assert correction_metrics(*batch, decoupled) == correction_metrics(*batch, bypass)
 
 
 def test_float32_columns_are_summed_in_float64():

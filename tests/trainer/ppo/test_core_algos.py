@@ -1,4 +1,4 @@
-"""The registries that users extend."""
+"""The public names of the algorithms: user functions and built-in entries."""
 
 from types import SimpleNamespace
 
@@ -6,24 +6,23 @@ import numpy as np
 import pytest
 import torch
 
-from verl.algorithms.registry import Registry
 from verl.protocol import DataProto
 from verl.trainer.ppo import core_algos
 
 
 def batch_of(rewards, uids):
-    """A batch whose every column counts as a token of the model."""
+    """A batch whose columns are all tokens of the model."""
     rewards = torch.tensor(rewards)
     tensors = {"token_level_rewards": rewards, "response_mask": torch.ones_like(rewards)}
     return DataProto.from_dict(tensors=tensors, non_tensors={"uid": np.array(uids, dtype=object)})
 
 
-def test_built_in_entries():
+def test_built_in_entries_are_registered():
     assert core_algos.get_adv_estimator_fn("grpo") is core_algos.compute_grpo_outcome_advantage
     assert core_algos.get_policy_loss_fn("vanilla") is core_algos.compute_policy_loss_vanilla
 
 
-def test_a_user_function_is_found_and_called_by_keyword():
+def test_user_estimator_is_called_by_keyword():
     @core_algos.register_adv_est("test_core_algos_reward_itself")
     def reward_itself(token_level_rewards, response_mask, index, config):
         advantages = token_level_rewards.sum(-1, keepdim=True) * response_mask * config.gain
@@ -35,36 +34,12 @@ def test_a_user_function_is_found_and_called_by_keyword():
     assert advantages.tolist() == [[6.0, 6.0]]
 
 
-def test_grpo_by_name():
+def test_grpo_is_computed_by_name():
     batch = batch_of([[1.0], [0.0]], ["a", "a"])
     advantages, _ = core_algos.compute_advantage("grpo", batch, SimpleNamespace(norm_adv_by_std_in_grpo=False))
     assert advantages.flatten().tolist() == [0.5, -0.5]
 
 
-def test_a_planned_name_says_so_and_lists_the_known():
-    registry = Registry("thing", "some.key", planned=("later",))
-    registry.register("a")(len)
-    with pytest.raises(ValueError, match=r"some.key='later' is not supported yet: use one of a"):
-        registry.get("later")
-
-
-def test_unknown_name_lists_the_known():
+def test_unknown_estimator_is_an_error_that_lists_the_registered_names():
     with pytest.raises(ValueError, match=r"'grppo' is not registered: use one of .*grpo"):
         core_algos.get_adv_estimator_fn("grppo")
-
-
-def test_a_name_is_taken_once():
-    registry = Registry("thing", "some.key")
-
-    def one():
-        return 1
-
-    def two():
-        return 2
-
-    registry.register("a")(one)
-    registry.register("a")(one)
-    with pytest.raises(ValueError, match=r"thing 'a' is already registered by .*one"):
-        registry.register("a")(two)
-    assert registry.get("a") is one
-    assert registry.names() == ["a"]

@@ -1,5 +1,11 @@
-"""Advantage estimators: one file of pure functions each, found by name in a registry."""
+"""Advantage estimators: one file per estimator, each a pure function that is registered by name.
 
+`common.py` holds the shared parts, `arguments.py` chooses the arguments of a call. Every file of this folder is
+imported, so a new estimator needs no line here.
+"""
+
+from verl.algorithms.advantages.arguments import estimator_arguments, required_columns
+from verl.algorithms.advantages.common import get_adv_estimator_fn, register_adv_est
 from verl.algorithms.advantages.gae import compute_gae_advantage_return
 from verl.algorithms.advantages.gdpo import compute_gdpo_outcome_advantage
 from verl.algorithms.advantages.gpg import compute_gpg_outcome_advantage
@@ -13,18 +19,13 @@ from verl.algorithms.advantages.optimal_token_baseline import (
     compute_multi_turn_optimal_token_baseline_advantage,
     compute_optimal_token_baseline_advantage,
 )
-from verl.algorithms.advantages.registry import (
-    estimator_arguments,
-    get_adv_estimator_fn,
-    register_adv_est,
-    required_columns,
-)
 from verl.algorithms.advantages.reinforce_plus_plus import (
     compute_reinforce_plus_plus_baseline_outcome_advantage,
     compute_reinforce_plus_plus_outcome_advantage,
 )
 from verl.algorithms.advantages.remax import compute_remax_outcome_advantage
 from verl.algorithms.advantages.rloo import compute_rloo_outcome_advantage, compute_rloo_vectorized_outcome_advantage
+from verl.algorithms.registry import import_all
 
 __all__ = [
     "compute_gae_advantage_return",
@@ -46,3 +47,5 @@ __all__ = [
     "register_adv_est",
     "required_columns",
 ]
+
+import_all(__name__, __path__)

@@ -1,14 +1,12 @@
-"""Generalised advantage estimation from a critic's values, GAE: arXiv:1506.02438."""
+"""Generalized advantage estimation from the values of a critic (GAE, arXiv:1506.02438)."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import torch
 
-from verl.algorithms.advantages.registry import register_adv_est
-from verl.algorithms.advantages.whitening import whiten
+from verl.algorithms.advantages.common import register_adv_est, whiten
+from verl.config import AlgorithmConfig
 
 
 @register_adv_est("gae")
@@ -18,40 +16,41 @@ def compute_gae_advantage_return(
     response_mask: torch.Tensor,
     gamma: float = 1.0,
     lam: float = 1.0,
-    config: Any | None = None,
+    config: AlgorithmConfig | None = None,
     index: np.ndarray | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`A_t = delta_t + gamma lam A_next`, `delta_t = r_t + gamma V_next - V_t`, then whitened over the batch.
+    """Compute `A_t = delta_t + gamma lam A_next`, `delta_t = r_t + gamma V_next - V_t`, whitened over the batch.
 
-    Next is the next token *of the mask*, and 0 after the last: what a tool wrote in between has no value and no
-    advantage of its own, and a reward that stands on it is not seen.
+    "Next" is the next token in the mask; after the last one it is 0. Text of a tool between two tokens of the model
+    has no value and no advantage, and a reward at such a token is ignored.
 
     Args:
-        token_level_rewards: [B, T].
-        values: [B, T], the critic's value before each token; what stands off the mask, NaN included, is not read.
-        response_mask: [B, T], 1 where the model made the token.
+        token_level_rewards: r, [B, T].
+        values: V, [B, T], the value of the critic before each token; values outside the mask, including NaN, are
+            ignored.
+        response_mask: [B, T], 1 for a token of the model.
         gamma: discount per token.
-        lam: 0 trusts the next value, 1 the rewards.
-        config: the `algorithm` section; its `gamma` and `lam`, where given, replace the arguments.
-        index: taken as by every estimator; groups play no part.
+        lam: 0 relies on the next value, 1 on the rewards.
+        config: the `algorithm` section; if given, its `gamma` and `lam` replace the arguments.
+        index: not used; every estimator accepts it.
 
     Returns:
-        advantages (whitened) and returns (`A + V` before whitening, what the critic learns), [B, T] float32, 0 off
-        the mask.
+        advantages (whitened) and returns (`A + V` before whitening, the target of the critic), [B, T] float32, 0
+        outside the mask.
     """
     if config is not None:
         gamma, lam = config.gamma, config.lam
-    # Time first: each step of the scan then touches one run of memory.
-    live, rewards, value = (
+    # Time first: each step of the loop then reads contiguous memory.
+    mask, rewards, value = (
         column.T.contiguous() for column in (response_mask.bool(), token_level_rewards.double(), values.double())
     )
     advantages = torch.zeros_like(value)
     next_value = torch.zeros_like(value[0])
-    carried = torch.zeros_like(next_value)
+    next_advantage = torch.zeros_like(next_value)
     for t in reversed(range(len(value))):
         delta = rewards[t] + gamma * next_value - value[t]
-        carried = torch.where(live[t], delta + gamma * lam * carried, carried)
-        next_value = torch.where(live[t], value[t], next_value)
-        advantages[t] = carried
-    returns = torch.where(live, advantages + value, 0.0).T.to(torch.float32)
-    return whiten(advantages.T, live.T).to(torch.float32).contiguous(), returns.contiguous()
+        next_advantage = torch.where(mask[t], delta + gamma * lam * next_advantage, next_advantage)
+        next_value = torch.where(mask[t], value[t], next_value)
+        advantages[t] = next_advantage
+    returns = torch.where(mask, advantages + value, 0.0).T.to(torch.float32)
+    return whiten(advantages.T, mask.T).to(torch.float32).contiguous(), returns.contiguous()

@@ -1,14 +1,12 @@
-"""Group-relative advantages: GRPO (arXiv:2402.03300) and, undivided by the deviation, Dr. GRPO (arXiv:2503.20783)."""
+"""Group-relative advantages: GRPO (arXiv:2402.03300) and, without the division by std, Dr. GRPO (arXiv:2503.20783)."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import torch
 
-from verl.algorithms.advantages.groups import group, on_tokens, outcome
-from verl.algorithms.advantages.registry import register_adv_est
+from verl.algorithms.advantages.common import group_samples, on_tokens, outcome_reward, register_adv_est
+from verl.config import AlgorithmConfig
 
 
 @register_adv_est("grpo_vectorized")
@@ -19,31 +17,31 @@ def compute_grpo_outcome_advantage(
     index: np.ndarray,
     epsilon: float = 1e-6,
     norm_adv_by_std_in_grpo: bool = True,
-    config: Any | None = None,
+    config: AlgorithmConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each sample's total reward against the other samples of its group.
+    """Compute `A = (R - mean(R)) / (std(R) + epsilon)`, mean and unbiased std (ddof 1) per group.
 
-    `A = (R - mean(R)) / (std(R) + epsilon)` with the unbiased deviation (ddof 1). A group of one has mean 0 and
-    deviation 1, so that its advantage is about its reward.
+    A group of one has mean 0 and std 1, so its advantage is about its reward.
 
     Args:
-        token_level_rewards: [B, T]; a sample's reward is the sum of its row.
-        response_mask: [B, T], 1 where the model made the token.
+        token_level_rewards: [B, T]; the reward of a sample is the sum of its row.
+        response_mask: [B, T], 1 for a token of the model.
         index: B group ids, any hashable or comparable values.
-        epsilon: added to the deviation.
-        norm_adv_by_std_in_grpo: divide by the deviation.
-        config: the `algorithm` section; its `norm_adv_by_std_in_grpo`, where given, replaces the argument.
+        epsilon: added to the std.
+        norm_adv_by_std_in_grpo: divide by the std.
+        config: the `algorithm` section; if given, its `norm_adv_by_std_in_grpo` replaces the argument.
 
     Returns:
-        advantages and returns, the same [B, T] float32 values: a sample's advantage on each of its tokens, 0 elsewhere.
+        advantages and returns, the same [B, T] float32 values: the advantage of a sample at each of its tokens, 0
+        outside the mask.
     """
     if config is not None:
         norm_adv_by_std_in_grpo = config.norm_adv_by_std_in_grpo
-    reward = outcome(token_level_rewards)
-    groups = group(index, reward)
-    advantage = groups.normalised(reward, epsilon) if norm_adv_by_std_in_grpo else groups.centred(reward)
+    reward = outcome_reward(token_level_rewards)
+    groups = group_samples(index, reward)
+    advantage = groups.normalized(reward, epsilon) if norm_adv_by_std_in_grpo else groups.centered(reward)
     return on_tokens(advantage, response_mask)
 
 
-# verl has two implementations of the one formula.
+# Upstream verl has two implementations of this formula.
 compute_grpo_vectorized_outcome_advantage = compute_grpo_outcome_advantage

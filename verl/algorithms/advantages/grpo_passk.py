@@ -1,14 +1,12 @@
-"""Advantages of the best sample of a group, for pass@k: arXiv:2503.19595."""
+"""Advantage of the best sample of a group only, for pass@k (arXiv:2503.19595)."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import torch
 
-from verl.algorithms.advantages.groups import group, on_tokens, outcome
-from verl.algorithms.advantages.registry import register_adv_est
+from verl.algorithms.advantages.common import group_samples, on_tokens, outcome_reward, register_adv_est
+from verl.config import AlgorithmConfig
 
 
 @register_adv_est("grpo_passk")
@@ -18,31 +16,31 @@ def compute_grpo_passk_outcome_advantage(
     index: np.ndarray,
     epsilon: float = 1e-6,
     norm_adv_by_std_in_grpo: bool = True,
-    config: Any | None = None,
+    config: AlgorithmConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the best sample of a group adds to the second best; every other sample has advantage 0.
+    """Compute `A = (R_best - R_second) / (std(R) + epsilon)` for the best sample of a group; 0 for all others.
 
-    `A = (R_best - R_second) / (std(R) + epsilon)`, deviation unbiased (ddof 1). Where several samples share the best
-    reward, losing one of them loses nothing: all have 0. So has a group of one, which has no second.
+    The std is unbiased (ddof 1). If several samples share the best reward, all have advantage 0: the group loses
+    nothing without one of them. A group of one has no second sample and advantage 0.
 
     Args:
-        token_level_rewards: [B, T]; a sample's reward is the sum of its row.
-        response_mask: [B, T], 1 where the model made the token.
+        token_level_rewards: [B, T]; the reward of a sample is the sum of its row.
+        response_mask: [B, T], 1 for a token of the model.
         index: B group ids.
-        epsilon: added to the deviation.
-        norm_adv_by_std_in_grpo: divide by the deviation.
-        config: the `algorithm` section; its `norm_adv_by_std_in_grpo`, where given, replaces the argument.
+        epsilon: added to the std.
+        norm_adv_by_std_in_grpo: divide by the std.
+        config: the `algorithm` section; if given, its `norm_adv_by_std_in_grpo` replaces the argument.
 
     Returns:
-        advantages and returns, the same [B, T] float32 values, 0 off the mask.
+        advantages and returns, the same [B, T] float32 values, 0 outside the mask.
     """
     if config is not None:
         norm_adv_by_std_in_grpo = config.norm_adv_by_std_in_grpo
-    reward = outcome(token_level_rewards)
-    groups = group(index, reward)
+    reward = outcome_reward(token_level_rewards)
+    groups = group_samples(index, reward)
     best = reward == groups.max(reward)
     second = groups.max(torch.where(best, -torch.inf, reward))
-    leads = best & (groups.sum(best) == 1) & ~groups.single
+    leads = best & (groups.sum(best) == 1) & ~groups.is_single
     lead = torch.where(leads, reward - second, 0.0)
     if norm_adv_by_std_in_grpo:
         lead = lead / (groups.std(reward) + epsilon)

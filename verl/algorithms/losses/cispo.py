@@ -1,13 +1,18 @@
-"""CISPO (MiniMax-M1, arXiv:2506.13585): the importance weight is clipped, so no token loses its gradient."""
+"""CISPO (MiniMax-M1, arXiv:2506.13585): the importance weight is clipped, so every token keeps its gradient."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from verl.algorithms.losses.common import bounded_log_ratio, clip_range, token_means, weighted_loss
-from verl.algorithms.losses.registry import register_policy_loss
+from verl.algorithms.losses.common import (
+    LossOutput,
+    bounded_log_ratio,
+    clip_range,
+    register_policy_loss,
+    token_means,
+    weighted_loss,
+)
+from verl.config import ActorConfig
 
 
 @register_policy_loss("cispo")
@@ -17,17 +22,18 @@ def compute_policy_loss_cispo(
     advantages: torch.Tensor,
     response_mask: torch.Tensor,
     loss_agg_mode: str = "token-mean",
-    config: Any = None,
+    config: ActorConfig | None = None,
     rollout_is_weights: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """-sg(clip(r, 1 - low, 1 + high)) A log_prob of each token, sg being without gradient; all tensors [B, T].
+) -> LossOutput:
+    """Compute the CISPO loss; all tensors are [B, T].
 
-    r = exp(log_prob - old_log_prob), the exponent kept in +-20; low and high are `config.clip_ratio_low` and
-    `config.clip_ratio_high`. The paper has no lower bound: a `clip_ratio_low` of 1 or more.
+    Per token: -sg(clip(r, 1 - low, 1 + high)) A log_prob.
+
+    The paper has no lower bound: this is a `clip_ratio_low` of 1 or more.
 
     Returns:
-        the loss and `actor/{pg_clipfrac,pg_clipfrac_lower,ppo_kl}`, means over the mini-batch's tokens: the share of
-        tokens whose weight was clipped; 0, there is no dual clip; old_log_prob - log_prob.
+        the loss and `actor/{pg_clipfrac,pg_clipfrac_lower,ppo_kl}`, means over the tokens of the mini-batch: the
+        weight is clipped; 0, since there is no dual clip; old_log_prob - log_prob.
     """
     low, high = clip_range(config)
     log_ratio = bounded_log_ratio(old_log_prob, log_prob).detach()

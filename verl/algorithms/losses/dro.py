@@ -1,13 +1,17 @@
-"""Direct Reward Optimization (DRO, arXiv:2405.19107) on tokens: a policy gradient with a quadratic penalty."""
+"""Direct Reward Optimization (DRO, arXiv:2405.19107) per token: a policy gradient with a quadratic penalty."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from verl.algorithms.losses.common import required, token_means, weighted_loss
-from verl.algorithms.losses.registry import register_policy_loss
+from verl.algorithms.losses.common import (
+    LossOutput,
+    register_policy_loss,
+    require_config,
+    token_means,
+    weighted_loss,
+)
+from verl.config import ActorConfig
 
 
 @register_policy_loss("dro")
@@ -17,21 +21,23 @@ def compute_policy_loss_dro(
     advantages: torch.Tensor,
     response_mask: torch.Tensor,
     loss_agg_mode: str = "token-mean",
-    config: Any = None,
+    config: ActorConfig | None = None,
     rollout_is_weights: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """-A log_prob + (beta / 2) (log_prob - old_log_prob)^2 of each token; all tensors [B, T].
+) -> LossOutput:
+    """Compute the DRO loss; all tensors are [B, T].
 
-    The paper's objective for its policy, per token, with an advantage in the place of reward minus learnt value and
-    the sampling policy as the reference. beta is `config.policy_loss.dro_beta`. Tokens with A = 0 keep the penalty.
+    Per token: -A log_prob + (beta / 2) (log_prob - old_log_prob)^2, with beta = `config.policy_loss.dro_beta`.
+
+    This is the policy objective of the paper per token, with two replacements: the advantage replaces the reward minus
+    the learned value, and the sampling policy is the reference. Tokens with A = 0 keep the penalty.
 
     Returns:
-        the loss and `actor/ppo_kl`, the mean of old_log_prob - log_prob over the mini-batch's tokens.
+        the loss and `actor/ppo_kl`, the mean of old_log_prob - log_prob over the tokens of the mini-batch.
 
     Raises:
         ValueError: `dro_beta` is None or not above 0.
     """
-    beta = required(config).policy_loss.dro_beta
+    beta = require_config(config).policy_loss.dro_beta
     if beta is None or beta <= 0:
         raise ValueError(
             f"actor_rollout_ref.actor.policy_loss.dro_beta={beta}: loss_mode=dro needs a number above 0, e.g. 0.05"

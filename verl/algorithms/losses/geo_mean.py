@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from verl.algorithms.aggregation import agg_loss, sequence_mean
-from verl.algorithms.kl import LOG_RATIO_BOUND
-from verl.algorithms.losses.common import clip_range, denominators, token_means
-from verl.algorithms.losses.registry import register_policy_loss
+from verl.algorithms.aggregation import LOG_RATIO_BOUND, agg_loss, sequence_mean
+from verl.algorithms.losses.common import LossOutput, clip_range, denominators, register_policy_loss, token_means
+from verl.config import ActorConfig
 
 _SMALLEST_WEIGHT = 1e-10
 
@@ -21,22 +18,24 @@ def compute_policy_loss_geo_mean(
     advantages: torch.Tensor,
     response_mask: torch.Tensor,
     loss_agg_mode: str = "token-mean",
-    config: Any = None,
+    config: ActorConfig | None = None,
     rollout_is_weights: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """-A_i g_i of each sequence, g_i being the geometric mean of its tokens' clipped ratios; all tensors [B, T].
+) -> LossOutput:
+    """Compute the GMPO loss; all tensors are [B, T].
 
-    With d = log_prob - old_log_prob and s the sign of A, log g_i is the mean over the sequence's tokens of
-    `s min(s d, s clip(d, -low, high))`, kept below 20 against an overflow. The clip range (`config.clip_ratio_low`,
-    `config.clip_ratio_high`) bounds log-ratios, and the paper's is 0.4 on either side. A_i is the mean of the
-    sequence's advantages, which the paper has equal. Importance weights enter as their geometric mean, each at least
-    1e-10.
+    Per sequence: -A_i g_i, with g_i the geometric mean of the clipped ratios of its tokens. With
+    d = log_prob - old_log_prob and s the sign of A, log g_i is the mean over the tokens of the sequence of
+    `s min(s d, s clip(d, -low, high))`, at most 20 to prevent an overflow. A_i is the mean of the advantages of the
+    sequence; in the paper they are equal. Importance weights enter as their geometric mean, with 1e-10 added to each.
 
-    The aggregation is always the mean over the mini-batch's sequences that have a token; `loss_agg_mode` has no effect.
+    The bounds low and high are bounds of the log-ratio; the paper uses 0.4 for both.
+
+    The aggregation is always the mean over the sequences of the mini-batch that have a token; `loss_agg_mode` has no
+    effect.
 
     Returns:
-        the loss and `actor/{pg_clipfrac,pg_clipfrac_lower,ppo_kl}`, means over the mini-batch's tokens: outside the
-        clip range and A > 0; outside and A < 0; old_log_prob - log_prob.
+        the loss and `actor/{pg_clipfrac,pg_clipfrac_lower,ppo_kl}`, means over the tokens of the mini-batch: outside
+        the clip range with A > 0; outside with A < 0; old_log_prob - log_prob.
     """
     low, high = clip_range(config)
     log_ratio = log_prob - old_log_prob
@@ -51,9 +50,9 @@ def compute_policy_loss_geo_mean(
     has_tokens = response_mask.bool().any(dim=-1, keepdim=True)
     loss = agg_loss(per_sequence.unsqueeze(-1), has_tokens, "seq-mean-token-sum", **denominators(config))
     outside = log_ratio != clamped
-    shares = {
+    means = {
         "actor/pg_clipfrac": (outside & (advantages > 0)).to(log_ratio.dtype),
         "actor/pg_clipfrac_lower": (outside & (advantages < 0)).to(log_ratio.dtype),
         "actor/ppo_kl": -log_ratio,
     }
-    return loss, token_means(shares, response_mask, config)
+    return loss, token_means(means, response_mask, config)

@@ -1,8 +1,6 @@
-"""The critic's loss of PPO: squared error, clipped as in openai/baselines' PPO2 (discussed in arXiv:2005.12729)."""
+"""PPO's value loss for the critic: squared error, clipped as in PPO2 of openai/baselines (see arXiv:2005.12729)."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 
@@ -16,22 +14,26 @@ def compute_value_loss(
     response_mask: torch.Tensor,
     cliprange_value: float,
     loss_agg_mode: str = "token-mean",
-    **denominators: Any,
+    **denominators: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`0.5 max((v - R)^2, (clip(v, V - c, V + c) - R)^2)` of each token, aggregated; all tensors [B, T].
+    """Compute the clipped value loss; all tensors are [B, T].
 
-    With the larger of the two errors, a value that is more than c closer to R than V was has no gradient, and one that
-    moved away from R, however far, is drawn back.
+    Per token: 0.5 max((v - R)^2, (clip(v, V - c, V + c) - R)^2).
+
+    The larger of the two errors counts. A value that is closer to R than V was by more than c has no gradient. A value
+    that moved away from R has a gradient, no matter how far it moved.
 
     Args:
-        vpreds: v, the critic's values now.
-        returns: R, what they should be.
-        values: V, the critic's values when the batch was made.
+        vpreds: v, the current values of the critic.
+        returns: R, the target values.
+        values: V, the values of the critic when the batch was made.
+        response_mask: not 0 for a token that counts.
         cliprange_value: c, above 0.
-        denominators: of the whole mini-batch, see `agg_loss`.
+        loss_agg_mode: see `agg_loss`.
+        denominators: keywords of `agg_loss`, for the whole mini-batch.
 
     Returns:
-        the loss, and the share of the mini-batch's tokens whose clipped error is the larger one.
+        the loss, and the share of the tokens of the mini-batch whose clipped error is the larger one.
     """
     clipped = vpreds.clamp(values - cliprange_value, values + cliprange_value)
     error, clipped_error = (vpreds - returns).square(), (clipped - returns).square()

@@ -1,20 +1,21 @@
-"""The clipped policy loss of PPO (arXiv:1707.06347), with clip-higher (DAPO, arXiv:2503.14476) and dual clip
+"""PPO's clipped policy loss (arXiv:1707.06347), with clip-higher (DAPO, arXiv:2503.14476) and dual clip
 (arXiv:1912.09729)."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from verl.algorithms.losses.common import (
+    LossOutput,
     bounded_log_ratio,
     clip_range,
     clipped_surrogate,
+    register_policy_loss,
+    require_config,
     token_means,
     weighted_loss,
 )
-from verl.algorithms.losses.registry import register_policy_loss
+from verl.config import ActorConfig
 
 
 @register_policy_loss("vanilla")
@@ -24,17 +25,21 @@ def compute_policy_loss_vanilla(
     advantages: torch.Tensor,
     response_mask: torch.Tensor,
     loss_agg_mode: str = "token-mean",
-    config: Any = None,
+    config: ActorConfig | None = None,
     rollout_is_weights: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """PPO's loss with the bounds of the `actor` section; all tensors [B, T].
+) -> LossOutput:
+    """Compute PPO's loss with the bounds of the `actor` section; all tensors are [B, T].
 
-    Reads `clip_ratio`, `clip_ratio_low`, `clip_ratio_high` (None: `clip_ratio`), `clip_ratio_c` and, where present,
+    Per token: max(-A r, -A clip(r, 1 - low, 1 + high)), and at most -A c for A < 0.
+
+    Reads `clip_ratio`, `clip_ratio_low`, `clip_ratio_high` (None: `clip_ratio`), `clip_ratio_c` and, if present,
     `global_batch_info`.
 
     Returns:
-        the loss and `actor/{pg_clipfrac,pg_clipfrac_lower,ppo_kl}`, means over the mini-batch's tokens.
+        the loss and `actor/{pg_clipfrac,pg_clipfrac_lower,ppo_kl}`, means over the tokens of the mini-batch: the clip
+        binds; the dual clip binds; old_log_prob - log_prob.
     """
+    config = require_config(config)
     low, high = clip_range(config)
     per_token, clipped, clipped_lower, kl = clipped_policy_loss(
         old_log_prob, log_prob, advantages, clip_low=low, clip_high=high, clip_c=config.clip_ratio_c
@@ -53,20 +58,20 @@ def clipped_policy_loss(
     clip_high: float,
     clip_c: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """PPO's loss of each token, before masking.
+    """Compute PPO's loss per token, before masking.
 
-    With r = exp(log_prob - old_log_prob), the exponent kept in +-20:
-    `max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))`, and for A < 0 at most `-A clip_c`.
+    With r = exp(log_prob - old_log_prob), the exponent clamped to +-20:
+    `max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))`, and at most `-A clip_c` for A < 0.
 
     Returns:
-        loss, 1 where the clip binds, 1 where the dual clip binds, old_log_prob - log_prob (k1): four float tensors of
-        the inputs' shape.
+        loss, 1 where the clip binds, 1 where the dual clip binds, old_log_prob - log_prob (k1): four float tensors in
+        the shape of the inputs.
 
     Raises:
         ValueError: `clip_c` is not above 1.
     """
     if clip_c <= 1.0:
-        raise ValueError(f"clip_ratio_c={clip_c}: must be greater than 1, the usual value is 3")
+        raise ValueError(f"clip_ratio_c={clip_c}: must be above 1; a usual value is 3")
     log_ratio = bounded_log_ratio(old_log_prob, log_prob)
     loss, clipped = clipped_surrogate(log_ratio.exp(), advantages, clip_low, clip_high)
     ceiling = -advantages * clip_c

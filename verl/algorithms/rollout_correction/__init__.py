@@ -1,6 +1,10 @@
-"""Importance weights and rejection between the policy that generated and the policy that is trained.
+"""Importance weights and rejection between the rollout policy and the trained policy.
 
-Throughout: mu is the rollout engine's policy, pi the trainer's, d = log pi - log mu of a token that was generated.
+Read the files in this order: `weights.py`, `rejection.py`, `metrics.py`, `apply.py`. The keys, the presets and the
+resolved settings (`Correction`) are in `verl/config/rollout_correction.py`.
+
+Notation in all files: mu is the policy of the rollout engine, pi the policy of the trainer, and d = log pi - log mu for
+a generated token.
 """
 
 from verl.algorithms.rollout_correction.apply import apply_rollout_correction, correction_metrics

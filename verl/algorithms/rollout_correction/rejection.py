@@ -1,4 +1,4 @@
-"""Which tokens and sequences are too far from the rollout's policy to learn from."""
+"""Rejection of tokens and sequences whose probabilities under pi and mu are too far apart."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 import torch
 
-from verl.algorithms.kl import LOG_RATIO_BOUND
-from verl.algorithms.rollout_correction.pooling import POOLING, log_ratio
+from verl.algorithms.aggregation import LOG_RATIO_BOUND, masked_sum, sequence_mean
+from verl.algorithms.rollout_correction.weights import log_ratio
 from verl.config.rollout_correction import Band, Rejection
 
 _PROBABILITY_MARGIN = 1e-6
@@ -20,33 +20,33 @@ def rejection_mask(
     response_mask: torch.Tensor,
     rejections: Iterable[Rejection],
 ) -> torch.Tensor:
-    """`response_mask` with 0 for what any of the terms rejects, in its dtype.
+    """Return `response_mask` with 0 for each token that a term rejects, in the same dtype.
 
     Args:
         log_probs: log pi, [B, T] float.
         rollout_log_probs: log mu, [B, T] float.
-        response_mask: [B, T], not 0 for a generated token; sums, means and maxima are over these.
-        rejections: all of them have to keep a token; none keep every one.
+        response_mask: [B, T], not 0 for a generated token; sums, means and maxima are over these tokens.
+        rejections: a token is kept if all terms keep it; without terms every token is kept.
     """
     kept = response_mask.bool()
     for rejection in rejections:
-        kept = kept & keeps(statistic(log_probs, rollout_log_probs, response_mask, rejection), rejection)
+        kept = kept & within_bounds(statistic(log_probs, rollout_log_probs, response_mask, rejection), rejection)
     return kept.to(response_mask.dtype)
 
 
 def statistic(
     log_probs: torch.Tensor, rollout_log_probs: torch.Tensor, response_mask: torch.Tensor, rejection: Rejection
 ) -> torch.Tensor:
-    """What a term looks at, [B, T]; a sequence's value stands at each of its tokens, 0 where response_mask is 0.
+    """Return the value that a term compares with its bounds, [B, T]; 0 where response_mask is 0.
 
-    With d = log pi - log mu, of each token, or its sum, mean or maximum over a sequence (J. Schulman, "Approximating KL
-    Divergence", 2020, joschu.net/blog/kl-approx.html):
+    It is the value of each token, or the sum, mean or maximum over the sequence, repeated at each of its tokens. With
+    d = log pi - log mu (J. Schulman, "Approximating KL Divergence", 2020, joschu.net/blog/kl-approx.html):
 
-    - k1: d, so that exp() of it is the ratio pi/mu, or a sequence's, or its geometric mean over tokens;
+    - k1: d; exp(d) is the ratio pi/mu of a token, of a sequence (sum), or its geometric mean over tokens (mean);
     - k2: d^2 / 2;
-    - k3: exp(d) - 1 - d, d kept in +-20 in the exponent and out of it;
-    - binary_kl: of "this token" against "another one", the larger of KL(pi || mu) and KL(mu || pi), probabilities kept
-      1e-6 away from 0 and 1.
+    - k3: exp(d) - 1 - d, with d clamped to +-20 in both places;
+    - binary_kl: max(KL(pi || mu), KL(mu || pi)) of "this token" against "any other token", with probabilities clamped
+      to 1e-6 .. 1 - 1e-6.
     """
     mask = response_mask.bool()
     d = log_ratio(log_probs, rollout_log_probs, mask)
@@ -60,29 +60,41 @@ def statistic(
     else:
         values = _binary_kl(*(x.detach().masked_fill(~mask, 0.0).exp() for x in (log_probs, rollout_log_probs)))
     if rejection.pooling is not None:
-        values = POOLING[rejection.pooling](values, mask).unsqueeze(-1).expand_as(values)
+        values = _pool(values, mask, rejection.pooling).unsqueeze(-1).expand_as(values)
     return values.masked_fill(~mask, 0.0)
 
 
 def bounds(rejection: Rejection) -> Band:
-    """The band of `statistic`'s values that are kept."""
+    """Return the band in which a value of `statistic` is kept."""
     band = rejection.band
     if rejection.estimator == "k1":
         return Band(math.log(band.lo), math.log(band.hi))
-    # Rounding may leave a divergence just below 0.
+    # A divergence has no lower bound here, because rounding may leave it just below 0.
     return Band(-math.inf, band.hi)
 
 
-def keeps(values: torch.Tensor, rejection: Rejection) -> torch.Tensor:
-    """Where `statistic`'s values are within bounds, bool. A NaN is within none."""
+def within_bounds(values: torch.Tensor, rejection: Rejection) -> torch.Tensor:
+    """Return True where a value of `statistic` is kept, [B, T] bool; NaN is rejected."""
     band = bounds(rejection)
     return (values >= band.lo) & (values <= band.hi)
 
 
+def _pool(values: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
+    """Return the sum, mean or max over the tokens of each sequence, [B, T] -> [B]; 0 for a sequence without a token."""
+    if pooling == "sum":
+        return masked_sum(values, mask, dim=-1)
+    if pooling == "mean":
+        return sequence_mean(values, mask)
+    values = values.masked_fill(~mask, float("-inf"))
+    # One more column, because amax() fails on a batch of width 0.
+    values = torch.nn.functional.pad(values, (0, 1), value=float("-inf"))
+    return values.amax(-1).masked_fill(~mask.any(-1), 0.0)
+
+
 def _binary_kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     p, q = (x.clamp(_PROBABILITY_MARGIN, 1 - _PROBABILITY_MARGIN) for x in (p, q))
-    return torch.maximum(_one_way(p, q), _one_way(q, p))
+    return torch.maximum(_one_way_kl(p, q), _one_way_kl(q, p))
 
 
-def _one_way(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+def _one_way_kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()

@@ -1,8 +1,9 @@
-"""The algorithms' public names: registries to extend, and the functions that their entries are built from."""
+"""Public names of the algorithms: the registries that users extend, and the functions to build entries from.
+
+The implementations are in `verl.algorithms`.
+"""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 
@@ -10,21 +11,25 @@ from verl.algorithms import advantages, losses
 from verl.algorithms.advantages import *  # noqa: F403
 from verl.algorithms.advantages import estimator_arguments, get_adv_estimator_fn
 from verl.algorithms.losses import *  # noqa: F403
+from verl.config import AlgorithmConfig
 from verl.protocol import DataProto
 
 __all__ = ["compute_advantage", *advantages.__all__, *losses.__all__]
 
 
-def compute_advantage(adv_estimator: str, batch: DataProto, config: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Advantages and returns [B, T] float32 by the estimator registered under `adv_estimator`.
+def compute_advantage(
+    adv_estimator: str, batch: DataProto, config: AlgorithmConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute advantages and returns, [B, T] float32, with the estimator registered under `adv_estimator`.
 
     Args:
+        adv_estimator: the registered name.
         batch: columns `token_level_rewards` [B, T] float32, `response_mask` [B, T], `uid` (B group ids, equal for the
-            samples of one prompt), and what else the estimator names among its parameters.
+            samples of one prompt), and the columns that the parameters of the estimator name.
         config: the `algorithm` section.
 
     Raises:
-        ValueError: nothing is registered under that name, or the estimator names a column that `batch` lacks.
+        ValueError: no estimator has that name, or it needs a column that `batch` does not have.
     """
     function = get_adv_estimator_fn(adv_estimator)
     arguments = estimator_arguments(

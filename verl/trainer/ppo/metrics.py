@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from verl.algorithms.kl import LOG_RATIO_BOUND
+from verl.algorithms.aggregation import LOG_RATIO_BOUND
 from verl.protocol import DataProto
 
 # Which stages work on every token; generation makes the response tokens only.

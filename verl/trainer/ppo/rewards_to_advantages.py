@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from verl.algorithms.kl_in_reward import KLController, penalised_rewards
+from verl.algorithms.kl_in_reward import KLController, penalized_rewards
 from verl.config import AlgorithmConfig
 from verl.protocol import DataProto
 from verl.trainer.ppo.core_algos import compute_advantage
@@ -22,7 +22,7 @@ def apply_kl_penalty(
     columns = batch.batch
     rewards, metrics = columns["token_level_scores"], {}
     if algorithm.use_kl_in_reward:
-        rewards, kl = penalised_rewards(
+        rewards, kl = penalized_rewards(
             columns["token_level_scores"],
             columns["old_log_probs"],
             columns["ref_log_prob"],

@@ -1,4 +1,4 @@
-"""What an estimator is called with."""
+"""The arguments of an estimator."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ def arguments(function):
     return estimator_arguments(function, TENSORS, NON_TENSORS, INDEX, CONFIG)
 
 
-def test_it_gets_what_it_names():
+def test_estimator_gets_the_columns_that_its_parameters_name():
     def estimator(response_mask, values, *, index, non_tensor_batch, unknown=3):
         raise NotImplementedError
 
@@ -29,7 +29,7 @@ def test_it_gets_what_it_names():
     assert set(given) == {"values", "response_mask", "index", "non_tensor_batch"}
 
 
-def test_kwargs_gets_the_core_and_no_other_column():
+def test_estimator_with_kwargs_gets_the_four_core_arguments():
     def estimator(**columns):
         raise NotImplementedError
 
@@ -37,37 +37,37 @@ def test_kwargs_gets_the_core_and_no_other_column():
     assert arguments(estimator)["config"] is CONFIG
 
 
-def test_a_column_with_a_default_is_given_where_there_is_one():
+def test_column_with_a_default_is_passed_if_the_batch_has_it():
     def estimator(token_level_rewards, values=None, ref_log_prob=None):
         raise NotImplementedError
 
     assert set(arguments(estimator)) == {"token_level_rewards", "values"}
 
 
-def test_a_column_that_is_not_there():
-    @register_adv_est("test_registry_needs_more")
+def test_missing_column_is_an_error():
+    @register_adv_est("test_arguments_needs_more")
     def estimator(token_level_rewards, reward_baselines):
         raise NotImplementedError
 
-    with pytest.raises(ValueError, match="test_registry_needs_more asks for the column reward_baselines") as error:
+    with pytest.raises(ValueError, match="test_arguments_needs_more needs the column reward_baselines") as error:
         arguments(estimator)
     columns = "config, index, non_tensor_batch, response_mask, token_level_rewards, values"
-    assert f"name one of {columns}, or give reward_baselines a default" in str(error.value)
+    assert f"use one of {columns}, or give reward_baselines a default" in str(error.value)
 
 
-def test_a_column_of_objects_is_found_elsewhere():
+def test_non_tensor_column_error_points_to_non_tensor_batch():
     def estimator(acc):
         raise NotImplementedError
 
-    with pytest.raises(ValueError, match=r"estimator asks for the column acc.*parameter non_tensor_batch"):
+    with pytest.raises(ValueError, match=r"estimator needs the column acc.*parameter non_tensor_batch"):
         arguments(estimator)
 
 
-def test_a_core_column_that_is_not_there():
+def test_missing_core_column_is_an_error():
     def estimator(**columns):
         raise NotImplementedError
 
-    with pytest.raises(ValueError, match="asks for the column token_level_rewards"):
+    with pytest.raises(ValueError, match="needs the column token_level_rewards"):
         estimator_arguments(estimator, {}, {}, INDEX, CONFIG)
 
 
@@ -79,12 +79,12 @@ def test_a_core_column_that_is_not_there():
         ("sum_pi_squared", names.SUM_PI_SQUARED_ESTIMATORS),
     ],
 )
-def test_the_names_say_which_estimators_need_a_column(column, estimators):
+def test_config_names_list_the_estimators_that_need_a_column(column, estimators):
     need = {name for name in names.ADV_ESTIMATORS if column in required_columns(get_adv_estimator_fn(name))}
     assert need == set(estimators)
 
 
-def test_required_columns():
+def test_required_columns_exclude_the_core_arguments():
     assert required_columns(get_adv_estimator_fn("grpo")) == ()
     assert required_columns(get_adv_estimator_fn("gdpo")) == ()
     assert required_columns(get_adv_estimator_fn("optimal_token_baseline")) == ("old_log_probs", "sum_pi_squared")
