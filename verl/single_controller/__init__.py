@@ -1,1 +1,1 @@
-"""Ray: where processes run, and calling the same method on all trainer ranks."""
+"""Ray: process placement, typed calls to actors, and calls to all trainer ranks at once."""

@@ -1,9 +1,9 @@
-"""Where the trainer's ranks and the replicas run.
+"""Placement of the trainer ranks and the replicas on nodes and devices.
 
-Hybrid (`rollout.nnodes=0`): replicas share the trainer's devices; replica `r` with tensor parallelism `t` sits on the
-devices of trainer ranks `r*t .. r*t + t - 1`. Standalone (`rollout.nnodes=n`): they have devices of their own on n
-nodes, so many replicas on each. The nodes of the trainer are different ones, and so are those of the replicas. On a
-CPU, where cores are shared anyway, both only say on which node a process runs.
+Hybrid (`rollout.nnodes=0`): replicas share the trainer's devices; replica `r` with tensor parallelism `t` uses the
+devices of trainer ranks `r*t .. r*t + t - 1`. Standalone (`rollout.nnodes=n`): replicas have their own devices on n
+nodes, the same number of replicas on each node. Every trainer node is a different one, and so is every replica node.
+On a CPU all processes share the cores, so both modes only choose the node of a process.
 """
 
 from __future__ import annotations
@@ -21,9 +21,16 @@ from verl.utils.platform import devices_environment
 
 _RESOURCE = {"cuda": "GPU", "npu": "NPU"}
 
+# Keyword arguments of `ray.remote` for one actor.
+RayOptions = dict[str, Any]
+
 
 def replica_count(config: PPOConfig) -> int:
-    """How many replicas the config asks for."""
+    """Return the number of replicas that the config asks for.
+
+    Raises:
+        ValueError: the devices do not divide evenly into replicas.
+    """
     rollout = config.actor_rollout_ref.rollout
     devices = rollout.n_gpus_per_node * rollout.nnodes or config.trainer.n_gpus_per_node * config.trainer.nnodes
     per_replica = rollout.tensor_model_parallel_size * rollout.data_parallel_size
@@ -37,15 +44,15 @@ def replica_count(config: PPOConfig) -> int:
 
 @dataclass
 class Placement:
-    """Ray options for every process of a run; `release()` gives the resources back.
+    """Ray options for every process of a run. `release()` returns the reserved resources.
 
     Attributes:
-        trainers: options for each trainer rank.
-        replicas: options for each replica.
+        trainers: options by trainer rank.
+        replicas: options by replica.
     """
 
-    trainers: list[dict[str, Any]]
-    replicas: list[dict[str, Any]]
+    trainers: list[RayOptions]
+    replicas: list[RayOptions]
     _groups: list[PlacementGroup] = field(default_factory=list)
 
     def release(self) -> None:
@@ -54,8 +61,11 @@ class Placement:
         self._groups = []
 
 
-def place(config: PPOConfig, device: str) -> Placement:
-    """Reserve devices and say where each process goes.
+def place_processes(config: PPOConfig, device: str) -> Placement:
+    """Reserve devices and assign every process to a node.
+
+    Args:
+        device: `cpu`, `cuda` or `npu`.
 
     Raises:
         RuntimeError: the cluster has fewer devices or nodes than the config asks for.
@@ -64,63 +74,70 @@ def place(config: PPOConfig, device: str) -> Placement:
     rollout, replicas = config.actor_rollout_ref.rollout, replica_count(config)
     if device == "cpu":
         return _place_on_cpu(nodes, per_node, rollout.nnodes, replicas)
-    own = _reserve(device, nodes, per_node, "trainer")
+    trainer_group = _reserve(device, nodes, per_node, "trainer")
     ranks = range(nodes * per_node)
-    trainers = [_in_bundle(own, rank // per_node, resources=_device_request(device, 1)) for rank in ranks]
+    trainers = [_in_bundle(trainer_group, rank // per_node, _device_request(device, 1)) for rank in ranks]
     if not rollout.nnodes:
-        # The engine sees the devices of its trainers without owning them: the trainer's bundle already counts them.
-        first = ranks[:: len(ranks) // replicas]
-        return Placement(trainers, [_in_bundle(own, rank // per_node, resources={}) for rank in first], [own])
+        # The engine uses the devices of its trainer ranks without requesting them: their bundle already counts them.
+        first_ranks = ranks[:: len(ranks) // replicas]
+        shared = [_in_bundle(trainer_group, rank // per_node, {}) for rank in first_ranks]
+        return Placement(trainers, shared, [trainer_group])
     try:
-        others = _reserve(device, rollout.nnodes, rollout.n_gpus_per_node, "actor_rollout_ref.rollout")
+        rollout_group = _reserve(device, rollout.nnodes, rollout.n_gpus_per_node, "actor_rollout_ref.rollout")
     except RuntimeError:
-        remove_placement_group(own)
+        remove_placement_group(trainer_group)
         raise
-    size, each = rollout.tensor_model_parallel_size, replicas // rollout.nnodes
-    apart = [_in_bundle(others, r // each, resources=_device_request(device, size)) for r in range(replicas)]
-    return Placement(trainers, apart, [own, others])
+    size, per_rollout_node = rollout.tensor_model_parallel_size, replicas // rollout.nnodes
+    request = _device_request(device, size)
+    standalone = [_in_bundle(rollout_group, replica // per_rollout_node, request) for replica in range(replicas)]
+    return Placement(trainers, standalone, [trainer_group, rollout_group])
 
 
 def _place_on_cpu(trainer_nodes: int, per_node: int, rollout_nodes: int, replicas: int) -> Placement:
-    """The trainer from the driver's node on, replicas of their own on the nodes after those.
+    """Place the trainer on the driver's node and those after it, standalone replicas on the nodes after the trainer's.
 
-    A cluster of one node stands for as many as there should be of one each.
+    If the cluster has a single node, one trainer node and one rollout node may both be that node.
     """
-    own = ray.get_runtime_context().get_node_id()
-    nodes = sorted((node["NodeID"] for node in ray.nodes() if node["Alive"]), key=lambda node: (node != own, node))
+    driver_node = ray.get_runtime_context().get_node_id()
+    alive = (node["NodeID"] for node in ray.nodes() if node["Alive"])
+    nodes = sorted(alive, key=lambda node: (node != driver_node, node))
     if len(nodes) == 1 and trainer_nodes == 1 and rollout_nodes <= 1:
         nodes *= 2
     if trainer_nodes + rollout_nodes > len(nodes):
         raise RuntimeError(
             f"trainer.nnodes={trainer_nodes} and actor_rollout_ref.rollout.nnodes={rollout_nodes}: the cluster has "
-            f"{len(nodes)} node(s); lower them, or add nodes to it"
+            f"{len(nodes)} node(s); lower them, or add nodes to the cluster"
         )
-    homes = nodes[trainer_nodes : trainer_nodes + rollout_nodes] or nodes[:trainer_nodes]
-    # Ranks and replicas take turns on the same cores, so none of them reserves any.
+    replica_nodes = nodes[trainer_nodes : trainer_nodes + rollout_nodes] or nodes[:trainer_nodes]
+    # Ranks and replicas share the cores, so no process reserves any.
     return Placement(
         [_on_node(nodes[rank // per_node]) for rank in range(trainer_nodes * per_node)],
-        [_on_node(homes[rank * len(homes) // replicas]) for rank in range(replicas)],
+        [_on_node(replica_nodes[replica * len(replica_nodes) // replicas]) for replica in range(replicas)],
     )
 
 
-def shared_devices(config: PPOConfig, device: str, seen: Sequence[str | None], replica: int) -> dict[str, str]:
-    """Environment that shows replica `replica` the devices it shares with its trainers; empty where it shares none.
+def shared_devices(
+    config: PPOConfig, device: str, rank_devices: Sequence[str | None], replica: int
+) -> dict[str, str]:
+    """Return the environment that shows a replica the devices of its trainer ranks; empty if it shares no device.
 
     Args:
-        seen: by rank, the device that Ray gave it; None where it sees all of its node.
+        device: `cpu`, `cuda` or `npu`.
+        rank_devices: by rank, the id of the device that Ray assigned; None if the rank sees all devices of its node.
+        replica: index of the replica.
     """
     if device == "cpu" or config.actor_rollout_ref.rollout.nnodes:
         return {}
-    per_replica = len(seen) // replica_count(config)
+    per_replica = len(rank_devices) // replica_count(config)
     first = replica * per_replica
-    own = [id for id in seen[first : first + per_replica] if id is not None]
-    if len(own) < per_replica:
-        own = [str((first + i) % config.trainer.n_gpus_per_node) for i in range(per_replica)]
-    return devices_environment(device, own)
+    ids = [id for id in rank_devices[first : first + per_replica] if id is not None]
+    if len(ids) < per_replica:
+        ids = [str((first + i) % config.trainer.n_gpus_per_node) for i in range(per_replica)]
+    return devices_environment(device, ids)
 
 
 def _reserve(device: str, nodes: int, per_node: int, section: str) -> PlacementGroup:
-    """A bundle of `per_node` devices on each of `nodes` different nodes; the keys of `section` asked for them."""
+    """Reserve a bundle of `per_node` devices on each of `nodes` different nodes; `section` names the config keys."""
     resource = _RESOURCE[device]
     group = placement_group([{resource: per_node, "CPU": per_node}] * nodes, strategy="STRICT_SPREAD")
     if not group.wait(timeout_seconds=60):
@@ -130,19 +147,19 @@ def _reserve(device: str, nodes: int, per_node: int, section: str) -> PlacementG
         raise RuntimeError(
             f"{section}.nnodes={nodes}, {section}.n_gpus_per_node={per_node}: there are not {nodes} node(s) with "
             f"{per_node} free {resource} devices and {per_node} CPU cores each (the cluster has {available:g} devices "
-            f"on {alive} node(s)); lower them, or end what occupies the devices"
+            f"on {alive} node(s)); lower them, or stop the processes that use the devices"
         )
     return group
 
 
-def _device_request(device: str, count: int) -> dict[str, Any]:
+def _device_request(device: str, count: int) -> RayOptions:
     return {"num_gpus": count} if device == "cuda" else {"resources": {"NPU": count}}
 
 
-def _on_node(node: str) -> dict[str, Any]:
+def _on_node(node: str) -> RayOptions:
     return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
 
 
-def _in_bundle(group: PlacementGroup, index: int, resources: dict[str, Any]) -> dict[str, Any]:
+def _in_bundle(group: PlacementGroup, index: int, request: RayOptions) -> RayOptions:
     strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
-    return {"num_cpus": 0, "scheduling_strategy": strategy, **resources}
+    return {"num_cpus": 0, "scheduling_strategy": strategy, **request}

@@ -1,4 +1,4 @@
-"""The Ray session of a run: joined where there is a cluster, started and ended here where there is none."""
+"""The Ray session of a run: join an existing cluster, or start one and shut it down at the end."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ logger = logging.getLogger(__name__)
 
 
 class RaySession:
-    """A context manager around `ray.init` and `ray.shutdown`; `ray_kwargs.ray_init.*` are passed on to `ray.init`."""
+    """A context manager around `ray.init` and `ray.shutdown`; `ray.init` gets the keys `ray_kwargs.ray_init.*`."""
 
     def __init__(self, config: PPOConfig):
         self._options: dict[str, Any] = {
             "include_dashboard": False,
-            # Workers report through the values and errors they return; their own output goes to Ray's log directory.
+            # Workers report through results and exceptions; their output goes to Ray's log directory.
             "log_to_driver": False,
             "logging_level": logging.ERROR,
             **{key: value for key, value in dict(config.ray_kwargs.ray_init or {}).items() if value is not None},
@@ -31,7 +31,7 @@ class RaySession:
     def __enter__(self) -> RaySession:
         if not self._joined:
             if ray_cluster(os.environ, asked=self._options.get("address")) is not None:
-                # Only a session that we start takes these.
+                # Ray accepts these only for a session that it starts.
                 for key in ("num_cpus", "num_gpus", "include_dashboard"):
                     self._options.pop(key, None)
             ray.init(**self._options)
@@ -47,6 +47,5 @@ class RaySession:
 
 
 def _session_directory() -> str:
-    return (
-        ray._private.worker._global_node.get_session_dir_path() if ray.is_initialized() else "Ray's session directory"
-    )
+    node = ray._private.worker._global_node
+    return node.get_session_dir_path() if ray.is_initialized() and node is not None else "Ray's session directory"

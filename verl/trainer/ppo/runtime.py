@@ -28,7 +28,7 @@ from verl.preflight import Plan
 from verl.preflight.checks.batches import needs_ref
 from verl.preflight.checks.transport import resolve_backend
 from verl.protocol import DataProto
-from verl.single_controller.placement import Placement, place, replica_count, shared_devices
+from verl.single_controller.placement import Placement, place_processes, replica_count, shared_devices
 from verl.single_controller.worker_group import WorkerGroup
 from verl.trainer.ppo.batching import ACTOR_COLUMNS, CRITIC_COLUMNS, partition, split_even, split_mini_batches
 from verl.trainer.ppo.checkpoint import CheckpointError, load_driver_state, save_driver_state
@@ -110,7 +110,7 @@ class Runtime:
         """Load the data, then start trainer ranks and replicas at the same time."""
         self._load_data()
         self._rewards = RewardLoop(self.config.reward, components=self.config.algorithm.gdpo_reward_keys or ())
-        self._placement = place(self.config, self.plan.device)
+        self._placement = place_processes(self.config, self.plan.device)
         self._replicas = self._make_replicas(self._placement)
         # Tools and agent loops are loaded here, so that what is wrong with them shows before anything has started.
         self._sampling = Sampling(
