@@ -81,8 +81,8 @@ SCHEMA = "tool_schema: {type: function, function: {name: a, description: d}}"
     [
         (None, "no such file"),
         ("tools: [", "is not YAML"),
-        ("[]", "has no list 'tools'"),
-        ("tools: []", "has no list 'tools'"),
+        ("[]", "must contain a list 'tools'"),
+        ("tools: []", "must contain a list 'tools'"),
         ("tools: [{config: {}}]", r"tools\[0\] has no class_name"),
         (f"tools: [{{class_name: own.py:WithSchema, conf: 1, {SCHEMA}}}]", "no such key: conf"),
         ("tools: [{class_name: own.py:WithSchema, config: [1]}]", "config is a list"),
@@ -99,7 +99,7 @@ SCHEMA = "tool_schema: {type: function, function: {name: a, description: d}}"
         ("tools: [{class_name: own.py:WithSchema, tool_schema: {type: function}}]", "tool_schema.function: Field"),
         (
             f"tools: [{{class_name: own.py:WithSchema, {SCHEMA}}}, {{class_name: own.py:WithSchema, {SCHEMA}}}]",
-            "a is there",
+            "duplicate name a;",
         ),
     ],
 )
@@ -138,5 +138,5 @@ def test_a_class_that_cannot_work_is_refused_when_it_is_loaded(tmp_path, entry, 
 def test_two_classes_that_name_themselves_alike(tmp_path):
     (tmp_path / "own.py").write_text(OWN)
     (tmp_path / "tools.yaml").write_text("tools: [{class_name: own.py:WithSchema}, {class_name: own.py:WithSchema}]")
-    with pytest.raises(ToolConfigError, match="from_class is there twice"):
+    with pytest.raises(ToolConfigError, match="duplicate name from_class"):
         initialize_tools_from_config(str(tmp_path / "tools.yaml"))

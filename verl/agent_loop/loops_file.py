@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from verl.agent_loop.agent_loop import AgentLoopBase, agent_loop_names, get_agent_loop, register
-from verl.preflight.checks.agent import LOOPS_KEY, AgentLoopFileError, read_agent_loops
+from verl.config.agent_loops_file import AgentLoopFileError, read_agent_loops
 from verl.utils.user_class import UserClassError, load_class
 
 
@@ -22,13 +22,14 @@ def register_from_file(path: str) -> None:
             another loop has.
     """
     folder = Path(path).expanduser().parent
-    for i, entry in enumerate(read_agent_loops(path)):
-        where = f"{LOOPS_KEY}={path}: [{i}]"
+    for entry in read_agent_loops(path):
         try:
             loop = load_class(entry.target, folder, AgentLoopBase)
         except UserClassError as error:
-            raise AgentLoopFileError(f"{where}._target_={error}") from error
+            raise AgentLoopFileError(f"{entry.location}._target_={error}") from error
         # A module may register its class itself; the file adds keywords to that.
         if entry.name in agent_loop_names() and get_agent_loop(entry.name).loop is not loop:
-            raise AgentLoopFileError(f"{where}.name={entry.name}: another loop has this name; choose another one")
+            raise AgentLoopFileError(
+                f"{entry.location}.name={entry.name}: another loop has this name; choose another one"
+            )
         register(entry.name, **entry.kwargs)(loop)

@@ -3,16 +3,12 @@
 # ruff: noqa: RUF009  (key, planned and section make dataclass fields)
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from verl.config import names
 from verl.config.actor import CheckpointConfig, FSDPConfig, MegatronConfig, OptimConfig
 from verl.config.schema import key, planned, section
-
-if TYPE_CHECKING:
-    from verl.config.ppo import PPOConfig
 
 _LORA = "leave it out: the whole critic is trained"
 
@@ -108,39 +104,4 @@ class CriticConfig:
     )
     forward_micro_batch_size: int | None = planned(
         None, "a micro-batch size over all ranks", "use forward_micro_batch_size_per_gpu, which counts samples per rank"
-    )
-
-
-def needs_critic(config: PPOConfig) -> bool:
-    """Whether the run has a critic."""
-    enable = config.critic.enable
-    return config.algorithm.adv_estimator in names.CRITIC_ESTIMATORS if enable is None else enable
-
-
-def resolve_critic(config: PPOConfig) -> CriticConfig:
-    """A copy of the `critic` section with what it leaves open taken from the actor and the policy's model."""
-    critic, actor, policy = config.critic, config.actor_rollout_ref.actor, config.actor_rollout_ref.model
-    inherited = ("ppo_mini_batch_size", "ppo_micro_batch_size_per_gpu", "use_dynamic_bsz", "ppo_epochs")
-    filled = _filled(critic, {name: getattr(actor, name) for name in (*inherited, "loss_agg_mode", "strategy")})
-    filled = _filled(
-        filled,
-        {
-            "forward_micro_batch_size_per_gpu": filled.ppo_micro_batch_size_per_gpu,
-            "forward_max_token_len_per_gpu": filled.ppo_max_token_len_per_gpu,
-        },
-    )
-    model = _filled(
-        critic.model,
-        {
-            "tokenizer_path": policy.tokenizer_path or policy.path,
-            "trust_remote_code": policy.trust_remote_code,
-        },
-    )
-    return dataclasses.replace(filled, model=model)
-
-
-def _filled(section: Any, values: dict[str, Any]) -> Any:
-    """A copy in which what is null has these values."""
-    return dataclasses.replace(
-        section, **{name: value for name, value in values.items() if getattr(section, name) is None}
     )

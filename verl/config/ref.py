@@ -4,13 +4,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from verl.config.actor import FSDPConfig, MegatronConfig
 from verl.config.schema import key, planned, section
-
-if TYPE_CHECKING:
-    from verl.config.ppo import PPOConfig
 
 
 @dataclass
@@ -48,8 +44,3 @@ class RefConfig:
     log_prob_micro_batch_size: int | None = planned(
         None, "a micro-batch size over all ranks", "use log_prob_micro_batch_size_per_gpu, samples per rank"
     )
-
-
-def needs_ref(config: PPOConfig) -> bool:
-    """Whether a reference model is held."""
-    return config.actor_rollout_ref.actor.use_kl_loss or config.algorithm.use_kl_in_reward

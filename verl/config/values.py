@@ -6,9 +6,8 @@ import difflib
 import sys
 from typing import Any
 
-from verl.config.critic import needs_critic
 from verl.config.ppo import PPOConfig
-from verl.config.ref import needs_ref
+from verl.config.roles import needs_critic, needs_ref
 from verl.config.schema import Key, key_of, show, walk
 
 # Names that a user's own code may have added, and the registry (module, attribute) that then knows them.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from verl.config.critic import resolve_critic
 from verl.config.ppo import PPOConfig
-from verl.config.weight_updates import full_update_reason
+from verl.config.roles import resolve_critic
+from verl.config.weight_updates import full_update_reason, resolve_backend
 from verl.preflight.checks.batches import rollout_devices, trainer_ranks
 from verl.preflight.checks.data import DataInfo
 from verl.preflight.checks.quantization import Quantization
-from verl.preflight.checks.transport import replica_nodes, resolve_backend
+from verl.preflight.checks.transport import replica_nodes
 from verl.preflight.estimate import estimate_memory
 from verl.preflight.plan import CriticPlan, Plan
 from verl.utils.model_dir.model_files import ModelFiles

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from verl.config.critic import needs_critic
 from verl.config.lora import adapter_parameters, lora_options
 from verl.config.ppo import PPOConfig
+from verl.config.roles import needs_critic
 from verl.preflight.estimate import (
     activation_bytes,
     critic_activation_bytes,

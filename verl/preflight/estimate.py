@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from verl.config.critic import resolve_critic
 from verl.config.lora import adapter_parameters, lora_options
 from verl.config.ppo import PPOConfig
-from verl.config.ref import needs_ref
+from verl.config.roles import needs_ref, resolve_critic
 from verl.config.weight_updates import full_update_reason
 from verl.utils.model_dir.kv_cache import cpu_kv_cache_bytes
 from verl.utils.model_dir.model_files import ModelFiles

@@ -1,4 +1,4 @@
-"""Imports the user's own modules, which register estimators, losses and agent loops."""
+"""Import the user's modules, which register estimators, losses and agent loops (`model.external_lib`)."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ KEY = "actor_rollout_ref.model.external_lib"
 
 
 class ExternalLibError(ValueError):
-    """A module of the user's cannot be imported; the message names it and why."""
+    """A module of the user cannot be imported; the message contains its name and the reason."""
 
 
 def absolute(libs: Sequence[str]) -> list[str]:
-    """The same modules, files by their absolute path: other processes have other working directories."""
+    """Return the modules with absolute file paths, because other processes have other working directories."""
     return [os.path.abspath(os.path.expanduser(lib)) if is_file_name(lib) else lib for lib in libs]
 
 
 def is_file_name(lib: str) -> bool:
-    """Whether `lib` means a file, `path/to/mine.py`, rather than a module, `package.module`."""
+    """Return True for a file, `path/to/mine.py`, and False for a module, `package.module`."""
     return lib.endswith(".py") or os.sep in lib
 
 
 def import_external(libs: Sequence[str]) -> None:
-    """Import modules by name and files by path; what is imported already is left alone.
+    """Import modules by name and files by path, each at most once in a process.
 
     Raises:
-        ExternalLibError: one does not exist or does not import.
+        ExternalLibError: a module does not exist or does not import.
     """
     for lib in libs:
         problem = file_problem(lib) if is_file_name(lib) else None
         if problem is not None:
-            raise ExternalLibError(f"{KEY}={lib}: {problem}; give a Python file or a module's name")
+            raise ExternalLibError(f"{KEY}={lib}: {problem}; give a Python file, or the name of a module")
         try:
             import_file(Path(lib)) if is_file_name(lib) else importlib.import_module(lib)
         except Exception as error:
             raise ExternalLibError(
-                f"{KEY}={lib} does not import: {type(error).__name__}: {error}; mend it, or leave it out"
+                f"{KEY}={lib} does not import: {type(error).__name__}: {error}; correct the module, or leave it out"
             ) from error

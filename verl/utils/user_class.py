@@ -12,18 +12,22 @@ from verl.utils.user_files import file_problem, import_file, top_level_names
 
 
 class UserClassError(ValueError):
-    """A class cannot be had; the message names it and says why."""
+    """A class cannot be found or imported; the message begins with its specification."""
 
 
 def split_spec(spec: str, folder: Path) -> tuple[Path | str, str]:
-    """The file (relative ones are looked for in `folder`) or the module, and the class.
+    """Return the file or the module of a class, and the name of the class.
+
+    Args:
+        spec: `package.module.Class`, or `path/to/file.py:Class`.
+        folder: base of a relative file.
 
     Raises:
-        UserClassError: it is neither form.
+        UserClassError: `spec` has neither form.
     """
-    place, colon, name = spec.rpartition(":")
-    if colon and place.endswith(".py") and name.isidentifier():
-        return folder / Path(place).expanduser(), name
+    source, colon, name = spec.rpartition(":")
+    if colon and source.endswith(".py") and name.isidentifier():
+        return folder / Path(source).expanduser(), name
     module, dot, name = spec.rpartition(".")
     if not colon and dot and all(part.isidentifier() for part in [*module.split("."), name]):
         return module, name
@@ -31,47 +35,53 @@ def split_spec(spec: str, folder: Path) -> tuple[Path | str, str]:
 
 
 def check_class(spec: str, folder: Path) -> None:
-    """Look for a class without importing anything: its file compiles and defines the name, or its package is there.
+    """Check that a class exists, as far as this is possible without importing anything.
 
-    Raises:
-        UserClassError: it is not there.
-    """
-    place, name = split_spec(spec, folder)
-    if isinstance(place, str):
-        root = place.partition(".")[0]
-        if root not in sys.modules and importlib.util.find_spec(root) is None:
-            raise UserClassError(f"{spec}: there is no module {root} (looked for in sys.path); mend it, or name a file")
-        return
-    _check_file(spec, place)
-    try:
-        tree = ast.parse(place.read_bytes(), filename=str(place))
-    except OSError as error:
-        raise UserClassError(f"{spec}: {place} cannot be read ({error.strerror})") from error
-    except (SyntaxError, ValueError) as error:
-        raise UserClassError(f"{spec}: {place} is not valid Python ({error})") from error
-    names, open_ended = top_level_names(tree)
-    if name not in names and not open_ended:
-        there = ", ".join(sorted(set(names))) or "nothing"
-        raise UserClassError(f"{spec}: {place} has no class {name}; it has {there}")
-
-
-def load_class(spec: str, folder: Path, base: type) -> type:
-    """Import the class.
+    A file must be valid Python and define the name. Of a module, only its top-level package must exist.
 
     Args:
         spec: `package.module.Class`, or `path/to/file.py:Class`.
-        folder: where a relative file is looked for.
-        base: what it has to be a subclass of.
+        folder: base of a relative file.
 
     Raises:
-        UserClassError: it is not there, does not import, or is no subclass of `base`.
+        UserClassError: the class does not exist.
     """
-    place, name = split_spec(spec, folder)
-    if isinstance(place, Path):
-        _check_file(spec, place)
+    source, name = split_spec(spec, folder)
+    if isinstance(source, str):
+        package = source.partition(".")[0]
+        if package not in sys.modules and importlib.util.find_spec(package) is None:
+            raise UserClassError(f"{spec}: no module {package} in sys.path; correct the name, or give a file")
+        return
+    _check_file(spec, source)
     try:
-        module = importlib.import_module(place) if isinstance(place, str) else import_file(place)
-    except Exception as error:  # whatever the user's module raises
+        tree = ast.parse(source.read_bytes(), filename=str(source))
+    except OSError as error:
+        raise UserClassError(f"{spec}: {source} cannot be read ({error.strerror})") from error
+    except (SyntaxError, ValueError) as error:
+        raise UserClassError(f"{spec}: {source} is not valid Python ({error})") from error
+    names, may_define_more = top_level_names(tree)
+    if name not in names and not may_define_more:
+        present = ", ".join(sorted(set(names))) or "nothing"
+        raise UserClassError(f"{spec}: {source} has no class {name}; it has {present}")
+
+
+def load_class(spec: str, folder: Path, base: type) -> type:
+    """Import a class.
+
+    Args:
+        spec: `package.module.Class`, or `path/to/file.py:Class`.
+        folder: base of a relative file.
+        base: required base class.
+
+    Raises:
+        UserClassError: the class does not exist, its module does not import, or it is not a subclass of `base`.
+    """
+    source, name = split_spec(spec, folder)
+    if isinstance(source, Path):
+        _check_file(spec, source)
+    try:
+        module = importlib.import_module(source) if isinstance(source, str) else import_file(source)
+    except Exception as error:  # the user's module may raise any exception
         raise UserClassError(f"{spec} does not import: {type(error).__name__}: {error}") from error
     found = getattr(module, name, None)
     if not (isinstance(found, type) and issubclass(found, base)):

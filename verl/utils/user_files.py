@@ -1,4 +1,4 @@
-"""Files that the user names in a config or in another file: why one cannot be read, and modules from Python files."""
+"""Files that the user names in a config or in another file: read YAML, import Python files, find top-level names."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,19 +16,19 @@ import yaml
 
 
 def file_problem(path: str | Path) -> str | None:
-    """What is wrong with a path that has to be a file's, and where it was looked for; None for a file."""
-    place = os.path.abspath(os.path.expanduser(path))
-    # Unlike Path's, these two answer for names that no file could have as well.
-    if os.path.isfile(place):
+    """Return why a path is not a file, with the absolute path that was tried; None if it is a file."""
+    absolute = os.path.abspath(os.path.expanduser(path))
+    # Unlike Path's methods, os.path's also return False for names that are too long for any file.
+    if os.path.isfile(absolute):
         return None
-    return f"{'is a directory' if os.path.isdir(place) else 'no such file'} (looked for {place})"
+    return f"{'is a directory' if os.path.isdir(absolute) else 'no such file'} (looked for {absolute})"
 
 
 def read_yaml(path: str | Path) -> Any:
-    """What a YAML file holds.
+    """Return the content of a YAML file.
 
     Raises:
-        ValueError: what is wrong with the file, without its name.
+        ValueError: the file is missing, unreadable or not YAML; the message does not contain its name.
     """
     problem = file_problem(path)
     if problem is not None:
@@ -40,14 +41,51 @@ def read_yaml(path: str | Path) -> Any:
         raise ValueError(f"cannot be read ({error.strerror})") from error
 
 
-def import_file(path: Path) -> ModuleType:
-    """The module of a Python file, imported once in a process; one that fails half way counts as not imported.
+def read_yaml_list(path: str, key: str, section: str | None = None, entry: str = "") -> list[tuple[str, Any]]:
+    """Return the entries of a list in a YAML file, each with its location for error messages.
+
+    Args:
+        path: the file.
+        key: config key that holds the path.
+        section: key of the file that holds the list; None if the whole file is the list.
+        entry: description of an entry, for the error message.
 
     Raises:
-        Exception: whatever the file raises.
+        ValueError: the file cannot be read, or has no list with at least one entry; the message begins with `key`.
+    """
+    try:
+        content = read_yaml(path)
+    except ValueError as error:
+        raise ValueError(f"{key}={path}: {error}") from error
+    entries, name = content, "a list"
+    if section is not None:
+        entries, name = content.get(section) if isinstance(content, dict) else None, f"a list '{section}'"
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"{key}={path}: must contain {name} with at least one entry; write {entry}")
+    return [(f"{key}={path}: {section or ''}[{i}]", item) for i, item in enumerate(entries)]
+
+
+def check_unique(names: Sequence[str], location: str) -> None:
+    """Check that no name occurs twice.
+
+    Raises:
+        ValueError: some do; the message begins with `location`.
+    """
+    duplicates = sorted({name for name in names if names.count(name) > 1})
+    if duplicates:
+        raise ValueError(f"{location}: duplicate name {', '.join(duplicates)}; give each entry its own name")
+
+
+def import_file(path: Path) -> ModuleType:
+    """Import a Python file and return its module; a process imports each file once.
+
+    A file that raises counts as not imported.
+
+    Raises:
+        Exception: any exception of the file.
     """
     path = path.expanduser().resolve()
-    # Of the path, so that two files of one name do not get in each other's way.
+    # The name contains a hash of the path, so that two files with the same name are two modules.
     name = f"verl_user_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return sys.modules[name]
@@ -64,7 +102,10 @@ def import_file(path: Path) -> ModuleType:
 
 
 def top_level_names(tree: ast.Module) -> tuple[list[str], bool]:
-    """Names that the module defines, and whether it may define others (a star import, or `__getattr__`)."""
+    """Return the names that a module defines at its top level, and if it may define more.
+
+    More names are possible after a star import, or with a function `__getattr__`.
+    """
     names: list[str] = []
     open_ended = False
     pending: list[ast.stmt] = list(tree.body)
@@ -85,6 +126,6 @@ def top_level_names(tree: ast.Module) -> tuple[list[str], bool]:
 
 
 def _bodies(node: ast.stmt) -> list[list[ast.stmt]]:
-    """The statements that an `if`, `try`, `with` or loop may run."""
+    """Return the blocks of statements of an `if`, `try`, `with` or loop."""
     bodies = [getattr(node, name, []) for name in ("body", "orelse", "finalbody")]
     return bodies + [handler.body for handler in getattr(node, "handlers", [])]

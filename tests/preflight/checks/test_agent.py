@@ -60,11 +60,11 @@ def test_a_loop_that_a_module_of_the_users_registered(plan_of, problem_of, tmp_p
     [
         (None, "no such file"),
         ("{", "is not YAML"),
-        ("{}", "is no list"),
-        ("[]", "is no list"),
+        ("{}", "must contain a list"),
+        ("[]", "must contain a list"),
         ("[3]", "[0]: an entry needs name and _target_"),
         ("- {name: a, _target_: nobody.py:A}", "[0]._target_=nobody.py:A: no such file"),
-        ("- {name: a, _target_: torch.A}\n- {name: a, _target_: torch.B}", "a is there twice"),
+        ("- {name: a, _target_: torch.A}\n- {name: a, _target_: torch.B}", "duplicate name a"),
     ],
 )
 def test_a_loops_file_that_cannot_work(problem_of, tmp_path, text, words):

@@ -6,8 +6,8 @@ import shutil
 import pytest
 
 from verl.config import PPOConfig
-from verl.config.critic import needs_critic, resolve_critic
 from verl.config.legacy import migrate
+from verl.config.roles import needs_critic, resolve_critic
 from verl.preflight.estimate import critic_activation_bytes, critic_state_bytes
 from verl.utils.model_dir.model_files import read_model
 

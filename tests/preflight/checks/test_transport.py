@@ -1,7 +1,8 @@
 import pytest
 
 from verl.config import PPOConfig, load_config
-from verl.preflight.checks.transport import check_transport, resolve_backend
+from verl.config.weight_updates import resolve_backend
+from verl.preflight.checks.transport import check_transport
 from verl.preflight.findings import Findings
 
 R = "actor_rollout_ref__rollout__"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from verl.config.critic import needs_critic
 from verl.config.ppo import PPOConfig
+from verl.config.roles import needs_critic
 from verl.config.schema import show
 from verl.preflight.findings import Findings
 

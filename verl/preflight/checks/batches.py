@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from verl.config import names
 from verl.config.ppo import PPOConfig
-from verl.config.ref import needs_ref
+from verl.config.roles import needs_ref
 from verl.preflight.findings import Findings
 
 _MINI = "actor_rollout_ref.actor.ppo_mini_batch_size"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from verl.config import names
-from verl.config.critic import needs_critic, resolve_critic
 from verl.config.ppo import PPOConfig
+from verl.config.roles import needs_critic, resolve_critic
 from verl.preflight.checks.batches import check_division, check_limits
 from verl.preflight.checks.model import (
     TOKENIZER_FILES,

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from verl.config import names
-from verl.config.critic import needs_critic
 from verl.config.ppo import PPOConfig
+from verl.config.roles import needs_critic
 from verl.preflight.checks.batches import rollout_devices
 from verl.preflight.checks.transport import replica_nodes
 from verl.preflight.estimate import MemoryEstimate

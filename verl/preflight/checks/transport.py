@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from verl.config.ppo import PPOConfig
-from verl.config.weight_updates import full_update_reason
+from verl.config.weight_updates import BACKENDS, full_update_reason, resolve_backend
 from verl.preflight.findings import Findings
 
 _FIELD = "actor_rollout_ref.rollout.checkpoint_engine.backend"
-# By device: what can carry weights between nodes, the fastest first.
-BACKENDS = {"cpu": ("gloo",), "cuda": ("nccl", "gloo"), "npu": ("hccl", "nccl", "gloo")}
 
 
 def check_transport(config: PPOConfig, device: str, found: Findings) -> None:
@@ -29,12 +27,6 @@ def check_transport(config: PPOConfig, device: str, found: Findings) -> None:
             )
     elif backend not in usable:
         found.errors.append(f"{_FIELD}={backend}: does not work on trainer.device={device}; use {' or '.join(usable)}")
-
-
-def resolve_backend(config: PPOConfig, device: str) -> str:
-    """`checkpoint_engine.backend`, in whose place a trainer on several nodes takes the device's own for `naive`."""
-    backend = config.actor_rollout_ref.rollout.checkpoint_engine.backend
-    return BACKENDS[device][0] if backend == "naive" and config.trainer.nnodes > 1 else backend
 
 
 def replica_nodes(config: PPOConfig, device: str) -> int:

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from verl.config import names
-from verl.config.critic import needs_critic, resolve_critic
 from verl.config.ppo import PPOConfig
-from verl.config.ref import needs_ref
 from verl.config.reward_kwargs import KWARGS, MANAGER_KWARGS
+from verl.config.roles import needs_critic, needs_ref, resolve_critic
 from verl.config.rollout_correction import PREFIX, resolve
 from verl.config.schema import walk
-from verl.config.weight_updates import full_update_reason
+from verl.config.weight_updates import full_update_reason, resolve_backend
 from verl.preflight.checks.agent import rows_choose_loop
-from verl.preflight.checks.transport import resolve_backend
 
 _ACTOR = "actor_rollout_ref.actor."
 _REF = "actor_rollout_ref.ref."

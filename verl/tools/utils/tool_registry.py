@@ -24,7 +24,7 @@ from pydantic import ValidationError
 from verl.tools.base_tool import BaseTool
 from verl.tools.schemas import OpenAIFunctionToolSchema
 from verl.utils.user_class import UserClassError, check_class, load_class
-from verl.utils.user_files import read_yaml
+from verl.utils.user_files import check_unique, read_yaml_list
 
 KEY = "actor_rollout_ref.rollout.multi_turn.tool_config_path"
 DEFAULT_TIMEOUT = 30.0
@@ -50,16 +50,12 @@ def read_tool_config(path: str) -> list[ToolEntry]:
     Raises:
         ToolConfigError: no such file, not YAML, or an entry that cannot work.
     """
+    folder = Path(path).expanduser().parent
     try:
-        content = read_yaml(path)
+        tools = read_yaml_list(path, KEY, section="tools", entry="{class_name} for each tool")
     except ValueError as error:
-        raise ToolConfigError(f"{KEY}={path}: {error}") from error
-    tools = content.get("tools") if isinstance(content, Mapping) else None
-    if not isinstance(tools, list) or not tools:
-        raise ToolConfigError(f"{KEY}={path}: has no list 'tools'; write one entry with class_name for each tool")
-    entries = [
-        _entry(tool, f"{KEY}={path}: tools[{i}]", Path(path).expanduser().parent) for i, tool in enumerate(tools)
-    ]
+        raise ToolConfigError(str(error)) from error
+    entries = [_entry(tool, location, folder) for location, tool in tools]
     _check_names([entry.tool_schema.function.name for entry in entries if entry.tool_schema], path)
     return entries
 
@@ -99,9 +95,10 @@ def _timeout(config: Mapping[str, Any], where: str) -> float:
 
 
 def _check_names(names: list[str], path: str) -> None:
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ToolConfigError(f"{KEY}={path}: {', '.join(twice)} is there twice; every tool needs a name of its own")
+    try:
+        check_unique(names, f"{KEY}={path}")
+    except ValueError as error:
+        raise ToolConfigError(str(error)) from error
 
 
 def initialize_tools_from_config(path: str | None) -> list[BaseTool]:

@@ -21,12 +21,10 @@ from verl.agent_loop.generation import SampleGenerator
 from verl.algorithms.advantages import get_adv_estimator_fn, required_columns
 from verl.algorithms.kl_in_reward import get_kl_controller
 from verl.config import PPOConfig
-from verl.config.critic import needs_critic, resolve_critic
+from verl.config.roles import needs_critic, needs_ref, resolve_critic
 from verl.config.rollout_correction import resolve
-from verl.config.weight_updates import full_update_reason
+from verl.config.weight_updates import full_update_reason, resolve_backend
 from verl.preflight import Plan
-from verl.preflight.checks.batches import needs_ref
-from verl.preflight.checks.transport import resolve_backend
 from verl.protocol import DataProto
 from verl.single_controller.placement import Placement, place_processes, replica_count, shared_devices
 from verl.single_controller.worker_group import WorkerGroup

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from verl.config import PPOConfig
-from verl.config.critic import needs_critic
+from verl.config.roles import needs_critic
 from verl.single_controller.worker_group import WorkerGroup
 from verl.workers.train_worker import TrainWorker
 
