@@ -1,4 +1,4 @@
-"""DataProto: the algebra of rows and columns, what changes in place, and its ways across processes and to disk."""
+"""DataProto: operations on rows and columns, changes in place, pickle, and files."""
 
 import pickle
 
@@ -27,7 +27,7 @@ def make(rows: int = 6, seed: int = 0) -> DataProto:
 
 
 def rows_of(data: DataProto) -> list[tuple]:
-    """Every row as plain Python values, in the order of the column names."""
+    """Every row as Python values, in the order of the column names."""
     tensors = {} if data.batch is None else {key: data.batch[key].float().tolist() for key in data.batch.keys()}  # noqa: SIM118
     columns = tensors | {key: list(column) for key, column in data.non_tensor_batch.items()}
     return [tuple((key, repr(columns[key][i])) for key in sorted(columns)) for i in range(len(data))]
@@ -40,7 +40,7 @@ def assert_same(a: DataProto, b: DataProto) -> None:
     assert dtypes[0] == dtypes[1]
 
 
-# ---- making and looking ---------------------------------------------------------------------------------------------
+# ---- construction and access-----------------------------------------------------------------------------------------
 
 
 def test_from_single_dict_sorts_columns_by_type():
@@ -50,13 +50,13 @@ def test_from_single_dict_sorts_columns_by_type():
         DataProto.from_single_dict({"c": [1, 2]})
 
 
-def test_equally_long_lists_stay_one_cell_each():
+def test_lists_of_equal_length_stay_one_cell_each():
     data = DataProto.from_dict(non_tensors={"ids": [[1, 2], [3, 4]]})
     assert data.non_tensor_batch["ids"].shape == (2,) and data.non_tensor_batch["ids"][1] == [3, 4]
     assert data.batch is None and len(data) == 2
 
 
-def test_empty():
+def test_empty_table():
     data = DataProto()
     assert len(data) == 0 and list(data) == [] and len(DataProto.from_dict({}, {}, {"a": 1})) == 0
     assert pad_dataproto_to_divisor(data, 4) == (data, 0)
@@ -73,14 +73,14 @@ def test_empty():
         ({}, {"uid": "text"}, ["non_tensor_batch['uid'] is a str", "numpy array"]),
     ],
 )
-def test_inconsistent_columns_are_named(tensors, columns, words):
+def test_error_names_inconsistent_columns(tensors, columns, words):
     with pytest.raises(ValueError) as error:
         DataProto.from_dict(tensors, columns)
     for word in words:
         assert word in str(error.value)
 
 
-def test_columns_assigned_later_are_checked_before_they_travel():
+def test_columns_assigned_later_are_checked_when_pickled():
     data = make(4)
     data.non_tensor_batch["late"] = np.zeros(3)
     with pytest.raises(ValueError, match=r"'late': 3"):
@@ -91,7 +91,7 @@ def test_columns_assigned_later_are_checked_before_they_travel():
         data.check_consistency()
 
 
-def test_getitem():
+def test_getitem_returns_items_and_tables():
     data = make(6)
     item = data[np.int64(-1)]
     assert isinstance(item, DataProtoItem) and item.non_tensor_batch["uid"] == "u5"
@@ -127,7 +127,7 @@ def test_slices_are_views_and_indices_are_copies():
 # ---- columns --------------------------------------------------------------------------------------------------------
 
 
-def test_select_shares_and_deepcopy_does_not():
+def test_select_shares_columns_unless_deepcopy():
     data = make(3)
     some = data.select(batch_keys=["ids"], non_tensor_batch_keys=["uid"], meta_info_keys=[])
     assert list(some.batch.keys()) == ["ids"] and list(some.non_tensor_batch) == ["uid"] and some.meta_info == {}
@@ -145,7 +145,7 @@ def test_select_shares_and_deepcopy_does_not():
         data.select(batch_keys=["idz"])
 
 
-def test_pop_removes_and_returns():
+def test_pop_removes_and_returns_columns():
     data = make(3)
     popped = data.pop(["ids"], ["uid"], ["temperature"])
     assert list(popped.batch.keys()) == ["ids"] and popped.non_tensor_batch["uid"].tolist() == ["u0", "u1", "u2"]
@@ -157,7 +157,7 @@ def test_pop_removes_and_returns():
     assert data.pop(non_tensor_batch_keys=["chat"]).batch is None
 
 
-def test_rename_in_place():
+def test_rename_is_in_place():
     data = make(3)
     ids = data.batch["ids"]
     assert data.rename(["ids", "uid"], ["tokens", "name"]) is data
@@ -167,19 +167,19 @@ def test_rename_in_place():
     assert data.batch["scores"] is ids
     with pytest.raises(KeyError, match="nope"):
         data.rename("nope", "x")
-    with pytest.raises(ValueError, match="two columns one name"):
+    with pytest.raises(ValueError, match="duplicate name"):
         data.rename("ids", "name")
     with pytest.raises(ValueError, match="1 old names and 2"):
         data.rename(["ids"], ["a", "b"])
 
 
-def test_union_adds_in_place_and_needs_agreement():
+def test_union_is_in_place_and_requires_equal_values():
     data, other = make(3), make(3).select(["ids"], ["uid"])
     other.batch["extra"] = torch.tensor([1.0, float("nan"), 3.0])
     other.non_tensor_batch["n"] = np.array([1.0, np.nan, 3.0])
     assert data.union(other) is data
     assert "extra" in data.batch.keys() and "scores" in data.batch.keys() and "n" in data.non_tensor_batch  # noqa: SIM118
-    data.union(other.select(deepcopy=True))  # NaN agrees with NaN
+    data.union(other.select(deepcopy=True))  # NaN equals NaN
     with pytest.raises(ValueError, match="'extra' with different values"):
         data.union(DataProto.from_dict({"extra": torch.tensor([1.0, float("nan"), 4.0])}))
     for change in (
@@ -189,7 +189,7 @@ def test_union_adds_in_place_and_needs_agreement():
         DataProto.from_dict({"more": torch.zeros(4)}),
     ):
         before = rows_of(data)
-        with pytest.raises(ValueError, match=r"union: .*(ids|uid|temperature|3 rows here and 4)"):
+        with pytest.raises(ValueError, match=r"union: .*(ids|uid|temperature|3 rows and 4)"):
             data.union(change)
         assert rows_of(data) == before
     only_text = DataProto.from_dict(non_tensors={"t": ["a", "b"]})
@@ -205,7 +205,7 @@ ROWS = st.integers(min_value=1, max_value=12)
 
 @settings(max_examples=30, deadline=None)
 @given(size=st.integers(1, 4), chunks=st.integers(1, 5))
-def test_concat_undoes_chunk(size, chunks):
+def test_concat_restores_chunks(size, chunks):
     data = make(size * chunks)
     parts = data.chunk(chunks)
     assert [len(part) for part in parts] == [size] * chunks
@@ -214,7 +214,7 @@ def test_concat_undoes_chunk(size, chunks):
 
 @settings(max_examples=30, deadline=None)
 @given(rows=ROWS, size=st.integers(1, 13))
-def test_concat_undoes_split_and_only_the_last_part_is_short(rows, size):
+def test_concat_restores_splits_and_only_the_last_part_is_short(rows, size):
     data = make(rows)
     parts = data.split(size)
     assert all(len(part) == size for part in parts[:-1]) and 1 <= len(parts[-1]) <= size
@@ -234,10 +234,10 @@ def test_reorder_has_an_inverse(draw):
 
 @settings(max_examples=30, deadline=None)
 @given(rows=ROWS, times=st.integers(0, 3), interleave=st.booleans())
-def test_repeat(rows, times, interleave):
+def test_repeat_copies_rows_in_order(rows, times, interleave):
     data = make(rows)
-    plain = rows_of(data)
-    expected = [row for row in plain for _ in range(times)] if interleave else plain * times
+    rows_once = rows_of(data)
+    expected = [row for row in rows_once for _ in range(times)] if interleave else rows_once * times
     repeated = data.repeat(times, interleave=interleave)
     assert rows_of(repeated) == expected
     assert repeated.batch["ids"].shape == (rows * times, 3)
@@ -245,7 +245,7 @@ def test_repeat(rows, times, interleave):
 
 @settings(max_examples=30, deadline=None)
 @given(counts=st.lists(st.integers(0, 3), min_size=1, max_size=8))
-def test_sample_level_repeat(counts):
+def test_sample_level_repeat_copies_each_row_by_its_count(counts):
     data = make(len(counts))
     expected = [row for row, n in zip(rows_of(data), counts, strict=True) for _ in range(n)]
     assert rows_of(data.sample_level_repeat(counts)) == expected
@@ -254,7 +254,7 @@ def test_sample_level_repeat(counts):
 
 @settings(max_examples=30, deadline=None)
 @given(rows=ROWS, divisor=st.integers(1, 9))
-def test_padding_cycles_from_the_head_and_unpadding_undoes_it(rows, divisor):
+def test_padding_repeats_from_the_first_row_and_unpadding_removes_it(rows, divisor):
     data = make(rows)
     padded, pad = pad_dataproto_to_divisor(data, divisor)
     assert len(padded) % divisor == 0 and 0 <= pad < divisor
@@ -262,7 +262,7 @@ def test_padding_cycles_from_the_head_and_unpadding_undoes_it(rows, divisor):
     assert_same(unpad_dataproto(padded, pad), data)
 
 
-def test_row_operations_refuse_what_does_not_fit():
+def test_row_operations_reject_invalid_arguments():
     data = make(6)
     with pytest.raises(ValueError, match=r"6 rows cannot be cut into 4.*pad_dataproto_to_divisor"):
         data.chunk(4)
@@ -280,7 +280,7 @@ def test_row_operations_refuse_what_does_not_fit():
         unpad_dataproto(data, 7)
 
 
-def test_concat_merges_metrics_and_checks_the_rest():
+def test_concat_merges_metrics_and_checks_all_other_values():
     parts = make(6).chunk(3)
     parts[0].meta_info["metrics"] = {"loss": 1.0, "a": 5}
     parts[1].meta_info["metrics"] = [{"loss": 2.0}, {"loss": 3.0}]
@@ -300,10 +300,10 @@ def test_concat_merges_metrics_and_checks_the_rest():
         DataProto.concat([])
 
 
-# ---- across processes and to disk -----------------------------------------------------------------------------------
+# ---- pickle and files -----------------------------------------------------------------------------------------------
 
 
-def test_tensordict_and_back():
+def test_tensordict_round_trip():
     data = make(4)
     assert_same(DataProto.from_tensordict(data.to_tensordict()), data)
     text = DataProto.from_dict(non_tensors={"t": ["a", "b"]}, meta_info={"k": {"x": [1]}})
@@ -315,14 +315,14 @@ def test_tensordict_and_back():
 
 
 @pytest.mark.parametrize("protocol", [2, 5])
-def test_pickle_keeps_everything(protocol):
+def test_pickle_round_trip(protocol):
     for data in (make(5), make(5)[1:3], make(0), DataProto(), DataProto.from_dict(non_tensors={"t": ["a"]})):
         copy = pickle.loads(pickle.dumps(data, protocol=protocol))
         assert_same(copy, data)
         copy.check_consistency()
 
 
-def test_pickle_moves_tensors_without_copying_and_sends_only_the_rows_of_a_view():
+def test_pickle_does_not_copy_tensors_and_sends_only_the_rows_of_a_view():
     data = DataProto.from_dict({"x": torch.zeros(64, 1024)})
     buffers = []
     stream = pickle.dumps(data[:8], protocol=5, buffer_callback=buffers.append)
@@ -330,10 +330,10 @@ def test_pickle_moves_tensors_without_copying_and_sends_only_the_rows_of_a_view(
     assert sum(buffer.raw().nbytes for buffer in buffers) == 8 * 1024 * 4
     same = np.frombuffer(buffers[0].raw(), dtype=np.float32)
     data.batch["x"][0, 0] = 7
-    assert same[0] == 7  # the buffer is the tensor's own memory
+    assert same[0] == 7  # the buffer shares the memory of the tensor
 
 
-def test_unpickling_read_only_memory_gives_columns_that_can_be_written():
+def test_columns_unpickled_from_read_only_memory_are_writable():
     data = DataProto.from_dict({"x": torch.arange(8.0)}, {"n": np.arange(8)})
     buffers = []
     stream = pickle.dumps(data, protocol=5, buffer_callback=buffers.append)
@@ -346,7 +346,7 @@ def test_unpickling_read_only_memory_gives_columns_that_can_be_written():
     assert again.batch["x"].tolist() == [float(i) for i in range(8)]
 
 
-def test_save_and_load(tmp_path):
+def test_save_and_load_round_trip(tmp_path):
     data = make(5)
     data.non_tensor_batch["n"] = np.arange(10, dtype=np.int32).reshape(5, 2)
     data.non_tensor_batch["s"] = np.array(["a", "bb", "c", "d", "é"])
@@ -374,7 +374,7 @@ def test_save_and_load(tmp_path):
         (object(), "object"),
     ],
 )
-def test_save_refuses_what_would_not_come_back_and_keeps_the_old_file(tmp_path, value, words):
+def test_save_rejects_values_that_json_changes_and_keeps_the_old_file(tmp_path, value, words):
     path = tmp_path / "batch.safetensors"
     make(2).save_to_disk(path)
     column = np.empty(2, dtype=object)
@@ -386,22 +386,22 @@ def test_save_refuses_what_would_not_come_back_and_keeps_the_old_file(tmp_path, 
     assert_same(DataProto.load_from_disk(path), make(2))
 
 
-def test_load_refuses_damaged_and_foreign_files(tmp_path):
+def test_load_rejects_damaged_and_foreign_files(tmp_path):
     from safetensors.torch import save_file
 
     path = tmp_path / "batch.safetensors"
     make(50).save_to_disk(path)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"batch.safetensors: not a whole DataProto file"):
+    with pytest.raises(ValueError, match=r"batch.safetensors: the DataProto file is damaged"):
         DataProto.load_from_disk(path)
     save_file({"a": torch.zeros(2)}, str(path))
-    with pytest.raises(ValueError, match="not one written by"):
+    with pytest.raises(ValueError, match="did not write"):
         DataProto.load_from_disk(path)
     with pytest.raises(FileNotFoundError):
         DataProto.load_from_disk(tmp_path / "absent")
 
 
-def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+def test_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
     from verl.utils import proto_io
 
     path = tmp_path / "batch.safetensors"

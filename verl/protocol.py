@@ -1,16 +1,15 @@
-"""DataProto: the one thing that flows between the stages of a training step.
+"""DataProto: the table of samples that the stages of a training step exchange.
 
-A `DataProto` is a table of B samples. Columns of numbers live in `batch` (a TensorDict of batch size [B]), columns of
-anything else in `non_tensor_batch` (numpy arrays whose first dimension is B), and facts about the whole table in
-`meta_info`.
+A `DataProto` holds B samples. Numeric columns are in `batch` (a TensorDict of batch size [B]), all other columns in
+`non_tensor_batch` (numpy arrays whose first dimension is B), and values of the whole table in `meta_info`.
 
-What changes in place and what does not:
+Methods that modify the table, and methods that return a new one:
 
 | in place, returns self | new table, columns are views | new table, columns are copies |
 |---|---|---|
 | `union`, `rename`, `reorder`, `to`; `pop` removes from self and returns the removed part | `select`, slices, `chunk`, `split` | a list, array or mask index, `concat`, `repeat`, `sample_level_repeat`, `select(deepcopy=True)` |
 
-A new table gets its own `meta_info` dict, whose values are shared.
+A new table has its own `meta_info` dict; the values in it are shared.
 """  # noqa: E501
 
 import copy
@@ -27,12 +26,12 @@ from verl.utils import proto_io
 from verl.utils.proto_columns import (
     cat_column,
     concat_meta_info,
-    merged,
+    merge_columns,
     object_array,
     require_same_columns,
     require_same_lengths,
-    row_numbers,
-    subset,
+    row_indices,
+    select_keys,
 )
 
 __all__ = ["DataProto", "DataProtoItem", "pad_dataproto_to_divisor", "unpad_dataproto"]
@@ -40,7 +39,7 @@ __all__ = ["DataProto", "DataProtoItem", "pad_dataproto_to_divisor", "unpad_data
 
 @dataclass(eq=False)
 class DataProtoItem:
-    """One row of a DataProto: `batch` has batch size [], a cell of `non_tensor_batch` is the bare object."""
+    """One row of a DataProto: `batch` has batch size [], `non_tensor_batch` holds one object per column."""
 
     batch: TensorDict | None = None
     non_tensor_batch: dict[str, Any] = field(default_factory=dict)
@@ -49,15 +48,15 @@ class DataProtoItem:
 
 @dataclass(eq=False)
 class DataProto:
-    """A table of B samples; see the head of this file for which methods change it in place.
+    """A table of B samples; the docstring of this file lists the methods that modify it in place.
 
     Attributes:
-        batch: dense tensors [B, ...] under string names, or None when there is no tensor column.
+        batch: dense tensors [B, ...] by name, or None without a tensor column.
         non_tensor_batch: numpy arrays [B, ...], usually of dtype object.
-        meta_info: values that belong to the whole table.
+        meta_info: values of the whole table.
 
     Raises:
-        ValueError: a column is no tensor or array, or its length differs from the others'; the column is named.
+        ValueError: a column is not a tensor or array, or its length differs from the others; the message names it.
     """
 
     batch: TensorDict | None = None
@@ -67,7 +66,7 @@ class DataProto:
     def __post_init__(self) -> None:
         self.check_consistency()
 
-    # ---- making one -------------------------------------------------------------------------------------------------
+    # ---- construction -----------------------------------------------------------------------------------------------
 
     @classmethod
     def from_dict(
@@ -76,10 +75,10 @@ class DataProto:
         non_tensors: Mapping[str, Any] | None = None,
         meta_info: Mapping[str, Any] | None = None,
     ) -> Self:
-        """From columns. A non-tensor column that is a list or tuple becomes a 1-D object array.
+        """Build a table from columns. A non-tensor column that is a list or tuple becomes a 1-D object array.
 
         Raises:
-            ValueError: a column has the wrong type or another length than the rest.
+            ValueError: a column has the wrong type, or its length differs from the others.
         """
         batch = None
         if tensors:
@@ -97,10 +96,10 @@ class DataProto:
 
     @classmethod
     def from_single_dict(cls, data: Mapping[str, Any], meta_info: Mapping[str, Any] | None = None) -> Self:
-        """From one dict of columns: tensors go to `batch`, numpy arrays to `non_tensor_batch`.
+        """Build a table from one dict of columns: tensors go to `batch`, numpy arrays to `non_tensor_batch`.
 
         Raises:
-            ValueError: a value is neither, or the lengths differ.
+            ValueError: a value is neither a tensor nor an array, or the lengths differ.
         """
         for key, value in data.items():
             if not isinstance(value, torch.Tensor | np.ndarray):
@@ -111,10 +110,12 @@ class DataProto:
 
     @classmethod
     def from_tensordict(cls, data: TensorDict) -> Self:
-        """The inverse of `to_tensordict`: stacks of non-tensors are columns, single non-tensors are `meta_info`.
+        """Build a table from the result of `to_tensordict`.
+
+        A stack of non-tensors becomes a column, a single non-tensor becomes a value of `meta_info`.
 
         Raises:
-            ValueError: the TensorDict has not exactly one batch dimension, or holds a nested TensorDict.
+            ValueError: the TensorDict does not have exactly one batch dimension, or it holds a nested TensorDict.
         """
         if len(data.batch_size) != 1:
             raise ValueError(f"batch_size={list(data.batch_size)}: a DataProto has exactly one batch dimension")
@@ -130,15 +131,15 @@ class DataProto:
         return cls(batch=batch, non_tensor_batch=columns, meta_info=meta_info)
 
     def to_tensordict(self) -> TensorDict:
-        """One TensorDict with every column and every meta value; array columns come back as dtype object.
+        """Return one TensorDict with all columns and meta values; array columns are restored with dtype object.
 
         Raises:
-            ValueError: a name is used twice among tensors, non-tensors and meta_info.
+            ValueError: duplicate name among tensors, non-tensors and meta_info.
         """
         names = [*self._tensors(), *self.non_tensor_batch, *self.meta_info]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"to_tensordict: {twice} name more than one column or meta value: rename one")
+            raise ValueError(f"to_tensordict: duplicate name {twice} among columns and meta values; rename one")
         result = TensorDict(self._tensors(), batch_size=[len(self)])
         for key, column in self.non_tensor_batch.items():
             result.set(key, NonTensorStack(*(NonTensorData(value) for value in column)))
@@ -146,7 +147,7 @@ class DataProto:
             result.set_non_tensor(key, value)
         return result
 
-    # ---- looking ----------------------------------------------------------------------------------------------------
+    # ---- access -----------------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
         if self.batch is not None:
@@ -157,16 +158,18 @@ class DataProto:
         return (self[i] for i in range(len(self)))
 
     def __getitem__(self, index: Any) -> "DataProto | DataProtoItem":
-        """An int gives a `DataProtoItem`; a slice (views), a list, an array or a bool mask (copies) a DataProto.
+        """Return a `DataProtoItem` for an int, and a DataProto for all other kinds of index.
+
+        The columns are views for a slice, and copies for a list, an array or a bool mask.
 
         Raises:
-            IndexError: out of range, or a mask of another length than the table.
+            IndexError: a row is out of range, or a mask does not have the length of the table.
             TypeError: any other kind of index.
         """
         if isinstance(index, int | np.integer) and not isinstance(index, bool | np.bool_):
             row = int(index)
             if not -len(self) <= row < len(self):
-                raise IndexError(f"row {row} of a DataProto with {len(self)} rows")
+                raise IndexError(f"row {row} is out of range for a DataProto with {len(self)} rows")
             batch = None if self.batch is None else self.batch[row]
             return DataProtoItem(batch, {k: v[row] for k, v in self.non_tensor_batch.items()}, dict(self.meta_info))
         if isinstance(index, slice):
@@ -174,7 +177,7 @@ class DataProto:
             if step > 0:
                 return self._rows(index, index)
             index = list(range(start, stop, step))
-        rows = row_numbers(index, len(self))
+        rows = row_indices(index, len(self))
         return self._rows(torch.from_numpy(rows), rows)
 
     def _rows(self, tensor_index: Any, array_index: Any) -> Self:
@@ -186,22 +189,20 @@ class DataProto:
         return {} if self.batch is None else dict(self.batch.items())
 
     def check_consistency(self) -> None:
-        """Check that every column is a dense tensor or an array and that all have the same length.
+        """Check that every column is a dense tensor or an array, and that all have the same length.
 
-        Columns that were assigned directly (`data.non_tensor_batch["x"] = ...`) are seen here for the first time; the
-        check also runs whenever the table is pickled or saved.
+        Pickling and saving run this check too. It finds columns that were assigned directly
+        (`data.non_tensor_batch["x"] = ...`).
 
         Raises:
-            ValueError: naming the column, its type or length, and what the others have.
+            ValueError: names the column, its type or length, and the length of the others.
         """
         lengths = {}
         if self.batch is not None:
             if not isinstance(self.batch, TensorDict):
                 raise ValueError(f"batch is a {type(self.batch).__name__}: use DataProto.from_dict(tensors=...)")
             if len(self.batch.batch_size) != 1:
-                raise ValueError(
-                    f"batch.batch_size={list(self.batch.batch_size)}: exactly one batch dimension is needed"
-                )
+                raise ValueError(f"batch.batch_size={list(self.batch.batch_size)}: must have exactly one dimension")
             for key, value in self.batch.items():
                 if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_nested:
                     raise ValueError(f"batch[{key!r}] is a {type(value).__name__}: only dense tensors are supported")
@@ -210,13 +211,13 @@ class DataProto:
         for key, column in self.non_tensor_batch.items():
             if not isinstance(column, np.ndarray) or column.ndim == 0:
                 raise ValueError(
-                    f"non_tensor_batch[{key!r}] is a {type(column).__name__}: use a numpy array with one row a sample "
-                    "(dtype=object for anything that is not a number)"
+                    f"non_tensor_batch[{key!r}] is a {type(column).__name__}: use a numpy array, one row per sample "
+                    "(dtype=object for values that are not numbers)"
                 )
             lengths[key] = len(column)
         require_same_lengths(lengths)
 
-    # ---- choosing columns -------------------------------------------------------------------------------------------
+    # ---- columns ----------------------------------------------------------------------------------------------------
 
     def select(
         self,
@@ -225,17 +226,17 @@ class DataProto:
         meta_info_keys: Sequence[str] | None = None,
         deepcopy: bool = False,
     ) -> Self:
-        """A new table with the named columns (None: all); the columns are shared with self unless `deepcopy`.
+        """Return a new table with the named columns (None: all); self shares the columns unless `deepcopy`.
 
         Raises:
-            KeyError: a name that is not there.
+            KeyError: unknown name.
         """
         self._require(batch_keys, non_tensor_batch_keys, meta_info_keys)
         batch = self.batch
         if batch is not None:
             batch = batch.select(*batch_keys) if batch_keys is not None else batch.copy()
-        columns = subset(self.non_tensor_batch, non_tensor_batch_keys)
-        meta_info = subset(self.meta_info, meta_info_keys)
+        columns = select_keys(self.non_tensor_batch, non_tensor_batch_keys)
+        meta_info = select_keys(self.meta_info, meta_info_keys)
         if deepcopy:
             batch = None if batch is None else batch.clone()
             columns, meta_info = copy.deepcopy(columns), copy.deepcopy(meta_info)
@@ -247,10 +248,10 @@ class DataProto:
         non_tensor_batch_keys: Sequence[str] = (),
         meta_info_keys: Sequence[str] = (),
     ) -> Self:
-        """Remove the named columns from self and return them as a table of their own.
+        """Remove the named columns from self and return them as a new table.
 
         Raises:
-            KeyError: a name that is not there; nothing is removed then.
+            KeyError: unknown name; nothing is removed.
         """
         self._require(batch_keys, non_tensor_batch_keys, meta_info_keys)
         popped = self.select(batch_keys, non_tensor_batch_keys, meta_info_keys)
@@ -265,24 +266,24 @@ class DataProto:
         return popped
 
     def rename(self, old_keys: str | Sequence[str], new_keys: str | Sequence[str]) -> Self:
-        """Rename columns, tensors or not, in place; returns self.
+        """Rename columns of either kind, in place; returns self.
 
         Raises:
             KeyError: an old name is not a column.
-            ValueError: unequal numbers of names, or a new name is already taken.
+            ValueError: the numbers of names differ, or duplicate name.
         """
         old = [old_keys] if isinstance(old_keys, str) else list(old_keys)
         new = [new_keys] if isinstance(new_keys, str) else list(new_keys)
         tensors, columns = self._tensors(), self.non_tensor_batch
         if len(old) != len(new):
-            raise ValueError(f"rename: {len(old)} old names and {len(new)} new names")
+            raise ValueError(f"rename: {len(old)} old names and {len(new)} new names; pass one new name per old name")
         missing = [key for key in old if key not in tensors and key not in columns]
         if missing:
-            raise KeyError(f"rename: no column {missing}; there are {sorted([*tensors, *columns])}")
+            raise KeyError(f"rename: unknown column {missing}; the columns are {sorted([*tensors, *columns])}")
         target = dict(zip(old, new, strict=True))
         after = [target.get(key, key) for key in (*tensors, *columns)]
         if len(set(after)) != len(after):
-            raise ValueError(f"rename: {new} would give two columns one name; there are {sorted([*tensors, *columns])}")
+            raise ValueError(f"rename: duplicate name in {new}; the columns are {sorted([*tensors, *columns])}")
         if self.batch is not None:
             renamed = {target.get(key, key): value for key, value in tensors.items()}
             self.batch = TensorDict(renamed, batch_size=self.batch.batch_size, device=self.batch.device)
@@ -293,14 +294,14 @@ class DataProto:
         """Add the columns and meta values of `other` to self, in place; returns self.
 
         Raises:
-            ValueError: the lengths differ, or a name on both sides has different values; self is unchanged then.
+            ValueError: the lengths differ, or both sides have a name with different values; self is unchanged.
         """
         if not self._has_columns() or not other._has_columns() or len(self) == len(other):
-            tensors = merged("tensor column", self._tensors(), other._tensors())
-            columns = merged("non-tensor column", self.non_tensor_batch, other.non_tensor_batch)
-            meta_info = merged("meta_info value", self.meta_info, other.meta_info)
+            tensors = merge_columns("tensor column", self._tensors(), other._tensors())
+            columns = merge_columns("non-tensor column", self.non_tensor_batch, other.non_tensor_batch)
+            meta_info = merge_columns("meta_info value", self.meta_info, other.meta_info)
         else:
-            raise ValueError(f"union: {len(self)} rows here and {len(other)} rows there; both need the same rows")
+            raise ValueError(f"union: {len(self)} rows and {len(other)} rows; both tables must have the same rows")
         if self.batch is None and other.batch is not None:
             self.batch = other.batch.copy()
         elif self.batch is not None:
@@ -317,22 +318,22 @@ class DataProto:
         for (kind, have), wanted in zip(kinds, keys, strict=True):
             missing = [key for key in wanted or () if key not in have]
             if missing:
-                raise KeyError(f"{kind} has no {missing}; it has {sorted(have)}")
+                raise KeyError(f"unknown name {missing}: {kind} has {sorted(have)}")
 
-    # ---- cutting and joining rows -----------------------------------------------------------------------------------
+    # ---- rows -------------------------------------------------------------------------------------------------------
 
     @classmethod
     def concat(cls, data: Sequence["DataProto"]) -> "DataProto":
-        """Join tables with the same columns, one below the other.
+        """Join the rows of tables with the same columns, in order.
 
-        `meta_info` has to agree, except the key "metrics" (a dict, or a list of dicts): these are merged to one dict of
-        lists, in the order of the tables, a value that is a list already being extended.
+        The values of `meta_info` must be equal, except the key "metrics" (a dict, or a list of dicts). These are merged
+        into one dict of lists, in the order of the tables; values that are lists are concatenated.
 
         Raises:
-            ValueError: no table, other columns, a column of other width or dtype, or a meta value that differs.
+            ValueError: no table is given, or columns, row shapes, dtypes or meta values differ.
         """
         if not data:
-            raise ValueError("concat: got no DataProto; pass at least one")
+            raise ValueError("concat: no DataProto is given; pass at least one")
         first = data[0]
         for i, part in enumerate(data):
             require_same_columns("tensor", first._tensors(), part._tensors(), i)
@@ -345,15 +346,15 @@ class DataProto:
         return cls(batch, columns, concat_meta_info([part.meta_info for part in data]))
 
     def chunk(self, chunks: int) -> list[Self]:
-        """Cut into `chunks` equally long tables, in order.
+        """Cut into `chunks` tables of equal length, in order.
 
         Raises:
-            ValueError: the rows do not divide; pad with `pad_dataproto_to_divisor` first.
+            ValueError: the number of rows is not divisible by `chunks`; pad with `pad_dataproto_to_divisor` first.
         """
         if chunks < 1 or len(self) % chunks:
             raise ValueError(
                 f"chunk: {len(self)} rows cannot be cut into {chunks} equal parts; "
-                "pad with pad_dataproto_to_divisor(data, chunks), and unpad_dataproto the result"
+                "call pad_dataproto_to_divisor(data, chunks) before and unpad_dataproto after"
             )
         size = len(self) // chunks
         return [self[i * size : (i + 1) * size] for i in range(chunks)]
@@ -365,47 +366,49 @@ class DataProto:
             ValueError: `split_size` is not positive.
         """
         if split_size < 1:
-            raise ValueError(f"split_size={split_size}: has to be at least 1 row")
+            raise ValueError(f"split_size={split_size}: must be at least 1 row")
         return [self[i : i + split_size] for i in range(0, len(self), split_size)]
 
     def repeat(self, repeat_times: int = 2, interleave: bool = True) -> Self:
-        """`repeat_times` copies of every row: a a b b if `interleave`, else a b a b.
+        """Return `repeat_times` copies of every row: a a b b if `interleave`, else a b a b.
 
         Raises:
             ValueError: `repeat_times` is negative.
         """
         if repeat_times < 0:
-            raise ValueError(f"repeat_times={repeat_times}: cannot be negative")
+            raise ValueError(f"repeat_times={repeat_times}: must not be negative")
         rows = np.arange(len(self))
         return self[np.repeat(rows, repeat_times) if interleave else np.tile(rows, repeat_times)]
 
     def sample_level_repeat(self, repeat_times: Sequence[int] | np.ndarray | torch.Tensor) -> Self:
-        """`repeat_times[i]` copies of row i, next to each other; 0 drops the row.
+        """Return `repeat_times[i]` adjacent copies of row i; 0 drops the row.
 
         Raises:
-            ValueError: not one non-negative count a row.
+            ValueError: `repeat_times` is not one non-negative count per row.
         """
         counts = np.asarray(repeat_times)
         if counts.shape != (len(self),) or (len(counts) and (counts.dtype.kind not in "iu" or counts.min() < 0)):
-            raise ValueError(f"repeat_times={repeat_times}: needs one non-negative count for each of {len(self)} rows")
+            raise ValueError(
+                f"repeat_times={repeat_times}: must be one non-negative count for each of {len(self)} rows"
+            )
         return self[np.repeat(np.arange(len(self)), counts.astype(np.int64))]
 
     def reorder(self, indices: Sequence[int] | np.ndarray | torch.Tensor) -> Self:
-        """Put row `indices[i]` at place i, in place; returns self.
+        """Move row `indices[i]` to row i, in place; returns self.
 
         Raises:
             ValueError: `indices` is not a permutation of the rows.
         """
-        rows = row_numbers(indices, len(self))
+        rows = row_indices(indices, len(self))
         if not np.array_equal(np.sort(rows), np.arange(len(self))):
             raise ValueError(
-                f"reorder: the indices are not a permutation of {len(self)} rows; use data[indices] to pick rows"
+                f"reorder: the indices must be a permutation of {len(self)} rows; use data[indices] to select rows"
             )
         ordered = self._rows(torch.from_numpy(rows), rows)
         self.batch, self.non_tensor_batch = ordered.batch, ordered.non_tensor_batch
         return self
 
-    # ---- moving -----------------------------------------------------------------------------------------------------
+    # ---- devices, pickle, disk --------------------------------------------------------------------------------------
 
     def to(self, device: str | torch.device) -> Self:
         """Move the tensors to `device`, in place; returns self."""
@@ -414,9 +417,10 @@ class DataProto:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Tensors as bare arrays: pickle protocol 5 (and so Ray) moves them without a copy; a view sends its rows only.
+        """Return the state for pickle, with tensors as numpy arrays.
 
-        Gradients and devices stay behind: tensors arrive on the CPU.
+        Pickle protocol 5, and therefore Ray, transfers them without a copy. A view transfers only its own rows.
+        Gradients and devices are not kept: the restored tensors are on the CPU.
         """
         self.check_consistency()
         return {
@@ -438,11 +442,11 @@ class DataProto:
         self.meta_info = state["meta_info"]
 
     def save_to_disk(self, filepath: str | Path) -> None:
-        """Write one safetensors file (no pickle in it), whole or not at all; missing directories are made.
+        """Write one safetensors file atomically, without pickle; missing directories are created.
 
         Raises:
-            ValueError: an object column or meta value that JSON cannot give back as it is (tuple, numpy scalar, ...).
-            OSError: the disk is full, ...; an older file of that name is untouched.
+            ValueError: JSON cannot restore an object column or meta value exactly (tuple, numpy scalar, ...).
+            OSError: for example, the disk is full; an existing file of that name is unchanged.
         """
         self.check_consistency()
         rows = None if self.batch is None else len(self)
@@ -450,11 +454,11 @@ class DataProto:
 
     @classmethod
     def load_from_disk(cls, filepath: str | Path) -> Self:
-        """Read what `save_to_disk` wrote; tensors come back on the CPU. No code from the file is run.
+        """Read a file of `save_to_disk`; the tensors are on the CPU. No code from the file is run.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is not whole, or not written by `save_to_disk`.
+            FileNotFoundError: the file does not exist.
+            ValueError: the file is damaged, or `save_to_disk` did not write it.
         """
         rows, tensors, columns, meta_info = proto_io.load(Path(filepath))
         batch = None if rows is None else TensorDict(tensors, batch_size=[rows])
@@ -462,17 +466,17 @@ class DataProto:
 
 
 def pad_dataproto_to_divisor(data: DataProto, size_divisor: int) -> tuple[DataProto, int]:
-    """Append rows until the length divides by `size_divisor`, cycling through `data` from its head.
+    """Append rows until the length is divisible by `size_divisor`. The added rows repeat `data` from its first row.
 
     Returns:
-        The padded table (`data` itself if nothing is missing) and the number of appended rows. An empty table is
-        returned as it is.
+        the padded table (`data` itself if no row is added), and the number of added rows. An empty table is returned
+        unchanged.
 
     Raises:
         ValueError: `size_divisor` is not positive.
     """
     if size_divisor < 1:
-        raise ValueError(f"size_divisor={size_divisor}: has to be at least 1")
+        raise ValueError(f"size_divisor={size_divisor}: must be at least 1")
     pad_size = -len(data) % size_divisor
     if pad_size == 0:
         return data, 0
@@ -480,11 +484,11 @@ def pad_dataproto_to_divisor(data: DataProto, size_divisor: int) -> tuple[DataPr
 
 
 def unpad_dataproto(data: DataProto, pad_size: int) -> DataProto:
-    """Drop the last `pad_size` rows (a view), as appended by `pad_dataproto_to_divisor`.
+    """Return `data` without its last `pad_size` rows, which `pad_dataproto_to_divisor` added; the columns are views.
 
     Raises:
-        ValueError: `pad_size` is negative or more than there are rows.
+        ValueError: `pad_size` is negative, or larger than the number of rows.
     """
     if not 0 <= pad_size <= len(data):
-        raise ValueError(f"pad_size={pad_size}: has to be between 0 and the {len(data)} rows of the table")
+        raise ValueError(f"pad_size={pad_size}: must be between 0 and {len(data)}, the number of rows")
     return data[: len(data) - pad_size] if pad_size else data

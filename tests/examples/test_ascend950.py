@@ -114,9 +114,7 @@ def test_on_gpus_nothing_is_set_for_an_npu():
 
 
 def test_an_unknown_platform_ends_a_script_with_what_to_use():
-    done = subprocess.run(
-        [SCRIPT], env={**os.environ, "PLATFORM": "tpu"}, timeout=30, capture_output=True, text=True
-    )
+    done = subprocess.run([SCRIPT], env={**os.environ, "PLATFORM": "tpu"}, timeout=30, capture_output=True, text=True)
     assert done.returncode == 2
     assert "PLATFORM=tpu: use npu or cuda" in done.stderr
 

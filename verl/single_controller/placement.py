@@ -116,9 +116,7 @@ def _place_on_cpu(trainer_nodes: int, per_node: int, rollout_nodes: int, replica
     )
 
 
-def shared_devices(
-    config: PPOConfig, device: str, rank_devices: Sequence[str | None], replica: int
-) -> dict[str, str]:
+def shared_devices(config: PPOConfig, device: str, rank_devices: Sequence[str | None], replica: int) -> dict[str, str]:
     """Return the environment that shows a replica the devices of its trainer ranks; empty if it shares no device.
 
     Args:

@@ -1,4 +1,4 @@
-"""Columns of `verl.protocol.DataProto` as plain dicts: comparing, merging, checking."""
+"""Helpers of `verl.protocol.DataProto` for columns in plain dicts: compare, merge, check, index."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ import torch
 
 
 def object_array(values: Sequence[Any]) -> np.ndarray:
-    """A 1-D object array with one cell a value, also when the values are equally long lists."""
+    """Return a 1-D object array with one cell per value, even if the values are lists of equal length."""
     array = np.empty(len(values), dtype=object)
     for i, value in enumerate(values):
         array[i] = value
@@ -17,7 +17,7 @@ def object_array(values: Sequence[Any]) -> np.ndarray:
 
 
 def deep_equal(a: Any, b: Any) -> bool:
-    """Equality in which NaN equals NaN, and arrays and tensors compare by dtype, shape and content."""
+    """Compare two values; NaN equals NaN, and arrays and tensors are compared by dtype, shape and content."""
     if a is b:
         return True
     if isinstance(a, torch.Tensor | np.ndarray) or isinstance(b, torch.Tensor | np.ndarray):
@@ -44,8 +44,12 @@ def _arrays_equal(a: Any, b: Any) -> bool:
     return bool(((a == b) | ((a != a) & (b != b))).all())
 
 
-def merged(kind: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """Both dicts in one; a ValueError names a key whose values differ."""
+def merge_columns(kind: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return one dict with the entries of both.
+
+    Raises:
+        ValueError: names a key whose values differ.
+    """
     for key in ours.keys() & theirs.keys():
         if not deep_equal(ours[key], theirs[key]):
             raise ValueError(
@@ -55,55 +59,73 @@ def merged(kind: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dic
 
 
 def require_same_columns(kind: str, first: Mapping[str, Any], other: Mapping[str, Any], part: int) -> None:
-    """Raise a ValueError naming the columns that only one of the parts 0 and `part` has."""
+    """Check that part 0 and `part` have the same columns.
+
+    Raises:
+        ValueError: names the columns that only one of them has.
+    """
     odd = sorted(first.keys() ^ other.keys())
     if odd:
         raise ValueError(f"concat: the {kind} columns {odd} are in only one of the parts 0 and {part}; pop or add them")
 
 
 def require_same_lengths(lengths: Mapping[str, int]) -> None:
-    """Raise a ValueError naming the columns whose length is not that of most."""
+    """Check that all columns have the same length.
+
+    Raises:
+        ValueError: names the columns whose length is not the most frequent one.
+    """
     counts = Counter(lengths.values())
     if len(counts) > 1:
         usual, _ = counts.most_common(1)[0]
         odd = {key: length for key, length in lengths.items() if length != usual}
         rest = [key for key, length in lengths.items() if length == usual]
         raise ValueError(
-            f"columns of unequal length: {odd}, but {rest} have {usual} rows; every column needs one row a sample"
+            f"columns of unequal length: {odd}, but {rest} have {usual} rows; every column needs one row per sample"
         )
 
 
-def subset(source: Mapping[str, Any], keys: Sequence[str] | None) -> dict[str, Any]:
-    """The named entries, or all of them for None, in a new dict."""
+def select_keys(source: Mapping[str, Any], keys: Sequence[str] | None) -> dict[str, Any]:
+    """Return the named entries in a new dict; None selects all."""
     return dict(source) if keys is None else {key: source[key] for key in keys}
 
 
-def row_numbers(index: Any, length: int) -> np.ndarray:
-    """Rows of a table with `length` rows as int64 in [0, length), from a list, array or tensor of ints or a bool mask.
+def row_indices(index: Any, length: int) -> np.ndarray:
+    """Return the row indices that an index selects from a table, int64 in [0, length).
+
+    Args:
+        index: a list, array or tensor of ints, negative ones included, or a bool mask.
+        length: number of rows of the table.
 
     Raises:
-        IndexError: a row outside, or a mask of another length.
-        TypeError: anything else.
+        IndexError: a row is out of range, or a mask does not have the length of the table.
+        TypeError: any other kind of index.
     """
     if isinstance(index, torch.Tensor):
         index = index.detach().cpu().numpy()
     elif isinstance(index, list | tuple | range):
         index = np.asarray(index) if len(index) else np.empty(0, dtype=np.int64)
     if not isinstance(index, np.ndarray) or index.ndim != 1 or index.dtype.kind not in "biu":
-        raise TypeError(f"a DataProto takes an int, slice, 1-D list or array of ints, or a mask; got {index!r}")
+        raise TypeError(
+            f"a DataProto index must be an int, a slice, a 1-D list or array of ints, or a mask; it is {index!r}"
+        )
     if index.dtype.kind == "b":
         if len(index) != length:
-            raise IndexError(f"a mask of {len(index)} entries for a DataProto with {length} rows")
+            raise IndexError(f"the mask has {len(index)} entries, the DataProto has {length} rows")
         return np.flatnonzero(index)
     index = index.astype(np.int64)
     outside = index[(index < -length) | (index >= length)]
     if len(outside):
-        raise IndexError(f"row {outside[0]} of a DataProto with {length} rows")
+        raise IndexError(f"row {outside[0]} is out of range for a DataProto with {length} rows")
     return np.where(index < 0, index + length, index)
 
 
 def cat_column(key: str, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """`torch.cat` along the rows; a ValueError names a column whose parts differ in width or dtype."""
+    """Concatenate the rows of the parts of a column.
+
+    Raises:
+        ValueError: the parts differ in the shape of a row or in the dtype; the message names the column.
+    """
     kinds = {(tuple(part.shape[1:]), str(part.dtype)) for part in parts}
     if len(kinds) > 1:
         raise ValueError(f"concat: the parts of column {key!r} differ in (shape of a row, dtype): {sorted(kinds)}")
@@ -111,9 +133,13 @@ def cat_column(key: str, parts: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def concat_meta_info(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One meta_info for joined tables: "metrics" become one dict of lists, any other key has to agree (ValueError)."""
+    """Merge the meta_info of joined tables: "metrics" become one dict of lists, all other values must be equal.
+
+    Raises:
+        ValueError: names a key whose values differ.
+    """
     merged: dict[str, Any] = {}
-    metrics: dict[str, list] = {}
+    metrics: dict[str, list[Any]] = {}
     for i, part in enumerate(parts):
         for key, value in part.items():
             if key == "metrics":
@@ -123,7 +149,7 @@ def concat_meta_info(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             elif key in merged and not deep_equal(merged[key], value):
                 raise ValueError(
                     f"concat: meta_info[{key!r}] is {merged[key]!r} in an earlier part and {value!r} in part {i}; "
-                    "make them agree or pop the key"
+                    "make them equal or pop the key"
                 )
             else:
                 merged.setdefault(key, value)

@@ -1,4 +1,4 @@
-"""How the columns of a `verl.protocol.DataProto` are pickled and kept on disk."""
+"""Serialization of a `verl.protocol.DataProto`: tensors for pickle, and one safetensors file on disk."""
 
 import json
 import os
@@ -18,16 +18,16 @@ _FILE_FORMAT = "verl.DataProto/1"
 
 
 def pack_tensor(tensor: torch.Tensor) -> tuple[str, tuple[int, ...], np.ndarray]:
-    """(dtype name, shape, bytes): bytes as a flat uint8 array that shares memory with a contiguous CPU tensor.
+    """Return (dtype name, shape, bytes); bytes is a flat uint8 array that shares the memory of a contiguous CPU tensor.
 
-    Plain arrays travel out of band under pickle protocol 5, unlike torch tensors, and any dtype fits.
+    Pickle protocol 5 transfers numpy arrays out of band, but not torch tensors. Bytes fit any dtype.
     """
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), flat.view(torch.uint8).numpy()
 
 
 def unpack_tensor(dtype: str, shape: tuple[int, ...], data: np.ndarray) -> torch.Tensor:
-    """The inverse of `pack_tensor`; copies only memory that must not be written to, as in Ray's object store."""
+    """Return the tensor of `pack_tensor`; only read-only memory, as in Ray's object store, is copied."""
     writeable = data if data.flags.writeable else data.copy()
     return torch.from_numpy(writeable).view(getattr(torch, dtype)).reshape(shape)
 
@@ -39,14 +39,18 @@ def save(
     columns: Mapping[str, np.ndarray],
     meta_info: Mapping[str, Any],
 ) -> None:
-    """Write one safetensors file, whole or not at all: tensors and number arrays as such, the rest as JSON.
+    """Write one safetensors file atomically: tensors and numeric arrays as such, all other values as JSON.
 
     Args:
-        rows: the batch size of `tensors`, or None where there is no tensor table at all.
+        filepath: the file; missing directories are created.
+        rows: the batch size of `tensors`, or None without a tensor table.
+        tensors: tensor columns by name.
+        columns: non-tensor columns by name.
+        meta_info: values of the whole table.
 
     Raises:
-        ValueError: an object column or meta value that JSON cannot give back as it is (tuple, numpy scalar, ...).
-        OSError: the disk is full, ...; an older file of that name is untouched.
+        ValueError: JSON cannot restore an object column or meta value exactly (tuple, numpy scalar, ...).
+        OSError: for example, the disk is full; an existing file of that name is unchanged.
     """
     stored = {f"batch/{key}": value for key, value in tensors.items()}
     objects, strings = {}, {}
@@ -73,19 +77,19 @@ def save(
 def load(
     filepath: Path,
 ) -> tuple[int | None, dict[str, torch.Tensor], dict[str, np.ndarray], dict[str, Any]]:
-    """Read what `save` wrote, as its arguments; no code from the file is run.
+    """Return (rows, tensors, columns, meta_info) of a file of `save`; no code from the file is run.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not whole, or was not written by `save`.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged, or `save` did not write it.
     """
     try:
         with safe_open(str(filepath), framework="pt") as file:
             if (file.metadata() or {}).get("format") != _FILE_FORMAT:
-                raise ValueError(f"{filepath}: a safetensors file, but not one written by DataProto.save_to_disk")
+                raise ValueError(f"{filepath}: a safetensors file that DataProto.save_to_disk did not write")
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
     except SafetensorError as error:
-        raise ValueError(f"{filepath}: not a whole DataProto file ({error}); it has to be written again") from error
+        raise ValueError(f"{filepath}: the DataProto file is damaged ({error}); write it again") from error
     rest = json.loads(stored.pop("json").numpy().tobytes())
     columns = {key: object_array(values) for key, values in rest["objects"].items()}
     columns |= {key: np.array(values, dtype=dtype) for key, (dtype, values) in rest["strings"].items()}
@@ -95,7 +99,11 @@ def load(
 
 
 def _require_json(value: Any, where: str) -> None:
-    """Raise unless `value` comes back from JSON exactly as it is."""
+    """Check that JSON restores `value` exactly.
+
+    Raises:
+        ValueError: it does not; `where` names the value in the message.
+    """
     if value is None or type(value) in (bool, int, float, str):
         return
     if type(value) is list:
@@ -116,7 +124,7 @@ def _require_json(value: Any, where: str) -> None:
 def _write_safetensors(filepath: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     filepath.parent.mkdir(parents=True, exist_ok=True)
     temporary = filepath.with_name(f".{filepath.name}.tmp-{os.getpid()}")
-    # safetensors refuses tensors that share memory, which views of one table usually do
+    # safetensors rejects tensors that share memory, as the views of one table usually do.
     own = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
     try:
         safetensors.torch.save_file(own, str(temporary), metadata={"format": _FILE_FORMAT})

@@ -1,4 +1,4 @@
-"""Divides samples of different lengths among workers so that all have about the same to do."""
+"""Balanced partition of samples of different lengths among workers."""
 
 from __future__ import annotations
 
@@ -7,23 +7,26 @@ from collections.abc import Sequence
 
 
 def balanced_partition(lengths: Sequence[int], k: int, equal_size: bool = True) -> list[list[int]]:
-    """Split items into `k` parts with sums as equal as the differencing method (Karmarkar & Karp, 1982) finds them.
+    """Split items into `k` parts of similar sums with the differencing method (Karmarkar & Karp, 1982).
 
     Args:
-        lengths: the items' weights, for example tokens.
+        lengths: weights of the items, for example in tokens.
         k: number of parts.
-        equal_size: part sizes differ by at most one item; otherwise any sizes.
+        equal_size: the sizes of the parts differ by at most one item; if False, any sizes.
 
     Returns:
-        k lists of indices, each sorted; together every index once. Parts are ordered by their sums, largest first.
+        k sorted lists of indices that contain every index once. The parts are ordered by their sums, largest first.
+
+    Raises:
+        ValueError: `k` is less than 1.
     """
     if k < 1:
-        raise ValueError(f"k={k} parts: must be at least 1")
+        raise ValueError(f"k={k}: must be at least 1 part")
     if k == 1:
         return [list(range(len(lengths)))]
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    # A state is k (sum, members) pairs, largest sum first. The two states of the widest spread are merged, large parts
-    # with small ones, until one state is left. An entry's first number orders the heap, its second breaks ties.
+    # A state is k (sum, members) pairs, largest sum first. Each step merges the two states of the largest spread, large
+    # parts with small ones, until one state is left. An entry of the heap is (negative spread, tie breaker, state).
     heap: list[tuple[float, int, list[tuple[float, list[int]]]]] = []
     group = k if equal_size else 1
     for number, start in enumerate(range(0, len(order), group)):
