@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from verl.utils.dataset.prepare import convert, parser, published_files, write_splits
+from verl.utils.dataset.prepare import convert, make_parser, published_files, write_splits
 
 TRAIN, TEST = "BytedTsinghua-SIA/DAPO-Math-17k", "BytedTsinghua-SIA/AIME-2024"
 STARTS = {"train": ("dapo", "train"), "test": ("aime", "test")}
@@ -52,7 +52,7 @@ def files_of(local: str | None) -> dict[str, list[Path]]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    given = parser(__doc__, "~/data/dapo").parse_args(arguments)
+    given = make_parser(__doc__, "~/data/dapo").parse_args(arguments)
     try:
         files = files_of(given.local_dataset_path)
         write_splits(given.local_save_dir, {split: convert(paths, Distinct(split)) for split, paths in files.items()})

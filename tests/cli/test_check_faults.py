@@ -46,7 +46,7 @@ FAULTS = [
     planted(
         "a row without a message",
         ["train.parquet, row 40", "'prompt' is an empty list"],
-        "it has to be a list of messages",
+        "it must be a list of messages",
         rows=[row()] * 40 + [row(prompt=[])] + [row()] * 20,
     ),
     planted(

@@ -1,4 +1,4 @@
-"""Prompt tokens without transformers, against transformers' own tokenizer."""
+"""LightTokenizer against the transformers tokenizer."""
 
 import json
 
@@ -33,12 +33,12 @@ LLAMA = """{{ bos_token }}{% for message in messages %}
 {% if message['role'] == 'system' %}{% continue %}{% endif %}
     [{{ message['role'] | upper }}] {{ message | tojson }} {{ eos_token }}
 {% endfor %}{% generation %}{% if add_generation_prompt %}[A]{% endif %}{% endgeneration %}"""
-REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no system message') }}{% endif %}"
+REJECTS = "{% if messages[0].role == 'system' %}{{ raise_exception('no system message') }}{% endif %}"
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A byte-level BPE with special tokens and a post-processor that adds one, which a template has already."""
+    """A byte-level BPE with special tokens, and a post-processor that adds a token that the template has already."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -72,24 +72,24 @@ def folder(tmp_path):
 @pytest.mark.parametrize("separate", [False, True])
 @pytest.mark.parametrize("variables", [{}, {"enable_thinking": False}])
 @pytest.mark.parametrize("template", [CHATML, LLAMA], ids=["chatml", "llama"])
-def test_the_tokens_are_those_of_transformers(folder, template, variables, separate):
+def test_tokens_equal_those_of_transformers(folder, template, variables, separate):
     path = folder(template, separate)
-    theirs = prompt_token_ids(AutoTokenizer.from_pretrained(path), MESSAGES, variables)
-    assert prompt_token_ids(LightTokenizer(path), MESSAGES, variables) == theirs
-    assert len(theirs) > 30
+    expected = prompt_token_ids(AutoTokenizer.from_pretrained(path), MESSAGES, variables)
+    assert prompt_token_ids(LightTokenizer(path), MESSAGES, variables) == expected
+    assert len(expected) > 30
 
 
-def test_a_template_that_refuses(folder):
-    with pytest.raises(ValueError, match=r"refuses messages with the roles .*no system message"):
-        prompt_token_ids(LightTokenizer(folder(REFUSES)), MESSAGES, {})
+def test_template_that_rejects_messages_is_an_error(folder):
+    with pytest.raises(ValueError, match=r"rejects messages with the roles .*no system message"):
+        prompt_token_ids(LightTokenizer(folder(REJECTS)), MESSAGES, {})
 
 
-def test_no_template(folder):
+def test_missing_template_is_an_error(folder):
     with pytest.raises(ValueError, match="has no chat template"):
         prompt_token_ids(LightTokenizer(folder(None)), MESSAGES, {})
 
 
-def test_damaged_or_absent(tmp_path):
+def test_missing_or_damaged_tokenizer_file_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
         LightTokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")

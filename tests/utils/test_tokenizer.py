@@ -1,4 +1,4 @@
-"""hf_tokenizer: loads, pads, and says what is wrong with a model directory."""
+"""hf_tokenizer: loading, padding token, and errors of invalid model directories."""
 
 import json
 import pickle
@@ -15,7 +15,7 @@ def edit_config(directory, **changes):
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
 
 
-def test_loads_a_directory_also_under_home(tmp_path, monkeypatch):
+def test_directory_loads_with_and_without_tilde(tmp_path, monkeypatch):
     write_char_tokenizer(tmp_path / "model")
     monkeypatch.setenv("HOME", str(tmp_path))
     for path in (tmp_path / "model", str(tmp_path / "model"), "~/model"):
@@ -23,7 +23,7 @@ def test_loads_a_directory_also_under_home(tmp_path, monkeypatch):
         assert tokenizer.pad_token_id == 0 and tokenizer.encode("ab") == [4, 5]
 
 
-def test_a_missing_pad_token_becomes_the_eos_token(tmp_path):
+def test_missing_pad_token_becomes_the_eos_token(tmp_path):
     write_char_tokenizer(tmp_path)
     edit_config(tmp_path, pad_token=None)
     tokenizer = hf_tokenizer(tmp_path)
@@ -33,20 +33,20 @@ def test_a_missing_pad_token_becomes_the_eos_token(tmp_path):
         hf_tokenizer(tmp_path)
 
 
-def test_paths_that_are_no_model(tmp_path):
-    with pytest.raises(FileNotFoundError, match="does not exist: give a model directory"):
+def test_paths_that_are_not_a_model_are_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist: set it to a model directory"):
         hf_tokenizer(tmp_path / "absent")
     (tmp_path / "file").write_text("")
     with pytest.raises(FileNotFoundError, match="is a file"):
         hf_tokenizer(tmp_path / "file")
 
 
-def test_a_directory_without_a_tokenizer(tmp_path):
+def test_directory_without_a_tokenizer_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"does not load .*check that tokenizer\.json"):
         hf_tokenizer(tmp_path)
 
 
-def test_a_model_whose_tokenizer_files_are_missing_is_not_an_empty_tokenizer(tmp_path):
+def test_missing_tokenizer_files_are_an_error_and_not_an_empty_tokenizer(tmp_path):
     write_tiny_model(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).unlink()
@@ -55,7 +55,7 @@ def test_a_model_whose_tokenizer_files_are_missing_is_not_an_empty_tokenizer(tmp
 
 
 @pytest.mark.parametrize("content", ["{trunc", '{"version": "1.0", "model": {"type": "WordLevel"}}'])
-def test_a_damaged_tokenizer_file_is_named(tmp_path, content):
+def test_error_names_a_damaged_tokenizer_file(tmp_path, content):
     write_char_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(ValueError, match="does not load") as error:
@@ -64,19 +64,19 @@ def test_a_damaged_tokenizer_file_is_named(tmp_path, content):
     assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
 
 
-def test_remote_code_is_refused_without_a_question(tmp_path, monkeypatch):
+def test_remote_code_is_an_error_without_a_prompt(tmp_path, monkeypatch):
     write_char_tokenizer(tmp_path)
     edit_config(tmp_path, auto_map={"AutoTokenizer": ["tok.Tok", None]}, tokenizer_class="Tok")
     (tmp_path / "tok.py").write_text("raise SystemExit('the code was run')\n")
 
-    questions = []
-    monkeypatch.setattr("builtins.input", lambda *words: questions.append(words) or "n")
+    prompts = []
+    monkeypatch.setattr("builtins.input", lambda *words: prompts.append(words) or "n")
     with pytest.raises(ValueError, match=r"data\.trust_remote_code=True"):
         hf_tokenizer(tmp_path)
-    assert questions == []
+    assert prompts == []
 
 
-def test_a_model_id_that_cannot_be_fetched(monkeypatch):
+def test_model_id_that_cannot_be_downloaded_is_an_error(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match="no directory here, and its tokenizer cannot be fetched"):
+    with pytest.raises(ValueError, match="is not a directory on this machine, and its tokenizer cannot be downloaded"):
         hf_tokenizer("nobody/no-such-model")

@@ -14,7 +14,7 @@ from verl.agent_loop.tool_parser import PARSERS, ToolCall
 from verl.agent_loop.tool_session import Toolbox, ToolSession
 from verl.config import PPOConfig
 from verl.tools.utils.tool_registry import initialize_tools_from_config
-from verl.utils.dataset.prompts import truncated
+from verl.utils.dataset.prompts import truncate_prompt
 from verl.workers.reward.function import BadReturnError, plain
 from verl.workers.rollout.client import LLMServerClient
 from verl.workers.rollout.types import TokenOutput
@@ -179,7 +179,7 @@ class ToolAgentLoop(AgentLoopBase):
         # The dataset's tokens lack the tools.
         tokens = self.renderer.prompt(messages, schemas)
         try:
-            return truncated(tokens, self.prompt_length, self.config.data.truncation)
+            return truncate_prompt(tokens, self.prompt_length, self.config.data.truncation)
         except ValueError:
             raise ValueError(
                 f"the prompt of row {index} has {len(tokens)} tokens with the tools' schemas, "

@@ -1,6 +1,7 @@
-"""Prompt tokens without transformers, whose import takes seconds and brings torch: tokenizer.json and a chat template.
+"""A tokenizer for prompts without transformers, whose import takes seconds and imports torch.
 
-Has what `verl.utils.dataset.prompts` asks a tokenizer for; the tokens are those of transformers' tokenizer.
+It reads tokenizer.json and the chat template, and has the methods that `verl.utils.dataset.prompts` needs. The tokens
+are equal to those of the transformers tokenizer.
 """
 
 from __future__ import annotations
@@ -20,27 +21,27 @@ from tokenizers import Tokenizer
 
 
 class LightTokenizer:
-    """A tokenizer directory's `tokenizer.json` with its chat template.
+    """The `tokenizer.json` of a directory with its chat template.
 
     Attributes:
-        chat_template: the default one, None where there is none.
+        chat_template: the default template, or None.
         name_or_path: the directory.
-        unk_token_id: what stands for text that the tokenizer does not know, None where there is no such token.
+        unk_token_id: id of the token for unknown text, or None.
 
     Raises:
-        ValueError: no tokenizer.json, or a damaged one.
+        ValueError: tokenizer.json is missing or damaged.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.name_or_path = str(folder)
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
-            raise ValueError(f"{folder}: has no tokenizer.json")
+            raise ValueError(f"{folder}: has no tokenizer.json; copy it there")
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
             settings = _json(Path(folder) / "tokenizer_config.json") | _json(Path(folder) / "special_tokens_map.json")
-        except Exception as error:  # tokenizers raises Exception itself
-            raise ValueError(f"{path}: cannot be read ({error}); copy it again") from error
+        except Exception as error:  # the tokenizers library raises Exception itself
+            raise ValueError(f"{path}: not readable ({error}); copy it again") from error
         self.chat_template = _template(Path(folder), settings)
         self._special = {name: _text(value) for name, value in settings.items() if name.endswith("_token") and value}
         unknown = getattr(self._tokenizer.model, "unk_token", None)
@@ -49,7 +50,7 @@ class LightTokenizer:
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], *, tokenize: bool, return_dict: bool, **variables: Any
     ) -> list[int]:
-        """Token ids of the messages; the keywords are those that `prompt_token_ids` gives."""
+        """Return the token ids of the messages; called with the keywords of `prompt_token_ids`."""
         assert self.chat_template is not None and tokenize and not return_dict
         rendered = (
             _environment()
@@ -60,7 +61,7 @@ class LightTokenizer:
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks what the model wrote; here it is text like any other."""
+    """The tag `{% generation %}`, which marks text of the model; here it has no effect."""
 
     tags = {"generation"}
 
@@ -77,11 +78,11 @@ def _environment() -> ImmutableSandboxedEnvironment:
     def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
-    def refuse(message: str) -> NoReturn:
+    def raise_exception(message: str) -> NoReturn:
         raise jinja2.TemplateError(message)
 
     environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = refuse
+    environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment
 
@@ -91,7 +92,7 @@ def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     if file.is_file():
         return file.read_text(encoding="utf-8")
     given = settings.get("chat_template")
-    if isinstance(given, list):  # several, by name
+    if isinstance(given, list):  # several templates by name
         given = next((entry["template"] for entry in given if entry.get("name") == "default"), None)
     return given
 

@@ -1,4 +1,4 @@
-"""Loading a Hugging Face tokenizer so that what is wrong with it shows at once, not in the middle of a run."""
+"""Loading of a Hugging Face tokenizer, with checks that find problems before a run starts."""
 
 import logging
 import re
@@ -12,17 +12,17 @@ _MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 def hf_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model directory or of a Hugging Face model id, with a padding token.
+    """Load the tokenizer of a model directory or of a Hugging Face model id, with a padding token.
 
-    A tokenizer without one pads with its end-of-sequence token: attention masks come from lengths, so the choice only
-    has to be a valid id.
+    A tokenizer without a padding token pads with its end-of-sequence token. Attention masks are built from lengths, so
+    any valid id works.
 
     Args:
         path: a directory (`~` is expanded), or a model id such as "Qwen/Qwen3-0.6B".
-        trust_remote_code: whether Python files of the model may be run; never asked for on the terminal.
+        trust_remote_code: allow running Python files of the model; there is no prompt on the terminal.
 
     Raises:
-        FileNotFoundError: `path` is no directory and cannot be a model id.
+        FileNotFoundError: `path` is not a directory and cannot be a model id.
         ValueError: the tokenizer does not load, has an empty vocabulary, or has neither a pad nor an eos token.
     """
     directory = Path(path).expanduser()
@@ -30,17 +30,17 @@ def hf_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTraine
     if not local and (directory.exists() or not _MODEL_ID.fullmatch(str(path))):
         problem = "is a file" if directory.exists() else "does not exist"
         raise FileNotFoundError(
-            f"model path {str(path)!r} {problem}: give a model directory or a Hugging Face model id"
+            f"model path {str(path)!r} {problem}: set it to a model directory or a Hugging Face model id"
         )
     name = str(directory) if local else str(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except Exception as error:  # the tokenizers library raises bare Exception for a damaged tokenizer.json
+    except Exception as error:  # the tokenizers library raises Exception itself for a damaged tokenizer.json
         raise ValueError(_load_failure(name, local, error)) from error
     if len(tokenizer) <= len(tokenizer.get_added_vocab()):
         raise ValueError(
             f"model path {name!r}: the tokenizer's vocabulary is empty, so its files (tokenizer.json, or vocab.json "
-            "and merges.txt, or tokenizer.model) are missing; copy them next to the weights"
+            "and merges.txt, or tokenizer.model) are missing; copy them into the directory of the weights"
         )
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
@@ -58,12 +58,15 @@ def _load_failure(name: str, local: bool, error: Exception) -> str:
     cause = f"{type(error).__name__}: {first_line}"
     if "trust_remote_code" in str(error):
         return (
-            f"model path {name!r}: its tokenizer is Python code that comes with the model. If you trust it, set "
+            f"model path {name!r}: its tokenizer is Python code in the model directory. If you trust it, set "
             "data.trust_remote_code=True and actor_rollout_ref.model.trust_remote_code=True"
         )
     if local:
         return (
             f"model path {name!r}: the tokenizer does not load ({cause}); check that tokenizer.json and "
-            "tokenizer_config.json are there and whole"
+            "tokenizer_config.json exist and are complete"
         )
-    return f"model path {name!r} is no directory here, and its tokenizer cannot be fetched as a model id ({cause})"
+    return (
+        f"model path {name!r} is not a directory on this machine, and its tokenizer cannot be downloaded as a model id "
+        f"({cause})"
+    )

@@ -1,4 +1,4 @@
-"""GSM8K answers: which number counts, and when it is right."""
+"""GSM8K scorer: the number that counts, and its comparison."""
 
 import pytest
 
@@ -39,7 +39,7 @@ from verl.utils.reward_score.gsm8k import compute_score
         ("#### 42", 42, 1.0),
     ],
 )
-def test_strict_wants_the_number_behind_the_last_marker(answer, truth, expected):
+def test_strict_uses_the_number_after_the_last_marker(answer, truth, expected):
     assert compute_score(answer, truth) == expected
 
 
@@ -57,27 +57,27 @@ def test_strict_wants_the_number_behind_the_last_marker(answer, truth, expected)
         ("#### 42", "42", 1.0),
     ],
 )
-def test_flexible_takes_the_last_number(answer, truth, expected):
+def test_flexible_uses_the_last_number(answer, truth, expected):
     assert compute_score(answer, truth, method="flexible") == expected
 
 
-def test_format_score_rewards_a_wrong_number_in_the_right_form():
+def test_format_score_is_the_score_of_a_wrong_number_in_the_correct_format():
     assert compute_score("#### 41", "42", format_score=0.1) == 0.1
     assert compute_score("41", "42", format_score=0.1) == 0.0
 
 
-def test_keywords_reach_the_scorer_by_data_source():
+def test_keywords_reach_the_scorer_of_the_data_source():
     assert default_compute_score("openai/gsm8k", "42", "42", None, method="flexible") == 1.0
     assert default_compute_score("openai/gsm8k", "42", "42", None) == 0.0
 
 
-def test_bad_ground_truth_and_method_are_named():
+def test_errors_name_an_invalid_ground_truth_and_method():
     with pytest.raises(ValueError, match="ground_truth='many' is not a number"):
         compute_score("#### 42", "many")
     with pytest.raises(ValueError, match=r"method=loose.*strict or flexible"):
         compute_score("#### 42", "42", method="loose")
 
 
-def test_a_long_answer_is_quick():
+def test_long_response_is_scored():
     assert compute_score("1," * 500_000 + "#### 42", "42") == 1.0
     assert compute_score("1" * 1_000_000, "42", method="flexible") == 0.0

@@ -1,4 +1,4 @@
-"""Mathematical answers that are equal, and ones that only look so."""
+"""Math scorer: equal and unequal answers."""
 
 import threading
 
@@ -35,7 +35,7 @@ from verl.utils.reward_score.text import last_boxed
         (r"\boxed{5}", ["4", "5"]),
     ],
 )
-def test_equal_answers(answer, truth):
+def test_equal_answers_score_1(answer, truth):
     assert compute_score(answer, truth) == 1.0
 
 
@@ -55,29 +55,29 @@ def test_equal_answers(answer, truth):
         (r"\boxed{4, 5}", ["4", "5"]),
     ],
 )
-def test_unequal_answers(answer, truth):
+def test_unequal_answers_score_0(answer, truth):
     assert compute_score(answer, truth) == 0.0
 
 
 @pytest.mark.parametrize("source", ["lighteval/MATH", "DigitalLearningGmbH/MATH-lighteval", "HuggingFaceH4/MATH-500"])
-def test_math_sources(source):
+def test_math_sources_score_0_or_1(source):
     assert default_compute_score(source, r"\boxed{\frac12}", "0.5") == 1.0
     assert default_compute_score(source, r"\boxed{\frac13}", "0.5") == 0.0
 
 
 @pytest.mark.parametrize("source", ["math_dapo", "math", "math_dapo_reasoning", "aime2024", "aime_2025"])
-def test_dapo_sources_score_plus_and_minus_one(source):
+def test_dapo_sources_score_1_or_minus_1(source):
     assert default_compute_score(source, "Answer: 42", "42") == {"score": 1.0, "acc": True, "pred": "42"}
     assert default_compute_score(source, "Answer: 41", "42") == {"score": -1.0, "acc": False, "pred": "41"}
     assert default_compute_score(source, "", "42") == {"score": -1.0, "acc": False, "pred": ""}
 
 
-def test_a_ground_truth_that_does_not_parse_is_an_error_not_a_zero():
+def test_ground_truth_that_does_not_parse_is_an_error():
     with pytest.raises(ValueError, match="ground_truth=''"):
         compute_score(r"\boxed{1}", "")
 
 
-def test_works_outside_the_main_thread():
+def test_scorer_works_outside_the_main_thread():
     scores = []
     thread = threading.Thread(target=lambda: scores.append(compute_score(r"\boxed{\frac12}", "0.5")))
     thread.start()
@@ -96,5 +96,5 @@ def test_works_outside_the_main_thread():
         ("none", None),
     ],
 )
-def test_last_boxed(text, expected):
+def test_last_boxed_returns_the_last_complete_box(text, expected):
     assert last_boxed(text) == expected

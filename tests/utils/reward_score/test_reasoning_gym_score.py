@@ -1,4 +1,4 @@
-"""reasoning-gym tasks: our score is the task's own score for its own items."""
+"""reasoning-gym scorer: it returns the score of the task for its items."""
 
 import json
 
@@ -10,7 +10,7 @@ from verl.utils.reward_score.reasoning_gym_score import entry_of, extract_answer
 reasoning_gym = pytest.importorskip("reasoning_gym")
 
 
-def test_spell_backward_agrees_with_its_dataset():
+def test_spell_backward_has_the_score_of_its_dataset():
     dataset = reasoning_gym.create_dataset("spell_backward", seed=3, size=20)
     for item in dataset:
         truth = item["answer"]
@@ -20,7 +20,7 @@ def test_spell_backward_agrees_with_its_dataset():
         assert default_compute_score("reasoning_gym/spell_backward", truth, truth, {"index": 0}) == 1.0
 
 
-def test_a_task_whose_scorer_reads_the_metadata():
+def test_metadata_reaches_the_scorer_as_dict_or_json():
     dataset = reasoning_gym.create_dataset("countdown", seed=3, size=3)
     for item in dataset:
         truth = item["answer"]
@@ -42,16 +42,16 @@ def test_a_task_whose_scorer_reads_the_metadata():
         ("", ""),
     ],
 )
-def test_extract_answer(text, expected):
+def test_extract_answer_returns_the_last_answer_tag(text, expected):
     assert extract_answer(text) == expected
 
 
-def test_wrong_task_and_wrong_entry_are_named():
-    with pytest.raises(ValueError, match=r"no task 'spell_sideways'.*spell_backward"):
+def test_errors_name_an_unknown_task_and_an_invalid_entry():
+    with pytest.raises(ValueError, match=r"unknown task 'spell_sideways'.*spell_backward"):
         default_compute_score("reasoning_gym/spell_sideways", "a", "a", {})
-    with pytest.raises(ValueError, match="no task"):
+    with pytest.raises(ValueError, match="unknown task"):
         prepare("reasoning_gym/spell_sideways")
-    with pytest.raises(ValueError, match=r"extra_info.entry is text that is not JSON"):
+    with pytest.raises(ValueError, match=r"extra_info.entry is not valid JSON"):
         entry_of("a", {"entry": "{"})
     with pytest.raises(ValueError, match=r"extra_info.metadata is of type list"):
         entry_of("a", {"metadata": [1]})

@@ -12,7 +12,7 @@ from typing import Any
 from verl.config.ppo import PPOConfig
 from verl.preflight.findings import Findings
 from verl.preflight.plan import PromptLengths
-from verl.utils.dataset.files import JsonRows, ParquetRows, data_paths, place, read_rows
+from verl.utils.dataset.files import JsonRows, ParquetRows, data_paths, read_rows, row_name
 from verl.utils.dataset.prompts import Messages, check_messages, check_template_kwargs, prompt_token_ids
 from verl.utils.light_tokenizer import LightTokenizer
 from verl.utils.reward_score import require_scorer
@@ -53,7 +53,7 @@ def _first_fault(file: ParquetRows | JsonRows, config: PPOConfig) -> str | None:
             check_messages(row.get(prompts), prompts)
             _check_judge(row, config)
         except (ValueError, NotImplementedError) as error:
-            return f"{place(file.path, number)}: {error}"
+            return f"{row_name(file.path, number)}: {error}"
     return None
 
 
@@ -91,7 +91,7 @@ def _sample(file: ParquetRows | JsonRows, key: str, size: int) -> list[tuple[str
     """Rows at even distances, the last one included."""
     count = len(file)
     numbers = sorted({i * (count - 1) // max(1, size - 1) for i in range(size)}) if count > size else range(count)
-    return [(place(file.path, n), check_messages(file[n].get(key), key)) for n in numbers]
+    return [(row_name(file.path, n), check_messages(file[n].get(key), key)) for n in numbers]
 
 
 def _measure(config: PPOConfig, sample: list[tuple[str, Messages]], found: Findings) -> PromptLengths | None:

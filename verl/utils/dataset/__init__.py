@@ -1,4 +1,4 @@
-"""Prompts from data files: reading (files), tokenising (prompts), the dataset (rl_dataset), the loader (loader).
+"""Prompts from data files: `files` reads, `prompts` tokenizes, `rl_dataset` is the dataset, `loader` makes batches.
 
-`files` needs neither torch nor transformers, so this package imports nothing by itself.
+This file imports nothing, because `files` must work without torch and transformers.
 """

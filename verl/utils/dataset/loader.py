@@ -1,4 +1,4 @@
-"""A seeded loader that resumes exactly where it was, at the boundary between two epochs too."""
+"""A seeded data loader that resumes at the exact sample, also at the boundary between two epochs."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ _STATE_VERSION = 1
 
 
 class EpochSampler(Sampler[int]):
-    """The rows of one epoch from a given sample on; the order is a function of (seed, epoch) only."""
+    """The rows of one epoch, starting at a given sample; the order depends on (seed, epoch) only."""
 
     def __init__(self, rows: int, *, shuffle: bool, seed: int) -> None:
         self.rows = rows
@@ -31,24 +31,24 @@ class EpochSampler(Sampler[int]):
         return iter(self.order(self.epoch)[self.start :].tolist())
 
     def order(self, epoch: int) -> np.ndarray:
-        """All row numbers in the order of `epoch`, int64 [rows]."""
+        """Return all row numbers in the order of `epoch`, int64 [rows]."""
         if not self.shuffle:
             return np.arange(self.rows)
-        # RandomState, unlike default_rng, promises the same stream in every NumPy release: a checkpoint may outlive one
+        # RandomState, unlike default_rng, guarantees the same stream in all NumPy releases; a checkpoint may be older.
         bits = np.random.MT19937(np.random.SeedSequence([self.seed, epoch]))
         return np.random.RandomState(bits).permutation(self.rows)
 
 
 class EpochDataLoader(StatefulDataLoader):
-    """A `StatefulDataLoader` whose state is a position: the epoch and the number of samples delivered in it.
+    """A `StatefulDataLoader` whose state is the epoch and the number of samples delivered in it.
 
-    One pass over the loader is the rest of the current epoch. Once the last batch of an epoch is delivered the position
-    is the start of the next epoch, whether or not the pass is run to its end. (StatefulDataLoader's own state keeps the
-    exhausted iterator there, and a resumed run then skips an epoch.) The state does not depend on `num_workers`, and
+    One pass over the loader delivers the rest of the current epoch. After the last batch of an epoch the state is the
+    start of the next epoch, even if the pass is not run to its end. (The state of StatefulDataLoader itself keeps the
+    exhausted iterator at this point, so a resumed run skips an epoch.) The state does not depend on `num_workers`, and
     the batch size may change between saving and loading.
 
-    A pass that is left early (`break`) goes on where it was with the next pass. Only one pass is alive: a new one, and
-    `load_state_dict`, end the one before.
+    After `break`, the next pass continues with the next batch. Only one pass is active: a new pass and
+    `load_state_dict` end the previous one.
     """
 
     sampler: EpochSampler
@@ -56,7 +56,7 @@ class EpochDataLoader(StatefulDataLoader):
 
     @property
     def epoch(self) -> int:
-        """The epoch, from 0, of the batch that comes next."""
+        """The epoch of the next batch, counted from 0."""
         return self.sampler.epoch
 
     def __iter__(self) -> Iterator[Any]:
@@ -70,24 +70,29 @@ class EpochDataLoader(StatefulDataLoader):
                     return
         finally:
             if self._pass == current:
-                self._iterator = None  # lets go of worker processes
+                self._iterator = None  # ends the worker processes
 
     def _advance(self) -> None:
         self.sampler.start += self.batch_size
-        self._normalise()
+        self._start_next_epoch_if_done()
 
-    def _normalise(self) -> None:
+    def _start_next_epoch_if_done(self) -> None:
         left = self.sampler.rows - self.sampler.start
         if left < (self.batch_size if self.drop_last else 1):
             self.sampler.epoch += 1
             self.sampler.start = 0
 
     def read(self, epoch: int, sample: int) -> Any:
-        """The prompt at a position as a batch of one; the loader stays where it is."""
+        """Return one prompt as a batch of one; the state of the loader does not change.
+
+        Args:
+            epoch: counted from 0.
+            sample: number of the prompt in the order of the epoch, counted from 0.
+        """
         return self.collate_fn([self.dataset[int(self.sampler.order(epoch)[sample])]])
 
     def state_dict(self) -> dict[str, int | bool]:
-        """Plain numbers, fit for JSON; taken between two batches, it stands for the batch that comes next."""
+        """Return the state, values that JSON can hold; between two batches it describes the next batch."""
         sampler = self.sampler
         return {
             "version": _STATE_VERSION,
@@ -99,33 +104,33 @@ class EpochDataLoader(StatefulDataLoader):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go to the position of `state_dict`; ends a pass that is under way.
+        """Continue at `state_dict`; this ends an active pass.
 
         Raises:
-            ValueError: the state belongs to other data, another seed or another order, so that its position would mean
-                other prompts.
+            ValueError: the state was saved with other data, another seed or another `data.shuffle`, so it would
+                describe other prompts.
         """
         current = self.state_dict()
         if state_dict.keys() != current.keys() or state_dict["version"] != _STATE_VERSION:
             raise ValueError(
-                f"the data loader's state has the keys {sorted(state_dict)}, expected {sorted(current)} (version "
-                f"{_STATE_VERSION}); it was written by something else: use trainer.resume_mode=disable"
+                f"the state of the data loader has the keys {sorted(state_dict)}, expected {sorted(current)} (version "
+                f"{_STATE_VERSION}): another program or version wrote it; use trainer.resume_mode=disable"
             )
         names = {
-            "rows": "rows that are left after filtering (data.train_files, data.max_prompt_length, ...)",
+            "rows": "number of rows after filtering (data.train_files, data.max_prompt_length, ...)",
             "shuffle": "data.shuffle",
             "seed": "data.seed",
         }
         for key, name in names.items():
             if state_dict[key] != current[key]:
                 raise ValueError(
-                    f"cannot resume the data: {name}: {state_dict[key]} in the checkpoint, {current[key]} now; set it "
-                    "as it was, or start anew with trainer.resume_mode=disable"
+                    f"cannot resume the data: {name}: {state_dict[key]} in the checkpoint, {current[key]} now; restore "
+                    "the value of the checkpoint, or start from the beginning with trainer.resume_mode=disable"
                 )
         self._pass += 1
         self._iterator = None
         self.sampler.epoch, self.sampler.start = state_dict["epoch"], state_dict["samples"]
-        self._normalise()
+        self._start_next_epoch_if_done()
 
 
 def build_dataloader(
@@ -138,32 +143,35 @@ def build_dataloader(
     num_workers: int = 0,
     collate: Callable[[list[Any]], Any] = collate_fn,
 ) -> EpochDataLoader:
-    """A loader over `dataset` whose every epoch has an order of its own, the same for the same (seed, epoch).
+    """Build a loader over `dataset`. Each epoch has its own order, which depends on (seed, epoch) only.
 
     Args:
-        batch_size: prompts a batch.
-        seed: non-negative; None means 0.
-        drop_last: leave out the last, short batch of an epoch.
-        num_workers: processes that read and tokenise ahead; 0 does it in this process.
+        dataset: a map-style dataset with a length.
+        batch_size: prompts per batch.
+        shuffle: if False, every epoch has the order of the dataset.
+        seed: not negative; None means 0.
+        drop_last: skip the last, incomplete batch of an epoch.
+        num_workers: processes that read and tokenize ahead; 0: in this process.
+        collate: turns a list of items into a batch.
 
     Raises:
-        ValueError: no batch at all, or a negative seed.
-        NotImplementedError: the dataset keeps a state of its own, which the position would not cover.
+        ValueError: the data is smaller than one batch, or the seed is negative.
+        NotImplementedError: the dataset has its own state, which the state of the loader does not include.
     """
     rows = len(dataset)
     if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: has to be at least 1 prompt")
+        raise ValueError(f"batch_size={batch_size}: must be at least 1 prompt")
     if rows < (batch_size if drop_last else 1):
         raise ValueError(
             f"the data has {rows} prompts, fewer than one batch of {batch_size}: set data.train_batch_size to at most "
-            f"{rows}, or give more data"
+            f"{rows}, or add data"
         )
     if seed is not None and seed < 0:
-        raise ValueError(f"data.seed={seed}: has to be 0 or more")
+        raise ValueError(f"data.seed={seed}: must be 0 or more")
     if hasattr(dataset, "state_dict"):
         raise NotImplementedError(
-            f"the dataset class {type(dataset).__name__} has a state_dict; only datasets whose items depend on the "
-            "index alone can be resumed: remove it"
+            f"the dataset class {type(dataset).__name__} has a state_dict, which is not supported: only datasets whose "
+            "items depend on the index alone can be resumed; remove it"
         )
     sampler = EpochSampler(rows, shuffle=shuffle, seed=seed or 0)
     with warnings.catch_warnings():
@@ -175,6 +183,6 @@ def build_dataloader(
             drop_last=drop_last,
             num_workers=num_workers,
             collate_fn=collate,
-            # without its own, each pass draws from torch's global generator: a resumed process would differ
+            # Without this, each pass draws from the global generator of torch, and a resumed process would differ.
             generator=torch.Generator().manual_seed(seed or 0),
         )

@@ -1,4 +1,4 @@
-"""From a row's messages to prompt tokens: checks, chat template, lengths of many prompts, truncation."""
+"""Prompt tokens from the messages of a row: checks, chat template, truncation, lengths of many prompts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Messages = list[dict[str, Any]]
 
-# set by `prompt_token_ids` itself; another value would change what it returns
+# `prompt_token_ids` sets these itself; another value would change its result.
 _RESERVED_TEMPLATE_KWARGS = frozenset(
     {"tokenize", "return_dict", "return_tensors", "padding", "truncation", "max_length"}
 )
@@ -25,26 +25,28 @@ _EXAMPLE = '[{"role": "user", "content": "..."}]'
 
 
 @contextmanager
-def located(where: str) -> Iterator[None]:
-    """Put the file and the row in front of the message of a ValueError or NotImplementedError."""
+def prefix_errors(prefix: str) -> Iterator[None]:
+    """Put a prefix, usually the file and the row, before the message of a ValueError or NotImplementedError."""
     try:
         yield
     except NotImplementedError as error:
-        raise NotImplementedError(f"{where}: {error}") from error
+        raise NotImplementedError(f"{prefix}: {error}") from error
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{prefix}: {error}") from error
 
 
 def check_messages(value: Any, key: str) -> Messages:
-    """The messages of one row, without the null fields that Parquet adds to every message when one message has them.
+    """Return the messages of one row, without null fields.
+
+    Parquet adds a null field to all messages if one message has the field.
 
     Args:
-        value: what the file holds.
-        key: name of the column, for the messages of the errors.
+        value: the value in the file.
+        key: name of the column, for error messages.
 
     Raises:
-        ValueError: no prompt, or not a non-empty list of {role: str, content: str}.
-        NotImplementedError: content made of parts (images, video, audio).
+        ValueError: the value is missing, or not a non-empty list of {role: str, content: str}.
+        NotImplementedError: the content is a list of parts (images, video, audio).
     """
     if value is None:
         raise ValueError(f"{key!r} is missing; every row needs a prompt such as {_EXAMPLE}")
@@ -52,14 +54,14 @@ def check_messages(value: Any, key: str) -> Messages:
         raise ValueError(f"{key!r} is a plain string; write it as a list of messages: {_EXAMPLE}")
     if not isinstance(value, list) or not value:
         given = "an empty list" if value == [] else f"a {type(value).__name__}"
-        raise ValueError(f"{key!r} is {given}; it has to be a list of messages: {_EXAMPLE}")
+        raise ValueError(f"{key!r} is {given}; it must be a list of messages: {_EXAMPLE}")
     return [_check_message(message, f"{key}[{i}]") for i, message in enumerate(value)]
 
 
 def _check_message(message: Any, name: str) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise ValueError(
-            f"{name} is a {type(message).__name__}; every message is a dict with role and content: {_EXAMPLE}"
+            f"{name} is a {type(message).__name__}; every message must be a dict with role and content: {_EXAMPLE}"
         )
     message = {field: value for field, value in message.items() if value is not None}
     if not isinstance(message.get("role"), str):
@@ -69,26 +71,26 @@ def _check_message(message: Any, name: str) -> dict[str, Any]:
     content = message.get("content")
     if isinstance(content, list):
         raise NotImplementedError(
-            f"{name}.content is a list of parts: images, video and audio are not supported yet; use text in one string"
+            f"{name}.content is a list of parts: images, video and audio are not supported yet; use one string of text"
         )
     if content is None and message.get("tool_calls"):
         return message
     if not isinstance(content, str):
         given = "missing" if content is None else f"a {type(content).__name__}"
-        raise ValueError(f"{name}.content is {given}; it has to be a string: {_EXAMPLE}")
+        raise ValueError(f"{name}.content is {given}; it must be a string: {_EXAMPLE}")
     return message
 
 
 def check_template_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """`data.apply_chat_template_kwargs` as a plain dict.
+    """Return `data.apply_chat_template_kwargs` as a dict.
 
     Raises:
-        ValueError: a key that the framework sets itself.
+        ValueError: it has a key that verl sets itself.
     """
     reserved = sorted(_RESERVED_TEMPLATE_KWARGS & set(kwargs))
     if reserved:
         raise ValueError(
-            f"data.apply_chat_template_kwargs={dict(kwargs)}: {reserved} cannot be set; give variables of the chat "
+            f"data.apply_chat_template_kwargs={dict(kwargs)}: {reserved} cannot be set; set variables of the chat "
             "template, such as enable_thinking, and use data.max_prompt_length and data.truncation for lengths"
         )
     return {str(key): value for key, value in kwargs.items()}
@@ -97,32 +99,35 @@ def check_template_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 def prompt_token_ids(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, template_kwargs: Mapping[str, Any]
 ) -> list[int]:
-    """Token ids of the messages under the tokenizer's chat template, the opening of the answer included.
+    """Return the token ids of the messages in the chat template, including the generation prompt.
 
     Raises:
-        ValueError: the tokenizer has no chat template, or the template refuses the messages.
+        ValueError: the tokenizer has no chat template, or the template rejects the messages.
     """
     if tokenizer.chat_template is None:
         raise ValueError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no chat template; use an instruction-tuned model, or put a "
-            "chat_template.jinja next to tokenizer.json"
+            f"the tokenizer {tokenizer.name_or_path!r} has no chat template; use an instruction-tuned model, or add "
+            "chat_template.jinja beside tokenizer.json"
         )
     options = {"add_generation_prompt": True, **template_kwargs, "tokenize": True, "return_dict": False}
     try:
         return tokenizer.apply_chat_template(messages, **options)
     except jinja2.TemplateError as error:
         roles = [message.get("role") for message in messages]
-        raise ValueError(f"the chat template refuses messages with the roles {roles}: {error}") from error
+        raise ValueError(f"the chat template rejects messages with the roles {roles}: {error}") from error
 
 
-def truncated(token_ids: list[int], max_length: int, truncation: str) -> list[int]:
-    """At most `max_length` ids.
+def truncate_prompt(token_ids: list[int], max_length: int, truncation: str) -> list[int]:
+    """Return at most `max_length` ids.
 
     Args:
-        truncation: "left" keeps the end, "right" the beginning, "middle" the first `max_length // 2` and the end.
+        token_ids: the prompt.
+        max_length: in tokens.
+        truncation: "left" keeps the end, "right" the beginning, "middle" the first `max_length // 2` and the end;
+            "error" raises.
 
     Raises:
-        ValueError: too many under truncation="error".
+        ValueError: the prompt is too long and truncation is "error".
     """
     if len(token_ids) <= max_length:
         return token_ids
@@ -135,8 +140,8 @@ def truncated(token_ids: list[int], max_length: int, truncation: str) -> list[in
         return token_ids[:head] + token_ids[head - max_length :]
     raise ValueError(
         f"the prompt has {len(token_ids)} tokens, data.max_prompt_length={max_length} and data.truncation=error; raise "
-        f"data.max_prompt_length to {len(token_ids)} or more, set data.filter_overlong_prompts=True to leave such rows "
-        "out, or data.truncation=left, right or middle to cut them"
+        f"data.max_prompt_length to {len(token_ids)} or more, set data.filter_overlong_prompts=True to drop such "
+        "rows, or data.truncation=left, right or middle to truncate them"
     )
 
 
@@ -146,31 +151,33 @@ def prompt_lengths(
     template_kwargs: Mapping[str, Any],
     workers: int = 1,
 ) -> list[int]:
-    """Tokens of every prompt, in order.
+    """Return the number of tokens of each prompt, in order.
 
     Args:
-        rows: (where the row is, for errors; its messages).
-        workers: processes to tokenise with, started only when there are more than 500 rows (it takes seconds), and
-            started afresh (spawn), because forking a process that has Ray or torch threads can hang.
+        rows: (name of the row for error messages, its messages).
+        tokenizer: with a chat template.
+        template_kwargs: variables of the chat template.
+        workers: number of processes. They are used only for more than 500 rows, because their start takes seconds. They
+            are spawned, because forking a process with threads of Ray or torch can hang.
 
     Raises:
-        ValueError: as `prompt_token_ids`, naming the row.
+        ValueError: see `prompt_token_ids`; the message names the row.
     """
-    jobs = _cut(rows, _ROWS_PER_JOB)
-    wave = list(islice(jobs, 4 * workers))
-    if workers <= 1 or len(wave) <= 1:
-        return [n for job in chain(wave, jobs) for n in _lengths(job, tokenizer, template_kwargs)]
+    jobs = _batched(rows, _ROWS_PER_JOB)
+    batch = list(islice(jobs, 4 * workers))
+    if workers <= 1 or len(batch) <= 1:
+        return [n for job in chain(batch, jobs) for n in _lengths(job, tokenizer, template_kwargs)]
     lengths: list[int] = []
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _start_worker, (tokenizer, dict(template_kwargs))) as pool:
-        # in waves: `map` takes all it is given at once, and the messages of a large file need not fit in memory
-        while wave:
-            lengths += chain.from_iterable(pool.map(_worker_lengths, wave))
-            wave = list(islice(jobs, 4 * workers))
+        # A few jobs at a time: `map` reads all of its input first, and the messages of a file may not fit in memory.
+        while batch:
+            lengths += chain.from_iterable(pool.map(_worker_lengths, batch))
+            batch = list(islice(jobs, 4 * workers))
     return lengths
 
 
-def _cut(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
+def _batched(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
     iterator = iter(rows)
     while part := list(islice(iterator, size)):
         yield part
@@ -180,8 +187,8 @@ def _lengths(
     job: list[tuple[str, Messages]], tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]
 ) -> list[int]:
     lengths = []
-    for where, messages in job:
-        with located(where):
+    for name, messages in job:
+        with prefix_errors(name):
             lengths.append(len(prompt_token_ids(tokenizer, messages, template_kwargs)))
     return lengths
 
@@ -195,5 +202,5 @@ def _start_worker(tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str,
 
 
 def _worker_lengths(job: list[tuple[str, Messages]]) -> list[int]:
-    assert _worker_state is not None, "the pool runs _start_worker in every process first"
+    assert _worker_state is not None, "_start_worker did not run in this process"
     return _lengths(job, *_worker_state)

@@ -1,7 +1,7 @@
-"""Built-in scorers, chosen by a row's `data_source`.
+"""Built-in scorers, selected by the `data_source` of a row.
 
-Importing this package imports no scorer: math-verify (about 0.7 s) and reasoning-gym (about 1.3 s, its package imports
-every task) come with the first sample that needs them, or with `prepare`.
+The package imports no scorer at import time: math-verify (about 0.7 s) and reasoning-gym (about 1.3 s, since it imports
+every task) are imported for the first sample that needs them, or by `prepare`.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ def default_compute_score(
     method: str = "strict",
     format_score: float = 0.0,
 ) -> float | dict[str, Any]:
-    """Score an answer with the scorer of its data source.
+    """Score a response with the scorer of its data source.
 
     Args:
         data_source: `openai/gsm8k`; `lighteval/MATH`, `DigitalLearningGmbH/MATH-lighteval`, `HuggingFaceH4/MATH-500`;
             `math_dapo`, `math`, `math_dapo_reasoning`, `aime*`; `reasoning_gym/<task>`.
-        solution_str: the model's answer.
-        ground_truth: the right answer.
-        extra_info: for reasoning-gym tasks the row's entry, see `reasoning_gym_score.compute_score`.
-        method: GSM8K only: "strict" wants `#### <number>`, "flexible" takes the last number.
-        format_score: GSM8K only: the score of a wrong answer in the right form.
+        solution_str: the response of the model.
+        ground_truth: the correct answer.
+        extra_info: for reasoning-gym tasks the entry of the row, see `reasoning_gym_score.compute_score`.
+        method: GSM8K only: "strict" requires `#### <number>`, "flexible" uses the last number.
+        format_score: GSM8K only: the score of a wrong answer in the correct format.
 
     Returns:
-        A score in [0, 1]; for the DAPO sources a dict with a score of 1 or -1, `acc` and `pred`.
+        a score in [0, 1]; for the DAPO sources a dict with `score` (1 or -1), `acc` and `pred`.
 
     Raises:
-        NotImplementedError: no built-in scorer for this data source.
-        ValueError: the ground truth cannot be read, or `method` is unknown.
+        NotImplementedError: this data source has no built-in scorer.
+        ValueError: the ground truth cannot be parsed, or `method` is unknown.
     """
-    kind = _kind(data_source)
-    if kind == "gsm8k":
+    scorer = _scorer_of(data_source)
+    if scorer == "gsm8k":
         from verl.utils.reward_score import gsm8k
 
         return gsm8k.compute_score(solution_str, ground_truth, method=method, format_score=format_score)
-    if kind == "gym":
+    if scorer == "gym":
         from verl.utils.reward_score import reasoning_gym_score
 
         return reasoning_gym_score.compute_score(
@@ -55,36 +55,40 @@ def default_compute_score(
         )
     from verl.utils.reward_score import math_score
 
-    if kind == "dapo":
+    if scorer == "dapo":
         return math_score.compute_score_dapo(solution_str, ground_truth)
     return math_score.compute_score(solution_str, ground_truth)
 
 
 def prepare(data_source: str) -> None:
-    """Import what the scorer of `data_source` needs, so that its first sample is as quick as the others.
+    """Import the library of the scorer of `data_source`, so that the first sample takes no longer than the others.
 
     Raises:
-        NotImplementedError: no built-in scorer for this data source.
-        ValueError: no such reasoning-gym task.
-        ImportError: the scorer's library is not installed.
+        NotImplementedError: this data source has no built-in scorer.
+        ValueError: unknown reasoning-gym task.
+        ImportError: the library of the scorer is not installed.
     """
-    kind = _kind(data_source)
-    if kind == "gym":
+    scorer = _scorer_of(data_source)
+    if scorer == "gym":
         from verl.utils.reward_score import reasoning_gym_score
 
         reasoning_gym_score.task_scorer(data_source.removeprefix(GYM_PREFIX))
-    elif kind in ("math", "dapo"):
+    elif scorer in ("math", "dapo"):
         from verl.utils.reward_score import math_score
 
         math_score.compute_score("\\boxed{1}", "1")
 
 
 def require_scorer(data_source: str) -> None:
-    """Refuse a data source without a built-in scorer; NotImplementedError, which names those there are."""
-    _kind(data_source)
+    """Check that a data source has a built-in scorer.
+
+    Raises:
+        NotImplementedError: it has none; the message lists the known data sources.
+    """
+    _scorer_of(data_source)
 
 
-def _kind(data_source: str) -> str:
+def _scorer_of(data_source: str) -> str:
     if data_source in GSM8K_SOURCES:
         return "gsm8k"
     if data_source in MATH_SOURCES:

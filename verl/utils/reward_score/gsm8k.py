@@ -1,4 +1,4 @@
-"""GSM8K answers: a number after `####` (Cobbe et al. 2021, arXiv:2110.14168), compared by value."""
+"""Scorer of GSM8K: a number after `####` (Cobbe et al. 2021, arXiv:2110.14168), compared by value."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ _ANY = re.compile(r"(?<![\w.])[-+\u2212]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?
 def compute_score(
     solution_str: str, ground_truth: Any, *, method: str = "strict", format_score: float = 0.0, score: float = 1.0
 ) -> float:
-    """`score` for the right number, `format_score` for a wrong one, 0.0 where there is none.
+    """Return `score` for the correct number, `format_score` for a wrong number, and 0.0 without a number.
 
     Args:
-        solution_str: the model's answer; only what follows the last `</think>` counts.
-        ground_truth: a number, or GSM8K's own solution text that ends in `#### <number>`.
-        method: "strict" takes the number behind the last `####`, "flexible" the last number anywhere.
+        solution_str: the response of the model; only the text after the last `</think>` counts.
+        ground_truth: a number, or the solution text of GSM8K, which ends in `#### <number>`.
+        method: "strict" uses the number after the last `####`, "flexible" the last number anywhere.
         format_score: the score of a wrong number.
-        score: the score of the right number.
+        score: the score of the correct number.
 
     Raises:
         ValueError: the ground truth is not a number, or the method is unknown.
     """
     if method not in ("strict", "flexible"):
-        raise ValueError(f"reward.reward_kwargs.method={method} is unknown for GSM8K; use strict or flexible")
-    right = _value(str(ground_truth).rpartition("####")[2])
-    if right is None:
-        raise ValueError(f"ground_truth={str(ground_truth)[-80:]!r} is not a number; GSM8K rows need one")
+        raise ValueError(f"unknown reward.reward_kwargs.method={method} for GSM8K; use strict or flexible")
+    correct = _value(str(ground_truth).rpartition("####")[2])
+    if correct is None:
+        raise ValueError(f"ground_truth={str(ground_truth)[-80:]!r} is not a number, which GSM8K rows need")
     answer = extract_answer(solution_str, method=method)
     if answer is None:
         return 0.0
-    return score if answer == right else format_score
+    return score if answer == correct else format_score
 
 
 def extract_answer(solution_str: str, *, method: str = "strict") -> Decimal | None:
-    """The number that the answer gives, or None; see `compute_score` for `method`."""
+    """Return the number in the response, or None; see `compute_score` for `method`."""
     text = final_part(solution_str)
     if method == "flexible":
         found = _ANY.findall(text)

@@ -1,7 +1,7 @@
-r"""Mathematical answers, compared with the math-verify library (https://github.com/huggingface/Math-Verify).
+r"""Scorer of mathematical answers with the math-verify library (https://github.com/huggingface/Math-Verify).
 
-The library's own time limits are off: they need the main thread and its alarm signal, and the reward workers have a
-limit per sample that cannot be swallowed.
+The time limits of the library are off: they need the main thread and its alarm signal. The reward workers have their
+own limit per sample, which an `except` in a scorer cannot suppress.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ _ANSWER_LINE = re.compile(r"(?i)\banswer\s*:\s*([^\n]+)")
 
 
 def compute_score(solution_str: str, ground_truth: Any) -> float:
-    r"""1.0 when the final answer equals the ground truth mathematically, else 0.0.
+    r"""Return 1.0 if the final answer is mathematically equal to the ground truth, else 0.0.
 
     The final answer is the last `\boxed{...}`, else the last line `Answer: ...`, else the last formula or number that
-    math-verify finds; only what follows the last `</think>` counts.
+    math-verify finds; only the text after the last `</think>` counts.
 
     Args:
-        solution_str: the model's answer.
-        ground_truth: LaTeX, a plain expression or a number; a list holds several right answers.
+        solution_str: the response of the model.
+        ground_truth: LaTeX, a plain expression or a number; a list holds several correct answers.
 
     Raises:
         ValueError: the ground truth cannot be parsed.
     """
-    return float(_judge(solution_str, ground_truth)[0])
+    return float(_evaluate(solution_str, ground_truth)[0])
 
 
 def compute_score_dapo(solution_str: str, ground_truth: Any) -> dict[str, Any]:
-    """As `compute_score`, with DAPO's rewards (arXiv:2503.14476, section 3.5): 1.0 when right and -1.0 when wrong.
+    """Score like `compute_score`, with the rewards of DAPO (arXiv:2503.14476, section 3.5).
 
     Returns:
-        `score` (1.0 or -1.0), `acc` (bool), `pred` (the final answer's text, empty when there is none).
+        `score` (1.0 if correct, else -1.0), `acc` (bool), `pred` (text of the final answer, empty without one).
     """
-    right, text = _judge(solution_str, ground_truth)
-    return {"score": 1.0 if right else -1.0, "acc": right, "pred": text}
+    correct, text = _evaluate(solution_str, ground_truth)
+    return {"score": 1.0 if correct else -1.0, "acc": correct, "pred": text}
 
 
-def _judge(solution_str: str, ground_truth: Any) -> tuple[bool, str]:
+def _evaluate(solution_str: str, ground_truth: Any) -> tuple[bool, str]:
     from math_verify import verify
 
     several = list(ground_truth) if not isinstance(ground_truth, str) and hasattr(ground_truth, "__iter__") else None
@@ -82,6 +82,6 @@ def _parse(text: str) -> list[Any]:
     return parse(text, parsing_timeout=None)
 
 
-# The library warns once that its limits are off; the module's head says what takes their place.
+# The library warns that its time limits are off. The docstring of this file gives the reason.
 for _name in ("math_verify.parser", "math_verify.grader"):
     logging.getLogger(_name).addFilter(lambda record: not record.getMessage().startswith("Timeout is disabled"))

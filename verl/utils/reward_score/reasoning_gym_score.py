@@ -1,4 +1,4 @@
-"""Tasks of reasoning-gym (https://github.com/open-thought/reasoning-gym), scored by the task's own scorer."""
+"""Scorer of reasoning-gym tasks (https://github.com/open-thought/reasoning-gym), which calls the scorer of the task."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ from typing import Any
 
 
 def compute_score(task: str, solution_str: str, ground_truth: Any, extra_info: Mapping[str, Any] | None) -> float:
-    """The score in [0, 1] that the task gives to the answer.
+    """Return the score of the task for the answer, in [0, 1].
 
-    The answer is what the last `<answer>...</answer>` holds, else the whole text behind the last `</think>`, stripped.
+    The answer is the content of the last `<answer>...</answer>`, else all text after the last `</think>`, stripped.
 
     Args:
-        task: a task's name, such as `spell_backward`.
-        solution_str: the model's answer.
-        ground_truth: the task's own answer, used where the entry has none.
-        extra_info: holds the dataset's item: `entry` with `question`, `answer` and `metadata`, or these three directly.
-            `entry` and `metadata` may be JSON text, which keeps parquet from mixing the fields of unlike rows.
+        task: name of a task, such as `spell_backward`.
+        solution_str: the response of the model.
+        ground_truth: the answer of the task, used if the entry has none.
+        extra_info: holds the item of the dataset: `entry` with `question`, `answer` and `metadata`, or these three keys
+            directly. `entry` and `metadata` may be JSON text; in Parquet this avoids merging the fields of different
+            rows.
 
     Raises:
-        ValueError: no such task, or JSON text that does not parse.
+        ValueError: unknown task, or invalid JSON text.
         ImportError: reasoning-gym is not installed.
     """
     return float(task_scorer(task)(extract_answer(solution_str), entry_of(ground_truth, extra_info)))
 
 
 def extract_answer(solution_str: str) -> str:
-    """The answer in a model's text; see `compute_score`."""
+    """Return the answer in the text of a model; see `compute_score`."""
     text = solution_str.rpartition("</think>")[2]
     before, closing, _ = text.rpartition("</answer>")
     _, opening, inside = before.rpartition("<answer>")
@@ -36,7 +37,7 @@ def extract_answer(solution_str: str) -> str:
 
 
 def entry_of(ground_truth: Any, extra_info: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The dataset item that a row was made from, as its scorer wants it; see `compute_score`."""
+    """Return the item of the dataset in the form that the scorer of the task expects; see `compute_score`."""
     info = extra_info or {}
     source = _decoded(info["entry"], "entry") if info.get("entry") is not None else info
     answer = source.get("answer")
@@ -53,17 +54,17 @@ def _decoded(value: Any, name: str) -> Mapping[str, Any]:
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
-            raise ValueError(f"extra_info.{name} is text that is not JSON ({error}); give a dict or JSON") from error
+            raise ValueError(f"extra_info.{name} is not valid JSON ({error}); pass a dict or JSON text") from error
     if not isinstance(value, Mapping):
-        raise ValueError(f"extra_info.{name} is of type {type(value).__name__}; give a dict or JSON text")
+        raise ValueError(f"extra_info.{name} is of type {type(value).__name__}; pass a dict or JSON text")
     return value
 
 
 @cache
 def task_scorer(task: str) -> Callable[[str, dict[str, Any]], float]:
-    """The task's `score_answer`, made once; the first call imports the whole of reasoning-gym (about 1.3 s).
+    """Return the `score_answer` of a task, cached; the first call imports all of reasoning-gym (about 1.3 s).
 
-    Importing one task's module would be no quicker, since it imports the package first.
+    Importing only the module of the task is not faster, because it imports the package first.
     """
     try:
         import reasoning_gym
@@ -74,5 +75,5 @@ def task_scorer(task: str) -> Callable[[str, dict[str, Any]], float]:
         ) from error
     if task not in DATASETS:
         known = ", ".join(sorted(DATASETS))
-        raise ValueError(f"data_source=reasoning_gym/{task}: reasoning-gym has no task '{task}'; it has {known}")
+        raise ValueError(f"data_source=reasoning_gym/{task}: unknown task '{task}'; use one of {known}")
     return reasoning_gym.get_score_answer_fn(task)

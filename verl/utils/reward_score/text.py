@@ -1,18 +1,18 @@
-"""Where in a model's text the answer stands: behind the reasoning, in the last box."""
+"""Location of the answer in the text of a model: after the reasoning, in the last box."""
 
 from __future__ import annotations
 
 TAIL_CHARACTERS = 2000
-"""Only this much of an answer's end is searched: an answer stands at the end, and patterns stay quick."""
+"""Number of characters at the end of a response that are searched; this bounds the time of the patterns."""
 
 
 def final_part(text: str) -> str:
-    """The end of `text`, without what stands before the last `</think>`."""
+    """Return the end of `text`, starting after the last `</think>` at the earliest."""
     return text.rpartition("</think>")[2][-TAIL_CHARACTERS:]
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What the last complete `\boxed{...}` of `text` holds, braces matched; None when there is none."""
+    r"""Return the content of the last complete `\boxed{...}` of `text`, with matched braces; None without one."""
     end = len(text)
     while (start := text.rfind("\\boxed", 0, end)) >= 0:
         opening = start + len("\\boxed")
@@ -33,7 +33,7 @@ def _braced(text: str, opening: int) -> str | None:
     while position < len(text):
         character = text[position]
         if character == "\\":
-            position += 1  # an escaped brace does not count
+            position += 1  # an escaped brace is not counted
         elif character == "{":
             depth += 1
         elif character == "}":

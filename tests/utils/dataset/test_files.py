@@ -1,0 +1,95 @@
+"""Reading of data files, and the errors of missing and damaged files."""
+
+import json
+import subprocess
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fixtures.data_files import data_config, jsonl, parquet, row
+from verl.utils.dataset.files import count_rows
+from verl.utils.dataset.rl_dataset import RLHFDataset
+
+
+def both(path, tokenizer):
+    """The fast count and the full read, which must give the same error for a damaged file."""
+    return [lambda: count_rows(path), lambda: RLHFDataset(path, tokenizer, data_config())]
+
+
+def test_count_rows_sums_all_files(tmp_path):
+    paths = [parquet(tmp_path / "a.parquet", [row("a")] * 3), jsonl(tmp_path / "b.jsonl", [row("b")] * 2)]
+    assert count_rows(paths) == 5 and count_rows(str(paths[1])) == 2
+
+
+def test_missing_and_unsupported_files_are_errors(tmp_path, tokenizer):
+    (tmp_path / "x.csv").write_text("a")
+    (tmp_path / "dir.parquet").mkdir()
+    for path, kind, words in (
+        (tmp_path / "no.parquet", FileNotFoundError, r"no\.parquet does not exist"),
+        (tmp_path / "dir.parquet", FileNotFoundError, "is a directory; list its files"),
+        (tmp_path / "x.csv", ValueError, r"'\.csv' is not supported; use one of \.parquet, \.json, \.jsonl"),
+        ([], ValueError, r"no data file is given: set data\.train_files"),
+        (None, ValueError, "no data file is given"),
+    ):
+        for read in both(path, tokenizer):
+            with pytest.raises(kind, match=words):
+                read()
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "json", "jsonl"])
+def test_empty_files_are_errors(tmp_path, tokenizer, suffix):
+    path = tmp_path / f"x.{suffix}"
+    path.write_bytes(b"")
+    for read in both(path, tokenizer):
+        with pytest.raises(ValueError, match=rf"x\.{suffix} is empty \(0 bytes\)"):
+            read()
+    if suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist([row("a")]).slice(0, 0), path)
+    else:
+        path.write_text("[]" if suffix == "json" else "\n\n")
+    for read in both(path, tokenizer):
+        with pytest.raises(ValueError, match=rf"x\.{suffix} has no rows"):
+            read()
+
+
+@pytest.mark.parametrize("keep", [2, 100, -1, -20])
+def test_error_names_a_truncated_parquet_file(tmp_path, tokenizer, keep):
+    path = parquet(tmp_path / "cut.parquet", [row("a", i) for i in range(100)])
+    path.write_bytes(path.read_bytes()[:keep])
+    for read in both(path, tokenizer):
+        with pytest.raises(ValueError, match=r"cut\.parquet \(\d+ bytes\) is not a complete Parquet file.*again"):
+            read()
+
+
+def test_error_names_a_parquet_file_with_zeroed_bytes(tmp_path, tokenizer):
+    path = parquet(tmp_path / "hole.parquet", [row("abc" * (i % 7), i) for i in range(100)])
+    content = bytearray(path.read_bytes())
+    content[4:600] = bytes(596)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"hole\.parquet .* not a complete Parquet file"):
+        RLHFDataset(path, tokenizer, data_config())
+
+
+def test_error_names_the_line_of_invalid_json(tmp_path, tokenizer):
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(row("a")) + '\n\n{"prompt": [{"ro')
+    for read in both(path, tokenizer):
+        with pytest.raises(ValueError, match=r"x\.jsonl: line 3 is not valid JSON"):
+            read()
+    path.write_text('[{"prompt": 1},\n{"prom')
+    with pytest.raises(ValueError, match=r"invalid JSON at line 2"):
+        RLHFDataset(path, tokenizer, data_config())
+    path.write_text('{"prompt": []}\n3\n')
+    with pytest.raises(ValueError, match=r"x\.jsonl, row 1 .*: is a JSON int"):
+        RLHFDataset(path, tokenizer, data_config())
+    path.write_bytes(b'{"prompt": "\xff"}')
+    with pytest.raises(ValueError, match=r"x\.jsonl: not UTF-8"):
+        RLHFDataset(path, tokenizer, data_config())
+
+
+def test_files_module_imports_neither_torch_nor_transformers():
+    code = "import sys, verl.utils.dataset.files; print(sorted({'torch', 'transformers', 'ray'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
