@@ -20,7 +20,8 @@ from pathlib import Path
 import machine
 import models
 
-from verl.utils.platform import choose_dtype, cpu_cores, cpu_environment
+from verl.utils.dtypes import choose_dtype
+from verl.utils.host import cpu_cores, cpu_environment
 
 KINDS = {"not quantized": None, "MXFP8, emulated": "ascend"}
 # Requests at a time, tokens of each.

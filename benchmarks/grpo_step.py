@@ -34,7 +34,7 @@ import tables
 from pace import PacedProcess
 from runs import Load
 
-from verl.utils.platform import cpu_cores, cpu_environment, thread_environment
+from verl.utils.host import cpu_cores, cpu_environment, thread_environment
 
 LOADS = {
     ("0.8M", "equal"): Load(prompts=32, n=16, shortest=6, longest=6, updates=2, micro_batch=256),

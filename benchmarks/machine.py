@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from verl.utils.platform import cpu_cores
+from verl.utils.host import cpu_cores
 
 _X86_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16")
 _ARM_FLAGS = ("asimd", "sve", "bf16", "i8mm")

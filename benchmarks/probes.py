@@ -25,7 +25,7 @@ import torch.multiprocessing as multiprocessing
 from time_model import Device, Overheads
 from transformers import PretrainedConfig
 
-from verl.utils.platform import cpu_cores, cpu_environment
+from verl.utils.host import cpu_cores, cpu_environment
 
 Parts = dict[str, float]
 # Runs that show what no probe does; the deep model is the shallow one with more layers, the wide one has large ones.

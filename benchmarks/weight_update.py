@@ -39,7 +39,8 @@ from torch.distributed.tensor import DTensor
 from verl.config import ActorConfig, ActorRolloutRefConfig, FSDPConfig, ModelConfig, RolloutConfig
 from verl.single_controller.worker_group import WorkerGroup
 from verl.trainer.ppo.trainer_sender import TrainerSender
-from verl.utils.platform import choose_dtype, cpu_environment
+from verl.utils.dtypes import choose_dtype
+from verl.utils.host import cpu_environment
 from verl.workers.rollout.quantization import get_scheme
 from verl.workers.rollout.replica import vLLMReplica
 from verl.workers.rollout.vllm_rollout.engine_args import engine_environment

@@ -35,7 +35,9 @@ def main() -> None:
         if values:
             label = "held-out words: reward" if name == REWARD else "held-out words: right answers"
             axes.plot(steps, values, style, color="#d9650b", label=label, linestyle="--", linewidth=1, markersize=5)
-    axes.set(xlabel="step", ylabel="mean reward", ylim=(0, 1.02), title="Quickstart: GRPO, MXFP8 rollout, two CPU cores")
+    axes.set(
+        xlabel="step", ylabel="mean reward", ylim=(0, 1.02), title="Quickstart: GRPO, MXFP8 rollout, two CPU cores"
+    )
     axes.title.set_fontsize(11)
     axes.grid(color="#e4e7ec")
     axes.legend(frameon=False, fontsize=9, loc="lower right")

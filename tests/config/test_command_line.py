@@ -59,7 +59,7 @@ def test_importing_and_checking_needs_no_torch_no_ray_and_no_vllm(run_files):
     code = (
         "import sys; from verl.config import load_config; from verl.preflight import check; "
         "check(load_config(sys.argv[1:])); "
-        "import verl.utils.platform, verl.trainer.main_ppo; "
+        "import verl.utils.devices, verl.trainer.main_ppo; "
         "print([m for m in ('torch', 'ray', 'vllm', 'transformers', 'numpy') if m in sys.modules])"
     )
     done = subprocess.run(

@@ -5,7 +5,7 @@ import pytest
 from verl.config import RolloutConfig
 from verl.config.rollout import CheckpointEngineConfig
 from verl.config.weight_updates import full_update_reason
-from verl.utils.platform import choose_dtype
+from verl.utils.dtypes import choose_dtype
 
 MIB = 1 << 20
 

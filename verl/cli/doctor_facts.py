@@ -23,7 +23,8 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-from verl.utils import platform as machine
+from verl.utils import devices, host
+from verl.utils.dtypes import choose_dtype
 from verl.utils.network import ray_cluster
 
 # Distributions that hold the same package.
@@ -109,14 +110,14 @@ def gather(environment: Mapping[str, str], *, root: Path = Path("/")) -> Facts:
         environment: variables to judge, those of this process as a rule.
         root: where `dev`, `proc` and `usr` lie.
     """
-    device = machine.detect_device(root=root)
-    accelerators = {kind: machine.count_devices(kind, root=root) for kind in ("cuda", "npu")}
-    reasons = {kind: machine.why_not(kind, root=root) for kind, count in accelerators.items() if count}
+    device = devices.detect_device(root=root)
+    accelerators = {kind: devices.count_devices(kind, root=root) for kind in ("cuda", "npu")}
+    reasons = {kind: devices.unavailable_reason(kind, root=root) for kind, count in accelerators.items() if count}
     requirements = verl_requirements(device)
     packages = installed(requirements)
     outcomes = try_imports([name for name, version in packages.items() if version is not None])
     broken = {name: why for name, (why, _) in outcomes.items() if why}
-    dtype = machine.choose_dtype(device)
+    dtype = choose_dtype(device)
     temp = _disk(Path(environment.get("RAY_TMPDIR") or tempfile.gettempdir()))
     shm = _disk(root / "dev/shm")
     cluster = ray_cluster(environment, root=root)
@@ -131,14 +132,14 @@ def gather(environment: Mapping[str, str], *, root: Path = Path("/")) -> Facts:
         device=device,
         accelerators=accelerators,
         unusable={kind: why for kind, why in reasons.items() if why},
-        cores=machine.cpu_cores(),
-        cpu_flags=tuple(flag for flag in _FLAGS if flag in machine.cpu_features()),
+        cores=host.cpu_cores(),
+        cpu_flags=tuple(flag for flag in _FLAGS if flag in host.cpu_features()),
         dtype=f"{dtype.name} ({dtype.why})",
         kernels=broken.get("kernels"),
         cxx=next((path for name in ("g++", "c++", "clang++") if (path := shutil.which(name))), None),
         cann=cann_version(environment, root=root),
         driver=_version_in(root / "usr/local/Ascend/driver/version.info"),
-        memory_bytes=machine.available_memory_bytes(root=root),
+        memory_bytes=host.available_memory_bytes(root=root),
         shm_bytes=shm.free if shm else None,
         shm_size_bytes=shm.total if shm else None,
         temp_bytes=temp.free if temp else None,
@@ -184,7 +185,7 @@ def try_imports(distributions: list[str]) -> dict[str, tuple[str | None, str | N
     """
     codes = {name: _IMPORTS.get("vllm" if name in _SAME else name) for name in distributions}
     codes = {name: code for name, code in codes.items() if code} | {"kernels": _KERNELS}
-    with ThreadPoolExecutor(max_workers=machine.cpu_cores()) as pool:
+    with ThreadPoolExecutor(max_workers=host.cpu_cores()) as pool:
         return dict(zip(codes, pool.map(_run, codes.values()), strict=True))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from verl.config import names
 from verl.config.schema import key, planned, section
-from verl.utils.platform import cpu_cores
+from verl.utils.host import cpu_cores
 
 _MOST_WORKERS = 8
 

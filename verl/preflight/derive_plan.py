@@ -13,8 +13,9 @@ from verl.preflight.checks.quantization import Quantization
 from verl.preflight.checks.transport import replica_nodes
 from verl.preflight.estimate import estimate_memory
 from verl.preflight.plan import CriticPlan, Plan
+from verl.utils.dtypes import choose_dtype
+from verl.utils.host import available_memory_bytes
 from verl.utils.model_dir.model_files import ModelFiles
-from verl.utils.platform import available_memory_bytes, choose_dtype
 
 _MIB = 1 << 20
 

@@ -9,9 +9,9 @@ from verl.config.lora import adapter_parameters, lora_options
 from verl.config.ppo import PPOConfig
 from verl.config.roles import needs_ref, resolve_critic
 from verl.config.weight_updates import full_update_reason
+from verl.utils.dtypes import choose_dtype
 from verl.utils.model_dir.kv_cache import cpu_kv_cache_bytes
 from verl.utils.model_dir.model_files import ModelFiles
-from verl.utils.platform import choose_dtype
 
 _MIB, _GIB = 1 << 20, 1 << 30
 # Resident memory of processes that hold no model yet.

@@ -17,7 +17,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from verl.config import PPOConfig
-from verl.utils.platform import devices_environment
+from verl.utils.devices import devices_environment
 
 _RESOURCE = {"cuda": "GPU", "npu": "NPU"}
 

@@ -19,8 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from verl.algorithms.losses import get_policy_loss_fn, get_token_selector
 from verl.config.rollout_correction import Correction
 from verl.protocol import DataProto
+from verl.utils.dtypes import choose_dtype
 from verl.utils.external import import_external
-from verl.utils.platform import choose_dtype
 from verl.workers.engine.base import PolicyEngine
 from verl.workers.engine.export import ExportUnit, RowEncoder
 from verl.workers.engine.fsdp import FSDPEngine

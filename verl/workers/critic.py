@@ -12,7 +12,7 @@ import torch
 from verl.algorithms.losses import agg_loss, compute_value_loss
 from verl.config import CriticConfig
 from verl.protocol import DataProto
-from verl.utils.platform import choose_dtype
+from verl.utils.dtypes import choose_dtype
 from verl.workers.engine.base import ValueEngine
 from verl.workers.engine.fsdp import FSDPValueEngine
 from verl.workers.engine.micro_batch import MicroBatching, micro_batching

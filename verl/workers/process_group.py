@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from verl.utils.platform import dist_backend, torch_device
+from verl.utils.devices import dist_backend, torch_device
 
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 

@@ -19,8 +19,9 @@ from verl.preflight.estimate import MemoryEstimate
 from verl.preflight.findings import Findings
 from verl.preflight.plan import size
 from verl.preflight.target import Hardware, Scope
+from verl.utils.devices import count_devices, detect_device
+from verl.utils.host import cpu_cores
 from verl.utils.network import ray_cluster
-from verl.utils.platform import count_devices, cpu_cores, detect_device
 from verl.utils.vllm.npu_settings import npu_environment, npu_environment_problems
 
 # Linux's limits; longer paths are errors only when a directory is made.

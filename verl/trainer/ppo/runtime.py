@@ -41,7 +41,7 @@ from verl.utils.asyncio_utils import gather_or_cancel
 from verl.utils.dataset.loader import build_dataloader
 from verl.utils.dataset.rl_dataset import create_rl_dataset
 from verl.utils.heap import freeze_heap
-from verl.utils.platform import cpu_cores, cpu_environment
+from verl.utils.host import cpu_cores, cpu_environment
 from verl.utils.timeline import current_timeline
 from verl.utils.tokenizer import hf_tokenizer
 from verl.utils.vllm.npu_settings import hccl_environment

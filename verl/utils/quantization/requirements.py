@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from verl.utils.dtypes import choose_dtype
 from verl.utils.model_dir.index import CheckpointIndex
-from verl.utils.platform import choose_dtype
 from verl.utils.quantization.ascend_description import DESCRIPTION_FILE
 from verl.utils.quantization.ascend_layers import COLUMN, ROW, Layer, read_layers
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from verl.config import ModelConfig, RolloutConfig
 from verl.utils.dtypes import itemsize
+from verl.utils.host import cpu_environment
 from verl.utils.model_dir.kv_cache import cpu_kv_cache_bytes
 from verl.utils.model_dir.model_files import read_model
-from verl.utils.platform import cpu_environment
 from verl.utils.vllm.npu_settings import npu_environment
 
 _WORKER_EXTENSION = "verl.workers.rollout.vllm_rollout.worker_extension.WeightUpdateExtension"

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from verl.utils.devices import torch_device
 from verl.utils.network import choose_gloo_interface
-from verl.utils.platform import torch_device
 from verl.workers.weight_sync.shm import SegmentReader, SharedSegment
 
 # Of an accelerator's memory two of these are taken; one travels while the next is copied.

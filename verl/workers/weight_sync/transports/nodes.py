@@ -6,7 +6,7 @@ from typing import Any
 
 import ray
 
-from verl.utils.platform import visible_devices
+from verl.utils.devices import visible_devices
 from verl.workers.weight_sync.transports.base import Node
 
 

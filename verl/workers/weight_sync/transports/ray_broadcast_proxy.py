@@ -9,7 +9,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from verl.utils.platform import devices_environment
+from verl.utils.devices import devices_environment
 from verl.utils.vllm.npu_settings import hccl_environment
 from verl.workers.weight_sync.transports.base import Node
 from verl.workers.weight_sync.transports.broadcast_proxy import DEVICES, BroadcastProxy
