@@ -1,18 +1,15 @@
-"""Changes written into a running engine leave it, bit for bit, as a whole update would, after each of twenty of them.
+"""A delta update leaves a running engine with the same bits as a full update, at each of twenty steps.
 
-The independent reference is the whole update itself, through the engine's own loaders and layouts: after every delta
-the hashes of all parameters are taken, the same weights are sent whole, and the hashes have to be the same.
+The independent reference is the full update, which uses the engine's own loaders and layouts: after every delta the
+test takes the hashes of all parameters, sends the same weights in full, and compares the hashes.
 """
 
 import pytest
 import torch
 
 from fixtures.deltas import Changes, nudged
-from fixtures.engine import Engine, weights_of
-from fixtures.tiny import write_tiny_model
+from fixtures.engine import weights_of
 from verl.config import RolloutConfig
-from verl.utils.vllm import plugin
-from verl.workers.rollout.quantization import get_scheme
 from verl.workers.weight_sync.manifest import WeightUpdateError
 
 pytestmark = pytest.mark.e2e
@@ -25,7 +22,7 @@ def encoded(scheme, weights, dtype):
     return {name: t.contiguous() for name, t in scheme.encode((n, w.to(dtype)) for n, w in weights.items())}
 
 
-def send_changes(engine, old, new, version):
+def send_delta(engine, old, new, version):
     changes = Changes(old, new, version)
     engine.checked("verl_begin_update", version, engine.quantization, version - 1)
     engine.checked("verl_load_bucket", changes.bucket)
@@ -33,7 +30,7 @@ def send_changes(engine, old, new, version):
 
 
 def stepped(weights, step):
-    """Some steps train a part: adapters are merged into a projection, then taken out; a layer is frozen for a while."""
+    """Weights after a step. Some steps train a part: an adapter is merged and removed again; a layer is frozen."""
     moved = nudged(weights, step)
     if step == MERGE:
         return {name: moved[name] if "o_proj" in name else weight for name, weight in weights.items()}
@@ -46,7 +43,7 @@ def stepped(weights, step):
 
 
 def twenty_steps(engine, scheme, weights, dtype):
-    """Every other delta follows a delta; after each, hashes are compared with a whole update's."""
+    """Send a delta and a full update for each step, and compare the engine after both; return the last version."""
     sent = encoded(scheme, weights, dtype)
     version, accepts_delta = 0, False
     while not accepts_delta:
@@ -59,18 +56,19 @@ def twenty_steps(engine, scheme, weights, dtype):
         before = engine.rpc("verl_parameter_hashes")
         weights, old = stepped(weights, step), sent
         sent = encoded(scheme, weights, dtype)
-        send_changes(engine, old, sent, version)
+        send_delta(engine, old, sent, version)
         assert engine.llm.reset_prefix_cache()
         hashes = engine.rpc("verl_parameter_hashes")
-        derived = engine.sample(4)
-        # What a layer packed for its kernel is no parameter any more.
-        moved += hashes != before or not torch.equal(derived[1], computed)
-        computed = derived[1]
+        responses, log_probs = engine.sample(4)
+        # Weights that a layer has packed for its kernel are not parameters: a change of those shows in the output.
+        moved += hashes != before or not torch.equal(log_probs, computed)
+        computed = log_probs
         engine.update(sent.items(), version + 1)
         assert engine.rpc("verl_parameter_hashes") == hashes
-        # What layers derive from their parameters is no parameter: it shows in what they compute.
-        assert derived[0] == engine.sample(4)[0]
-        torch.testing.assert_close(derived[1], engine.sample(4)[1], rtol=0, atol=0)
+        # The same holds for values that layers derive from their parameters.
+        full_responses, full_log_probs = engine.sample(4)
+        assert responses == full_responses
+        torch.testing.assert_close(log_probs, full_log_probs, rtol=0, atol=0)
         version += 2
     assert moved == STEPS
     assert engine.rpc("verl_parameter_addresses") == addresses
@@ -78,7 +76,7 @@ def twenty_steps(engine, scheme, weights, dtype):
 
 
 ODD = {"hidden_size": 96, "intermediate_size": 192, "moe_intermediate_size": 192}
-# A vocabulary that the engine pads, besides: such a table is made last of all.
+# The engine pads this vocabulary too; it makes such a table after all other weights.
 PARTIAL = {"hidden_size": 96, "intermediate_size": 80, "vocab_size": 100}
 RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 CASES = {
@@ -90,17 +88,11 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_twenty_steps_of_changes_leave_what_whole_updates_leave(tmp_path, monkeypatch, case):
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+def test_twenty_delta_updates_equal_full_updates(tiny_models, engines, case):
     quantization, kind, tied, sizes, over = CASES[case]
-    model_dir = write_tiny_model(tmp_path / "model", kind=kind, tied=tied, std=0.02, **sizes)
+    (model_dir,) = tiny_models(1, kind=kind, tied=tied, std=0.02, **sizes)
     rollout = RolloutConfig(quantization=quantization, tensor_model_parallel_size=over.get("tensor_parallel_size", 1))
-    plugin.register()
-    scheme = get_scheme(rollout, str(model_dir))
-    engine = Engine(model_dir, rollout, **scheme.engine_overrides("cpu"), **over)
-    try:
-        version = twenty_steps(engine, scheme, weights_of(model_dir), getattr(torch, over.get("dtype", "float32")))
-        with pytest.raises(WeightUpdateError, match="a delta to version 3 arrived, the engine has version"):
-            engine.checked("verl_begin_update", version, engine.quantization, 3)
-    finally:
-        engine.close()
+    engine, scheme = engines.get(model_dir, rollout, **over)
+    version = twenty_steps(engine, scheme, weights_of(model_dir), getattr(torch, over.get("dtype", "float32")))
+    with pytest.raises(WeightUpdateError, match="a delta to version 3 arrived, the engine has version"):
+        engine.checked("verl_begin_update", version, engine.quantization, 3)

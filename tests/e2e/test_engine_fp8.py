@@ -1,15 +1,12 @@
-"""fp8 in blocks of 128 x 128 in a real vLLM engine on the CPU, reloaded by the same transaction as any weight."""
+"""fp8 in blocks of 128 x 128 in a real vLLM engine on the CPU, updated by the same transaction as other weights."""
 
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from fixtures.engine import Engine, log_probs_of, weights_of
-from fixtures.tiny import write_tiny_model
+from fixtures.engine import log_probs_of, weights_of
 from verl.config import RolloutConfig
-from verl.utils.vllm import plugin
-from verl.workers.rollout.quantization import get_scheme
 from verl.workers.weight_sync.manifest import WeightUpdateError
 
 pytestmark = pytest.mark.e2e
@@ -20,7 +17,7 @@ DOWN = "model.layers.0.mlp.down_proj.weight"
 
 
 def round_trip(x, rows, columns):
-    """x [N, K] through e4m3, one block after the other, in float64; the scale is rounded to float32, as it is sent."""
+    """Quantize x [N, K] to e4m3 block by block and back, in float64; the scale is rounded to float32, as it is sent."""
     out = torch.zeros_like(x)
     for top in range(0, x.shape[0], rows):
         for left in range(0, x.shape[1], columns):
@@ -49,40 +46,30 @@ def activations(x):
     return round_trip(x.flatten(0, -2), 1, 128).view(x.shape)
 
 
-@pytest.fixture
-def start():
-    started = []
-
-    def start(model_dir):
-        plugin.register()
-        scheme = get_scheme(ROLLOUT, str(model_dir))
-        started.append(Engine(model_dir, ROLLOUT, dtype="bfloat16", **scheme.engine_overrides("cpu")))
-        return started[-1], scheme
-
-    yield start
-    for each in started:
-        each.close()
-
-
 def bf16(model_dir):
     return {name: tensor.bfloat16() for name, tensor in weights_of(model_dir).items()}
 
 
-def test_new_weights_are_the_ones_that_count(tmp_path, start):
-    options = dict(kind="qwen3", tied=True, std=0.05, **SIZES)
-    first, second, third = [write_tiny_model(tmp_path / str(seed), seed=seed, **options) for seed in range(3)]
-    engine, scheme = start(first)
+@pytest.fixture
+def models(tiny_models):
+    """Directories of three models with different weights."""
+    return tiny_models(3, kind="qwen3", tied=True, std=0.05, **SIZES)
+
+
+def test_the_engine_computes_with_the_weights_of_the_last_update(models, engines):
+    first, second, third = models
+    engine, scheme = engines.get(first, ROLLOUT, dtype="bfloat16")
     addresses = engine.rpc("verl_parameter_addresses")
-    for version, source in enumerate([second, third, first, second], 1):
-        engine.update(scheme.encode(bf16(source).items()), version, 1 << 24 if version % 2 else 20_000)
+    for number, source in enumerate([second, third, first, second]):
+        engine.update(scheme.encode(bf16(source).items()), bucket_bytes=20_000 if number % 2 else 1 << 24)
         layer = dict(engine.model.named_modules())["model.layers.0.mlp.down_proj"]
         assert torch.equal(layer._dequantized_weight, round_trip(bf16(source)[DOWN], 128, 128))
-        answers, log_probs = engine.sample(tokens=10)
-        difference = (log_probs - log_probs_of(fake_quantized(source), answers)).abs().mean()
+        responses, log_probs = engine.sample(tokens=10)
+        difference = (log_probs - log_probs_of(fake_quantized(source), responses)).abs().mean()
         plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
-        assert difference < (log_probs - log_probs_of(plain, answers)).abs().mean()
+        assert difference < (log_probs - log_probs_of(plain, responses)).abs().mean()
         stale = fake_quantized({second: third}.get(source, second))
-        assert difference < 0.1 * (log_probs - log_probs_of(stale, answers)).abs().mean()
+        assert difference < 0.1 * (log_probs - log_probs_of(stale, responses)).abs().mean()
         assert engine.rpc("verl_parameter_addresses") == addresses
 
 
@@ -93,16 +80,16 @@ FAULTS = {
 }
 
 
-def test_what_is_damaged_is_named_and_a_whole_update_heals(tmp_path, start):
-    first, second = [write_tiny_model(tmp_path / str(seed), seed=seed, std=0.05, **SIZES) for seed in range(2)]
-    engine, scheme = start(first)
+def test_a_damaged_weight_is_named_and_a_full_update_repairs_the_engine(models, engines):
+    first, second, _ = models
+    engine, scheme = engines.get(first, ROLLOUT, dtype="bfloat16")
     for name, change, message in FAULTS.values():
         encoded = {key: change(t) if key == name else t for key, t in scheme.encode(bf16(second).items())}
         with pytest.raises(WeightUpdateError, match=message):
-            engine.update(((key, t) for key, t in encoded.items() if t is not None), 1)
+            engine.update((key, t) for key, t in encoded.items() if t is not None)
     rest = {key: tensor for key, tensor in bf16(second).items() if key != DOWN}
     with pytest.raises(WeightUpdateError, match=r"not written, the first is 'model\.layers\.0\.mlp\.down_proj"):
-        engine.update(scheme.encode(rest.items()), 2)
-    engine.update(scheme.encode(bf16(second).items()), 3)
+        engine.update(scheme.encode(rest.items()))
+    engine.update(scheme.encode(bf16(second).items()))
     layer = dict(engine.model.named_modules())["model.layers.0.mlp.down_proj"]
     assert torch.equal(layer._dequantized_weight, round_trip(bf16(second)[DOWN], 128, 128))

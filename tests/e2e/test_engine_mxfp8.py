@@ -1,4 +1,4 @@
-"""MXFP8 in a real vLLM engine on the CPU: after each update it computes what a fake-quantized model does."""
+"""MXFP8 in a real vLLM engine on the CPU: after each update it computes the same as a fake-quantized model."""
 
 import json
 from dataclasses import replace
@@ -9,17 +9,15 @@ from transformers import AutoModelForCausalLM
 
 from fixtures.engine import Engine, log_probs_of, weights_of
 from fixtures.fake_quant import fake_quantized
-from fixtures.tiny import write_tiny_model
 from verl.config import RolloutConfig
-from verl.utils.vllm import plugin
 from verl.workers.rollout.quantization import get_scheme
 from verl.workers.weight_sync.encode_report import merged_errors
 from verl.workers.weight_sync.manifest import WeightUpdateError
 
 pytestmark = pytest.mark.e2e
 
-# transformers' own: a value that falls on the other side of a rounding boundary, because vLLM and transformers sum in
-# another order, then moves the log-probabilities after it by thousandths, not by hundredths.
+# The default of transformers. vLLM and transformers sum in different orders, so that some values fall on the other side
+# of a rounding boundary; with small weights that moves later log-probabilities by thousandths, not by hundredths.
 STD = 0.02
 ROLLOUT = RolloutConfig(quantization="ascend", tensor_model_parallel_size=1)
 EVEN = {}
@@ -27,26 +25,16 @@ ODD = {"hidden_size": 96, "intermediate_size": 160, "moe_intermediate_size": 96}
 PARTIAL = {"hidden_size": 96, "intermediate_size": 80, "moe_intermediate_size": 80}
 
 
-def model_dirs(tmp_path, kind, tied, count=4, std=STD, **over):
-    if kind != "qwen3_moe":
-        over.pop("moe_intermediate_size", None)
-    options = dict(kind=kind, tied=tied, std=std, **over)
-    return [write_tiny_model(tmp_path / str(seed), seed=seed, **options) for seed in range(count)]
-
-
 @pytest.fixture
-def start():
-    started = []
+def models(tiny_models):
+    """`models(kind, tied, count, **sizes)`: directories of models with other weights each."""
 
-    def start(model_dir, rollout=ROLLOUT, **over):
-        plugin.register()
-        scheme = get_scheme(rollout, str(model_dir))
-        started.append(Engine(model_dir, rollout, **(scheme.engine_overrides("cpu") | over)))
-        return started[-1], scheme
+    def write(kind, tied, count=2, **over):
+        if kind != "qwen3_moe":
+            over.pop("moe_intermediate_size", None)
+        return tiny_models(count, kind=kind, tied=tied, std=STD, **over)
 
-    yield start
-    for each in started:
-        each.close()
+    return write
 
 
 @pytest.mark.parametrize(
@@ -61,43 +49,42 @@ def start():
     ],
     ids=lambda value: {True: "tied", False: "untied"}.get(value, value) if isinstance(value, bool | str) else "",
 )
-def test_log_probabilities_after_four_updates_are_those_of_a_fake_quantized_model(tmp_path, start, kind, tied, sizes):
-    first, *others = model_dirs(tmp_path, kind, tied, **sizes)
-    engine, scheme = start(first)
+def test_log_probs_after_four_updates_equal_those_of_a_fake_quantized_model(models, engines, kind, tied, sizes):
+    first, *others = models(kind, tied, 4, **sizes)
+    engine, scheme = engines.get(first, ROLLOUT)
     addresses = engine.rpc("verl_parameter_addresses")
-    for version, source in enumerate([*others, first], 1):
-        engine.update(scheme.encode(weights_of(source).items()), version, 1 << 24 if version % 2 else 20_000)
-        answers, log_probs = engine.sample()
-        difference = (log_probs - log_probs_of(fake_quantized(source), answers)).abs()
+    for number, source in enumerate([*others, first]):
+        engine.update(scheme.encode(weights_of(source).items()), bucket_bytes=20_000 if number % 2 else 1 << 24)
+        responses, log_probs = engine.sample()
+        difference = (log_probs - log_probs_of(fake_quantized(source), responses)).abs()
         assert difference.mean() <= 5e-5
         assert difference.median() <= 1e-6
         assert engine.rpc("verl_parameter_addresses") == addresses
         plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-        assert (log_probs - log_probs_of(plain, answers)).abs().mean() > 1e-3, "nothing was quantized"
+        assert (log_probs - log_probs_of(plain, responses)).abs().mean() > 1e-3, "nothing was quantized"
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
-def test_two_ranks_hold_their_shares(tmp_path, monkeypatch, kind):
-    """The workers are processes of their own: "ascend" reaches them through the entry point vllm.general_plugins."""
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    first, second = model_dirs(tmp_path, kind, False, count=2)
+def test_two_ranks_hold_their_shares(models, kind):
+    """Two worker processes find the method "ascend" through the entry point vllm.general_plugins."""
+    first, second = models(kind, False)
     rollout = replace(ROLLOUT, tensor_model_parallel_size=2)
     scheme = get_scheme(rollout, str(first))
     ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     engine = Engine(first, rollout, **scheme.engine_overrides("cpu"), **ranks)
     try:
         addresses = engine.rpc("verl_parameter_addresses")
-        for version, source in enumerate([second, first, second], 1):
-            engine.update(scheme.encode(weights_of(source).items()), version, 20_000)
-            answers, log_probs = engine.sample()
-            assert (log_probs - log_probs_of(fake_quantized(source), answers)).abs().mean() <= 5e-5
+        for source in (second, first, second):
+            engine.update(scheme.encode(weights_of(source).items()), bucket_bytes=20_000)
+            responses, log_probs = engine.sample()
+            assert (log_probs - log_probs_of(fake_quantized(source), responses)).abs().mean() <= 5e-5
             assert engine.rpc("verl_parameter_addresses") == addresses
     finally:
         engine.close()
 
 
 def damaged(name, change):
-    """A stream in which `change(tensor)` stands for one tensor, or nothing where it returns None."""
+    """Return a function that replaces the tensor `name` of a stream by `change(tensor)`, or drops it for None."""
 
     def stream(named_tensors):
         for key, tensor in named_tensors:
@@ -137,64 +124,64 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
-def test_what_is_damaged_is_named_and_a_whole_update_heals(tmp_path, start, kind):
-    # Three heads of 32: row-parallel layers with an odd number of groups.
-    first, second = model_dirs(tmp_path, kind, True, count=2, num_attention_heads=3, num_key_value_heads=3)
-    engine, scheme = start(first)
+def test_a_damaged_weight_is_named_and_a_full_update_repairs_the_engine(models, engines, kind):
+    # Three heads of 32 elements: row-parallel layers with an odd number of groups.
+    first, second = models(kind, True, num_attention_heads=3, num_key_value_heads=3)
+    engine, scheme = engines.get(first, ROLLOUT)
     weights = weights_of(second)
     for fault_kind, name, change, message in FAULTS.values():
         if fault_kind == kind:
             with pytest.raises(WeightUpdateError, match=message):
-                engine.update(damaged(name, change)(scheme.encode(weights.items())), 1)
+                engine.update(damaged(name, change)(scheme.encode(weights.items())))
     for left_out in (DOWN, EXPERT, O_PROJ):
         if left_out in weights:
             rest = {key: tensor for key, tensor in weights.items() if key != left_out}
             layer = left_out.split(".")[2]
             with pytest.raises(WeightUpdateError, match=rf"not written, the first is 'model\.layers\.{layer}\."):
-                engine.update(scheme.encode(rest.items()), 2)
-    engine.update(scheme.encode(weights.items()), 3)
-    answers, log_probs = engine.sample()
-    assert (log_probs - log_probs_of(fake_quantized(second), answers)).abs().mean() <= 5e-5
+                engine.update(scheme.encode(rest.items()))
+    engine.update(scheme.encode(weights.items()))
+    responses, log_probs = engine.sample()
+    assert (log_probs - log_probs_of(fake_quantized(second), responses)).abs().mean() <= 5e-5
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
-def test_both_sides_give_the_same_bytes(tmp_path, start, kind):
-    first, second = model_dirs(tmp_path, kind, True, count=2, **PARTIAL)
+def test_sender_and_receiver_encode_to_the_same_bytes(tmp_path, models, engines, kind):
+    first, second = models(kind, True, **PARTIAL)
     ignore = tmp_path / "ignore.json"
     ignore.write_text(json.dumps({"ignore": ["model.layers.1.self_attn.o_proj"]}))
     rollout = replace(ROLLOUT, quantization_config_file=str(ignore))
-    here, scheme = start(first, rollout)
-    there, _ = start(first, replace(rollout, quantization_side="receiver"))
-    for version, source in enumerate((second, first), 1):
+    by_sender, scheme = engines.get(first, rollout)
+    by_receiver, _ = engines.get(first, replace(rollout, quantization_side="receiver"))
+    for source in (second, first):
         weights = weights_of(source)
-        [received_encoded] = here.update(scheme.encode(weights.items()), version, 20_000)
-        [received_plain] = there.update(weights.items(), version, 20_000)
-        assert here.rpc("verl_parameter_hashes") == there.rpc("verl_parameter_hashes")
-        assert received_encoded["errors"] == {} and received_encoded["encode"] == 0
-        assert received_plain["errors"] == merged_errors([scheme.pop_report().to_message()])
-        assert received_plain["bytes"] > 2.5 * received_encoded["bytes"]
-    spoilt = weights | {Q_PROJ: torch.full_like(weights[Q_PROJ], float("nan"))}
+        [encoded] = by_sender.update(scheme.encode(weights.items()), bucket_bytes=20_000)
+        [plain] = by_receiver.update(weights.items(), bucket_bytes=20_000)
+        assert by_sender.rpc("verl_parameter_hashes") == by_receiver.rpc("verl_parameter_hashes")
+        assert encoded["errors"] == {} and encoded["encode"] == 0
+        assert plain["errors"] == merged_errors([scheme.pop_report().to_message()])
+        assert plain["bytes"] > 2.5 * encoded["bytes"]
+    with_nan = weights | {Q_PROJ: torch.full_like(weights[Q_PROJ], float("nan"))}
     with pytest.raises(WeightUpdateError, match=f"{Q_PROJ}.*NaN"):
-        there.update(spoilt.items(), 3)
-    there.update(weights.items(), 4)
-    assert here.rpc("verl_parameter_hashes") == there.rpc("verl_parameter_hashes")
+        by_receiver.update(with_nan.items())
+    by_receiver.update(weights.items())
+    assert by_sender.rpc("verl_parameter_hashes") == by_receiver.rpc("verl_parameter_hashes")
 
 
-def test_layers_left_out_stay_as_they_are(tmp_path, start):
-    first, second = model_dirs(tmp_path, "qwen3", True, count=2)
+def test_ignored_layers_are_not_quantized(tmp_path, models, engines):
+    first, second = models("qwen3", True)
     ignore = tmp_path / "ignore.json"
     ignore.write_text(json.dumps({"ignore": [r"re:.*\.o_proj", r"re:.*\.down_proj"]}))
-    engine, scheme = start(first, replace(ROLLOUT, quantization_config_file=str(ignore)))
-    engine.update(scheme.encode(weights_of(second).items()), 1)
-    answers, log_probs = engine.sample()
+    engine, scheme = engines.get(first, replace(ROLLOUT, quantization_config_file=str(ignore)))
+    engine.update(scheme.encode(weights_of(second).items()))
+    responses, log_probs = engine.sample()
     expected = fake_quantized(second, left_out=("lm_head", "o_proj", "down_proj"))
-    assert (log_probs - log_probs_of(expected, answers)).abs().mean() <= 5e-5
+    assert (log_probs - log_probs_of(expected, responses)).abs().mean() <= 5e-5
 
 
 @pytest.mark.parametrize("name", [Q_PROJ, "model.embed_tokens.weight"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_refused_by_the_sender(tmp_path, name, value):
-    (source,) = model_dirs(tmp_path, "qwen3", True, count=1)
+def test_the_sender_rejects_weights_that_are_not_finite(models, name, value):
+    (source,) = models("qwen3", True, 1)
     scheme = get_scheme(ROLLOUT, str(source))
     weights = weights_of(source)
     weights[name][1, 2] = value

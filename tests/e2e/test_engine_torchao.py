@@ -1,4 +1,4 @@
-"""torchao in a real vLLM engine on the CPU: weights arrive as they are and are quantized by the engine, every time."""
+"""torchao in a real vLLM engine on the CPU: the trainer sends plain weights, and the engine quantizes each update."""
 
 import json
 
@@ -8,11 +8,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from fixtures.deltas import Changes, nudged
-from fixtures.engine import Engine, log_probs_of, weights_of
-from fixtures.tiny import write_tiny_model
+from fixtures.engine import log_probs_of, weights_of
 from fixtures.torchao import torchao_directory
 from verl.config import RolloutConfig
-from verl.workers.rollout.quantization import get_scheme
 
 pytestmark = pytest.mark.e2e
 
@@ -26,7 +24,7 @@ def config_file(tmp_path, monkeypatch):
 
 
 def fake_quantized(model_dir):
-    """int8, one scale for each output."""
+    """Return the model with its weights quantized to int8 and back, one scale for each output."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name != "lm_head":
@@ -36,27 +34,23 @@ def fake_quantized(model_dir):
     return model
 
 
-def test_new_weights_are_the_ones_that_count(tmp_path, config_file):
-    first, second, third = [write_tiny_model(tmp_path / str(seed), seed=seed, std=0.05) for seed in range(3)]
+def test_the_engine_computes_with_the_weights_of_the_last_update(tiny_models, engines, config_file):
+    first, second, third = tiny_models(3, std=0.05)
     rollout = RolloutConfig(quantization="torchao", quantization_config_file=str(config_file))
-    scheme = get_scheme(rollout, str(first))
-    engine = Engine(first, rollout, **scheme.engine_overrides("cpu"))
-    try:
-        for version, source in enumerate([second, third, first], 1):
-            engine.update(scheme.encode(weights_of(source).items()), version, 1 << 24 if version % 2 else 20_000)
-            answers, log_probs = engine.sample(tokens=10)
-            difference = (log_probs - log_probs_of(fake_quantized(source), answers)).abs().mean()
-            plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-            assert difference < 0.3 * (log_probs - log_probs_of(plain, answers)).abs().mean()
-        # What changed alone is quantized as a whole update is.
-        old = dict(scheme.encode(weights_of(first).items()))
-        new = nudged(old, 0, size=1e-2)
-        changes, before = Changes(old, new, 4), engine.rpc("verl_parameter_hashes")
-        engine.checked("verl_begin_update", 4, engine.quantization, 3)
-        engine.checked("verl_load_bucket", changes.bucket)
-        engine.checked("verl_finish_update", changes.manifest)
-        changed = engine.rpc("verl_parameter_hashes")
-        engine.update(new.items(), 5)
-        assert engine.rpc("verl_parameter_hashes") == changed != before
-    finally:
-        engine.close()
+    engine, scheme = engines.get(first, rollout)
+    for version, source in enumerate([second, third, first], 1):
+        engine.update(scheme.encode(weights_of(source).items()), version, 1 << 24 if version % 2 else 20_000)
+        responses, log_probs = engine.sample(tokens=10)
+        difference = (log_probs - log_probs_of(fake_quantized(source), responses)).abs().mean()
+        plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        assert difference < 0.3 * (log_probs - log_probs_of(plain, responses)).abs().mean()
+    # A delta is quantized in the same way as a full update.
+    old = dict(scheme.encode(weights_of(first).items()))
+    new = nudged(old, 0, size=1e-2)
+    changes, before = Changes(old, new, 4), engine.rpc("verl_parameter_hashes")
+    engine.checked("verl_begin_update", 4, engine.quantization, 3)
+    engine.checked("verl_load_bucket", changes.bucket)
+    engine.checked("verl_finish_update", changes.manifest)
+    changed = engine.rpc("verl_parameter_hashes")
+    engine.update(new.items(), 5)
+    assert engine.rpc("verl_parameter_hashes") == changed != before
