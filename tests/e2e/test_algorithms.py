@@ -1,4 +1,4 @@
-"""Whole runs of what has more parts than GRPO: a critic, dynamic sampling, greedy baselines, bypass mode."""
+"""Runs of algorithms with more parts than GRPO: a critic, dynamic sampling, greedy baselines, bypass mode."""
 
 import json
 from collections import defaultdict
@@ -26,6 +26,7 @@ def spy(token_level_rewards, response_mask, index, config, non_tensor_batch):
 """
 
 
+@pytest.mark.smoke
 def test_ppo_with_a_critic_on_a_quantized_rollout_resumes(tmp_path):
     run = TinyRun(tmp_path, std=0.02)
     settings = {
@@ -46,7 +47,7 @@ def test_ppo_with_a_critic_on_a_quantized_rollout_resumes(tmp_path):
     run.run(**settings, trainer__total_training_steps=3)
     metrics = run.metrics()
     assert sorted(metrics) == [1, 2, 3]
-    # the critic alone learns in step 1; its head starts at 0 and is taken up again, not started anew, in step 3
+    # Only the critic learns in step 1. Its head starts at 0, and step 3 continues with the head of the checkpoint.
     assert ["actor/pg_loss" in metrics[step] for step in (1, 2, 3)] == [False, True, True]
     assert metrics[1]["critic/values/mean"] == 0.0
     assert metrics[2]["critic/values/max"] != 0.0 and metrics[3]["critic/values/max"] != 0.0
@@ -61,8 +62,8 @@ def test_ppo_with_a_critic_on_a_quantized_rollout_resumes(tmp_path):
     assert (run.out / "global_step_2" / "critic").is_dir()
 
 
-def test_dynamic_sampling_trains_on_a_full_batch_of_mixed_groups(tmp_path):
-    run = TinyRun(tmp_path)
+def test_dynamic_sampling_trains_on_a_full_batch_of_mixed_groups(tmp_path, ray_address):
+    run = TinyRun(tmp_path, ray_address)
     (tmp_path / "spy.py").write_text(SPY)
     run.run(
         algorithm__adv_estimator="spy",
@@ -80,12 +81,12 @@ def test_dynamic_sampling_trains_on_a_full_batch_of_mixed_groups(tmp_path):
             groups[uid].append(hits)
         assert len(groups) == 8
         assert all(len(hits) == 4 and len(set(hits)) > 1 for hits in groups.values())
-        assert data["train/num_gen_batches"] > 2  # four prompts each: two would do if none were dropped
+        assert data["train/num_gen_batches"] > 2  # of four prompts: two would be enough if no group were dropped
         assert data["dynamic_sampling/dropped_groups"] > 0
 
 
-def test_bypass_mode_with_a_greedy_baseline(tmp_path):
-    run = TinyRun(tmp_path, std=0.02)
+def test_bypass_mode_with_a_greedy_baseline(tmp_path, ray_address):
+    run = TinyRun(tmp_path, ray_address, std=0.02)
     text = run.run(
         algorithm__adv_estimator="remax",
         algorithm__rollout_correction__bypass_mode=True,

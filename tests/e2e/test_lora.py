@@ -1,4 +1,4 @@
-"""The real command line with adapters and a quantized rollout."""
+"""A run with LoRA adapters and a quantized rollout."""
 
 import pytest
 import torch
@@ -11,8 +11,8 @@ from fixtures.training import TinyRun
 pytestmark = pytest.mark.e2e
 
 
-def test_adapters_and_mxfp8(tmp_path):
-    run = TinyRun(tmp_path)
+def test_adapters_are_merged_into_an_mxfp8_rollout(tmp_path, ray_address):
+    run = TinyRun(tmp_path, ray_address)
     run.run(
         actor_rollout_ref__model__lora_rank=8,
         actor_rollout_ref__actor__optim__lr=5e-2,
@@ -23,7 +23,7 @@ def test_adapters_and_mxfp8(tmp_path):
         trainer__save_freq=2,
     )
     for metrics in run.metrics().values():
-        # 0.001 is what MXFP8 makes of it; a weight update that leaves the adapters out, 0.008 in step 2.
+        # MXFP8 alone gives 0.001; a weight update without the adapters would give 0.008 in step 2.
         assert metrics["training/rollout_probs_diff_mean"] < 0.003
     assert run.metrics()[2]["weight_update/delta"] == 1.0
     assert run.metrics()[2]["weight_update/delta_mismatches"] == 0.0

@@ -1,4 +1,4 @@
-"""Replicas as actors: serving, the HTTP endpoint, a death in the middle, refusal after a broken update."""
+"""Replicas as actors: serving, the HTTP endpoint, the death of a process, refusal after a failed update."""
 
 import asyncio
 import json
@@ -90,7 +90,7 @@ def post(base, key, body):
 
 
 async def processor_share(pid, seconds):
-    """Of one core: what a process and its descendants use of it, over a period."""
+    """Share of one core that a process and its descendants use over a period."""
 
     def used():
         family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
@@ -99,13 +99,6 @@ async def processor_share(pid, seconds):
     begin = used()
     await asyncio.sleep(seconds)
     return (used() - begin) / seconds
-
-
-@pytest.fixture
-def ray_session():
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 async def test_two_replicas_from_start_to_death(tmp_path, ray_session):
@@ -118,7 +111,7 @@ async def test_two_replicas_from_start_to_death(tmp_path, ray_session):
     try:
         await pool.start()
 
-        # Random weights are served to nobody: a request waits for the first update.
+        # A replica does not serve random weights: a request waits for the first update.
         waiting = asyncio.ensure_future(client.generate(PROMPT, SAMPLING))
         base, key = reports[1]["http"], reports[1]["api_key"]
         body = {"model": str(model_dir), "prompt": PROMPT, "max_tokens": 4}
@@ -129,22 +122,22 @@ async def test_two_replicas_from_start_to_death(tmp_path, ray_session):
         assert len(output.token_ids) == len(output.log_probs) == 6
         assert output.weight_versions == [7] * 6 and output.stop_reason == "length"
 
-        # Between requests its processes leave the cores to the trainer.
+        # Between requests the replica's processes leave the cores to the trainer.
         assert await processor_share(reports[0]["pid"], 1.0) < 0.1
 
-        # The endpoint: on loopback, only with the key.
+        # The endpoint listens on loopback and requires the key.
         assert base.startswith("http://127.0.0.1:")
         assert (await asyncio.to_thread(post, base, None, body))[0] == 401
         status, answer = await asyncio.to_thread(post, base, key, body)
         assert status == 200 and answer["choices"][0]["finish_reason"]
 
-        # A prompt without room, and an unknown sampling parameter, are errors of the request alone.
+        # A prompt without room for a response, or an unknown sampling parameter, fails the request only.
         with pytest.raises(ValueError, match="leaves no room in max_model_len=128"):
             await client.generate([5] * 128, SAMPLING)
         with pytest.raises(ValueError, match="temprature"):
             await client.generate(PROMPT, {"temprature": 1.0})
 
-        # A broken update: every replica refuses, over HTTP too, until a whole one comes.
+        # After a failed update every replica refuses, over HTTP too, until a full update succeeds.
         missing = {name: tensor for name, tensor in weights.items() if "layers.1.mlp.gate_proj" not in name}
         with pytest.raises(WeightUpdateError, match=r"layers\.1\.mlp"):
             await update_weights(Sender(missing), pool.alive, 8)
@@ -154,7 +147,7 @@ async def test_two_replicas_from_start_to_death(tmp_path, ray_session):
         await update_weights(Sender(weights), pool.alive, 9)
         assert (await client.generate(PROMPT, SAMPLING)).weight_versions[0] == 9
 
-        # A replica dies under its requests: they are answered by the other one.
+        # A replica dies during requests: the other one answers them.
         long = {**SAMPLING, "max_tokens": 60}
         running = [asyncio.ensure_future(client.generate(PROMPT, long)) for _ in range(12)]
         await asyncio.sleep(0.02)
@@ -165,7 +158,7 @@ async def test_two_replicas_from_start_to_death(tmp_path, ray_session):
         assert all(output.weight_versions[0] == 9 for output in later)
         assert [each.rank for each in pool.alive] == [1]
 
-        # Started again, it serves after the next update.
+        # A restarted replica serves after the next update.
         assert await pool.restart_dead() == 1
         await update_weights(Sender(weights), pool.alive, 10)
         assert len(pool.alive) == 2
@@ -177,7 +170,7 @@ async def test_two_replicas_from_start_to_death(tmp_path, ray_session):
 
 @ray.remote(num_cpus=0, max_restarts=0)
 class MortalSender:
-    """A sender in a process of its own, which is killed when bucket `fatal` is asked for."""
+    """A sender in its own process, which kills itself when bucket `fatal` is requested."""
 
     def __init__(self, model_dir, rollout, fatal):
         self.scheme = get_scheme(rollout, str(model_dir))
@@ -197,13 +190,13 @@ class MortalSender:
         return self.sender.next_bucket()
 
     def finish_export(self):
-        # Spelled out: a function of this module would make the actor import it.
+        # Written out: with a function of this module the actor would import the module.
         totals = {"seconds": self.sender.seconds, "full_bytes": self.sender.nbytes}
         return {"manifest": self.sender.manifest(), "encode": 0.0, "errors": {}, **totals}
 
 
 class Remote:
-    """An actor's methods as plain coroutines; `before` is called ahead of each bucket."""
+    """An actor's methods as plain coroutines; `before(index)` is called before each bucket."""
 
     def __init__(self, actor, before=lambda index: None):
         self.actor, self.before, self.index = actor, before, 0
@@ -241,13 +234,13 @@ async def test_processes_killed_in_the_middle_of_a_quantized_update(tmp_path, ra
         assert (await client.generate(PROMPT, SAMPLING)).weight_versions[0] == 1
         hashes = await replicas[0].parameter_hashes()
 
-        # The sender: both replicas have half of version 2, and serve neither.
+        # The sender dies: both replicas have half of version 2 and refuse to serve.
         with pytest.raises(WeightUpdateError, match="version 2 failed"):
             await update_weights(sender(fatal=2), pool.alive, 2)
         with pytest.raises(NoReplicaLeft, match="version 2 failed"):
             await client.generate(PROMPT, SAMPLING)
 
-        # A worker: the engine's process, with the replica that hosts it.
+        # A replica dies, and its engine with it.
         def kill(index):
             if index == 2:
                 os.kill(reports[0]["pid"], signal.SIGKILL)
@@ -258,7 +251,7 @@ async def test_processes_killed_in_the_middle_of_a_quantized_update(tmp_path, ra
             await client.generate(PROMPT, SAMPLING)
         assert [each.rank for each in pool.alive] == [1]
 
-        # A whole update heals, and what was begun before it has left nothing behind.
+        # A full update repairs both, and nothing of the earlier updates remains.
         assert await pool.restart_dead() == 1
         await update_weights(sender(), pool.alive, 4)
         assert (await client.generate(PROMPT, SAMPLING)).weight_versions[0] == 4

@@ -1,13 +1,12 @@
-"""One step off: a run whose batches are generated while the one before is trained on."""
+"""One step of lag: the run generates a batch while it trains on the batch before."""
 
 import os
 import signal
 
 import pyarrow.parquet as pq
 import pytest
-from e2e.test_training import prompts_of
 
-from fixtures.training import TinyRun, alive, descendants
+from fixtures.training import TinyRun, alive, descendants, prompts_of
 from verl.utils.dataset.loader import EpochSampler
 
 pytestmark = pytest.mark.e2e
@@ -16,7 +15,7 @@ STEPS, BATCH, ROWS, SAMPLES = 20, 8, 64, 4
 
 
 def expected_prompts(run):
-    """By step, the texts of its prompts, each once for each sample: the data in the order of seed 0."""
+    """Texts of the prompts by step, one entry for each sample: the data in the order of seed 0."""
     words = [row["prompt"][0]["content"] for row in pq.read_table(run.train).to_pylist()]
     sampler = EpochSampler(ROWS, shuffle=True, seed=0)
     order = [row for epoch in range(STEPS * BATCH // ROWS + 1) for row in sampler.order(epoch)]
@@ -26,7 +25,8 @@ def expected_prompts(run):
     }
 
 
-def test_it_learns_one_version_behind_and_a_killed_run_goes_on_with_the_next_prompts(tmp_path):
+@pytest.mark.smoke
+def test_a_run_learns_one_version_behind_and_resumes_with_the_next_prompts_when_killed(tmp_path):
     run = TinyRun(tmp_path)
     settings = dict(
         trainer__rollout_lag=1,
@@ -36,7 +36,7 @@ def test_it_learns_one_version_behind_and_a_killed_run_goes_on_with_the_next_pro
         trainer__rollout_data_dir=tmp_path / "dumps",
         algorithm__rollout_correction__rollout_is="token",
         actor_rollout_ref__actor__optim__lr=5e-3,
-        # Samples go through the forward pass eight at a time, while others are generated.
+        # Eight samples at a time go through the forward pass, while others are generated.
         actor_rollout_ref__actor__use_dynamic_bsz=False,
         actor_rollout_ref__actor__ppo_micro_batch_size_per_gpu=8,
     )
@@ -47,13 +47,13 @@ def test_it_learns_one_version_behind_and_a_killed_run_goes_on_with_the_next_pro
     process.wait()
     assert alive(family) == []
     saved = int((run.out / "latest_checkpointed_iteration.txt").read_text())
-    assert 3 <= saved < STEPS - 1, "killed too late to have a batch on its way"
+    assert 3 <= saved < STEPS - 1, "killed too late to have a batch in flight"
     run.run(**settings)
 
     metrics = run.metrics()
     assert sorted(metrics) == list(range(1, STEPS + 1))
     behind = {step: {metrics[step][f"training/versions_behind/{end}"] for end in ("min", "max")} for step in metrics}
-    # The first batch of either run is made by the weights that train on it.
+    # The first batch of each of the two runs is not behind.
     assert behind == {step: {0.0 if step in (1, saved + 1) else 1.0} for step in range(1, STEPS + 1)}
     mismatch = {step: metrics[step]["training/rollout_probs_diff_max"] for step in metrics}
     assert all((value > 1e-4) == (behind[step] == {1.0}) for step, value in mismatch.items()), mismatch

@@ -1,5 +1,4 @@
-"""The calculator example with the real engine, through the command line: what the model made and what the tool made
-stay apart in training."""
+"""The calculator example with a real engine: training separates the model's tokens from the tool's."""
 
 import importlib.util
 import json
@@ -12,18 +11,18 @@ from fixtures.training import TinyRun
 pytestmark = pytest.mark.e2e
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "tool_agent"
-# Enough to write calls that the parser finds, whatever stands in them.
+# Enough training for the model to write calls that the parser finds; their arguments may be wrong.
 SHORT = dict(train_rows=32, test_rows=8, warm_steps=60, warm_batch=16, calls=0.8, warm_lr=4e-3)
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, ray_address):
     spec = importlib.util.spec_from_file_location("example_tool_agent_prepare", EXAMPLE / "prepare.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     root = tmp_path_factory.mktemp("tool_agent")
     script.prepare(root / "prepared", script.Settings(**SHORT))
-    run = TinyRun(root)
+    run = TinyRun(root, ray_address)
     run.run(
         actor_rollout_ref__model__path=root / "prepared" / "model",
         data__train_files=root / "prepared" / "train.parquet",
@@ -46,18 +45,18 @@ def dumped(run):
     return [json.loads(line) for path in sorted((run.root / "dumps").glob("*.jsonl")) for line in path.open()]
 
 
-def test_both_engines_agree_on_the_models_tokens_and_the_tools_are_masked(run):
+def test_engine_and_trainer_agree_on_model_tokens_and_tool_tokens_are_masked(run):
     data = run.metrics()
     assert sorted(data) == [1, 2]
     for step in (1, 2):
-        # Tool tokens have the log-probability 0: were they among those compared, this would be near 1.
+        # Tool tokens have log-probability 0: if they were compared, this would be near 1.
         assert data[step]["training/rollout_probs_diff_max"] < 1e-4
         assert data[step]["training/rollout_probs_diff_valid"] == 1
         assert data[step]["tool_call_counts/max"] >= 1 and data[step]["num_turns/max"] >= 4
         assert data[step]["num_turns/max"] <= 6
 
 
-def test_the_text_has_what_the_tool_said(run):
+def test_the_text_contains_the_response_of_the_tool(run):
     texts = [sample["output"] for sample in dumped(run)]
     called = [text for text in texts if "<tool_response>" in text]
     assert len(texts) == 64 and called
@@ -66,9 +65,9 @@ def test_the_text_has_what_the_tool_said(run):
         assert "<tool_call>" in call and "</tool_call>" in call and "</tool_response>=" in rest
 
 
-def test_the_reward_function_is_told_of_the_calls(run):
+def test_the_reward_function_gets_the_number_of_calls(run):
     for sample in dumped(run):
-        # A response for which there was no room is not in the text, though the tool was called.
+        # A call whose response did not fit is in the text without the response.
         if "<tool_response>" in sample["output"]:
             assert sample["used_tool"] == 1.0
         if "</tool_call>" not in sample["output"]:

@@ -1,4 +1,4 @@
-"""Runs on two nodes: two raylets of this machine, which share no memory as far as the run knows."""
+"""Runs on two nodes: two raylets on this machine, which the run treats as machines without shared memory."""
 
 import pytest
 import yaml
@@ -9,7 +9,7 @@ from fixtures.training import TinyRun
 pytestmark = pytest.mark.e2e
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster():
     started = Cluster()
     try:
@@ -27,19 +27,19 @@ def test_weights_reach_a_replica_on_another_node(tmp_path, cluster):
         actor_rollout_ref__rollout__nnodes=1,
         actor_rollout_ref__rollout__n_gpus_per_node=1,
         actor_rollout_ref__rollout__checkpoint_engine__backend="gloo",
-        # In float32 every weight changes in a step, which auto would not send as changes for long.
+        # In float32 every weight changes in a step, so that auto would soon send full updates only.
         actor_rollout_ref__rollout__checkpoint_engine__delta="on",
     )
     data = run.metrics()
     assert sorted(data) == [1, 2]
-    # Whole at first, then what changed alone.
+    # A full update first, then a delta.
     assert [data[step]["weight_update/delta"] for step in (1, 2)] == [0.0, 1.0]
     assert all(data[step]["training/rollout_probs_diff_max"] < 1e-4 for step in data)
 
 
-def test_a_trainer_on_two_nodes_goes_on_from_its_checkpoint(tmp_path, cluster):
-    """A rank and a replica on each node; then both ranks on one, from what the two nodes saved."""
-    run = TinyRun(tmp_path)
+def test_a_checkpoint_of_two_nodes_resumes_on_one(tmp_path, cluster, ray_address):
+    """A rank and a replica on each node save a checkpoint; two ranks on one node resume from it."""
+    run = TinyRun(tmp_path, ray_address)
     run.run(
         **{"+ray_kwargs__ray_init__address": cluster.address},
         trainer__nnodes=2,
@@ -47,7 +47,7 @@ def test_a_trainer_on_two_nodes_goes_on_from_its_checkpoint(tmp_path, cluster):
     )
     data = run.metrics()
     assert sorted(data) == [1, 2]
-    # Engines on both nodes have the trainer's weights.
+    # The engines on both nodes have the trainer's weights.
     assert all(data[step]["training/rollout_probs_diff_max"] < 1e-4 for step in data)
     manifest = run.out / "global_step_2" / "manifest.json"
     assert {f"actor/rng_rank_{rank}.pt" for rank in (0, 1)} < set(yaml.safe_load(manifest.read_text()))
