@@ -19,14 +19,7 @@ HERE = Path(__file__).parent
 # another in one worker of pytest-xdist, as each could see what another leaves.
 PROCESSES = ("test_start_and_stop", "test_rollout_lag", "test_replicas")
 # The order in which the workers take the modules, the longest first; the rest follows.
-FIRST = (
-    *PROCESSES,
-    "test_benchmarks",
-    "test_algorithms",
-    "test_engine_delta",
-    "test_training",
-    "test_partial_rollouts",
-)
+LONGEST = ("test_benchmarks", "test_algorithms", "test_engine_delta", "test_training", "test_partial_rollouts")
 
 
 def pytest_collection_modifyitems(items):
@@ -36,8 +29,9 @@ def pytest_collection_modifyitems(items):
         module = item.path.stem
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group("processes" if module in PROCESSES else module))
-    place = {module: number for number, module in enumerate(FIRST)}
-    ours.sort(key=lambda item: place.get(item.path.stem, len(FIRST)))
+    first = (*PROCESSES, *LONGEST)
+    place = {module: number for number, module in enumerate(first)}
+    ours.sort(key=lambda item: place.get(item.path.stem, len(first)))
     rest = [item for item in items if item.path.parent != HERE]
     items[:] = rest + ours
 
