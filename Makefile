@@ -1,41 +1,54 @@
-# `make help` lists what there is. Every target sets .venv up first, which takes no time once it fits the lock.
+# `make help` lists the targets. Every target first sets up .venv, which takes no time if it already matches the lock.
 SHELL := bash
 .DEFAULT_GOAL := help
 python := .venv/bin/python
 
-.PHONY: help setup quickstart test unit e2e browser contract lint format reference docs sweep study lock \
-	bench bench-update bench-step bench-overhead bench-growth bench-scale
+.PHONY: help setup quickstart test test-all unit e2e e2e-short e2e-rest browser contract lint format reference docs \
+	sweep study lock bench bench-update bench-step bench-overhead bench-growth bench-scale
 
-help: ## this list
+help: ## print this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 24
 
-setup: ## make .venv from the lock
+setup: ## create .venv from the lock
 	@scripts/setup.sh
 
 quickstart: setup ## train a tiny language model with GRPO, a few minutes on two cores
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" examples/quickstart/run.sh $(ARGS)
 
-# An engine inside the test process changes it for good (vLLM silences loggers and pins threads): those run apart.
-test: lint unit e2e ## lint and all tests but those of `make contract`
+test: lint unit e2e-short ## lint, unit tests and a short end-to-end set; 12 minutes at most on two cores
 
-unit: setup ## the tests that start no engine
-	$(python) -m pytest -q -n 2 tests --ignore=tests/e2e $(ARGS)
+test-all: test e2e-rest ## all tests except those of `make contract`
 
-e2e: setup ## the tests with Ray and a real vLLM engine; one at a time, each keeps two cores busy
-	$(python) -m pytest -q tests/e2e $(ARGS)
+unit: setup ## unit tests: those that start no vLLM engine
+	$(python) -m pytest -q -n 2 --dist worksteal tests --ignore=tests/e2e $(ARGS)
 
-browser: ## install the Chromium in which tests open `verl report`, on Debian, as root
+# An engine changes the process that starts it (vLLM silences loggers): engines never run in the process of unit tests.
+# Start-up takes most of an end-to-end test and keeps one core busy, so two tests run at a time.
+end_to_end := $(python) -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder tests/e2e
+
+e2e: setup ## end-to-end tests: Ray and a real vLLM engine
+	$(end_to_end) $(ARGS)
+
+e2e-short: setup ## the end-to-end tests of `make test`: start, learn, update in MXFP8, resume, stop
+	$(end_to_end) -m smoke $(ARGS)
+
+e2e-rest: setup ## the end-to-end tests that are not in `make test`
+	$(end_to_end) -m "not smoke" $(ARGS)
+
+browser: ## install the Chromium in which tests open `verl report`; on Debian, as root
 	apt-get update && apt-get install -y chromium
 
-contract: setup ## the code of three vllm-ascend releases under a stand-in for torch_npu; downloads them once
+contract: setup ## run the code of three vllm-ascend releases with a stand-in for torch_npu; downloads them once
 	$(python) -m pytest -q -m contract tests/contract $(ARGS)
 
-lint: setup ## ruff and the import contracts
+lint: setup ## ruff, import contracts, import circles and mypy
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
 	.venv/bin/lint-imports --no-cache
+	$(python) scripts/import_graph.py --check
+	.venv/bin/mypy
 
-format: setup ## let ruff mend what it can
+format: setup ## apply the fixes of ruff
 	$(python) -m ruff check --fix .
 	$(python) -m ruff format .
 
@@ -43,33 +56,33 @@ reference: setup ## write the YAML files and docs/config.md from the config data
 	$(python) -m verl.config.write_yaml
 	$(python) -m verl.config.write_reference
 
-docs: setup ## the documentation as a site, in build/site; a broken link is an error
+docs: setup ## build the documentation into build/site; a broken link is an error
 	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build && echo "open build/site/index.html"
 
-bench: setup ## benchmarks that take minutes; each prints a table
+bench: setup ## run the benchmarks that take minutes; each prints a table
 	@for benchmark in quantizer weight_update generation overhead scale_model; do \
 		$(python) benchmarks/$$benchmark.py || exit 1; done
 
-bench-update: setup ## weight updates against copying their bytes; writes its table into docs/performance.md
+bench-update: setup ## compare weight updates with a copy of their bytes; writes its table into docs/performance.md
 	$(python) benchmarks/weight_update.py --write docs/performance.md $(ARGS)
 
-bench-step: setup ## a GRPO step against TRL's; writes its table into docs/performance.md
+bench-step: setup ## compare a GRPO step with TRL's; writes its table into docs/performance.md
 	$(python) benchmarks/grpo_step.py --write docs/performance.md $(ARGS)
 
-bench-overhead: setup ## the share of a step in which nothing computes; writes its table into docs/performance.md
+bench-overhead: setup ## measure the share of a step without computation; writes its table into docs/performance.md
 	$(python) benchmarks/overhead.py --write docs/performance.md $(ARGS)
 
-bench-growth: setup ## times and memory over sizes, samples and processes; writes its tables into docs/performance.md
+bench-growth: setup ## measure times and memory by sizes, samples, processes; writes its tables into docs/performance.md
 	$(python) benchmarks/growth.py --write docs/performance.md $(ARGS)
 
-bench-scale: setup ## a time model against this machine, and for Ascend 950; writes its tables into docs/performance.md
+bench-scale: setup ## compare a time model with this machine; writes its tables into docs/performance.md
 	$(python) benchmarks/scale_model.py --write docs/performance.md $(ARGS)
 
-sweep: setup ## every estimator and loss on the quickstart's task; writes its table into docs/algorithms.md
+sweep: setup ## train the quickstart with each estimator and loss; writes its table into docs/algorithms.md
 	$(python) benchmarks/sweep.py --write docs/algorithms.md $(ARGS)
 
-study: setup ## rollouts with and without correction; writes table and picture of docs/rollout_correction.md
+study: setup ## compare runs with and without rollout correction; writes the figures of docs/rollout_correction.md
 	$(python) benchmarks/correction_study.py --write docs/rollout_correction.md --picture docs/rollout_correction.png $(ARGS)
 
-lock: setup ## resolve requirements/cpu.lock anew
+lock: setup ## resolve requirements/cpu.lock again
 	@scripts/lock.sh
