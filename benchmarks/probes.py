@@ -54,10 +54,10 @@ def seconds(call: Callable[[], object], rounds: int = 7, at_least: float = 0.0) 
     return statistics.median(found)
 
 
-def copy_bandwidth() -> float:
-    """Bytes copied a second, with all threads."""
+def copy_bandwidth(at_least: float) -> float:
+    """Bytes copied per second with all threads, measured for `at_least` seconds."""
     source, target = torch.ones(_COPIED, dtype=torch.uint8), torch.empty(_COPIED, dtype=torch.uint8)
-    return _COPIED / seconds(lambda: target.copy_(source), at_least=_PROBED)
+    return _COPIED / seconds(lambda: target.copy_(source), at_least=at_least)
 
 
 def layer_weights(config: PretrainedConfig, copies: int) -> list[list[torch.Tensor]]:
@@ -69,7 +69,7 @@ def layer_weights(config: PretrainedConfig, copies: int) -> list[list[torch.Tens
     return [[torch.randn(shape) * 0.02 for shape in layer] for _ in range(copies)]
 
 
-def decode_rates(config: PretrainedConfig, active: int) -> tuple[float, float]:
+def decode_rates(config: PretrainedConfig, active: int, at_least: float) -> tuple[float, float]:
     """Bytes of weights read a second with one row, and FLOP/s with `active` rows, in layers that no cache holds.
 
     Weights are packed for oneDNN, as vLLM packs them: with few rows that is several times faster than without.
@@ -83,7 +83,7 @@ def decode_rates(config: PretrainedConfig, active: int) -> tuple[float, float]:
         for inputs, weight in weights:
             torch.ops.mkldnn._linear_pointwise(torch.ones(rows, inputs), weight, None, "none", [], "")
 
-    one, many = (seconds(lambda rows=rows: pass_over(rows), at_least=_PROBED) for rows in (1, active))
+    one, many = (seconds(lambda rows=rows: pass_over(rows), at_least=at_least) for rows in (1, active))
     return 4 * elements / one, 2 * active * elements / many
 
 
@@ -91,7 +91,7 @@ def _packed(weight: torch.Tensor) -> torch.Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight)
 
 
-def train_flops(config: PretrainedConfig, samples: int, prompt: int, answer: int) -> float:
+def train_flops(config: PretrainedConfig, samples: int, prompt: int, answer: int, at_least: float) -> float:
     """FLOP/s of the model forward and backward, at a micro-batch of `samples` prompts and answers of so many tokens.
 
     The head works at the answers alone, where it is followed by a pass over its logits that no FLOPs count.
@@ -109,14 +109,16 @@ def train_flops(config: PretrainedConfig, samples: int, prompt: int, answer: int
 
     attention = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * tokens
     flops = 6 * samples * (tokens * (layers + attention) + answer * model.lm_head.weight.numel())
-    return flops / seconds(both, rounds=3, at_least=_PROBED)
+    return flops / seconds(both, rounds=3, at_least=at_least)
 
 
-def this_machine(config: PretrainedConfig, load: runs.Load, ranks: int) -> Device:
-    """One rank's share of this machine for a model and a load; without overheads.
+def this_machine(config: PretrainedConfig, load: runs.Load, ranks: int, at_least: float = _PROBED) -> Device:
+    """Measure one rank's share of this machine for a model and a load; without overheads.
 
-    As many processes as there are ranks probe at the same time, each with its share of the threads and with a run's
-    environment.
+    One process for each rank probes at the same time, with its share of the threads and the environment of a run.
+
+    Args:
+        at_least: seconds that each probe without collectives takes.
     """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -125,7 +127,7 @@ def this_machine(config: PretrainedConfig, load: runs.Load, ranks: int) -> Devic
     results = context.SimpleQueue()
     # Spawned processes get this one's environment, which the C library reads when they start; later runs do not.
     with mock.patch.dict(os.environ, cpu_environment(max(1, cpu_cores() // ranks))):
-        multiprocessing.spawn(_probe, (ranks, port, config, load, results), nprocs=ranks)
+        multiprocessing.spawn(_probe, (ranks, port, config, load, at_least, results), nprocs=ranks)
     return results.get()
 
 
@@ -135,6 +137,7 @@ def _probe(
     port: int,
     config: PretrainedConfig,
     load: runs.Load,
+    at_least: float,
     results: multiprocessing.SimpleQueue,
 ) -> None:
     torch.set_num_threads(max(1, cpu_cores() // ranks))
@@ -144,15 +147,15 @@ def _probe(
         dist.barrier()
         return probe()
 
-    read, generate = together(lambda: decode_rates(config, max(1, load.samples // ranks)))
+    read, generate = together(lambda: decode_rates(config, max(1, load.samples // ranks), at_least))
     alone = float("inf"), 0.0
     bandwidth, latency = alone if ranks == 1 else together(lambda: link(ranks))
     collected, call = alone if ranks == 1 else together(lambda: collect(rank, ranks))
     device = Device(
-        train_flops=together(lambda: train_flops(config, load.micro_batch, load.prompt, load.longest)),
+        train_flops=together(lambda: train_flops(config, load.micro_batch, load.prompt, load.longest, at_least)),
         generate_flops=generate,
         read_bandwidth=read,
-        copy_bandwidth=together(copy_bandwidth),
+        copy_bandwidth=together(lambda: copy_bandwidth(at_least)),
         link_bandwidth=bandwidth,
         link_latency=latency,
         collect_bandwidth=collected,

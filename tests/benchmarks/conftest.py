@@ -1,4 +1,4 @@
-"""The benchmarks are scripts: their modules are found beside each other."""
+"""Benchmarks are scripts that import each other from their own folder, so the tests add it to the path."""
 
 import sys
 from pathlib import Path

@@ -21,7 +21,7 @@ def start(code: str, tmp_path: Path) -> pace.PacedProcess:
     return pace.PacedProcess([sys.executable, "-c", code], {"PYTHONPATH": BENCHMARKS}, tmp_path, tmp_path / "log")
 
 
-def test_steps_happen_on_command_alone(tmp_path):
+def test_a_paced_process_steps_only_on_command(tmp_path):
     process = start(COUNTS, tmp_path)
     try:
         assert process.arrived() == 0
@@ -29,14 +29,14 @@ def test_steps_happen_on_command_alone(tmp_path):
         assert tokens == 1
         assert seconds > 0
         assert process.step()[1] == 2
-        # It stands at the gate after two steps, and has done no third.
+        # It waits at the gate after two steps and has not begun a third.
         assert (tmp_path / "log").read_text().splitlines() == ["let through 0", "let through 1"]
     finally:
         process.close()
     assert process.process.returncode is not None
 
 
-def test_a_process_that_ends_is_an_error_with_what_it_printed(tmp_path):
+def test_a_process_that_ends_is_an_error_with_its_output(tmp_path):
     process = start("raise SystemExit('no model here')", tmp_path)
     try:
         with pytest.raises(RuntimeError, match=r"(?s)status 1.*no model here"):

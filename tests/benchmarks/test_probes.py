@@ -39,8 +39,8 @@ def test_noise_makes_no_overhead_negative():
     assert found.update_layer == found.update_bucket == 0
 
 
-def test_what_runs_show_is_found_again(monkeypatch):
-    """The time model's own times of a known machine stand for its runs."""
+def test_calibration_finds_the_overheads_of_a_known_machine(monkeypatch):
+    """The time model predicts the times of a known machine, and these take the place of measured runs."""
     import scale_model
 
     rates = dict(train_flops=1e11, generate_flops=1e11, read_bandwidth=1e10, copy_bandwidth=1e10, link_bandwidth=1e9)
@@ -55,21 +55,21 @@ def test_what_runs_show_is_found_again(monkeypatch):
         buckets = math.ceil(sent / bucket_capacity(device.bucket_bytes, sent))
         return scale_model.predicted(size, load, device, 1) | {"buckets": buckets}
 
-    # Buckets are counted by the run, and no part of what is predicted without overheads.
+    # A run counts its buckets; a prediction without overheads has no buckets.
     overheads, copies = probes.calibrate(measure, scale_model.predicted)
     assert copies == pytest.approx(5.5, rel=1e-3)
     assert vars(overheads) == pytest.approx(vars(KNOWN), rel=1e-3)
 
 
-def test_both_loads_make_as_many_passes():
+def test_both_loads_make_the_same_number_of_passes():
     for load in (probes.FEW, probes.MANY):
         assert load.samples // load.micro_batch == probes._PASSES
         assert load.longest == probes.FEW.longest == 32
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_ranks_probe_their_shares_at_the_same_time(ranks):
-    device = probes.this_machine(models.config("shallow"), probes.FEW, ranks)
+def test_every_rank_probes_its_share_of_the_machine(ranks):
+    device = probes.this_machine(models.config("shallow"), probes.FEW, ranks, at_least=0.05)
     rates = (device.train_flops, device.generate_flops, device.read_bandwidth, device.copy_bandwidth)
     assert all(1e6 < rate < 1e14 for rate in rates)
     if ranks == 1:

@@ -8,7 +8,7 @@ def linear_layers(hidden, inner, heads, kv, head_dim=128):
     return hidden * heads * head_dim * 2 + hidden * kv * head_dim * 2 + 3 * hidden * inner
 
 
-def test_a_dense_model_by_hand():
+def test_counts_of_a_dense_model_equal_a_calculation_by_hand():
     counts = shapes.count(shapes.PUBLIC["Qwen3-8B"])
     quantized = 36 * linear_layers(4096, 12288, 32, 8)
     plain = 2 * 151936 * 4096 + 36 * (2 * 4096 + 2 * 128) + 4096
@@ -20,7 +20,7 @@ def test_a_dense_model_by_hand():
     assert counts.experts == 0
 
 
-def test_a_model_with_experts_by_hand():
+def test_counts_of_a_model_with_experts_equal_a_calculation_by_hand():
     counts = shapes.count(shapes.PUBLIC["Qwen3-30B-A3B"])
     experts = 48 * 128 * 3 * 2048 * 768
     attention = 48 * (2048 * 4096 * 2 + 2048 * 512 * 2)
@@ -33,18 +33,18 @@ def test_a_model_with_experts_by_hand():
 
 
 @pytest.mark.parametrize(("name", "billions"), [("Qwen3-32B", 32.8), ("Qwen3-235B-A22B", 235.1)])
-def test_sizes_are_those_in_the_names(name, billions):
+def test_parameter_counts_match_the_model_names(name, billions):
     assert shapes.count(shapes.PUBLIC[name]).parameters / 1e9 == pytest.approx(billions, abs=0.05)
 
 
-def test_a_tied_head_is_sent_once():
+def test_a_tied_head_counts_once():
     counts = shapes.count(models.config("0.8M"))
     assert counts.parameters == models.parameters("0.8M")
     assert counts.plain_bytes(4) == 4 * counts.parameters
     assert counts.head == 128 * 128
 
 
-def test_biases_are_sent_as_they_are():
+def test_biases_are_not_quantized():
     config = Qwen2Config(
         vocab_size=64,
         hidden_size=64,

@@ -2,19 +2,19 @@ import pytest
 import tables
 
 
-def test_columns_line_up():
+def test_columns_are_aligned():
     text = tables.markdown(["a", "longer"], [["1", "2"], ["333", "4"]])
     assert text.splitlines() == ["| a   | longer |", "|-----|--------|", "| 1   | 2      |", "| 333 | 4      |"]
 
 
-def test_a_section_is_replaced_and_the_rest_stays(tmp_path):
+def test_a_section_is_replaced_and_the_rest_is_unchanged(tmp_path):
     document = tmp_path / "d.md"
     document.write_text("before\n<!-- one -->\nold\n<!-- /one -->\nafter\n")
     tables.write_section(document, "one", "new\n")
     assert document.read_text() == "before\n<!-- one -->\nnew\n<!-- /one -->\nafter\n"
 
 
-def test_a_document_without_the_place_is_left_alone(tmp_path):
+def test_a_document_without_the_section_is_an_error_and_unchanged(tmp_path):
     document = tmp_path / "d.md"
     document.write_text("text\n")
     with pytest.raises(ValueError, match="<!-- one -->"):

@@ -5,13 +5,13 @@ def ids(prompt: str) -> list[int]:
     return [int(word[1:]) for word in prompt.split()]
 
 
-def test_lengths_lie_at_even_distances():
+def test_lengths_are_evenly_spaced():
     assert task.spread(5, 32, 256) == [32, 88, 144, 200, 256]
     assert task.spread(3, 6, 6) == [6, 6, 6]
     assert task.spread(1, 32, 256) == [256]
 
 
-def test_a_prompt_says_how_long_its_answer_is():
+def test_a_prompt_encodes_the_length_of_its_response():
     lengths = [6, 99, 100, 256]
     prompts = task.make_prompts(3, lengths, tokens=8)
     assert {len(ids(prompt)) for prompt in prompts} == {8}
@@ -26,7 +26,7 @@ def test_every_token_is_in_the_smallest_vocabulary():
     assert max(tokens) < 128
 
 
-def test_the_score_differs_among_answers():
+def test_scores_differ_between_responses():
     assert task.score("w4 w5 w10 w7") == 0.5
     assert task.score("") == 0.0
     assert task.compute_score("benchmark", "w4", "") == 1.0

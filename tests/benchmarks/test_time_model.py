@@ -1,4 +1,4 @@
-"""The time model against sums by hand, on round numbers."""
+"""The time model gives the results of a calculation by hand, on round numbers."""
 
 import math
 from dataclasses import replace
@@ -34,11 +34,11 @@ FREE = Device(
 )
 WORK = Work(
     prompts=2, n=4, prompt=10, lengths=(20, 40), micro_batch_tokens=100, updates=2, recomputes=False
-)  # 8 samples, 30 tokens each in the mean
+)  # 8 samples of 30 tokens on average
 ONE = Layout(1, 1)
 
 
-def test_overheads_alone():
+def test_a_machine_with_overheads_only():
     over = Overheads(
         decode=1,
         decode_layer=0.5,
@@ -59,7 +59,7 @@ def test_overheads_alone():
     assert times.weight_update == pytest.approx(3 + 2 * 4 + 6)
     shared = time_model.weight_update_seconds(DENSE, replace(FREE, overheads=over), Layout(2, 2), 4000)
     assert shared == pytest.approx(1.5 * times.weight_update)
-    # As the sender cuts an update: into buckets of 8 MiB, of a sixth of it, or of the most that is allowed.
+    # The sender cuts an update into buckets of 8 MiB, of a sixth of the update, or of the largest size allowed.
     for mebibytes, buckets in ((8, 1), (9, 2), (48, 6), (480, 6), (6144, 6), (12288, 12)):
         seconds = time_model.weight_update_seconds(
             DENSE, replace(FREE, overheads=over, bucket_bytes=1 << 30), ONE, mebibytes << 20
@@ -68,7 +68,7 @@ def test_overheads_alone():
     assert times.step == pytest.approx(times.generation + times.old_log_probs + times.updates + times.weight_update + 5)
 
 
-def test_the_trainer_computes():
+def test_training_time_is_the_flops_of_its_passes():
     device = replace(FREE, train_flops=1000.0)
     forward = 2 * 8 * (40 * 800 + 30 * 100) / 1000
     assert time_model.pass_seconds(DENSE, WORK, device, ONE) == pytest.approx(forward)
@@ -78,7 +78,7 @@ def test_the_trainer_computes():
     assert again.updates == pytest.approx(4 * forward)
 
 
-def test_decoding_reads_all_weights_a_pass_and_multiplies_for_those_that_are_left():
+def test_decoding_reads_all_weights_per_pass_and_multiplies_for_unfinished_samples():
     reading = replace(FREE, read_bandwidth=100.0)
     assert time_model.generation_seconds(DENSE, WORK, reading, ONE, 4000) == pytest.approx(40 * 4000 / 100)
     multiplying = replace(FREE, generate_flops=1000.0)
@@ -87,7 +87,7 @@ def test_decoding_reads_all_weights_a_pass_and_multiplies_for_those_that_are_lef
     assert time_model.generation_seconds(DENSE, WORK, multiplying, ONE, 4000) == pytest.approx(prefill + passes)
 
 
-def test_experts_are_read_where_a_token_chooses_them():
+def test_only_experts_chosen_by_a_token_are_read():
     moe = replace(DENSE, experts=500, chosen=0.5)
     reading = replace(FREE, read_bandwidth=100.0)
     single = replace(WORK, prompts=1, n=1, lengths=(1,))
@@ -95,16 +95,16 @@ def test_experts_are_read_where_a_token_chooses_them():
     assert time_model.generation_seconds(moe, single, reading, ONE, 4000) == pytest.approx(0.75 * 4000 / 100)
 
 
-def test_samples_wait_for_room_in_the_cache():
+def test_samples_wait_for_free_space_in_the_cache():
     reading = replace(FREE, read_bandwidth=100.0)
     one_length = replace(WORK, lengths=(40,))
     unlimited = time_model.generation_seconds(DENSE, one_length, reading, ONE, 4000)
-    # Eight samples of 10 + 20 tokens on average, room for two of them.
+    # Eight samples of 10 + 20 tokens on average; two of them fit.
     limited = time_model.generation_seconds(DENSE, one_length, reading, replace(ONE, cache_tokens=60), 4000)
     assert limited == pytest.approx(4 * unlimited)
 
 
-def test_an_update_is_a_sum_on_one_processor_and_a_pipeline_where_parts_overlap():
+def test_update_time_is_a_sum_on_one_processor_and_a_pipeline_if_parts_overlap():
     device = replace(FREE, copy_bandwidth=100.0, link_bandwidth=10.0, load_copies=3)
     alone = time_model.weight_update_seconds(DENSE, device, ONE, 4000)
     assert alone == pytest.approx(4000 / 100 + 3 * 4000 / 100)
@@ -118,12 +118,12 @@ def test_an_update_is_a_sum_on_one_processor_and_a_pipeline_where_parts_overlap(
     )
 
 
-def test_changes_alone_are_encoded_whole_and_sent_in_part():
+def test_a_delta_update_encodes_all_weights_and_sends_some():
     device = replace(FREE, copy_bandwidth=100.0)
     assert time_model.weight_update_seconds(DENSE, device, ONE, 4000, changed=0.01) == pytest.approx(40 + 0.4)
 
 
-def test_the_smallest_replica_that_fits_is_taken():
+def test_the_layout_has_the_smallest_replica_that_fits():
     # A rank holds 16 * 1000 / 4 bytes of the trainer.
     layout = time_model.hybrid_layout(replace(DENSE, kv_elements=5), 3000, 10_000, 2, 4)
     assert (layout.ranks, layout.replicas, layout.tensor_parallel) == (4, 4, 1)

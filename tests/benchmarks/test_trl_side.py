@@ -1,4 +1,4 @@
-"""TRL's side, where its environment has been made."""
+"""TRL's side of the comparison, if its environment is installed."""
 
 from pathlib import Path
 
@@ -10,8 +10,8 @@ from grpo_step import trl_process
 BUILT = (runs.HERE.parent / ".cache/trl/.fits").exists()
 
 
-@pytest.mark.skipif(not BUILT, reason="TRL has an environment of its own: scripts/setup_trl.sh makes it")
-def test_trl_generates_the_tokens_that_prompts_ask_for(tmp_path: Path):
+@pytest.mark.skipif(not BUILT, reason="TRL is not installed: scripts/setup_trl.sh makes its environment")
+def test_trl_generates_as_many_tokens_as_the_prompts_request(tmp_path: Path):
     load = runs.Load(prompts=4, n=2, shortest=3, longest=12, updates=2, micro_batch=2)
     process = trl_process(load, models.write_model("0.8M", tmp_path / "model"), tmp_path)
     try:

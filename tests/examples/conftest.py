@@ -1,4 +1,4 @@
-"""Examples are scripts, not a package: Python files as modules, and what shell scripts hand to the command line."""
+"""Fixtures that load Python files of the examples as modules and run shell scripts without training."""
 
 import importlib.util
 import os
@@ -15,7 +15,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 @pytest.fixture(scope="session")
 def load_example():
-    """`load_example("quickstart/prepare.py")` gives that script as a module."""
+    """`load_example("quickstart/prepare.py")` loads that script as a module."""
 
     def load(name: str) -> ModuleType:
         path = EXAMPLES / name
@@ -32,9 +32,9 @@ def load_example():
 
 @pytest.fixture
 def overrides_of(tmp_path):
-    """`overrides_of(script, *arguments, **environment)`: what the script hands to main_ppo, which does not run.
+    """`overrides_of(script, *arguments, **environment)`: the overrides that the script passes to main_ppo.
 
-    A `python3` that only writes its arguments down comes first on the PATH.
+    main_ppo does not run: the first `python3` on the PATH only records its arguments.
     """
     caught, fake = tmp_path / "arguments", tmp_path / "bin" / "python3"
     fake.parent.mkdir()
