@@ -1,4 +1,4 @@
-"""Data preparation: files in the published form become rows whose right answer scores 1; the first bad row is named."""
+"""Data preparation turns published files into rows whose correct answer scores 1, and names the first bad row."""
 
 import json
 
@@ -77,7 +77,7 @@ def score(row, answer):
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".json", ".csv"])
-def test_gsm8k_of_every_kind_of_file(load_example, tmp_path, suffix):
+def test_gsm8k_reads_every_file_type(load_example, tmp_path, suffix):
     raw = tmp_path / "raw"
     write(raw / f"train-00000-of-00001{suffix}", GSM8K)
     write(raw / f"test-00000-of-00001{suffix}", GSM8K[:1])
@@ -95,7 +95,7 @@ def test_gsm8k_of_every_kind_of_file(load_example, tmp_path, suffix):
     assert len(rows_of(tmp_path / "out", "test")) == 1
 
 
-def test_of_the_hubs_two_folders_of_gsm8k_the_main_one_is_taken(load_example, tmp_path):
+def test_gsm8k_uses_the_main_one_of_two_folders(load_example, tmp_path):
     for folder, count in (("main", 2), ("socratic", 3)):
         for split in ("train", "test"):
             write(tmp_path / "raw" / folder / f"{split}-00000-of-00001.parquet", GSM8K[:count])
@@ -112,7 +112,7 @@ def test_several_folders_without_a_main_one_are_an_error(load_example, tmp_path)
     assert "geometry" in text
 
 
-def test_math_answers_are_what_the_last_box_holds(load_example, tmp_path):
+def test_math_answers_come_from_the_last_box(load_example, tmp_path):
     write(tmp_path / "train.parquet", MATH)
     run(load_example("data_preprocess/math_dataset.py"), tmp_path / "train.parquet", tmp_path / "out")
     rows = rows_of(tmp_path / "out")
@@ -124,7 +124,7 @@ def test_math_answers_are_what_the_last_box_holds(load_example, tmp_path):
     assert not (tmp_path / "out/test.parquet").exists()  # one file is one split
 
 
-def test_dapo_holds_each_question_once(load_example, tmp_path):
+def test_dapo_keeps_each_question_once(load_example, tmp_path):
     write(tmp_path / "raw/dapo-math-17k.parquet", DAPO)
     write(tmp_path / "raw/aime-2024.parquet", DAPO[2:])
     run(load_example("data_preprocess/dapo_17k.py"), tmp_path / "raw", tmp_path / "out")
@@ -149,7 +149,7 @@ def test_reasoning_gym_tasks_keep_test_questions_out_of_training(load_example, t
     assert len(set(questions)) == 80
     for row in (train[0], train[-1]):
         assert score(row, f"So <answer>{row['reward_model']['ground_truth']}</answer>") == 1.0
-        assert score(row, "<answer>-99999</answer>") < 0.1  # some tasks give a little for any answer
+        assert score(row, "<answer>-99999</answer>") < 0.1  # some tasks give a small score for any answer
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_reasoning_gym_tasks_keep_test_questions_out_of_training(load_example, t
         (["--tasks", "chain_sum", "--task_config", '{"max_terms": 2, "max_digits": 1}'], "different questions"),
     ],
 )
-def test_tasks_that_cannot_be_made(load_example, tmp_path, options, says):
+def test_tasks_that_cannot_be_created_are_an_error(load_example, tmp_path, options, says):
     with pytest.raises(SystemExit) as caught:
         load_example("data_preprocess/reasoning_gym_tasks.py").main([*options, "--local_save_dir", str(tmp_path)])
     assert says in caught.value.code
@@ -192,13 +192,13 @@ def test_the_first_fault_is_named_by_file_and_row(load_example, tmp_path, name, 
     assert says in text
 
 
-def test_a_path_that_is_not_there(load_example, tmp_path):
+def test_a_missing_path_is_an_error(load_example, tmp_path):
     assert "does not exist" in failure(load_example("data_preprocess/gsm8k.py"), tmp_path / "none", tmp_path / "out")
     (tmp_path / "other.jsonl").write_text("{}\n")
     assert "train*" in failure(load_example("data_preprocess/gsm8k.py"), tmp_path, tmp_path / "out")
 
 
-def test_without_a_network_the_hub_is_an_error_that_says_what_to_do(load_example, tmp_path, monkeypatch):
+def test_without_a_network_the_error_says_what_to_do(load_example, tmp_path, monkeypatch):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

@@ -1,4 +1,4 @@
-"""The quickstart's preparation: the same rows from the same seed, no leak, and nothing half-made is used."""
+"""Preparation of the quickstart: the same rows for the same seed, no test row in training, no use of partial files."""
 
 import json
 import random
@@ -43,7 +43,7 @@ def words(directory: Path, split: str) -> list[str]:
     return [row["prompt"][0]["content"] for row in rows(directory, split)]
 
 
-def test_rows_have_verls_columns_and_the_answer_is_the_word_backwards(prepared):
+def test_rows_have_the_required_columns_and_the_answer_is_the_reversed_word(prepared):
     for split, count in (("train", 40), ("test", 12)):
         table = rows(prepared, split)
         assert len(table) == count
@@ -59,8 +59,8 @@ def test_rows_have_verls_columns_and_the_answer_is_the_word_backwards(prepared):
             assert json.loads(row["extra_info"]["entry"])["metadata"]["word"] == word
 
 
-def test_no_word_is_twice_anywhere(script, tmp_path):
-    # There are about a thousand words of three letters: drawn freely, some of the 400 would be the same.
+def test_no_word_occurs_twice(script, tmp_path):
+    # There are about a thousand words of three letters: of 400 independent draws some would be equal.
     script.write_data(tmp_path, script.Settings(min_word_len=3, max_word_len=3, train_rows=300, test_rows=100))
     both = Counter(words(tmp_path, "train") + words(tmp_path, "test"))
     assert both.total() == 400
@@ -85,7 +85,7 @@ def test_test_words_are_never_demonstrated(script, tmp_path, monkeypatch):
     assert not demonstrated & set(words(tmp_path, "test"))
 
 
-def test_same_seed_same_rows_and_weights_other_seed_other_rows(script, prepared, tmp_path):
+def test_rows_and_weights_depend_on_the_seed_only(script, prepared, tmp_path):
     script.prepare(tmp_path / "same", script.Settings(**SMALL))
     for split in ("train", "test"):
         assert rows(tmp_path / "same", split) == rows(prepared, split)
@@ -95,24 +95,24 @@ def test_same_seed_same_rows_and_weights_other_seed_other_rows(script, prepared,
     assert words(tmp_path / "other", "train") != words(prepared, "train")
 
 
-def test_more_training_rows_leave_the_test_rows_alone(script, tmp_path):
+def test_more_training_rows_do_not_change_the_test_rows(script, tmp_path):
     for count in (20, 60):
         (tmp_path / str(count)).mkdir()
         script.write_data(tmp_path / str(count), script.Settings(**{**SMALL, "train_rows": count}))
     assert rows(tmp_path / "20", "test") == rows(tmp_path / "60", "test")
 
 
-def test_demonstrations_are_wrong_as_often_as_the_noise_says(script):
+def test_the_noise_is_the_share_of_wrong_demonstrations(script):
     rng = random.Random(3)
     words = ["abcde", "fghij", "klmno", "pqrst"]
     made = Counter(script.demonstration("abcde", words, 0.6, rng) for _ in range(4000))
     assert set(made) == {"edcba", "jihgf", "onmlk", "tsrqp"}
-    # One wrong answer in four happens to be the word's own.
+    # One of four wrong answers is by chance the correct one.
     assert made["edcba"] / 4000 == pytest.approx(0.4 + 0.6 / 4, abs=0.03)
     assert {script.demonstration("abcde", words, 0.0, rng) for _ in range(50)} == {"edcba"}
 
 
-def test_batch_labels_are_the_answers_only(script):
+def test_batch_labels_cover_the_answers_only(script):
     settings = script.Settings(min_word_len=3, max_word_len=5, warm_batch=8, noise=0.0)
     tokens, labels = script.demonstration_batch(["tab", "stone"], settings, random.Random(0))
     tokenizer = script.make_tokenizer()
@@ -124,7 +124,7 @@ def test_batch_labels_are_the_answers_only(script):
     assert seen == {("<s>tab=bat</s>", "bat</s>"), ("<s>stone=enots</s>", "enots</s>")}
 
 
-def test_model_and_tokenizer_load_and_the_chat_template_asks_for_an_answer(prepared):
+def test_model_and_tokenizer_load_and_the_chat_template_ends_before_the_answer(prepared):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(prepared / "model")
@@ -140,7 +140,7 @@ def test_model_and_tokenizer_load_and_the_chat_template_asks_for_an_answer(prepa
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id == ids[-1]
 
 
-def test_whole_files_are_used_again_and_force_makes_them_anew(script, copy, capsys):
+def test_complete_files_are_reused_unless_force_is_given(script, copy, capsys):
     settings = script.Settings(**SMALL)
     weights = copy / "model/model.safetensors"
     before = weights.stat().st_mtime_ns
@@ -153,7 +153,7 @@ def test_whole_files_are_used_again_and_force_makes_them_anew(script, copy, caps
 
 @pytest.mark.parametrize("name", ["model/model.safetensors", "model/tokenizer.json", "train.parquet", "test.parquet"])
 @pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
-def test_damaged_file_is_seen(script, copy, name, damage):
+def test_a_damaged_file_is_detected(script, copy, name, damage):
     path = copy / name
     content = bytearray(path.read_bytes())
     if damage == "cut":
@@ -166,7 +166,7 @@ def test_damaged_file_is_seen(script, copy, name, damage):
     assert name in script.why_not_reusable(copy, script.Settings(**SMALL))
 
 
-def test_damaged_file_is_made_anew(script, prepared, copy):
+def test_a_damaged_file_is_written_again(script, prepared, copy):
     (copy / "train.parquet").write_bytes(b"PAR1")
     assert script.prepare(copy, script.Settings(**SMALL)) is True
     assert rows(copy, "train") == rows(prepared, "train")
@@ -179,7 +179,7 @@ def test_files_of_other_settings_or_with_a_damaged_manifest_are_not_used(script,
     assert "damaged" in script.why_not_reusable(copy, script.Settings(**SMALL))
 
 
-def test_stopped_half_way_counts_as_nothing(script, copy, monkeypatch):
+def test_files_of_an_interrupted_preparation_are_not_used(script, copy, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
@@ -189,7 +189,7 @@ def test_stopped_half_way_counts_as_nothing(script, copy, monkeypatch):
     assert script.why_not_reusable(copy, script.Settings(**SMALL)) == "nothing is prepared yet"
 
 
-def test_too_few_words_is_an_error_that_says_so(script, tmp_path):
+def test_too_few_words_is_an_error(script, tmp_path):
     command = [sys.executable, script.__file__, "--output", str(tmp_path), "--min-word-len", "3", "--max-word-len", "3"]
     done = subprocess.run([*command, "--train-rows", "5000"], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
@@ -198,7 +198,7 @@ def test_too_few_words_is_an_error_that_says_so(script, tmp_path):
     assert not (tmp_path / "manifest.json").exists()
 
 
-def test_reward_is_the_tasks_own_and_acc_is_the_whole_answer(load_example, prepared):
+def test_the_reward_is_that_of_the_task_and_acc_needs_the_complete_answer(load_example, prepared):
     compute_score = load_example("quickstart/reward.py").compute_score
     row = rows(prepared, "test")[0]
     truth, info = row["reward_model"]["ground_truth"], row["extra_info"]

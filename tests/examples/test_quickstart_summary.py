@@ -1,4 +1,4 @@
-"""The quickstart's summary, on metrics written by hand."""
+"""The summary of the quickstart, for metrics written by hand."""
 
 import json
 import re
@@ -61,7 +61,7 @@ RUN = [
 ]
 
 
-def test_whole_run(script, tmp_path):
+def test_a_complete_run(script, tmp_path):
     write(tmp_path, RUN)
     (tmp_path / "global_step_3").mkdir()
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
@@ -87,7 +87,7 @@ def test_whole_run(script, tmp_path):
     assert len(columns) == 1
 
 
-def test_acc_is_not_said_twice_when_the_scorer_gives_a_number_only(script, tmp_path):
+def test_acc_is_shown_once_if_the_scorer_returns_a_number(script, tmp_path):
     both = {"val-core/gym/x/acc/mean@2": 0.5, "val-aux/gym/x/reward/mean@2": 0.5}
     write(tmp_path, [(0, both), (5, both)])
     text = script.render(tmp_path)
@@ -95,7 +95,7 @@ def test_acc_is_not_said_twice_when_the_scorer_gives_a_number_only(script, tmp_p
     assert "right answers" not in text
 
 
-def test_no_validation_shows_the_training_reward(script, tmp_path):
+def test_without_validation_the_training_reward_is_shown(script, tmp_path):
     write(tmp_path, [(1, {"critic/score/mean": 0.1}), (9, {"critic/score/mean": 0.6})])
     text = script.render(tmp_path)
     assert value_of(text, "mean reward in training") == "0.100 -> 0.600  (step 1 -> 9)"
@@ -103,14 +103,14 @@ def test_no_validation_shows_the_training_reward(script, tmp_path):
     assert "none was written" in text
 
 
-def test_stopped_after_the_first_validation(script, tmp_path):
+def test_a_run_stopped_after_the_first_validation(script, tmp_path):
     write(tmp_path, RUN[:1])
     text = script.render(tmp_path)
     assert value_of(text, "mean reward") == "0.310  (step 0)"
     assert "total" not in text
 
 
-def test_odd_values_and_a_line_cut_short_do_no_harm(script, tmp_path):
+def test_unusual_values_and_a_truncated_line_are_accepted(script, tmp_path):
     write(tmp_path, [(1, {"timing_s/step": None, "note": "text", "val-core/short": 1.0}), (2, {"timing_s/step": 1.25})])
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 3, "da')
@@ -120,7 +120,7 @@ def test_odd_values_and_a_line_cut_short_do_no_harm(script, tmp_path):
 @pytest.mark.parametrize(
     ("content", "says"), [(None, "does not exist"), ("", "holds no metrics"), ("[1]\n", "holds no metrics")]
 )
-def test_nothing_to_summarise_is_an_error_that_says_so(script, tmp_path, content, says):
+def test_a_run_without_metrics_is_an_error(script, tmp_path, content, says):
     if content is not None:
         (tmp_path / "metrics.jsonl").write_text(content)
     command = [sys.executable, script.__file__, str(tmp_path)]

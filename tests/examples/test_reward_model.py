@@ -1,4 +1,4 @@
-"""The reward-model example against a small endpoint on this machine, through real reward workers."""
+"""The reward-model example with a small local endpoint, through real reward workers."""
 
 import asyncio
 import json
@@ -17,7 +17,7 @@ KEY = "not-for-anyone-s-eyes"
 
 
 class Endpoint(BaseHTTPRequestHandler):
-    """Does what the answer to grade, which is in the prompt, says."""
+    """Behaves as the answer to grade, which is part of the prompt, requests."""
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -75,7 +75,7 @@ def endpoint():
 
 @pytest.fixture
 def grade(load_example, monkeypatch):
-    """`grade(url, answers, **kwargs)`: what the reward loop makes of the answers."""
+    """`grade(url, answers, **kwargs)`: results of the reward loop for the answers."""
     path = load_example("reward_model/reward.py").__file__
     monkeypatch.setenv("REWARD_MODEL_API_KEY", KEY)
 
@@ -96,7 +96,7 @@ def grade(load_example, monkeypatch):
     return run
 
 
-def test_grades_retries_and_what_goes_wrong(endpoint, grade, caplog):
+def test_grades_retries_and_errors(endpoint, grade, caplog):
     answers = ["good 7", "once 500 then 10", "always 503", "refuse", "garbage", "no grade", "too much 11"]
     with caplog.at_level(logging.DEBUG):
         results = dict(zip(answers, grade(endpoint.url, answers), strict=True))
@@ -116,15 +116,15 @@ def test_grades_retries_and_what_goes_wrong(endpoint, grade, caplog):
     assert (set(paths), set(keys), set(models)) == ({"/v1/chat/completions"}, {f"Bearer {KEY}"}, {"judge"})
     assert all("6x7" in prompt and "42" in prompt for prompt in prompts)
     assert KEY not in caplog.text + "".join(result.detail for result in results.values())
-    assert caplog.records  # the first failure is there
+    assert caplog.records  # the first failure is logged
 
 
-def test_a_dead_endpoint_and_one_that_does_not_answer(grade):
+def test_an_endpoint_that_is_down_and_one_that_does_not_respond(grade):
     with socket.socket() as silent, socket.socket() as closed:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         closed.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
-        # A password in the address is none of the log's business either.
+        # A password in the address must not appear in a log either.
         port = closed.getsockname()[1]
         (dead,) = grade(f"http://someone:{KEY}@127.0.0.1:{port}/v1", ["x 1"], api_key_env="NOT_SET")
         (mute,) = grade(f"http://127.0.0.1:{silent.getsockname()[1]}/v1", ["x 1"], request_timeout=0.1, retries=1)
@@ -135,7 +135,7 @@ def test_a_dead_endpoint_and_one_that_does_not_answer(grade):
     assert "gave no reply in 2 attempts; the last: no answer within 0.1 s" in mute.detail
 
 
-def test_no_more_requests_at_a_time_than_allowed(endpoint, grade):
+def test_concurrent_requests_do_not_exceed_the_limit(endpoint, grade):
     results = grade(endpoint.url, [f"slow {i} 5" for i in range(9)], max_concurrency=3)
     assert [result.score for result in results] == [0.5] * 9
     assert 2 <= endpoint.most <= 3
@@ -150,12 +150,12 @@ def test_no_more_requests_at_a_time_than_allowed(endpoint, grade):
         ("Score: 0", 0.0),
     ],
 )
-def test_the_last_grade_of_a_reply_counts(load_example, reply, expected):
+def test_the_last_grade_of_a_reply_is_used(load_example, reply, expected):
     assert load_example("reward_model/reward.py").parse_grade(reply) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("reply", ["", "Score:", "Score: high", "Score: -1", "Score: 100", "my score is about 7 or so"])
-def test_a_reply_without_a_grade(load_example, reply):
+def test_a_reply_without_a_grade_is_an_error(load_example, reply):
     module = load_example("reward_model/reward.py")
     with pytest.raises(module.RewardModelError):
         module.parse_grade(reply)

@@ -1,4 +1,4 @@
-"""The calculator example: its files, what the model is shown, and that nothing a model writes harms the calculator."""
+"""The calculator example: its files, its demonstrations, and a calculator that is safe for any input."""
 
 import asyncio
 import json
@@ -40,13 +40,13 @@ def prepared(script, tmp_path_factory):
     return directory
 
 
-def test_prepared_files_are_used_again_only_if_they_are_the_same(script, prepared):
+def test_prepared_files_are_reused_only_for_the_same_settings(script, prepared):
     assert script.prepare(prepared, script.Settings(**SMALL)) is False
     assert not script.is_prepared(prepared, script.Settings(**SMALL, calls=0.9))
     assert not script.is_prepared(prepared / "model", script.Settings(**SMALL))
 
 
-def test_rows_are_different_sums_and_no_test_row_is_trained_on(prepared):
+def test_rows_are_different_sums_and_no_test_row_is_a_training_row(prepared):
     sums = []
     for split, count in (("train", 40), ("test", 12)):
         rows = pyarrow.parquet.read_table(prepared / f"{split}.parquet").to_pylist()
@@ -61,8 +61,8 @@ def test_rows_are_different_sums_and_no_test_row_is_trained_on(prepared):
     assert len(set(sums)) == 52
 
 
-def test_demonstrations_are_what_the_agent_loop_makes(script, prepared):
-    """Token by token: the warm start trains on what rollouts look like, and learns what is unmasked there."""
+def test_demonstrations_equal_the_output_of_the_agent_loop(script, prepared):
+    """The warm start trains on the same tokens as a rollout, with the same loss mask."""
     tokenizer = hf_tokenizer(prepared / "model")
     pieces = script.demonstration((123, 456), 1.0, random.Random(0))
     own = [tokenizer.encode(text, add_special_tokens=False) for text, learnt in pieces if learnt]
@@ -95,12 +95,12 @@ def test_the_caps_of_the_run_leave_room_for_every_sample(script, prepared):
         ("", 0.0),
         ("<tool_call>...</tool_call><tool_response>579</tool_response>=579", 1.0),
         ("<tool_call>...</tool_call><tool_response>579</tool_response>=57", 0.0),
-        # The tool said it, the model did not.
+        # The result is in the response of the tool, not in the text of the model.
         ("<tool_call>...</tool_call><tool_response>579</tool_response>=", 0.0),
         ("<tool_call>...</tool_call><tool_response>579</tool_response>=<tool_call>...</tool_call>", 0.0),
     ],
 )
-def test_only_the_models_last_word_counts(reward, text, score):
+def test_only_the_last_answer_of_the_model_counts(reward, text, score):
     found = reward.compute_score("sums", text, "579", {"tool_call_counts": text.count("<tool_call>")})
     assert found == {"score": score, "acc": score, "used_tool": float("<tool_call>" in text)}
 
@@ -120,7 +120,7 @@ def test_only_the_models_last_word_counts(reward, text, score):
         ("-" * 50 + "1", "1"),
     ],
 )
-def test_arithmetic(calculator, expression, shown):
+def test_arithmetic_expressions_are_evaluated(calculator, expression, shown):
     assert calculator.shown(calculator.evaluate(expression)) == shown
 
 
@@ -158,14 +158,14 @@ def test_arithmetic(calculator, expression, shown):
         "1\n2",
     ],
 )
-def test_what_is_no_arithmetic_or_too_much_is_refused_at_once(calculator, expression):
+def test_invalid_or_excessive_expressions_are_rejected_quickly(calculator, expression):
     started = time.process_time()
     with pytest.raises(ValueError):
         calculator.evaluate(expression)
     assert time.process_time() - started < 5
 
 
-def test_the_schema_is_what_the_demonstrations_call(calculator, script):
+def test_the_demonstrations_match_the_schema_of_the_tool(calculator, script):
     tool = calculator.CalculatorTool({}, None)
     call = json.loads(script.CALL_BEGIN + "1+2" + script.CALL_END)
     assert call["name"] == tool.name and set(call["arguments"]) == set(tool.tool_schema.function.parameters.properties)

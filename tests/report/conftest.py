@@ -1,4 +1,4 @@
-"""Runs written by hand, as a training run would leave them."""
+"""Directories of runs, written by hand in the form that training leaves them."""
 
 import json
 from pathlib import Path
@@ -109,5 +109,5 @@ def write_run():
 
 @pytest.fixture
 def make_run(tmp_path, write_run):
-    """`make_run("name", ...)`: the same, in the test's own directory."""
+    """`make_run("name", ...)` writes a run into the temporary directory of the test."""
     return lambda name, **given: write_run(tmp_path / name, **given)

@@ -1,4 +1,4 @@
-"""The report in a real browser: no label lies on another or outside its figure, and the console stays silent."""
+"""The report in a real browser: no label overlaps another or leaves its figure, and the console is empty."""
 
 import html
 import json
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium; `make bro
 
 
 def opened(page: Path, tmp_path: Path, *flags: str, width: int = 1280) -> tuple[str, list[str]]:
-    """The document once it is loaded, and the lines of its console."""
+    """Open a page; return the document after loading, and the lines of the console."""
     done = subprocess.run(
         [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},1000", *flags,
          "--dump-dom", page.as_uri()],
@@ -32,7 +32,7 @@ def opened(page: Path, tmp_path: Path, *flags: str, width: int = 1280) -> tuple[
 
 
 def measured(page: Path, tmp_path: Path, *flags: str, width: int = 1280) -> dict:
-    """What `measure.js` says about a page, the page's own policy against scripts put aside for it."""
+    """Result of `measure.js` for a page; the page's policy against scripts is removed for it."""
     text = re.sub(r"<meta http-equiv=[^>]*>", "", page.read_text(), count=1)
     copy = page.with_name("measured.html")
     copy.write_text(text.replace("</body>", f"<script>{MEASURE}</script></body>"))
@@ -57,11 +57,11 @@ def report(tmp_path_factory, write_run):
 
 
 @pytest.mark.parametrize("width", [1280, 480])
-def test_one_run(report, tmp_path, width):
+def test_labels_of_one_run_do_not_overlap(report, tmp_path, width):
     check(measured(report, tmp_path, width=width), labels=300)
 
 
-def test_runs_with_long_names_odd_numbers_and_long_text(make_run, tmp_path):
+def test_labels_of_runs_with_long_names_and_long_text_do_not_overlap(make_run, tmp_path):
     def samples(step):
         script = "<script>window.owned = true; throw new Error()</script><img src=x onerror='window.owned = true'>"
         long = "a rather long answer " * 300 + "x" * 3000
@@ -73,20 +73,20 @@ def test_runs_with_long_names_odd_numbers_and_long_text(make_run, tmp_path):
 
 
 @pytest.mark.parametrize(("settings", "dark"), [((), False), (("--blink-settings=preferredColorScheme=0",), True)])
-def test_text_stands_out_in_light_and_in_dark_mode(report, tmp_path, settings, dark):
+def test_text_has_contrast_in_light_and_dark_mode(report, tmp_path, settings, dark):
     found = measured(report, tmp_path, *settings)
     page, ink = (sum(map(int, re.findall(r"\d+", found[name])[:3])) / 3 for name in ("background", "ink"))
     assert (page < 64) == dark
     assert abs(page - ink) > 100
 
 
-def test_the_page_as_it_is_says_nothing_on_the_console(report, tmp_path):
+def test_the_page_writes_nothing_to_the_console(report, tmp_path):
     dom, console = opened(report, tmp_path)
     assert console == []
     assert "Reward in training" in dom
 
 
-def test_the_measure_sees_what_is_wrong(tmp_path):
+def test_the_measurement_detects_faults(tmp_path):
     page = tmp_path / "page.html"
     page.write_text(
         "<body><p style='position: absolute; top: 9px'>below</p><p style='position: absolute; top: 12px'>above</p>"

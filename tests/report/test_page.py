@@ -1,4 +1,4 @@
-"""The page as a whole: complete, escaped, self-contained; and the command that writes it."""
+"""The page is complete, escaped and self-contained; the command writes it."""
 
 import argparse
 import json
@@ -51,7 +51,7 @@ def evil_samples(step):
     return [evil, {"input": "\x00\x1b[31m\ud800", "output": 7, "gts": None, "score": 0.5, "step": step}]
 
 
-def test_text_from_a_run_is_shown_and_never_run(make_run):
+def test_text_from_a_run_is_shown_and_never_executed(make_run):
     config = {"data": {EVIL: EVIL}, "trainer": {"experiment_name": EVIL}}
     directory = make_run("<img src=x onerror=alert(1)>", samples=evil_samples, config=config)
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
@@ -68,7 +68,7 @@ def test_text_from_a_run_is_shown_and_never_run(make_run):
     assert "␀␛[31m?" in text
 
 
-def test_visible_cuts_long_text():
+def test_long_text_is_truncated():
     assert visible("a" * 4010) == "a" * 4000 + " … 10 more characters"
 
 
@@ -87,7 +87,7 @@ def test_a_dump_without_a_score_is_a_note(make_run):
     assert len(run.notes) == 2
 
 
-def test_settings_put_what_differs_first(make_run):
+def test_settings_that_differ_come_first(make_run):
     other = {"data": {"max_response_length": 128, "train_batch_size": 8}}
     runs = read_runs([make_run("one"), make_run("two", config=other), make_run("three", config=None)])
     table = rows(runs)
@@ -110,13 +110,13 @@ def test_the_command_prints_the_path(make_run, capsys, tmp_path):
     assert "<title>run and two - verl report</title>" in (tmp_path / "deep" / "both.html").read_text()
 
 
-def test_no_run_ends_with_status_1_and_its_name(tmp_path, capsys):
+def test_a_missing_run_ends_with_status_1_and_names_the_directory(tmp_path, capsys):
     assert command.run(parse(tmp_path / "nowhere")) == 1
     assert "nowhere is no directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("missing", [["metrics.jsonl"], ["config.yaml", "config_changes.yaml", "timeline.json"]])
-def test_files_that_are_missing_leave_the_rest(make_run, missing):
+def test_the_page_shows_the_rest_if_files_are_missing(make_run, missing):
     directory = make_run("run")
     for name in missing:
         (directory / name).unlink()

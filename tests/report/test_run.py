@@ -1,4 +1,4 @@
-"""Reading runs in every state they may be in."""
+"""Read runs in every state: complete, running, failed, damaged, moved."""
 
 import json
 import math
@@ -17,7 +17,7 @@ def read(directory):
     return run
 
 
-def test_a_whole_run(make_run):
+def test_a_complete_run(make_run):
     run = read(make_run("whole"))
     assert run.name == "whole"
     assert list(run.records) == list(range(1, 21))
@@ -32,7 +32,7 @@ def test_a_whole_run(make_run):
     assert about(run) == "p / e · model tiny/model · advantages grpo · rollout quantized: ascend"
 
 
-def test_half_a_last_line_is_left_out_and_said(make_run):
+def test_an_incomplete_last_line_is_left_out_with_a_note(make_run):
     directory = make_run("half", steps=5)
     with open(directory / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "da')
@@ -42,14 +42,14 @@ def test_half_a_last_line_is_left_out_and_said(make_run):
 
 
 @pytest.mark.parametrize(("age", "says"), [(0, "running or just stopped"), (7200, "ended, or stopped")])
-def test_a_run_that_is_not_done_says_how_long_it_has_been_silent(make_run, age, says):
+def test_an_unfinished_run_shows_the_time_since_its_last_record(make_run, age, says):
     directory = make_run("going", steps=5)
     then = time.time() - age
     os.utime(directory / "metrics.jsonl", (then, then))
     assert state(read(directory)).startswith(f"at step 5 of 20; {says}: last record ")
 
 
-def test_without_anything_but_metrics_every_gap_has_a_reason(make_run):
+def test_each_missing_file_has_a_note(make_run):
     directory = make_run("bare", config=None)
     for path in [*directory.glob("*/*.jsonl"), directory / "timeline.json"]:
         path.unlink()
@@ -65,7 +65,7 @@ def test_without_anything_but_metrics_every_gap_has_a_reason(make_run):
     assert all(note.startswith(start) for note, start in zip(notes, starts, strict=True))
 
 
-def test_what_the_config_turned_off_is_the_reason(make_run):
+def test_the_note_names_the_key_that_turned_a_file_off(make_run):
     off = {"validation_data_dir": None, "rollout_data_dir": None, "timeline": None, "logger": ["console"]}
     directory = make_run("off", config={"trainer": off})
     for path in directory.rglob("*.json*"):
@@ -88,7 +88,7 @@ def test_a_run_that_failed_before_its_first_step(make_run):
     assert any("holds no record yet" in note for note in read(directory).notes)
 
 
-def test_a_number_that_is_none_is_a_gap_and_a_note(make_run):
+def test_a_value_that_is_not_finite_is_a_gap_with_a_note(make_run):
     directory = make_run("nan", steps=3)
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     lines[1]["data"] |= {"actor/grad_norm": None, "reward/num_errors": 2.0}
@@ -103,7 +103,7 @@ def test_a_number_that_is_none_is_a_gap_and_a_note(make_run):
     ]
 
 
-def test_a_config_that_is_no_yaml_is_a_note(make_run):
+def test_a_config_that_is_not_yaml_has_a_note(make_run):
     directory = make_run("damaged")
     (directory / "config.yaml").write_text("a: [1,\nb: {")
     run = read(directory)
@@ -111,7 +111,7 @@ def test_a_config_that_is_no_yaml_is_a_note(make_run):
     assert run.notes[0].startswith("config.yaml cannot be read: ")
 
 
-def test_dumps_are_found_where_the_config_says_and_in_the_directory_after_a_move(make_run, tmp_path):
+def test_dumps_are_found_at_the_configured_path_and_after_a_move(make_run, tmp_path):
     directory = make_run("moved")
     before, elsewhere = make_run("before"), tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -129,27 +129,27 @@ def test_dumps_are_found_where_the_config_says_and_in_the_directory_after_a_move
     assert run.timeline == directory / "timeline.json"
 
 
-def test_dumps_of_a_longer_run_that_was_here_before_are_left_out(make_run):
+def test_dumps_of_an_earlier_longer_run_are_left_out(make_run):
     directory = make_run("again", steps=5)
     (directory / "rollouts" / "9.jsonl").write_text("")
     assert list(read(directory).dumps["rollouts"]) == [5]
 
 
-def test_names_are_as_long_as_it_takes(make_run):
+def test_names_are_long_enough_to_be_unique(make_run):
     runs = read_runs([make_run("a/run"), make_run("b/run")])
     assert [run.name for run in runs] == ["a/run", "b/run"]
     again = read_runs([runs[0].directory, runs[0].directory / ".." / "run"])
     assert [run.name for run in again] == ["run"]
 
 
-def test_no_run_is_an_error_that_names_the_directory(tmp_path):
+def test_a_directory_without_a_run_is_an_error_that_names_it(tmp_path):
     with pytest.raises(ValueError, match=r"holds neither .*; give trainer\.default_local_dir"):
         read_runs([tmp_path])
     with pytest.raises(ValueError, match="missing is no directory"):
         read_runs([tmp_path / "missing"])
 
 
-def test_facts_of_two_runs_stand_side_by_side(make_run):
+def test_facts_of_two_runs_are_shown_together(make_run):
     runs = read_runs([make_run("one"), make_run("two", level=0.1)])
     values = {fact.label: fact.values for fact in facts(runs)}
     assert values["Reward in training"] == ["0.29 → 0.74", "0.39 → 0.84"]
@@ -160,7 +160,7 @@ def test_facts_of_two_runs_stand_side_by_side(make_run):
 
 
 def test_the_ends_of_a_short_run_do_not_overlap(make_run):
-    """Scores rise by 0.03 a step from 0.23 on."""
+    """Scores start at 0.23 and rise by 0.03 per step."""
     for steps, said in ((1, "0.23"), (2, "0.23 → 0.26"), (3, "0.23 → 0.29"), (4, "0.245 → 0.305")):
         values = {fact.label: fact.values for fact in facts(read_runs([make_run(f"of {steps}", steps=steps)]))}
         assert values["Reward in training"] == [said]
