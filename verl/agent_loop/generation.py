@@ -34,11 +34,11 @@ class ScoredSample:
 
 
 class GenerationTimes(NamedTuple):
-    """Readings of `time.monotonic_ns`: at the start, at the last answer, and at the last score."""
+    """Times in `time.monotonic_ns`: at the start, after the last response, and after the last score."""
 
     started: int
-    answered: int
-    ended: int
+    generated: int
+    scored: int
 
 
 class SampleGenerator:

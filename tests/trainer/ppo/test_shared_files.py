@@ -1,4 +1,4 @@
-"""Files as ranks on several hosts see them."""
+"""Files that ranks on several hosts must see."""
 
 import asyncio
 import os
@@ -6,14 +6,14 @@ import os
 import pytest
 
 from verl.config import PPOConfig
-from verl.trainer.ppo.shared_files import check_seen, check_shared, files_of
+from verl.trainer.ppo.shared_files import check_shared_directory, check_visible_paths, input_paths
 from verl.workers.train_worker import TrainWorker
 
 ADDRESSES = ["10.0.0.1", "10.0.0.2"]
 
 
 class Ranks:
-    """Ranks whose hosts have the files below a root of their own: "/" is this host's disk."""
+    """Ranks on hosts whose disks are simulated by root directories; "/" is the disk of this host."""
 
     def __init__(self, *roots):
         self.roots = roots
@@ -23,24 +23,24 @@ class Ranks:
         return [[path for path in paths if not os.path.exists(f"{root}{path}")] for root in self.roots]
 
 
-def test_a_directory_that_all_ranks_see(tmp_path):
-    asyncio.run(check_shared(tmp_path / "new", Ranks("/", "/"), ADDRESSES))
+def test_a_shared_directory_passes_and_stays_empty(tmp_path):
+    asyncio.run(check_shared_directory(tmp_path / "new", Ranks("/", "/"), ADDRESSES))
     assert list((tmp_path / "new").iterdir()) == []
 
 
-def test_a_rank_on_a_host_with_a_disk_of_its_own(tmp_path):
+def test_a_rank_that_does_not_see_the_directory_is_reported(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"default_local_dir=.*: rank 1 on 10\.0\.0\.2 does not see"):
-        asyncio.run(check_shared(tmp_path / "run", Ranks("/", tmp_path / "other"), ADDRESSES))
+        asyncio.run(check_shared_directory(tmp_path / "run", Ranks("/", tmp_path / "other"), ADDRESSES))
     assert list((tmp_path / "run").iterdir()) == []
 
 
-def test_a_host_that_lacks_the_model(tmp_path):
+def test_a_host_without_the_model_is_reported(tmp_path):
     (tmp_path / "model").mkdir()
     config = PPOConfig()
     config.actor_rollout_ref.model.path = str(tmp_path / "model")
     config.actor_rollout_ref.model.external_lib = ["a_module_by_name"]
-    paths = files_of(config)
+    paths = input_paths(config)
     assert paths == {"actor_rollout_ref.model.path": str(tmp_path / "model")}
-    asyncio.run(check_seen(paths, Ranks("/", "/"), ADDRESSES))
+    asyncio.run(check_visible_paths(paths, Ranks("/", "/"), ADDRESSES))
     with pytest.raises(FileNotFoundError, match=r"^actor_rollout_ref\.model\.path=.*: rank 1 on 10\.0\.0\.2 does not"):
-        asyncio.run(check_seen(paths, Ranks("/", tmp_path / "other"), ADDRESSES))
+        asyncio.run(check_visible_paths(paths, Ranks("/", tmp_path / "other"), ADDRESSES))

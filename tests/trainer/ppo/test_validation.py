@@ -1,6 +1,5 @@
 """Validation statistics against a slow reference: Python loops over dicts, one bootstrap draw at a time."""
 
-import json
 import random
 from collections import Counter
 
@@ -8,7 +7,6 @@ import numpy as np
 import pytest
 
 from verl.trainer.ppo.validation import (
-    dump_generations,
     flatten_validation_metrics,
     process_validation_metrics,
     samples_table,
@@ -158,31 +156,6 @@ def test_validation_variables():
     assert "acc" not in validation_variables(["c"], [1.0], [{"format": 1.0}])
     with pytest.raises(ValueError, match="1 entries for 2 scores"):
         validation_variables(["a", "a"], [1.0, 2.0], [{}])
-
-
-def test_dump_generations(tmp_path):
-    rows = [
-        {
-            "input": "cat",
-            "output": "t\u00e4c\n",
-            "gts": {"a": np.int64(3)},
-            "score": np.float32(0.5),
-            "acc": float("nan"),
-        },
-        {"acc": True, "score": 1, "gts": None, "output": "", "input": "dog"},
-    ]
-    path = dump_generations(tmp_path / "val", 7, rows)
-    assert path == tmp_path / "val" / "7.jsonl"
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    assert lines == [
-        {"input": "cat", "output": "t\u00e4c\n", "gts": {"a": 3}, "score": 0.5, "step": 7, "acc": None},
-        {"input": "dog", "output": "", "gts": None, "score": 1, "step": 7, "acc": True},
-    ]
-    assert all(list(line)[:5] == ["input", "output", "gts", "score", "step"] for line in lines)
-    with pytest.raises(ValueError, match=r"rows\[0\]: lacks \['gts'\]"):
-        dump_generations(tmp_path / "val", 7, [{"input": "", "output": "", "score": 0}])
-    assert len(path.read_text().splitlines()) == 2
-    assert [p.name for p in path.parent.iterdir()] == ["7.jsonl"]
 
 
 def test_samples_table_does_not_depend_on_the_order_of_the_samples():

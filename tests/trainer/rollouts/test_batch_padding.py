@@ -107,7 +107,7 @@ def test_columns_that_do_not_fit():
     with pytest.raises(ValueError, match=r"column 'odd' has rows of shape \[\(8,\), \(9,\)\].*3 \(responses\) or 5"):
         pad_and_concat([first, second], PAD)
     del second.batch["odd"]
-    with pytest.raises(ValueError, match=r"column 'odd'.*None: not there"):
+    with pytest.raises(ValueError, match=r"column 'odd'.*None: missing"):
         pad_and_concat([first, second], PAD)
     with pytest.raises(ValueError, match="no batch"):
         pad_and_concat([], PAD)

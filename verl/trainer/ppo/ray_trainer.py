@@ -1,6 +1,6 @@
 """The training loop.
 
-One step, and for each stage the columns it reads and adds (`DataProto`, B samples, P and T padded widths):
+One step, and the columns that each stage reads and adds (`DataProto`, B samples, P and T padded widths):
 
     stage            reads                                           adds
     generate         rows: prompt_token_ids                          prompts, responses, input_ids, attention_mask,
@@ -12,16 +12,16 @@ One step, and for each stage the columns it reads and adds (`DataProto`, B sampl
     values           input_ids, response_mask                        values
     correct_rollout  old_log_probs, rollout_log_probs                rollout_is_weights, accepted_mask
     advantages       token_level_scores, uid, ref_log_prob, values   token_level_rewards, advantages, returns
-    drop_rejected    accepted_mask                                   response_mask without what was rejected
+    drop_rejected    accepted_mask                                   response_mask without the rejected tokens
     update_critic    values, returns                                 -
-    update_actor     all of the above but values and returns         -
+    update_actor     all of the above except values and returns      -
     update_weights   -                                               the replicas serve version `step`
 
-Which of them run depends on the config: `ref_log_prob` with a KL term, `values` and `update_critic` with an estimator
-that needs a critic; columns behind a semicolon are there where the estimator names them. In bypass mode the rollout's
-log-probabilities stand for `old_log_probs`, and the loss corrects.
+The config decides which stages run: `ref_log_prob` runs with a KL term, `values` and `update_critic` with an estimator
+that needs a critic. Columns after a semicolon exist if the estimator requires them. In bypass mode the rollout's
+log-probabilities are used as `old_log_probs`, and the loss applies the correction.
 
-When they run, for step k (`pipeline.py`; v: the version of the weights, `passes`: old_log_probs, ref_log_prob, values):
+Schedule of step k (`pipeline.py`; v: the version of the weights, `passes`: old_log_probs, ref_log_prob, values):
 
     trainer.rollout_lag=0
     trainer   | wait, passes of k | advantages | update k |                    | new weights | validate |
@@ -31,14 +31,14 @@ When they run, for step k (`pipeline.py`; v: the version of the weights, `passes
     trainer   | passes of k, rest | advantages | update k | wait, passes of k+1| new weights | validate | save
     replicas  | generate k+1 (v k-1) ..........................................|    v k      |          | k+2 (v k)
 
-The passes go over samples as these finish, in full micro-batches; not where engine and trainer take turns with a
-device's memory, or where a step's samples are chosen from those that finish: there they follow the generation.
+The passes process samples as they finish, in full micro-batches. They run after the generation if engine and trainer
+take turns with the memory of a device, or if the samples of a step are chosen from the finished ones.
 
-With lag the weights change between two rollouts. An engine would let its requests finish before an update in any case;
-to wait for the whole rollout also keeps the later turns of a conversation under one version, so that all of a batch is
-one update behind the weights that train on it. Each side waits for the slower one once a step: the trainer for the last
-answers (`timing_s/wait_for_rollout`), the replicas for the update (`timing_s/wait_for_trainer`). The first batch of a
-run, of a resumed one too, is not behind.
+With lag the weights change between two rollouts. An engine finishes its requests before an update in any case. Waiting
+for the whole rollout also keeps the later turns of a conversation under one version, so that every sample of a batch is
+one update behind the weights that train on it. Each side waits for the slower one once per step: the trainer for the
+last responses (`timing_s/wait_for_rollout`), the replicas for the update (`timing_s/wait_for_trainer`). The first batch
+of a run, also of a resumed run, is not behind.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ from verl.trainer.ppo.metrics import (
 )
 from verl.trainer.ppo.off_policy import correct_rollout, drop_rejected, mismatch_metrics
 from verl.trainer.ppo.rewards_to_advantages import apply_advantages, apply_kl_penalty
+from verl.trainer.ppo.run_state import load_run, save_run
 from verl.trainer.ppo.runtime import Runtime
 from verl.trainer.ppo.validation_run import ValidationRun
 from verl.trainer.rollouts.pipeline import RolloutPipeline, rollout_pipeline
@@ -75,12 +76,12 @@ logger = logging.getLogger(__name__)
 
 
 class RayPPOTrainer:
-    """Runs the loop over a `Runtime`, which holds the processes.
+    """Runs the training loop on a `Runtime`, which holds the processes.
 
     Args:
-        config: checked.
+        config: a checked config.
         runtime: trainer ranks, replicas, rewards and data, all running.
-        store: where checkpoints go.
+        store: the checkpoints of the run.
     """
 
     def __init__(self, config: PPOConfig, runtime: Runtime, store: CheckpointStore):
@@ -89,7 +90,7 @@ class RayPPOTrainer:
         self.step = 0
 
     async def fit(self) -> None:
-        """Train to the last step; validate before, during and after; save; log."""
+        """Train to the last step, with validation, checkpoints and logs."""
         trainer, runtime = self.config.trainer, self.runtime
         await self.restore()
         async with self.rollouts() as rollouts:
@@ -99,13 +100,13 @@ class RayPPOTrainer:
                     tracking.log(await self.validate(tracking), self.step)
                 if trainer.val_only:
                     return
-                while self.step < runtime.total_steps:
+                while self.step < runtime.data.total_steps:
                     self.step += 1
                     timing: dict[str, float] = {}
                     with marked_timer("step", timing, step=self.step):
-                        batch, metrics, runtime.prompts.position = await rollouts.finish(self.step, timing)
+                        batch, metrics, runtime.data.prompts.state = await rollouts.finish(self.step, timing)
                         with marked_timer("adv", timing):
-                            batch, of_advantages = self.advantages(batch)
+                            batch, advantage_metrics = self.advantages(batch)
                         if runtime.with_critic:
                             with marked_timer("update_critic", timing):
                                 metrics |= await runtime.update_critic(batch)
@@ -113,85 +114,88 @@ class RayPPOTrainer:
                             with marked_timer("update_actor", timing):
                                 metrics |= await self.update_actor(batch)
                         # The weights change between two rollouts, never inside one.
-                        await rollouts.settle(timing)
+                        await rollouts.wait_idle(timing)
                         with marked_timer("update_weights", timing):
                             metrics |= await runtime.update_weights(self.step)
                         if self.due(trainer.test_freq):
                             with marked_timer("testing", timing):
                                 metrics |= await self.validate(tracking)
-                    rollouts.serving(self.step)
-                    metrics |= of_advantages | self.describe(batch, timing)
+                    rollouts.on_new_weights(self.step)
+                    metrics |= advantage_metrics | self.step_metrics(batch, timing)
                     tracking.log(metrics, self.step)
                     progress.update(self.step, metrics)
                     if self.due(trainer.save_freq):
-                        # After the log: a kill in between repeats a step, it never loses a line.
+                        # Save after the log: a kill in between repeats a step, but loses no line of the log.
                         await self.save(tracking)
 
     # ---- stages that are more than one call ----
 
     def rollouts(self) -> AbstractAsyncContextManager[RolloutPipeline]:
-        """The batches of the steps that are left, generated and put through the forward passes."""
+        """Return the pipeline that generates the remaining batches and runs the forward passes on them."""
         return rollout_pipeline(
-            self.runtime.sampling,
+            self.runtime.sampler,
             self.runtime.forward_passes(),
             lag=self.config.trainer.rollout_lag,
             step=self.step,
-            last_step=self.runtime.total_steps,
-            streams=self.runtime.streams,
+            last_step=self.runtime.data.total_steps,
+            overlaps_forward=self.runtime.overlaps_forward,
         )
 
     def advantages(self, batch: DataProto) -> tuple[DataProto, dict[str, float]]:
-        """Correct for the rollout policy, turn scores into advantages, leave rejected tokens out of the updates."""
+        """Correct for the rollout policy, compute advantages and drop rejected tokens; return batch and metrics."""
         runtime, algorithm = self.runtime, self.config.algorithm
         metrics: dict[str, float] = {}
         if runtime.correction.bypass_mode:
-            # Another name for them costs no forward pass.
+            # The rollout policy counts as the old policy, so no forward pass is needed.
             batch = batch.union(DataProto.from_dict(tensors={"old_log_probs": batch.batch["rollout_log_probs"]}))
         elif "rollout_log_probs" in batch.batch:
             batch, metrics = correct_rollout(batch, runtime.correction)
-        batch, of_kl = apply_kl_penalty(batch, algorithm, runtime.kl_controller)
-        return drop_rejected(apply_advantages(batch, algorithm)), metrics | of_kl
+        batch, kl_metrics = apply_kl_penalty(batch, algorithm, runtime.kl_controller)
+        return drop_rejected(apply_advantages(batch, algorithm)), metrics | kl_metrics
 
     async def update_actor(self, batch: DataProto) -> dict[str, float]:
+        """Train the actor; in bypass mode add the mismatch metrics, which need the log-probabilities of training."""
         metrics = await self.runtime.update_actor(batch)
         if self.runtime.correction.bypass_mode:
-            seen = await self.runtime.training_log_probs(batch)
-            metrics |= mismatch_metrics(batch, seen, self.runtime.correction)
+            log_probs = await self.runtime.training_log_probs(batch)
+            metrics |= mismatch_metrics(batch, log_probs, self.runtime.correction)
         return metrics
 
     def due(self, every: int) -> bool:
-        """Whether something that happens every `every` steps happens now; the last step always counts."""
-        return every > 0 and (self.step % every == 0 or self.step == self.runtime.total_steps)
+        """Return True if an action with interval `every` (in steps) is due; it always is at the last step."""
+        return every > 0 and (self.step % every == 0 or self.step == self.runtime.data.total_steps)
 
     @spanned("validate")
     async def validate(self, tracking: Tracking) -> dict[str, float]:
+        """Validate, log samples and return metrics `val-core/*` and `val-aux/*`."""
         metrics, table = await self.validation.run(self.step)
         if table:
             tracking.log_generations(table, self.step)
         return metrics
 
     async def restore(self) -> None:
-        """Go on from a checkpoint where there is one to go on from."""
+        """Resume from a checkpoint if `trainer.resume_mode` finds one."""
         trainer = self.config.trainer
         checkpoint = self.store.resolve(trainer.resume_mode, trainer.resume_from_path)
         if checkpoint is not None:
-            self.step = await self.runtime.load(checkpoint)
+            self.step = await load_run(self.runtime, checkpoint)
             logger.info("resumed from %s at step %d", checkpoint, self.step)
         self.resumed = checkpoint is not None
 
     async def save(self, tracking: Tracking) -> None:
+        """Write a checkpoint; log its time to the files, without another line on the console."""
         timing: dict[str, float] = {}
         with marked_timer("save_checkpoint", timing), self.store.writing(self.step) as directory:
-            await self.runtime.save(directory, self.step)
-        quiet = [name for name in self.config.trainer.logger if name != "console"]
-        tracking.log({"timing_s/save_checkpoint": timing["save_checkpoint"]}, self.step, backend=quiet)
+            await save_run(self.runtime, directory, self.step)
+        backends = [name for name in self.config.trainer.logger if name != "console"]
+        tracking.log({"timing_s/save_checkpoint": timing["save_checkpoint"]}, self.step, backend=backends)
 
-    def describe(self, batch: DataProto, timing: dict[str, float]) -> dict[str, Any]:
-        """What can be read off a finished step."""
+    def step_metrics(self, batch: DataProto, timing: dict[str, float]) -> dict[str, Any]:
+        """Return the metrics of a finished step."""
         data, n_devices = self.config.data, self.config.trainer.n_gpus_per_node * self.config.trainer.nnodes
         return {
             "training/global_step": self.step,
-            "training/epoch": self.runtime.prompts.epoch,
+            "training/epoch": self.runtime.data.prompts.epoch,
             **compute_data_metrics(batch, data.max_prompt_length, data.max_response_length),
             **compute_agent_metrics(batch),
             **compute_version_metrics(batch.batch["weight_versions"], self.step - 1),
@@ -201,6 +205,7 @@ class RayPPOTrainer:
         }
 
     def tracking(self) -> Tracking:
+        """Open the loggers of `trainer.logger`."""
         trainer = self.config.trainer
         return Tracking(
             trainer.project_name,
@@ -209,15 +214,16 @@ class RayPPOTrainer:
             config=self.config,
             default_local_dir=trainer.default_local_dir,
             resume_step=self.step if self.resumed else None,
-            total_steps=self.runtime.total_steps,
+            total_steps=self.runtime.data.total_steps,
         )
 
     def progress(self) -> Progress:
-        return Progress(self.runtime.total_steps, self.step, lines="console" not in self.config.trainer.logger)
+        """Open the progress display."""
+        return Progress(self.runtime.data.total_steps, self.step, lines="console" not in self.config.trainer.logger)
 
 
 async def train(config: PPOConfig, plan: Plan) -> None:
-    """Start everything, train, stop everything, whatever happens in between."""
+    """Start the processes, train, and stop the processes even after an error."""
     store = CheckpointStore(config.trainer.default_local_dir, config.trainer.max_actor_ckpt_to_keep)
     write_record(config, config.trainer.default_local_dir)
     if config.trainer.timeline is not None:
@@ -232,11 +238,11 @@ async def train(config: PPOConfig, plan: Plan) -> None:
 
 
 def run(config: PPOConfig, plan: Plan) -> None:
-    """Train, from a plain thread. Ctrl-C and SIGTERM end in a clean stop: no process and no shared memory stays behind.
+    """Train, from a thread without an event loop. Ctrl-C and SIGTERM stop all processes and free all shared memory.
 
     Raises:
-        KeyboardInterrupt: after Ctrl-C, once everything is stopped.
-        SystemExit: after SIGTERM, likewise, with status 143.
+        KeyboardInterrupt: after Ctrl-C, once all processes have stopped.
+        SystemExit: after SIGTERM, once all processes have stopped; the status is 143.
     """
     terminated = False
 
@@ -250,7 +256,7 @@ def run(config: PPOConfig, plan: Plan) -> None:
             task.cancel()
 
         with RaySession(config):
-            # After Ray, which puts a handler of its own in place.
+            # After ray.init, which installs its own handler.
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, terminate)
             await train(config, plan)
 

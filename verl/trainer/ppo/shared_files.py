@@ -1,4 +1,4 @@
-"""Whether every rank of a trainer on several hosts sees what the driver sees: models, checkpoints, where these go."""
+"""Checks that trainer ranks on other nodes see the files that the driver sees: models, and checkpoint directories."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from verl.config.roles import needs_critic
 from verl.single_controller.worker_group import WorkerGroup
 from verl.workers.train_worker import TrainWorker
 
-Ranks = WorkerGroup[TrainWorker]
 
-
-def files_of(config: PPOConfig) -> dict[str, str]:
-    """By config key: files and directories of this host that every rank reads."""
+def input_paths(config: PPOConfig) -> dict[str, str]:
+    """Return the files and directories of this host that every rank reads, by config key."""
     roles = config.actor_rollout_ref
     paths = {
         "actor_rollout_ref.model.path": roles.model.path,
@@ -30,46 +28,54 @@ def files_of(config: PPOConfig) -> dict[str, str]:
     return {key: path for key, path in paths.items() if path is not None and os.path.exists(path)}
 
 
-async def check_seen(paths: Mapping[str, str | Path], ranks: Ranks, addresses: Sequence[str]) -> None:
-    """Have every rank look for paths that are there on this host.
+async def check_visible_paths(
+    paths: Mapping[str, str | Path], ranks: WorkerGroup[TrainWorker], addresses: Sequence[str]
+) -> None:
+    """Check that every rank sees paths that exist on this host.
 
     Args:
-        paths: by config key.
-        addresses: of each rank's host, for the message.
+        paths: files or directories by config key.
+        ranks: the trainer ranks.
+        addresses: address of each rank's node, for the error message.
 
     Raises:
-        FileNotFoundError: a rank does not see one.
+        FileNotFoundError: a rank does not see a path.
     """
     keys = {str(Path(path).absolute()): key for key, path in paths.items()}
-    for rank, absent in enumerate(await ranks.all(TrainWorker.missing_paths, list(keys))):
-        for path in absent:
+    for rank, missing in enumerate(await ranks.all(TrainWorker.missing_paths, list(keys))):
+        for path in missing:
             raise FileNotFoundError(
                 f"{keys[path]}={path}: rank {rank} on {addresses[rank]} does not see it; put it there at the same "
                 "path, or on a file system that all nodes share"
             )
 
 
-async def check_shared(directory: str | Path, ranks: Ranks, addresses: Sequence[str]) -> None:
-    """Make a file where checkpoints go and have every rank look for it; at the start, not at the first checkpoint.
+async def check_shared_directory(
+    directory: str | Path, ranks: WorkerGroup[TrainWorker], addresses: Sequence[str]
+) -> None:
+    """Check at the start, before the first checkpoint, that every rank sees the checkpoint directory of the driver.
+
+    The driver creates a file in the directory and every rank looks for it.
 
     Args:
-        directory: `trainer.default_local_dir`; made if missing.
-        addresses: of each rank's host, for the message.
+        directory: `trainer.default_local_dir`; created if missing.
+        ranks: the trainer ranks.
+        addresses: address of each rank's node, for the error message.
 
     Raises:
-        FileNotFoundError: a rank does not see it: its part of a checkpoint would be on another disk.
+        FileNotFoundError: a rank does not see the file, so its part of a checkpoint would be on another disk.
     """
     directory = Path(directory).absolute()
     directory.mkdir(parents=True, exist_ok=True)
-    probe = directory / f".seen-by-all-ranks-{uuid.uuid4().hex}"
+    probe = directory / f".visible-to-all-ranks-{uuid.uuid4().hex}"
     probe.touch()
     try:
-        answers = await ranks.all(TrainWorker.missing_paths, [str(probe)])
+        results = await ranks.all(TrainWorker.missing_paths, [str(probe)])
     finally:
         probe.unlink()
-    blind = [f"rank {rank} on {addresses[rank]}" for rank, absent in enumerate(answers) if absent]
+    blind = [f"rank {rank} on {addresses[rank]}" for rank, missing in enumerate(results) if missing]
     if blind:
         raise FileNotFoundError(
-            f"trainer.default_local_dir={directory}: {', '.join(blind)} does not see what is written there by the "
-            "driver; checkpoints need a file system that all nodes share, or use trainer.save_freq=-1"
+            f"trainer.default_local_dir={directory}: {', '.join(blind)} does not see files that the driver writes "
+            "there; checkpoints need a file system that all nodes share, or use trainer.save_freq=-1"
         )

@@ -7,13 +7,9 @@ prompts of a data source, so that a prompt counts once however many samples it h
 import numbers
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from verl.utils.atomic_io import atomic_write_text
-from verl.utils.tracking.plain import to_json
 
 N_BOOTSTRAP = 1000
 SAMPLE_COLUMNS = ("input", "output", "gts", "score")
@@ -200,31 +196,6 @@ def flatten_validation_metrics(nested: Nested) -> dict[str, float]:
                 section = "val-core" if variable == core_variable and name in core_names else "val-aux"
                 flat[f"{section}/{source}/{variable}/{name}"] = value
     return flat
-
-
-def dump_generations(directory: str | Path, step: int, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Write the samples of a step to DIRECTORY/STEP.jsonl, one JSON object a line, and return that path.
-
-    Args:
-        directory: made if missing.
-        step: training step; also stored in every line.
-        rows: one mapping a sample with `input`, `output`, `gts` (ground truth), `score` and any further keys.
-
-    Raises:
-        ValueError: a row lacks one of those columns.
-        OSError: the file cannot be written; an earlier file of that step is unharmed.
-    """
-    lines = []
-    for number, row in enumerate(rows):
-        if missing := [name for name in SAMPLE_COLUMNS if name not in row]:
-            raise ValueError(f"rows[{number}]: lacks {missing}; a sample needs {list(SAMPLE_COLUMNS)}")
-        ordered = {**{name: row[name] for name in SAMPLE_COLUMNS}, "step": step}
-        lines.append(to_json({**ordered, **{name: value for name, value in row.items() if name not in ordered}}))
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"{step}.jsonl"
-    atomic_write_text(path, "".join(line + "\n" for line in lines))
-    return path
 
 
 def samples_table(

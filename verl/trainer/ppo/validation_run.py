@@ -1,4 +1,4 @@
-"""One validation: sample answers to the held-out prompts, score them, sum them up."""
+"""One validation: generate responses to the validation prompts, score them, compute metrics."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from verl.agent_loop.generation import ScoredSample
 from verl.config import PPOConfig
 from verl.trainer.ppo.runtime import Runtime
 from verl.trainer.ppo.validation import (
-    dump_generations,
     flatten_validation_metrics,
     process_validation_metrics,
     samples_table,
     validation_variables,
 )
-from verl.trainer.rollouts.prompts import rows_of
+from verl.trainer.rollouts.prompts import to_rows
+from verl.trainer.rollouts.sample_files import dump_generations
 
 
 class ValidationRun:
@@ -22,26 +22,26 @@ class ValidationRun:
 
     Args:
         config: the whole config.
-        runtime: running.
+        runtime: must be started.
     """
 
     def __init__(self, config: PPOConfig, runtime: Runtime):
-        self._config, self._loader, self._sampling = config, runtime.val_loader, runtime.sampling
+        self._config, self._loader, self._sampler = config, runtime.data.val_loader, runtime.sampler
 
     async def run(self, step: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Metrics `val-core/...` and `val-aux/...`, and at most `trainer.log_val_generations` samples to show."""
+        """Return metrics `val-core/...` and `val-aux/...`, and at most `trainer.log_val_generations` samples."""
         trainer = self._config.trainer
         samples: list[ScoredSample] = []
         for batch in self._loader:
-            samples += await self._sampling.validation(rows_of(batch, step))
+            samples += await self._sampler.sample_validation(to_rows(batch, step))
         sources = [sample.row["data_source"] for sample in samples]
         variables = validation_variables(sources, [s.reward.score for s in samples], [s.reward.extra for s in samples])
-        # A prompt is known by its place in the validation set, not by its batch.
+        # Identify prompts by their text: the uid is unique only within a batch.
         prompts = [f"{s.row['data_source']}/{s.row['raw_prompt']}" for s in samples]
         metrics = flatten_validation_metrics(process_validation_metrics(sources, prompts, variables))
         if trainer.validation_data_dir:
-            dump_generations(trainer.validation_data_dir, step, [self._sampling.describe(s) for s in samples])
-        texts = [self._sampling.describe(s) for s in samples] if trainer.log_val_generations > 0 else []
+            dump_generations(trainer.validation_data_dir, step, [self._sampler.describe(s) for s in samples])
+        texts = [self._sampler.describe(s) for s in samples] if trainer.log_val_generations > 0 else []
         table = samples_table(
             [text["input"] for text in texts],
             [text["output"] for text in texts],

@@ -1,1 +1,1 @@
-"""Rollouts of a training step: prompts, sampling, dynamic sampling, partial rollouts and their pipeline."""
+"""Rollouts of a training step: prompts, sampling, dynamic sampling, partial rollouts and their schedule."""

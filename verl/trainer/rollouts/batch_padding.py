@@ -1,4 +1,4 @@
-"""Joining batches whose prompts and responses were padded to different widths."""
+"""Join batches whose prompts and responses were padded to different widths."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ import torch.nn.functional as F
 
 from verl.protocol import DataProto
 
-# What a padded position holds where it is not 0; position ids go on as the last one did.
+# Columns padded with a value other than 0. Position ids are padded with the last position.
 _TOKEN_COLUMNS = ("prompts", "responses", "input_ids")
 _FILL = {"weight_versions": -1}
 
 
 def pad_and_concat(batches: Sequence[DataProto], pad_token_id: int) -> DataProto:
-    """One batch with the rows of all, as if they had been laid out together.
+    """Return one batch with the rows of all batches, as if they had been laid out together.
 
-    Tensors are aligned by their second dimension, which differs between batches: `prompts` [B, P, ...] get padding on
-    the left; those as wide as `responses` [B, T, ...] on the right; those as wide as both [B, P + T, ...] on either
-    side; others have to be equally wide everywhere. Padding is `pad_token_id` in columns of tokens, -1 in
-    `weight_versions`, the last position in `position_ids`, and 0 (False) elsewhere. Columns then shrink to the longest
-    prompt and response that `attention_mask` shows, so that padding for rows that were dropped goes.
+    Tensors are aligned by their second dimension, which differs between batches. `prompts` [B, P, ...] are padded on
+    the left, columns as wide as `responses` [B, T, ...] on the right, and columns as wide as both [B, P + T, ...] on
+    both sides. Other columns must have the same width in all batches. The padding is `pad_token_id` in token columns,
+    -1 in `weight_versions`, the last position in `position_ids`, and 0 (False) elsewhere. The columns are then cut to
+    the longest prompt and response by `attention_mask`, which removes the padding for dropped rows.
 
-    A non-tensor column that a batch lacks (an extra value that none of its rewards had) is filled with None.
+    A non-tensor column that a batch lacks (an extra value that none of its rewards has) is filled with None.
 
     Args:
         batches: at least one, with the columns `prompts`, `responses` and `attention_mask`.
-        pad_token_id: of the tokenizer.
+        pad_token_id: padding token of the tokenizer.
 
     Returns:
-        A new batch; `meta_info` as `DataProto.concat` joins it.
+        A new batch; `meta_info` is joined as by `DataProto.concat`.
 
     Raises:
-        ValueError: no batch, different tensor columns, or a column of a width that belongs to none of these.
+        ValueError: there is no batch, the tensor columns differ, or a column has none of the widths above.
     """
     if not batches:
-        raise ValueError("pad_and_concat: got no batch; pass at least one")
+        raise ValueError("pad_and_concat: there is no batch; pass at least one")
     widths = [_widths(batch) for batch in batches]
     names = {name for batch in batches for name in batch.batch.keys()}  # noqa: SIM118 - a TensorDict iterates rows
     layout = {name: _layout(name, batches, widths) for name in names}
@@ -62,7 +62,7 @@ def _widths(batch: DataProto) -> tuple[int, int]:
 
 
 def _longest(batch: DataProto, part: slice) -> int:
-    """Columns of `part` from the first to the last that any row uses: prompts end, and responses start, at a token."""
+    """Return the width that the rows use in a part: prompts end with a token, and responses start with one."""
     assert batch.batch is not None
     used = batch.batch["attention_mask"][:, part].any(dim=0)
     columns = torch.nonzero(used).flatten()
@@ -72,7 +72,7 @@ def _longest(batch: DataProto, part: slice) -> int:
 
 
 def _layout(name: str, batches: Sequence[DataProto], widths: Sequence[tuple[int, int]]) -> str:
-    """`prompt`, `response`, `both` or `fixed`: to which of the widths the second dimension of a column belongs."""
+    """Return the layout of a column by its second dimension: `prompt`, `response`, `both` or `fixed`."""
     if name == "prompts":
         return "prompt"
     columns = [batch.batch.get(name, None) for batch in batches if batch.batch is not None]
@@ -86,8 +86,8 @@ def _layout(name: str, batches: Sequence[DataProto], widths: Sequence[tuple[int,
         return "fixed"
     expected = [f"{t} (responses) or {p + t} (with prompts)" for p, t in widths]
     raise ValueError(
-        f"pad_and_concat: column {name!r} has rows of shape {shapes} (None: not there), where the batches have widths "
-        f"{expected}; give it to every batch with one of these, or one width everywhere"
+        f"pad_and_concat: column {name!r} has rows of shape {shapes} (None: missing), but the batches have widths "
+        f"{expected}; add it to every batch with one of these widths, or with one fixed width"
     )
 
 
@@ -96,7 +96,7 @@ def _sides(layout: str, left: int, right: int) -> tuple[int, int]:
 
 
 def _pad(name: str, column: torch.Tensor, left: int, right: int, pad_token_id: int) -> torch.Tensor:
-    """`column` [B, W, ...] with columns added, or for a negative number cut off, on either side."""
+    """Add columns to `column` [B, W, ...] on either side, or cut them off for a negative number."""
     if left == right == 0:
         return column
     sides = (0, 0) * (column.dim() - 2) + (left, right)

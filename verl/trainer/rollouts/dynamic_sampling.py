@@ -1,11 +1,11 @@
-"""Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): groups whose samples all did equally well teach nothing.
+"""Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): drop groups whose samples all have the same reward.
 
-They are dropped, and further prompts are generated until the step's batch is full of others:
+Such groups give no gradient. Further prompts are generated until the batch of the step is full of other groups:
 
     groups = GroupFilter(config.algorithm.filter_groups, train_batch_size=..., pad_token_id=...)
     while not groups.full:
         groups.add(<a generation batch>)
-    batch = groups.take()
+    batch = groups.build_batch()
 """
 
 from __future__ import annotations
@@ -23,26 +23,27 @@ from verl.trainer.rollouts.batch_padding import pad_and_concat
 
 TOKEN_METRICS = ("seq_reward", "seq_final_reward")
 _ENABLE = "algorithm.filter_groups"
-_BARREN_STEPS, _BARREN_PROMPTS = 64, 256
+# Give up after max(_MAX_DROPPED, _MAX_DROPPED_STEPS * train_batch_size) dropped prompts in a row.
+_MAX_DROPPED_STEPS, _MAX_DROPPED = 64, 256
 
 
 class DynamicSamplingError(RuntimeError):
-    """Not enough groups whose samples differ, within the generation batches that are allowed."""
+    """The allowed generation batches held too few groups whose samples differ."""
 
 
 def group_values(batch: DataProto, metric: str) -> np.ndarray:
-    """The filter metric of each sample.
+    """Return the filter metric of each sample.
 
     Args:
-        batch: `token_level_scores` [B, T], and the extra values of the rewards.
-        metric: `seq_reward` or `seq_final_reward`: the sum of a sample's scores; otherwise a number that the reward
-            function returned. `score` is the score of a sample where the rewards have no extra value of that name.
+        batch: columns `token_level_scores` [B, T], and the extra values of the rewards.
+        metric: `seq_reward` or `seq_final_reward` for the sum of a sample's scores; otherwise the name of a number that
+            the reward function returned. `score` is the sample's score if the rewards have no extra value `score`.
 
     Returns:
         float64 [B], NaN for a sample whose scoring failed (`reward_error`).
 
     Raises:
-        ValueError: no such column, or a sample has no finite number there.
+        ValueError: the column is missing, or a sample has no finite number in it.
     """
     assert batch.batch is not None
     failed = np.array([error is not None for error in batch.non_tensor_batch.get("reward_error", [None] * len(batch))])
@@ -50,26 +51,26 @@ def group_values(batch: DataProto, metric: str) -> np.ndarray:
 
 
 def _values(batch: DataProto, metric: str, failed: np.ndarray) -> np.ndarray:
-    """The metric [B]; anything for samples that failed."""
+    """Return the metric [B]; the values of failed samples are arbitrary."""
     if metric in TOKEN_METRICS or (metric == "score" and metric not in batch.non_tensor_batch):
-        # Groups are judged before a KL penalty is known, so that the final reward is the score.
+        # Groups are filtered before the KL penalty is known, so the final reward is the score.
         return batch.batch["token_level_scores"].double().sum(dim=-1).cpu().numpy()
     if metric not in batch.non_tensor_batch and failed.all():
-        return np.zeros(len(batch))  # nothing was returned that could have had it
+        return np.zeros(len(batch))  # no reward was returned, so the column cannot exist
     if metric not in batch.non_tensor_batch:
-        there = sorted(
+        available = sorted(
             name for name, values in batch.non_tensor_batch.items() if len(values) and all(map(_is_number, values))
         )
         raise ValueError(
-            f"{_ENABLE}.metric={metric}: a filter metric that no reward returns; "
-            f"use one of {', '.join([*TOKEN_METRICS, *there])}, or return it from the reward function"
+            f"{_ENABLE}.metric={metric}: no reward returns this filter metric; "
+            f"use one of {', '.join([*TOKEN_METRICS, *available])}, or return it from the reward function"
         )
     values = batch.non_tensor_batch[metric]
     missing = [value for value, error in zip(values, failed, strict=True) if not error and not _is_number(value)]
     if missing:
         raise ValueError(
-            f"{_ENABLE}.metric={metric}: {len(missing)} of {len(values)} samples have no finite number there, one has "
-            f"{missing[0]!r:.80}; return it with every sample, or use seq_reward"
+            f"{_ENABLE}.metric={metric}: {len(missing)} of {len(values)} samples have no finite number there, for "
+            f"example {missing[0]!r:.80}; return a number for every sample, or use seq_reward"
         )
     return np.where(failed, 0.0, values).astype(np.float64)
 
@@ -79,25 +80,25 @@ def _is_number(value: Any) -> bool:
 
 
 def keep_groups(uids: Sequence[Any], values: Sequence[float]) -> np.ndarray:
-    """Which samples belong to a group that is kept: its values differ, or it is a single sample.
+    """Select the samples of the groups to keep: groups whose values differ, and groups of a single sample.
 
     Args:
-        uids: [B] the group of each sample, in any order.
-        values: [B] finite, or NaN for a sample that was not scored, which makes no difference.
+        uids: [B] group of each sample, in any order.
+        values: [B] finite, or NaN for a sample that was not scored; NaN values are ignored.
 
     Returns:
-        bool [B].
+        bool [B], True for a sample of a group to keep.
 
     Raises:
-        ValueError: the two have different lengths.
+        ValueError: `uids` and `values` have different lengths.
     """
-    groups, numbers_ = _groups(uids), np.asarray(values, np.float64)
-    if len(groups) != len(numbers_):
-        raise ValueError(f"keep_groups: {len(groups)} uids and {len(numbers_)} values; give one of each a sample")
+    groups, scores = _as_list(uids), np.asarray(values, np.float64)
+    if len(groups) != len(scores):
+        raise ValueError(f"keep_groups: {len(groups)} uids and {len(scores)} values; pass one of each per sample")
     keep = np.zeros(len(groups), bool)
     for rows in _rows_of(groups).values():
-        # Compared, since the standard deviation of equal values may be above 0 by rounding: three times 0.1.
-        scored = _scored(numbers_[rows])
+        # Not the standard deviation: rounding may make it positive for equal values such as 0.1, 0.1, 0.1.
+        scored = _scored(scores[rows])
         keep[rows] = len(rows) == 1 or (len(scored) > 0 and scored.min() < scored.max())
     return keep
 
@@ -106,12 +107,12 @@ def _scored(values: np.ndarray) -> np.ndarray:
     return values[~np.isnan(values)]
 
 
-def _groups(uids: Sequence[Any]) -> list[Any]:
+def _as_list(uids: Sequence[Any] | np.ndarray) -> list[Any]:
     return uids.tolist() if isinstance(uids, np.ndarray) else list(uids)
 
 
 def _rows_of(groups: Sequence[Any]) -> dict[Any, list[int]]:
-    """Rows of each group, groups in the order of their first row."""
+    """Return the rows of each group; groups are in the order of their first row."""
     rows: dict[Any, list[int]] = {}
     for row, group in enumerate(groups):
         rows.setdefault(group, []).append(row)
@@ -119,18 +120,18 @@ def _rows_of(groups: Sequence[Any]) -> dict[Any, list[int]]:
 
 
 class GroupFilter:
-    """Collects, for one step, the groups that are kept, over as many generation batches as it takes.
+    """Collects the groups to keep for one step, from as many generation batches as necessary.
 
-    `max_num_gen_batches` = 0 sets no limit: prompts may come round again in a later epoch. Still it ends when 64
-    times `train_batch_size` prompts in a row (at least 256) gave not one group to keep, since then none will come.
+    `max_num_gen_batches` = 0 sets no limit: prompts may be drawn again in a later epoch. Collecting still fails if
+    64 * `train_batch_size` prompts in a row (at least 256) gave no group to keep, because then none can be expected.
 
-    Groups beyond `train_batch_size` in the last batch are discarded, as upstream verl does: by the next step their
-    tokens would be a policy older than its batch. `metrics` counts them.
+    Groups beyond `train_batch_size` in the last batch are discarded, as in upstream verl: in the next step their tokens
+    would come from an older policy than the rest of its batch. `metrics` counts them.
 
     Args:
-        config: `algorithm.filter_groups`; its `metric` is set.
+        config: `algorithm.filter_groups`, with `metric` set.
         train_batch_size: prompts that the step needs.
-        pad_token_id: what prompts and responses are padded with when batches of different widths are joined.
+        pad_token_id: padding of prompts and responses when batches of different widths are joined.
     """
 
     def __init__(self, config: FilterGroupsConfig, *, train_batch_size: int, pad_token_id: int) -> None:
@@ -139,30 +140,32 @@ class GroupFilter:
         self._needed, self._pad_token_id = train_batch_size, pad_token_id
         self._kept: list[DataProto] = []
         self._uids: set[Any] = set()
-        self._num_batches = self._num_kept = self._num_unscored = self._barren = 0
+        self._num_batches = self._num_kept = self._num_unscored = self._dropped_run = 0
         self._equal_at: Counter[float] = Counter()
         self._lowest, self._highest = np.inf, -np.inf
 
     @property
     def full(self) -> bool:
-        """Whether there are enough groups for the step."""
+        """True if there are enough groups for the step."""
         return self._num_kept >= self._needed
 
     def add(self, batch: DataProto) -> None:
-        """Take the groups of one generation batch that are kept.
+        """Add the groups to keep of one generation batch.
 
         Args:
-            batch: rewarded samples with whole groups and `uid` [B], no uid of which was in an earlier batch.
+            batch: scored samples of complete groups, with `uid` [B]; no uid may occur in an earlier batch.
 
         Raises:
-            DynamicSamplingError: this was the last batch allowed and the step is not full.
-            ValueError: see `group_values`; or an empty batch, or a uid that came before.
+            DynamicSamplingError: this was the last allowed batch and the step is not full.
+            ValueError: see `group_values`; or the batch is empty, or a uid occurred before.
         """
-        groups, values = _groups(batch.non_tensor_batch["uid"]), group_values(batch, self._metric)
+        groups, values = _as_list(batch.non_tensor_batch["uid"]), group_values(batch, self._metric)
         if not groups:
-            raise ValueError("GroupFilter: got a generation batch without samples")
-        if again := self._uids.intersection(groups):
-            raise ValueError(f"GroupFilter: uid {min(again)!r} was in an earlier generation batch; make uids unique")
+            raise ValueError("GroupFilter: the generation batch has no samples")
+        if repeated := self._uids.intersection(groups):
+            raise ValueError(
+                f"GroupFilter: duplicate uid {min(repeated)!r} in a later generation batch; make uids unique"
+            )
         self._uids.update(groups)
         self._num_batches += 1
         keep = keep_groups(groups, values)
@@ -177,9 +180,9 @@ class GroupFilter:
         self._highest = max(self._highest, _scored(values).max(initial=-np.inf))
         for rows in _rows_of(groups).values():
             if keep[rows[0]]:
-                self._num_kept, self._barren = self._num_kept + 1, 0
+                self._num_kept, self._dropped_run = self._num_kept + 1, 0
                 continue
-            self._barren += 1
+            self._dropped_run += 1
             scored = _scored(values[rows])
             if len(scored):
                 self._equal_at[float(scored[0])] += 1
@@ -192,9 +195,9 @@ class GroupFilter:
                 f"{_ENABLE}.max_num_gen_batches={self._most_batches}: after {self._num_batches} generation batches "
                 f"{self._summary()}. {self._advice()}, or raise max_num_gen_batches or data.gen_batch_size"
             )
-        if not self._most_batches and self._barren >= max(_BARREN_PROMPTS, _BARREN_STEPS * self._needed):
+        if not self._most_batches and self._dropped_run >= max(_MAX_DROPPED, _MAX_DROPPED_STEPS * self._needed):
             raise DynamicSamplingError(
-                f"{_ENABLE}.enable=True: the last {self._barren} prompts in a row gave no group to keep; after "
+                f"{_ENABLE}.enable=True: the last {self._dropped_run} prompts in a row gave no group to keep; after "
                 f"{self._num_batches} generation batches {self._summary()}. {self._advice()}"
             )
 
@@ -202,58 +205,60 @@ class GroupFilter:
         low, high, between = self._ends()
         unscored = f"; {self._num_unscored} groups could not be scored at all" if self._num_unscored else ""
         if not self._equal_at:
-            return f"{self._num_kept} of the {self._needed} prompts that a step needs are there{unscored}"
+            return f"{self._num_kept} of the {self._needed} prompts that a step needs are collected{unscored}"
         parts = [f"{low} with {self._metric} {self._lowest:g} for every sample"]
         if self._highest > self._lowest:
             parts.append(f"{high} with {self._highest:g} for every sample")
         if between:
-            parts.append(f"{between} with another value for every sample")
+            parts.append(f"{between} with another value, the same for every sample")
         dropped = self._equal_at.total()
         return (
-            f"{self._num_kept} of the {self._needed} prompts that a step needs are there; {dropped} of "
+            f"{self._num_kept} of the {self._needed} prompts that a step needs are collected; {dropped} of "
             f"{dropped + self._num_kept} groups were all-equal ({', '.join(parts)}){unscored}"
         )
 
     def _advice(self) -> str:
         low, high, between = self._ends()
         if self._num_unscored > self._equal_at.total():
-            return "See why the reward function fails (the log has its traceback)"
+            return "Find out why the reward function fails (the log has its traceback)"
         if low >= max(high, between):
             return (
                 "Most of these get the lowest value: use easier prompts, more samples (actor_rollout_ref.rollout.n) or "
-                "longer responses (data.max_response_length), and see that the reward can be reached at all"
+                "longer responses (data.max_response_length), and check that the reward can be reached"
             )
         if high >= between:
             return "Most of these get the highest value: use harder prompts or more samples (rollout.n)"
-        return f"Use a metric that tells samples apart better than {self._metric}, or more samples (rollout.n)"
+        return f"Use a metric that separates samples better than {self._metric}, or more samples (rollout.n)"
 
     def _ends(self) -> tuple[int, int, int]:
-        """All-equal groups at the lowest value of the step, at the highest if that is another, and in between."""
+        """Count the dropped groups at the lowest value of the step, at the highest if it differs, and in between."""
         low = self._equal_at[self._lowest]
         high = self._equal_at[self._highest] if self._highest > self._lowest else 0
         return low, high, self._equal_at.total() - low - high
 
-    def take(self) -> DataProto:
-        """The first `train_batch_size` kept groups, each with its samples next to each other, in the order they came.
+    def build_batch(self) -> DataProto:
+        """Return the first `train_batch_size` kept groups in order of arrival, the samples of each next to each other.
 
-        Prompts and responses are as wide as the longest of them.
+        Prompts and responses are padded to the longest of them.
 
         Raises:
             ValueError: the step is not full yet.
         """
         if not self.full:
-            raise ValueError(f"GroupFilter: {self._num_kept} of {self._needed} prompts are there; add a batch first")
-        taken: list[DataProto] = []
+            raise ValueError(
+                f"GroupFilter: {self._num_kept} of {self._needed} prompts are collected; add a batch first"
+            )
+        parts: list[DataProto] = []
         missing = self._needed
         for batch in self._kept:
-            groups = list(_rows_of(_groups(batch.non_tensor_batch["uid"])).values())[:missing]
+            groups = list(_rows_of(_as_list(batch.non_tensor_batch["uid"])).values())[:missing]
             if groups:
-                taken.append(batch[[row for rows in groups for row in rows]])
+                parts.append(batch[[row for rows in groups for row in rows]])
             missing -= len(groups)
-        return pad_and_concat(taken, self._pad_token_id)
+        return pad_and_concat(parts, self._pad_token_id)
 
     def metrics(self) -> dict[str, float]:
-        """Counts of the step: generation batches, and groups kept, dropped (at which end) and left over."""
+        """Return the counts of the step: generation batches, and groups kept, dropped and left over."""
         low, high, _ = self._ends()
         return {
             "train/num_gen_batches": float(self._num_batches),

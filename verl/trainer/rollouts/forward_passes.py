@@ -1,7 +1,7 @@
-"""Log-probabilities and values of samples, computed in full micro-batches while others are still being generated.
+"""Forward passes over samples, in full micro-batches while other samples are still being generated.
 
-What is computed for a sample does not depend on which samples go through the model with it, so the columns are those of
-one pass over the whole batch (up to rounding).
+The log-probabilities and values of a sample do not depend on the other samples of its micro-batch, so the columns equal
+those of one pass over the whole batch (up to rounding).
 """
 
 from __future__ import annotations
@@ -18,43 +18,43 @@ from verl.workers.engine.micro_batch import MicroBatching, plan_micro_batches
 
 T = TypeVar("T")
 
-# A batch, and the rows of each rank where these are chosen already -> its columns [b, t].
-Pass = Callable[[DataProto, Sequence[np.ndarray] | None], Awaitable[DataProto]]
+# Row numbers [b] of each rank; None to divide the rows evenly.
+RankRows = Sequence[np.ndarray] | None
+# (batch, rows of each rank) -> columns [B, T] of the batch.
+ForwardPass = Callable[[DataProto, RankRows], Awaitable[DataProto]]
 
 
 class ForwardPasses:
-    """What a run computes for every sample before it trains on it.
+    """The forward passes that every sample of a run needs before it is trained on.
 
     Args:
-        passes: by the name of its stage, each forward pass.
-        limits: of their micro-batches.
-        ranks: of the trainer.
+        passes: each pass by the name of its stage, in the order in which they run.
+        limits: micro-batch limits of the passes.
+        ranks: number of trainer ranks.
     """
 
-    def __init__(self, passes: Mapping[str, Pass], limits: Sequence[MicroBatching], ranks: int):
+    def __init__(self, passes: Mapping[str, ForwardPass], limits: Sequence[MicroBatching], ranks: int):
         self._passes, self._limits, self._ranks = passes, limits, ranks
 
-    def arrivals(self) -> MicroBatchAccumulator:
-        """For the samples of a batch that go through the passes as they finish."""
+    def make_accumulator(self) -> MicroBatchAccumulator:
+        """Build an accumulator for a batch whose samples go through the passes as they finish."""
         return MicroBatchAccumulator(self._limits, self._ranks)
 
-    async def run(
-        self, batch: DataProto, timing: MutableMapping[str, float], parts: Sequence[np.ndarray] | None = None
-    ) -> DataProto:
-        """The columns of every pass over `batch`, one pass after the other; `parts` are the rows of each rank."""
+    async def run(self, batch: DataProto, timing: MutableMapping[str, float], rank_rows: RankRows = None) -> DataProto:
+        """Run all passes over `batch`, one after the other, and return their columns [B, T]."""
         columns = DataProto()
         for stage, forward in self._passes.items():
             with marked_timer(stage, timing):
-                columns = columns.union(await forward(batch, parts))
+                columns = columns.union(await forward(batch, rank_rows))
         return columns
 
 
 class MicroBatchAccumulator(Generic[T]):
-    """Finished samples that wait for enough others to fill a micro-batch on every rank.
+    """Collects finished samples until they fill a micro-batch on every rank.
 
     Args:
-        limits: of each forward pass that the samples will go through.
-        ranks: of the trainer.
+        limits: micro-batch limits of each forward pass that the samples will go through.
+        ranks: number of trainer ranks.
     """
 
     def __init__(self, limits: Sequence[MicroBatching], ranks: int):
@@ -63,16 +63,17 @@ class MicroBatchAccumulator(Generic[T]):
         self._lengths: list[int] = []
 
     def add(self, row: int, sample: T, tokens: int) -> None:
-        """A sample has finished: number `row` of its batch, of so many tokens, prompt included."""
+        """Add a finished sample: row `row` of its batch, with `tokens` tokens, prompt included."""
         self._waiting.append((row, sample))
         self._lengths.append(tokens)
 
-    def micro_batches(self) -> list[list[tuple[int, T]]] | None:
-        """(row, sample) of a micro-batch for each rank, which no longer wait; None as long as one would not be full."""
+    def pop_micro_batches(self) -> list[list[tuple[int, T]]] | None:
+        """Remove and return the (row, sample) pairs of one micro-batch per rank; None while one would not be full."""
         if not self._limits or not all(self._more_than_full(limits) for limits in self._limits):
             return None
         lengths = np.asarray(self._lengths)
-        # Of the pass with the largest micro-batches; those of others are cut from them. All but the last are full.
+        # Plan for the pass with the largest micro-batches; those of the other passes are cut from them. All but the
+        # last micro-batch of a plan are full.
         plan = min((plan_micro_batches(lengths, limits) for limits in self._limits), key=len)[: self._ranks]
         chosen = [[self._waiting[i] for i in part] for part in plan]
         left = sorted(set(range(len(lengths))).difference(*(part.tolist() for part in plan)))
@@ -80,27 +81,28 @@ class MicroBatchAccumulator(Generic[T]):
         return chosen
 
     def _more_than_full(self, limits: MicroBatching) -> bool:
-        """Whether more waits than one micro-batch a rank holds."""
+        """True if more samples wait than one micro-batch per rank can hold."""
         if limits.size is not None:
             return len(self._waiting) > limits.size * self._ranks
+        assert limits.max_tokens is not None
         return sum(self._lengths) > limits.max_tokens * self._ranks
 
 
-def joined(parts: Sequence[tuple[Sequence[int], DataProto]], width: int) -> DataProto:
-    """Columns of a whole batch from those of its parts.
+def join_parts(parts: Sequence[tuple[Sequence[int], DataProto]], width: int) -> DataProto:
+    """Join the columns of the parts of a batch.
 
     Args:
-        parts: row numbers and, for these rows in this order, columns [b, t], t at most `width`; together every row
-            once, with the same columns in each part.
+        parts: row numbers, and columns [b, t] for these rows in this order, t at most `width`. Together the parts must
+            hold every row once; all parts must have the same columns.
         width: T, the padded response width of the batch.
 
     Returns:
-        the columns [B, T], 0 where a part was narrower.
+        The columns [B, T], 0 beyond the width t of a part.
     """
     size = sum(len(rows) for rows, _ in parts)
     columns: dict[str, torch.Tensor] = {}
     for rows, part in parts:
         for name, column in ({} if part.batch is None else part.batch).items():
-            whole = columns.setdefault(name, column.new_zeros(size, width))
-            whole[torch.as_tensor(rows), : column.shape[1]] = column
+            full = columns.setdefault(name, column.new_zeros(size, width))
+            full[torch.as_tensor(rows), : column.shape[1]] = column
     return DataProto.from_dict(tensors=columns)

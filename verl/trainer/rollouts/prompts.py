@@ -1,7 +1,7 @@
-"""Training prompts: drawn, put through the chat template and tokenised one batch ahead of their use.
+"""Training prompts: read, put through the chat template and tokenized one batch ahead of their use.
 
-A checkpoint holds what was trained on, not what was drawn: each draw knows the position behind it, and whoever trained
-on a draw says so (`PromptSource.position`).
+A checkpoint stores the progress of training, not of reading. So each draw carries the loader state after it, and the
+caller that trains on a draw sets `PromptSource.state` to that state.
 """
 
 from __future__ import annotations
@@ -13,100 +13,130 @@ from typing import Any, NamedTuple
 from verl.utils.dataset.loader import EpochDataLoader
 
 
-class Place(NamedTuple):
-    """A point between two draws, fit for a checkpoint.
+class LoaderState(NamedTuple):
+    """A point between two draws, in plain numbers that a checkpoint can store.
 
     Attributes:
-        draws: how many came before it.
-        loader: the data loader's state there.
+        draws: number of draws before it.
+        loader: state of the data loader at it.
     """
 
     draws: int
     loader: dict[str, int | bool]
 
 
+class PromptId(NamedTuple):
+    """The identity of a prompt, in plain numbers that a checkpoint can store.
+
+    Attributes:
+        number: number of its draw, from 1; its `uid` starts with it.
+        epoch: epoch that it was read in, from 0.
+        sample: number of samples that the loader had read before it in that epoch.
+    """
+
+    number: int
+    epoch: int
+    sample: int
+
+
+class Prompt(NamedTuple):
+    """A row of the data and its identity."""
+
+    row: dict[str, Any]
+    id: PromptId
+
+
 class Draw(NamedTuple):
     """One batch of prompts.
 
     Attributes:
-        rows: one dict a prompt, each with a `uid` of its own.
-        behind: the place after this draw.
+        rows: one dict per prompt, each with a unique `uid`.
+        state: the loader state after this draw.
     """
 
     rows: list[dict[str, Any]]
-    behind: Place
+    state: LoaderState
 
 
-def rows_of(batch: Mapping[str, Sequence[Any]], number: int) -> list[dict[str, Any]]:
-    """A collated batch as one dict a prompt; `uid` is made of `number`, that of the draw, and the prompt's place."""
+def to_rows(batch: Mapping[str, Sequence[Any]], number: int) -> list[dict[str, Any]]:
+    """Turn a collated batch into one dict per prompt, with `uid` = "<number>.<index in the batch>".
+
+    Args:
+        batch: columns of equal length.
+        number: number of the draw.
+    """
     size = len(next(iter(batch.values())))
     return [{**{key: column[i] for key, column in batch.items()}, "uid": f"{number}.{i}"} for i in range(size)]
 
 
 class PromptSource:
-    """Batches of training prompts, epoch after epoch, without end.
+    """An endless sequence of batches of training prompts, epoch after epoch.
 
     Args:
-        loader: nobody else draws from it.
+        loader: must have no other reader.
 
     Attributes:
-        position: behind the last draw that was trained on, which is set from outside; where a resumed run goes on.
+        state: the loader state after the last draw that was trained on; the caller sets it. A resumed run continues
+            from it.
     """
 
     def __init__(self, loader: EpochDataLoader):
         self._loader = loader
-        self._batches = self._passes()
-        self._ahead: asyncio.Task[Draw] | None = None
+        self._batches = self._endless_batches()
+        self._next_draw: asyncio.Task[Draw] | None = None
         self._draws = 0
-        self.position = Place(0, loader.state_dict())
+        self.state = LoaderState(0, loader.state_dict())
 
-    def _passes(self) -> Iterator[Mapping[str, Sequence[Any]]]:
+    def _endless_batches(self) -> Iterator[Mapping[str, Sequence[Any]]]:
         while True:
             yield from self._loader
 
     def draw(self) -> Draw:
-        """The next batch, made here and now; it counts as trained on, for who keeps account of what was not."""
-        assert self._ahead is None, "a batch is being drawn ahead"
+        """Read the next batch now, in the calling thread, and count it as trained on.
+
+        For a caller that stores itself which prompts are not trained on yet.
+        """
+        assert self._next_draw is None, "a batch is already being read ahead"
         draw = self._draw()
-        self.position = draw.behind
+        self.state = draw.state
         return draw
 
     async def next(self) -> Draw:
-        """The next batch; the one after it is made in a thread from now on.
+        """Return the next batch and start to read the one after it in a thread.
 
         Raises:
-            What reading or tokenising the batch raised; of a batch that nobody asks for, nothing.
+            Exception: reading or tokenizing this batch failed. An error in a batch that is never requested is ignored.
         """
-        draw = await (self._ahead or self._start())
-        self._ahead = self._start()
+        draw = await (self._next_draw or self._read_ahead())
+        self._next_draw = self._read_ahead()
         return draw
 
-    def _start(self) -> asyncio.Task[Draw]:
+    def _read_ahead(self) -> asyncio.Task[Draw]:
         task = asyncio.ensure_future(asyncio.to_thread(self._draw))
-        # Seen here, so that asyncio does not report the error of a batch that is never asked for.
+        # Retrieve the exception, so that asyncio does not report the error of a batch that is never requested.
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         return task
 
     def _draw(self) -> Draw:
         batch = next(self._batches)
         self._draws += 1
-        return Draw(rows_of(batch, self._draws), Place(self._draws, self._loader.state_dict()))
+        return Draw(to_rows(batch, self._draws), LoaderState(self._draws, self._loader.state_dict()))
 
     @property
     def epoch(self) -> int:
         """The epoch, from 0, of the last draw that was trained on."""
-        return max(0, self.position.draws - 1) // len(self._loader)
+        return max(0, self.state.draws - 1) // len(self._loader)
 
-    def read(self, number: int, epoch: int, sample: int) -> dict[str, Any]:
-        """The row of draw `number`, of one prompt, that stands at a place of an epoch."""
-        return rows_of(self._loader.read(epoch, sample), number)[0]
+    def read(self, prompt: PromptId) -> dict[str, Any]:
+        """Read one prompt again; the loader state does not change."""
+        return to_rows(self._loader.read(prompt.epoch, prompt.sample), prompt.number)[0]
 
-    def restore(self, place: Place) -> None:
-        """Go to a place.
+    def restore(self, state: LoaderState) -> None:
+        """Continue from a stored state.
 
         Raises:
-            ValueError: it belongs to other data; see `EpochDataLoader.load_state_dict`.
+            ValueError: the state belongs to other data; see `EpochDataLoader.load_state_dict`.
         """
-        assert self._ahead is None, "before the first draw"
-        self._loader.load_state_dict(place.loader)
-        self._draws, self.position = place.draws, place
+        assert self._next_draw is None, "call restore() before the first draw"
+        self._loader.load_state_dict(state.loader)
+        self._draws, self.state = state.draws, state

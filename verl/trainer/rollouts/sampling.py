@@ -1,21 +1,21 @@
-"""Everything that the replicas answer: the batch of a step, and a validation's samples."""
+"""Sampling from the replicas: the batch of a training step, and the samples of a validation."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from verl.agent_loop.generation import GenerationTimes, SampleGenerator, ScoredSample, to_batch
 from verl.config import PPOConfig
 from verl.protocol import DataProto
-from verl.trainer.ppo.validation import dump_generations
 from verl.trainer.rollouts.dynamic_sampling import GroupFilter
-from verl.trainer.rollouts.partial_rollout import Position, Prompt, carried_groups, staleness_metrics
-from verl.trainer.rollouts.pipeline import Generated
-from verl.trainer.rollouts.prompts import Place, PromptSource
+from verl.trainer.rollouts.partial_rollout import make_carried_groups, staleness_metrics
+from verl.trainer.rollouts.pipeline import Generated, OnSampleFinished
+from verl.trainer.rollouts.prompts import LoaderState, Prompt, PromptId, PromptSource
+from verl.trainer.rollouts.sample_files import dump_generations
 from verl.utils.asyncio_utils import gather_or_cancel
 from verl.utils.timeline import spanned
 from verl.utils.timing import add_stage, marked_timer
@@ -24,23 +24,33 @@ from verl.workers.reward.counts import check_scored, reward_metrics
 
 logger = logging.getLogger(__name__)
 
-# Told of a sample that has finished: its row in the batch, the sample, its tokens with the prompt's.
-Arrived = Callable[[int, ScoredSample, int], None]
-# Samples of rows, greedy answers to them where the estimator compares; each with its times.
-Answers = tuple[tuple[list[ScoredSample], GenerationTimes], tuple[list[ScoredSample], GenerationTimes | None]]
+
+class Sampled(NamedTuple):
+    """The samples of some rows.
+
+    Attributes:
+        samples: `rollout.n` samples per row, next to each other.
+        baselines: one greedy sample per row if the estimator needs a baseline; otherwise empty.
+        times: times of both.
+    """
+
+    samples: list[ScoredSample]
+    baselines: list[ScoredSample]
+    times: GenerationTimes
 
 
-class Sampling:
-    """Rows in, scored samples out, as the config wants them sampled.
+class RolloutSampler:
+    """Generates scored samples with the sampling parameters of the config.
 
     Args:
         config: the whole config.
         generator: runs agent loops over rows.
-        source: of the training prompts.
-        rewards: whose scorer is named when it always fails.
-        sleep: lets the replicas give their memory to the trainer.
-        with_baselines: the estimator compares with a greedy answer to each prompt.
-        total_steps: of the run.
+        source: the training prompts.
+        rewards: its scorer is named in the error if scoring fails for every sample.
+        tokenizer: the model's tokenizer.
+        sleep: makes the replicas release the memory that the trainer needs.
+        with_baselines: True if the estimator compares with a greedy response to each prompt.
+        total_steps: number of training steps of the run.
     """
 
     def __init__(
@@ -58,140 +68,154 @@ class Sampling:
         self._config, self._generator, self._source, self._rewards = config, generator, source, rewards
         self._tokenizer, self._sleep, self._with_baselines = tokenizer, sleep, with_baselines
         self._total_steps = total_steps
-        self._carried = carried_groups(config, lambda row: self._answers([row]))
+        self._carried = make_carried_groups(config, lambda row: self._sample([row]))
         self._prompts = self._single_prompts()
-        self._scored: list[RewardResult] = []
-        self._dump: list[dict[str, Any]] = []
+        self._rewards_of_step: list[RewardResult] = []
+        self._dump_rows: list[dict[str, Any]] = []
 
     async def generate(
-        self, step: int, timing: MutableMapping[str, float], arrived: Arrived | None = None
+        self,
+        step: int,
+        timing: MutableMapping[str, float],
+        on_sample_finished: OnSampleFinished | None = None,
     ) -> Generated:
-        """`train_batch_size` prompts with `rollout.n` scored samples each, next to each other.
+        """Generate `train_batch_size` prompts with `rollout.n` scored samples each, next to each other.
 
-        Where the estimator compares with a greedy answer, that answer's score is the column `reward_baselines` [B].
-        With `filter_groups` from as many draws of prompts as that takes; with partial rollouts those prompts that are
-        done first, while the others go on. In the end the replicas sleep where the trainer needs their memory.
+        If the estimator needs a baseline, the column `reward_baselines` [B] holds the score of a greedy response to the
+        same prompt. With `filter_groups` the batch comes from as many draws of prompts as necessary. With partial
+        rollouts it holds the prompts that finish first, while the others keep running. At the end the replicas sleep if
+        the trainer needs their memory.
 
         Args:
-            step: which trains on them.
-            timing: gets `gen`, until the last answer, and `reward`, from there until the last score.
-            arrived: told of each sample as it finishes.
+            step: the step that trains on the batch.
+            timing: receives `gen`, until the last response, and `reward`, from there until the last score.
+            on_sample_finished: called with each sample that finishes.
 
         Raises:
-            RewardError: every sample of the step failed to be scored.
-            DynamicSamplingError: not enough groups whose samples differ.
+            RewardError: scoring failed for every sample of the step.
+            DynamicSamplingError: not enough groups have samples that differ.
         """
         if self._config.algorithm.filter_groups.enable:
-            batch, metrics, behind = await self._filtered(step, timing)
+            batch, metrics, state = await self._generate_filtered(step, timing)
         elif self._carried is not None:
-            batch, metrics, behind = await self._partial(step, timing)
+            batch, metrics, state = await self._generate_partial(step, timing)
         else:
             draw = await self._source.next()
-            batch, metrics, behind = await self._of_rows(draw.rows, step, timing, arrived), {}, draw.behind
+            batch = await self._generate_rows(draw.rows, step, timing, on_sample_finished)
+            metrics, state = {}, draw.state
         batch.meta_info["global_step"] = step
-        return Generated(batch, metrics | await self._end(step), behind)
+        return Generated(batch, metrics | await self._finish_step(step), state)
 
-    async def _filtered(
+    async def _generate_filtered(
         self, step: int, timing: MutableMapping[str, float]
-    ) -> tuple[DataProto, dict[str, float], Place]:
+    ) -> tuple[DataProto, dict[str, float], LoaderState]:
         groups = GroupFilter(
             self._config.algorithm.filter_groups,
             train_batch_size=self._config.data.train_batch_size,
             pad_token_id=self._tokenizer.pad_token_id,
         )
-        behind = self._source.position
+        state = self._source.state
         while not groups.full:
             draw = await self._source.next()
-            groups.add(await self._of_rows(draw.rows, step, timing, None))
-            behind = draw.behind
-        return groups.take(), groups.metrics(), behind
+            groups.add(await self._generate_rows(draw.rows, step, timing, None))
+            state = draw.state
+        return groups.build_batch(), groups.metrics(), state
 
-    async def _partial(
+    async def _generate_partial(
         self, step: int, timing: MutableMapping[str, float]
-    ) -> tuple[DataProto, dict[str, float], Place]:
+    ) -> tuple[DataProto, dict[str, float], LoaderState]:
         assert self._carried is not None
         with marked_timer("gen", timing, step=step):
-            groups = await self._carried.take(step, self._total_steps - step + 1, self._prompts)
-        batch = self._finished(
-            [sample for (samples, _), _ in groups for sample in samples],
-            [baseline for _, (baselines, _) in groups for baseline in baselines],
+            groups = await self._carried.collect(step, self._total_steps - step + 1, self._prompts)
+        batch = self._add_to_step(
+            [sample for group in groups for sample in group.samples],
+            [baseline for group in groups for baseline in group.baselines],
         )
-        carried = {"partial_rollout/carried_prompts": float(len(self._carried.positions()))}
-        return batch, staleness_metrics(batch, step - 1) | carried, self._source.position
+        carried = {"partial_rollout/carried_prompts": float(len(self._carried.prompt_ids()))}
+        return batch, staleness_metrics(batch, step - 1) | carried, self._source.state
 
     @spanned("generate")
-    async def _of_rows(
-        self, rows: Sequence[dict[str, Any]], step: int, timing: MutableMapping[str, float], arrived: Arrived | None
+    async def _generate_rows(
+        self,
+        rows: Sequence[dict[str, Any]],
+        step: int,
+        timing: MutableMapping[str, float],
+        on_sample_finished: OnSampleFinished | None,
     ) -> DataProto:
-        (samples, times), (baselines, greedy_times) = await self._answers(rows, arrived)
-        both = _earliest_to_last([times, greedy_times or times])
-        add_stage("gen", timing, both.started, both.answered, step=step)
-        add_stage("reward", timing, both.answered, both.ended, step=step)
-        return self._finished(samples, baselines)
+        samples, baselines, times = await self._sample(rows, on_sample_finished)
+        add_stage("gen", timing, times.started, times.generated, step=step)
+        add_stage("reward", timing, times.generated, times.scored, step=step)
+        return self._add_to_step(samples, baselines)
 
-    async def _answers(self, rows: Sequence[dict[str, Any]], arrived: Arrived | None = None) -> Answers:
+    async def _sample(
+        self, rows: Sequence[dict[str, Any]], on_sample_finished: OnSampleFinished | None = None
+    ) -> Sampled:
         rollout = self._config.actor_rollout_ref.rollout
-        sampling = {"temperature": rollout.temperature, "top_p": rollout.top_p, "top_k": rollout.top_k}
+        parameters = {"temperature": rollout.temperature, "top_p": rollout.top_p, "top_k": rollout.top_k}
         if rollout.calculate_log_probs:
-            sampling["logprobs"] = 0
+            parameters["logprobs"] = 0
         repeated = [row for row in rows for _ in range(rollout.n)]
-        sampled = (
-            self._one_by_one(repeated, sampling, arrived) if arrived else self._generator.generate(repeated, sampling)
-        )
-        greedy = self._generator.generate(list(rows), {"temperature": 0.0}) if self._with_baselines else _nothing()
-        return await gather_or_cancel(sampled, greedy)
+        if on_sample_finished is None:
+            sampled = self._generator.generate(repeated, parameters)
+        else:
+            sampled = self._sample_one_by_one(repeated, parameters, on_sample_finished)
+        if not self._with_baselines:
+            samples, times = await sampled
+            return Sampled(samples, [], times)
+        greedy = self._generator.generate(list(rows), {"temperature": 0.0})
+        (samples, times), (baselines, greedy_times) = await gather_or_cancel(sampled, greedy)
+        return Sampled(samples, baselines, _combined_times([times, greedy_times]))
 
-    async def _one_by_one(
-        self, rows: Sequence[dict[str, Any]], sampling: dict[str, Any], arrived: Arrived
+    async def _sample_one_by_one(
+        self, rows: Sequence[dict[str, Any]], parameters: dict[str, Any], on_sample_finished: OnSampleFinished
     ) -> tuple[list[ScoredSample], GenerationTimes]:
-        async def one(place: int, row: dict[str, Any]) -> tuple[ScoredSample, GenerationTimes]:
-            (sample,), times = await self._generator.generate([row], sampling)
-            arrived(place, sample, len(sample.output.prompt_ids) + len(sample.output.response_ids))
+        async def sample_one(index: int, row: dict[str, Any]) -> tuple[ScoredSample, GenerationTimes]:
+            (sample,), times = await self._generator.generate([row], parameters)
+            on_sample_finished(index, sample, len(sample.output.prompt_ids) + len(sample.output.response_ids))
             return sample, times
 
-        done = await gather_or_cancel(*(one(place, row) for place, row in enumerate(rows)))
-        times = [times for _, times in done]
-        return [sample for sample, _ in done], _earliest_to_last(times)
+        done = await gather_or_cancel(*(sample_one(index, row) for index, row in enumerate(rows)))
+        return [sample for sample, _ in done], _combined_times([times for _, times in done])
 
-    def _finished(self, samples: list[ScoredSample], baselines: list[ScoredSample]) -> DataProto:
-        """The samples as columns, noted for the end of the step."""
+    def _add_to_step(self, samples: list[ScoredSample], baselines: list[ScoredSample]) -> DataProto:
+        """Return the samples as columns, and keep their rewards and texts for the end of the step."""
         batch = self.lay_out(samples)
         if baselines:
             scores = torch.tensor([sample.reward.score for sample in baselines], dtype=torch.float32)
             batch.batch["reward_baselines"] = scores.repeat_interleave(self._config.actor_rollout_ref.rollout.n)
-        self._scored += [sample.reward for sample in (*samples, *baselines)]
+        self._rewards_of_step += [sample.reward for sample in (*samples, *baselines)]
         if self._config.trainer.rollout_data_dir:
-            self._dump += [self.describe(sample) for sample in samples]
+            self._dump_rows += [self.describe(sample) for sample in samples]
         return batch
 
     def lay_out(self, samples: Sequence[ScoredSample]) -> DataProto:
-        """Samples as columns; see `to_batch`."""
+        """Turn samples into columns; see `to_batch`."""
         rollout = self._config.actor_rollout_ref.rollout
         batch = to_batch(samples, pad_token_id=self._tokenizer.pad_token_id, with_log_probs=rollout.calculate_log_probs)
         batch.meta_info["temperature"] = rollout.temperature
         return batch
 
-    async def _end(self, step: int) -> dict[str, float]:
-        """Judge the rewards, put the replicas to sleep, dump what they said; metrics `reward/*`."""
-        scored, self._scored = self._scored, []
-        check_scored(scored, self._rewards.scorer)
+    async def _finish_step(self, step: int) -> dict[str, float]:
+        """Check the rewards, put the replicas to sleep, write the samples; return metrics `reward/*`."""
+        rewards, self._rewards_of_step = self._rewards_of_step, []
+        check_scored(rewards, self._rewards.scorer)
         await self._sleep()
         if self._config.trainer.rollout_data_dir:
-            dump_generations(self._config.trainer.rollout_data_dir, step, self._dump)
-            self._dump = []
-        return reward_metrics(scored)
+            dump_generations(self._config.trainer.rollout_data_dir, step, self._dump_rows)
+            self._dump_rows = []
+        return reward_metrics(rewards)
 
-    async def validation(self, rows: Sequence[dict[str, Any]]) -> list[ScoredSample]:
-        """`val_kwargs.n` scored samples for each row; greedy unless `val_kwargs.do_sample`."""
+    async def sample_validation(self, rows: Sequence[dict[str, Any]]) -> list[ScoredSample]:
+        """Return `val_kwargs.n` scored samples for each row; greedy unless `val_kwargs.do_sample`."""
         kwargs = self._config.actor_rollout_ref.rollout.val_kwargs
         temperature = kwargs.temperature if kwargs.do_sample else 0.0
-        sampling = {"temperature": temperature, "top_p": kwargs.top_p, "top_k": kwargs.top_k}
-        samples, _ = await self._generator.generate([row for row in rows for _ in range(kwargs.n)], sampling)
+        parameters = {"temperature": temperature, "top_p": kwargs.top_p, "top_k": kwargs.top_k}
+        samples, _ = await self._generator.generate([row for row in rows for _ in range(kwargs.n)], parameters)
         check_scored([sample.reward for sample in samples], self._rewards.scorer)
         return samples
 
     def describe(self, sample: ScoredSample) -> dict[str, Any]:
-        """One sample as text, for dumps and tables."""
+        """Return one sample as text, for files and tables."""
         return {
             "input": self._tokenizer.decode(sample.output.prompt_ids, skip_special_tokens=False),
             "output": self._tokenizer.decode(sample.output.response_ids, skip_special_tokens=True),
@@ -200,37 +224,39 @@ class Sampling:
             **sample.reward.extra,
         }
 
-    # ---- what partial rollouts carry over ----
+    # ---- prompts that partial rollouts carry over ----
 
     def _single_prompts(self) -> Iterator[Prompt]:
         while True:
-            here = self._source.position.loader
+            before = self._source.state.loader
             draw = self._source.draw()
             (row,) = draw.rows
-            yield Prompt(row, Position(draw.behind.draws, here["epoch"], here["samples"]))
+            yield Prompt(row, PromptId(draw.state.draws, before["epoch"], before["samples"]))
 
-    def carried(self) -> list[Position]:
-        """Where the prompts stand that were drawn and not yet trained on."""
-        return [] if self._carried is None else self._carried.positions()
+    def carried_prompts(self) -> list[PromptId]:
+        """Return the prompts that were drawn and not yet trained on."""
+        return [] if self._carried is None else self._carried.prompt_ids()
 
-    def carry(self, positions: Sequence[Position]) -> None:
-        """Go on with what another run had under way."""
+    def resume_prompts(self, prompts: Sequence[PromptId]) -> None:
+        """Continue with the prompts that an earlier run had in progress."""
         if self._carried is not None:
-            self._carried.resume([Prompt(self._source.read(*position), position) for position in positions])
-        elif positions:
-            logger.warning("%d prompts that partial rollouts had under way are left out", len(positions))
+            self._carried.resume([Prompt(self._source.read(prompt), prompt) for prompt in prompts])
+        elif prompts:
+            logger.warning(
+                "the checkpoint has %d prompts in progress; they are skipped because "
+                "actor_rollout_ref.rollout.partial_rollout is off",
+                len(prompts),
+            )
 
     async def close(self) -> None:
-        """End what goes on beyond a step."""
+        """Cancel the prompts that are carried over."""
         if self._carried is not None:
             await self._carried.close()
 
 
-async def _nothing() -> tuple[list[ScoredSample], None]:
-    return [], None
-
-
-def _earliest_to_last(times: Sequence[GenerationTimes]) -> GenerationTimes:
+def _combined_times(times: Sequence[GenerationTimes]) -> GenerationTimes:
     return GenerationTimes(
-        min(each.started for each in times), max(each.answered for each in times), max(each.ended for each in times)
+        min(each.started for each in times),
+        max(each.generated for each in times),
+        max(each.scored for each in times),
     )

@@ -1,0 +1,73 @@
+"""The state of a run in a checkpoint directory: the models of the ranks and the state of the driver."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NotRequired, TypedDict, cast
+
+from verl.trainer.ppo.checkpoint import CheckpointError, load_driver_state, save_driver_state
+from verl.trainer.ppo.runtime import Runtime
+from verl.trainer.rollouts.prompts import LoaderState, PromptId
+from verl.workers.train_worker import TrainWorker
+
+
+class DriverState(TypedDict):
+    """The driver's part of a checkpoint, as stored in `data.pt`.
+
+    Keys:
+        step: the finished training step.
+        train_loader: state of the data loader after the last draw that was trained on.
+        draws: number of draws before that state; `step` in checkpoints that lack it.
+        kl_coef: weight of the KL penalty in the reward.
+        carried: fields of the `PromptId`s that partial rollouts have in progress.
+    """
+
+    step: int
+    train_loader: dict[str, int | bool]
+    draws: NotRequired[int]
+    kl_coef: NotRequired[float]
+    carried: NotRequired[list[tuple[int, int, int]]]
+
+
+async def save_run(runtime: Runtime, directory: Path, step: int) -> None:
+    """Write everything that a run needs to resume into `directory`.
+
+    Args:
+        runtime: running, between two steps.
+        directory: the directory of the checkpoint.
+        step: the finished training step.
+    """
+    await runtime.processes.trainers.all(TrainWorker.save_checkpoint, str(directory))
+    loader = runtime.data.prompts.state
+    state = DriverState(
+        step=step,
+        train_loader=loader.loader,
+        draws=loader.draws,
+        kl_coef=runtime.kl_controller.value,
+        carried=[tuple(prompt) for prompt in runtime.sampler.carried_prompts()],
+    )
+    save_driver_state(directory, state)
+
+
+async def load_run(runtime: Runtime, directory: Path) -> int:
+    """Restore the state of a checkpoint and return the step that it was written at.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read, or lacks the critic that this run trains.
+        FileNotFoundError: a rank on another node does not see the checkpoint.
+        ValueError: the checkpoint belongs to other data.
+    """
+    state = cast(DriverState, load_driver_state(directory))
+    config = runtime.config
+    if runtime.with_critic and not (directory / "critic").is_dir():
+        raise CheckpointError(
+            f"{directory} has no critic, but algorithm.adv_estimator={config.algorithm.adv_estimator} trains one: "
+            "resume a run that had a critic, or start over with trainer.resume_mode=disable"
+        )
+    await runtime.processes.check_visible({"checkpoint": directory})
+    await runtime.processes.trainers.all(TrainWorker.load_checkpoint, str(directory))
+    runtime.data.prompts.restore(LoaderState(state.get("draws", state["step"]), state["train_loader"]))
+    runtime.sampler.resume_prompts([PromptId(*prompt) for prompt in state.get("carried", ())])
+    if config.algorithm.kl_ctrl.type == "adaptive":
+        runtime.kl_controller.value = state.get("kl_coef", runtime.kl_controller.value)
+    return int(state["step"])
