@@ -11,7 +11,7 @@ from fixtures.engine import Engine, log_probs_of, weights_of
 from fixtures.fake_quant import fake_quantized
 from verl.config import RolloutConfig
 from verl.workers.rollout.quantization import get_scheme
-from verl.workers.weight_sync.encode_report import merged_errors
+from verl.utils.quantization.encode_report import merged_errors
 from verl.workers.weight_sync.manifest import WeightUpdateError
 
 pytestmark = pytest.mark.e2e

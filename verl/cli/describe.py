@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from verl.utils.quantization.ascend_description import add_arguments, run
+from verl.utils.quantization.ascend_description.command import add_arguments, run
 
 __all__ = ["add_arguments", "run"]

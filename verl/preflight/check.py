@@ -25,11 +25,7 @@ from verl.preflight.checks.machine import (
 from verl.preflight.checks.model import check_model
 from verl.preflight.checks.partial_rollout import check_partial_rollout
 from verl.preflight.checks.policy_loss import check_policy_loss
-from verl.preflight.checks.quantization import (
-    Quantization,
-    check_planned_quantization,
-    check_quantization,
-)
+from verl.preflight.checks.quantization import check_planned_quantization, check_quantization
 from verl.preflight.checks.reward import check_reward
 from verl.preflight.checks.rollout_correction import check_rollout_correction
 from verl.preflight.checks.rows import check_rows
@@ -39,9 +35,9 @@ from verl.preflight.derive_plan import derive_plan
 from verl.preflight.device_memory import DeviceMemory, device_memory
 from verl.preflight.findings import Findings
 from verl.preflight.plan import Plan
-from verl.preflight.planned_quantization import PlannedQuantization
 from verl.preflight.target import Hardware, Scope
 from verl.utils.model_dir.model_files import ModelFiles
+from verl.utils.quantization.schemes import WeightFormat
 
 _ENGINE_KWARGS = ("vllm", "sglang", "trtllm")
 
@@ -93,7 +89,7 @@ def examine(config: PPOConfig, scope: Scope) -> tuple[Plan | None, Findings]:
         check_transport(config, device, found)
     if device and sizes_hold:
         check_lag(config, device, found)
-    quantization: Quantization | None = None
+    quantization: WeightFormat | None = None
     before = len(found.errors)
     if device and model and not wrong:
         quantization = (
@@ -133,12 +129,12 @@ def _device_memory(
     plan: Plan,
     model: ModelFiles,
     critic: ModelFiles | None,
-    quantization: Quantization | None,
+    quantization: WeightFormat | None,
 ) -> DeviceMemory | None:
     if hardware.memory_bytes is None or model.parameters is None:
         return None
     itemsize = 4 if plan.rollout_dtype == "float32" else 2
-    held = quantization.engine_bytes(itemsize) if isinstance(quantization, PlannedQuantization) else None
+    held = None if quantization is None else quantization.engine_bytes(itemsize)
     return device_memory(
         config,
         model,

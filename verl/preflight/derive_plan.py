@@ -9,13 +9,13 @@ from verl.config.roles import resolve_critic
 from verl.config.weight_updates import full_update_reason, resolve_backend
 from verl.preflight.checks.batches import rollout_devices, trainer_ranks
 from verl.preflight.checks.data import DataInfo
-from verl.preflight.checks.quantization import Quantization
 from verl.preflight.checks.transport import replica_nodes
 from verl.preflight.estimate import estimate_memory
 from verl.preflight.plan import CriticPlan, Plan
 from verl.utils.dtypes import choose_dtype
 from verl.utils.host import available_memory_bytes
 from verl.utils.model_dir.model_files import ModelFiles
+from verl.utils.quantization.schemes import WeightFormat
 
 _MIB = 1 << 20
 
@@ -26,7 +26,7 @@ def derive_plan(
     model: ModelFiles,
     critic: ModelFiles | None,
     data: DataInfo,
-    quantization: Quantization | None,
+    quantization: WeightFormat | None,
 ) -> Plan:
     """Sizes, dtypes, processes and memory of the run."""
     roles, trainer = config.actor_rollout_ref, config.trainer

@@ -21,7 +21,7 @@ from verl.workers.critic import CriticWorker
 from verl.workers.engine.export import ExportUnit
 from verl.workers.rollout.quantization import QuantizationScheme, get_scheme
 from verl.workers.weight_sync.block_gather import PackedBlock
-from verl.workers.weight_sync.encode_report import EncodeReport
+from verl.utils.quantization.encode_report import EncodeReport
 from verl.workers.weight_sync.last_sent import LastSentWeights
 from verl.workers.weight_sync.manifest import dtype_from_name
 from verl.workers.weight_sync.sender import WeightSender

@@ -13,7 +13,7 @@ from verl.utils.tensor_diff import bits
 from verl.workers.weight_sync.bucket import BucketWriter, read_bucket
 from verl.workers.weight_sync.delta import DeltaBlock
 from verl.workers.weight_sync.driver import update_weights
-from verl.workers.weight_sync.encode_report import EncodeReport
+from verl.utils.quantization.encode_report import EncodeReport
 from verl.workers.weight_sync.manifest import Manifest, TensorSpec, WeightUpdateError, check_received
 from verl.workers.weight_sync.receiver import WeightReceiver
 from verl.workers.weight_sync.sender import WeightSender

@@ -1,63 +1,81 @@
-"""`rollout.quantization` against the checkpoint and the machine."""
+"""Checks `rollout.quantization` against the checkpoint and the machine."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from pathlib import Path
 
 from verl.config.ppo import PPOConfig
 from verl.preflight.findings import Findings
-from verl.preflight.planned_quantization import PlannedQuantization, plan_quantization
+from verl.utils.model_dir.index import CheckpointIndex, has_weights, read_checkpoint_index
 from verl.utils.model_dir.model_files import ModelFiles
+from verl.utils.model_dir.shapes_from_config import index_of_config
+from verl.utils.quantization.schemes import WeightFormat, weight_format
 from verl.utils.user_files import file_problem
 
-T = TypeVar("T")
+_FIELD = "actor_rollout_ref.rollout.quantization"
 
 
-class Quantization(Protocol):
-    """What the plan says of it."""
+def check_quantization(config: PPOConfig, device: str, found: Findings) -> WeightFormat | None:
+    """Check the scheme for an engine that starts on this machine, installed libraries included.
 
-    def summary(self) -> str: ...
+    Returns:
+        The weight format of the engine; None if it is not quantized or if a check failed.
+    """
 
-    def update_bytes(self, itemsize: int) -> int | None: ...
-
-
-def check_quantization(config: PPOConfig, device: str, found: Findings) -> Quantization | None:
-    """Ask the scheme for what the engine would be started with; None without one, or where it refuses."""
-    roles = config.actor_rollout_ref
-
-    def ask() -> Quantization:
-        # Here, not above: schemes are about tensors, and this package is importable without torch.
-        from verl.workers.rollout.quantization import get_scheme
-
+    def check() -> WeightFormat:
+        roles = config.actor_rollout_ref
         assert roles.model.path is not None
-        scheme = get_scheme(roles.rollout, roles.model.path)
-        scheme.engine_overrides(device)
-        return scheme
+        chosen = weight_format(roles.rollout, roles.model.path)
+        chosen.validate(device, installed=True)
+        return chosen
 
-    return _asked(config, device, ask, found)
+    return _checked(config, device, check, found)
 
 
 def check_planned_quantization(
     config: PPOConfig, device: str, model: ModelFiles, found: Findings
-) -> PlannedQuantization | None:
-    """The same, of names and shapes alone: without torch, and without what an installation has."""
-    return _asked(config, device, lambda: plan_quantization(config.actor_rollout_ref.rollout, model, device), found)
+) -> WeightFormat | None:
+    """Check the scheme from names and shapes alone: without torch and without installed libraries.
+
+    Returns:
+        As `check_quantization`; None too if the files of the model do not show its shapes.
+    """
+
+    def check() -> WeightFormat | None:
+        chosen = weight_format(config.actor_rollout_ref.rollout, model.path, lambda: _index(model))
+        if chosen.reads_checkpoint and model.parameters is None:
+            chosen.validate_settings(device)
+            return None
+        chosen.validate(device, installed=False)
+        return chosen
+
+    return _checked(config, device, check, found)
 
 
-def _asked(config: PPOConfig, device: str, ask: Callable[[], T], found: Findings) -> T | None:
+def _checked(
+    config: PPOConfig, device: str, check: Callable[[], WeightFormat | None], found: Findings
+) -> WeightFormat | None:
+    """Run a check and record its error under the name of the key."""
     rollout = config.actor_rollout_ref.rollout
     if rollout.quantization is None and device != "npu":
         return None
     file = rollout.quantization_config_file
     problem = None if file is None else file_problem(file)
     if problem is not None:
-        found.errors.append(f"actor_rollout_ref.rollout.quantization_config_file={file}: {problem}; give a JSON file")
+        found.errors.append(f"{_FIELD}_config_file={file}: {problem}; give a JSON file")
         return None
     try:
-        return ask()
+        chosen = check()
     except (ValueError, NotImplementedError, OSError) as error:
-        text, field = str(error), "actor_rollout_ref.rollout.quantization"
-        # What is wrong with a file or a layer is said by those who know nothing of the config.
-        found.errors.append(text if field in text else f"{field}={rollout.quantization}: {text}")
+        text = str(error)
+        # Readers of files do not know the key of the config.
+        found.errors.append(text if _FIELD in text else f"{_FIELD}={rollout.quantization}: {text}")
         return None
+    return None if rollout.quantization is None else chosen
+
+
+def _index(model: ModelFiles) -> CheckpointIndex:
+    if model.path.is_dir() and has_weights(model.path):
+        return read_checkpoint_index(model.path)
+    return index_of_config(Path(model.path), model.config)

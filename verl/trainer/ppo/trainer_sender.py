@@ -7,7 +7,7 @@ from typing import Any
 
 from verl.single_controller.worker_group import WorkerGroup
 from verl.workers.train_worker import TrainWorker
-from verl.workers.weight_sync.encode_report import merged_errors
+from verl.utils.quantization.encode_report import merged_errors
 
 
 class TrainerSender:

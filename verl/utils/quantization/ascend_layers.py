@@ -1,7 +1,7 @@
-"""Which tensors of a checkpoint MXFP8 can take, and how tensor parallelism cuts them.
+"""The weights of a checkpoint: which of them can be quantized, and how tensor parallelism cuts them.
 
-Everything that is known by name is in the tables at the top: names of projections, and what vllm-ascend keeps in BF16.
-What no table knows stays unquantized and says so.
+All knowledge about names is in the tables at the top: names of projections, and layers that vllm-ascend keeps in BF16.
+A layer that is in no table stays unquantized, with the reason `UNKNOWN`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from verl.utils.model_dir.index import CheckpointIndex, TensorInfo
-
-MX_BLOCK_SIZE = 32
+from verl.utils.quantization.formats import MX_BLOCK_SIZE
 
 COLUMN, ROW, REPLICATED = "column", "row", "replicated"
 
-# How vLLM cuts a projection over tensor-parallel ranks: "column" cuts its outputs (N), "row" its inputs (K), along
-# which blocks run.
+# How vLLM cuts a projection over tensor-parallel ranks: "column" cuts its outputs (N), "row" its inputs (K). Blocks run
+# along the inputs.
 SPLITS = {
     "q_proj": COLUMN,
     "k_proj": COLUMN,
@@ -38,7 +37,7 @@ SPLITS = {
     "kv_a_proj_with_mqa": REPLICATED,
 }
 
-# Checkpoint modules that vLLM packs into one: all of a row are quantized, or none.
+# Checkpoint modules that vLLM packs into one: all modules of a row are quantized, or none.
 PACKED = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
@@ -66,7 +65,8 @@ UNKNOWN = "unknown kind of layer"
 IGNORED = "left out by ignore"
 DESCRIBED = "FLOAT in the description"
 
-# What a description may not quantize, and the rest of which only its author can know that the engine can.
+# A description may not quantize layers with these reasons. With another reason it may: its author can know more about
+# the engine than the tables above.
 NEVER = {VECTOR, EMBEDDING, HEAD, PREDICTION, ROUTER, NOT_MATRIX, ABSORBED}
 
 
@@ -75,14 +75,14 @@ class Layer:
     """One weight of a checkpoint.
 
     Attributes:
-        name: the module, as `model.layers.0.self_attn.q_proj`; for fused experts their parameter, without `.weight`.
-        parameter: the tensor's name in the checkpoint.
-        info: shape as stored, [N, K] or, for fused experts, [E, N, K] or [E, K, N]; dtype.
-        split: "column", "row" or "replicated" by the table above; empty where unknown.
-        reason: why it stays unquantized; empty where it is quantized.
-        axis: the dimension that a product sums over (K), -1 or -2.
-        experts: the module that holds a MoE layer's experts; empty for any other layer.
-        expert: number of the expert, 0 for fused ones; None for any other layer.
+        name: the module, such as `model.layers.0.self_attn.q_proj`; for fused experts the parameter, without `.weight`.
+        parameter: name of the tensor in the checkpoint.
+        info: stored shape, [N, K] or, for fused experts, [E, N, K] or [E, K, N]; dtype.
+        split: "column", "row" or "replicated" by the table above; empty if unknown.
+        reason: why it stays unquantized; empty if it is quantized.
+        axis: the dimension that the matrix product sums over (K), -1 or -2.
+        experts: the module that holds the experts of a MoE layer; empty for any other layer.
+        expert: number of the expert, 0 for fused experts; None for any other layer.
     """
 
     name: str
@@ -96,7 +96,7 @@ class Layer:
 
     @property
     def quantized(self) -> bool:
-        """Whether the engine holds it in MXFP8."""
+        """Whether the engine holds it quantized."""
         return not self.reason
 
     @property
@@ -105,8 +105,8 @@ class Layer:
         return self.info.shape[self.axis]
 
     @property
-    def nbytes_after(self) -> int:
-        """Bytes in the engine: MXFP8 values and scales, or as stored."""
+    def mxfp8_nbytes(self) -> int:
+        """Bytes in an MXFP8 engine: 1 byte per weight plus the scales; unquantized layers as stored."""
         if not self.quantized:
             return self.info.nbytes
         elements = math.prod(self.info.shape)
@@ -114,7 +114,7 @@ class Layer:
 
     @property
     def packed_with(self) -> str:
-        """A name that the shards of one packed layer share; empty where the engine packs nothing into it."""
+        """A name that all shards of one packed layer share; empty if the engine does not pack this layer."""
         if self.experts:
             return self.experts
         parent, _, last = self.name.rpartition(".")
@@ -122,7 +122,7 @@ class Layer:
         return f"{parent}.{{{','.join(row)}}}" if row else ""
 
     def description_keys(self) -> tuple[str, ...]:
-        """Keys that stand for it in a description; none for experts after the first, which speaks for all."""
+        """Keys of the layer in a description; none for experts after the first, which describes them all."""
         if not self.experts:
             return (f"{self.name}.weight",)
         if self.expert:
@@ -133,16 +133,21 @@ class Layer:
             names = [f"{self.experts}.0.gate_proj", f"{self.experts}.0.up_proj"]
         else:
             names = [f"{self.experts}.0.down_proj"]
-        # A release that has no packing table for the model's type asks for the experts' module itself.
+        # A release without a packing table for the model type looks up the experts' module itself.
         return (*(f"{name}.weight" for name in names), f"{self.experts}.weight")
 
 
+def name_pattern(name: str) -> str:
+    """Replace the numbers in a module name with `*`."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
 def read_layers(index: CheckpointIndex) -> tuple[Layer, ...]:
-    """Every weight of a checkpoint, with what MXFP8 would do to it.
+    """Return every weight of a checkpoint, the projections of the decoder marked as quantized.
 
     Raises:
-        ValueError: the decoder cannot be found, or has fewer layers than the config says; fused experts of a shape that
-            the config does not explain.
+        ValueError: the decoder cannot be found, or has fewer layers than the config says; fused experts whose shape
+            does not fit the config.
     """
     decoder = _decoder_prefix(index)
     count = index.text_config.get("num_hidden_layers")
@@ -161,10 +166,10 @@ def read_layers(index: CheckpointIndex) -> tuple[Layer, ...]:
     if missing:
         raise ValueError(
             f"{index.model_dir}: config.json says num_hidden_layers={count}, the checkpoint has no {decoder}layers."
-            f"{missing[0]} ({len(missing)} such): it is incomplete, or the config is another model's"
+            f"{missing[0]} ({len(missing)} such): it is incomplete, or the config belongs to another model"
         )
     if not any(layer.name.rpartition(".")[2] == "lm_head" for layer in layers):
-        # A tied head is stored once, under the embedding's name; the engine may still ask for it.
+        # A tied head is stored once, under the name of the embedding; the engine may still look it up.
         embedding = next(layer for layer in layers if layer.name == f"{decoder}embed_tokens")
         layers.append(
             Layer("lm_head", "lm_head.weight", TensorInfo((0, *embedding.info.shape[1:]), "BF16"), reason=HEAD)
@@ -173,21 +178,21 @@ def read_layers(index: CheckpointIndex) -> tuple[Layer, ...]:
 
 
 def _decoder_prefix(index: CheckpointIndex) -> str:
-    """`model.` or the like: where both the embedding and the first layer are."""
+    """Return the prefix (such as `model.`) that the embedding and the first layer share."""
     suffix = "embed_tokens.weight"
     prefixes = [name.removesuffix(suffix) for name in index.tensors if name.endswith(suffix)]
     decoders = [prefix for prefix in prefixes if any(name.startswith(f"{prefix}layers.0.") for name in index.tensors)]
     if len(decoders) != 1:
         raise ValueError(
-            f"{index.model_dir}: no one decoder found (<prefix>.embed_tokens.weight next to <prefix>.layers.0: "
-            f"{decoders or 'none'}); models of type {index.config.get('model_type')!r} are not supported in MXFP8: set "
+            f"{index.model_dir}: expected exactly one decoder (<prefix>.embed_tokens.weight next to <prefix>.layers.0), "
+            f"found {decoders or 'none'}; models of type {index.config.get('model_type')!r} are not supported in MXFP8: set "
             "actor_rollout_ref.rollout.quantization=null"
         )
     return decoders[0]
 
 
 def _layer(index: CheckpointIndex, name: str, info: TensorInfo, number: int | None, count: int) -> Layer | None:
-    """The layer that a tensor is the weight of; None for biases, buffers and the like."""
+    """Return the layer of a weight; None for biases, buffers and the like."""
     fused = _FUSED_EXPERTS.match(name) if len(info.shape) == 3 else None
     if not name.endswith(".weight") and not fused:
         return None
@@ -206,7 +211,7 @@ def _layer(index: CheckpointIndex, name: str, info: TensorInfo, number: int | No
 
 
 def _reason(module: str, info: TensorInfo, number: int | None, count: int, fused: bool) -> str:
-    """Why a weight stays unquantized, or an empty string."""
+    """Return why a weight stays unquantized, or an empty string."""
     last = module.rpartition(".")[2]
     inside = number is not None
     tests = (
@@ -225,9 +230,9 @@ def _reason(module: str, info: TensorInfo, number: int | None, count: int, fused
 
 
 def _fused_axis(index: CheckpointIndex, experts: str) -> int:
-    """Where K is in a layer's packed experts: [E, 2I, H] and [E, H, I] give -1, their transposes -2.
+    """Return the dimension of K in a layer's fused experts: -1 for [E, 2I, H] and [E, H, I], -2 for their transposes.
 
-    Either of the two tensors can be square and fit both ways, never both of them (2I = H and I = H).
+    One of the two tensors can be square and fit both ways, but never both of them (2I = H and I = H).
     """
     found = {}
     for projection in ("gate_up_proj", "down_proj"):

@@ -1,4 +1,4 @@
-"""Float8 e4m3 in blocks with a float32 scale each, as checkpoints of DeepSeek-V3's kind hold them.
+"""Float8 e4m3 in blocks with one float32 scale each, the format of DeepSeek-V3 checkpoints.
 
 Weights have blocks of 128 x 128, activations of 1 x 128: sections 3.3.2 and 3.5.2 of "DeepSeek-V3 Technical Report"
 (arXiv:2412.19437).
@@ -9,26 +9,27 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-BLOCK = 128
+from verl.utils.quantization.formats import FP8_BLOCK_SIZE
+
 _E4M3_MAX = 448.0
 
 
-def fp8_block_quantize(x: torch.Tensor, block: tuple[int, int] = (BLOCK, BLOCK)) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantizes a matrix so that each block's largest magnitude becomes 448.
+def fp8_block_quantize(x: torch.Tensor, block: tuple[int, int] = (FP8_BLOCK_SIZE, FP8_BLOCK_SIZE)) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize a matrix so that the largest magnitude of each block becomes 448.
 
     Args:
-        x: floating, [N, K]; blocks at the ends may be smaller than the rest.
+        x: floating, [N, K]; the last blocks of rows and columns may be smaller.
         block: rows and columns of a block.
 
     Returns:
         values float8_e4m3fn [N, K], rounded to nearest even, and the scales to multiply them with, float32
-        [ceil(N / rows), ceil(K / columns)]: 1 for a block of zeros, NaN or Inf where a block is not finite.
+        [ceil(N / rows), ceil(K / columns)]: 1 for a block of zeros, NaN or Inf for a block that is not finite.
 
     Raises:
         ValueError: x is not a matrix.
     """
     if x.dim() != 2:
-        raise ValueError(f"x has shape {tuple(x.shape)}: blocks of {block} need a matrix")
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected a matrix for blocks of {block}")
     tiles = _tiles(x.detach().float(), block)
     amax = tiles.abs().amax(dim=(1, 3), keepdim=True)
     scales = torch.where(amax == 0, 1.0, amax / _E4M3_MAX)
@@ -37,9 +38,13 @@ def fp8_block_quantize(x: torch.Tensor, block: tuple[int, int] = (BLOCK, BLOCK))
 
 
 def fp8_block_dequantize(
-    values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, block: tuple[int, int] = (BLOCK, BLOCK)
+    values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, block: tuple[int, int] = (FP8_BLOCK_SIZE, FP8_BLOCK_SIZE)
 ) -> torch.Tensor:
-    """values [N, K] times their blocks' scales [ceil(N / rows), ceil(K / columns)], computed in float32, in `dtype`."""
+    """Multiply values [N, K] by the scales of their blocks [ceil(N / rows), ceil(K / columns)], in float32.
+
+    Returns:
+        [N, K] of `dtype`.
+    """
     tiles = _tiles(values.float(), block) * scales[:, None, :, None]
     return _untiled(tiles, values.shape).to(dtype)
 

@@ -27,11 +27,11 @@ import torch
 import torch.nn.functional as F
 
 from verl.utils.native import library as native
+from verl.utils.quantization.formats import MX_BLOCK_SIZE
 from verl.utils.tensor_diff import diff_and_update_
 
 logger = logging.getLogger(__name__)
 
-MX_BLOCK_SIZE = 32
 _NATIVE_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 _FLOAT32_INF_BITS = 0x7F800000
 # e4m3: 448 = 1.75 * 2^8. Adding this to float32 bits carries into the exponent exactly where the mantissa exceeds 1.75.

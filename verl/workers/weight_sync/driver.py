@@ -14,7 +14,7 @@ import time
 from collections.abc import Coroutine, Sequence
 from typing import Any, Protocol
 
-from verl.workers.weight_sync.encode_report import errors_by_depth, worst_error
+from verl.utils.quantization.encode_report import errors_by_depth, worst_error
 from verl.workers.weight_sync.manifest import WeightUpdateError
 
 

@@ -10,7 +10,7 @@ import torch
 
 from verl.workers.weight_sync.bucket import read_bucket
 from verl.workers.weight_sync.delta import DeltaChunk, decode
-from verl.workers.weight_sync.encode_report import EncodeReport
+from verl.utils.quantization.encode_report import EncodeReport
 from verl.workers.weight_sync.manifest import Manifest, TensorSpec, WeightUpdateError, check_received
 from verl.workers.weight_sync.shm import SegmentReader
 

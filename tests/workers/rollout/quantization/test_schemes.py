@@ -14,7 +14,7 @@ from verl.config import RolloutConfig
 from verl.utils.quantization.mx import mxfp8_dequantize
 from verl.workers.rollout.quantization import SCHEME_NAMES, get_scheme, scheme_class
 from verl.workers.rollout.quantization.scaled import ScaledWeights
-from verl.workers.weight_sync.encode_report import errors_by_depth, merged_errors, worst_error
+from verl.utils.quantization.encode_report import errors_by_depth, merged_errors, worst_error
 from verl.workers.weight_sync.manifest import TensorSpec, WeightUpdateError
 
 ROLLOUT = RolloutConfig(tensor_model_parallel_size=1, dtype="bfloat16")

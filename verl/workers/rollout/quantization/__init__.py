@@ -1,63 +1,57 @@
-"""How the rollout holds its weights: the scheme of each value of `actor_rollout_ref.rollout.quantization`."""
+"""The tensor half of each value of `rollout.quantization`: encoding, checks on arrival, layouts of the engine's layers.
+
+The torch-free half, with requirements, vLLM arguments and sizes, is in verl.utils.quantization.schemes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from importlib import import_module
+from typing import TypedDict
 
 from verl.config import RolloutConfig
-from verl.workers.rollout.quantization.ascend import AscendScheme
-from verl.workers.rollout.quantization.base import QuantizationScheme
-from verl.workers.rollout.quantization.fp8 import Fp8Scheme
-from verl.workers.rollout.quantization.none import NoQuantization
-from verl.workers.rollout.quantization.torchao import TorchAOScheme
+from verl.utils.quantization.schemes import registered_scheme, weight_format
+from verl.utils.quantization_scheme import QuantizationScheme
 
-_SCHEMES: dict[str | None, type[QuantizationScheme]] = {
-    None: NoQuantization,
-    "fp8": Fp8Scheme,
-    "torchao": TorchAOScheme,
-    "ascend": AscendScheme,
-}
-# What an engine's worker has to know of `rollout`: it gets these as plain values, not the config.
-_WORKER_FIELDS = ("quantization", "quantization_config_file", "quantization_side", "tensor_model_parallel_size")
+
+class WorkerSettings(TypedDict):
+    """The keys of `rollout` that an engine's worker needs to build its scheme."""
+
+    quantization: str | None
+    quantization_config_file: str | None
+    quantization_side: str
+    tensor_model_parallel_size: int
 
 
 def scheme_class(name: str | None) -> type[QuantizationScheme]:
-    """The scheme of that name.
+    """Return the tensor half of a value of `rollout.quantization`.
 
     Raises:
-        ValueError: unknown, naming the allowed values.
+        ValueError: an unknown value; the message lists the allowed ones.
     """
-    if name not in _SCHEMES:
-        raise ValueError(
-            f"actor_rollout_ref.rollout.quantization={name!r}: use null or one of {', '.join(SCHEME_NAMES)}"
-        )
-    return _SCHEMES[name]
+    module, _, attribute = registered_scheme(name).tensor_half.partition(":")
+    scheme = getattr(import_module(f"{__name__}.{module}"), attribute)
+    assert issubclass(scheme, QuantizationScheme)
+    return scheme
 
 
 def get_scheme(rollout: RolloutConfig, model_dir: str) -> QuantizationScheme:
-    """The scheme that `rollout.quantization` names, for the checkpoint in `model_dir`."""
-    return scheme_class(rollout.quantization)(rollout, model_dir)
+    """Return the scheme that `rollout.quantization` selects, for the checkpoint in `model_dir`."""
+    return scheme_class(rollout.quantization)(weight_format(rollout, model_dir))
 
 
-def worker_settings(rollout: RolloutConfig) -> dict[str, Any]:
-    """What the engine's workers need of the rollout's config, in plain values."""
-    return {name: getattr(rollout, name) for name in _WORKER_FIELDS}
+def worker_settings(rollout: RolloutConfig) -> WorkerSettings:
+    """Return the settings that an engine's worker receives in place of the config."""
+    return {
+        "quantization": rollout.quantization,
+        "quantization_config_file": rollout.quantization_config_file,
+        "quantization_side": rollout.quantization_side,
+        "tensor_model_parallel_size": rollout.tensor_model_parallel_size,
+    }
 
 
-def worker_scheme(settings: Mapping[str, Any], model_dir: str) -> QuantizationScheme:
-    """The scheme in an engine's worker, by `worker_settings`."""
+def worker_scheme(settings: WorkerSettings, model_dir: str) -> QuantizationScheme:
+    """Build the scheme in an engine's worker from its `worker_settings`."""
     return get_scheme(RolloutConfig(**settings), model_dir)
 
 
-# The values that `rollout.quantization` may have besides null.
-SCHEME_NAMES = tuple(name for name in _SCHEMES if name is not None)
-
-__all__ = [
-    "SCHEME_NAMES",
-    "QuantizationScheme",
-    "get_scheme",
-    "scheme_class",
-    "worker_scheme",
-    "worker_settings",
-]
+__all__ = ["WorkerSettings", "get_scheme", "scheme_class", "worker_scheme", "worker_settings"]

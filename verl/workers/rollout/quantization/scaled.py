@@ -1,20 +1,20 @@
-"""What `ascend` and `fp8` have in common: a weight becomes values in e4m3 and scales, which travel as two tensors."""
+"""Shared by `ascend` and `fp8`: a weight is encoded as e4m3 values and scales, which are sent as two tensors."""
 
 from __future__ import annotations
 
 import time
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from verl.config import RolloutConfig
+from verl.utils.quantization.encode_report import EncodeReport
+from verl.utils.quantization.schemes import WeightFormat
+from verl.utils.quantization_scheme import QuantizationScheme, ReceivedTensor
 from verl.utils.tensor_diff import diff_and_update_
-from verl.workers.rollout.quantization.base import QuantizationScheme
-from verl.workers.weight_sync.encode_report import EncodeReport
-from verl.workers.weight_sync.manifest import TensorSpec, WeightUpdateError
+from verl.workers.weight_sync.manifest import WeightUpdateError
 
 _VALUES = "float8_e4m3fn"
 
@@ -22,18 +22,18 @@ _VALUES = "float8_e4m3fn"
 def _finite(tensor: torch.Tensor) -> bool:
     if not tensor.is_floating_point() or not tensor.numel():
         return True
-    # A NaN comes out of aminmax as both; isfinite would write, and read again, a tensor as large as this one.
+    # aminmax returns NaN as both bounds; isfinite would write, and read again, a tensor as large as this one.
     return all(bool(torch.isfinite(bound)) for bound in torch.aminmax(tensor))
 
 
 @dataclass(frozen=True)
 class ScaledWeights:
-    """One kind of quantized weight.
+    """The pair of tensors that a weight is sent as.
 
     Attributes:
-        suffix: what a scale's name adds to its weight's.
+        suffix: added to the name of a weight for the name of its scales.
         dtype: torch dtype name of the scales.
-        scale_shape: shape of the scales of a weight, by the weight's shape.
+        scale_shape: maps the shape of a weight to the shape of its scales.
     """
 
     suffix: str
@@ -41,75 +41,79 @@ class ScaledWeights:
     scale_shape: Callable[[tuple[int, ...]], tuple[int, ...]]
 
     def weight_of(self, name: str) -> str | None:
-        """The weight that a tensor holds the scales of; None for any other tensor."""
+        """Return the name of the weight whose scales a tensor holds; None for any other tensor."""
         return name.removesuffix(self.suffix) if name.endswith(f"weight{self.suffix}") else None
 
-    def check_pair(self, name: str, specs: Mapping[str, TensorSpec]) -> None:
-        """Refuse `name` if what it belongs to has come too and does not fit."""
+    def check_pair(self, name: str, received: Mapping[str, ReceivedTensor]) -> None:
+        """Check `name` against its scales, or against its weight, if that was received too."""
         weight_name = self.weight_of(name)
-        if weight_name is not None and specs[name].dtype != self.dtype:
-            raise WeightUpdateError(f"parameter {name!r}: scales are {self.dtype}, it is {specs[name].dtype}")
-        weight = specs.get(weight_name or name)
-        scale = specs.get(f"{weight_name or name}{self.suffix}")
+        if weight_name is not None and received[name].dtype != self.dtype:
+            raise WeightUpdateError(
+                f"parameter {name!r}: scale dtype is {received[name].dtype}, expected {self.dtype}"
+            )
+        weight = received.get(weight_name or name)
+        scale = received.get(f"{weight_name or name}{self.suffix}")
         if weight is None or scale is None:
             return
         if weight.dtype != _VALUES:
-            raise WeightUpdateError(f"parameter {weight.name!r}: {weight.dtype} with scales; it should be {_VALUES}")
+            raise WeightUpdateError(
+                f"parameter {weight.name!r}: dtype of a weight with scales is {weight.dtype}, expected {_VALUES}"
+            )
         expected = self.scale_shape(weight.shape)
         if scale.shape != expected:
             raise WeightUpdateError(
-                f"parameter {scale.name!r}: scales of shape {list(scale.shape)}, a weight of shape "
-                f"{list(weight.shape)} has {list(expected)}: were they left padded?"
+                f"parameter {scale.name!r}: scale shape is {list(scale.shape)}, expected {list(expected)} for a weight "
+                f"of shape {list(weight.shape)}; check that the scales are not padded"
             )
 
-    def check_complete(self, specs: Mapping[str, TensorSpec]) -> None:
-        """Refuse weights without their scales and scales without their weight."""
-        for name, spec in specs.items():
+    def check_complete(self, received: Mapping[str, ReceivedTensor]) -> None:
+        """Check that no weight lacks its scales and no scales lack their weight."""
+        for name, spec in received.items():
             weight_name = self.weight_of(name)
-            if spec.dtype == _VALUES and f"{name}{self.suffix}" not in specs:
+            if spec.dtype == _VALUES and f"{name}{self.suffix}" not in received:
                 raise WeightUpdateError(f"parameter {name!r}: its scales ({name}{self.suffix}) did not arrive")
-            if weight_name is not None and weight_name not in specs:
+            if weight_name is not None and weight_name not in received:
                 raise WeightUpdateError(f"parameter {name!r}: its weight ({weight_name}) did not arrive")
 
 
-class ScaledScheme(QuantizationScheme):
-    """A scheme whose weights travel as `(name, float8_e4m3fn)` and `(name + suffix, scales)`."""
+class ScaledScheme(QuantizationScheme, ABC):
+    """A scheme whose weights are sent as `(name, float8_e4m3fn)` and `(name + suffix, scales)`."""
 
     scaled: ClassVar[ScaledWeights]
 
-    def __init__(self, rollout: RolloutConfig, model_dir: str):
-        super().__init__(rollout, model_dir)
+    def __init__(self, weight_format: WeightFormat):
+        super().__init__(weight_format)
         self._report = EncodeReport()
 
     @abstractmethod
-    def quantizes(self, name: str) -> bool:
-        """Whether a checkpoint tensor is quantized."""
-
-    @abstractmethod
     def quantize(self, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """A weight, rounded to `dtype` first.
+        """Round a weight to `dtype` and quantize it.
 
         Returns:
-            values float8_e4m3fn of its shape; scales, in which NaN and Inf must show; [2] squared error of the two,
-            and sum of squares of the rounded weight, on its device.
+            values float8_e4m3fn of its shape; scales, which show NaN and Inf; [2] the squared error of values and
+            scales, and the sum of squares of the rounded weight, on its device.
         """
 
     def requantize(
         self, weight: torch.Tensor, dtype: torch.dtype, values: torch.Tensor, scales: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Bring `values` and `scales` to those of `quantize`; the places that changed in each, and the same error."""
-        fresh_values, fresh_scales, error = self.quantize(weight, dtype)
-        return diff_and_update_(values, fresh_values), diff_and_update_(scales, fresh_scales), error
+        """Update `values` and `scales` to those of `quantize`.
+
+        Returns:
+            The indices that changed in each of the two, and the error as of `quantize`.
+        """
+        new_values, new_scales, error = self.quantize(weight, dtype)
+        return diff_and_update_(values, new_values), diff_and_update_(scales, new_scales), error
 
     @staticmethod
     @abstractmethod
     def finite_scales(scales: torch.Tensor) -> bool:
-        """Whether the weight that these are the scales of was finite."""
+        """Return whether the weight with these scales was finite."""
 
     def encode_weight(
         self, name: str, weight: torch.Tensor, dtype: torch.dtype | None = None
     ) -> dict[str, torch.Tensor]:
-        """Suffix -> tensor: what a weight, or some of its rows, becomes. NaN and Inf are left to `check_sent`."""
+        # NaN and Inf are left to `check_sent`.
         started = time.perf_counter()
         values, scales, error = self.quantize(weight, dtype or weight.dtype)
         self._report.add(name, error)
@@ -121,10 +125,10 @@ class ScaledScheme(QuantizationScheme):
     ) -> dict[str, torch.Tensor]:
         started = time.perf_counter()
         suffix = self.scaled.suffix
-        values_at, scales_at, error = self.requantize(weight, dtype or weight.dtype, kept[""], kept[suffix])
+        values_indices, scales_indices, error = self.requantize(weight, dtype or weight.dtype, kept[""], kept[suffix])
         self._report.add(name, error)
         self._report.seconds += time.perf_counter() - started
-        return {"": values_at, suffix: scales_at}
+        return {"": values_indices, suffix: scales_indices}
 
     def encode(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in named_tensors:
@@ -138,13 +142,13 @@ class ScaledScheme(QuantizationScheme):
     def check_sent(self, name: str, values: torch.Tensor) -> None:
         weight_name = self.scaled.weight_of(name)
         if weight_name is None:
-            # What e4m3 makes of NaN and Inf shows in its scales.
+            # NaN and Inf of an encoded weight show in its scales.
             finite = values.dtype == torch.float8_e4m3fn or _finite(values)
         else:
             finite = self.finite_scales(values)
         if not finite:
             raise WeightUpdateError(
-                f"parameter {(weight_name or name)!r} holds NaN or Inf: the training diverged; nothing more was sent"
+                f"parameter {(weight_name or name)!r} holds NaN or Inf: the training diverged; sending stopped here"
             )
 
     def pop_report(self) -> EncodeReport:
@@ -152,11 +156,11 @@ class ScaledScheme(QuantizationScheme):
         return report
 
     @classmethod
-    def check_tensor(cls, name: str, tensor: torch.Tensor, arrived: Mapping[str, TensorSpec]) -> None:
-        cls.scaled.check_pair(name, arrived)
+    def check_tensor(cls, name: str, tensor: torch.Tensor, received: Mapping[str, ReceivedTensor]) -> None:
+        cls.scaled.check_pair(name, received)
         if cls.scaled.weight_of(name) is not None and not cls.finite_scales(tensor):
             raise WeightUpdateError(f"parameter {name!r} holds a NaN or infinite scale: its weight is not finite")
 
     @classmethod
-    def check_complete(cls, arrived: Mapping[str, TensorSpec]) -> None:
-        cls.scaled.check_complete(arrived)
+    def check_complete(cls, received: Mapping[str, ReceivedTensor]) -> None:
+        cls.scaled.check_complete(received)

@@ -23,11 +23,12 @@ from typing import Any
 
 from verl.config import ModelConfig, RolloutConfig
 from verl.utils.heap import freeze_heap
+from verl.utils.quantization.schemes import SCHEME_NAMES, weight_format
 from verl.utils.timeline import join_timeline, spanned
 from verl.utils.vllm.npu_settings import check_npu_environment
 from verl.utils.vllm.server import drain
 from verl.workers.rollout.continuation import after_cut, check_continuable
-from verl.workers.rollout.quantization import SCHEME_NAMES, get_scheme, worker_settings
+from verl.workers.rollout.quantization import worker_settings
 from verl.workers.rollout.request_channel import Answer, Request, RequestDesk
 from verl.workers.rollout.types import ReplicaUnavailable, TokenOutput
 from verl.workers.rollout.vllm_rollout.engine_args import engine_args
@@ -70,7 +71,6 @@ class vLLMHttpServer:
             check_npu_environment(
                 os.environ, sleep_mode=rollout.free_cache_engine, engine_kwargs=rollout.engine_kwargs.get("vllm")
             )
-        scheme = get_scheme(rollout, model.path)
         self._rollout = rollout
         self._model = model
         self._rank = replica_rank
@@ -84,7 +84,7 @@ class vLLMHttpServer:
             prompt_length=prompt_length,
             response_length=response_length,
             seed=seed + replica_rank,
-            quantization=scheme.engine_overrides(device),
+            quantization=weight_format(rollout, model.path).engine_overrides(device),
         )
         self._version: int | None = None
         self._refusal: str | None = None

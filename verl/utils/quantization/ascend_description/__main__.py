@@ -1,0 +1,7 @@
+"""`python -m verl.utils.quantization.ascend_description`: the same as `verl describe`."""
+
+import sys
+
+from verl.utils.quantization.ascend_description.command import main
+
+sys.exit(main())

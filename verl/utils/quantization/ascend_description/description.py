@@ -1,0 +1,97 @@
+"""The description itself: the weights of a checkpoint, each quantized or with the reason why it is not."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from verl.utils.quantization.ascend_layers import Layer
+from verl.utils.quantization.formats import FLOAT, MXFP8_DESCRIPTION, W8A8_MXFP8
+
+DESCRIPTION_FILE = "quant_model_description.json"
+
+
+@dataclass(frozen=True)
+class AscendDescription:
+    """The weights of a checkpoint that the engine holds in MXFP8.
+
+    Attributes:
+        model_dir: directory of the checkpoint.
+        tp_size: tensor-parallel size of the rollout that it was checked for.
+        layers: every weight of the checkpoint, in its order.
+        parameters: every tensor of the checkpoint, biases and buffers included.
+    """
+
+    model_dir: str
+    tp_size: int
+    layers: tuple[Layer, ...]
+    parameters: frozenset[str] = field(repr=False)
+    _by_parameter: dict[str, Layer] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_by_parameter", {layer.parameter: layer for layer in self.layers})
+
+    @property
+    def quantized_layers(self) -> tuple[str, ...]:
+        """Quantized checkpoint modules such as `model.layers.0.self_attn.q_proj`; for fused experts, parameters."""
+        return tuple(layer.name for layer in self.layers if layer.quantized)
+
+    def layer(self, weight_name: str) -> Layer | None:
+        """Return the layer of a checkpoint tensor; None for biases, buffers and the like.
+
+        Raises:
+            ValueError: the checkpoint has no tensor of that name.
+        """
+        layer = self._by_parameter.get(weight_name)
+        if layer is None and weight_name not in self.parameters:
+            raise ValueError(
+                f"{weight_name!r} is not in the checkpoint that the description was made from ({self.model_dir})"
+                f"{similar_name(weight_name, self.parameters)}"
+            )
+        return layer
+
+    def is_quantized(self, weight_name: str) -> bool:
+        """Return whether the engine holds a checkpoint tensor in MXFP8; ValueError for an unknown name."""
+        layer = self.layer(weight_name)
+        return layer is not None and layer.quantized
+
+    def summary(self) -> str:
+        """Describe in one line the number of quantized weights and the bytes of all weights, stored and in the engine."""
+        before = sum(layer.info.nbytes for layer in self.layers)
+        after = sum(layer.mxfp8_nbytes for layer in self.layers)
+        return (
+            f"{len(self.quantized_layers)} of {len(self.layers)} weights, tensor-parallel size {self.tp_size}: "
+            f"{size_text(before)} stored, {size_text(after)} in the engine ({after / before:.0%})"
+        )
+
+    def engine_bytes(self, itemsize: int) -> int:
+        """Bytes of all weights, the unquantized ones with `itemsize` bytes per element; biases are not counted."""
+        return sum(la.mxfp8_nbytes if la.quantized else math.prod(la.info.shape) * itemsize for la in self.layers)
+
+    def to_json_dict(self) -> dict[str, Any]:
+        """Return `hf_overrides["quantization_config"]`: plain strings and numbers, keyed by checkpoint names.
+
+        The first expert of each layer describes them all: vllm-ascend looks at no other.
+        """
+        entries: dict[str, str] = {}
+        for layer in self.layers:
+            entries |= dict.fromkeys(layer.description_keys(), W8A8_MXFP8 if layer.quantized else FLOAT)
+        return {**MXFP8_DESCRIPTION, **entries}
+
+
+def similar_name(name: str, names: Iterable[str]) -> str:
+    """Return ` (similar: 'NAME')` for an error message, or an empty string if no name is close."""
+    close = difflib.get_close_matches(name.removeprefix("re:"), names, n=1)
+    return f" (similar: {close[0]!r})" if close else ""
+
+
+def size_text(size: float) -> str:
+    """Format bytes in the largest unit up to GiB, with one decimal."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            break
+        size /= 1024
+    return f"{size:,.1f} {unit}" if unit != "B" else f"{size} B"

@@ -1,0 +1,125 @@
+"""Checks of a description before an engine starts with it."""
+
+from __future__ import annotations
+
+import bisect
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from verl.utils.model_dir.index import CheckpointIndex
+from verl.utils.quantization.ascend_description.description import AscendDescription
+from verl.utils.quantization.ascend_layers import NEVER, ROW, Layer, name_pattern
+from verl.utils.quantization.formats import FLOAT, MX_BLOCK_SIZE, W8A8_MXFP8
+
+FIELD = "actor_rollout_ref.rollout.quantization_config_file"
+_FLOATING = {"F64", "F32", "F16", "BF16"}
+_QUANTIZED_SUFFIXES = (".weight_scale", ".weight_scale_inv", ".weight_packed", ".qweight", ".weight_offset")
+
+
+def validated_description(
+    index: CheckpointIndex, layers: Sequence[Layer], tp_size: int, expert_parallel: bool
+) -> AscendDescription:
+    """Return the description of these layers.
+
+    Raises:
+        ValueError: see `build_description`.
+    """
+    if tp_size < 1:
+        raise ValueError(f"tensor_model_parallel_size={tp_size}: must be 1 or more")
+    _validate_packed_layers(layers)
+    _validate_tensor_parallel(layers, tp_size, expert_parallel)
+    description = AscendDescription(str(index.model_dir), tp_size, tuple(layers), frozenset(index.tensors))
+    validate_name_prefixes(description.to_json_dict())
+    if not description.quantized_layers:
+        raise ValueError(
+            f"{index.model_dir}: no layer is left to quantize; leave out fewer, or set actor_rollout_ref.rollout."
+            "quantization=null"
+        )
+    return description
+
+
+def validate_unquantized(index: CheckpointIndex) -> None:
+    """Reject a checkpoint whose config, names or dtypes show that it is quantized already."""
+    configs = {id(config): config for config in (index.config, index.text_config)}.values()
+    given = next((c[key] for c in configs for key in ("quantization_config", "compression_config") if c.get(key)), None)
+    method = given.get("quant_method", "unnamed method") if isinstance(given, dict) else given
+    evidence = f"config.json has a quantization_config ({method})" if given is not None else ""
+    for name, info in index.tensors.items():
+        if evidence:
+            break
+        if name.endswith(_QUANTIZED_SUFFIXES) or (name.endswith(".weight") and info.dtype not in _FLOATING):
+            evidence = f"{name} is {info.dtype}"
+    if evidence:
+        raise ValueError(
+            f"{index.model_dir}: the checkpoint is already quantized: {evidence}; quantization=ascend quantizes while "
+            "it sends weights and needs the BF16 checkpoint"
+        )
+
+
+def validate_name_prefixes(entries: Mapping[str, Any], source: str = "") -> None:
+    """Reject names that vllm-ascend confuses.
+
+    It (`is_layer_skipped_ascend`) skips a layer as soon as the name of a FLOAT entry *starts with* the layer's name.
+
+    Args:
+        entries: the fields of a description.
+        source: beginning of the error message.
+    """
+    floats = sorted(key for key, kind in entries.items() if key.endswith(".weight") and kind == FLOAT)
+    for name, kind in entries.items():
+        if not name.endswith(".weight") or kind != W8A8_MXFP8:
+            continue
+        prefix = name.removesuffix(".weight")
+        position = bisect.bisect_left(floats, prefix)
+        if position < len(floats) and floats[position].startswith(prefix):
+            other = floats[position].removesuffix(".weight")
+            raise ValueError(
+                f"{source}{prefix} is quantized and {other} is not: the second name starts with the first, so "
+                "vllm-ascend would confuse them and leave both unquantized; quantize both or neither"
+            )
+
+
+def _validate_packed_layers(layers: Sequence[Layer]) -> None:
+    """Check that the shards of each packed layer are all quantized or all unquantized."""
+    packed: dict[str, list[Layer]] = {}
+    for layer in layers:
+        # In a model without a fused first projection, `q_a_proj` is alone in its list, and a list of one is never mixed.
+        if layer.packed_with and layer.reason not in NEVER:
+            packed.setdefault(layer.packed_with, []).append(layer)
+    for name, shards in packed.items():
+        unquantized = [layer.name for layer in shards if not layer.quantized]
+        if unquantized and len(unquantized) < len(shards):
+            quantized = next(layer.name for layer in shards if layer.quantized)
+            raise ValueError(
+                f"{name}: the engine packs these {len(shards)} layers into one, and they must be alike: {quantized} "
+                f"is quantized, {unquantized[0]} is not ({len(unquantized)} such); leave out all of them or none"
+            )
+
+
+def _validate_tensor_parallel(layers: Sequence[Layer], tp_size: int, expert_parallel: bool) -> None:
+    """Check that tensor parallelism cuts the inputs of row-parallel layers at the end of a block."""
+    by_pattern: dict[str, list[Layer]] = {}
+    for layer in layers:
+        cut = layer.split == ROW and not (layer.experts and expert_parallel)
+        if layer.quantized and cut and tp_size > 1 and layer.k % (MX_BLOCK_SIZE * tp_size):
+            by_pattern.setdefault(name_pattern(layer.name), []).append(layer)
+    if not by_pattern:
+        return
+    faults = []
+    for pattern, group in by_pattern.items():
+        first = group[0]
+        sizes = [size for size in range(1, tp_size) if size == 1 or first.k % (MX_BLOCK_SIZE * size) == 0]
+        # A layer's experts are quantized together, so they are left out together.
+        glob = f"{name_pattern(first.experts)}.**" if first.experts else pattern
+        regex = re.escape(glob).replace(r"\*\*", ".*").replace(r"\*", r"\d+")
+        faults.append(
+            f"{first.name} {list(first.info.shape)} ({len(group)} such) has {first.k} inputs, {first.k / tp_size:g} "
+            f"per rank: use tensor_model_parallel_size={' or '.join(map(str, sizes))}, or leave it out: "
+            f"{json.dumps({'ignore': ['re:' + regex]})} in {FIELD}"
+        )
+    raise ValueError(
+        f"tensor_model_parallel_size={tp_size}: cuts the inputs of row-parallel layers inside a block of "
+        f"{MX_BLOCK_SIZE}: {'; '.join(faults)}"
+    )

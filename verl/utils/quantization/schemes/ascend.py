@@ -1,0 +1,60 @@
+"""`rollout.quantization=ascend`: MXFP8 in vllm-ascend on an Ascend 950, or in its emulation on a CPU."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from verl.utils.quantization.ascend_description import AscendDescription, resolve_description
+from verl.utils.quantization.ascend_layers import Layer
+from verl.utils.quantization.ascend_releases import NEWEST_READ, check_vllm_ascend, validate_paired_groups
+from verl.utils.quantization.formats import ASCEND_METHOD
+from verl.utils.quantization.schemes.base import ScaledFormat
+
+
+class AscendFormat(ScaledFormat):
+    """1 byte per weight, plus 1 scale byte per 32, for each layer that the description marks."""
+
+    name = "ascend"
+    devices = ("cpu", "npu")
+    alternative = "fp8"
+
+    @functools.cached_property
+    def description(self) -> AscendDescription:
+        """The quantized and unquantized weights of the checkpoint."""
+        return resolve_description(
+            self.model_dir,
+            self.settings.quantization_config_file,
+            self.settings.tensor_model_parallel_size,
+            index=self._read_index(),
+        )
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        return self.description.layers
+
+    def validate_settings(self, device: str) -> None:
+        super().validate_settings(device)
+        if device == "npu":
+            self._validate_bfloat16(device)
+
+    def _validate_engine(self, device: str, installed: bool) -> None:
+        if device == "npu":
+            release = check_vllm_ascend() if installed else NEWEST_READ
+            validate_paired_groups(self.layers, self.settings.tensor_model_parallel_size, release)
+        super()._validate_engine(device, installed)
+
+    def _engine_arguments(self) -> dict[str, Any]:
+        return {
+            "quantization": ASCEND_METHOD,
+            "hf_overrides": {"quantization_config": self.description.to_json_dict()},
+        }
+
+    def summary(self) -> str:
+        return f"MXFP8: {self.description.summary()}"
+
+    def engine_bytes(self, itemsize: int) -> int:
+        return self.description.engine_bytes(itemsize)
+
+    def quantizes(self, name: str) -> bool:
+        return self.description.is_quantized(name)

@@ -1,0 +1,175 @@
+"""The torch-free half of a quantization scheme: requirements, vLLM arguments and sizes."""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+from verl.utils.model_dir.index import CheckpointIndex, read_checkpoint_index
+from verl.utils.platform import DEVICES, choose_dtype
+from verl.utils.quantization.ascend_layers import Layer
+
+FIELD = "actor_rollout_ref.rollout.quantization"
+
+
+class RolloutSettings(Protocol):
+    """The keys of `actor_rollout_ref.rollout` that schemes read. `RolloutConfig` has all of them."""
+
+    @property
+    def quantization(self) -> str | None: ...
+    @property
+    def quantization_config_file(self) -> str | None: ...
+    @property
+    def quantization_side(self) -> str: ...
+    @property
+    def tensor_model_parallel_size(self) -> int: ...
+    @property
+    def load_format(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+
+
+class WeightFormat(ABC):
+    """How an engine holds the weights of one checkpoint under one value of `rollout.quantization`.
+
+    Preflight, server and trainer all use it. It reads names and shapes only and can be imported without torch.
+
+    Class attributes:
+        name: the value of `rollout.quantization`.
+        devices: devices whose engines support it; `alternative` is the value to use on the others.
+        reads_checkpoint: it depends on the names and shapes of the checkpoint's tensors.
+        trainer_encodes: with `quantization_side=sender` the trainer encodes weights before it sends them.
+
+    Args:
+        settings: the section `actor_rollout_ref.rollout`.
+        model_dir: the checkpoint that trainer and engine start from.
+        read_index: returns the names and shapes of its tensors; by default they are read from its files.
+    """
+
+    name: ClassVar[str | None]
+    devices: ClassVar[tuple[str, ...]] = DEVICES
+    alternative: ClassVar[str] = ""
+    reads_checkpoint: ClassVar[bool] = False
+    trainer_encodes: ClassVar[bool] = False
+
+    def __init__(
+        self, settings: RolloutSettings, model_dir: str | Path, read_index: Callable[[], CheckpointIndex] | None = None
+    ):
+        self.settings, self.model_dir = settings, model_dir
+        self._read_index = read_index or functools.partial(read_checkpoint_index, model_dir)
+
+    def validate_settings(self, device: str) -> None:
+        """Check the keys of `rollout` and the device, without a look at the checkpoint.
+
+        Args:
+            device: `cpu`, `cuda` or `npu`.
+
+        Raises:
+            ValueError, NotImplementedError: a value that cannot work, and what to use.
+        """
+        if device not in self.devices:
+            raise ValueError(
+                f"{FIELD}={self.name}: runs on {' and '.join(self.devices)}, not on {device}; use {self.alternative} "
+                "there"
+            )
+
+    def validate(self, device: str, *, installed: bool) -> None:
+        """Check the settings and the layers of the checkpoint.
+
+        Args:
+            device: `cpu`, `cuda` or `npu`.
+            installed: the engine starts on this machine, so check its libraries and its processor too.
+
+        Raises:
+            ValueError, NotImplementedError: a setting, layer or library that cannot work, and what to do.
+        """
+        self.validate_settings(device)
+        self._validate_engine(device, installed)
+
+    def _validate_engine(self, device: str, installed: bool) -> None:
+        """Check layers and libraries; called after `validate_settings`."""
+        return
+
+    def engine_overrides(self, device: str) -> dict[str, Any]:
+        """Return the arguments of vLLM's `AsyncEngineArgs` that this format adds, after all checks.
+
+        Raises:
+            ValueError, NotImplementedError: as `validate` on the machine of the engine.
+        """
+        self.validate(device, installed=True)
+        return self._engine_arguments()
+
+    @abstractmethod
+    def _engine_arguments(self) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def summary(self) -> str:
+        """Describe in one line how the engine holds the weights."""
+
+    def engine_bytes(self, itemsize: int) -> int | None:
+        """Bytes of all weights in the engine, with `itemsize` bytes per element of an unquantized weight.
+
+        Returns:
+            None if names and shapes do not determine it.
+        """
+        return None
+
+    def update_bytes(self, itemsize: int) -> int | None:
+        """Bytes of a full weight update; None if every parameter is sent in the engine's dtype."""
+        return self.engine_bytes(itemsize) if self.settings.quantization_side == "sender" else None
+
+    @classmethod
+    def estimated_bytes(cls, parameters: int, itemsize: int) -> int:
+        """Estimate the bytes of a model's weights in the engine from its size alone.
+
+        The default is 1 byte per weight, plus 1 scale byte per 32.
+        """
+        return parameters * 33 // 32
+
+    def quantizes(self, name: str) -> bool:
+        """Return whether the trainer or the engine's workers encode a checkpoint tensor before it is loaded."""
+        return False
+
+
+class ScaledFormat(WeightFormat):
+    """A format of e4m3 values with scales, made from the projections of the decoder."""
+
+    reads_checkpoint = True
+    trainer_encodes = True
+
+    @property
+    @abstractmethod
+    def layers(self) -> Iterable[Layer]:
+        """Every weight of the checkpoint, the quantized ones marked."""
+
+    def validate_settings(self, device: str) -> None:
+        super().validate_settings(device)
+        load_format = self.settings.load_format
+        if load_format != "dummy":
+            # The engine would read a checkpoint that has neither e4m3 values nor scales.
+            raise ValueError(
+                f"actor_rollout_ref.rollout.load_format={load_format}: with quantization={self.name} the engine's "
+                "first weights come from the trainer; use dummy"
+            )
+
+    def _validate_engine(self, device: str, installed: bool) -> None:
+        for layer in self.layers:
+            if layer.quantized and len(layer.info.shape) == 3:
+                # The order of gate and up in such a tensor differs by model.
+                raise NotImplementedError(
+                    f"{layer.name} {list(layer.info.shape)}: experts in one tensor are not supported yet in a "
+                    "quantized rollout; use a checkpoint with one tensor per expert, or leave the layer out"
+                )
+
+    def _validate_bfloat16(self, device: str) -> None:
+        """Check that the engine computes in bfloat16, the only dtype that the kernels take."""
+        dtype = self.settings.dtype
+        chosen = choose_dtype(device, dtype)
+        if chosen.name != "bfloat16":
+            raise ValueError(
+                f"actor_rollout_ref.rollout.dtype={dtype}: the engine would compute in {chosen.name} ({chosen.why}), "
+                f"and quantization={self.name} on {device} needs bfloat16; set actor_rollout_ref.rollout.dtype=bfloat16"
+            )
