@@ -50,7 +50,7 @@ def serve(model_dir: Path, quantization: str | None, dtype: str, requests: int, 
         enable_prefix_caching=False,
         distributed_executor_backend="uni",
         kv_cache_memory_bytes=512 << 20,
-        **scheme.engine_overrides("cpu"),
+        **scheme.format.engine_overrides("cpu"),
     )
     prompts = [TokensPrompt(prompt_token_ids=[3 + (i + j) % 100 for j in range(PROMPT)]) for i in range(requests)]
     parameters = SamplingParams(temperature=1.0, max_tokens=tokens, ignore_eos=True, detokenize=False)

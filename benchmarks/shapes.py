@@ -115,6 +115,6 @@ def count(config: PretrainedConfig) -> Counts:
         layers=config.num_hidden_layers,
         attention=config.num_attention_heads * config.head_dim,
         kv_elements=2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim,
-        mxfp8_bytes=description.sent_bytes(2) + 2 * biases,
+        mxfp8_bytes=description.engine_bytes(2) + 2 * biases,
         tensors=len(shapes),
     )

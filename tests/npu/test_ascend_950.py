@@ -16,8 +16,9 @@ from fixtures.engine import Engine, log_probs_of, weights_of
 from fixtures.fake_quant import fake_quantized, mxfp8_round_trip
 from fixtures.tiny import write_tiny_model
 from verl.config import RolloutConfig
+from verl.utils.quantization.ascend_releases import check_vllm_ascend
 from verl.utils.quantization.mx import npu_mxfp8_quantize
-from verl.utils.vllm.npu_settings import check_vllm_ascend, npu_environment
+from verl.utils.vllm.npu_settings import npu_environment
 from verl.workers.rollout.quantization import get_scheme
 
 pytestmark = [
@@ -103,7 +104,7 @@ def start(monkeypatch):
 
     def start(model_dir, **over):
         scheme = get_scheme(ROLLOUT, str(model_dir))
-        started.append(Engine(model_dir, ROLLOUT, dtype="bfloat16", **(scheme.engine_overrides("npu") | over)))
+        started.append(Engine(model_dir, ROLLOUT, dtype="bfloat16", **(scheme.format.engine_overrides("npu") | over)))
         return started[-1], scheme
 
     yield start

@@ -10,7 +10,8 @@ from packaging.specifiers import SpecifierSet
 
 from verl.cli.doctor_facts import Facts
 from verl.cli.doctor_releases import MATRIX, STACKS, Stack, stack_of
-from verl.utils.vllm.npu_settings import check_vllm_ascend, npu_environment, npu_environment_problems
+from verl.utils.quantization.ascend_releases import check_vllm_ascend
+from verl.utils.vllm.npu_settings import npu_environment, npu_environment_problems
 
 # vLLM's queues between an engine's workers take 240 MiB a group; a container has 64 MiB where nothing is said.
 _SMALL_SHM_BYTES = 2**30

@@ -1,5 +1,7 @@
 """Names that a config value may have. Plain strings: the registries behind some of them import torch."""
 
+from verl.utils.quantization.schemes import SCHEME_NAMES as QUANTIZATIONS  # noqa: F401  (a list of names like the others)
+
 # verl.trainer.ppo.core_algos holds the functions; a test compares the two.
 ADV_ESTIMATORS = (
     "gae",
@@ -57,8 +59,6 @@ UNSUPPORTED_KL_TYPES = ("full",)
 
 REWARD_MANAGERS = ("dapo", "gdpo", "naive")
 UNSUPPORTED_REWARD_MANAGERS = ("batch", "prime", "rate_limited", "remote")
-
-QUANTIZATIONS = ("fp8", "torchao", "ascend")
 
 LOGGERS = ("console", "file", "swanlab", "tensorboard", "wandb")
 UNSUPPORTED_LOGGERS = ("clearml", "mlflow", "rl_insight", "trackio", "vemlp_wandb")

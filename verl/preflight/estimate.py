@@ -12,6 +12,7 @@ from verl.config.weight_updates import full_update_reason
 from verl.utils.dtypes import choose_dtype
 from verl.utils.model_dir.kv_cache import cpu_kv_cache_bytes
 from verl.utils.model_dir.model_files import ModelFiles
+from verl.utils.quantization.schemes import weight_format_class
 
 _MIB, _GIB = 1 << 20, 1 << 30
 # Resident memory of processes that hold no model yet.
@@ -90,14 +91,14 @@ def estimate_memory(
         trainer += gathered_bytes(model, _ITEMSIZE[compute_dtype]) + activations
         length = rollout.max_model_len or config.data.max_prompt_length + config.data.max_response_length
         cache = cpu_kv_cache_bytes(model, itemsize, length, rollout.max_num_seqs)
-        # Of a quantized weight a byte and its scales.
-        encoded = model.parameters * 33 // 32
+        scheme = weight_format_class(rollout.quantization)
+        held = scheme.estimated_bytes(model.parameters, itemsize)
         computes = model.parameters * itemsize
         # While a whole update is loaded both layouts are there; what computes is packed or dequantized besides.
-        replica += computes + 2 * (computes if rollout.quantization is None else encoded) + cache
+        replica += computes + 2 * held + cache
         if full_update_reason(rollout, device) is None:
             # What was sent last.
-            trainer += (encoded if rollout.quantization in ("ascend", "fp8") else computes) // ranks
+            trainer += (held if scheme.trainer_encodes else computes) // ranks
     own, shared = ranks // config.trainer.nnodes, 0 if apart else replicas // config.trainer.nnodes
     total = trainer * own + replica * shared + others
     return MemoryEstimate(trainer, replica, cache, others, own, shared, total)

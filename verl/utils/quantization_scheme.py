@@ -121,7 +121,7 @@ class QuantizationScheme:
         return []
 
     @staticmethod
-    def begin_patch(model: nn.Module) -> None:
+    def begin_delta(model: nn.Module) -> None:
         """Restore the kernel layout before single elements are changed in it."""
         return
 

@@ -21,8 +21,9 @@ from verl.config.rollout_correction import Correction
 from verl.protocol import DataProto
 from verl.utils.dtypes import choose_dtype
 from verl.utils.external import import_external
+from verl.utils.quantization_scheme import QuantizationScheme
 from verl.workers.engine.base import PolicyEngine
-from verl.workers.engine.export import ExportUnit, RowEncoder
+from verl.workers.engine.export import ExportUnit
 from verl.workers.engine.fsdp import FSDPEngine
 from verl.workers.engine.micro_batch import MicroBatching, micro_batching
 from verl.workers.policy_objective import PolicyObjective
@@ -231,13 +232,13 @@ class ActorWorker:
         return mini_batch.select().union(DataProto.from_dict(tensors={"selected_tokens": marked}))
 
     def export_weights(
-        self, *, dtype: torch.dtype | None = None, encoder: RowEncoder | None = None
+        self, *, dtype: torch.dtype | None = None, encoder: QuantizationScheme | None = None
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """The policy's weights under checkpoint names; see `TrainEngine.export_weights`."""
         return self.engine.export_weights(dtype=dtype, encoder=encoder)
 
     def export_units(
-        self, *, dtype: torch.dtype | None = None, encoder: RowEncoder | None = None
+        self, *, dtype: torch.dtype | None = None, encoder: QuantizationScheme | None = None
     ) -> Iterator[ExportUnit]:
         """The policy's weights before they are gathered; see `TrainEngine.export_units`."""
         return self.engine.export_units(dtype=dtype, encoder=encoder)

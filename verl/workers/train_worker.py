@@ -15,13 +15,14 @@ from verl.config.weight_updates import full_update_reason
 from verl.protocol import DataProto
 from verl.utils.heap import freeze_heap
 from verl.utils.network import choose_gloo_interface
+from verl.utils.quantization.encode_report import EncodeReport
+from verl.utils.quantization_scheme import QuantizationScheme
 from verl.utils.timeline import join_timeline, span, spanned
 from verl.workers.actor import ActorWorker
 from verl.workers.critic import CriticWorker
 from verl.workers.engine.export import ExportUnit
-from verl.workers.rollout.quantization import QuantizationScheme, get_scheme
+from verl.workers.rollout.quantization import get_scheme
 from verl.workers.weight_sync.block_gather import PackedBlock
-from verl.utils.quantization.encode_report import EncodeReport
 from verl.workers.weight_sync.last_sent import LastSentWeights
 from verl.workers.weight_sync.manifest import dtype_from_name
 from verl.workers.weight_sync.sender import WeightSender

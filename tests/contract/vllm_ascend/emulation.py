@@ -64,7 +64,7 @@ def _emulated(case: str, directory: Path) -> list[dict[str, list]]:
     source = checkpoint(directory, case)
     rollout = RolloutConfig(quantization="ascend", tensor_model_parallel_size=1)
     scheme = get_scheme(rollout, str(source))
-    engine = Engine(source, rollout, **scheme.engine_overrides("cpu"))
+    engine = Engine(source, rollout, **scheme.format.engine_overrides("cpu"))
     result = []
     for seed in range(UPDATES):
         engine.update(scheme.encode(numbered_weights(weights_of(source), seed).items()), seed + 1)

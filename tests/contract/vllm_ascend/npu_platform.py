@@ -18,9 +18,9 @@ def main(model_dir: str) -> None:
     from vllm.plugins import load_general_plugins
 
     from verl.config import ModelConfig, RolloutConfig
+    from verl.utils.quantization.schemes import weight_format
     from verl.utils.vllm.npu_vllm_patch import apply_patches
     from verl.utils.vllm.vllm_fp8_utils import is_mxfp8_vllm_ascend
-    from verl.workers.rollout.quantization.ascend import AscendScheme
     from verl.workers.rollout.vllm_rollout.engine_args import engine_args
 
     load_general_plugins()
@@ -33,7 +33,7 @@ def main(model_dir: str) -> None:
         prompt_length=16,
         response_length=16,
         seed=0,
-        quantization=AscendScheme(rollout, model_dir).engine_overrides("npu"),
+        quantization=weight_format(rollout, model_dir).engine_overrides("npu"),
     )
     config = AsyncEngineArgs(**arguments).create_engine_config()
     facts = {

@@ -8,7 +8,8 @@ from transformers import AutoConfig
 from fixtures.header_checkpoint import tensors_of_config, write_header_checkpoint
 from verl.utils.model_dir.public_models import PUBLIC_MODELS, public_config
 from verl.utils.model_dir.shapes_from_config import index_of_config, read_index_or_config
-from verl.utils.quantization.ascend_description import build_description, main
+from verl.utils.quantization.ascend_description import build_description
+from verl.utils.quantization.ascend_description.command import main
 
 SMALL = {
     "vocab_size": 96,

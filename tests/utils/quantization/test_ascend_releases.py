@@ -1,10 +1,14 @@
 """Layers that a release of vllm-ascend cannot hold; the releases' own failures are in tests/contract."""
 
+import sys
+import types
+
 import pytest
 
 from fixtures.tiny import write_tiny_model
+from verl.utils.quantization import ascend_releases
 from verl.utils.quantization.ascend_description import build_description
-from verl.utils.quantization.ascend_releases import validate_unpaired_groups
+from verl.utils.quantization.ascend_releases import check_vllm_ascend, validate_paired_groups
 
 
 @pytest.fixture(scope="module")
@@ -18,29 +22,29 @@ def layers(tmp_path_factory):
 
 @pytest.mark.parametrize("release", ["0.18.0", "0.18.1rc1", "0.23.0", "0.26.0rc1", "0.30.0"])
 def test_even_numbers_of_groups_are_taken_by_all(layers, release):
-    validate_unpaired_groups(layers("qwen3_moe"), 1, release)
-    validate_unpaired_groups(layers("qwen3"), 1, release)
+    validate_paired_groups(layers("qwen3_moe"), 1, release)
+    validate_paired_groups(layers("qwen3"), 1, release)
 
 
 @pytest.mark.parametrize(("size", "taken"), [(96, False), (80, False), (192, True)])
 def test_linear_layers_on_0_18(layers, size, taken):
     found = layers("qwen3", hidden_size=size)
-    validate_unpaired_groups(found, 1, "0.23.0")
+    validate_paired_groups(found, 1, "0.23.0")
     if taken:
-        validate_unpaired_groups(found, 1, "0.18.0")
+        validate_paired_groups(found, 1, "0.18.0")
         return
     message = rf"layers\.0\.\S+ \[\d+, {size}\] has {size} inputs .*0\.18\.0 takes multiples of 64 only: use .*0\.23\.0"
     with pytest.raises(ValueError, match=message):
-        validate_unpaired_groups(found, 1, "0.18.0")
+        validate_paired_groups(found, 1, "0.18.0")
 
 
 def test_what_a_rank_holds_counts(layers):
     found = layers("qwen3", tp_size=2, intermediate_size=192)
-    validate_unpaired_groups(found, 1, "0.18.0")
+    validate_paired_groups(found, 1, "0.18.0")
     with pytest.raises(
         ValueError, match=r"down_proj \[64, 192\] has 96 inputs on a rank \(tensor_model_parallel_size=2"
     ):
-        validate_unpaired_groups(found, 2, "0.18.0")
+        validate_paired_groups(found, 2, "0.18.0")
 
 
 @pytest.mark.parametrize("release", ["0.18.0", "0.23.0", "0.26.0rc1", "0.26.0"])
@@ -50,6 +54,36 @@ def test_experts_on_every_release_that_was_read(layers, release, sizes):
     with pytest.raises(
         ValueError, match=r"experts\.0\.down_proj .* takes multiples of 64 in experts only: leave it out"
     ):
-        validate_unpaired_groups(found, 1, release)
-    validate_unpaired_groups(layers("qwen3_moe", ignore=[r"re:.*\.experts\..*"], **sizes), 1, release)
-    validate_unpaired_groups(found, 1, "0.27.0")
+        validate_paired_groups(found, 1, release)
+    validate_paired_groups(layers("qwen3_moe", ignore=[r"re:.*\.experts\..*"], **sizes), 1, release)
+    validate_paired_groups(found, 1, "0.27.0")
+
+
+def installed(monkeypatch, version, device_type="A5"):
+    monkeypatch.setattr(ascend_releases.metadata, "version", lambda name: version)
+    monkeypatch.setitem(sys.modules, "vllm_ascend", types.SimpleNamespace(__path__=[]))
+    monkeypatch.setitem(sys.modules, "vllm_ascend._build_info", types.SimpleNamespace(__device_type__=device_type))
+
+
+def test_vllm_ascend_is_missing():
+    with pytest.raises(ValueError, match=r"vllm-ascend is not installed; install 0\.18\.0"):
+        check_vllm_ascend()
+
+
+def test_vllm_ascend_is_too_old(monkeypatch):
+    installed(monkeypatch, "0.17.0rc1")
+    with pytest.raises(ValueError, match=r"vllm-ascend 0\.17\.0rc1 is too old"):
+        check_vllm_ascend()
+
+
+@pytest.mark.parametrize("device_type", ["A2", "AscendDeviceType.A3"])
+def test_vllm_ascend_was_built_for_another_processor(monkeypatch, device_type):
+    installed(monkeypatch, "0.23.0", device_type)
+    with pytest.raises(ValueError, match=f"device type {device_type}, MXFP8 needs an Ascend 950"):
+        check_vllm_ascend()
+
+
+@pytest.mark.parametrize("version", ["0.18.0", "0.26.0rc1"])
+def test_vllm_ascend_fits(monkeypatch, version):
+    installed(monkeypatch, version)
+    check_vllm_ascend()

@@ -1,15 +1,12 @@
-"""The settings that an engine on an NPU needs, and the releases of vllm-ascend that fit."""
+"""The settings that an engine on an NPU needs."""
 
 import subprocess
 import sys
-import types
 
 import pytest
 
-from verl.utils.vllm import npu_settings
 from verl.utils.vllm.npu_settings import (
     check_npu_environment,
-    check_vllm_ascend,
     npu_environment,
     npu_environment_problems,
 )
@@ -58,33 +55,3 @@ def test_the_environment_of_a_replica():
     own = {"VLLM_ASCEND_ENABLE_NZ": "1", **dict.fromkeys(ports, "61000-61050")}
     assert npu_environment(own) == own
     assert npu_environment({"VLLM_ASCEND_TASK_QUEUE_ENABLE": "2"})["TASK_QUEUE_ENABLE"] == "2"
-
-
-def installed(monkeypatch, version, device_type="A5"):
-    monkeypatch.setattr(npu_settings.metadata, "version", lambda name: version)
-    monkeypatch.setitem(sys.modules, "vllm_ascend", types.SimpleNamespace(__path__=[]))
-    monkeypatch.setitem(sys.modules, "vllm_ascend._build_info", types.SimpleNamespace(__device_type__=device_type))
-
-
-def test_vllm_ascend_is_missing():
-    with pytest.raises(ValueError, match=r"vllm-ascend is not installed; install 0\.18\.0"):
-        check_vllm_ascend()
-
-
-def test_vllm_ascend_is_too_old(monkeypatch):
-    installed(monkeypatch, "0.17.0rc1")
-    with pytest.raises(ValueError, match=r"vllm-ascend 0\.17\.0rc1 is too old"):
-        check_vllm_ascend()
-
-
-@pytest.mark.parametrize("device_type", ["A2", "AscendDeviceType.A3"])
-def test_vllm_ascend_was_built_for_another_processor(monkeypatch, device_type):
-    installed(monkeypatch, "0.23.0", device_type)
-    with pytest.raises(ValueError, match=f"device type {device_type}, MXFP8 needs an Ascend 950"):
-        check_vllm_ascend()
-
-
-@pytest.mark.parametrize("version", ["0.18.0", "0.26.0rc1"])
-def test_vllm_ascend_fits(monkeypatch, version):
-    installed(monkeypatch, version)
-    check_vllm_ascend()

@@ -9,11 +9,11 @@ import os
 import pytest
 import torch
 
+from verl.utils.quantization.encode_report import EncodeReport
 from verl.utils.tensor_diff import bits
 from verl.workers.weight_sync.bucket import BucketWriter, read_bucket
 from verl.workers.weight_sync.delta import DeltaBlock
 from verl.workers.weight_sync.driver import update_weights
-from verl.utils.quantization.encode_report import EncodeReport
 from verl.workers.weight_sync.manifest import Manifest, TensorSpec, WeightUpdateError, check_received
 from verl.workers.weight_sync.receiver import WeightReceiver
 from verl.workers.weight_sync.sender import WeightSender

@@ -6,8 +6,8 @@ import asyncio
 from typing import Any
 
 from verl.single_controller.worker_group import WorkerGroup
-from verl.workers.train_worker import TrainWorker
 from verl.utils.quantization.encode_report import merged_errors
+from verl.workers.train_worker import TrainWorker
 
 
 class TrainerSender:

@@ -184,8 +184,8 @@ def _decoder_prefix(index: CheckpointIndex) -> str:
     decoders = [prefix for prefix in prefixes if any(name.startswith(f"{prefix}layers.0.") for name in index.tensors)]
     if len(decoders) != 1:
         raise ValueError(
-            f"{index.model_dir}: expected exactly one decoder (<prefix>.embed_tokens.weight next to <prefix>.layers.0), "
-            f"found {decoders or 'none'}; models of type {index.config.get('model_type')!r} are not supported in MXFP8: set "
+            f"{index.model_dir}: expected one decoder (<prefix>.embed_tokens.weight next to <prefix>.layers.0), found "
+            f"{decoders or 'none'}; models of type {index.config.get('model_type')!r} are not supported in MXFP8: set "
             "actor_rollout_ref.rollout.quantization=null"
         )
     return decoders[0]

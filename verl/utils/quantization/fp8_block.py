@@ -14,7 +14,9 @@ from verl.utils.quantization.formats import FP8_BLOCK_SIZE
 _E4M3_MAX = 448.0
 
 
-def fp8_block_quantize(x: torch.Tensor, block: tuple[int, int] = (FP8_BLOCK_SIZE, FP8_BLOCK_SIZE)) -> tuple[torch.Tensor, torch.Tensor]:
+def fp8_block_quantize(
+    x: torch.Tensor, block: tuple[int, int] = (FP8_BLOCK_SIZE, FP8_BLOCK_SIZE)
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize a matrix so that the largest magnitude of each block becomes 448.
 
     Args:
@@ -38,7 +40,10 @@ def fp8_block_quantize(x: torch.Tensor, block: tuple[int, int] = (FP8_BLOCK_SIZE
 
 
 def fp8_block_dequantize(
-    values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, block: tuple[int, int] = (FP8_BLOCK_SIZE, FP8_BLOCK_SIZE)
+    values: torch.Tensor,
+    scales: torch.Tensor,
+    dtype: torch.dtype,
+    block: tuple[int, int] = (FP8_BLOCK_SIZE, FP8_BLOCK_SIZE),
 ) -> torch.Tensor:
     """Multiply values [N, K] by the scales of their blocks [ceil(N / rows), ceil(K / columns)], in float32.
 

@@ -24,10 +24,10 @@ from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, Unqu
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.utils import set_weight_attrs
 
-from verl.utils.quantization.mx import MX_BLOCK_SIZE, mxfp8_dequantize, mxfp8_quantize
+from verl.utils.quantization.formats import FLOAT, MX_BLOCK_SIZE, W8A8_MXFP8
+from verl.utils.quantization.mx import mxfp8_dequantize, mxfp8_quantize
 from verl.utils.vllm.vllm_fp8_utils import record_run_time_layout, scales_as_loaded
 
-_QUANTIZED, _FLOAT = "W8A8_MXFP8", "FLOAT"
 # Names that checkpoints give an expert's projections: gate, up, down.
 _EXPERT_PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 
@@ -90,12 +90,12 @@ class AscendCpuConfig(QuantizationConfig):
         if missing:
             raise ValueError(f"quantization=ascend: the description has no entry {missing[0]!r}")
         kinds = {self.quant_description[key] for key in keys}
-        if len(kinds) > 1 or not kinds <= {_QUANTIZED, _FLOAT}:
+        if len(kinds) > 1 or not kinds <= {W8A8_MXFP8, FLOAT}:
             raise ValueError(
                 f"quantization=ascend: {', '.join(keys)} are {sorted(kinds)} in the description: make them all "
-                f"{_QUANTIZED} or all {_FLOAT}"
+                f"{W8A8_MXFP8} or all {FLOAT}"
             )
-        return kinds == {_QUANTIZED}
+        return kinds == {W8A8_MXFP8}
 
 
 def _parameter(layer: nn.Module, name: str, shape: tuple[int, ...], dtype: torch.dtype, **attributes: Any) -> None:

@@ -1,4 +1,4 @@
-"""How vLLM and vllm-ascend must be set, and which release it must be, to take new weights while they run on an NPU.
+"""Settings under which vLLM and vllm-ascend can take new weights while they run on an NPU.
 
 Imports neither torch nor vLLM: `verl doctor` says the same where neither is installed.
 """
@@ -6,12 +6,8 @@ Imports neither torch nor vLLM: `verl doctor` says the same where neither is ins
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import import_module, metadata
 from typing import Any
 
-from packaging.version import Version
-
-OLDEST_VLLM_ASCEND = "0.18.0"
 _NZ, _ALLOCATOR = "VLLM_ASCEND_ENABLE_NZ", "PYTORCH_NPU_ALLOC_CONF"
 _QUEUE, _ROLLOUT_QUEUE = "TASK_QUEUE_ENABLE", "VLLM_ASCEND_TASK_QUEUE_ENABLE"
 _PORTS = ("HCCL_HOST_SOCKET_PORT_RANGE", "HCCL_NPU_SOCKET_PORT_RANGE")
@@ -80,32 +76,3 @@ def npu_environment_problems(environment: Mapping[str, str], *, sleep_mode: bool
             "other; remove it, or set actor_rollout_ref.rollout.free_cache_engine=False"
         )
     return problems
-
-
-def check_vllm_ascend() -> str:
-    """Refuse a vllm-ascend that cannot run MXFP8; the version of one that can.
-
-    Raises:
-        ValueError: it is missing, older than 0.18.0, or was built for another processor than the Ascend 950.
-    """
-    setting = "actor_rollout_ref.rollout.quantization=ascend"
-    try:
-        version = metadata.version("vllm-ascend")
-    except metadata.PackageNotFoundError:
-        raise ValueError(
-            f"{setting}: vllm-ascend is not installed; install {OLDEST_VLLM_ASCEND} or newer, built with "
-            "SOC_VERSION=ascend950..."
-        ) from None
-    if Version(version) < Version(OLDEST_VLLM_ASCEND):
-        raise ValueError(f"{setting}: vllm-ascend {version} is too old; install {OLDEST_VLLM_ASCEND} or newer")
-    try:
-        built_for = getattr(import_module("vllm_ascend._build_info"), "__device_type__", "unknown")
-    except ImportError:
-        built_for = "unknown"
-    # Some releases hold an enum's name, some its qualified one.
-    if str(built_for).rpartition(".")[2] != "A5":
-        raise ValueError(
-            f"{setting}: this vllm-ascend {version} was built for device type {built_for}, MXFP8 needs an Ascend 950 "
-            "(A5); build it with SOC_VERSION=ascend950..."
-        )
-    return version

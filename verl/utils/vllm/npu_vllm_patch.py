@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from verl.utils.vllm.vllm_fp8_utils import MXFP8_BLOCK_SIZE, record_run_time_layout
+from verl.utils.quantization.formats import MX_BLOCK_SIZE
+from verl.utils.vllm.vllm_fp8_utils import record_run_time_layout
 
 logger = logging.getLogger(__name__)
 
@@ -194,10 +195,10 @@ def _name(layer: Any) -> str:
 def _refuse_lost_groups(name: str, key: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Its layers have K // 32 scales a row, and pair them: without this, row-parallel ones drop a last one silently."""
     k, groups = shapes[key][-1], shapes[f"{key}_scale"][-1]
-    if k % (2 * MXFP8_BLOCK_SIZE):
+    if k % (2 * MX_BLOCK_SIZE):
         raise ValueError(
             f"{name}.{key}: has {k} inputs on this rank; this vllm-ascend holds {groups} scales for them and takes "
-            f"multiples of {2 * MXFP8_BLOCK_SIZE} inputs only: use vllm-ascend 0.23.0 or newer, or leave the layer out "
+            f"multiples of {2 * MX_BLOCK_SIZE} inputs only: use vllm-ascend 0.23.0 or newer, or leave the layer out "
             "(actor_rollout_ref.rollout.quantization_config_file)"
         )
 

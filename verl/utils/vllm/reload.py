@@ -8,34 +8,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Protocol
 
 import torch
 from torch import nn
 
+from verl.utils.quantization_scheme import QuantizationScheme
 from verl.utils.vllm.apply_delta import DeltaApplier
-from verl.utils.vllm.layout_map import LayoutMap, LoadTrace, Target, parameters_by_storage, storage_of
+from verl.utils.vllm.layout_map import LayoutMap, LoadTrace, parameters_by_storage, storage_of
 from verl.utils.vllm.npu_vllm_patch import run_time_parameters_back
 from verl.utils.vllm.write_log import WriteLog
-
-
-class LayerHooks(Protocol):
-    """Around loading: what a quantization does to the layers that it keeps in a layout of its own."""
-
-    def begin(self, model: nn.Module) -> Mapping[str, nn.Module]:
-        """Bring its layers into their load layout, and return them by name: they are loaded in place."""
-
-    def finish(self, model: nn.Module) -> None:
-        """Bring them into their run-time layout."""
-
-    def targets(self, model: nn.Module) -> list[tuple[torch.Tensor, Target]]:
-        """For each of their parameters, in the load layout: what loaders write to, and where it is run from."""
-
-    def begin_delta(self, model: nn.Module) -> None:
-        """Before single elements are changed: the layers have to be as they run."""
-
-    def refresh(self, model: nn.Module, places: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-        """Make anew what they derive from weights that were changed in place (by layer and parameter)."""
 
 
 class _Some:
@@ -74,7 +55,7 @@ class LayerwiseLoadSession:
         hooks: of the quantization, if any.
     """
 
-    def __init__(self, model: nn.Module, vllm_config, device: torch.device, hooks: LayerHooks | None = None):
+    def __init__(self, model: nn.Module, vllm_config, device: torch.device, hooks: QuantizationScheme | None = None):
         self._model = model
         self._vllm_config = vllm_config
         self._device = device
@@ -368,7 +349,7 @@ def _expected_numel(layer: nn.Module) -> int:
 
 
 def load_session(
-    model: nn.Module, vllm_config, device: torch.device, hooks: LayerHooks | None = None
+    model: nn.Module, vllm_config, device: torch.device, hooks: QuantizationScheme | None = None
 ) -> LayerwiseLoadSession:
     """The way this vLLM takes new weights while it runs.
 

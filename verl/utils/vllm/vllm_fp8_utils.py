@@ -30,14 +30,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from verl.utils.quantization.formats import ASCEND_METHOD, MXFP8_DESCRIPTION, W8A8_MXFP8
 from verl.utils.vllm.layout_map import Target
 
-MXFP8_BLOCK_SIZE = 32
-MXFP8_BLOCK_QUANT_KWARGS: dict[str, Any] = {
-    "quant_method": "ascend",
-    "model_quant_type": "W8A8_MXFP8",
-    "group_size": MXFP8_BLOCK_SIZE,
-}
+MXFP8_BLOCK_QUANT_KWARGS: dict[str, Any] = dict(MXFP8_DESCRIPTION)
 _SCALE = "_scale"
 _RECORD = "_verl_mxfp8_record"
 _ASCEND_CONFIGS = {("vllm_ascend", "AscendModelSlimConfig"), ("verl", "AscendCpuConfig")}
@@ -53,9 +49,9 @@ def is_mxfp8_vllm_ascend(quant_config: Any) -> bool:
     if classes.isdisjoint(_ASCEND_CONFIGS):
         return False
     description = getattr(quant_config, "quant_description", None)
-    if not isinstance(description, Mapping) or description.get("quant_method") != "ascend":
+    if not isinstance(description, Mapping) or description.get("quant_method") != ASCEND_METHOD:
         return False
-    return MXFP8_BLOCK_QUANT_KWARGS["model_quant_type"] in description.values()
+    return W8A8_MXFP8 in description.values()
 
 
 @dataclass

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import torch
 
 from verl.protocol import DataProto
-from verl.workers.engine.export import ExportUnit, RowEncoder, gather_all
+from verl.utils.quantization_scheme import QuantizationScheme
+from verl.workers.engine.export import ExportUnit, gather_all
 from verl.workers.engine.micro_batch import MicroBatching
 
 
@@ -55,7 +56,7 @@ class TrainEngine(ABC):
 
     @abstractmethod
     def export_units(
-        self, *, dtype: torch.dtype | None = None, encoder: RowEncoder | None = None
+        self, *, dtype: torch.dtype | None = None, encoder: QuantizationScheme | None = None
     ) -> Iterator[ExportUnit]:
         """Every weight, a tied one once, as this rank holds it and before it is gathered.
 
@@ -67,7 +68,7 @@ class TrainEngine(ABC):
         """
 
     def export_weights(
-        self, *, dtype: torch.dtype | None = None, encoder: RowEncoder | None = None
+        self, *, dtype: torch.dtype | None = None, encoder: QuantizationScheme | None = None
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Every weight under its checkpoint name and shape, whole, one after the other; otherwise as `export_units`."""
         return gather_all(self.export_units(dtype=dtype, encoder=encoder))

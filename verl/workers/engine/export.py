@@ -8,7 +8,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -17,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from verl.utils.quantization_scheme import QuantizationScheme
 from verl.utils.tensor_diff import diff_and_update_rounded_
 from verl.workers.engine.export_rows import LocalRows, RowRange, find_row_ranges, local_rows
 from verl.workers.engine.loading import decoder_layer_names
@@ -25,26 +25,6 @@ from verl.workers.engine.lora import merged_view
 _SHARD_BYTES = 5 * 10**9
 # Rows of all ranks that travel to rank 0 in one collective, if no parameter is larger.
 TOGETHER_BYTES = 8 << 20
-
-
-class RowEncoder(Protocol):
-    """Turns weights into what is sent in their place, on each rank the rows that it holds."""
-
-    def quantizes(self, name: str) -> bool:
-        """Whether a checkpoint tensor is sent in another form at all, encoded by rows or once it is whole."""
-
-    def encodes_rows(self, name: str) -> bool:
-        """Whether a checkpoint tensor may be encoded some rows at a time."""
-
-    def encode_weight(
-        self, name: str, weight: torch.Tensor, dtype: torch.dtype | None = None
-    ) -> dict[str, torch.Tensor]:
-        """What rows [..., K], rounded to `dtype`, become, by suffix of the name: tensors of the same leading shape."""
-
-    def diff_and_update_(
-        self, name: str, weight: torch.Tensor, kept: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None
-    ) -> dict[str, torch.Tensor]:
-        """Bring what `encode_weight` returned earlier up to date; by suffix, which places of it changed."""
 
 
 class ExportUnit(ABC):
@@ -78,7 +58,7 @@ class RowShardedParam(ExportUnit):
         held: LocalRows,
         ranges: tuple[RowRange, ...],
         dtype: torch.dtype | None,
-        encoder: RowEncoder | None,
+        encoder: QuantizationScheme | None,
     ):
         self.name, self.ranges, self.first, self.sends = name, ranges, held.first, held.sends
         self._shard, self._dtype, self._encoder = shard, dtype, encoder
@@ -163,7 +143,9 @@ class WeightExport:
         self._held: dict[str, LocalRows | None] = {}
 
     @torch.no_grad()
-    def units(self, *, dtype: torch.dtype | None = None, encoder: RowEncoder | None = None) -> Iterator[ExportUnit]:
+    def units(
+        self, *, dtype: torch.dtype | None = None, encoder: QuantizationScheme | None = None
+    ) -> Iterator[ExportUnit]:
         """All of it, a tied weight once. Collective: every rank must exhaust it, and where one gathers all must.
 
         Args:
@@ -201,7 +183,7 @@ class WeightExport:
 
 
 def export_weights(
-    model: PreTrainedModel, *, dtype: torch.dtype | None = None, encoder: RowEncoder | None = None
+    model: PreTrainedModel, *, dtype: torch.dtype | None = None, encoder: QuantizationScheme | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """What `save_pretrained` would write, one tensor after the other, whole and contiguous, on the model's device.
 
@@ -216,7 +198,7 @@ def gather_all(units: Iterable[ExportUnit]) -> Iterator[tuple[str, torch.Tensor]
         yield from unit.gather().items()
 
 
-def _encodes(encoder: RowEncoder | None, ranges: tuple[RowRange, ...], dimensions: int) -> bool | None:
+def _encodes(encoder: QuantizationScheme | None, ranges: tuple[RowRange, ...], dimensions: int) -> bool | None:
     """Whether rows are encoded where they are; None where some of the tensors can only be encoded whole."""
     if encoder is None:
         return False

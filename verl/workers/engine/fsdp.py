@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 
 from verl.config import lora_options
 from verl.protocol import DataProto
+from verl.utils.quantization_scheme import QuantizationScheme
 from verl.utils.timeline import span, spanned
 from verl.workers.engine import checkpoint, export, optim
 from verl.workers.engine.base import LossFn, PolicyEngine, TrainEngine, ValueEngine, ValueLossFn
 from verl.workers.engine.errors import NonFiniteError
-from verl.workers.engine.export import ExportUnit, RowEncoder, WeightExport
+from verl.workers.engine.export import ExportUnit, WeightExport
 from verl.workers.engine.loading import load_sharded_model, parse_dtype
 from verl.workers.engine.log_probs import token_log_probs
 from verl.workers.engine.micro_batch import AlignedBatch, Layout, MicroBatch, MicroBatching
@@ -108,7 +109,7 @@ class FSDPTrainEngine(TrainEngine):
         self._schedule_step += 1
 
     def export_units(
-        self, *, dtype: torch.dtype | None = None, encoder: RowEncoder | None = None
+        self, *, dtype: torch.dtype | None = None, encoder: QuantizationScheme | None = None
     ) -> Iterator[ExportUnit]:
         return self._export.units(dtype=dtype, encoder=encoder)
 

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from verl.utils.quantization_scheme import QuantizationScheme
 from verl.utils.tensor_diff import diff_and_update_
 from verl.workers.engine.export import ExportUnit, RowShardedParam, gather_to_rank0
 from verl.workers.engine.export_rows import row_length
-from verl.workers.rollout.quantization import QuantizationScheme
 from verl.workers.weight_sync.block_gather import PackedBlock, gather_blocks
 from verl.workers.weight_sync.delta import DeltaBlock
 from verl.workers.weight_sync.manifest import WeightUpdateError

@@ -8,9 +8,10 @@ from typing import Any, Protocol
 
 import torch
 
+from verl.utils.quantization.encode_report import EncodeReport
+from verl.utils.quantization_scheme import QuantizationScheme
 from verl.workers.weight_sync.bucket import read_bucket
 from verl.workers.weight_sync.delta import DeltaChunk, decode
-from verl.utils.quantization.encode_report import EncodeReport
 from verl.workers.weight_sync.manifest import Manifest, TensorSpec, WeightUpdateError, check_received
 from verl.workers.weight_sync.shm import SegmentReader
 
@@ -45,22 +46,6 @@ class LoadSession(Protocol):
         """After the last `patch`."""
 
 
-class Quantization(Protocol):
-    """What the rollout's quantization demands of an update, and adds to it."""
-
-    def encode(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterable[tuple[str, torch.Tensor]]:
-        """Turn weights that came unquantized into what the engine takes."""
-
-    def check_tensor(self, name: str, tensor: torch.Tensor, arrived: Mapping[str, TensorSpec]) -> None:
-        """Called before each tensor is loaded; `arrived` is what has come so far, this one included."""
-
-    def check_complete(self, arrived: Mapping[str, TensorSpec]) -> None:
-        """Called once everything has come."""
-
-    def pop_report(self) -> EncodeReport:
-        """What `encode` did since the last call."""
-
-
 class WeightReceiver:
     """Loads buckets in order and commits a version only where everything arrived and everything was written.
 
@@ -73,7 +58,7 @@ class WeightReceiver:
         encodes: weights come unquantized, and are encoded here: deltas are refused.
     """
 
-    def __init__(self, session: LoadSession, quantization: Quantization | None = None, *, encodes: bool = False):
+    def __init__(self, session: LoadSession, quantization: QuantizationScheme | None = None, *, encodes: bool = False):
         assert quantization is not None or not encodes
         self._session = session
         self._quantization = quantization
@@ -169,7 +154,7 @@ class _Update:
 class _Whole(_Update):
     """Every weight, through the load layout."""
 
-    def __init__(self, version: int, session: LoadSession, quantization: Quantization | None, encodes: bool):
+    def __init__(self, version: int, session: LoadSession, quantization: QuantizationScheme | None, encodes: bool):
         super().__init__(version)
         self._session, self._quantization, self._encodes = session, quantization, encodes
         self._arrived = Manifest(version)
@@ -214,7 +199,7 @@ class _Delta(_Update):
         version: int,
         base: int,
         session: LoadSession,
-        quantization: Quantization | None,
+        quantization: QuantizationScheme | None,
         specs: Mapping[str, TensorSpec],
     ):
         super().__init__(version)

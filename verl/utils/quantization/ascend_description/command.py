@@ -17,7 +17,9 @@ from verl.utils.quantization.ascend_description.table import render_table
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `verl describe`."""
     parser.add_argument(
-        "model_dir", metavar="MODEL_DIR", help="local Hugging Face directory; config.json is enough, weights are not read"
+        "model_dir",
+        metavar="MODEL_DIR",
+        help="local Hugging Face directory; config.json is enough, weights are not read",
     )
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel size of the rollout (default: 1)")
     parser.add_argument(

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from verl.utils.byte_size import format_bytes
 from verl.utils.quantization.ascend_layers import Layer
 from verl.utils.quantization.formats import FLOAT, MXFP8_DESCRIPTION, W8A8_MXFP8
 
@@ -59,12 +60,12 @@ class AscendDescription:
         return layer is not None and layer.quantized
 
     def summary(self) -> str:
-        """Describe in one line the number of quantized weights and the bytes of all weights, stored and in the engine."""
+        """Return one line: the number of quantized weights, and the bytes of all weights, stored and in the engine."""
         before = sum(layer.info.nbytes for layer in self.layers)
         after = sum(layer.mxfp8_nbytes for layer in self.layers)
         return (
             f"{len(self.quantized_layers)} of {len(self.layers)} weights, tensor-parallel size {self.tp_size}: "
-            f"{size_text(before)} stored, {size_text(after)} in the engine ({after / before:.0%})"
+            f"{format_bytes(before)} stored, {format_bytes(after)} in the engine ({after / before:.0%})"
         )
 
     def engine_bytes(self, itemsize: int) -> int:
@@ -86,12 +87,3 @@ def similar_name(name: str, names: Iterable[str]) -> str:
     """Return ` (similar: 'NAME')` for an error message, or an empty string if no name is close."""
     close = difflib.get_close_matches(name.removeprefix("re:"), names, n=1)
     return f" (similar: {close[0]!r})" if close else ""
-
-
-def size_text(size: float) -> str:
-    """Format bytes in the largest unit up to GiB, with one decimal."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            break
-        size /= 1024
-    return f"{size:,.1f} {unit}" if unit != "B" else f"{size} B"

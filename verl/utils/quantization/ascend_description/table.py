@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from verl.utils.quantization.ascend_description.description import AscendDescription, size_text
+from verl.utils.byte_size import format_bytes
+from verl.utils.quantization.ascend_description.description import AscendDescription
 from verl.utils.quantization.ascend_layers import UNKNOWN, Layer, name_pattern
 
 _HEADER = ("layer", "count", "shape", "dtype", "cut", "before", "after", "in the engine")
@@ -34,8 +35,8 @@ def _row(pattern: str, layers: list[Layer]) -> tuple[str, ...]:
         " x ".join(map(str, first.info.shape)) if first.info.nbytes else "tied",
         first.info.dtype,
         first.split if first.quantized else "",
-        size_text(before),
-        size_text(after),
+        format_bytes(before),
+        format_bytes(after),
         first.reason or "MXFP8",
     )
 

@@ -85,7 +85,7 @@ def _validate_packed_layers(layers: Sequence[Layer]) -> None:
     """Check that the shards of each packed layer are all quantized or all unquantized."""
     packed: dict[str, list[Layer]] = {}
     for layer in layers:
-        # In a model without a fused first projection, `q_a_proj` is alone in its list, and a list of one is never mixed.
+        # Without a fused first projection, `q_a_proj` is alone in its list, and a list of one is never mixed.
         if layer.packed_with and layer.reason not in NEVER:
             packed.setdefault(layer.packed_with, []).append(layer)
     for name, shards in packed.items():

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from verl.utils.devices import DEVICES
+from verl.utils.dtypes import choose_dtype
 from verl.utils.model_dir.index import CheckpointIndex, read_checkpoint_index
-from verl.utils.platform import DEVICES, choose_dtype
 from verl.utils.quantization.ascend_layers import Layer
 
 FIELD = "actor_rollout_ref.rollout.quantization"

@@ -48,9 +48,7 @@ class ScaledWeights:
         """Check `name` against its scales, or against its weight, if that was received too."""
         weight_name = self.weight_of(name)
         if weight_name is not None and received[name].dtype != self.dtype:
-            raise WeightUpdateError(
-                f"parameter {name!r}: scale dtype is {received[name].dtype}, expected {self.dtype}"
-            )
+            raise WeightUpdateError(f"parameter {name!r}: scale dtype is {received[name].dtype}, expected {self.dtype}")
         weight = received.get(weight_name or name)
         scale = received.get(f"{weight_name or name}{self.suffix}")
         if weight is None or scale is None:

@@ -1,0 +1,94 @@
+"""Checkpoints and choices of layers that a description rejects."""
+
+import json
+import re
+
+import pytest
+
+from fixtures.header_checkpoint import small_decoder, write_header_checkpoint
+from verl.utils.quantization.ascend_description import build_description, load_description
+
+MX, FLOAT = "W8A8_MXFP8", "FLOAT"
+
+
+def test_attention_output_projection_is_cut_along_its_inputs(tmp_path):
+    """o_proj has 64 inputs, down_proj 128: four ranks have 16 and 32."""
+    directory = write_header_checkpoint(tmp_path, *small_decoder())
+    with pytest.raises(
+        ValueError, match=r"self_attn.o_proj \[64, 64\] \(2 such\) has 64 inputs, 16 per rank"
+    ) as refused:
+        build_description(directory, tp_size=4)
+    assert "down_proj" not in str(refused.value)
+
+
+def test_column_parallel_inputs_may_end_inside_a_block(tmp_path):
+    """Only down_proj is cut along its inputs, here 128 / 2; hidden_size 80 is no multiple of 32."""
+    directory = write_header_checkpoint(tmp_path, *small_decoder(hidden_size=80))
+    assert len(build_description(directory, tp_size=2).quantized_layers) == 14
+
+
+@pytest.mark.parametrize(
+    ("ignore", "packed", "culprit"),
+    [
+        ("model.layers.1.self_attn.k_proj", r"q_proj,k_proj,v_proj", "model.layers.1.self_attn.k_proj is not"),
+        (r"re:.*\.up_proj", r"gate_proj,up_proj", "model.layers.0.mlp.up_proj is not"),
+    ],
+)
+def test_mixed_shards_of_a_packed_layer_are_rejected(dense, ignore, packed, culprit):
+    with pytest.raises(ValueError, match=rf"\{{{packed}\}}.*{re.escape(culprit)}.*all of them or none"):
+        build_description(dense, ignore=[ignore])
+
+
+@pytest.mark.parametrize("ignore", [r"re:.*\.1\.mlp\.experts\.2\..*", r"re:.*experts.*down_proj"])
+def test_mixed_experts_are_rejected(moe, ignore):
+    with pytest.raises(ValueError, match=r"model.layers.\d.mlp.experts: the engine packs these 12 layers"):
+        build_description(moe, ignore=[ignore])
+
+
+def test_ignoring_every_layer_is_rejected(dense):
+    with pytest.raises(ValueError, match="no layer is left to quantize"):
+        build_description(dense, ignore=["re:.*"])
+
+
+def test_name_with_a_quantized_name_as_prefix_is_rejected(tmp_path):
+    """A FLOAT `o_proj_extra` would switch `o_proj` off in vllm-ascend, which compares with startswith."""
+    config, tensors = small_decoder()
+    tensors["model.layers.1.self_attn.o_proj_extra.weight"] = ((64, 64), "BF16")
+    directory = write_header_checkpoint(tmp_path, config, tensors)
+    with pytest.raises(
+        ValueError, match=r"1.self_attn.o_proj is quantized and model.layers.1.self_attn.o_proj_extra is not"
+    ):
+        build_description(directory)
+    build_description(directory, ignore=["model.layers.1.self_attn.o_proj"])
+
+
+def test_router_name_as_prefix_of_a_projection_is_rejected(tmp_path, dense):
+    description = build_description(dense).to_json_dict()
+    config, tensors = small_decoder()
+    tensors["model.layers.0.mlp.gate.weight"] = ((4, 64), "BF16")
+    directory = write_header_checkpoint(tmp_path / "gate", config, tensors)
+    for name in ("gate_proj", "up_proj"):
+        description[f"model.layers.0.mlp.{name}.weight"] = FLOAT
+    path = tmp_path / "description.json"
+    path.write_text(json.dumps(description | {"model.layers.0.mlp.gate.weight": MX}))
+    with pytest.raises(ValueError, match=r"layers.0.mlp.gate is quantized and model.layers.0.mlp.gate_proj is not"):
+        load_description(path, directory)
+    path.write_text(json.dumps(description | {"model.layers.0.mlp.gate.weight": FLOAT}))
+    assert load_description(path, directory).to_json_dict()["model.layers.0.mlp.gate.weight"] == FLOAT
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "config", "evidence"),
+    [
+        ("model.layers.0.mlp.up_proj.weight", "F8_E4M3", {}, "up_proj.weight is F8_E4M3"),
+        ("model.layers.0.mlp.up_proj.weight", "I8", {}, "up_proj.weight is I8"),
+        ("model.layers.0.mlp.up_proj.weight_scale_inv", "F32", {}, "weight_scale_inv is F32"),
+        ("model.norm.bias", "BF16", {"quantization_config": {"quant_method": "fp8"}}, r"quantization_config \(fp8\)"),
+        ("model.norm.bias", "BF16", {"text_config": {"quantization_config": {"bits": 4}}}, "quantization_config"),
+    ],
+)
+def test_quantized_checkpoint_is_rejected(tmp_path, name, dtype, config, evidence):
+    own, tensors = small_decoder()
+    directory = write_header_checkpoint(tmp_path, own | config, tensors | {name: ((128, 64), dtype)})
+    with pytest.raises(ValueError, match=f"already quantized: .*{evidence}.*needs the BF16 checkpoint"):
+        build_description(directory)
