@@ -92,19 +92,7 @@ def test_twenty_delta_updates_equal_full_updates(tiny_models, engines, case):
     quantization, kind, tied, sizes, over = CASES[case]
     (model_dir,) = tiny_models(1, kind=kind, tied=tied, std=0.02, **sizes)
     rollout = RolloutConfig(quantization=quantization, tensor_model_parallel_size=over.get("tensor_parallel_size", 1))
-<<<<<<< HEAD
     engine, scheme = engines.get(model_dir, rollout, **over)
     version = twenty_steps(engine, scheme, weights_of(model_dir), getattr(torch, over.get("dtype", "float32")))
     with pytest.raises(WeightUpdateError, match="a delta to version 3 arrived, the engine has version"):
         engine.checked("verl_begin_update", version, engine.quantization, 3)
-=======
-    plugin.register()
-    scheme = get_scheme(rollout, str(model_dir))
-    engine = Engine(model_dir, rollout, **scheme.format.engine_overrides("cpu"), **over)
-    try:
-        version = twenty_steps(engine, scheme, weights_of(model_dir), getattr(torch, over.get("dtype", "float32")))
-        with pytest.raises(WeightUpdateError, match="a delta to version 3 arrived, the engine has version"):
-            engine.checked("verl_begin_update", version, engine.quantization, 3)
-    finally:
-        engine.close()
->>>>>>> 94afca4 (quantization: give each scheme a torch-free half, one protocol, one registry)

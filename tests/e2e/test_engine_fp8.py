@@ -46,24 +46,6 @@ def activations(x):
     return round_trip(x.flatten(0, -2), 1, 128).view(x.shape)
 
 
-<<<<<<< HEAD
-=======
-@pytest.fixture
-def start():
-    started = []
-
-    def start(model_dir):
-        plugin.register()
-        scheme = get_scheme(ROLLOUT, str(model_dir))
-        started.append(Engine(model_dir, ROLLOUT, dtype="bfloat16", **scheme.format.engine_overrides("cpu")))
-        return started[-1], scheme
-
-    yield start
-    for each in started:
-        each.close()
-
-
->>>>>>> 94afca4 (quantization: give each scheme a torch-free half, one protocol, one registry)
 def bf16(model_dir):
     return {name: tensor.bfloat16() for name, tensor in weights_of(model_dir).items()}
 

@@ -10,11 +10,7 @@ from transformers import AutoModelForCausalLM
 from fixtures.engine import Engine, log_probs_of, weights_of
 from fixtures.fake_quant import fake_quantized
 from verl.config import RolloutConfig
-<<<<<<< HEAD
-=======
 from verl.utils.quantization.encode_report import merged_errors
-from verl.utils.vllm import plugin
->>>>>>> 94afca4 (quantization: give each scheme a torch-free half, one protocol, one registry)
 from verl.workers.rollout.quantization import get_scheme
 from verl.workers.weight_sync.manifest import WeightUpdateError
 
@@ -33,18 +29,10 @@ PARTIAL = {"hidden_size": 96, "intermediate_size": 80, "moe_intermediate_size": 
 def models(tiny_models):
     """`models(kind, tied, count, **sizes)`: directories of models with other weights each."""
 
-<<<<<<< HEAD
     def write(kind, tied, count=2, **over):
         if kind != "qwen3_moe":
             over.pop("moe_intermediate_size", None)
         return tiny_models(count, kind=kind, tied=tied, std=STD, **over)
-=======
-    def start(model_dir, rollout=ROLLOUT, **over):
-        plugin.register()
-        scheme = get_scheme(rollout, str(model_dir))
-        started.append(Engine(model_dir, rollout, **(scheme.format.engine_overrides("cpu") | over)))
-        return started[-1], scheme
->>>>>>> 94afca4 (quantization: give each scheme a torch-free half, one protocol, one registry)
 
     return write
 

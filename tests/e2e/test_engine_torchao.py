@@ -37,7 +37,6 @@ def fake_quantized(model_dir):
 def test_the_engine_computes_with_the_weights_of_the_last_update(tiny_models, engines, config_file):
     first, second, third = tiny_models(3, std=0.05)
     rollout = RolloutConfig(quantization="torchao", quantization_config_file=str(config_file))
-<<<<<<< HEAD
     engine, scheme = engines.get(first, rollout)
     for version, source in enumerate([second, third, first], 1):
         engine.update(scheme.encode(weights_of(source).items()), version, 1 << 24 if version % 2 else 20_000)
@@ -55,26 +54,3 @@ def test_the_engine_computes_with_the_weights_of_the_last_update(tiny_models, en
     changed = engine.rpc("verl_parameter_hashes")
     engine.update(new.items(), 5)
     assert engine.rpc("verl_parameter_hashes") == changed != before
-=======
-    scheme = get_scheme(rollout, str(first))
-    engine = Engine(first, rollout, **scheme.format.engine_overrides("cpu"))
-    try:
-        for version, source in enumerate([second, third, first], 1):
-            engine.update(scheme.encode(weights_of(source).items()), version, 1 << 24 if version % 2 else 20_000)
-            answers, log_probs = engine.sample(tokens=10)
-            difference = (log_probs - log_probs_of(fake_quantized(source), answers)).abs().mean()
-            plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-            assert difference < 0.3 * (log_probs - log_probs_of(plain, answers)).abs().mean()
-        # What changed alone is quantized as a whole update is.
-        old = dict(scheme.encode(weights_of(first).items()))
-        new = nudged(old, 0, size=1e-2)
-        changes, before = Changes(old, new, 4), engine.rpc("verl_parameter_hashes")
-        engine.checked("verl_begin_update", 4, engine.quantization, 3)
-        engine.checked("verl_load_bucket", changes.bucket)
-        engine.checked("verl_finish_update", changes.manifest)
-        changed = engine.rpc("verl_parameter_hashes")
-        engine.update(new.items(), 5)
-        assert engine.rpc("verl_parameter_hashes") == changed != before
-    finally:
-        engine.close()
->>>>>>> 94afca4 (quantization: give each scheme a torch-free half, one protocol, one registry)
