@@ -1,4 +1,4 @@
-"""The code of docs/agent_loops.md runs as it stands there."""
+"""The code blocks of docs/agent_loops.md run unchanged."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ TEXT = (Path(__file__).resolve().parents[2] / "docs" / "agent_loops.md").read_te
 
 @pytest.fixture
 def folder(tmp_path):
-    """Every block that begins with a file's name as that file."""
+    """A directory with every code block, stored under the file name in its first line."""
     for block in re.findall(r"```(?:python|yaml)\n(.*?)```", TEXT, re.DOTALL):
         name = re.match(r"# (\w+\.(?:py|yaml))", block)
         assert name is not None, block
@@ -23,15 +23,15 @@ def folder(tmp_path):
     return tmp_path
 
 
-async def test_a_loop_of_your_own(folder):
+async def test_the_agent_loop_of_the_guide_runs(folder):
     tokenizer = byte_tokenizer(HERMES)
     config = PPOConfig()
     config.data.max_response_length = 64
     agent = config.actor_rollout_ref.rollout.agent
     agent.agent_loop_config_path, agent.default_agent_loop = str(folder / "loops.yaml"), "ask_twice"
     client = ScriptedClient([[11, 12], [13]])
-    made = SampleGenerator(client, tokenizer, None, config)._agent_loop("ask_twice")
-    output = await made.run({}, prompt_token_ids=[5, 6], uid="1.0")
+    loop = SampleGenerator(client, tokenizer, None, config)._agent_loop("ask_twice")
+    output = await loop.run({}, prompt_token_ids=[5, 6], uid="1.0")
     hint = tokenizer.encode("Are you sure?", add_special_tokens=False)
     assert output.response_ids == [11, 12, *hint, 13]
     assert output.response_mask == [1, 1, *[0] * len(hint), 1]
@@ -39,12 +39,12 @@ async def test_a_loop_of_your_own(folder):
     assert client.requests[1][0] == [5, 6, 11, 12, *hint]
 
 
-def test_a_tool(folder):
+def test_the_tool_of_the_guide_is_constructed(folder):
     (tool,) = initialize_tools_from_config(str(folder / "tools.yaml"))
     assert tool.name == "search" and tool.tool_schema.function.parameters.required == ["query"]
 
 
-def test_every_kind_of_failure_and_every_key_is_explained():
+def test_every_failure_kind_and_every_key_is_documented():
     import dataclasses
 
     from verl.agent_loop.metrics import FAILURES

@@ -1,4 +1,4 @@
-"""Agent loops of a user's: from a YAML file, with keywords, and what is said about those that cannot work."""
+"""User agent loops from a YAML file: keywords, shared objects, and errors."""
 
 import pytest
 
@@ -50,19 +50,19 @@ def generator(path, default):
     return SampleGenerator(None, None, None, config)
 
 
-def test_the_loops_are_those_of_the_config():
+def test_the_loops_of_the_config_are_registered():
     assert set(names.AGENT_LOOPS) <= set(agent_loop_names())
 
 
-async def test_a_loop_from_a_file_has_what_it_shares_and_its_keywords(file):
+async def test_a_loop_from_a_file_gets_its_shared_objects_and_keywords(file):
     path = file("- {name: repeat_in_test, _target_: own.py:Repeat, times: 3}")
-    made = generator(path, "repeat_in_test")
+    samples = generator(path, "repeat_in_test")
     for _ in range(3):
-        loop = made._agent_loop("repeat_in_test")
+        loop = samples._agent_loop("repeat_in_test")
         assert (await loop.run({})).response_ids == [9, 9, 9]
     assert type(loop).setups == 1
     assert loop.response_length == PPOConfig().data.max_response_length
-    register_from_file(path)  # once more is harmless
+    register_from_file(path)  # registering again does nothing
 
 
 @pytest.mark.parametrize(
@@ -72,25 +72,25 @@ async def test_a_loop_from_a_file_has_what_it_shares_and_its_keywords(file):
             "- {name: mine_in_test, _target_: own.py:NoLoop}",
             "not a subclass of verl.agent_loop.agent_loop.AgentLoopBase",
         ),
-        ("- {name: tool_agent, _target_: own.py:Repeat}", "another loop has this name"),
+        ("- {name: tool_agent, _target_: own.py:Repeat}", "duplicate name, another loop has it"),
         ("- {name: mine_in_test, _target_: own.py:Nobody}", "has no class Nobody"),
         ("- {name: mine_in_test}", "needs name and _target_"),
     ],
 )
-def test_a_loop_that_cannot_be_loaded(file, text, words):
+def test_a_loop_that_cannot_be_loaded_is_reported_with_its_entry(file, text, words):
     path = file(text)
     with pytest.raises(ValueError, match=words) as caught:
         generator(path, "single_turn_agent")
     assert str(caught.value).startswith(f"actor_rollout_ref.rollout.agent.agent_loop_config_path={path}: [0]")
 
 
-def test_a_default_loop_that_nobody_registered():
-    with pytest.raises(ValueError, match=r"'nobody' is not registered: use one of .*single_turn_agent"):
+def test_an_unknown_default_loop_is_rejected():
+    with pytest.raises(ValueError, match=r"unknown agent loop 'nobody'; use one of .*single_turn_agent"):
         generator(None, "nobody")
 
 
-def test_a_name_is_taken_once():
-    with pytest.raises(ValueError, match="registered twice"):
+def test_a_duplicate_name_is_rejected():
+    with pytest.raises(ValueError, match="duplicate agent loop name"):
 
         @register("tool_agent")
         class Other(get_agent_loop("single_turn_agent").loop):

@@ -1,4 +1,4 @@
-"""The loop's control flow against a client that says what it is told to: tokens, masks, caps, turns, tools."""
+"""Control flow of the loop with a scripted client: tokens, masks, limits, turns, tools."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ TOOLS = (
 
 
 class Bench:
-    """Runs one sample; `answers` are texts, which the model ends itself, or token lists."""
+    """Runs one sample. `responses` are texts, which the model ends with its end token, or token lists."""
 
     def __init__(self, root, template=HERMES):
         self.tokenizer = byte_tokenizer(template)
@@ -43,17 +43,17 @@ class Bench:
     def ids(self, text):
         return [*self.tokenizer.encode(text, add_special_tokens=False), self.tokenizer.eos_token_id]
 
-    async def run(self, *answers, log_probs=True, **row):
-        answers = [self.ids(answer) if isinstance(answer, str) else answer for answer in answers]
-        self.client = ScriptedClient(answers, log_probs)
+    async def run(self, *responses, log_probs=True, **row):
+        responses = [self.ids(text) if isinstance(text, str) else text for text in responses]
+        self.client = ScriptedClient(responses, log_probs)
         loop = get_agent_loop("tool_agent").loop
-        made = loop(self.client, self.tokenizer, self.config, **loop.setup(self.tokenizer, self.config))
-        output = await made.run({"temperature": 1.0}, **{"raw_prompt": QUESTION, "index": 7, **row})
+        instance = loop(self.client, self.tokenizer, self.config, **loop.setup(self.tokenizer, self.config))
+        output = await instance.run({"temperature": 1.0}, **{"raw_prompt": QUESTION, "index": 7, **row})
         self.check(output, log_probs)
         return output
 
     def check(self, output, log_probs):
-        """What holds for every sample."""
+        """Check the invariants of every sample."""
         size = len(output.response_ids)
         assert size == len(output.response_mask) == len(output.weight_versions)
         assert len(output.response_logprobs) == (size if log_probs else 0)
@@ -65,7 +65,7 @@ class Bench:
                 assert (output.response_logprobs[i] == 0.0) == (not own)
 
     def shown(self, output):
-        """Text of the tokens that the model did not make, joined."""
+        """Return the text of the tokens that the model did not generate."""
         tokens = zip(output.response_ids, output.response_mask, strict=True)
         return self.tokenizer.decode([token for token, own in tokens if not own])
 
@@ -76,7 +76,7 @@ def bench(tmp_path):
     return Bench(tmp_path)
 
 
-async def test_an_answer_without_a_call_is_the_whole_sample(bench):
+async def test_a_response_without_a_call_is_the_whole_sample(bench):
     output = await bench.run("hello")
     assert output.response_ids == bench.ids("hello") and output.response_mask == [1] * len(output.response_ids)
     assert (output.stop_reason, output.num_turns) == ("stop", 2)
@@ -84,9 +84,9 @@ async def test_an_answer_without_a_call_is_the_whole_sample(bench):
 
 
 @pytest.mark.parametrize("template", [HERMES, MINIMAL], ids=["hermes", "minimal"])
-async def test_the_models_tokens_stay_as_they_were_made_and_the_tools_are_masked(tmp_path, template):
+async def test_model_tokens_are_kept_unchanged_and_tool_tokens_are_masked(tmp_path, template):
     bench = Bench(tmp_path, template)
-    # Byte by byte: the tokenizer would merge these, so decoding and encoding them gives other tokens.
+    # Byte by byte: the tokenizer merges these bytes, so decoding and encoding gives other tokens.
     text = tool_call("echo", text="hello assistant")
     letters = [token for char in text for token in bench.tokenizer.encode(char, add_special_tokens=False)]
     first = [*letters, bench.tokenizer.eos_token_id]
@@ -101,14 +101,14 @@ async def test_the_models_tokens_stay_as_they_were_made_and_the_tools_are_masked
     assert output.response_logprobs[-len(second) :] == [-0.5 - i for i in range(len(second))]
     assert "hello assistant" in bench.shown(output) and "tool_call" not in bench.shown(output)
     assert (output.stop_reason, output.num_turns) == ("stop", 4)
-    # The second request is the first with everything that came since, in the same session, with the room that is left.
+    # The second request has the first prompt and all tokens since, the same session, and the remaining token limit.
     (prompt, sampling, session), (longer, later, again) = bench.client.requests
     assert prompt == output.prompt_ids and longer == prompt + output.response_ids[: len(first) + between]
     assert session == again and session is not None and sampling["temperature"] == 1.0
     assert sampling["max_tokens"] == 2000 and later["max_tokens"] == 2000 - len(first) - between
 
 
-async def test_samples_have_sessions_of_their_own(bench):
+async def test_every_sample_has_its_own_session(bench):
     sessions = set()
     for _ in range(3):
         await bench.run(tool_call("echo", text="a"), "b")
@@ -116,13 +116,13 @@ async def test_samples_have_sessions_of_their_own(bench):
     assert len(sessions) == 3
 
 
-async def test_the_prompt_has_the_tools(bench):
+async def test_the_prompt_contains_the_tools(bench):
     output = await bench.run("hello")
     text = bench.tokenizer.decode(output.prompt_ids)
     assert '"name": "echo"' in text and '"the tool raises"' in text and "say it" in text
 
 
-async def test_without_log_probs_there_are_none(bench):
+async def test_without_log_probs_the_column_is_empty(bench):
     output = await bench.run(tool_call("echo", text="a"), "b", log_probs=False)
     assert output.response_logprobs == [] and 0 in output.response_mask
 
@@ -131,23 +131,23 @@ async def test_without_log_probs_there_are_none(bench):
 
 
 @pytest.mark.parametrize("kind", ["max_assistant_turns", "max_user_turns"])
-@pytest.mark.parametrize("cap", [1, 2, 3])
-async def test_caps_on_turns(bench, kind, cap):
-    setattr(bench.limits, kind, cap)
+@pytest.mark.parametrize("limit", [1, 2, 3])
+async def test_turn_limits_stop_the_sample(bench, kind, limit):
+    setattr(bench.limits, kind, limit)
     output = await bench.run(*[tool_call("echo", text="a")] * 6)
-    answers = cap if kind == "max_assistant_turns" else cap + 1
-    assert len(bench.client.requests) == answers
-    assert output.stop_reason == "turns" and output.num_turns == 1 + answers + (answers - 1)
-    assert output.extra_fields["tool_call_counts"] == answers - 1
+    turns = limit if kind == "max_assistant_turns" else limit + 1
+    assert len(bench.client.requests) == turns
+    assert output.stop_reason == "turns" and output.num_turns == 1 + turns + (turns - 1)
+    assert output.extra_fields["tool_call_counts"] == turns - 1
 
 
-async def test_the_last_turn_allowed_may_be_an_answer(bench):
+async def test_the_last_allowed_turn_may_end_without_a_call(bench):
     bench.limits.max_assistant_turns = 2
     assert (await bench.run(tool_call("echo", text="a"), "b")).stop_reason == "stop"
 
 
 async def sizes_of_a_call(bench):
-    """Tokens of the call's answer, and of what the tool adds."""
+    """Return the number of tokens of the response with the call, and of the tool response."""
     output = await bench.run(tool_call("echo", text="a"), "b")
     own = len(bench.ids(tool_call("echo", text="a")))
     return own, output.response_mask.count(0)
@@ -156,31 +156,31 @@ async def sizes_of_a_call(bench):
 @pytest.mark.parametrize(
     ("room", "requests", "reason", "tools_tokens"),
     [
-        (lambda own, tool: own + tool + 2, 2, "stop", True),  # "b" and its end fit exactly
-        (lambda own, tool: own + tool + 1, 2, "length", True),  # "b" fits, its end does not
-        (lambda own, tool: own + tool, 1, "length", False),  # no room for a single token
+        (lambda own, tool: own + tool + 2, 2, "stop", True),  # "b" and its end token fit exactly
+        (lambda own, tool: own + tool + 1, 2, "length", True),  # "b" fits, its end token does not
+        (lambda own, tool: own + tool, 1, "length", False),  # no room for another token
         (lambda own, tool: own + 1, 1, "length", False),
         (lambda own, tool: own, 1, "length", False),
         (lambda own, tool: own - 1, 1, "length", False),
         (lambda own, tool: 1, 1, "length", False),
     ],
 )
-async def test_the_response_is_never_longer_than_its_cap(bench, room, requests, reason, tools_tokens):
+async def test_the_response_never_exceeds_its_limit(bench, room, requests, reason, tools_tokens):
     own, tool = await sizes_of_a_call(bench)
-    bench.config.data.max_response_length = cap = room(own, tool)
+    bench.config.data.max_response_length = limit = room(own, tool)
     output = await bench.run(tool_call("echo", text="a"), "b")
     assert len(bench.client.requests) == requests and output.stop_reason == reason
     assert (0 in output.response_mask) == tools_tokens
-    assert len(output.response_ids) == (cap if tools_tokens else min(cap, own))
+    assert len(output.response_ids) == (limit if tools_tokens else min(limit, own))
 
 
-async def test_a_client_that_gives_more_than_it_was_asked_for_is_cut(bench):
+async def test_surplus_tokens_of_the_client_are_cut(bench):
     bench.config.data.max_response_length = 5
     output = await bench.run(TokenOutput(list(range(9)), [-1.0] * 9, "length", [3] * 9))
     assert output.response_ids == [0, 1, 2, 3, 4]
 
 
-async def test_room_ends_where_the_engine_can_take_no_more(bench):
+async def test_the_context_length_of_the_engine_limits_the_response(bench):
     prompt = len((await bench.run("hello")).prompt_ids)
     bench.config.actor_rollout_ref.rollout.max_model_len = prompt + 12
     await bench.run("hello")
@@ -188,7 +188,7 @@ async def test_room_ends_where_the_engine_can_take_no_more(bench):
 
 
 @pytest.mark.parametrize("reason", ["length", "abort"])
-async def test_what_ended_early_is_not_gone_on_from(bench, reason):
+async def test_a_response_that_was_cut_runs_no_tool(bench, reason):
     ids = bench.ids(tool_call("echo", text="a"))
     output = await bench.run(TokenOutput(ids, [-1.0] * len(ids), reason, [3] * len(ids)))
     assert output.stop_reason == reason and output.extra_fields["tool_call_counts"] == 0
@@ -197,9 +197,9 @@ async def test_what_ended_early_is_not_gone_on_from(bench, reason):
 # ---- calls ----
 
 
-async def test_an_instance_lives_as_long_as_the_sample(bench):
+async def test_a_tool_has_one_instance_per_sample(bench):
     info = {"tools_kwargs": {"echo": {"create_kwargs": {"ground_truth": "42"}, "execute_kwargs": {"suffix": "!"}}}}
-    info["tools_kwargs"]["other"] = None  # as Parquet fills in
+    info["tools_kwargs"]["other"] = None  # Parquet adds such empty entries
     call = tool_call("echo", text="a")
     output = await bench.run(call, call, tool_call("other", text="bcd"), "done", extra_info=info)
     assert fake.EVENTS == [
@@ -217,9 +217,9 @@ async def test_an_instance_lives_as_long_as_the_sample(bench):
     assert output.extra_fields["last_echo"] == "bcd" and "connection" not in output.extra_fields
 
 
-@pytest.mark.parametrize(("cap", "run", "dropped"), [(1, 1, 2), (2, 2, 1), (5, 3, 0)])
-async def test_calls_of_one_answer(bench, cap, run, dropped):
-    bench.limits.max_parallel_calls = cap
+@pytest.mark.parametrize(("limit", "run", "dropped"), [(1, 1, 2), (2, 2, 1), (5, 3, 0)])
+async def test_surplus_calls_of_one_response_are_dropped(bench, limit, run, dropped):
+    bench.limits.max_parallel_calls = limit
     fake.Slow.most = 0
     output = await bench.run(" ".join([tool_call("slow")] * 3), "done")
     assert output.extra_fields["tool_call_counts"] == run == fake.Slow.most
@@ -227,14 +227,14 @@ async def test_calls_of_one_answer(bench, cap, run, dropped):
     assert bench.shown(output).count("<tool_response>") == run and output.num_turns == 4
 
 
-async def test_two_first_calls_at_once_make_one_instance(bench):
+async def test_two_parallel_first_calls_share_one_instance(bench):
     bench.limits.max_parallel_calls = 2
     await bench.run(" ".join(tool_call("echo", text=text) for text in "ab"), "done")
     assert [event[0] for event in fake.EVENTS] == ["create", "execute", "execute", "release"]
 
 
 @pytest.mark.parametrize(
-    ("answer", "kind", "words"),
+    ("response", "kind", "words"),
     [
         (tool_call("raises"), "raised", "raises failed: KeyError: 'no such city'"),
         (tool_call("hangs"), "timed_out", "hangs did not answer within 0.1 seconds"),
@@ -253,21 +253,21 @@ async def test_two_first_calls_at_once_make_one_instance(bench):
         ("<tool_call>[1]</tool_call>", "malformed", "Error: the tool call has no name"),
     ],
 )
-async def test_a_call_that_fails_is_told_to_the_model_and_counted(bench, answer, kind, words):
-    output = await bench.run(answer, "I see")
+async def test_a_failed_call_is_shown_to_the_model_and_counted(bench, response, kind, words):
+    output = await bench.run(response, "I see")
     assert words in bench.shown(output) and "Error: " in bench.shown(output)
     assert output.extra_fields["tool_failures"] == {kind: 1} and output.extra_fields["tool_rewards"] == []
     assert output.stop_reason == "stop" and output.num_turns == 4
     assert set(output.extra_fields["tool_failures"]) <= set(FAILURES)
 
 
-async def test_a_release_that_fails_does_not_end_the_run(bench):
+async def test_a_failed_release_does_not_end_the_run(bench):
     output = await bench.run(tool_call("bad_release", text="a"), "done")
     assert output.stop_reason == "stop" and output.extra_fields["tool_failures"] == {"release": 1}
 
 
-async def test_instances_are_released_where_the_engine_fails(bench):
-    with pytest.raises(IndexError):  # nothing is scripted for the second turn
+async def test_instances_are_released_if_the_engine_fails(bench):
+    with pytest.raises(IndexError):  # the script has no second turn
         await bench.run(tool_call("echo", text="a"))
     assert fake.EVENTS[-1] == ("release", "echo")
 
@@ -280,18 +280,18 @@ async def test_instances_are_released_where_the_engine_fails(bench):
         ("middle", "bxxxx...(truncated)...xxxxe"),
     ],
 )
-async def test_megabytes_are_truncated(bench, side, expected):
+async def test_a_huge_tool_response_is_truncated(bench, side, expected):
     bench.limits.max_tool_response_length, bench.limits.tool_response_truncate_side = 10, side
     output = await bench.run(tool_call("huge"), "done")
     assert f"<tool_response>\n{expected}\n</tool_response>" in bench.shown(output)
 
 
-async def test_a_long_error_is_truncated_too(bench):
+async def test_a_long_error_is_truncated(bench):
     output = await bench.run(tool_call("n" * 1500), "done")
     assert "...(truncated)..." in bench.shown(output) and len(bench.shown(output)) < 450
 
 
-def test_truncation_keeps_what_fits_and_exactly_as_many_characters():
+def test_truncate_keeps_exactly_the_given_number_of_characters():
     assert [truncate("abc", 3, side) for side in ("left", "right", "middle")] == ["abc"] * 3
     assert truncate("abcdef", 1, "middle") == "a...(truncated)..."
     assert truncate("abcdef", 3, "middle") == "ab...(truncated)...f"
@@ -300,22 +300,22 @@ def test_truncation_keeps_what_fits_and_exactly_as_many_characters():
 # ---- rows ----
 
 
-async def test_a_row_may_have_some_of_the_tools_only(bench):
+async def test_a_row_may_select_some_of_the_tools(bench):
     info = {"tool_selection": ["echo"]}
     output = await bench.run(tool_call("raises"), "done", extra_info=info)
     prompt = bench.tokenizer.decode(output.prompt_ids)
     assert '"name": "echo"' in prompt and "raises" not in prompt
     assert "there is no tool 'raises'; the tools are: echo" in bench.shown(output)
-    with pytest.raises(ValueError, match="tool_selection names nobody: the tools are echo, other"):
+    with pytest.raises(ValueError, match="tool_selection: unknown tool nobody; the tools are echo, other"):
         await bench.run("done", extra_info={"tool_selection": ["nobody"]})
 
 
-async def test_kwargs_that_a_row_needs_and_lacks(bench):
+async def test_a_row_without_its_required_tools_kwargs_is_rejected(bench):
     with pytest.raises(ValueError, match=r"row 7: extra_info\.need_tools_kwargs"):
         await bench.run("done", extra_info={"need_tools_kwargs": True, "tools_kwargs": {"echo": None}})
 
 
-async def test_a_prompt_that_is_too_long_with_the_tools(bench):
+async def test_a_prompt_that_is_too_long_with_the_tools_follows_the_truncation_key(bench):
     length = len((await bench.run("done")).prompt_ids)
     bench.config.data.max_prompt_length = length
     await bench.run("done")
@@ -326,7 +326,7 @@ async def test_a_prompt_that_is_too_long_with_the_tools(bench):
     assert len((await bench.run("done")).prompt_ids) == length - 1
 
 
-async def test_a_sample_leaves_the_row_as_it_was(bench):
+async def test_a_sample_does_not_change_its_row(bench):
     messages = [{"role": "user", "content": "say it"}]
     await bench.run(tool_call("echo", text="a"), "b", raw_prompt=messages)
     assert messages == QUESTION
@@ -343,10 +343,10 @@ def scored(output, score, **extra):
 async def test_samples_with_and_without_tools_in_one_batch(bench):
     bench.limits.max_parallel_calls = 2
     used = await bench.run(tool_call("echo", text="abc") + tool_call("raises"), "done")
-    idle = await bench.run("hello")
+    no_call = await bench.run("hello")
     other = await bench.run("hi")
-    other.extra_fields = {}  # of another loop
-    batch = to_batch([scored(used, 2.0), scored(idle, 1.0), scored(other, 3.0)], pad_token_id=0, with_log_probs=True)
+    other.extra_fields = {}  # as from another loop
+    batch = to_batch([scored(used, 2.0), scored(no_call, 1.0), scored(other, 3.0)], pad_token_id=0, with_log_probs=True)
     columns = batch.non_tensor_batch
     assert columns["tool_rewards"].tolist() == [[3.0], [], None]
     assert columns["tool_call_counts"].tolist() == [2, 0, None]
@@ -356,7 +356,7 @@ async def test_samples_with_and_without_tools_in_one_batch(bench):
     assert batch.batch["attention_mask"][0, -width:].tolist() == [1] * len(used.response_ids)
     np.testing.assert_array_equal(batch.batch["rollout_log_probs"][0].numpy() != 0, mask)
     scores = batch.batch["token_level_scores"]
-    assert [scores[i].nonzero().item() for i in range(3)] == [len(o.response_ids) - 1 for o in (used, idle, other)]
+    assert [scores[i].nonzero().item() for i in range(3)] == [len(o.response_ids) - 1 for o in (used, no_call, other)]
     metrics = compute_agent_metrics(batch)
     assert metrics["num_turns/min"] == 2 and metrics["num_turns/max"] == 4
     assert metrics["num_turns/mean"] == pytest.approx(8 / 3)
@@ -364,25 +364,25 @@ async def test_samples_with_and_without_tools_in_one_batch(bench):
     assert metrics["agent_loop/tool_failures/raised"] == 1 and metrics["agent_loop/tool_failures/timed_out"] == 0
 
 
-async def test_the_score_stands_on_the_models_own_token(bench):
+async def test_the_score_is_at_the_last_token_of_the_model(bench):
     output = await bench.run("hello")
-    output.response_mask[-2:] = [0, 0]  # a loop of a user's that ends with the environment's words
+    output.response_mask[-2:] = [0, 0]  # a user's loop may end with tokens of the environment
     scores = to_batch([scored(output, 1.0)], pad_token_id=0, with_log_probs=False).batch["token_level_scores"]
     assert scores[0].nonzero().item() == len(output.response_ids) - 3
 
 
 @pytest.mark.parametrize("name", ["uid", "num_turns"])
-async def test_an_extra_field_that_would_replace_a_column(bench, name):
+async def test_an_extra_field_with_the_name_of_a_column_is_rejected(bench, name):
     output = await bench.run("hello")
     output.extra_fields = {name: 1}
-    with pytest.raises(ValueError, match=f"the agent loop gives {name}"):
+    with pytest.raises(ValueError, match=f"the agent loop returns {name}"):
         to_batch([scored(output, 1.0)], pad_token_id=0, with_log_probs=False)
     output.extra_fields = {}
-    with pytest.raises(ValueError, match=f"the reward function gives {name}"):
+    with pytest.raises(ValueError, match=f"the reward function returns {name}"):
         to_batch([scored(output, 1.0, **{name: 1})], pad_token_id=0, with_log_probs=False)
 
 
-def test_without_tools_there_is_nothing_about_tools():
+def test_without_tools_there_are_no_tool_metrics():
     from verl.protocol import DataProto
 
     batch = DataProto.from_dict(non_tensors={"num_turns": np.array([2, 2], dtype=object)})

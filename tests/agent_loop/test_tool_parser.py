@@ -1,3 +1,5 @@
+"""Parsing of tool calls: valid, missing and malformed calls."""
+
 import json
 
 import pytest
@@ -10,14 +12,14 @@ def call(text):
     return f"<tool_call>{text}</tool_call>"
 
 
-def test_calls_come_in_order_with_text_around_them():
+def test_calls_between_text_are_returned_in_order():
     text = "I add.\n" + call('\n{"name": "a", "arguments": {"x": [1, {"y": "ü"}]}}\n') + " and " + call('{"name": "b"}')
     first, second = parse_hermes(text + " done")
     assert (first.name, first.arguments, first.problem) == ("a", {"x": [1, {"y": "ü"}]}, None)
     assert (second.name, second.arguments, second.problem) == ("b", {}, None)
 
 
-def test_arguments_as_json_text_are_read():
+def test_arguments_as_json_text_are_parsed():
     (found,) = parse_hermes(call(json.dumps({"name": "a", "arguments": '{"x": 1}'})))
     assert found.arguments == {"x": 1} and found.problem is None
 
@@ -25,7 +27,7 @@ def test_arguments_as_json_text_are_read():
 @pytest.mark.parametrize(
     "text", ["", "no call", "<tool_call>", '<tool_call>{"name": "a"}', '{"name": "a"}</tool_call>']
 )
-def test_what_is_no_call(text):
+def test_text_without_a_complete_call_gives_no_call(text):
     assert parse_hermes(text) == []
 
 
@@ -43,10 +45,10 @@ def test_what_is_no_call(text):
         ('{"name": "a", "arguments": null}', "a NoneType"),
     ],
 )
-def test_a_call_that_cannot_be_read_says_why(text, words):
+def test_a_malformed_call_has_its_problem(text, words):
     (found,) = parse_hermes(call(text))
     assert words in found.problem and found.name == ""
 
 
-def test_the_formats_are_those_of_the_config():
+def test_the_formats_match_the_config():
     assert set(PARSERS) == set(names.TOOL_FORMATS)

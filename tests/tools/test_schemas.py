@@ -1,4 +1,4 @@
-"""What a tool's response says of itself."""
+"""Content checks of a tool's response."""
 
 import pytest
 
@@ -17,6 +17,6 @@ from verl.tools import ToolResponse
         ({"text": "a", "image": [], "video": []}, False, True),
     ],
 )
-def test_a_response(response, empty, text_only):
+def test_a_response_reports_its_content(response, empty, text_only):
     made = ToolResponse(**response)
     assert (made.is_empty(), made.is_text_only()) == (empty, text_only)

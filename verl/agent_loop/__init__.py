@@ -1,4 +1,4 @@
-"""How one row of data becomes a generated, scored sample."""
+"""Agent loops: turn one row of data into a generated, scored sample."""
 
 from verl.agent_loop.agent_loop import AgentLoopBase, AgentLoopOutput, get_agent_loop, register
 from verl.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop

@@ -1,7 +1,7 @@
 """The agent-loop protocol and its registry.
 
-A loop turns one row into one sample: `async run(sampling_params, **row) -> AgentLoopOutput`. It talks to the engine in
-tokens only, and keeps the model's own tokens as they were generated.
+A loop turns one row into one sample: `async run(sampling_params, **row) -> AgentLoopOutput`. It exchanges only tokens
+with the engine, and keeps the tokens of the model as they were generated.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ class AgentLoopOutput:
     """One sample.
 
     Attributes:
-        prompt_ids: tokens before the model's first one.
-        response_ids: tokens after, the model's own and those of tools or the environment.
-        response_mask: 1 for the model's own tokens, 0 for others; as long as `response_ids`.
-        response_logprobs: log-probability of each response token, 0.0 where the mask is 0; empty where not asked for.
-        weight_versions: version of the weights that made each response token, -1 where the mask is 0.
-        stop_reason: `stop`, `length`, `abort`, or `turns` (a cap on turns).
-        num_turns: messages exchanged, the prompt included.
-        extra_fields: more columns for this sample, None for samples without them; the reward function finds them in
-            `extra_info`. Numbers, strings, lists and dicts.
+        prompt_ids: the tokens before the model's first token.
+        response_ids: the tokens after the prompt, from the model and from tools or the environment.
+        response_mask: 1 for tokens of the model, 0 for others; as long as `response_ids`.
+        response_logprobs: log-probability of each response token, 0.0 if its mask is 0; empty if not requested.
+        weight_versions: version of the weights that generated each response token, -1 if its mask is 0.
+        stop_reason: `stop`, `length`, `abort`, or `turns` (the turn limit was reached).
+        num_turns: number of messages, the prompt included.
+        extra_fields: further columns of this sample: numbers, strings, lists and dicts. Samples without such a field
+            get None. The reward function receives them in `extra_info`.
     """
 
     prompt_ids: list[int]
@@ -42,9 +42,10 @@ class AgentLoopOutput:
 
 
 class AgentLoopBase(ABC):
-    """One loop per sample; it may keep state on itself.
+    """Base class of agent loops. A new object is made for each sample, so a loop may store state in attributes.
 
-    A subclass with an `__init__` of its own takes these three, further ones by keyword, and hands the three on.
+    A subclass that defines `__init__` takes these three arguments and passes them to `super().__init__`; further
+    arguments are keywords.
 
     Args:
         client: access to the replicas.
@@ -52,7 +53,7 @@ class AgentLoopBase(ABC):
         config: the whole config.
 
     Attributes:
-        prompt_length, response_length: caps on `prompt_ids` and `response_ids`, in tokens.
+        prompt_length, response_length: maximum length of `prompt_ids` and `response_ids`, in tokens.
         rollout_config: the section `actor_rollout_ref.rollout`.
     """
 
@@ -66,21 +67,21 @@ class AgentLoopBase(ABC):
 
     @classmethod
     def setup(cls, tokenizer: Any, config: PPOConfig) -> dict[str, Any]:
-        """What all loops of this class share, made once a run; every one is given it as keywords.
+        """Build the objects that all loops of this class share: keywords for `__init__`. Called once per run.
 
         Raises:
-            ValueError: the loop cannot work with this config; said before the engine starts.
+            ValueError: the loop does not support this config; raised before the engine starts.
         """
         return {}
 
     @abstractmethod
     async def run(self, sampling_params: dict[str, Any], **row: Any) -> AgentLoopOutput:
-        """Produce one sample from one row of the dataset."""
+        """Generate one sample from one row of the dataset."""
 
 
 @dataclass(frozen=True)
 class RegisteredLoop:
-    """A class of loops and the keywords that it was registered with."""
+    """A loop class and the keywords that it was registered with."""
 
     loop: type[AgentLoopBase]
     kwargs: Mapping[str, Any]
@@ -90,16 +91,20 @@ _LOOPS: dict[str, RegisteredLoop] = {}
 
 
 def register(name: str, **kwargs: Any) -> Callable[[type[AgentLoopBase]], type[AgentLoopBase]]:
-    """Class decorator: makes a loop available as `rollout.agent.default_agent_loop` or in the column `agent_name`.
+    """Register a loop class (decorator) for `rollout.agent.default_agent_loop` and the column `agent_name`.
 
     Args:
+        name: name of the loop.
         kwargs: further keywords for its `__init__`.
+
+    Raises:
+        ValueError: another class has the name.
     """
 
     def add(loop: type[AgentLoopBase]) -> type[AgentLoopBase]:
         known = _LOOPS.get(name)
         if known is not None and known.loop.__qualname__ != loop.__qualname__:
-            raise ValueError(f"agent loop {name!r} is registered twice: {known.loop} and {loop}; choose another name")
+            raise ValueError(f"duplicate agent loop name {name!r}: {known.loop} and {loop}; choose another name")
         _LOOPS[name] = RegisteredLoop(loop, kwargs)
         return loop
 
@@ -107,16 +112,16 @@ def register(name: str, **kwargs: Any) -> Callable[[type[AgentLoopBase]], type[A
 
 
 def get_agent_loop(name: str) -> RegisteredLoop:
-    """The loop registered under `name`.
+    """Return the loop registered under `name`.
 
     Raises:
-        ValueError: unknown name; the message lists the known ones.
+        ValueError: unknown name; the message lists the known names.
     """
     if name not in _LOOPS:
-        raise ValueError(f"agent loop {name!r} is not registered: use one of {', '.join(agent_loop_names())}")
+        raise ValueError(f"unknown agent loop {name!r}; use one of {', '.join(agent_loop_names())}")
     return _LOOPS[name]
 
 
 def agent_loop_names() -> list[str]:
-    """Names of the registered loops."""
+    """Return the names of the registered loops."""
     return sorted(_LOOPS)

@@ -1,4 +1,4 @@
-"""Runs agent loops over a batch of rows, scores each sample as soon as it is finished, and lays them out as columns."""
+"""Run agent loops over rows, score each sample as soon as it is finished, and turn samples into columns."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ScoredSample:
-    """One generated sample with the row it came from and its reward."""
+    """A generated sample with its row and its reward."""
 
     row: dict[str, Any]
     output: AgentLoopOutput
@@ -42,16 +42,16 @@ class GenerationTimes(NamedTuple):
 
 
 class SampleGenerator:
-    """Rows in, scored samples out.
+    """Generates and scores one sample per row.
 
     Args:
         client: access to the replicas.
         tokenizer: the model's tokenizer.
-        rewards: scores one sample; runs off the event loop.
+        rewards: scores a sample in another process.
         config: the whole config.
 
     Raises:
-        ValueError: the default agent loop is not known or cannot work, or the file of agent loops cannot be used.
+        ValueError: the default agent loop is unknown or does not support the config, or the loops file is invalid.
     """
 
     def __init__(self, client: LLMServerClient, tokenizer: Any, rewards: RewardLoop, config: PPOConfig):
@@ -63,28 +63,28 @@ class SampleGenerator:
         agent = config.actor_rollout_ref.rollout.agent
         if agent.agent_loop_config_path is not None:
             register_from_file(agent.agent_loop_config_path)
-        # What is wrong with it shows now, not at the first sample.
+        # Set up the default loop now, so that its errors show before the first sample.
         self._default_agent_loop = agent.default_agent_loop
         self._agent_loop(self._default_agent_loop)
 
     async def generate(
         self, rows: Sequence[dict[str, Any]], sampling_params: dict[str, Any]
     ) -> tuple[list[ScoredSample], GenerationTimes]:
-        """One sample for each row, in the rows' order; a row that should give `n` samples comes `n` times.
+        """Generate one sample per row. For `n` samples of a row, pass it `n` times.
 
         Returns:
-            The samples, and when they were there.
+            The samples in the order of the rows, and the times of the call.
         """
         started = time.monotonic_ns()
-        self._answered_at = started
+        self._generated_at = started
         samples = await gather_or_cancel(*(self._sample(row, sampling_params) for row in rows))
-        return list(samples), GenerationTimes(started, self._answered_at, time.monotonic_ns())
+        return list(samples), GenerationTimes(started, self._generated_at, time.monotonic_ns())
 
     @spanned("sample", "sample", overlaps=True)
     async def _sample(self, row: dict[str, Any], sampling_params: dict[str, Any]) -> ScoredSample:
         loop = self._agent_loop(row.get("agent_name") or self._default_agent_loop)
         output = await loop.run(sampling_params, **row)
-        self._answered_at = time.monotonic_ns()
+        self._generated_at = time.monotonic_ns()
         reward = await self._rewards.score(
             row["data_source"],
             self._tokenizer.decode(output.response_ids, skip_special_tokens=True),
@@ -102,29 +102,30 @@ class SampleGenerator:
 
 
 def to_batch(samples: Sequence[ScoredSample], *, pad_token_id: int, with_log_probs: bool) -> DataProto:
-    """Lay samples out as columns: prompts padded on the left, responses on the right, to the longest of the batch.
+    """Turn samples into columns; pad prompts on the left and responses on the right to the longest of the batch.
 
     Args:
-        pad_token_id: what padding is filled with.
-        with_log_probs: whether `rollout_log_probs` becomes a column.
+        samples: at least one.
+        pad_token_id: padding token of prompts and responses.
+        with_log_probs: add the column `rollout_log_probs`.
 
     Returns:
         Columns `prompts` [B, P], `responses` [B, T], `input_ids`, `attention_mask`, `position_ids` [B, P + T],
-        `response_mask` [B, T] int64; `rollout_log_probs` [B, T] float32; `weight_versions` [B, T] int64, -1 where no
-        model token stands; `token_level_scores` [B, T] float32 with the score at the model's last token. Object columns
-        [B] of the rows, of the rewards' extra values and of the loops' extra fields, None where a sample has none.
+        `response_mask` [B, T] int64; `rollout_log_probs` [B, T] float32; `weight_versions` [B, T] int64, -1 without a
+        model token; `token_level_scores` [B, T] float32 with the score at the model's last token. Object columns
+        [B] of the rows, of the rewards' extra values and of the loops' extra fields, None if a sample has none.
 
     Raises:
-        ValueError: an extra value or field has the name of another column.
+        ValueError: an extra value or field has the same name as another column.
     """
     size = len(samples)
     prompt_width = max(len(s.output.prompt_ids) for s in samples)
-    # At least one column, so that a batch of empty answers still has a shape to compute with.
+    # At least one column, so that a batch of empty responses is not empty in its second dimension.
     response_width = max(1, *(len(s.output.response_ids) for s in samples))
     prompts = np.full((size, prompt_width), pad_token_id, np.int64)
     prompt_mask = np.zeros((size, prompt_width), np.int64)
     responses = np.full((size, response_width), pad_token_id, np.int64)
-    answered = np.zeros((size, response_width), np.int64)
+    attended = np.zeros((size, response_width), np.int64)
     response_mask = np.zeros((size, response_width), np.int64)
     versions = np.full((size, response_width), -1, np.int64)
     log_probs = np.zeros((size, response_width), np.float32)
@@ -135,12 +136,12 @@ def to_batch(samples: Sequence[ScoredSample], *, pad_token_id: int, with_log_pro
         prompts[i, prompt_width - len(out.prompt_ids) :] = out.prompt_ids
         prompt_mask[i, prompt_width - len(out.prompt_ids) :] = 1
         responses[i, :length] = out.response_ids
-        answered[i, :length] = 1
+        attended[i, :length] = 1
         response_mask[i, :length] = out.response_mask
         versions[i, : len(out.weight_versions)] = out.weight_versions
         log_probs[i, : len(out.response_logprobs)] = out.response_logprobs
-        scores[i, _last_own(out.response_mask)] = sample.reward.score
-    attention_mask = np.concatenate([prompt_mask, answered], axis=1)
+        scores[i, _last_model_token(out.response_mask)] = sample.reward.score
+    attention_mask = np.concatenate([prompt_mask, attended], axis=1)
     columns = {
         "prompts": prompts,
         "responses": responses,
@@ -159,8 +160,8 @@ def to_batch(samples: Sequence[ScoredSample], *, pad_token_id: int, with_log_pro
     )
 
 
-def _last_own(response_mask: Sequence[int]) -> int:
-    """Where the model's last token stands: estimators skip others. 0, outside every mask, if it has none."""
+def _last_model_token(response_mask: Sequence[int]) -> int:
+    """Return the index of the model's last token, because estimators skip other tokens; 0 if there is none."""
     return next((i for i in reversed(range(len(response_mask))) if response_mask[i]), 0)
 
 
@@ -176,13 +177,15 @@ def _object_columns(samples: Sequence[ScoredSample]) -> dict[str, np.ndarray]:
         "reward_error": [s.reward.error for s in samples],
     }
     fields = [s.output.extra_fields for s in samples]
-    of_loops = {key: [field.get(key) for field in fields] for key in dict.fromkeys(key for f in fields for key in f)}
-    of_rewards = extra_columns([s.reward for s in samples])
-    for source, extra in (("the agent loop", of_loops), ("the reward function", of_rewards)):
+    loop_columns = {
+        key: [field.get(key) for field in fields] for key in dict.fromkeys(key for f in fields for key in f)
+    }
+    reward_columns = extra_columns([s.reward for s in samples])
+    for source, extra in (("the agent loop", loop_columns), ("the reward function", reward_columns)):
         taken = sorted(columns.keys() & extra.keys())
         if taken:
             raise ValueError(
-                f"{source} gives {', '.join(taken)}, a name that the batch has already; choose another one"
+                f"duplicate name: {source} returns {', '.join(taken)}, which the batch already has; choose another name"
             )
         columns |= extra
     return {name: object_array(values) for name, values in columns.items()}

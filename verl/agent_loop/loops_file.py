@@ -1,6 +1,6 @@
 """Agent loops from a YAML file (`rollout.agent.agent_loop_config_path`).
 
-- name: my_agent                           # for default_agent_loop and the column agent_name
+- name: my_agent                           # value of default_agent_loop and of the column agent_name
   _target_: my_loops.MyAgentLoop           # or path/to/file.py:MyAgentLoop, relative to this file
   depth: 3                                 # further keywords of its __init__
 """
@@ -18,8 +18,8 @@ def register_from_file(path: str) -> None:
     """Register every loop of the file.
 
     Raises:
-        AgentLoopFileError: as `read_agent_loops`; a class does not import, is no `AgentLoopBase`, or takes a name that
-            another loop has.
+        AgentLoopFileError: as for `read_agent_loops`; or a class does not import, is not an `AgentLoopBase`, or has the
+            name of another loop.
     """
     folder = Path(path).expanduser().parent
     for entry in read_agent_loops(path):
@@ -27,9 +27,9 @@ def register_from_file(path: str) -> None:
             loop = load_class(entry.target, folder, AgentLoopBase)
         except UserClassError as error:
             raise AgentLoopFileError(f"{entry.location}._target_={error}") from error
-        # A module may register its class itself; the file adds keywords to that.
+        # The module may already have registered its class; the file adds the keywords.
         if entry.name in agent_loop_names() and get_agent_loop(entry.name).loop is not loop:
             raise AgentLoopFileError(
-                f"{entry.location}.name={entry.name}: another loop has this name; choose another one"
+                f"{entry.location}.name={entry.name}: duplicate name, another loop has it; choose another name"
             )
         register(entry.name, **entry.kwargs)(loop)

@@ -1,25 +1,25 @@
-"""Numbers of one step about turns and tools."""
+"""Metrics of one step about turns and tool calls."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from verl.protocol import DataProto
 
-# What can go wrong with a call; `dropped` calls are those beyond `max_parallel_calls`.
+# Kinds of failed calls; `dropped` calls exceed `max_parallel_calls`.
 FAILURES = ("malformed", "unknown_tool", "wrong_arguments", "raised", "timed_out", "dropped", "release")
 
 
 def compute_agent_metrics(batch: DataProto) -> dict[str, float]:
-    """Turns of the samples; and, where an agent loop reports them, their tool calls.
+    """Return metrics of the turns, and of the tool calls if an agent loop reports them.
 
     Args:
-        batch: object column num_turns; tool_call_counts, tool_seconds, tool_failures where tools were there.
+        batch: object column num_turns; with tools also tool_call_counts, tool_seconds and tool_failures.
 
     Returns:
-        num_turns/{min,max,mean} (messages exchanged, the prompt included). With tools, over the samples that could use
-        some: tool_call_counts/{min,max,mean}; agent_loop/tool_calls/{min,max,mean}, seconds a sample waited for tools;
-        agent_loop/tool_failures/KIND, calls of the step that failed, for each of `FAILURES`.
+        num_turns/{min,max,mean}: messages, the prompt included. With tools, over the samples whose loop supports tools:
+        tool_call_counts/{min,max,mean}; agent_loop/tool_calls/{min,max,mean}: seconds that a sample waited for tools;
+        agent_loop/tool_failures/KIND: failed calls of the step, for each of `FAILURES`.
     """
     columns = batch.non_tensor_batch
     metrics = _summary(columns["num_turns"], "num_turns") if "num_turns" in columns else {}
@@ -34,7 +34,7 @@ def compute_agent_metrics(batch: DataProto) -> dict[str, float]:
     }
 
 
-def _summary(values: Sequence[float | None], name: str) -> dict[str, float]:
+def _summary(values: Iterable[float | None], name: str) -> dict[str, float]:
     known = [float(value) for value in values if value is not None]
     if not known:
         return {}

@@ -1,4 +1,4 @@
-"""A model that may call tools: it answers, its calls are run, their results are added, and it goes on."""
+"""The tool loop: the model responds, its tool calls are run, their results are appended, and the model continues."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class AgentData:
-    """One sample so far; tools are given it as `agent_data`.
+    """The sample so far; tools receive it as `agent_data`.
 
     Attributes:
         messages: the conversation, tool responses included.
         tools_kwargs: the row's `extra_info.tools_kwargs`.
-        request_id: the same for all turns of the sample.
-        prompt_ids: tokens before the model's first one.
+        request_id: identifies the sample; the same for all of its turns.
+        prompt_ids: the tokens before the model's first token.
         response_ids, response_mask, response_logprobs, weight_versions: as in `AgentLoopOutput`.
-        assistant_turns, user_turns: answers of the model, and rounds of tool responses.
-        tool_rewards: of the calls so far.
-        extra_fields: for tools to leave something in. Numbers, strings, lists and dicts of them become columns of the
-            batch, everything else ends with the sample.
+        assistant_turns, user_turns: number of responses of the model, and of rounds of tool responses.
+        tool_rewards: rewards of the calls so far.
+        extra_fields: values that tools store. Numbers, strings, and lists and dicts of them become columns of the
+            batch; other values are dropped at the end of the sample.
     """
 
     messages: list[dict[str, Any]]
@@ -51,17 +51,17 @@ class AgentData:
     tool_rewards: list[float] = field(default_factory=list)
     extra_fields: dict[str, Any] = field(default_factory=dict)
 
-    def add_answer(self, answer: TokenOutput, room: int) -> None:
-        """Append the model's own tokens as they are, at most `room` of them."""
-        tokens = answer.token_ids[:room]
+    def add_response(self, response: TokenOutput, max_tokens: int) -> None:
+        """Append the tokens of the model unchanged, at most `max_tokens` of them."""
+        tokens = response.token_ids[:max_tokens]
         self.response_ids += tokens
         self.response_mask += [1] * len(tokens)
-        self.response_logprobs += answer.log_probs[: len(tokens)]
-        self.weight_versions += answer.weight_versions[: len(tokens)]
+        self.response_logprobs += response.log_probs[: len(tokens)]
+        self.weight_versions += response.weight_versions[: len(tokens)]
         self.assistant_turns += 1
 
     def add_tool_responses(self, tokens: list[int], with_log_probs: bool) -> None:
-        """Append tokens that the model did not make."""
+        """Append tokens that the model did not generate."""
         self.response_ids += tokens
         self.response_mask += [0] * len(tokens)
         self.response_logprobs += [0.0] * len(tokens) if with_log_probs else []
@@ -71,12 +71,13 @@ class AgentData:
 
 @register("tool_agent")
 class ToolAgentLoop(AgentLoopBase):
-    """Goes on until the model calls no tool, or there is no room or no turn left.
+    """Continues until the model calls no tool, or the token limit or a turn limit is reached.
 
-    Tool responses that would leave the model no room are left out: a sample ends with the model's own token.
+    Tool responses that leave no room for a token of the model are dropped: a sample ends with a token of the model.
 
     Args:
-        toolbox, renderer, parse: from `setup`.
+        client, tokenizer, config: as in `AgentLoopBase`.
+        toolbox, renderer, parse: made by `setup`.
     """
 
     def __init__(
@@ -104,14 +105,14 @@ class ToolAgentLoop(AgentLoopBase):
         renderer = ChatRenderer(tokenizer, config.data.apply_chat_template_kwargs or {})
         if tools and not renderer.shows_tools(toolbox.schemas()):
             logger.warning(
-                "the chat template leaves the tools out of the prompt: the model learns of %s only from your messages",
+                "the chat template does not show the tools in the prompt: the model knows %s only from your messages",
                 ", ".join(toolbox.tools),
             )
         return {"toolbox": toolbox, "renderer": renderer, "parse": PARSERS[multi_turn.format]}
 
     async def run(self, sampling_params: dict[str, Any], **row: Any) -> AgentLoopOutput:
         info = row.get("extra_info") or {}
-        toolbox = self.toolbox.selected(info.get("tool_selection"))
+        toolbox = self.toolbox.select(info.get("tool_selection"))
         schemas = toolbox.schemas()
         data = AgentData(list(row["raw_prompt"]), _tools_kwargs(info, row.get("index")))
         data.prompt_ids = self._prompt_ids(data.messages, schemas, row.get("index"))
@@ -119,7 +120,7 @@ class ToolAgentLoop(AgentLoopBase):
         data.tool_rewards = session.rewards
         try:
             stop_reason = await self._converse(data, session, schemas, sampling_params)
-            scores = await session.scores()
+            scores = await session.instance_rewards()
         finally:
             await session.close()
         return AgentLoopOutput(
@@ -144,18 +145,18 @@ class ToolAgentLoop(AgentLoopBase):
         self, data: AgentData, session: ToolSession, schemas: list[dict[str, Any]], sampling_params: dict[str, Any]
     ) -> str:
         limits = self.rollout_config.multi_turn
-        room = self._room(len(data.prompt_ids))
+        max_tokens = self._max_response_tokens(len(data.prompt_ids))
         while True:
-            left = room - len(data.response_ids)
-            answer = await self.client.generate(
+            left = max_tokens - len(data.response_ids)
+            response = await self.client.generate(
                 data.prompt_ids + data.response_ids,
                 {**sampling_params, "max_tokens": min(left, sampling_params.get("max_tokens", left))},
                 session=data.request_id,
             )
-            data.add_answer(answer, left)
-            if answer.stop_reason != "stop":
-                return answer.stop_reason
-            text = self.tokenizer.decode(answer.token_ids, skip_special_tokens=False)
+            data.add_response(response, left)
+            if response.stop_reason != "stop":
+                return response.stop_reason
+            text = self.tokenizer.decode(response.token_ids, skip_special_tokens=False)
             calls = self.parse(text)
             if not calls:
                 return "stop"
@@ -163,20 +164,20 @@ class ToolAgentLoop(AgentLoopBase):
                 return "turns"
             if _reached(data.user_turns, limits.max_user_turns):
                 return "turns"
-            if len(data.response_ids) >= room:
+            if len(data.response_ids) >= max_tokens:
                 return "length"
-            session.drop(len(calls[limits.max_parallel_calls :]))
-            responses = await session.run(calls[: limits.max_parallel_calls])
+            session.count_dropped(len(calls[limits.max_parallel_calls :]))
+            tool_responses = await session.run(calls[: limits.max_parallel_calls])
             data.messages.append({"role": "assistant", "content": text})
-            data.messages += [{"role": "tool", "content": response} for response in responses]
-            added = self.renderer.tool_responses(answer.token_ids[-1], responses, schemas)
-            # A response nobody goes on from teaches nothing, and the score would stand on a masked token.
-            if len(data.response_ids) + len(added) >= room:
+            data.messages += [{"role": "tool", "content": text} for text in tool_responses]
+            added = self.renderer.tool_responses(response.token_ids[-1], tool_responses, schemas)
+            # A final tool response adds nothing to train on, and the score would be placed at a masked token.
+            if len(data.response_ids) + len(added) >= max_tokens:
                 return "length"
-            data.add_tool_responses(added, with_log_probs=bool(answer.log_probs))
+            data.add_tool_responses(added, with_log_probs=bool(response.log_probs))
 
     def _prompt_ids(self, messages: list[dict[str, Any]], schemas: list[dict[str, Any]], index: Any) -> list[int]:
-        # The dataset's tokens lack the tools.
+        # The tokens of the dataset do not include the tools.
         tokens = self.renderer.prompt(messages, schemas)
         try:
             return truncate_prompt(tokens, self.prompt_length, self.config.data.truncation)
@@ -187,24 +188,24 @@ class ToolAgentLoop(AgentLoopBase):
                 f"to {len(tokens)} or more, or shorten the schemas"
             ) from None
 
-    def _room(self, prompt_tokens: int) -> int:
-        """Response tokens that fit, whichever cap comes first."""
-        longest = self.rollout_config.max_model_len or self.prompt_length + self.response_length
-        return min(self.response_length, longest - prompt_tokens)
+    def _max_response_tokens(self, prompt_tokens: int) -> int:
+        """Return the smaller of the response limit and the rest of the context length, in tokens."""
+        context_length = self.rollout_config.max_model_len or self.prompt_length + self.response_length
+        return min(self.response_length, context_length - prompt_tokens)
 
 
-def _reached(turns: int, cap: int | None) -> bool:
-    return cap is not None and turns >= cap
+def _reached(turns: int, limit: int | None) -> bool:
+    return limit is not None and turns >= limit
 
 
 def _tools_kwargs(info: Mapping[str, Any], index: Any) -> dict[str, Any]:
-    """`tools_kwargs` without the empty entries that Parquet adds for tools of other rows."""
+    """Return `tools_kwargs` without the empty entries that Parquet adds for the tools of other rows."""
     given = info.get("tools_kwargs") or {}
     kwargs = {name: value for name, value in given.items() if value is not None}
     if info.get("need_tools_kwargs") and not kwargs:
         raise ValueError(
-            f"row {index}: extra_info.need_tools_kwargs is True and extra_info.tools_kwargs is empty; give "
-            "{tool name: {create_kwargs: {...}}}, or leave need_tools_kwargs out"
+            f"row {index}: extra_info.need_tools_kwargs is True but extra_info.tools_kwargs is empty; set it to "
+            "{tool name: {create_kwargs: {...}}}, or remove need_tools_kwargs"
         )
     return kwargs
 

@@ -1,4 +1,4 @@
-"""Finds tool calls in what a model wrote."""
+"""Parse tool calls in the text of a model."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class ToolCall:
     """One call as the model wrote it.
 
     Attributes:
-        name: of the tool; empty where the call cannot be read.
-        arguments: by name.
-        problem: why the call cannot be read, None where it can.
+        name: name of the tool; empty if the call is malformed.
+        arguments: arguments by name.
+        problem: why the call is malformed; None if it is valid.
     """
 
     name: str = ""
@@ -27,9 +27,9 @@ class ToolCall:
 
 
 def parse_hermes(text: str) -> list[ToolCall]:
-    """Every `<tool_call>{"name": ..., "arguments": {...}}</tool_call>` in order; one without its end is none.
+    """Return every `<tool_call>{"name": ..., "arguments": {...}}</tool_call>` in order. The end tag is required.
 
-    `arguments` may also be a JSON text of the object, as in OpenAI's format.
+    `arguments` may also be a string with the JSON of the object, as in OpenAI's format.
     """
     return [_call(match) for match in _HERMES.findall(text)]
 
@@ -40,7 +40,7 @@ def _call(text: str) -> ToolCall:
         arguments = call.get("arguments", {}) if isinstance(call, Mapping) else None
         if isinstance(arguments, str):
             arguments = json.loads(arguments)
-    # RecursionError: thousands of brackets.
+    # RecursionError: deeply nested brackets.
     except (ValueError, RecursionError) as error:
         return ToolCall(problem=f"is not valid JSON ({error})")
     if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
@@ -50,5 +50,5 @@ def _call(text: str) -> ToolCall:
     return ToolCall(call["name"], dict(arguments))
 
 
-# By `rollout.multi_turn.format`.
+# Parsers by the value of `rollout.multi_turn.format`.
 PARSERS: dict[str, Callable[[str], list[ToolCall]]] = {"hermes": parse_hermes}

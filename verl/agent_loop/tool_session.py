@@ -1,4 +1,4 @@
-"""One sample's dealings with the tools: instances, calls that may fail in every way, and their end."""
+"""The tool calls of one sample: instances, isolated calls, failures and release."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class CallError(Exception):
-    """A call that gave nothing: `kind` for the metric, the message for the model."""
+    """A failed call: `kind` is for the metric, the message for the model."""
 
     def __init__(self, kind: str, message: str):
         super().__init__(message)
@@ -32,11 +32,11 @@ class Toolbox:
     """All tools of a run.
 
     Attributes:
-        tools: by name.
-        max_response_length: characters of a response that reach the model.
+        tools: tools by name.
+        max_response_length: maximum number of characters of a tool response.
         truncate_side: `left`, `right` or `middle`, see `truncate`.
-        calls: runs them.
-        reported: failures that the log has already.
+        calls: runs the calls in other threads.
+        reported: (tool, kind) of the failures that were already logged as warnings.
     """
 
     tools: Mapping[str, BaseTool]
@@ -46,31 +46,34 @@ class Toolbox:
     reported: set[tuple[str, str]] = field(default_factory=set)
 
     def schemas(self) -> list[dict[str, Any]]:
-        """What chat templates are given."""
+        """Return the schemas for the chat template."""
         return [tool.tool_schema.model_dump(exclude_unset=True, exclude_none=True) for tool in self.tools.values()]
 
-    def selected(self, names: Sequence[str] | None) -> Toolbox:
-        """The same with some of the tools only; all for None or none.
+    def select(self, names: Sequence[str] | None) -> Toolbox:
+        """Return a toolbox with the named tools; with all tools if `names` is None or empty.
 
         Raises:
-            ValueError: there is no such tool.
+            ValueError: unknown tool.
         """
         if not names:
             return self
         unknown = sorted(set(names) - set(self.tools))
         if unknown:
             raise ValueError(
-                f"extra_info.tool_selection names {', '.join(unknown)}: the tools are {', '.join(self.tools) or 'none'}"
+                f"extra_info.tool_selection: unknown tool {', '.join(unknown)}; the tools are "
+                f"{', '.join(self.tools) or 'none'}"
             )
         chosen = {name: tool for name, tool in self.tools.items() if name in names}
         return replace(self, tools=chosen)
 
 
 def truncate(text: str, length: int, side: str) -> str:
-    """At most `length` characters of `text`, and a note where some are missing.
+    """Return at most `length` characters of `text`, with a mark at the removed part.
 
     Args:
-        side: `left` keeps the beginning, `right` the end, `middle` half of each, as in verl.
+        text: the text.
+        length: in characters, without the mark.
+        side: `left` keeps the beginning, `right` the end, `middle` half of each, as in upstream verl.
     """
     if len(text) <= length:
         return text
@@ -82,18 +85,18 @@ def truncate(text: str, length: int, side: str) -> str:
 
 
 class ToolSession:
-    """The tools as one sample has them.
+    """The tool instances and calls of one sample.
 
     Args:
-        toolbox: the tools it may call.
+        toolbox: the tools that the sample may call.
         tools_kwargs: by tool: `create_kwargs` and `execute_kwargs`.
-        agent_data: handed to every call.
+        agent_data: passed to every call.
 
     Attributes:
-        rewards: of the calls, in order, without those that gave none.
-        calls: that were tried.
-        failures: counted by kind.
-        seconds: spent waiting for tools.
+        rewards: rewards of the calls that returned one, in order.
+        calls: number of calls.
+        failures: number of failures by kind.
+        seconds: time spent waiting for tools.
     """
 
     def __init__(self, toolbox: Toolbox, tools_kwargs: Mapping[str, Any], agent_data: Any):
@@ -108,49 +111,49 @@ class ToolSession:
         self.seconds = 0.0
 
     async def run(self, calls: Sequence[ToolCall]) -> list[str]:
-        """What the model is shown for each call, all of them run at the same time."""
+        """Run the calls at the same time and return the text for the model, one per call."""
         started = asyncio.get_running_loop().time()
-        outcomes = await asyncio.gather(*(self._one(call) for call in calls))
+        outcomes = await asyncio.gather(*(self._run_call(call) for call in calls))
         self.seconds += asyncio.get_running_loop().time() - started
         self.calls += len(calls)
         self.rewards += [reward for _, reward in outcomes if reward is not None]
         length, side = self._toolbox.max_response_length, self._toolbox.truncate_side
         return [truncate(text, length, side) for text, _ in outcomes]
 
-    def drop(self, count: int) -> None:
-        """Count calls that are not run."""
+    def count_dropped(self, count: int) -> None:
+        """Count calls that are not run as failures."""
         if count:
             self.failures["dropped"] += count
 
-    async def scores(self) -> dict[str, float]:
-        """`calc_reward` of every tool that was used and gives one."""
-        found: dict[str, float] = {}
+    async def instance_rewards(self) -> dict[str, float]:
+        """Return `calc_reward` of every tool that was used and returns a reward."""
+        rewards: dict[str, float] = {}
         for name, instance in self._instances.items():
             tool = self._toolbox.tools[name]
             try:
-                score = _number(await self._isolated(tool, tool.calc_reward, instance), name)
+                reward = _number(await self._isolated(tool, tool.calc_reward, instance), name)
             except CallError as error:
-                self._note(name, error)
+                self._record_failure(name, error)
                 continue
-            if score is not None:
-                found[name] = score
-        return found
+            if reward is not None:
+                rewards[name] = reward
+        return rewards
 
     async def close(self) -> None:
-        """Release every instance; a release that fails is logged and counted."""
+        """Release every instance; log and count failed releases."""
         instances, self._instances = self._instances, {}
         for name, instance in instances.items():
             tool = self._toolbox.tools[name]
             try:
                 await self._isolated(tool, tool.release, instance)
             except CallError as error:
-                self._note(name, CallError("release", str(error)))
+                self._record_failure(name, CallError("release", str(error)))
 
-    async def _one(self, call: ToolCall) -> tuple[str, float | None]:
+    async def _run_call(self, call: ToolCall) -> tuple[str, float | None]:
         try:
             return await self._execute(call)
         except CallError as error:
-            self._note(call.name, error)
+            self._record_failure(call.name, error)
             return f"Error: {error}", None
 
     async def _execute(self, call: ToolCall) -> tuple[str, float | None]:
@@ -168,11 +171,11 @@ class ToolSession:
         return _read_result(result, call.name)
 
     async def _instance(self, tool: BaseTool, create_kwargs: Mapping[str, Any]) -> str:
-        # Two calls of one turn may both be the first.
+        # Calls of one turn run at the same time, so two of them may both need a new instance.
         async with self._locks.setdefault(tool.name, asyncio.Lock()):
             if tool.name not in self._instances:
-                made = await self._isolated(tool, tool.create, create_kwargs=dict(create_kwargs))
-                self._instances[tool.name] = made[0] if isinstance(made, tuple) else made
+                created = await self._isolated(tool, tool.create, create_kwargs=dict(create_kwargs))
+                self._instances[tool.name] = created[0] if isinstance(created, tuple) else created
             return self._instances[tool.name]
 
     async def _isolated(self, tool: BaseTool, function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -184,13 +187,13 @@ class ToolSession:
         except CallFailed as error:
             raise CallError("raised", f"{tool.name} failed: {error}") from None
 
-    def _note(self, name: str, error: CallError) -> None:
+    def _record_failure(self, name: str, error: CallError) -> None:
         self.failures[error.kind] += 1
-        # The rest is in the metrics: a model that learns to call tools fails thousands of times.
+        # Warn once per kind; a model that learns to call tools fails thousands of times, which the metrics count.
         level = logging.DEBUG if (name, error.kind) in self._toolbox.reported else logging.WARNING
         if name in self._toolbox.tools or not name:
             self._toolbox.reported.add((name, error.kind))
-            logger.log(level, "tool call: %s (further ones of this kind only in agent_loop/tool_failures)", error)
+            logger.log(level, "tool call: %s (further failures of this kind only in agent_loop/tool_failures)", error)
 
 
 def _check_arguments(tool: BaseTool, arguments: Mapping[str, Any]) -> None:
@@ -200,17 +203,18 @@ def _check_arguments(tool: BaseTool, arguments: Mapping[str, Any]) -> None:
     if missing:
         raise CallError("wrong_arguments", f"{tool.name} needs {', '.join(missing)}; its arguments are: {known}")
     open_ended = (parameters.model_extra or {}).get("additionalProperties", False) is not False
-    odd = [name for name in arguments if name not in parameters.properties]
-    if odd and not open_ended:
+    unknown = [name for name in arguments if name not in parameters.properties]
+    if unknown and not open_ended:
         raise CallError(
-            "wrong_arguments", f"{tool.name} has no argument {', '.join(map(repr, odd))}; its arguments are: {known}"
+            "wrong_arguments",
+            f"{tool.name} has no argument {', '.join(map(repr, unknown))}; its arguments are: {known}",
         )
 
 
 def _read_result(result: Any, name: str) -> tuple[str, float | None]:
     if not isinstance(result, tuple) or len(result) != 3 or not isinstance(result[0], ToolResponse):
         raise CallError(
-            "raised", f"{name} returned a {type(result).__name__}, not (ToolResponse, reward, metrics): mend the tool"
+            "raised", f"{name} returned a {type(result).__name__}, not (ToolResponse, reward, metrics): fix the tool"
         )
     response, reward, _ = result
     if response.image or response.video:

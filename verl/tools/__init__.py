@@ -1,4 +1,4 @@
-"""Tools that a model may call while it answers: `BaseTool`, its schemas, and how a tool config file is read."""
+"""Tools that a model may call: `BaseTool`, its schemas, and the reader of tool config files."""
 
 from verl.tools.base_tool import BaseTool
 from verl.tools.schemas import OpenAIFunctionToolSchema, ToolResponse

@@ -1,4 +1,4 @@
-"""A tool as its model sees it (OpenAI's function format), and what a tool gives back."""
+"""The schema of a tool in OpenAI's function format, and the response of a tool."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class OpenAIFunctionPropertySchema(BaseModel):
-    """One argument. Further keywords of JSON Schema (`items`, `minimum`, ...) are kept."""
+    """One argument. Other keywords of JSON Schema (`items`, `minimum`, ...) are kept."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -18,7 +18,7 @@ class OpenAIFunctionPropertySchema(BaseModel):
 
 
 class OpenAIFunctionParametersSchema(BaseModel):
-    """The arguments of a function; `additionalProperties: true` lets others through."""
+    """The arguments of a function; `additionalProperties: true` allows other arguments."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -28,7 +28,7 @@ class OpenAIFunctionParametersSchema(BaseModel):
 
 
 class OpenAIFunctionSchema(BaseModel):
-    """A function: its name, what it is for, its arguments."""
+    """A function: its name, description and arguments."""
 
     name: str = Field(min_length=1)
     description: str
@@ -37,23 +37,23 @@ class OpenAIFunctionSchema(BaseModel):
 
 
 class OpenAIFunctionToolSchema(BaseModel):
-    """What the chat template is given for a tool."""
+    """The description of a tool for the chat template."""
 
     type: Literal["function"] = "function"
     function: OpenAIFunctionSchema
 
 
 class ToolResponse(BaseModel):
-    """What a tool gives back. Only text reaches the model so far; None counts as empty text."""
+    """The response of a tool. Only text is supported; None counts as empty text."""
 
     text: str | None = None
     image: list[Any] | None = None
     video: list[Any] | None = None
 
     def is_empty(self) -> bool:
-        """Whether there is nothing in it."""
+        """Return True if the response has no content."""
         return not self.text and not self.image and not self.video
 
     def is_text_only(self) -> bool:
-        """Whether there is text and nothing else."""
+        """Return True if the response has only text."""
         return bool(self.text) and not self.image and not self.video

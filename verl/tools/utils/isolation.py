@@ -1,4 +1,4 @@
-"""Runs a user's functions off the caller's event loop, with a time limit that holds whatever they do."""
+"""Run user functions outside the caller's event loop, with a time limit that also applies to blocking functions."""
 
 from __future__ import annotations
 
@@ -9,37 +9,38 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-# How long the loop of the async functions may take to react before it counts as blocked.
-_PATIENCE = 1.0
+# Seconds after which a shared event loop that does not react counts as blocked.
+_BLOCKED_AFTER_S = 1.0
 
 
 class CallTimeout(Exception):
-    """A function took longer than it may; it may still be running."""
+    """A function exceeded its time limit; it may still be running."""
 
 
 class CallFailed(Exception):
-    """A function raised; the message is its error, as `Type: text`."""
+    """A function raised an error; the message is that error as `Type: text`."""
 
 
 class IsolatedCalls:
-    """A plain function runs in a thread of its own, an async one on an event loop that all async ones share.
+    """Runs a plain function in a new thread, and all async functions on one shared event loop in another thread.
 
-    Every thread is a daemon: one that hangs does not keep the process from ending. An async function that blocks its
-    loop makes the others on it wait until their time is up; from then on others get a new loop.
+    Every thread is a daemon thread, so a function that hangs does not keep the process from exiting. If an async
+    function blocks the shared loop, the other functions on it time out; later calls get a new loop.
     """
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def call(self, function: Callable[..., Any], *args: Any, timeout: float, **kwargs: Any) -> Any:
-        """What `function` returns.
+        """Return `function(*args, **kwargs)`.
 
         Args:
-            timeout: seconds.
+            function: a plain or async function.
+            timeout: time limit in seconds.
 
         Raises:
-            CallTimeout: no answer by then.
-            CallFailed: it raised, `SystemExit` included.
+            CallTimeout: the time limit was exceeded.
+            CallFailed: the function raised an error, `SystemExit` included.
         """
         loop = None
         if inspect.iscoroutinefunction(function):
@@ -54,7 +55,7 @@ class IsolatedCalls:
             waiting.cancel()
         if not done:
             if loop is not None:
-                await self._give_up_if_blocked(loop)
+                await self._replace_if_blocked(loop)
             raise CallTimeout
         value, failure = waiting.result()
         if failure is not None:
@@ -64,14 +65,14 @@ class IsolatedCalls:
     def _shared_loop(self) -> asyncio.AbstractEventLoop:
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
-            # Its own would be joined when the process ends.
+            # The process would join the threads of the default executor at exit.
             self._loop.set_default_executor(_DaemonThreads())
             start_thread(self._loop.run_forever)
         return self._loop
 
-    async def _give_up_if_blocked(self, loop: asyncio.AbstractEventLoop) -> None:
-        sign = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop))
-        done, _ = await asyncio.wait({sign}, timeout=_PATIENCE)
+    async def _replace_if_blocked(self, loop: asyncio.AbstractEventLoop) -> None:
+        reaction = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop))
+        done, _ = await asyncio.wait({reaction}, timeout=_BLOCKED_AFTER_S)
         if not done and self._loop is loop:
             self._loop = None
 
@@ -84,7 +85,7 @@ def start_thread(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Fut
     def run() -> None:
         try:
             future.set_result(function(*args, **kwargs))
-        except BaseException as error:  # noqa: BLE001  (handed to whoever waits)
+        except BaseException as error:  # noqa: BLE001  (passed to the waiting caller)
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True, name="verl-tool").start()
@@ -92,13 +93,13 @@ def start_thread(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Fut
 
 
 class _DaemonThreads(ThreadPoolExecutor):
-    """What `asyncio.to_thread` uses inside an async function."""
+    """The executor of `asyncio.to_thread` inside an async function."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         return start_thread(fn, *args, **kwargs)
 
 
-# Outcomes instead of exceptions: some, as SystemExit and StopIteration, mean something to the event loops in between.
+# (value, error text). Not an exception: event loops give SystemExit and StopIteration a special meaning.
 Outcome = tuple[Any, str | None]
 
 
@@ -107,7 +108,7 @@ def _outcome(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Outcome
         value = function(*args, **kwargs)
         if inspect.isawaitable(value):
             value = asyncio.run(_await(value))
-    except BaseException as error:  # noqa: BLE001  (whatever the user's function raises)
+    except BaseException as error:  # noqa: BLE001  (a user function may raise anything)
         return None, _text(error)
     return value, None
 
@@ -117,7 +118,7 @@ async def _outcome_of(function: Callable[..., Awaitable[Any]], *args: Any, **kwa
         return await function(*args, **kwargs), None
     except asyncio.CancelledError:
         raise
-    except BaseException as error:  # noqa: BLE001  (whatever the user's function raises)
+    except BaseException as error:  # noqa: BLE001  (a user function may raise anything)
         return None, _text(error)
 
 

@@ -1,11 +1,11 @@
-"""The tool config file (`rollout.multi_turn.tool_config_path`): read, checked, and made into tools.
+"""Read the tool config file (`rollout.multi_turn.tool_config_path`), check it and construct the tools.
 
 tools:
   - class_name: my_tools.Search            # or path/to/file.py:Search, relative to this file
-    config:                                # handed to the class
+    config:                                # passed to the class
       type: native
-      timeout: 30                          # seconds a call may take
-    tool_schema:                           # may be left out where the class gives one
+      timeout: 30                          # time limit of a call in seconds
+    tool_schema:                           # optional if the class defines a schema
       type: function
       function: {name: search, description: ..., parameters: {type: object, properties: {...}, required: [...]}}
 """
@@ -32,12 +32,12 @@ _ENTRY_KEYS = ("class_name", "config", "tool_schema")
 
 
 class ToolConfigError(ValueError):
-    """A tool config file cannot be used; the message says which entry and why."""
+    """A tool config file cannot be used; the message names the entry and the reason."""
 
 
 @dataclass(frozen=True)
 class ToolEntry:
-    """One entry of the file, checked as far as that goes without importing its class."""
+    """One entry of the file, checked without importing its class."""
 
     class_name: str
     config: dict[str, Any]
@@ -45,10 +45,10 @@ class ToolEntry:
 
 
 def read_tool_config(path: str) -> list[ToolEntry]:
-    """The entries of a tool config file; imports none of the classes.
+    """Return the entries of a tool config file, without importing the classes.
 
     Raises:
-        ToolConfigError: no such file, not YAML, or an entry that cannot work.
+        ToolConfigError: the file is missing or not YAML, or an entry is invalid.
     """
     folder = Path(path).expanduser().parent
     try:
@@ -62,16 +62,16 @@ def read_tool_config(path: str) -> list[ToolEntry]:
 
 def _entry(tool: Any, where: str, folder: Path) -> ToolEntry:
     if not isinstance(tool, Mapping) or not isinstance(tool.get("class_name"), str):
-        raise ToolConfigError(f"{where} has no class_name; give package.module.Class, or path/to/file.py:Class")
-    odd = sorted(str(key) for key in set(tool) - {*_ENTRY_KEYS, "mcp"})
-    if odd:
-        raise ToolConfigError(f"{where}: there is no such key: {', '.join(odd)}; an entry has {', '.join(_ENTRY_KEYS)}")
+        raise ToolConfigError(f"{where} has no class_name; set package.module.Class, or path/to/file.py:Class")
+    unknown = sorted(str(key) for key in set(tool) - {*_ENTRY_KEYS, "mcp"})
+    if unknown:
+        raise ToolConfigError(f"{where}: unknown key {', '.join(unknown)}; the keys are {', '.join(_ENTRY_KEYS)}")
     config = tool.get("config") or {}
     if not isinstance(config, Mapping):
-        raise ToolConfigError(f"{where}.config is a {type(config).__name__}; give a mapping")
+        raise ToolConfigError(f"{where}.config is a {type(config).__name__}; it must be a mapping")
     kind = config.get("type", "native")
     if kind != "native" or "mcp" in tool:
-        raise ToolConfigError(f"{where}.config.type={kind}: only native tools are supported yet; use native")
+        raise ToolConfigError(f"{where}.config.type={kind}: not supported; only native tools are")
     _timeout(config, where)
     try:
         check_class(tool["class_name"], folder)
@@ -81,8 +81,8 @@ def _entry(tool: Any, where: str, folder: Path) -> ToolEntry:
         raise ToolConfigError(f"{where}.class_name={error}") from error
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise ToolConfigError(f"{where}.tool_schema.{place}: {first['msg']}") from None
+        key = ".".join(str(part) for part in first["loc"])
+        raise ToolConfigError(f"{where}.tool_schema.{key}: {first['msg']}") from None
     return ToolEntry(tool["class_name"], dict(config), parsed)
 
 
@@ -90,7 +90,7 @@ def _timeout(config: Mapping[str, Any], where: str) -> float:
     value = config.get("timeout", DEFAULT_TIMEOUT)
     number = not isinstance(value, bool) and isinstance(value, int | float)
     if not number or not 0 < value < math.inf:
-        raise ToolConfigError(f"{where}.config.timeout={value}: give seconds, above 0")
+        raise ToolConfigError(f"{where}.config.timeout={value}: must be a number of seconds above 0")
     return float(value)
 
 
@@ -102,10 +102,11 @@ def _check_names(names: list[str], path: str) -> None:
 
 
 def initialize_tools_from_config(path: str | None) -> list[BaseTool]:
-    """The tools of a file, in its order; none for None.
+    """Construct the tools of a file, in its order; return an empty list for None.
 
     Raises:
-        ToolConfigError: as `read_tool_config`; or a class does not import, is no `BaseTool`, or cannot be made.
+        ToolConfigError: as for `read_tool_config`; or a class does not import, is not a `BaseTool`, or its constructor
+            fails.
     """
     if path is None:
         return []
@@ -117,8 +118,8 @@ def initialize_tools_from_config(path: str | None) -> list[BaseTool]:
             tool = load_class(entry.class_name, folder, BaseTool)(entry.config, entry.tool_schema)
         except UserClassError as error:
             raise ToolConfigError(f"{where}.class_name={error}") from error
-        except Exception as error:  # whatever the user's __init__ raises
-            raise ToolConfigError(f"{where}: {entry.class_name} cannot be made: {error}") from error
+        except Exception as error:  # a user's __init__ may raise anything
+            raise ToolConfigError(f"{where}: {entry.class_name} cannot be constructed: {error}") from error
         _check_execute(tool, f"{where}: {entry.class_name}")
         tools.append(tool)
     _check_names([tool.name for tool in tools], path)
@@ -137,5 +138,5 @@ def _check_execute(tool: BaseTool, where: str) -> None:
 
 
 def tool_timeout(tool: BaseTool) -> float:
-    """Seconds that one call of `tool` may take."""
+    """Return the time limit of one call of `tool` in seconds."""
     return _timeout(tool.config or {}, tool.name)

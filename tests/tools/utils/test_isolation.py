@@ -1,4 +1,4 @@
-"""A user's functions block, exit and hang; the caller's event loop goes on."""
+"""User functions that block, exit or hang do not affect the caller's event loop."""
 
 import asyncio
 import subprocess
@@ -25,7 +25,7 @@ def add_awaitable(a, *, b):
 
 
 @pytest.mark.parametrize("function", [add, add_async, add_awaitable])
-async def test_a_result_comes_back(function):
+async def test_a_result_is_returned(function):
     assert await IsolatedCalls().call(function, 1, b=2, timeout=30) == 3
 
 
@@ -54,13 +54,13 @@ async def async_hang():
 
 
 @pytest.mark.parametrize("function", [lambda: time.sleep(600), async_hang])
-async def test_a_function_that_hangs_is_given_up(function):
+async def test_a_function_that_hangs_times_out(function):
     async with asyncio.timeout(60):
         with pytest.raises(CallTimeout):
             await IsolatedCalls().call(function, timeout=0.1)
 
 
-async def test_after_an_async_function_blocked_the_others_run_again():
+async def test_later_calls_run_after_an_async_function_blocked():
     calls = IsolatedCalls()
     with pytest.raises(CallTimeout):
         await calls.call(block, threading.Event(), threading.Event(), timeout=0.1)
@@ -71,7 +71,7 @@ def stop_iteration():
     raise StopIteration
 
 
-async def leave():
+async def exit_async():
     sys.exit(3)
 
 
@@ -81,10 +81,10 @@ async def leave():
         (lambda: 1 / 0, "ZeroDivisionError: division by zero"),
         (stop_iteration, "StopIteration"),
         (sys.exit, "SystemExit"),
-        (leave, "SystemExit: 3"),
+        (exit_async, "SystemExit: 3"),
     ],
 )
-async def test_whatever_is_raised_becomes_a_failure(function, words):
+async def test_every_exception_becomes_call_failed(function, words):
     calls = IsolatedCalls()
     with pytest.raises(CallFailed, match=words):
         await calls.call(function, timeout=30)
@@ -103,11 +103,11 @@ async def main():
         try:
             await calls.call(function, timeout=0.05)
         except CallTimeout:
-            print("given up")
+            print("timeout")
 asyncio.run(main())
 """
 
 
-def test_what_hangs_does_not_keep_the_process_from_ending():
+def test_hanging_functions_do_not_keep_the_process_from_exiting():
     done = subprocess.run([sys.executable, "-c", HANGING], capture_output=True, text=True, timeout=60)
-    assert done.stdout.split("\n")[:3] == ["given up"] * 3 and done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:3] == ["timeout"] * 3 and done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""What generation tells the reward loop about a sample, and how rewards become columns. No engine, real workers."""
+"""The input of the reward loop, and rewards as columns. No engine, real reward workers."""
 
 import asyncio
 import textwrap
@@ -14,15 +14,15 @@ from verl.workers.reward import RewardLoop, RewardResult
 
 @register("echo_for_this_test")
 class EchoLoop(AgentLoopBase):
-    """Answers with the row's own tokens."""
+    """Responds with the tokens of the row."""
 
     async def run(self, sampling_params, **row):
-        ids = row["answer_ids"]
+        ids = row["response_ids"]
         return AgentLoopOutput(prompt_ids=[7], response_ids=ids, response_mask=[1] * len(ids))
 
 
 class Words:
-    """A tokenizer whose token `i` is the letter `a` + i; 0 is special and not part of the text."""
+    """A tokenizer that maps token `i` to the letter `a` + i; 0 is a special token without text."""
 
     def decode(self, ids, skip_special_tokens):
         assert skip_special_tokens
@@ -31,9 +31,9 @@ class Words:
 
 @pytest.fixture
 def generate(tmp_path):
-    """`generate(source, manager, kwargs, answers)`: the scored samples of rows that answer with these token ids."""
+    """Return `generate(source, manager, kwargs, responses)`: scored samples whose responses are these token ids."""
 
-    def run(source, manager, kwargs, answers):
+    def run(source, manager, kwargs, responses):
         path = tmp_path / "reward.py"
         path.write_text(textwrap.dedent(source))
         config = RewardConfig(
@@ -48,8 +48,8 @@ def generate(tmp_path):
         config.actor_rollout_ref.rollout.agent.default_agent_loop = "echo_for_this_test"
         generator = SampleGenerator(None, Words(), rewards, config)
         rows = [
-            {"uid": str(i), "data_source": "d", "reward_model": {}, "raw_prompt": [], "answer_ids": ids}
-            for i, ids in enumerate(answers)
+            {"uid": str(i), "data_source": "d", "reward_model": {}, "raw_prompt": [], "response_ids": ids}
+            for i, ids in enumerate(responses)
         ]
         try:
             return asyncio.run(generator.generate(rows, {}))[0]
@@ -59,14 +59,14 @@ def generate(tmp_path):
     return run
 
 
-def test_the_length_that_dapo_punishes_is_in_tokens(generate):
+def test_the_length_penalty_of_dapo_counts_tokens(generate):
     samples = generate(
         "def compute_score(data_source, solution_str, ground_truth, extra_info): return len(solution_str)",
         "dapo",
         {"max_resp_len": 6, "overlong_buffer_cfg": {"enable": True, "len": 4, "penalty_factor": 1.0, "log": True}},
         [[1, 1], [1, 1, 0, 0], [0] * 6, []],
     )
-    # Special tokens count as length though the scorer does not see them.
+    # Special tokens count as length although the scorer does not see them.
     assert [sample.reward.score for sample in samples] == [2.0, 2.0 - 0.5, 0.0 - 1.0, 0.0]
     batch = to_batch(samples, pad_token_id=0, with_log_probs=False)
     assert batch.batch["token_level_scores"].sum(dim=-1).tolist() == [2.0, 1.5, -1.0, 0.0]
@@ -79,7 +79,7 @@ def sample(reward):
     return ScoredSample(row, AgentLoopOutput([1], [2], [1]), reward)
 
 
-def test_a_sample_that_could_not_be_scored_counts_as_zero_in_columns_of_numbers():
+def test_a_sample_without_score_is_zero_in_numeric_columns():
     batch = to_batch(
         [
             sample(RewardResult(1.0, {"acc": 1.0, "pred": "4"}, None, 0.0)),

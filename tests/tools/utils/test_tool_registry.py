@@ -1,4 +1,4 @@
-"""The tool config file: what it gives, and what is said about one that cannot work."""
+"""The tool config file: the constructed tools, and the errors of invalid files."""
 
 import textwrap
 
@@ -36,7 +36,7 @@ class NoTool:
 """
 
 
-def test_tools_of_a_file(tmp_path):
+def test_a_file_gives_its_tools_in_order(tmp_path):
     path = write_tool_config(
         tmp_path / "tools.yaml",
         (fake.Echo, "echo", ["text"], {}),
@@ -46,12 +46,12 @@ def test_tools_of_a_file(tmp_path):
     assert (echo.name, hangs.name) == ("echo", "hangs") and isinstance(hangs, fake.Hangs)
     assert hangs.config == {"type": "native", "timeout": 2, "key": "k"}
     assert (tool_timeout(echo), tool_timeout(hangs)) == (30.0, 2.0)
-    # Chat templates are given what the file says, nothing added.
+    # The schema for chat templates is exactly the one in the file.
     assert echo.tool_schema.model_dump(exclude_unset=True, exclude_none=True) == schema("echo", "text")
     assert initialize_tools_from_config(None) == []
 
 
-def test_further_keywords_of_a_schema_are_kept(tmp_path):
+def test_other_schema_keywords_are_kept(tmp_path):
     written = schema("search", "query", additionalProperties=True)
     written["function"]["parameters"]["properties"]["top"] = {"type": ["integer", "null"], "minimum": 1, "enum": [1, 2]}
     (tmp_path / "tools.yaml").write_text(
@@ -61,7 +61,7 @@ def test_further_keywords_of_a_schema_are_kept(tmp_path):
     assert entry.tool_schema.model_dump(exclude_unset=True, exclude_none=True) == written
 
 
-def test_a_class_in_a_file_beside_the_config_and_a_schema_of_its_own(tmp_path, monkeypatch):
+def test_a_class_in_a_relative_file_may_define_its_schema(tmp_path, monkeypatch):
     folder = tmp_path / "elsewhere"
     folder.mkdir()
     (folder / "own.py").write_text(OWN)
@@ -84,12 +84,18 @@ SCHEMA = "tool_schema: {type: function, function: {name: a, description: d}}"
         ("[]", "must contain a list 'tools'"),
         ("tools: []", "must contain a list 'tools'"),
         ("tools: [{config: {}}]", r"tools\[0\] has no class_name"),
-        (f"tools: [{{class_name: own.py:WithSchema, conf: 1, {SCHEMA}}}]", "no such key: conf"),
+        (f"tools: [{{class_name: own.py:WithSchema, conf: 1, {SCHEMA}}}]", "unknown key conf"),
         ("tools: [{class_name: own.py:WithSchema, config: [1]}]", "config is a list"),
-        ("tools: [{class_name: own.py:WithSchema, config: {type: mcp}}]", "type=mcp: only native"),
-        ("tools: [{class_name: own.py:WithSchema, config: {timeout: 0}}]", "timeout=0: give seconds"),
-        ("tools: [{class_name: own.py:WithSchema, config: {timeout: .inf}}]", "timeout=inf: give seconds"),
-        ("tools: [{class_name: own.py:WithSchema, config: {timeout: true}}]", "timeout=True: give seconds"),
+        ("tools: [{class_name: own.py:WithSchema, config: {type: mcp}}]", "type=mcp: not supported; only native"),
+        ("tools: [{class_name: own.py:WithSchema, config: {timeout: 0}}]", "timeout=0: must be a number"),
+        (
+            "tools: [{class_name: own.py:WithSchema, config: {timeout: .inf}}]",
+            "timeout=inf: must be a number",
+        ),
+        (
+            "tools: [{class_name: own.py:WithSchema, config: {timeout: true}}]",
+            "timeout=True: must be a number",
+        ),
         ("tools: [{class_name: Own}]", "give package.module.Class, or path/to/file.py:Class"),
         ("tools: [{class_name: nobody_has_this.Own}]", "no module nobody_has_this"),
         ("tools: [{class_name: other.py:Own}]", "no such file"),
@@ -103,7 +109,7 @@ SCHEMA = "tool_schema: {type: function, function: {name: a, description: d}}"
         ),
     ],
 )
-def test_a_file_that_cannot_work_is_refused_before_anything_is_imported(tmp_path, text, words):
+def test_an_invalid_file_is_rejected_without_importing_classes(tmp_path, text, words):
     path = tmp_path / "tools.yaml"
     (tmp_path / "own.py").write_text(OWN + "raise SystemExit('imported')\n")
     (tmp_path / "broken.py").write_text("class Own(:\n")
@@ -123,11 +129,11 @@ def test_a_file_that_cannot_work_is_refused_before_anything_is_imported(tmp_path
         ("class_name: fixtures.nowhere.Nobody", "does not import: ModuleNotFoundError"),
         ("class_name: fails.py:Own", "does not import: ZeroDivisionError"),
         ("class_name: own.py:Narrow", r"cannot be called as execute.*let both take \*\*kwargs"),
-        ("class_name: own.py:Breaks", "cannot be made: no key"),
+        ("class_name: own.py:Breaks", "cannot be constructed: no key"),
         ("class_name: fixtures.tools.Raises", "has no schema"),
     ],
 )
-def test_a_class_that_cannot_work_is_refused_when_it_is_loaded(tmp_path, entry, words):
+def test_an_invalid_class_is_rejected_when_it_is_loaded(tmp_path, entry, words):
     (tmp_path / "own.py").write_text(OWN)
     (tmp_path / "fails.py").write_text("class Own: pass\n1 / 0\n")
     (tmp_path / "tools.yaml").write_text(f"tools:\n{textwrap.indent('- ' + entry, '  ')}\n")
@@ -135,7 +141,7 @@ def test_a_class_that_cannot_work_is_refused_when_it_is_loaded(tmp_path, entry, 
         initialize_tools_from_config(str(tmp_path / "tools.yaml"))
 
 
-def test_two_classes_that_name_themselves_alike(tmp_path):
+def test_two_classes_with_the_same_tool_name_are_rejected(tmp_path):
     (tmp_path / "own.py").write_text(OWN)
     (tmp_path / "tools.yaml").write_text("tools: [{class_name: own.py:WithSchema}, {class_name: own.py:WithSchema}]")
     with pytest.raises(ToolConfigError, match="duplicate name from_class"):
