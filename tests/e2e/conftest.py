@@ -11,7 +11,7 @@ from ray.cluster_utils import Cluster
 from fixtures.engine import SharedEngines
 from fixtures.tiny import write_tiny_model
 from fixtures.training import TEN_STEPS, TinyRun
-from verl.utils.platform import thread_environment
+from verl.utils.host import thread_environment
 
 HERE = Path(__file__).parent
 
