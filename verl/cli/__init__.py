@@ -1,6 +1,6 @@
-"""The command `verl`: one table of subcommands, each in a module that is imported when it is asked for.
+"""The command `verl`: a table of subcommands, whose modules are imported only when they are used.
 
-Nothing here imports torch, Ray or vLLM, so that `verl check` and every `--help` answer at once.
+Imports no torch, Ray or vLLM, so that `verl check` and every `--help` start fast.
 """
 
 from verl.cli.entry import main

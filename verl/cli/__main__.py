@@ -1,4 +1,4 @@
-"""`python3 -m verl.cli`, where the script `verl` is not on the path."""
+"""`python3 -m verl.cli`, for environments in which the script `verl` is not on the PATH."""
 
 import sys
 

@@ -1,7 +1,7 @@
-"""Runs a shell script without its programs, to learn which training command it would have started.
+"""Run a shell script without its programs, to find the training command that it would start.
 
-The script's own shell code runs: variables, conditions, functions, loops, `cd`, `source`. Programs do not, but for a
-few that only look (`TOOLS`); each is noted with its arguments, and counts as done. See guard.bash.
+The script's own shell code runs: variables, conditions, functions, loops, `cd`, `source`. Programs do not run, except a
+few that only read (`TOOLS`). Each program is recorded with its arguments and counts as successful. See guard.bash.
 """
 
 from __future__ import annotations
@@ -17,22 +17,29 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 GUARD = Path(__file__).with_name("guard.bash")
-# Programs that read, print and do nothing else, whatever their arguments.
+# Programs that only read and print, with any arguments.
 TOOLS = ("basename", "cat", "cut", "dirname", "expr", "head", "id", "nproc", "readlink", "realpath", "seq", "tail")
 TOOLS += ("tr", "uname", "wc")
+# Time limit of a script.
 SECONDS = 20.0
-# Environment variables that a program would have seen and that are kept.
+# Environment variables of a program that are recorded.
 VARIABLES = ("VLLM_ASCEND_ENABLE_NZ", "PYTORCH_NPU_ALLOC_CONF", "TASK_QUEUE_ENABLE", "RAY_ADDRESS")
 _MODULE = "verl.trainer.main_ppo"
 
 
 class CaptureError(Exception):
-    """A script from which no training command comes; the message says why and what to do."""
+    """A script starts no training command; the message gives the reason and what to do."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """A program that a script would have run: its words, its directory, and those of `VARIABLES` that were set."""
+    """A program that a script would run.
+
+    Attributes:
+        words: its name and arguments; of a training command only the overrides.
+        folder: working directory.
+        environment: the `VARIABLES` that are set.
+    """
 
     words: tuple[str, ...]
     folder: Path
@@ -41,12 +48,12 @@ class Command:
 
 @dataclass(frozen=True)
 class Capture:
-    """What a script would have run.
+    """Programs that a script would run.
 
     Attributes:
-        trainings: arguments of each training command, and its directory.
-        others: every other program, in order.
-        output: what the script printed.
+        trainings: training commands.
+        others: all other programs, in order.
+        output: stdout and stderr of the script.
     """
 
     trainings: tuple[Command, ...]
@@ -58,19 +65,19 @@ def capture(script: Path, arguments: Sequence[str] = (), *, npu: bool = False, s
     """Run a script without its programs.
 
     Args:
-        arguments: the script's.
-        npu: what a script learns that asks whether torch_npu can be imported.
-        seconds: after which a script that waits for something is ended.
+        arguments: arguments of the script.
+        npu: answer to a script that tests whether torch_npu can be imported.
+        seconds: time limit, after which the script is ended.
 
     Raises:
-        CaptureError: no bash, or the script ends without a training command.
+        CaptureError: bash is missing or too old, or the script ends without a training command.
     """
     bash = _bash()
     with tempfile.TemporaryDirectory(prefix="verl-check-") as folder:
         for tool in TOOLS:
-            place = shutil.which(tool)
-            if place:
-                os.symlink(place, Path(folder) / tool)
+            program = shutil.which(tool)
+            if program:
+                os.symlink(program, Path(folder) / tool)
         status, reported, output = _run(bash, folder, [str(script), *arguments], npu, seconds)
     commands = list(_commands(reported))
     trainings = tuple(
@@ -80,12 +87,15 @@ def capture(script: Path, arguments: Sequence[str] = (), *, npu: bool = False, s
     )
     others = tuple(command for command in commands if training_arguments(command.words) is None)
     if not trainings:
-        raise CaptureError(_nothing(script, status, others, output, seconds))
+        raise CaptureError(_no_training_error(script, status, others, output, seconds))
     return Capture(trainings, others, output)
 
 
 def training_arguments(words: Sequence[str]) -> list[str] | None:
-    """What follows `python -m verl.trainer.main_ppo` or `verl train`, behind any launcher; None for another command."""
+    """Return the arguments of `python -m verl.trainer.main_ppo` or `verl train`; None for any other command.
+
+    Words before these, such as a launcher, are ignored.
+    """
     for i, word in enumerate(words):
         if word == _MODULE and words[i - 1] == "-m" and i:
             return list(words[i + 1 :])
@@ -97,19 +107,21 @@ def training_arguments(words: Sequence[str]) -> list[str] | None:
 def _bash() -> str:
     bash = shutil.which("bash")
     if bash is None:
-        raise CaptureError("bash is not installed, which runs the script; give the overrides themselves")
+        raise CaptureError("bash is not installed, and scripts need it; give overrides (key=value) and no script")
     version = subprocess.run(
         [bash, "-c", "echo ${BASH_VERSINFO[0]}"], capture_output=True, text=True, check=True, env={}
     ).stdout
     if int(version) < 4:
-        raise CaptureError(f"{bash} is version {version.strip()}; put bash 4 or newer on the PATH, or give overrides")
+        raise CaptureError(
+            f"{bash} is version {version.strip()}: must be 4 or newer; put a newer bash on the PATH, or give overrides"
+        )
     return bash
 
 
 def _run(bash: str, tools: str, words: Sequence[str], npu: bool, seconds: float) -> tuple[int | None, bytes, str]:
-    """Exit status (None where time ran out), reports and output of a guarded bash."""
+    """Run bash with the guard; return its exit status (None at the time limit), its reports and its output."""
     read, write = os.pipe()
-    # Functions that the environment exports would stand for programs.
+    # Exported functions of the environment would replace programs.
     kept = {name: value for name, value in os.environ.items() if not name.startswith("BASH_FUNC_")}
     environment = kept | {
         "BASH_ENV": str(GUARD),
@@ -147,24 +159,29 @@ def _run(bash: str, tools: str, words: Sequence[str], npu: bool, seconds: float)
 
 
 def _commands(reported: bytes) -> Iterator[Command]:
-    """Reports are the directory, variables and words, the last two behind their number; NUL ends each part."""
+    """Yield the reported commands.
+
+    A report is the directory, the number of variables, the variables, the number of words, and the words. A NUL byte
+    ends each part.
+    """
     parts = iter(reported.decode(errors="surrogateescape").split("\0")[:-1])
 
-    def several() -> list[str]:
+    def read_list() -> list[str]:
         return [next(parts) for _ in range(int(next(parts)))]
 
     for folder in parts:
-        variables = dict(text.split("=", 1) for text in several())
-        yield Command(tuple(several()), Path(folder), variables)
+        variables = dict(text.split("=", 1) for text in read_list())
+        yield Command(tuple(read_list()), Path(folder), variables)
 
 
-def _nothing(script: Path, status: int | None, others: Sequence[Command], output: str, seconds: float) -> str:
-    end = f"was still waiting after {seconds:g} s" if status is None else f"ended with status {status}"
-    printed = [line for line in output.splitlines() if line.strip() and not line.startswith("+")]  # + is `set -x`
-    last = f"; the last it printed: {printed[-1].strip()}" if printed else ""
-    unrun = ", ".join(dict.fromkeys(Path(command.words[0]).name for command in others))
-    why = f"; it may need what a program prints that was not run ({unrun})" if unrun else ""
+def _no_training_error(script: Path, status: int | None, others: Sequence[Command], output: str, seconds: float) -> str:
+    end = f"was still running after {seconds:g} s" if status is None else f"ended with status {status}"
+    # Lines with + are the trace of `set -x`.
+    printed = [line for line in output.splitlines() if line.strip() and not line.startswith("+")]
+    last = f"; its last line of output: {printed[-1].strip()}" if printed else ""
+    skipped = ", ".join(dict.fromkeys(Path(command.words[0]).name for command in others))
+    why = f"; it may need the output of programs that were not run ({skipped})" if skipped else ""
     return (
-        f"{script}: {end} without a training command (python3 -m {_MODULE} or verl train){last}{why}: give the "
-        "overrides themselves"
+        f"{script}: {end} without a training command (python3 -m {_MODULE} or verl train){last}{why}; give overrides "
+        "(key=value) and no script"
     )

@@ -1,6 +1,6 @@
-"""`verl check`: everything that can be known about a run without starting it.
+"""`verl check`: check a run without starting it.
 
-Imports no torch, Ray or vLLM, but for what the modules in `actor_rollout_ref.model.external_lib` import.
+Imports no torch, Ray or vLLM, unless the modules in `actor_rollout_ref.model.external_lib` import them.
 """
 
 from __future__ import annotations
@@ -12,30 +12,29 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from verl.cli import check_output
 from verl.cli.capture import SECONDS, Capture, CaptureError, Command, capture
+from verl.cli.check_output import Run
 from verl.config.errors import ConfigError
 from verl.preflight.findings import Findings
-from verl.preflight.plan import Plan
-from verl.preflight.target import HARDWARE, Hardware, Scope
+from verl.preflight.target import HARDWARE, Hardware, Target
 
 _DESCRIPTION = f"""\
-Checks a training script, or the overrides of a run, without starting anything: keys and values, the model (config.json
-is enough), the data row by row, prompt lengths, batches, parallel sizes, memory and weight updates. Each problem comes
-with what to do.
+Checks a training script, or the overrides of a run, without starting anything: keys and values, the model (its
+config.json is enough), each row of the data, prompt lengths, batch sizes, parallel sizes, memory and weight updates.
+Every error says what to do.
 
-Of a script, the shell's own commands run (variables, conditions, functions, cd, source). Programs do not: not the
-training command, whose arguments are what is checked, and not what prepares models and data; each counts as done, and
-prints nothing. Nothing is written, but that a whole block redirected into a new file leaves it empty. A script that
-waits for something is ended after {SECONDS:g} s. Overrides behind the script are its arguments, as where it is run.
+The shell commands of a script are run (variables, conditions, functions, cd, source). Its programs are not run: neither
+the training command, whose arguments are checked, nor programs that prepare models and data. They count as successful
+and print nothing. No file is written, except that a block with a redirection into a new file creates an empty file. A
+script that is still running after {SECONDS:g} s is ended. Overrides behind the script are the script's arguments.
 """
 _EPILOG = """\
 exit status:
-  0  no error    1  errors    2  there is nothing to check: wrong usage, or no training command in the script
+  0  no errors    1  errors    2  nothing to check: wrong usage, or no training command in the script
 
 examples:
   verl check examples/quickstart/run.sh --without-files
@@ -43,108 +42,101 @@ examples:
   verl check train.sh trainer.n_gpus_per_node=16 --json
   verl check data.train_files=train.parquet data.val_files=test.parquet actor_rollout_ref.model.path=model
 """
-_ABSENT = "files are missing: --without-files judges what can be judged without them"
-_PREPARE = (
-    "files are missing, and the script's other programs were not run: if they make these files, run them first, or use "
-    "--without-files"
+_MISSING = "files were not found: use --without-files to check the rest of the config"
+_MISSING_FROM_SCRIPT = (
+    "files were not found, and other programs of the script were not run: if these programs create the files, run them "
+    "first, or use --without-files"
 )
 
 
-@dataclass(frozen=True)
-class Run:
-    """One training command and what was found.
-
-    Attributes:
-        overrides: its arguments.
-        plan: None where errors leave none.
-    """
-
-    overrides: tuple[str, ...]
-    plan: Plan | None
-    found: Findings
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments, description and examples."""
+    """Add arguments, description and examples to the parser."""
     parser.description, parser.epilog = _DESCRIPTION, _EPILOG
     parser.add_argument(
-        "target", nargs="+", metavar="SCRIPT_OR_OVERRIDES", help="a shell script and its arguments, or key=value ..."
+        "target",
+        nargs="+",
+        metavar="SCRIPT_OR_OVERRIDES",
+        help="a shell script and its arguments, or overrides: key=value ...",
     )
     parser.add_argument(
         "--device",
         choices=HARDWARE,
         metavar="DEVICE",
-        help=f"plan for hardware that is not here: {', '.join(HARDWARE)}",
+        help=f"plan for other hardware than this machine: {', '.join(HARDWARE)}",
     )
-    parser.add_argument("--nodes", type=int, metavar="N", help="hosts that --device is about")
+    parser.add_argument("--nodes", type=int, metavar="N", help="number of hosts with --device")
     parser.add_argument(
         "--without-files",
         action="store_true",
-        help="models and data may be elsewhere: what is not here is a warning, and public models are known by name",
+        help="model and data may be on another machine: missing files are warnings, and public models are known by name",
     )
     parser.add_argument(
         "--bandwidth",
         type=float,
         metavar="GB/s",
-        help="say how long a weight update takes at so many 10^9 bytes/s",
+        help="print the duration of a full weight update at this bandwidth, in 10^9 bytes/s",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Check and print; the exit status."""
+    """Check and print; return the exit status."""
     try:
-        scope = _scope(options)
-        captured = _commands(options.target, scope.hardware)
+        target = _target(options)
+        captured = _capture(options.target, target.hardware)
     except (CaptureError, ValueError) as error:
         sys.stderr.write(f"verl check: {error}\n")
         return 2
-    runs = [_examine(command, scope) for command in captured.trainings]
-    if not options.without_files and any(run.found.absent for run in runs):
-        runs[0].found.notes.append(_PREPARE if captured.others else _ABSENT)
-    ok = not any(run.found.errors for run in runs)
+    runs = [_examine(command, target) for command in captured.trainings]
+    if not options.without_files and any(run.found.files_missing for run in runs):
+        runs[0].notes.append(_MISSING_FROM_SCRIPT if captured.others else _MISSING)
     if options.json:
         content = check_output.as_json(runs, captured.others, options.bandwidth)
-        sys.stdout.write(json.dumps({"ok": ok, **content}, indent=2, default=str) + "\n")
+        sys.stdout.write(json.dumps(content, indent=2, default=str) + "\n")
     else:
         check_output.show(runs, captured.others, options.bandwidth)
-    return 0 if ok else 1
+    return 0 if check_output.is_ok(runs) else 1
 
 
-def _scope(options: argparse.Namespace) -> Scope:
+def _target(options: argparse.Namespace) -> Target:
+    """Return the target of the command line.
+
+    Raises:
+        ValueError: options contradict each other or are out of bounds.
+    """
     if options.nodes is not None and options.device is None:
-        raise ValueError(f"--nodes {options.nodes}: give --device too, which says what the nodes have")
+        raise ValueError(f"--nodes {options.nodes}: give --device too, which sets the hardware of the nodes")
     if options.bandwidth is not None and options.bandwidth <= 0:
-        raise ValueError(f"--bandwidth {options.bandwidth:g}: give more than 0")
+        raise ValueError(f"--bandwidth {options.bandwidth:g}: must be above 0")
     hardware = None if options.device is None else Hardware(options.device, options.nodes)
-    return Scope(starting=False, hardware=hardware, without_files=options.without_files)
+    return Target(starting=False, hardware=hardware, without_files=options.without_files)
 
 
-def _commands(target: Sequence[str], hardware: Hardware | None) -> Capture:
-    """The training commands of a script, or the one that overrides make."""
-    first = Path(target[0]).expanduser()
-    if "=" in target[0] and not first.is_file():
-        return Capture((Command(tuple(target), Path.cwd(), dict(os.environ)),), (), "")
+def _capture(words: Sequence[str], hardware: Hardware | None) -> Capture:
+    """Return the training commands of a script, or one command made of overrides."""
+    first = Path(words[0]).expanduser()
+    if "=" in words[0] and not first.is_file():
+        return Capture((Command(tuple(words), Path.cwd(), dict(os.environ)),), (), "")
     if not first.is_file():
-        raise ValueError(f"{target[0]}: no such script; give a shell script, or overrides as key=value")
+        raise ValueError(f"{words[0]}: no such script; give a shell script, or overrides as key=value")
     npu = find_spec("torch_npu") is not None if hardware is None else hardware.device == "npu"
-    return capture(first, target[1:], npu=npu)
+    return capture(first, words[1:], npu=npu)
 
 
-def _examine(command: Command, scope: Scope) -> Run:
+def _examine(command: Command, target: Target) -> Run:
     from verl.preflight.check import examine
     from verl.trainer.main_ppo import compose, import_external_lib
 
-    # Relative paths are the script's.
+    # Relative paths are relative to the script's working directory.
     with contextlib.chdir(command.folder):
         try:
             config = compose(list(command.words))
             if config is None:
-                raise ConfigError(["the command asks Hydra for help or for the config, and trains nothing"])
+                raise ConfigError(["the command asks Hydra for its help or for the config, and trains nothing"])
             import_external_lib(config)
-            plan, found = examine(config, dataclasses.replace(scope, environment=command.environment))
+            plan, found = examine(config, dataclasses.replace(target, environment=command.environment))
         except ConfigError as error:
             plan, found = None, Findings(errors=list(error.problems))
         except SystemExit:
-            plan, found = None, Findings(errors=["Hydra cannot compose the config; what it says is above"])
+            plan, found = None, Findings(errors=["Hydra cannot compose the config; see its message above"])
     return Run(command.words, plan, found)

@@ -1,29 +1,81 @@
-"""What `verl check` prints: tables for people, plain values for machines."""
+"""Output of `verl check`: tables for people, one JSON object for programs."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any, TypedDict
 
 from verl.cli.capture import Command
+from verl.preflight.findings import Findings
+from verl.preflight.plan import Plan
+from verl.utils.byte_size import GB
 
-if TYPE_CHECKING:
-    from verl.cli.check import Run
-
-_WIDTH_OF_A_FILE = 400
+# Width of a table that is written into a file, so that no line is broken.
+_FILE_WIDTH = 400
 
 
-def as_json(runs: Sequence[Run], others: Sequence[Command], bandwidth: float | None) -> dict[str, Any]:
-    """Every training command's errors, warnings, notes and plan, and the programs that were not run."""
+@dataclass(frozen=True)
+class Run:
+    """One training command and the result of its check.
+
+    Attributes:
+        overrides: arguments of the command.
+        plan: None if errors prevent a plan.
+        found: errors, warnings and notes.
+    """
+
+    overrides: tuple[str, ...]
+    plan: Plan | None
+    found: Findings
+
+    @property
+    def notes(self) -> list[str]:
+        """Notes of the checks; with a plan also those about unused keys."""
+        return self.found.notes if self.plan is None else self.plan.notes
+
+
+class RunJson(TypedDict):
+    """JSON of one training command; `plan` holds the fields of `Plan`."""
+
+    overrides: list[str]
+    errors: list[str]
+    warnings: list[str]
+    notes: list[str]
+    update_seconds: float | None
+    plan: dict[str, Any] | None
+
+
+class CheckJson(TypedDict):
+    """JSON of `verl check`: `ok` without errors, and the words of each program that was not run."""
+
+    ok: bool
+    runs: list[RunJson]
+    not_run: list[list[str]]
+
+
+def is_ok(runs: Sequence[Run]) -> bool:
+    """Return True if no run has errors."""
+    return not any(run.found.errors for run in runs)
+
+
+def as_json(runs: Sequence[Run], others: Sequence[Command], bandwidth: float | None) -> CheckJson:
+    """Return the JSON object of all training commands.
+
+    Args:
+        others: programs that were not run.
+        bandwidth: see `update_seconds`.
+    """
     return {
+        "ok": is_ok(runs),
         "runs": [
             {
                 "overrides": list(run.overrides),
                 "errors": run.found.errors,
                 "warnings": run.found.warnings,
-                "notes": run.plan.notes if run.plan is not None else run.found.notes,
+                "notes": run.notes,
                 "update_seconds": update_seconds(run, bandwidth),
                 "plan": None if run.plan is None else dataclasses.asdict(run.plan),
             }
@@ -34,34 +86,24 @@ def as_json(runs: Sequence[Run], others: Sequence[Command], bandwidth: float | N
 
 
 def update_seconds(run: Run, bandwidth: float | None) -> float | None:
-    """Seconds of a whole weight update at `bandwidth` x 10^9 bytes a second; None where either is not known."""
+    """Return the duration of a full weight update in seconds; None if its size or the bandwidth is not known.
+
+    Args:
+        bandwidth: in 10^9 bytes per second.
+    """
     if run.plan is None or run.plan.update_bytes is None or bandwidth is None:
         return None
-    return run.plan.update_bytes / (bandwidth * 1e9)
+    return run.plan.update_bytes / (bandwidth * GB)
 
 
 def show(runs: Sequence[Run], others: Sequence[Command], bandwidth: float | None) -> None:
-    """Print a table and lists for each training command."""
+    """Print a table and the findings of each training command, and the programs that were not run."""
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
-    # Where lines go into a file, none is broken.
-    console = Console(highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else _WIDTH_OF_A_FILE)
+    console = Console(highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else _FILE_WIDTH)
     for number, run in enumerate(runs, start=1):
         title = "plan" if len(runs) == 1 else f"plan of training command {number}"
-        if run.plan is not None:
-            table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
-            table.add_column(style="bold", no_wrap=True)
-            table.add_column(overflow="fold")
-            for label, text in _rows(run, bandwidth):
-                table.add_row(label, Text(text))
-            console.print(table)
-        notes = run.plan.notes if run.plan is not None else run.found.notes
-        kinds = (("note", "", notes), ("warning", "yellow", run.found.warnings), ("error", "red", run.found.errors))
-        for kind, colour, texts in kinds:
-            for text in texts:
-                console.print(Text.assemble((f"{kind}: ", f"bold {colour}".strip()), text), soft_wrap=True)
+        _show_run(console, run, title, bandwidth)
     if others:
         names = dict.fromkeys(_name(command) for command in others)
         console.print(f"not run: {', '.join(names)}", soft_wrap=True, markup=False)
@@ -70,13 +112,29 @@ def show(runs: Sequence[Run], others: Sequence[Command], bandwidth: float | None
     console.print(f"{errors} error(s), {warnings} warning(s)", style="bold red" if errors else "bold green")
 
 
-def _rows(run: Run, bandwidth: float | None) -> list[tuple[str, str]]:
-    assert run.plan is not None
-    seconds = update_seconds(run, bandwidth)
-    rows = run.plan.rows()
+def _show_run(console: Any, run: Run, title: str, bandwidth: float | None) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    if run.plan is not None:
+        table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column(overflow="fold")
+        for label, text in _rows(run, run.plan, bandwidth):
+            table.add_row(label, Text(text))
+        console.print(table)
+    kinds = (("note", "", run.notes), ("warning", "yellow", run.found.warnings), ("error", "red", run.found.errors))
+    for kind, color, texts in kinds:
+        for text in texts:
+            console.print(Text.assemble((f"{kind}: ", f"bold {color}".strip()), text), soft_wrap=True)
+
+
+def _rows(run: Run, plan: Plan, bandwidth: float | None) -> list[tuple[str, str]]:
+    """Return the rows of the plan, with the duration of a weight update behind its size."""
+    seconds, rows = update_seconds(run, bandwidth), plan.rows()
     if seconds is not None:
-        place = next(i for i, (label, _) in enumerate(rows) if label == "weight update") + 1
-        rows.insert(place, ("", f"{seconds:.2g} s for all of it at {bandwidth:g} GB/s"))
+        index = next(i for i, (label, _) in enumerate(rows) if label == "weight update") + 1
+        rows.insert(index, ("", f"full update: {seconds:.2g} s at {bandwidth:g} GB/s"))
     return rows
 
 

@@ -1,4 +1,4 @@
-"""`verl completion`: what a shell has to know to complete the command line."""
+"""`verl completion`: print the completion script of a shell."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import shtab
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The shell."""
-    parser.add_argument("shell", choices=shtab.SUPPORTED_SHELLS, help="print the completion of this shell")
+    """Add the shell's name to the parser."""
+    parser.add_argument("shell", choices=shtab.SUPPORTED_SHELLS, help="print the completion script of this shell")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the script; 0."""
+    """Print the script; return 0."""
     from verl.cli.entry import parser
 
     sys.stdout.write(shtab.complete(parser(), shell=options.shell) + "\n")

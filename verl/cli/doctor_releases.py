@@ -1,11 +1,11 @@
-"""Which vLLM, torch, torch-npu and CANN a release of vllm-ascend belongs to: the compatibility table of `verl doctor`.
+"""Compatibility table of `verl doctor`: the versions of vLLM, torch, torch-npu and CANN for releases of vllm-ascend.
 
-What verl itself needs stands in its package's metadata (`pyproject.toml`) and is read from there, not repeated here.
+verl's own requirements are read from the metadata of its package (`pyproject.toml`).
 
 Sources: the release compatibility matrix and the installation pages of vllm-ascend's documentation
 (docs.vllm.ai/projects/ascend, `community/versioning_policy` of 0.23.0 and `installation` of 0.18.0 and 0.26.0rc1), and
-the metadata of the releases' wheels for transformers. Where matrix and installation page differ (0.18.0), both are
-taken.
+for transformers the metadata of the releases' wheels. Matrix and installation page of 0.18.0 differ; the table
+accepts both.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ MATRIX = "docs.vllm.ai/projects/ascend, Versioning Policy"
 
 @dataclass(frozen=True)
 class Stack:
-    """A release of vllm-ascend and what it is made for.
+    """A release of vllm-ascend and the versions that it needs.
 
     Attributes:
         vllm, torch, torch_npu, python: version specifiers, as pip reads them.
         cann: versions of the CANN toolkit.
-        transformers: what its own metadata asks for. verl asks for newer ones, and its tests run the release's code
-            with those; `too_old_for_verl` says where that cannot be done.
-        too_old_for_verl: the release's code does not run with verl's transformers.
+        transformers: the specifier in the release's metadata. verl needs a newer version, with which verl's tests run
+            the release's code.
+        too_old_for_verl: the release's code does not run with the version of transformers that verl needs.
     """
 
     vllm_ascend: str
@@ -71,5 +71,5 @@ STACKS = (
 
 
 def stack_of(vllm_ascend: str) -> Stack | None:
-    """The row of a release; None where the table has none."""
+    """Return the row of a release; None if the table has no such row."""
     return next((stack for stack in STACKS if stack.vllm_ascend == vllm_ascend), None)

@@ -1,6 +1,6 @@
-"""The entry point: finds the subcommand, imports its module alone, and hands it what its parser makes of the arguments.
+"""Entry point of the command `verl`: imports only the module of the given subcommand and runs it.
 
-A subcommand's module has `add_arguments(parser)` and `run(options) -> int`, the exit status.
+The module of a subcommand has `add_arguments(parser)` and `run(options) -> int`, which returns the exit status.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from verl import __version__
 
 
 class Subcommand(NamedTuple):
-    """One row of the table.
+    """One row of the table of subcommands.
 
     Attributes:
-        module: under `verl.cli`.
+        module: module below `verl.cli`.
         help: one line.
         example: a command that works in a clone of the repository.
     """
@@ -41,45 +41,52 @@ SUBCOMMANDS = {
     ),
     "describe": Subcommand(
         "describe",
-        "show which layers of a model run in MXFP8 on Ascend, and write vllm-ascend's description",
+        "show which layers of a model run in MXFP8 on Ascend, and write vllm-ascend's description of them",
         "verl describe /path/to/Qwen3-8B --tp 2 -o description.json",
     ),
-    "doctor": Subcommand(
-        "doctor", "look for what is wrong with this machine and what is installed on it", "verl doctor"
-    ),
+    "doctor": Subcommand("doctor", "look for problems of this machine and its installed packages", "verl doctor"),
     "report": Subcommand("report", "write one HTML file about one or more runs", "verl report outputs/quickstart"),
     "completion": Subcommand(
-        "completion", "print the completion of a shell: bash, zsh or tcsh", 'eval "$(verl completion bash)"'
+        "completion", "print the completion script of a shell: bash, zsh or tcsh", 'eval "$(verl completion bash)"'
     ),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; `arguments` in the place of `sys.argv[1:]`. Returns the exit status."""
+    """Run a command line and return its exit status.
+
+    Args:
+        arguments: words of the command line; None for `sys.argv[1:]`.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["train"]:
-        # Hydra has the rest of the line to itself, `--help` included.
+        # Hydra parses all other words, including `--help`.
         from verl.cli import train
 
         return train.run(given[1:])
     name = given[0] if given and given[0] in SUBCOMMANDS else None
     built = parser(load=() if name is None else (name,))
     options, rest = built.parse_known_args(given)
-    # argparse takes no words behind options that stand behind words.
+    # argparse does not accept words, then options, then words again. `rest` holds the second group of words.
     if rest and (not hasattr(options, "target") or any(word.startswith("-") for word in rest)):
         built.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.target += rest
-    return options.run(options)
+    status: int = options.run(options)
+    return status
 
 
 def parser(load: Sequence[str] = tuple(SUBCOMMANDS)) -> argparse.ArgumentParser:
-    """The whole parser; the subcommands in `load` with their arguments, the others with their help alone."""
+    """Return the parser of all subcommands.
+
+    Args:
+        load: subcommands with their arguments; the others have only their help line.
+    """
     examples = "\n".join(f"  {command.example}" for command in SUBCOMMANDS.values())
     top = argparse.ArgumentParser(
         prog="verl",
         description="Reinforcement-learning post-training of language models.",
-        epilog=f"examples:\n{examples}\n\n`verl SUBCOMMAND --help` says more.",
+        epilog=f"examples:\n{examples}\n\nFor more help: `verl SUBCOMMAND --help`.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="version", version=f"verl {__version__}")

@@ -1,10 +1,12 @@
-# Read by each bash that `verl check` runs a script in (BASH_ENV). The shell's own commands run; programs do not: they are
-# reported, to the file descriptor VERL_CHECK_FD, and count as done. A guard against accidents, no prison for malice.
+# Sourced by each bash in which `verl check` runs a script (BASH_ENV). The shell's own commands run. Programs do not run:
+# they are reported to the file descriptor VERL_CHECK_FD and count as successful. This guards against accidents; it is no
+# sandbox for malicious scripts.
 #
-# 1. PATH leads to a few programs that only look (VERL_CHECK_TOOLS); it is put back before every command.
-# 2. What is not there is reported. So is what has a slash in its name, but for shell scripts, which run in the same way.
-# 3. Redirections into files are taken off a command before it runs.
-# 4. Should something get past that: no file can grow (ulimit) and none is emptied (noclobber).
+# 1. PATH contains only a few programs that read (VERL_CHECK_TOOLS). It is restored before every command.
+# 2. Commands that are not found are reported, and so are commands with a slash in their name. Shell scripts run under
+#    the same guard.
+# 3. Redirections into files are removed from a command before it runs.
+# 4. If a command evades these rules, no file can grow (ulimit) and no file is emptied (noclobber).
 ulimit -f 0 -c 0
 set -o noclobber -o functrace
 
@@ -13,9 +15,9 @@ __verl_report() {
     set +x
     for name in $VERL_CHECK_VARIABLES; do [[ -z ${!name+set} ]] || variables+=("$name=${!name}"); done
     printf '%s\0' "$PWD" "${#variables[@]}" ${variables[@]+"${variables[@]}"} "$#" "$@" >&"$VERL_CHECK_FD"
-    # Whoever writes to a program that does not run would die of the broken pipe.
+    # Read stdin to its end: a program that writes to this one would be killed by the broken pipe.
     if [ -p /dev/stdin ]; then while IFS= read -r _; do :; done; fi
-    # How scripts ask for an NPU: `python3 -c 'import torch_npu'`.
+    # Scripts test for an NPU with `python3 -c 'import torch_npu'`.
     [[ " $* " != *" -c "*torch_npu* || -n $VERL_CHECK_NPU ]]
 }
 
@@ -47,11 +49,11 @@ exec() {
     "$@"
     exit
 }
-# Sourced files that are not here, such as CANN's set_env.sh, are reported.
+# Sourced files that do not exist, such as CANN's set_env.sh, are reported.
 source() { if [ -f "$1" ]; then builtin source "$@"; else __verl_report source "$@"; fi; }
 .() { source "$@"; }
 
-# The text of a command without its redirections into files, in __verl_stripped; quoted parts and $(...) stay as they are.
+# Set __verl_stripped to the text of a command without redirections into files. Quoted parts and $(...) do not change.
 __verl_strip() {
     local text=$1 out= char quote= depth=0 i
     for ((i = 0; i < ${#text}; i++)); do
@@ -70,7 +72,7 @@ __verl_strip() {
         elif [[ $char == ')' ]]; then
             ((depth--))
         elif [[ $char == '>' && $depth == 0 && ! ${text:i} =~ ^\>(\&[0-9]|\&-|[[:space:]]*/dev/(null|stderr|stdout|tty)) ]]; then
-            # A stream's number or & before it, what follows up to the next blank behind it.
+            # Remove the stream's number or & before it, and the file name behind it.
             while [[ $out == *[0-9\&\<] && $out =~ (^|[[:space:]])[0-9\&\<]+$ ]]; do out=${out%?}; done
             [[ ${text:i} =~ ^\>+[|\&]?[[:space:]]*(\>\(.*\)|\"[^\"]*\"|\'[^\']*\'|[^[:space:]\;\|\)]*)+ ]]
             ((i += ${#BASH_REMATCH[0]} - 1))
@@ -81,12 +83,12 @@ __verl_strip() {
     __verl_stripped=$out
 }
 
-# Before each command: whether to leave it out. $1: its text; the rest: the arguments of the function that it is in.
+# Runs before each command; status 0: skip the command. $1: its text; other arguments: those of the current function.
 __verl_skips() {
-    local - text=$1 word words=() whole=
+    local - text=$1 word words=() stripped=
     set +x
     shift
-    shopt -s extdebug # the status counts; set any earlier, bash would look for a debugger
+    shopt -s extdebug # makes the status count; if it were set earlier, bash would look for a debugger
     case "$text" in *__verl_* | *VERL_CHECK_* | *command_not_found_handle*) return 1 ;; esac
     PATH=$VERL_CHECK_TOOLS
     case "$text" in
@@ -98,13 +100,13 @@ __verl_skips() {
     *'>'*)
         __verl_strip "$text"
         if [[ $__verl_stripped != "$text" ]]; then
-            # Nothing guards what $(...) runs from here.
+            # The guard does not cover commands in $(...) of this text.
             if [[ $text == *'$('*/*')'* || $text == *'`'* ]]; then __verl_report "$text"; return 0; fi
-            whole=$__verl_stripped text=$__verl_stripped
+            stripped=$__verl_stripped text=$__verl_stripped
         fi
         ;;
     esac
-    # `NAME=value program`: PATH could be such a name.
+    # `NAME=value program`: NAME could be PATH.
     while [[ $text =~ ^[A-Za-z_][A-Za-z_0-9]*=([^\"\'[:space:]\$]|\$[A-Za-z_{}0-9]+|\"[^\"]*\"|\'[^\']*\')*[[:space:]]+ ]]; do
         [[ $text == PATH=* ]] && return 0
         text=${text:${#BASH_REMATCH[0]}}
@@ -115,11 +117,11 @@ __verl_skips() {
     '"$@"') words=("$@") ;;
     */* | *'$'*) eval "words=($word)" 2> /dev/null ;;
     esac
-    # Bash looks for a function of that name first, slashes or not.
+    # Bash first looks for a function of this name, with or without slashes.
     case "${words[0]-}" in */*) eval "function ${words[0]} { __verl_program '${words[0]}' \"\$@\"; }" ;; esac
-    [[ -z $whole ]] && return 1
-    eval "$whole" || :
+    [[ -z $stripped ]] && return 1
+    eval "$stripped" || :
     return 0
 }
-# Bash leaves a command out where the trap fails; turned round by !, that is no error to `set -e`.
+# Bash skips a command if the trap fails. Because of the !, `set -e` does not count this as an error.
 trap '! __verl_skips "$BASH_COMMAND" "$@"' DEBUG

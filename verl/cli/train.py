@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """For the help of `verl` and for shells; Hydra reads the line itself."""
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys of the config, as docs/config.md lists")
+    """Add overrides to the parser, for help and completion; Hydra parses the real command line."""
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="config keys, as listed in docs/config.md")
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Train; the exit status."""
+    """Train; return the exit status."""
     from verl.trainer.main_ppo import main
 
     try:

@@ -1,158 +1,177 @@
-"""`check`: a config against the model, the data and the machine, before any process starts."""
+"""Check a config against the model, the data and the machine before any process starts: `check` and `examine`."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from verl.config.errors import ConfigError
 from verl.config.ppo import PPOConfig
 from verl.config.schema import walk
 from verl.config.values import value_problems
+from verl.preflight.checks.actor import check_actor
 from verl.preflight.checks.agent import check_agent
 from verl.preflight.checks.algorithm import check_algorithm
-from verl.preflight.checks.batches import check_batches, check_replicas
 from verl.preflight.checks.critic import check_critic, check_critic_model
-from verl.preflight.checks.data import check_data
-from verl.preflight.checks.device_memory import check_device_memory
-from verl.preflight.checks.lag import check_lag
+from verl.preflight.checks.data import DataInfo, check_data
+from verl.preflight.checks.data_rows import check_rows
 from verl.preflight.checks.lora import check_lora
-from verl.preflight.checks.machine import (
+from verl.preflight.checks.memory import check_device_memory, check_host_memory
+from verl.preflight.checks.model import check_model
+from verl.preflight.checks.quantization import check_planned_quantization, check_quantization
+from verl.preflight.checks.reward import check_reward
+from verl.preflight.checks.rollout import check_engine_kwargs, check_rollout, check_transport
+from verl.preflight.checks.rollout_correction import check_rollout_correction
+from verl.preflight.checks.trainer import (
+    check_critic_warmup,
     check_device,
     check_directories,
     check_environment,
     check_loggers,
-    check_memory,
-    check_ports,
+    check_rollout_lag,
 )
-from verl.preflight.checks.model import check_model
-from verl.preflight.checks.partial_rollout import check_partial_rollout
-from verl.preflight.checks.policy_loss import check_policy_loss
-from verl.preflight.checks.quantization import check_planned_quantization, check_quantization
-from verl.preflight.checks.reward import check_reward
-from verl.preflight.checks.rollout_correction import check_rollout_correction
-from verl.preflight.checks.rows import check_rows
-from verl.preflight.checks.transport import check_transport
 from verl.preflight.checks.unused_keys import unused_key_notes
 from verl.preflight.derive_plan import derive_plan
 from verl.preflight.device_memory import DeviceMemory, device_memory
 from verl.preflight.findings import Findings
-from verl.preflight.plan import Plan
-from verl.preflight.target import Hardware, Scope
+from verl.preflight.plan import Plan, PromptLengths
+from verl.preflight.target import Hardware, Target
+from verl.utils.dtypes import itemsize_of
 from verl.utils.model_dir.model_files import ModelFiles
 from verl.utils.quantization.schemes import WeightFormat
 
-_ENGINE_KWARGS = ("vllm", "sglang", "trtllm")
-
 
 def check(config: PPOConfig) -> Plan:
-    """Check everything that can be checked without starting a process, and derive the plan of a run that starts here.
+    """Check a run that starts now on this machine, and return its plan.
 
     Raises:
         ConfigError: lists every problem: field, value, what to do.
     """
-    plan, found = examine(config, Scope())
+    plan, found = examine(config, Target())
     if plan is None or found.errors:
         raise ConfigError(found.errors)
     return plan
 
 
-def examine(config: PPOConfig, scope: Scope) -> tuple[Plan | None, Findings]:
-    """Everything that can be known of a config without starting a process.
+@dataclass
+class _Inputs:
+    """Inputs of the plan, as far as the checks could determine them; None: not known, or not part of the run.
+
+    Attributes:
+        device: `cpu`, `cuda` or `npu`.
+        model, critic: files of the policy's and the critic's model.
+        data: numbers of rows.
+        prompt_lengths: lengths of a sample of the training prompts.
+        quantization: the engine's format of quantized weights.
+        valid: no error affects the numbers of the plan.
+    """
+
+    device: str | None
+    model: ModelFiles | None
+    critic: ModelFiles | None
+    data: DataInfo
+    prompt_lengths: PromptLengths | None
+    quantization: WeightFormat | None
+    valid: bool
+
+
+def examine(config: PPOConfig, target: Target) -> tuple[Plan | None, Findings]:
+    """Run every check that needs no other process, and derive the plan.
 
     Returns:
-        The plan, None where errors leave nothing to derive it from or a run would start; and what was found, the plan's
-        warnings included.
+        The plan and the findings. The plan is None if errors affect its numbers, or if a run that starts has errors.
     """
-    wrong = value_problems(config)
-    found = Findings(errors=list(wrong.values()), without_files=scope.without_files)
-    _check_engine_kwargs(config, found)
-    # Arithmetic on sizes that are out of bounds would only add noise, or divide by zero.
-    sizes_hold = not any(type(value) is int for name, _, value in walk(config) if name in wrong)
-    if sizes_hold:
-        _check_sizes(config, scope, found)
-    model = check_model(config, scope, found) if sizes_hold else None
-    critic = check_critic_model(config, model, scope, found) if sizes_hold else None
-    before = len(found.errors)
-    if model is not None and not wrong:
-        check_lora(config, model, found)
-    derivable = not wrong and len(found.errors) == before
-    data = check_data(config, found)
-    lengths = None if scope.starting else check_rows(config, found)
-    check_reward(config, found)
-    check_agent(config, found)
-    check_rollout_correction(config, found)
-    if scope.hardware is None:
-        check_loggers(config, found)
-        check_directories(config, found)
-    device = None if "trainer.device" in wrong else check_device(config, scope, found)
-    if device and not scope.starting:
-        check_environment(config, device, scope.environment, found)
-    if device and sizes_hold and "actor_rollout_ref.rollout.checkpoint_engine.backend" not in wrong:
-        check_transport(config, device, found)
-    if device and sizes_hold:
-        check_lag(config, device, found)
-    quantization: WeightFormat | None = None
-    before = len(found.errors)
-    if device and model and not wrong:
-        quantization = (
-            check_quantization(config, device, found)
-            if scope.starting
-            else check_planned_quantization(config, device, model, found)
-        )
-    derivable = derivable and len(found.errors) == before
-    if device is None or model is None or not derivable or (scope.starting and found.errors):
+    invalid = value_problems(config)
+    found = Findings(errors=list(invalid.values()), without_files=target.without_files)
+    inputs = _check_sections(config, target, set(invalid), found)
+    device, model = inputs.device, inputs.model
+    if device is None or model is None or not inputs.valid or (target.starting and found.errors):
         return None, found
-    plan = derive_plan(config, device, model, critic, data, quantization)
-    plan.prompt_lengths = lengths
-    if scope.hardware is not None:
-        plan.hardware, plan.available_bytes = scope.hardware.name, None
-        plan.device_memory = _device_memory(config, scope.hardware, plan, model, critic, quantization)
+    plan = derive_plan(config, device, model, inputs.critic, inputs.data, inputs.quantization)
+    plan.prompt_lengths = inputs.prompt_lengths
+    if target.hardware is not None:
+        plan.hardware, plan.available_bytes = target.hardware.name, None
+        plan.device_memory = _device_memory(config, target.hardware, plan, model, inputs)
         if plan.device_memory is not None:
             check_device_memory(config, plan.device_memory, found)
-    check_memory(plan.memory, plan.available_bytes, found)
+    check_host_memory(plan.memory, plan.available_bytes, found)
     plan.warnings, plan.notes = found.warnings, found.notes + unused_key_notes(config, device)
     return plan, found
 
 
-def _check_sizes(config: PPOConfig, scope: Scope, found: Findings) -> None:
-    check_batches(config, found)
-    check_replicas(config, found)
-    check_algorithm(config, found)
-    check_critic(config, found)
-    check_policy_loss(config, found)
-    check_partial_rollout(config, found)
-    if scope.hardware is None:
-        check_ports(config, found)
+def _check_sections(config: PPOConfig, target: Target, invalid: set[str], found: Findings) -> _Inputs:
+    """Run the checks of every section.
+
+    Args:
+        invalid: keys with a value that is invalid by itself.
+    """
+    model = critic = quantization = None
+    check_engine_kwargs(config, found)
+    # Arithmetic with sizes out of bounds would only add misleading errors, or divide by zero.
+    sizes_valid = not any(type(value) is int for name, _, value in walk(config) if name in invalid)
+    if sizes_valid:
+        check_actor(config, found)
+        check_rollout(config, target, found)
+        check_algorithm(config, found)
+        check_critic(config, found)
+        check_critic_warmup(config, found)
+        model = check_model(config, target, found)
+        critic = check_critic_model(config, model, target, found)
+    before_lora = len(found.errors)
+    if model is not None and not invalid:
+        check_lora(config, model, found)
+    lora_valid = len(found.errors) == before_lora
+    data = check_data(config, found)
+    prompt_lengths = None if target.starting else check_rows(config, found)
+    check_reward(config, found)
+    check_agent(config, found)
+    check_rollout_correction(config, found)
+    if target.hardware is None:
+        check_loggers(config, found)
+        check_directories(config, found)
+    device = None if "trainer.device" in invalid else check_device(config, target, found)
+    if device is not None:
+        _check_on_device(config, device, target, invalid, sizes_valid, found)
+    before_quantization = len(found.errors)
+    if device is not None and model is not None and not invalid:
+        quantization = _check_quantization(config, device, model, target, found)
+    valid = not invalid and lora_valid and len(found.errors) == before_quantization
+    return _Inputs(device, model, critic, data, prompt_lengths, quantization, valid)
+
+
+def _check_on_device(
+    config: PPOConfig, device: str, target: Target, invalid: set[str], sizes_valid: bool, found: Findings
+) -> None:
+    """Run the checks that need only the device."""
+    if not target.starting:
+        check_environment(config, device, target.environment, found)
+    if sizes_valid and "actor_rollout_ref.rollout.checkpoint_engine.backend" not in invalid:
+        check_transport(config, device, found)
+    if sizes_valid:
+        check_rollout_lag(config, device, found)
+
+
+def _check_quantization(
+    config: PPOConfig, device: str, model: ModelFiles, target: Target, found: Findings
+) -> WeightFormat | None:
+    if target.starting:
+        return check_quantization(config, device, found)
+    return check_planned_quantization(config, device, model, found)
 
 
 def _device_memory(
-    config: PPOConfig,
-    hardware: Hardware,
-    plan: Plan,
-    model: ModelFiles,
-    critic: ModelFiles | None,
-    quantization: WeightFormat | None,
+    config: PPOConfig, hardware: Hardware, plan: Plan, model: ModelFiles, inputs: _Inputs
 ) -> DeviceMemory | None:
+    """Return the estimate for a device of other hardware; None for a CPU or a model of unknown size."""
     if hardware.memory_bytes is None or model.parameters is None:
         return None
-    itemsize = 4 if plan.rollout_dtype == "float32" else 2
-    held = None if quantization is None else quantization.engine_bytes(itemsize)
+    itemsize = itemsize_of(plan.rollout_dtype)
+    quantized = None if inputs.quantization is None else inputs.quantization.engine_bytes(itemsize)
     return device_memory(
         config,
         model,
         device=plan.device,
         capacity=hardware.memory_bytes,
         ranks=plan.trainer_ranks,
-        engine_weights=held or model.parameters * itemsize,
-        critic=critic,
+        engine_weights=quantized or model.parameters * itemsize,
+        critic=inputs.critic,
     )
-
-
-def _check_engine_kwargs(config: PPOConfig, found: Findings) -> None:
-    kwargs = config.actor_rollout_ref.rollout.engine_kwargs
-    for name, value in kwargs.items():
-        field = f"actor_rollout_ref.rollout.engine_kwargs.{name}"
-        if name not in _ENGINE_KWARGS:
-            found.errors.append(f"{field}: there is no such key; use actor_rollout_ref.rollout.engine_kwargs.vllm")
-        elif not isinstance(value, dict | None):
-            found.errors.append(f"{field}={value}: give a mapping of arguments")
-        elif name != "vllm" and value:
-            found.errors.append(f"{field} is not supported yet: use actor_rollout_ref.rollout.engine_kwargs.vllm")

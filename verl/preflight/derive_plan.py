@@ -1,4 +1,4 @@
-"""The plan of a config that passed its checks."""
+"""Derive the plan of a config that passed its checks."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ from pathlib import Path
 from verl.config.ppo import PPOConfig
 from verl.config.roles import resolve_critic
 from verl.config.weight_updates import full_update_reason, resolve_backend
-from verl.preflight.checks.batches import rollout_devices, trainer_ranks
 from verl.preflight.checks.data import DataInfo
-from verl.preflight.checks.transport import replica_nodes
 from verl.preflight.estimate import estimate_memory
+from verl.preflight.placement import replica_count, replica_nodes, trainer_ranks
 from verl.preflight.plan import CriticPlan, Plan
-from verl.utils.dtypes import choose_dtype
+from verl.utils.byte_size import MIB
+from verl.utils.dtypes import choose_dtype, itemsize_of
 from verl.utils.host import available_memory_bytes
 from verl.utils.model_dir.model_files import ModelFiles
 from verl.utils.quantization.schemes import WeightFormat
-
-_MIB = 1 << 20
 
 
 def derive_plan(
@@ -28,20 +26,22 @@ def derive_plan(
     data: DataInfo,
     quantization: WeightFormat | None,
 ) -> Plan:
-    """Sizes, dtypes, processes and memory of the run."""
+    """Return sizes, dtypes, processes and memory of the run.
+
+    Args:
+        device: `cpu`, `cuda` or `npu`.
+        critic: the critic's files; None without a critic.
+        quantization: the engine's format of quantized weights; None without quantization.
+    """
     roles, trainer = config.actor_rollout_ref, config.trainer
     actor, rollout = roles.actor, roles.rollout
-    ranks, samples = trainer_ranks(config), config.data.train_batch_size * rollout.n
-    replicas = rollout_devices(config) // rollout.tensor_model_parallel_size
+    ranks, replicas, samples = trainer_ranks(config), replica_count(config), config.data.train_batch_size * rollout.n
     mini = actor.ppo_mini_batch_size * rollout.n
     micro = None if actor.use_dynamic_bsz else mini // ranks // (actor.ppo_micro_batch_size_per_gpu or 1)
     compute, engine = choose_dtype(device, actor.fsdp_config.dtype), choose_dtype(device, rollout.dtype)
     steps = None if data.train is None else data.train // config.data.train_batch_size
-    itemsize = 4 if engine.name == "float32" else 2
-    update = None if model.parameters is None else model.parameters * itemsize
-    if quantization is not None:
-        update = quantization.update_bytes(itemsize) or update
-    bucket, apart = rollout.checkpoint_engine.update_weights_bucket_megabytes * _MIB, replica_nodes(config, device)
+    update = _update_bytes(model, quantization, itemsize_of(engine.name))
+    bucket = rollout.checkpoint_engine.update_weights_bucket_megabytes * MIB
     return Plan(
         device=device,
         compute_dtype=compute.name,
@@ -69,32 +69,27 @@ def derive_plan(
         tensor_parallel=rollout.tensor_model_parallel_size,
         reward_workers=config.reward.workers,
         trainer_nodes=trainer.nnodes,
-        replica_nodes=apart,
+        replica_nodes=replica_nodes(config, device),
         transport=resolve_backend(config, device),
         parameters=model.parameters,
-        critic=None if critic is None else _critic(config, device, critic),
+        critic=None if critic is None else _critic_plan(config, device, critic),
         update_bytes=update,
         update_buckets=None if update is None else -(-update // bucket),
         full_update_reason=full_update_reason(rollout, device),
-        memory=estimate_memory(
-            config,
-            model,
-            device=device,
-            compute_dtype=compute.name,
-            rollout_dtype=engine.name,
-            ranks=ranks,
-            replicas=replicas,
-            reward_workers=config.reward.workers,
-            apart=apart > 0,
-            critic=critic,
-        ),
+        memory=estimate_memory(config, model, critic, device),
         available_bytes=available_memory_bytes(),
-        checkpoints=_checkpoints(config),
-        logs=_logs(config),
+        checkpoints=_checkpoints_text(config),
+        logs=_logs_text(config),
     )
 
 
-def _critic(config: PPOConfig, device: str, files: ModelFiles) -> CriticPlan:
+def _update_bytes(model: ModelFiles, quantization: WeightFormat | None, itemsize: int) -> int | None:
+    """Return the size of a full update, with unquantized weights of `itemsize` bytes; None if it is not known."""
+    full = None if model.parameters is None else model.parameters * itemsize
+    return full if quantization is None else quantization.update_bytes(itemsize) or full
+
+
+def _critic_plan(config: PPOConfig, device: str, files: ModelFiles) -> CriticPlan:
     critic = resolve_critic(config)
     n, prompts = config.actor_rollout_ref.rollout.n, critic.ppo_mini_batch_size or 1
     return CriticPlan(
@@ -107,14 +102,14 @@ def _critic(config: PPOConfig, device: str, files: ModelFiles) -> CriticPlan:
     )
 
 
-def _checkpoints(config: PPOConfig) -> str:
+def _checkpoints_text(config: PPOConfig) -> str:
     trainer = config.trainer
     if trainer.save_freq <= 0:
         return "none (trainer.save_freq)"
     kept = "all" if trainer.max_actor_ckpt_to_keep is None else f"the last {trainer.max_actor_ckpt_to_keep}"
-    return f"{trainer.default_local_dir}, every {trainer.save_freq} steps and after the last, {kept} kept"
+    return f"{trainer.default_local_dir}, every {trainer.save_freq} steps and after the last step, {kept} kept"
 
 
-def _logs(config: PPOConfig) -> str:
-    places = {"file": Path(config.trainer.default_local_dir) / "metrics.jsonl"}
-    return ", ".join(f"{name} ({places[name]})" if name in places else name for name in config.trainer.logger) or "none"
+def _logs_text(config: PPOConfig) -> str:
+    files = {"file": Path(config.trainer.default_local_dir) / "metrics.jsonl"}
+    return ", ".join(f"{name} ({files[name]})" if name in files else name for name in config.trainer.logger) or "none"

@@ -1,4 +1,4 @@
-"""How much memory of an accelerator each stage of a step takes: what can be predicted, and reserves for the rest."""
+"""Estimates of an accelerator's memory in each stage of a step: the predictable parts, and reserves for the rest."""
 
 from __future__ import annotations
 
@@ -15,44 +15,54 @@ from verl.preflight.estimate import (
     ref_state_bytes,
     trainer_state_bytes,
 )
-from verl.utils.dtypes import itemsize
+from verl.utils.byte_size import GIB
+from verl.utils.dtypes import itemsize_of
 from verl.utils.model_dir.kv_cache import kv_bytes_per_token
 from verl.utils.model_dir.model_files import ModelFiles
 
-_GIB = 1 << 30
-# Of a process on a device: its context, the collectives' buffers, what the allocator cannot use.
-_RUNTIME = 3 * _GIB
-# Of an engine: graphs and the largest forward pass, inside gpu_memory_utilization.
-_ENGINE_RESERVE = 4 * _GIB
-_ASLEEP = 1 * _GIB
-_ITEMSIZE = 2
+# Reserve of a process on a device: context, buffers of collectives, fragmentation. Assumed.
+_RUNTIME = 3 * GIB
+# Reserve of an engine within gpu_memory_utilization: graphs and its largest forward pass. Assumed.
+_ENGINE_RESERVE = 4 * GIB
+# An engine in sleep mode.
+_ASLEEP = 1 * GIB
+# Accelerators compute in bfloat16.
+_COMPUTE_ITEMSIZE = itemsize_of("bfloat16")
+# Names of parts that the checks look for.
+ACTIVATIONS = "activations and logits"
+GENERATION = "generation"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a step on one device: bytes by what they are for."""
+    """One stage of a step on one device.
+
+    Attributes:
+        name: such as `generation` or `actor update`.
+        parts: bytes by use.
+    """
 
     name: str
     parts: dict[str, int]
 
     @property
     def total(self) -> int:
+        """Bytes of all parts."""
         return sum(self.parts.values())
 
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Of one device of the trainer, and of the replicas where they have devices of their own.
+    """Memory of one device of the trainer; `generation` is about a device of a replica.
 
     Attributes:
         capacity: bytes of a device.
         stages: in the order of a step.
-        weights_bytes: of the engine's weights on a device.
-        cache_bytes: that the engine's share leaves for keys and values, on a device; negative where weights alone are
-            more than the share.
-        cache_tokens: that a replica can hold at a time.
-        trainer_resident: that the trainer keeps between its stages, on a device.
-        shared: the replicas are on the trainer's devices.
+        weights_bytes: the engine's weights on one device.
+        cache_bytes: the engine's KV cache on one device; negative if the weights exceed the engine's share.
+        cache_tokens: tokens that the KV cache of a replica can hold.
+        trainer_resident: the trainer's memory between its stages, on one device.
+        shared: the replicas use the trainer's devices.
     """
 
     capacity: int
@@ -74,12 +84,13 @@ def device_memory(
     engine_weights: int,
     critic: ModelFiles | None = None,
 ) -> DeviceMemory | None:
-    """Estimate every stage; None where the model's size is not known.
+    """Return the estimate of every stage; None if the files do not give the model's size.
 
     Args:
         capacity: bytes of a device.
-        ranks: of the trainer.
+        ranks: ranks of the trainer.
         engine_weights: bytes of the weights of one replica.
+        critic: the critic's files; None without a critic.
     """
     if model.parameters is None:
         return None
@@ -96,21 +107,22 @@ def device_memory(
     if shared:
         generation |= {"state of the trainer": trainer.resident, "runtime": _RUNTIME}
         update |= {"engine": awake}
-    stages = [Stage("generation", generation)]
+    stages = [Stage(GENERATION, generation)]
     for name, parts in trainer.updates.items():
         stages.append(Stage(name, parts | ({"engine": asleep} if shared else {})))
     stages.append(Stage("weight update", update))
-    tokens = max(0, cache) // max(1, kv_bytes_per_token(model, _ITEMSIZE, rollout.tensor_model_parallel_size))
+    token = kv_bytes_per_token(model, _COMPUTE_ITEMSIZE, rollout.tensor_model_parallel_size)
+    tokens = max(0, cache) // max(1, token)
     return DeviceMemory(capacity, tuple(stages), weights, cache, tokens, trainer.resident, shared)
 
 
 class _Trainer:
-    """What actor, reference model and critic take of a device.
+    """Memory of actor, reference model and critic on one device.
 
     Attributes:
-        resident: kept all the time: weights, optimizer.
-        updates: by stage, what it takes.
-        largest: the largest weight for an update.
+        resident: weights and optimizer state, which stay on the device.
+        updates: stage name -> parts.
+        largest: copies of the largest weight in a weight update.
     """
 
     def __init__(
@@ -122,17 +134,18 @@ class _Trainer:
         state = trainer_state_bytes(config, model.parameters, ranks, adapters)
         if config.actor_rollout_ref.ref.fsdp_config.param_offload:
             state -= ref_state_bytes(config, model.parameters, ranks)
-        master = itemsize(config.actor_rollout_ref.actor.fsdp_config.model_dtype)
+        master = itemsize_of(config.actor_rollout_ref.actor.fsdp_config.model_dtype)
         gradients = (model.parameters if adapters is None else adapters) * master // ranks
         critic_state = 0
         if critic is not None and critic.parameters is not None and needs_critic(config):
             critic_state = critic_state_bytes(config, critic.parameters, ranks)
-        # A quarter of the critic's state are gradients, which live in its update alone.
+        # A quarter of the critic's state is gradients, which exist only in its update.
         self.resident = state - gradients + critic_state * 3 // 4
         embedding = (model.number("vocab_size") or 0) * (model.hidden or 0)
-        self.largest = embedding * (4 + _ITEMSIZE)
-        activations = activation_bytes(config, model, _ITEMSIZE, ranks)
-        self.updates = {}
+        # The weight in float32 and its copy in the engine's dtype.
+        self.largest = embedding * (itemsize_of("float32") + _COMPUTE_ITEMSIZE)
+        activations = activation_bytes(config, model, _COMPUTE_ITEMSIZE, ranks)
+        self.updates: dict[str, dict[str, int]] = {}
         if critic_state and critic is not None:
             self.updates["critic update"] = self._update(
                 critic_state // 4, critic, critic_activation_bytes(config, critic, device, ranks)
@@ -143,7 +156,7 @@ class _Trainer:
         return {
             "state of the trainer": self.resident,
             "gradients": gradients,
-            "gathered weights": gathered_bytes(model, _ITEMSIZE),
-            "activations and logits": activations,
+            "gathered weights": gathered_bytes(model, _COMPUTE_ITEMSIZE),
+            ACTIVATIONS: activations,
             "runtime": _RUNTIME,
         }

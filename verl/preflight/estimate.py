@@ -1,39 +1,41 @@
-"""How much memory a run will take: the large, predictable parts, and measured sizes of bare processes."""
+"""Estimates of a run's memory: the large, predictable parts, plus measured sizes of processes without a model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
+from verl.config.actor import ActorConfig
+from verl.config.critic import CriticConfig
 from verl.config.lora import adapter_parameters, lora_options
 from verl.config.ppo import PPOConfig
 from verl.config.roles import needs_ref, resolve_critic
 from verl.config.weight_updates import full_update_reason
-from verl.utils.dtypes import choose_dtype
+from verl.preflight.placement import replica_count, replica_nodes, trainer_ranks
+from verl.utils.byte_size import MIB, format_bytes
+from verl.utils.dtypes import choose_dtype, itemsize_of
 from verl.utils.model_dir.kv_cache import cpu_kv_cache_bytes
 from verl.utils.model_dir.model_files import ModelFiles
 from verl.utils.quantization.schemes import weight_format_class
 
-_MIB, _GIB = 1 << 20, 1 << 30
-# Resident memory of processes that hold no model yet.
-_TRAINER_BASE = 600 * _MIB
-_REPLICA_BASE = 1100 * _MIB
-_DRIVER_BASE = 1200 * _MIB  # with Ray's own processes
-_REWARD_WORKER = 60 * _MIB
-_LOGITS_CHUNK = 2 * 64 * _MIB
-_ITEMSIZE = {"float32": 4, "bfloat16": 2, "fp32": 4, "bf16": 2}
+# Resident memory of processes without a model, measured.
+_TRAINER_BASE = 600 * MIB
+_REPLICA_BASE = 1100 * MIB
+_DRIVER_BASE = 1200 * MIB  # includes Ray's own processes
+_REWARD_WORKER = 60 * MIB
+_LOGITS_CHUNK = 2 * 64 * MIB
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of host memory, by process.
+    """Host memory in bytes, by process.
 
     Attributes:
-        trainer_bytes: each trainer rank.
-        replica_bytes: each replica, key-value cache included; `cache_bytes` is that cache.
+        trainer_bytes: one trainer rank.
+        replica_bytes: one replica, including its KV cache.
+        cache_bytes: the KV cache of one replica.
         other_bytes: driver, Ray, reward workers and the buckets of a weight update.
-        ranks, replicas: how many of them are on the driver's node, at most.
-        total_bytes: of that node.
+        ranks, replicas: maximum number on the driver's node.
+        total_bytes: all processes on the driver's node.
     """
 
     trainer_bytes: int
@@ -45,113 +47,124 @@ class MemoryEstimate:
     total_bytes: int
 
     def parts(self) -> list[tuple[str, str]]:
-        """Label and size of each part."""
-        gib = [f"{part / _GIB:.1f} GiB" for part in (self.trainer_bytes, self.replica_bytes, self.other_bytes)]
-        parts = [("trainer rank", f"{gib[0]} x {self.ranks}"), ("replica", f"{gib[1]} x {self.replicas}")]
-        return [*(parts if self.replicas else parts[:1]), ("the rest", gib[2])]
+        """Return label and size of each part."""
+        parts = [("trainer rank", f"{format_bytes(self.trainer_bytes)} x {self.ranks}")]
+        if self.replicas:
+            parts.append(("replica", f"{format_bytes(self.replica_bytes)} x {self.replicas}"))
+        return [*parts, ("other processes", format_bytes(self.other_bytes))]
 
 
 def estimate_memory(
-    config: PPOConfig,
-    model: ModelFiles,
-    *,
-    device: str,
-    compute_dtype: str,
-    rollout_dtype: str,
-    ranks: int,
-    replicas: int,
-    reward_workers: int,
-    apart: bool = False,
-    critic: ModelFiles | None = None,
+    config: PPOConfig, model: ModelFiles, critic: ModelFiles | None, device: str
 ) -> MemoryEstimate | None:
-    """What the run takes of the host's memory; None where the model's files do not tell its size.
+    """Return the host memory that the run needs; None if the files do not give the model's size.
 
-    Models on an accelerator take its memory, so that only bare processes count here.
+    On an accelerator, models use the device's memory, so only the processes themselves count.
 
     Args:
-        apart: replicas are on other nodes.
+        critic: the critic's files; None without a critic.
+        device: `cpu`, `cuda` or `npu`.
     """
     if model.parameters is None:
         return None
-    rollout = config.actor_rollout_ref.rollout
-    itemsize = _ITEMSIZE[rollout_dtype]
-    bucket = rollout.checkpoint_engine.update_weights_bucket_megabytes * _MIB
-    in_flight = rollout.checkpoint_engine.buckets_in_flight
-    others = in_flight * min(bucket, model.parameters * itemsize) + _DRIVER_BASE + reward_workers * _REWARD_WORKER
+    rollout, ranks = config.actor_rollout_ref.rollout, trainer_ranks(config)
+    itemsize = itemsize_of(choose_dtype(device, rollout.dtype).name)
+    engine_bytes = model.parameters * itemsize
+    bucket = rollout.checkpoint_engine.update_weights_bucket_megabytes * MIB
+    buckets = rollout.checkpoint_engine.buckets_in_flight * min(bucket, engine_bytes)
+    other = buckets + _DRIVER_BASE + config.reward.workers * _REWARD_WORKER
     trainer, replica, cache = _TRAINER_BASE, _REPLICA_BASE, 0
     if device == "cpu":
-        lora = lora_options(config.actor_rollout_ref.model)
-        adapters = None if lora is None else adapter_parameters(lora, model.shapes)
-        trainer += trainer_state_bytes(config, model.parameters, ranks, adapters)
-        activations = activation_bytes(config, model, _ITEMSIZE[compute_dtype], ranks)
-        if critic is not None and critic.parameters is not None:
-            trainer += critic_state_bytes(config, critic.parameters, ranks)
-            # Actor and critic take turns.
-            activations = max(activations, critic_activation_bytes(config, critic, device, ranks))
-        trainer += gathered_bytes(model, _ITEMSIZE[compute_dtype]) + activations
+        trainer += _cpu_trainer_bytes(config, model, model.parameters, critic)
         length = rollout.max_model_len or config.data.max_prompt_length + config.data.max_response_length
         cache = cpu_kv_cache_bytes(model, itemsize, length, rollout.max_num_seqs)
         scheme = weight_format_class(rollout.quantization)
         held = scheme.estimated_bytes(model.parameters, itemsize)
-        computes = model.parameters * itemsize
-        # While a whole update is loaded both layouts are there; what computes is packed or dequantized besides.
-        replica += computes + 2 * held + cache
+        # A full update holds the weights in checkpoint layout and in kernel layout at the same time. On a CPU there is
+        # also a packed or dequantized copy, which the kernels read.
+        replica += engine_bytes + 2 * held + cache
         if full_update_reason(rollout, device) is None:
-            # What was sent last.
-            trainer += (held if scheme.trainer_encodes else computes) // ranks
-    own, shared = ranks // config.trainer.nnodes, 0 if apart else replicas // config.trainer.nnodes
-    total = trainer * own + replica * shared + others
-    return MemoryEstimate(trainer, replica, cache, others, own, shared, total)
+            # Deltas need the last sent weights.
+            trainer += (held if scheme.trainer_encodes else engine_bytes) // ranks
+    nodes = config.trainer.nnodes
+    local_ranks = ranks // nodes
+    local_replicas = 0 if replica_nodes(config, device) else replica_count(config) // nodes
+    total = trainer * local_ranks + replica * local_replicas + other
+    return MemoryEstimate(trainer, replica, cache, other, local_ranks, local_replicas, total)
+
+
+def _cpu_trainer_bytes(config: PPOConfig, model: ModelFiles, parameters: int, critic: ModelFiles | None) -> int:
+    """Return the memory of all models of one trainer rank on a CPU."""
+    ranks = trainer_ranks(config)
+    lora = lora_options(config.actor_rollout_ref.model)
+    adapters = None if lora is None else adapter_parameters(lora, model.shapes)
+    state = trainer_state_bytes(config, parameters, ranks, adapters)
+    itemsize = itemsize_of(choose_dtype("cpu", config.actor_rollout_ref.actor.fsdp_config.dtype).name)
+    activations = activation_bytes(config, model, itemsize, ranks)
+    if critic is not None and critic.parameters is not None:
+        state += critic_state_bytes(config, critic.parameters, ranks)
+        # Actor and critic compute one after the other.
+        activations = max(activations, critic_activation_bytes(config, critic, "cpu", ranks))
+    return state + gathered_bytes(model, itemsize) + activations
 
 
 def trainer_state_bytes(config: PPOConfig, parameters: int, ranks: int, adapters: int | None = None) -> int:
-    """Sharded over the ranks: master weights, gradients and AdamW's two moments, and the reference model's weights.
+    """Return one rank's shard of master weights, gradients, AdamW's two moments and the reference model's weights.
 
-    With `adapters` trained parameters in float32, the model itself has neither gradients nor moments.
+    Args:
+        adapters: number of parameters of LoRA adapters, which are float32. The model itself then has neither gradients
+            nor moments. None without LoRA.
     """
-    master = _ITEMSIZE[config.actor_rollout_ref.actor.fsdp_config.model_dtype]
-    trained = parameters * (4 if adapters is None else 1) * master + (adapters or 0) * 4 * _ITEMSIZE["float32"]
+    master = itemsize_of(config.actor_rollout_ref.actor.fsdp_config.model_dtype)
+    trained = parameters * (4 if adapters is None else 1) * master + (adapters or 0) * 4 * itemsize_of("float32")
     return trained // ranks + ref_state_bytes(config, parameters, ranks)
 
 
 def gathered_bytes(model: ModelFiles, itemsize: int) -> int:
-    """The layer that is computed and the next one are gathered, with gradients of one; embedding and head stay."""
+    """Return the size of gathered weights: two layers, gradients of one layer, embedding and head with gradients.
+
+    FSDP2 gathers the current layer and the next one, and keeps embedding and head gathered.
+    """
     embedding = (model.number("vocab_size") or 0) * (model.hidden or 0)
     layer = max(0, (model.parameters or 0) - 2 * embedding) // max(1, model.layers or 1)
     return itemsize * (3 * layer + 4 * embedding)
 
 
 def ref_state_bytes(config: PPOConfig, parameters: int, ranks: int) -> int:
-    """Sharded over the ranks: the reference model's weights, where there is one."""
+    """Return one rank's shard of the reference model's weights; 0 without a reference model."""
     if not needs_ref(config):
         return 0
-    return parameters * _ITEMSIZE[config.actor_rollout_ref.ref.fsdp_config.model_dtype] // ranks
+    return parameters * itemsize_of(config.actor_rollout_ref.ref.fsdp_config.model_dtype) // ranks
 
 
 def critic_state_bytes(config: PPOConfig, parameters: int, ranks: int) -> int:
-    """Sharded over the ranks: the critic's master weights, gradients and AdamW's two moments."""
-    return parameters * 4 * _ITEMSIZE[config.critic.fsdp.model_dtype] // ranks
+    """Return one rank's shard of the critic's master weights, gradients and AdamW's two moments."""
+    return parameters * 4 * itemsize_of(config.critic.fsdp.model_dtype) // ranks
 
 
 def activation_bytes(config: PPOConfig, model: ModelFiles, itemsize: int, ranks: int) -> int:
-    """Of one micro-batch: what the layers keep for the backward pass, logits of the response tokens with gradient."""
+    """Return the memory of one micro-batch: activations for the backward pass, response logits and their gradients."""
     data = config.data
     tokens = _micro_batch_tokens(config, config.actor_rollout_ref.actor, ranks)
-    kept = _kept_bytes(model, tokens, itemsize, config.actor_rollout_ref.model.enable_gradient_checkpointing)
+    layers = _layer_activation_bytes(
+        model, tokens, itemsize, config.actor_rollout_ref.model.enable_gradient_checkpointing
+    )
     responses = tokens * data.max_response_length // (data.max_prompt_length + data.max_response_length)
     logits = 2 * responses * (model.number("vocab_size") or 0) * itemsize
-    return kept + logits + min(_LOGITS_CHUNK, 2 * logits)
+    return layers + logits + min(_LOGITS_CHUNK, 2 * logits)
 
 
 def critic_activation_bytes(config: PPOConfig, model: ModelFiles, device: str, ranks: int) -> int:
-    """Of one micro-batch of the critic, which has no logits."""
+    """Return the memory of one micro-batch of the critic, which has no logits."""
     critic = resolve_critic(config)
-    itemsize = _ITEMSIZE[choose_dtype(device, critic.fsdp.dtype).name]
     tokens = _micro_batch_tokens(config, critic, ranks)
-    return _kept_bytes(model, tokens, itemsize, critic.model.enable_gradient_checkpointing)
+    size = itemsize_of(choose_dtype(device, critic.fsdp.dtype).name)
+    return _layer_activation_bytes(model, tokens, size, critic.model.enable_gradient_checkpointing)
 
 
-def _micro_batch_tokens(config: PPOConfig, section: Any, ranks: int) -> int:
+def _micro_batch_tokens(config: PPOConfig, section: ActorConfig | CriticConfig, ranks: int) -> int:
+    """Return the maximum tokens of a micro-batch of the actor or of the resolved critic."""
+    assert section.ppo_mini_batch_size is not None
     longest = config.data.max_prompt_length + config.data.max_response_length
     samples = max(1, section.ppo_mini_batch_size * config.actor_rollout_ref.rollout.n // ranks)
     if section.use_dynamic_bsz:
@@ -159,8 +172,9 @@ def _micro_batch_tokens(config: PPOConfig, section: Any, ranks: int) -> int:
     return min(samples, section.ppo_micro_batch_size_per_gpu or samples) * longest
 
 
-def _kept_bytes(model: ModelFiles, tokens: int, itemsize: int, recomputed: bool) -> int:
+def _layer_activation_bytes(model: ModelFiles, tokens: int, itemsize: int, checkpointing: bool) -> int:
+    """Return the size of the layers' activations; with gradient checkpointing the layers' inputs and one layer."""
     hidden, layers = model.hidden or 0, model.layers or 0
     inner = model.number("intermediate_size") or 4 * hidden
     one_layer = tokens * (8 * hidden + 4 * inner) * itemsize
-    return tokens * hidden * layers * itemsize + one_layer if recomputed else one_layer * layers
+    return tokens * hidden * layers * itemsize + one_layer if checkpointing else one_layer * layers

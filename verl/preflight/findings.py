@@ -1,4 +1,4 @@
-"""What the checks find: errors that stop a run, warnings and notes that its plan shows."""
+"""Results of the checks: errors, which prevent a run, and warnings and notes, which its plan shows."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Findings:
-    """Collected by every check, so that a user sees all problems at once.
+    """Every check adds to these lists, so that a user sees all problems at once.
 
     Attributes:
-        errors: each names field, value and what to do.
-        warnings: what will probably disappoint.
-        notes: what has no effect in this run.
-        without_files: models and data may be elsewhere.
-        absent: some of them are.
+        errors: problems that prevent the run; each text gives the field, its value and the way to correct it.
+        warnings: probable mistakes.
+        notes: keys without effect in this run, and assumptions of the check.
+        without_files: model and data may be on another machine.
+        files_missing: at least one model or data file was not found.
     """
 
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     without_files: bool = False
-    absent: bool = False
+    files_missing: bool = False
 
-    def missing(self, text: str) -> None:
-        """A model or data file that is not here: an error, unless the run is to be elsewhere."""
-        self.absent = True
+    def add_missing_file(self, text: str) -> None:
+        """Add a missing model or data file: an error, or with `without_files` a warning."""
+        self.files_missing = True
         if self.without_files:
-            self.warnings.append(f"not here, checked without it: {text}")
+            self.warnings.append(f"not found, checked without it: {text}")
         else:
             self.errors.append(text)

@@ -1,4 +1,4 @@
-"""What a checked config amounts to, as numbers and as a table."""
+"""The plan of a run: numbers derived from a checked config, and their table."""
 
 from __future__ import annotations
 
@@ -6,16 +6,21 @@ from dataclasses import dataclass, field
 
 from verl.preflight.device_memory import DeviceMemory
 from verl.preflight.estimate import MemoryEstimate
+from verl.utils.byte_size import GB, format_bytes, format_gb
+
+# Smaller parts of a device's memory are left out of the table.
+MIN_SHOWN_BYTES = 5e7
+Row = tuple[str, str]
 
 
 @dataclass(frozen=True)
 class PromptLengths:
-    """Tokens of a sample of the training prompts.
+    """Lengths of a sample of the training prompts.
 
     Attributes:
-        measured: prompts.
+        measured: number of prompts in the sample.
         median, longest: tokens.
-        over: how many are longer than data.max_prompt_length.
+        over: number of prompts that are longer than data.max_prompt_length.
     """
 
     measured: int
@@ -24,19 +29,20 @@ class PromptLengths:
     over: int
 
     def text(self) -> str:
-        """In one line."""
-        return f"median {self.median:,}, longest {self.longest:,} tokens, of {self.measured:,} that were measured"
+        """Return the lengths as one line."""
+        return f"median {self.median:,}, longest {self.longest:,} tokens in a sample of {self.measured:,} prompts"
 
 
 @dataclass
 class CriticPlan:
-    """The critic's part.
+    """The critic's part of the plan.
 
     Attributes:
-        parameters: of its model; None where its files do not tell.
+        parameters: number of parameters; None if the files do not give it.
         compute_dtype, master_dtype: torch dtype names.
-        optimizer_steps_per_step: mini-batches times `ppo_epochs`.
-        samples_per_mini_batch: over all ranks; `samples_per_rank` the share of one.
+        optimizer_steps_per_step: mini-batches of a training step times `ppo_epochs`.
+        samples_per_mini_batch: over all ranks.
+        samples_per_rank: one rank's share of a mini-batch.
     """
 
     parameters: int | None
@@ -46,48 +52,55 @@ class CriticPlan:
     samples_per_mini_batch: int
     samples_per_rank: int
 
-    def rows(self) -> list[tuple[str, str]]:
-        size = "of unknown size" if self.parameters is None else f"{_millions(self.parameters)} parameters"
+    def rows(self) -> list[Row]:
+        size = "unknown size" if self.parameters is None else f"{_format_parameters(self.parameters)} parameters"
         return [
-            ("critic", f"{size}, in {self.compute_dtype}; master weights {self.master_dtype}"),
+            ("critic", f"{size}, computes in {self.compute_dtype}; master weights {self.master_dtype}"),
             (
                 "",
-                f"{_count(self.optimizer_steps_per_step)} optimizer steps a step, of "
-                f"{_count(self.samples_per_mini_batch)} samples, {_count(self.samples_per_rank)} on each rank",
+                f"{_format_count(self.optimizer_steps_per_step)} optimizer steps per step, mini-batch of "
+                f"{_format_count(self.samples_per_mini_batch)} samples, {_format_count(self.samples_per_rank)} on each "
+                "rank",
             ),
         ]
 
 
 @dataclass
 class Plan:
-    """Derived from a config, the model, the data and the machine; the run uses `device` and the dtypes.
+    """Numbers derived from a config, the model, the data and the machine. The run uses `device` and the dtypes.
 
     Attributes:
         device: `cpu`, `cuda` or `npu`.
-        compute_dtype, rollout_dtype: torch dtype names that trainer and engine compute in; `*_why` the reason.
-        rollout_weights: how the engine holds quantized weights; None where it holds them as they are sent.
-        master_dtype: of the weights that the optimizer changes.
+        compute_dtype, rollout_dtype: torch dtype names in which trainer and engine compute.
+        compute_why, rollout_why: reasons for these dtypes.
+        rollout_weights: the engine's format of quantized weights; None if weights are not quantized.
+        master_dtype: dtype of the weights that the optimizer updates.
         prompts_per_step, samples_per_step: of one training step.
-        optimizer_steps_per_step: mini-batches times `ppo_epochs`.
-        samples_per_mini_batch: over all ranks; `samples_per_rank` the share of one.
-        micro_batches_per_rank: in one mini-batch; None where a token budget decides.
-        micro_batch_tokens: that budget, or None.
-        prompt_tokens, response_tokens: caps.
-        train_prompts, val_prompts: rows, before overlong prompts are dropped.
-        steps_per_epoch, total_steps: training steps; None where a dataset class of the user's decides.
-        trainer_ranks, replicas, tensor_parallel, reward_workers: processes.
-        trainer_nodes: of the trainer; replica_nodes: of the replicas alone, 0 where they are on the trainer's.
-        transport: how weights get to the replicas, as `resolve_backend` says.
-        parameters: of the model; None where its files do not tell.
-        critic: the critic's part; None without one.
-        update_bytes, update_buckets: what a whole weight update moves, at least; None likewise.
-        full_update_reason: why no update sends only what changed; None where updates do, after the first.
-        memory: estimate for the host.
-        available_bytes: host memory that is free now, or None.
-        checkpoints, logs: where they go.
+        optimizer_steps_per_step: mini-batches of a training step times `ppo_epochs`.
+        samples_per_mini_batch: over all ranks.
+        samples_per_rank: one rank's share of a mini-batch.
+        micro_batches_per_rank: number in one mini-batch; None if micro-batches have a token budget.
+        micro_batch_tokens: this token budget, or None.
+        prompt_tokens, response_tokens: upper limits.
+        train_prompts, val_prompts: rows before overlong prompts are dropped; None if a dataset class decides.
+        at_most: overlong prompts are dropped, so that the numbers of prompts and steps are upper bounds.
+        steps_per_epoch, total_steps: training steps; None if a dataset class decides.
+        trainer_ranks, replicas, reward_workers: number of processes.
+        tensor_parallel: devices of one replica.
+        trainer_nodes: nodes of the trainer.
+        replica_nodes: nodes that hold replicas only; 0 if the replicas are on the trainer's nodes.
+        transport: transport of weights to the replicas, the result of `resolve_backend`.
+        parameters: parameters of the model; None if its files do not give the number.
+        critic: the critic's part; None without a critic.
+        update_bytes, update_buckets: minimum size of a full weight update; None if `parameters` is None.
+        full_update_reason: reason why every update is full; None if updates after the first can be deltas.
+        memory: estimate of the host's memory; None if `parameters` is None.
+        available_bytes: free memory of the host; None if not known.
+        checkpoints, logs: texts that give the directories of checkpoints and logs.
         warnings, notes: see `Findings`.
-        hardware: that the run is planned for, where it does not start here; device_memory: an estimate for its devices.
-        prompt_lengths: of a sample of the training prompts, where they were measured.
+        hardware: name of the hardware that the run is planned for; None for this machine.
+        device_memory: estimate for a device of this hardware, or None.
+        prompt_lengths: lengths of a sample of the training prompts; None if not measured.
     """
 
     device: str
@@ -134,7 +147,7 @@ class Plan:
     prompt_lengths: PromptLengths | None = None
 
     def render(self) -> str:
-        """An aligned table in plain text, warnings and notes below it."""
+        """Return an aligned table in plain text, followed by notes and warnings."""
         rows = self.rows()
         width = max(len(label) for label, _ in rows)
         lines = ["plan", *(f"  {label:<{width}}  {text}" for label, text in rows)]
@@ -142,70 +155,55 @@ class Plan:
         lines += [f"  warning: {warning}" for warning in self.warnings]
         return "\n".join(lines)
 
-    def rows(self) -> list[tuple[str, str]]:
-        """Label and text of each line of the table; a line that goes on has no label."""
-        where = [("checkpoints", self.checkpoints), ("logs", self.logs)]
-        return [*self._batch_rows(), *self._machine_rows(), *self._device_rows(), *where]
+    def rows(self) -> list[Row]:
+        """Return label and text of each line of the table; the label is empty on continuation lines."""
+        files = [("checkpoints", self.checkpoints), ("logs", self.logs)]
+        return [*self._batch_rows(), *self._machine_rows(), *self._device_rows(), *files]
 
-    def _device_rows(self) -> list[tuple[str, str]]:
-        memory = self.device_memory
-        if memory is None:
-            return []
-        rows = []
-        for stage in memory.stages:
-            parts = ", ".join(f"{name} {part / 1e9:.1f}" for name, part in stage.parts.items() if part >= 5e7)
-            label = "" if rows else "device memory"
-            rows.append((label, f"{stage.name}: {stage.total / 1e9:.1f} of {memory.capacity / 1e9:.0f} GB ({parts})"))
-        cache = f"{max(0, memory.cache_bytes) / 1e9:.1f} GB on a device, {_count(memory.cache_tokens)} tokens a replica"
-        return [*rows, ("engine's cache", cache)]
-
-    def _batch_rows(self) -> list[tuple[str, str]]:
+    def _batch_rows(self) -> list[Row]:
         micro = (
-            f"filled up to {_count(self.micro_batch_tokens)} tokens"
+            f"filled up to {_format_count(self.micro_batch_tokens)} tokens"
             if self.micro_batch_tokens is not None
-            else f"{_count(self.micro_batches_per_rank)} for each mini-batch"
+            else f"{_format_count(self.micro_batches_per_rank)} per mini-batch on each rank"
         )
         most = "at most " if self.at_most else ""
-        unknown = "decided by the dataset class, or by data that is not here"
-        steps = unknown if self.total_steps is None else f"{_count(self.total_steps)}{self._per_epoch(most)}"
+        unknown = "unknown: the dataset class decides, or data files were not found"
+        steps = unknown if self.total_steps is None else f"{_format_count(self.total_steps)}{self._epoch_text(most)}"
         prompts = unknown
         if self.train_prompts is not None or self.val_prompts is not None:
-            prompts = f"{most}{_count(self.train_prompts)} to train on, {most}{_count(self.val_prompts)} to validate on"
-        return [
-            ("prompts a step", _count(self.prompts_per_step)),
-            ("samples a step", _count(self.samples_per_step)),
-            ("optimizer steps a step", _count(self.optimizer_steps_per_step)),
+            train, val = _format_count(self.train_prompts), _format_count(self.val_prompts)
+            prompts = f"{most}{train} for training, {most}{val} for validation"
+        mini, share = _format_count(self.samples_per_mini_batch), _format_count(self.samples_per_rank)
+        rows = [
+            ("prompts per step", _format_count(self.prompts_per_step)),
+            ("samples per step", _format_count(self.samples_per_step)),
+            ("optimizer steps", f"{_format_count(self.optimizer_steps_per_step)} per step"),
+            ("mini-batch", f"{mini} samples, {share} on each rank"),
+            ("micro-batches", micro),
             (
-                "samples a mini-batch",
-                f"{_count(self.samples_per_mini_batch)}, {_count(self.samples_per_rank)} on each rank",
+                "token limits",
+                f"{_format_count(self.prompt_tokens)} prompt + {_format_count(self.response_tokens)} response",
             ),
-            ("micro-batches a rank", micro),
-            ("token caps", f"{_count(self.prompt_tokens)} prompt + {_count(self.response_tokens)} response"),
             ("prompts", prompts),
             ("training steps", steps),
-        ] + ([] if self.prompt_lengths is None else [("prompt lengths", self.prompt_lengths.text())])
+        ]
+        return rows if self.prompt_lengths is None else [*rows, ("prompt lengths", self.prompt_lengths.text())]
 
-    def _per_epoch(self, most: str) -> str:
+    def _epoch_text(self, most: str) -> str:
+        """Return the text in parentheses behind the number of training steps."""
         if self.steps_per_epoch is None or self.train_prompts is None:
             return ""
-        over = self.train_prompts - self.steps_per_epoch * self.prompts_per_step
-        left_out = f", which leaves {_count(over)} prompts out" if over and not most else ""
-        return f" ({most}{_count(self.steps_per_epoch)} an epoch{left_out})"
+        unused = self.train_prompts - self.steps_per_epoch * self.prompts_per_step
+        left_out = f", {_format_count(unused)} prompts left out" if unused and not most else ""
+        return f" ({most}{_format_count(self.steps_per_epoch)} per epoch{left_out})"
 
-    def _node_rows(self) -> list[tuple[str, str]]:
-        """Where there are several."""
-        if self.trainer_nodes + self.replica_nodes == 1:
-            return []
-        replicas = f"{self.replica_nodes} of the replicas" if self.replica_nodes else "replicas on the same"
-        return [("nodes", f"{self.trainer_nodes} of the trainer, {replicas}; weights by {self.transport}")]
-
-    def _machine_rows(self) -> list[tuple[str, str]]:
+    def _machine_rows(self) -> list[Row]:
         replicas = f"{self.replicas} replica(s) x {self.tensor_parallel} tensor parallel"
         rows = [
             ("device", self.device if self.hardware is None else f"{self.device}, planned for {self.hardware}"),
-            ("processes", f"{self.trainer_ranks} trainer rank(s), {replicas}, {self.reward_workers} for rewards"),
+            ("processes", f"{self.trainer_ranks} trainer rank(s), {replicas}, {self.reward_workers} reward worker(s)"),
             *self._node_rows(),
-            ("parameters", "unknown" if self.parameters is None else _millions(self.parameters)),
+            ("parameters", "unknown" if self.parameters is None else _format_parameters(self.parameters)),
             ("trainer computes in", f"{self.compute_dtype} ({self.compute_why}); master weights {self.master_dtype}"),
             ("engine computes in", f"{self.rollout_dtype} ({self.rollout_why})"),
         ]
@@ -214,24 +212,45 @@ class Plan:
         if self.rollout_weights is not None:
             rows.append(("engine's weights", self.rollout_weights))
         if self.update_bytes is not None:
-            then = "then what changed" if self.full_update_reason is None else f"always ({self.full_update_reason})"
-            rows.append(("weight update", f"{size(self.update_bytes)} in {self.update_buckets} bucket(s), {then}"))
-        if self.memory is not None:
-            free = "" if self.available_bytes is None else f", {size(self.available_bytes)} available"
-            of_a_node = " on the driver's node" if self._node_rows() else ""
-            rows.append(("host memory", f"about {size(self.memory.total_bytes)}{of_a_node}{free}"))
-            rows += [("", f"{name}: {text}") for name, text in self.memory.parts()]
-        return rows
+            later = "later updates are deltas"
+            if self.full_update_reason is not None:
+                later = f"every update is full ({self.full_update_reason})"
+            full = f"{format_bytes(self.update_bytes)} in {self.update_buckets} bucket(s)"
+            rows.append(("weight update", f"{full}; {later}"))
+        return rows + self._host_memory_rows()
+
+    def _node_rows(self) -> list[Row]:
+        """Return the line about nodes; a run on one node has none."""
+        if self.trainer_nodes + self.replica_nodes == 1:
+            return []
+        replicas = f"{self.replica_nodes} for the replicas" if self.replica_nodes else "replicas on the same nodes"
+        return [("nodes", f"{self.trainer_nodes} for the trainer, {replicas}; weights by {self.transport}")]
+
+    def _host_memory_rows(self) -> list[Row]:
+        if self.memory is None:
+            return []
+        free = "" if self.available_bytes is None else f", {format_bytes(self.available_bytes)} available"
+        node = " on the driver's node" if self._node_rows() else ""
+        total = f"about {format_bytes(self.memory.total_bytes)}{node}{free}"
+        return [("host memory", total), *(("", f"{name}: {text}") for name, text in self.memory.parts())]
+
+    def _device_rows(self) -> list[Row]:
+        memory = self.device_memory
+        if memory is None:
+            return []
+        rows = []
+        for stage in memory.stages:
+            shown = stage.parts.items()
+            parts = ", ".join(f"{name} {part / GB:.1f}" for name, part in shown if part >= MIN_SHOWN_BYTES)
+            label = "" if rows else "device memory"
+            rows.append((label, f"{stage.name}: {stage.total / GB:.1f} of {memory.capacity / GB:.0f} GB ({parts})"))
+        cache = f"{format_gb(max(0, memory.cache_bytes))} on each device"
+        return [*rows, ("engine's KV cache", f"{cache}, {_format_count(memory.cache_tokens)} tokens in a replica")]
 
 
-def size(nbytes: int) -> str:
-    """Bytes as GiB, or MiB below one."""
-    return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"
-
-
-def _count(number: int | None) -> str:
+def _format_count(number: int | None) -> str:
     return "?" if number is None else f"{number:,}"
 
 
-def _millions(number: int) -> str:
+def _format_parameters(number: int) -> str:
     return f"{number / 1e9:.2f} billion" if number >= 1e9 else f"{number / 1e6:.2f} million"

@@ -1,12 +1,14 @@
-"""What a check may rely on: a run that starts here at once, or one that is planned for other hardware."""
+"""The target of a check: a run that starts now on this machine, or a run that is planned for other hardware."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-GB = 10**9
-# By device and model: published memory of one device, in bytes. docs/performance.md has the sources for Ascend 950.
+from verl.utils.byte_size import GB
+
+# Published memory of one device in bytes, by device and model; None: the host's memory. docs/performance.md gives the
+# sources for Ascend 950.
 _MEMORY = {
     "cpu": None,
     "cuda:a100": 80 * GB,
@@ -14,7 +16,7 @@ _MEMORY = {
     "cuda:h200": 141 * GB,
     "npu:ascend950dt": 144 * GB,
     "npu:ascend950pr": 128 * GB,
-    # The smaller of the two: what fits there fits both.
+    # The smaller one of the two models, so that a plan that fits here fits both.
     "npu:ascend950": 128 * GB,
 }
 HARDWARE = tuple(_MEMORY)
@@ -22,11 +24,14 @@ HARDWARE = tuple(_MEMORY)
 
 @dataclass(frozen=True)
 class Hardware:
-    """Hardware that is not here.
+    """Hardware other than this machine.
 
     Attributes:
         name: one of `HARDWARE`.
-        nodes: hosts, None for as many as the config asks for.
+        nodes: number of hosts; None for the number that the config needs.
+
+    Raises:
+        ValueError: the name is unknown, or `nodes` is below 1.
     """
 
     name: str
@@ -34,9 +39,9 @@ class Hardware:
 
     def __post_init__(self) -> None:
         if self.name not in _MEMORY:
-            raise ValueError(f"--device {self.name}: use one of {', '.join(HARDWARE)}")
+            raise ValueError(f"--device {self.name}: unknown device; use one of {', '.join(HARDWARE)}")
         if self.nodes is not None and self.nodes < 1:
-            raise ValueError(f"--nodes {self.nodes}: give 1 or more")
+            raise ValueError(f"--nodes {self.nodes}: must be at least 1")
 
     @property
     def device(self) -> str:
@@ -45,20 +50,20 @@ class Hardware:
 
     @property
     def memory_bytes(self) -> int | None:
-        """Of one device; None for a CPU, whose memory is the host's."""
+        """Memory of one device; None for a CPU, which uses the host's memory."""
         return _MEMORY[self.name]
 
 
 @dataclass(frozen=True)
-class Scope:
-    """What a check may rely on.
+class Target:
+    """The run that a config is checked for, and the resources that the check may use.
 
     Attributes:
-        starting: the run starts here, in this process: torch may be imported, the model has to have its weights. Else
-            neither is needed, and data files are read for what a run would only meet on its way.
-        hardware: where the run is to be; None for this machine.
-        environment: variables that a run elsewhere would have, as far as they are known.
-        without_files: the model and the data may be elsewhere; what is not here is a warning.
+        starting: True: the run starts now in this process, so the check may import torch, and the model needs its
+            weights. False: neither is needed, and the check also reads the rows of the data files.
+        hardware: hardware that the run is planned for; None for this machine.
+        without_files: model and data may be on another machine, so that missing files are warnings.
+        environment: environment variables of a planned run, as far as they are known.
     """
 
     starting: bool = True

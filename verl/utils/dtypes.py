@@ -13,7 +13,7 @@ _CPU_BFLOAT16 = ("avx512_bf16", "amx_bf16")
 _ITEMSIZE = {"float32": 4, "bfloat16": 2}
 
 
-def itemsize(dtype: str) -> int:
+def itemsize_of(dtype: str) -> int:
     """Return the bytes of one element of `float32` (`fp32`) or `bfloat16` (`bf16`)."""
     return _ITEMSIZE[DTYPE_NAMES[dtype]]
 

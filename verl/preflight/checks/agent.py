@@ -1,4 +1,4 @@
-"""Agent loops and tools: known, and their files are there and whole. No class of the user's is imported."""
+"""Checks of `actor_rollout_ref.rollout.agent` and `.multi_turn`, without importing the user's classes."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ _REGISTRY = "verl.agent_loop.agent_loop"
 
 
 def check_agent(config: PPOConfig, found: Findings) -> None:
-    """Look for what the samples are made with."""
-    rollout = config.actor_rollout_ref.rollout
+    """Check that the default agent loop exists, and that the files of agent loops and tools can be used."""
+    agent = config.actor_rollout_ref.rollout.agent
     known = {*names.AGENT_LOOPS, *_registered()}
-    if rollout.agent.agent_loop_config_path is not None:
+    if agent.agent_loop_config_path is not None:
         try:
-            known |= {entry.name for entry in read_agent_loops(rollout.agent.agent_loop_config_path)}
+            known |= {entry.name for entry in read_agent_loops(agent.agent_loop_config_path)}
         except AgentLoopFileError as error:
             found.errors.append(str(error))
             return
-    default = rollout.agent.default_agent_loop
+    default = agent.default_agent_loop
     if default not in known:
-        near = difflib.get_close_matches(default, known, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
+        similar = difflib.get_close_matches(default, known, n=1)
+        hint = f" (did you mean {similar[0]}?)" if similar else ""
         found.errors.append(
-            f"{_DEFAULT_KEY}={default} is unknown{hint}: use one of {', '.join(sorted(known))}, or name the file of "
-            f"your own loop in {AGENT_LOOPS_KEY}"
+            f"{_DEFAULT_KEY}={default}: unknown agent loop{hint}; use one of {', '.join(sorted(known))}, or give the "
+            f"file of your agent loop in {AGENT_LOOPS_KEY}"
         )
     _check_multi_turn(config, found)
 
 
 def _registered() -> list[str]:
-    # The registry needs torch; nobody has registered anything if it was never imported. A user's modules are by now.
-    return sys.modules[_REGISTRY].agent_loop_names() if _REGISTRY in sys.modules else []
+    # The registry imports torch. If it is not imported yet, no user module has registered a loop.
+    return list(sys.modules[_REGISTRY].agent_loop_names()) if _REGISTRY in sys.modules else []
 
 
 def _check_multi_turn(config: PPOConfig, found: Findings) -> None:
@@ -51,15 +51,14 @@ def _check_multi_turn(config: PPOConfig, found: Findings) -> None:
             read_tool_config(multi_turn.tool_config_path)
         except ToolConfigError as error:
             found.errors.append(str(error))
-    by_row = rows_choose_loop(config)
-    if multi_turn.enable and default == "single_turn_agent" and not by_row:
+    if multi_turn.enable and default == "single_turn_agent" and not rows_choose_loop(config):
         found.errors.append(
-            f"{_MULTI_TURN}.enable=True, and every row would be answered in one turn ({_DEFAULT_KEY}={default}, and "
-            f"data.train_files has no column agent_name): set {_DEFAULT_KEY}=tool_agent"
+            f"{_MULTI_TURN}.enable=True with {_DEFAULT_KEY}={default}: every sample would have one turn, because "
+            f"data.train_files has no column agent_name; set {_DEFAULT_KEY}=tool_agent"
         )
     if default == "tool_agent" and multi_turn.tool_config_path is None:
         found.warnings.append(
-            f"{_DEFAULT_KEY}=tool_agent has no tools: every call is answered by an error; set "
+            f"{_DEFAULT_KEY}=tool_agent has no tools, so every tool call returns an error; set "
             f"{_MULTI_TURN}.tool_config_path"
         )
     if default == "tool_agent" and not multi_turn.enable:
@@ -67,6 +66,6 @@ def _check_multi_turn(config: PPOConfig, found: Findings) -> None:
 
 
 def rows_choose_loop(config: PPOConfig) -> bool:
-    """Whether rows may name an agent loop of their own."""
+    """Return True if rows of the data can name their own agent loop."""
     data = config.data
     return bool(data.custom_cls.path) or "agent_name" in column_names(data.train_files)

@@ -1,4 +1,7 @@
-"""Data files: there, whole, not empty, with the prompt column. Parquet files are judged by their footer alone."""
+"""Checks of `data`: files, columns and numbers of rows. Of a Parquet file only the footer is read.
+
+data_rows.py checks the content of rows and `data.max_prompt_length`.
+"""
 
 from __future__ import annotations
 
@@ -17,31 +20,30 @@ from verl.utils.user_files import file_problem
 
 @dataclass(frozen=True)
 class DataInfo:
-    """Rows that are used, None where a dataset class of the user's decides or the files cannot be read."""
+    """Numbers of rows that the run uses; None if a dataset class decides or the files cannot be read."""
 
     train: int | None
     val: int | None
 
 
 def check_data(config: PPOConfig, found: Findings) -> DataInfo:
-    """Read what the files say about themselves."""
+    """Check the data files, or the dataset class, and return the numbers of rows."""
     data = config.data
     if data.custom_cls.path:
-        _check_custom_class(config, found)
+        _check_custom_class(data.custom_cls.path, data.custom_cls.name, found)
         return DataInfo(None, None)
     if data.trust_remote_code and not config.actor_rollout_ref.model.trust_remote_code:
         found.errors.append(
-            "data.trust_remote_code=True: actor_rollout_ref.model.trust_remote_code decides for the tokenizer too; set "
-            "that to True"
+            "data.trust_remote_code=True: actor_rollout_ref.model.trust_remote_code also decides about the tokenizer; "
+            "set actor_rollout_ref.model.trust_remote_code=True"
         )
-    train = _rows("data.train_files", data.train_files, data.prompt_key, found)
-    val = _rows("data.val_files", data.val_files, data.prompt_key, found)
+    train = _check_files("data.train_files", data.train_files, data.prompt_key, found)
+    val = _check_files("data.val_files", data.val_files, data.prompt_key, found)
     for name, limit in (("train", data.train_max_samples), ("val", data.val_max_samples)):
         if limit == 0:
-            found.errors.append(f"data.{name}_max_samples=0: use at least 1, or -1 for all")
+            found.errors.append(f"data.{name}_max_samples=0: must be at least 1, or -1 for all rows")
     train, val = _limited(train, data.train_max_samples), _limited(val, data.val_max_samples)
-    for name in ("train_batch_size", "gen_batch_size"):
-        size = getattr(data, name)
+    for name, size in (("train_batch_size", data.train_batch_size), ("gen_batch_size", data.gen_batch_size)):
         if train is not None and size is not None and train < size:
             found.errors.append(f"data.{name}={size}: data.train_files has only {train} prompts; use at most {train}")
     return DataInfo(train, val)
@@ -51,23 +53,25 @@ def _limited(rows: int | None, limit: int) -> int | None:
     return rows if rows is None or limit < 1 else min(rows, limit)
 
 
-def _rows(field: str, files: str | list[str] | None, prompt_key: str, found: Findings) -> int | None:
+def _check_files(field: str, files: str | list[str] | None, prompt_key: str, found: Findings) -> int | None:
+    """Return the number of rows of all files; None after an error."""
     if files is None:
-        return None  # reported as not set
+        return None  # `value_problems` reports it
     try:
         paths = data_paths(files)
     except FileNotFoundError as error:
-        found.missing(f"{field}: {error}")
+        found.add_missing_file(f"{field}: {error}")
         return None
     except (OSError, ValueError) as error:
         found.errors.append(f"{field}: {error}")
         return None
-    counts = [_file(field, path, prompt_key, found) for path in paths]
+    counts = [_check_file(field, path, prompt_key, found) for path in paths]
     known = [count for count in counts if count is not None]
     return sum(known) if len(known) == len(counts) else None
 
 
-def _file(field: str, path: Path, prompt_key: str, found: Findings) -> int | None:
+def _check_file(field: str, path: Path, prompt_key: str, found: Findings) -> int | None:
+    """Return the number of rows of one file; None after an error."""
     try:
         rows = count_rows(path)
         columns = _columns(path)
@@ -76,28 +80,33 @@ def _file(field: str, path: Path, prompt_key: str, found: Findings) -> int | Non
         return None
     if prompt_key not in columns:
         found.errors.append(
-            f"{field}: {path} has no column {prompt_key!r}; its columns are {', '.join(columns)}: set data.prompt_key "
-            "to the one that holds the messages, or add it"
+            f"{field}: {path} has no column {prompt_key!r}; set data.prompt_key to the column that holds the messages, "
+            f"or add this column (columns: {', '.join(columns)})"
         )
         return None
     return rows
 
 
 def _columns(path: Path) -> list[str]:
+    """Return the column names of a data file.
+
+    Raises:
+        ValueError: the schema cannot be read, or the first JSON row is not an object.
+    """
     if path.suffix == ".parquet":
         try:
             return list(pq.read_schema(path).names)
         except pa.ArrowException as error:
-            raise ValueError(f"data file {path}: its schema cannot be read ({error}); write it again") from error
+            raise ValueError(f"data file {path}: cannot read its schema ({error}); write the file again") from error
     text = path.read_text(encoding="utf-8").lstrip()
     row = json.loads(text)[0] if text[:1] == "[" else json.loads(text.split("\n", 1)[0])
     if not isinstance(row, dict):
-        raise ValueError(f"data file {path}: row 0 is a JSON {type(row).__name__}; every row has to be an object")
+        raise ValueError(f"data file {path}: row 0 is a JSON {type(row).__name__}; every row must be an object")
     return list(row)
 
 
 def column_names(files: str | list[str] | None) -> set[str]:
-    """Columns that at least one of the files has; those that cannot be read count as having none."""
+    """Return the columns of all files together; files that cannot be read add none."""
     found: set[str] = set()
     try:
         for path in data_paths(files) if files else []:
@@ -107,11 +116,9 @@ def column_names(files: str | list[str] | None) -> set[str]:
     return found
 
 
-def _check_custom_class(config: PPOConfig, found: Findings) -> None:
-    custom = config.data.custom_cls
-    assert custom.path is not None
-    if not custom.name:
-        found.errors.append(f"data.custom_cls.name is not set, but data.custom_cls.path={custom.path}; name the class")
-    problem = file_problem(custom.path)
+def _check_custom_class(path: str, name: str | None, found: Findings) -> None:
+    if not name:
+        found.errors.append(f"data.custom_cls.name is not set: give the class's name in data.custom_cls.path={path}")
+    problem = file_problem(path)
     if problem is not None:
-        found.errors.append(f"data.custom_cls.path={custom.path}: {problem}; give the Python file of the class")
+        found.errors.append(f"data.custom_cls.path={path}: {problem}; give the Python file of the dataset class")

@@ -1,4 +1,4 @@
-"""The LoRA keys: consistent, the adapter to start from whole, the layers they name in the checkpoint."""
+"""Checks of LoRA's keys in `actor_rollout_ref.model`: consistency, the initial adapter, and names of layers."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from verl.utils.model_dir.model_files import ModelFiles
 
 _MODEL = "actor_rollout_ref.model."
 _TARGETS, _EXCLUDED = f"{_MODEL}target_modules", f"{_MODEL}exclude_modules"
-# A checkpoint may leave out, or have besides, the name under which the model keeps its body.
-_BODIES = ("", "model.", "transformer.")
+# Prefixes of layer names by which a checkpoint and its model can differ.
+_BODY_PREFIXES = ("", "model.", "transformer.")
 
 
 def check_lora(config: PPOConfig, files: ModelFiles, found: Findings) -> None:
-    """Look at the keys, at the adapter to start from, and for the layers in the checkpoint's headers."""
+    """Check the keys and the initial adapter, and look for the layers in the headers of the checkpoint."""
     try:
         options = lora_options(config.actor_rollout_ref.model)
     except (ValueError, OSError) as error:
         found.errors.append(str(error))
         return
-    # The names of a model with experts may differ from those of its checkpoint.
+    # A model with experts can have other layer names than its checkpoint.
     if options is not None and options.adapter_path is None and not any(".experts." in name for name in files.shapes):
         _check_layers(options, files, found)
 
@@ -42,31 +42,35 @@ def _check_layers(options: LoraOptions, files: ModelFiles, found: Findings) -> N
     if len(found.errors) > before or not excluded:
         return
     body = [name for name in layers if not name.endswith(("embed_tokens", "lm_head", "wte", "wpe"))]
-    wanted = body if targets == ALL_LINEAR else [name for name in layers if _fits(name, targets)]
+    wanted = body if targets == ALL_LINEAR else [name for name in layers if _matches_any_prefix(name, targets)]
     if all(matches(name, excluded) for name in wanted):
         found.errors.append(
-            f"{_EXCLUDED}={show(excluded)}: leaves no layer of {_TARGETS}={show(targets)}; leave some of it out"
+            f"{_EXCLUDED}={show(excluded)}: excludes every layer of {_TARGETS}={show(targets)}; remove some of its "
+            "names"
         )
 
 
 def _check_names(key: str, given: str | list[str] | None, layers: list[str], found: Findings) -> None:
-    ends = sorted({name.rpartition(".")[2] for name in layers})
+    """Check that each name, or the regular expression, matches a layer of the checkpoint."""
+    last_parts = sorted({name.rpartition(".")[2] for name in layers})
     if isinstance(given, list):
-        # What is excluded may be any module, so also what layers are in.
-        names = layers if key == _TARGETS else [*layers, *_outer(layers)]
+        # An excluded module can be any module, so also one that contains layers.
+        names = layers if key == _TARGETS else [*layers, *_outer_modules(layers)]
         for wanted in given:
-            if not any(_fits(name, [wanted]) for name in names):
-                near = difflib.get_close_matches(wanted.rpartition(".")[2], ends, n=3, cutoff=0.5) or ends
-                found.errors.append(f"{key}: the model has no {wanted}; near it are {', '.join(near)}")
-    elif given and given != ALL_LINEAR and not any(_fits(name, given) for name in layers):
-        fix = f"use [{given}]" if given in ends else f"names are such as {layers[len(layers) // 2]}"
-        found.errors.append(f"{key}={given}: is a regular expression over whole names, which no layer has; {fix}")
+            if not any(_matches_any_prefix(name, [wanted]) for name in names):
+                similar = difflib.get_close_matches(wanted.rpartition(".")[2], last_parts, n=3, cutoff=0.5)
+                hint = f"similar names: {', '.join(similar)}" if similar else f"use one of {', '.join(last_parts)}"
+                found.errors.append(f"{key}: the model has no layer {wanted}; {hint}")
+    elif given and given != ALL_LINEAR and not any(_matches_any_prefix(name, given) for name in layers):
+        fix = f"use [{given}]" if given in last_parts else f"a full name is e.g. {layers[len(layers) // 2]}"
+        found.errors.append(f"{key}={given}: this regular expression matches no full name of a layer; {fix}")
 
 
-def _fits(name: str, modules: str | list[str]) -> bool:
-    return any(matches(body + part, modules) for body in _BODIES for part in (name, name.partition(".")[2]) if part)
+def _matches_any_prefix(name: str, modules: str | list[str]) -> bool:
+    parts = [part for part in (name, name.partition(".")[2]) if part]
+    return any(matches(prefix + part, modules) for prefix in _BODY_PREFIXES for part in parts)
 
 
-def _outer(layers: list[str]) -> set[str]:
+def _outer_modules(layers: list[str]) -> set[str]:
     parts = [name.split(".") for name in layers]
     return {".".join(part[:i]) for part in parts for i in range(1, len(part))}

@@ -1,4 +1,4 @@
-"""The model directory: whole, and fit for the lengths and the parallelism asked for."""
+"""Checks of `actor_rollout_ref.model`: files, lengths and tensor parallelism. lora.py checks the keys of LoRA."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import os
 from typing import Any
 
 from verl.config.ppo import PPOConfig
+from verl.preflight.batch_sizes import longest_sample
 from verl.preflight.findings import Findings
-from verl.preflight.target import Scope
+from verl.preflight.target import Target
 from verl.utils.model_dir.model_files import (
     ModelFiles,
     ModelFilesError,
@@ -18,111 +19,128 @@ from verl.utils.model_dir.model_files import (
 )
 from verl.utils.model_dir.public_models import public_config
 
-_PATH = "actor_rollout_ref.model.path"
+_MODEL = "actor_rollout_ref.model"
+_PATH = f"{_MODEL}.path"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
-def check_model(config: PPOConfig, scope: Scope, found: Findings) -> ModelFiles | None:
-    """What the model's files say, or None where they are missing or damaged."""
+def check_model(config: PPOConfig, target: Target, found: Findings) -> ModelFiles | None:
+    """Check the policy's model and return its files; None if they are missing or damaged."""
     model = config.actor_rollout_ref.model
     if model.path is None:
-        return None  # reported as not set
-    files = find_model(_PATH, model.path, scope, found)
+        return None  # `value_problems` reports it
+    files = find_model(_PATH, model.path, target, found)
     if files is None:
         return None
-    _check_tokenizer(config, scope, found)
-    check_vocabulary("actor_rollout_ref.model", model.override_config, files, found)
-    _check_lengths(config, files, found)
+    _check_tokenizer(model.path, model.tokenizer_path, target, found)
+    check_vocabulary(_MODEL, model.override_config, files, found)
+    _check_max_model_len(config, found)
+    _check_positions(config, files, found)
     _check_heads(config, files, found)
     return files
 
 
-def find_model(field: str, path: str, scope: Scope, found: Findings) -> ModelFiles | None:
-    """The model in a directory, by its weights' headers; where no run starts, by its config or its name alone.
+def find_model(field: str, path: str, target: Target, found: Findings) -> ModelFiles | None:
+    """Read a model from the headers of its weights, or for a planned run from its config.json or its public name.
 
     Returns:
-        None where an error was found.
+        None after an error.
     """
     public = None if os.path.exists(path) else public_config(path)
     try:
-        if scope.without_files and public is not None:
-            found.notes.append(f"{field}={path}: not here; judged as the public model of that name")
+        if target.without_files and public is not None:
+            found.notes.append(f"{field}={path}: not found, checked as the public model of this name")
             return model_of_config(path, public)
-        if not scope.starting and is_config_alone(path):
-            found.notes.append(f"{field}={path}: has no weights, which a run needs; judged by its config.json")
+        if not target.starting and is_config_alone(path):
+            found.notes.append(f"{field}={path}: has no weights, which a run needs; checked with its config.json")
             return read_config_alone(path)
         return read_model(path)
     except ModelFilesError as error:
         if os.path.exists(path):
             found.errors.append(f"{field}={path}: {error}")
             return None
-        found.missing(f"{field}={path}: {error}")
-        return model_of_config(path, {}) if scope.without_files else None
+        found.add_missing_file(f"{field}={path}: {error}")
+        return model_of_config(path, {}) if target.without_files else None
     except OSError as error:
         found.errors.append(f"{field}={path}: cannot be read ({error.strerror}: {error.filename})")
         return None
 
 
-def _check_tokenizer(config: PPOConfig, scope: Scope, found: Findings) -> None:
-    model = config.actor_rollout_ref.model
-    folder = model.tokenizer_path or model.path or ""
+def _check_tokenizer(model_path: str, tokenizer_path: str | None, target: Target, found: Findings) -> None:
+    folder = tokenizer_path or model_path
     if has_tokenizer(folder):
         return
-    field = f"actor_rollout_ref.model.tokenizer_path={folder}" if model.tokenizer_path else f"{_PATH}={folder}"
+    field = f"{_MODEL}.tokenizer_path" if tokenizer_path else _PATH
     text = (
-        f"{field}: no tokenizer there (none of {', '.join(TOKENIZER_FILES)}); copy it there, or set "
-        "actor_rollout_ref.model.tokenizer_path"
+        f"{field}={folder}: no tokenizer found (none of {', '.join(TOKENIZER_FILES)}); copy one into this directory, "
+        f"or set {_MODEL}.tokenizer_path"
     )
-    if scope.without_files and not os.path.exists(folder):
-        return  # said of the model
-    if not scope.starting and is_config_alone(folder):
-        found.warnings.append(f"{text}; prompts are not measured without it")
+    if target.without_files and not os.path.exists(folder):
+        return  # `find_model` reports the missing directory
+    if not target.starting and is_config_alone(folder):
+        found.warnings.append(f"{text}; prompt lengths are not measured without it")
     else:
         found.errors.append(text)
 
 
 def has_tokenizer(folder: str) -> bool:
-    """Whether a directory has one of the `TOKENIZER_FILES`."""
+    """Return True if a directory has one of the `TOKENIZER_FILES`."""
     return any(os.path.isfile(os.path.join(folder, name)) for name in TOKENIZER_FILES)
 
 
 def check_vocabulary(section: str, override: dict[str, Any], files: ModelFiles, found: Findings) -> None:
-    """`override_config` cannot give a checkpoint other rows than it has."""
-    wanted, have = override.get("vocab_size"), files.number("vocab_size")
-    if wanted is not None and have is not None and wanted != have:
+    """Check that `override_config` does not change the vocabulary size, which the checkpoint's embeddings fix."""
+    wanted, rows = override.get("vocab_size"), files.number("vocab_size")
+    if wanted is not None and rows is not None and wanted != rows:
         found.errors.append(
-            f"{section}.override_config.vocab_size={wanted}: the checkpoint in {files.path} has {have} rows in its "
-            "embeddings; leave it out"
+            f"{section}.override_config.vocab_size={wanted}: the embeddings of the checkpoint in {files.path} have "
+            f"{rows} rows; leave it out"
         )
 
 
-def _check_lengths(config: PPOConfig, files: ModelFiles, found: Findings) -> None:
-    data, rollout = config.data, config.actor_rollout_ref.rollout
-    longest = data.max_prompt_length + data.max_response_length
-    caps = f"data.max_prompt_length={data.max_prompt_length} + data.max_response_length={data.max_response_length}"
-    if rollout.max_model_len is not None and rollout.max_model_len < longest:
+def _check_max_model_len(config: PPOConfig, found: Findings) -> None:
+    limit, longest = config.actor_rollout_ref.rollout.max_model_len, longest_sample(config)
+    if limit is not None and limit < longest:
         found.errors.append(
-            f"actor_rollout_ref.rollout.max_model_len={rollout.max_model_len}: below {caps} = {longest} tokens; use at "
-            f"least {longest}, or lower one of the caps"
-        )
-    positions = files.number("max_position_embeddings", "n_positions")
-    override = config.actor_rollout_ref.model.override_config.get("max_position_embeddings")
-    if isinstance(override, int):
-        positions = override
-    wanted = max(longest, rollout.max_model_len or 0)
-    # Scaled rotary embeddings reach further than the number in the config.
-    if positions is not None and wanted > positions and not scales_positions(files):
-        what = caps if wanted == longest else f"actor_rollout_ref.rollout.max_model_len={rollout.max_model_len}"
-        lower = "their sum" if what == caps else "it"
-        found.errors.append(
-            f"{what}: {wanted} tokens, but the model has {positions} positions; lower {lower} to at most {positions}"
+            f"actor_rollout_ref.rollout.max_model_len={limit}: must be at least {_length_keys(config)} = {longest} "
+            "tokens; raise it, or lower one of these"
         )
 
 
-def scales_positions(files: ModelFiles) -> bool:
-    """Whether the model reaches further than the number of positions in its config."""
+def _check_positions(config: PPOConfig, files: ModelFiles, found: Findings) -> None:
+    limit, longest = config.actor_rollout_ref.rollout.max_model_len, longest_sample(config)
+    positions = max_positions(files, config.actor_rollout_ref.model.override_config)
+    wanted = max(longest, limit or 0)
+    if positions is not None and wanted > positions:
+        if wanted == longest:
+            subject, lower = _length_keys(config), "their sum"
+        else:
+            subject, lower = f"actor_rollout_ref.rollout.max_model_len={limit}", "it"
+        found.errors.append(
+            f"{subject}: {wanted} tokens, but the model has {positions} positions; lower {lower} to at most {positions}"
+        )
+
+
+def _length_keys(config: PPOConfig) -> str:
+    data = config.data
+    return f"data.max_prompt_length={data.max_prompt_length} + data.max_response_length={data.max_response_length}"
+
+
+def max_positions(files: ModelFiles, override: dict[str, Any]) -> int | None:
+    """Return the maximum length of a sequence in tokens; None if it is not known.
+
+    Scaled rotary embeddings reach further than `max_position_embeddings`, so their limit is not known.
+
+    Args:
+        override: `override_config` of the model.
+    """
     scaling = files.config.get("rope_scaling") or files.config.get("rope_parameters") or {}
-    return isinstance(scaling, dict) and "factor" in scaling
+    if isinstance(scaling, dict) and "factor" in scaling:
+        return None
+    overridden = override.get("max_position_embeddings")
+    if isinstance(overridden, int):
+        return overridden
+    return files.number("max_position_embeddings", "n_positions")
 
 
 def _check_heads(config: PPOConfig, files: ModelFiles, found: Findings) -> None:
@@ -132,12 +150,12 @@ def _check_heads(config: PPOConfig, files: ModelFiles, found: Findings) -> None:
         return
 
     def fits(tp: int) -> bool:
-        # Fewer key-value heads than devices are copied, which needs the one number to divide the other.
+        # With fewer key-value heads than devices, vLLM copies heads. One number must then divide the other.
         return heads % tp == 0 and (kv_heads % tp == 0 or tp % kv_heads == 0)
 
     if not fits(size):
         sizes = ", ".join(str(tp) for tp in range(1, heads + 1) if fits(tp))
         found.errors.append(
-            f"actor_rollout_ref.rollout.tensor_model_parallel_size={size}: the model has {heads} attention heads and "
-            f"{kv_heads} key-value heads; use one of {sizes}"
+            f"actor_rollout_ref.rollout.tensor_model_parallel_size={size}: cannot split the model's {heads} attention "
+            f"heads and {kv_heads} key-value heads evenly; use one of {sizes}"
         )

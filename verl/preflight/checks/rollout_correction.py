@@ -1,4 +1,4 @@
-"""`algorithm.rollout_correction` against the rollout, the loss and the estimator."""
+"""Checks of `algorithm.rollout_correction` against the rollout, the loss and the estimator."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from verl.preflight.findings import Findings
 
 _ROLLOUT = "actor_rollout_ref.rollout."
 _LOSS_MODE = "actor_rollout_ref.actor.policy_loss.loss_mode"
+_BYPASS = f"{PREFIX}bypass_mode=True"
 
 
 def check_rollout_correction(config: PPOConfig, found: Findings) -> None:
-    """Its keys have to hold together, and the rest of the config has to allow what it asks for."""
+    """Check that the keys are consistent, and that the rest of the config allows the correction."""
     try:
         correction = resolve(config.algorithm.rollout_correction)
     except ConfigError as error:
@@ -24,64 +25,65 @@ def check_rollout_correction(config: PPOConfig, found: Findings) -> None:
         _check_bypass(config, correction, found)
     elif loss_mode == "bypass_mode":
         found.errors.append(
-            f"{_LOSS_MODE}=bypass_mode with {PREFIX}bypass_mode=False: that loss takes the rollout's log-probabilities "
-            f"for the old ones; set {PREFIX}bypass_mode=True, which chooses it by itself"
+            f"{_LOSS_MODE}=bypass_mode with {PREFIX}bypass_mode=False: this loss uses the rollout's log-probabilities "
+            f"as the old ones; set {_BYPASS}, which selects this loss automatically"
         )
-    elif (older := _older_tokens(config)) and not correction.active:
+    elif (stale := _stale_tokens_key(config)) and not correction.active:
         found.warnings.append(
-            f"{older} without a rollout correction: tokens of older weights are trained as if "
-            f"the present ones had made them; set {PREFIX}rollout_is=token"
+            f"{stale} without a rollout correction: tokens from older weights are trained as if the current weights "
+            f"had generated them; set {PREFIX}rollout_is=token"
         )
     if correction.active or correction.bypass_mode:
         _check_log_probs(config, correction, found)
 
 
-def _older_tokens(config: PPOConfig) -> str | None:
-    """The key by which tokens of older weights are trained on."""
+def _stale_tokens_key(config: PPOConfig) -> str | None:
+    """Return key and value by which the run trains on tokens of older weights, or None."""
     if config.actor_rollout_ref.rollout.partial_rollout:
         return f"{_ROLLOUT}partial_rollout=True"
     return f"trainer.rollout_lag={config.trainer.rollout_lag}" if config.trainer.rollout_lag else None
 
 
 def _check_bypass(config: PPOConfig, correction: Correction, found: Findings) -> None:
-    bypass = f"{PREFIX}bypass_mode=True"
     algorithm, loss_mode = config.algorithm, config.actor_rollout_ref.actor.policy_loss.loss_mode
     if loss_mode not in ("vanilla", "bypass_mode"):
         found.errors.append(
-            f"{_LOSS_MODE}={loss_mode} with {bypass}: bypass mode has a loss of its own, {PREFIX}loss_type="
-            f"{correction.loss_type}; leave {_LOSS_MODE} at vanilla, or set {PREFIX}bypass_mode=False"
+            f"{_LOSS_MODE}={loss_mode} with {_BYPASS}: bypass mode uses {PREFIX}loss_type={correction.loss_type} as "
+            f"its loss; leave {_LOSS_MODE} at vanilla, or set {PREFIX}bypass_mode=False"
         )
     if algorithm.adv_estimator in names.SUM_PI_SQUARED_ESTIMATORS:
         found.errors.append(
-            f"algorithm.adv_estimator={algorithm.adv_estimator} with {bypass}: it reads squared probabilities from the "
-            f"forward pass that bypass mode leaves out; use another estimator, or {PREFIX}bypass_mode=False"
+            f"algorithm.adv_estimator={algorithm.adv_estimator} with {_BYPASS}: it needs the sums of squared "
+            "probabilities from the forward pass that bypass mode skips; use another estimator, or "
+            f"{PREFIX}bypass_mode=False"
         )
     if algorithm.use_kl_in_reward:
         found.warnings.append(
-            f"algorithm.use_kl_in_reward=True with {bypass}: the penalty compares the engine's log-probabilities with "
-            "the reference model's, so that it also pays for the difference between engine and trainer; "
-            "actor_rollout_ref.actor.use_kl_loss=True does not"
+            f"algorithm.use_kl_in_reward=True with {_BYPASS}: the penalty compares the engine's log-probabilities with "
+            "the reference model's, so it also penalizes the numerical difference between engine and trainer; use "
+            "actor_rollout_ref.actor.use_kl_loss=True to avoid this"
         )
     if correction.loss_type == "reinforce":
         if correction.rollout_is is not None and correction.rollout_is_batch_normalize:
             found.errors.append(
-                f"{PREFIX}rollout_is_batch_normalize=True with {bypass} and {PREFIX}loss_type=reinforce: the weights "
-                "are made in each micro-batch, which does not know the mean over the whole batch; set it to False, or "
+                f"{PREFIX}rollout_is_batch_normalize=True with {_BYPASS} and {PREFIX}loss_type=reinforce: the weights "
+                "are computed in each micro-batch, without the mean over the whole batch; set it to False, or "
                 f"{PREFIX}bypass_mode=False"
             )
     elif correction.rollout_is is not None:
         found.notes.append(
-            f"{PREFIX}rollout_is={correction.rollout_is}: only its metrics are computed, the ratio of "
-            f"{PREFIX}loss_type=ppo_clip is the importance weight already"
+            f"{PREFIX}rollout_is={correction.rollout_is}: only its metrics are computed, because the ratio of "
+            f"{PREFIX}loss_type=ppo_clip already is the importance weight"
         )
 
 
 def _check_log_probs(config: PPOConfig, correction: Correction, found: Findings) -> None:
+    """Check that the engine returns log-probabilities of the distribution that it samples from."""
     rollout = config.actor_rollout_ref.rollout
-    asked = f"{PREFIX}bypass_mode=True" if correction.bypass_mode else f"{PREFIX}rollout_is or {PREFIX}rollout_rs"
+    user = _BYPASS if correction.bypass_mode else f"{PREFIX}rollout_is or {PREFIX}rollout_rs"
     if not rollout.calculate_log_probs:
         found.errors.append(
-            f"{_ROLLOUT}calculate_log_probs=False: {asked} needs the log-probabilities of the engine; set it to True"
+            f"{_ROLLOUT}calculate_log_probs=False: {user} needs the log-probabilities of the engine; set it to True"
         )
         return
     cut = [f"{_ROLLOUT}top_p={rollout.top_p}"] if rollout.top_p != 1 else []
@@ -91,13 +93,13 @@ def _check_log_probs(config: PPOConfig, correction: Correction, found: Findings)
         changed = [f"{_ROLLOUT}temperature={rollout.temperature}"] if rollout.temperature != 1 else []
         if changed + cut:
             found.warnings.append(
-                f"{_ROLLOUT}logprobs_mode={mode} with {', '.join(changed + cut)}: the engine returns log-probabilities "
-                f"of another distribution than it samples from, so that ratios and weights are wrong; use "
+                f"{_ROLLOUT}logprobs_mode={mode} with {', '.join(changed + cut)}: the engine samples from one "
+                "distribution and returns log-probabilities of another, so ratios and weights are wrong; use "
                 f"{_ROLLOUT}logprobs_mode=processed_logprobs"
             )
     elif cut:
         found.warnings.append(
-            f"{', '.join(cut)} with {asked}: the engine samples from the likeliest tokens alone, the trainer knows all "
-            "of them, so that ratios are below 1 by the probability that was cut off and narrow bands reject much; use "
-            f"{_ROLLOUT}top_p=1 and {_ROLLOUT}top_k=-1"
+            f"{', '.join(cut)} with {user}: the engine samples from the most likely tokens only, but the trainer's "
+            "probabilities cover all tokens, so ratios are below 1 by the probability that is cut off, and narrow "
+            f"bands reject many tokens; use {_ROLLOUT}top_p=1 and {_ROLLOUT}top_k=-1"
         )

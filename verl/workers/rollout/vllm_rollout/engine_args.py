@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from verl.config import ModelConfig, RolloutConfig
-from verl.utils.dtypes import itemsize
+from verl.utils.dtypes import itemsize_of
 from verl.utils.host import cpu_environment
 from verl.utils.model_dir.kv_cache import cpu_kv_cache_bytes
 from verl.utils.model_dir.model_files import read_model
@@ -67,7 +67,7 @@ def engine_args(
     if device == "cpu":
         # On a CPU vLLM would reserve a share of the whole machine's memory, which replicas and trainers share.
         arguments["kv_cache_memory_bytes"] = cpu_kv_cache_bytes(
-            read_model(model.path), itemsize(dtype), length, rollout.max_num_seqs
+            read_model(model.path), itemsize_of(dtype), length, rollout.max_num_seqs
         )
     else:
         arguments["gpu_memory_utilization"] = rollout.gpu_memory_utilization
