@@ -9,7 +9,7 @@ import pytest
 
 from verl.config import load_config
 from verl.preflight.check import examine
-from verl.preflight.target import Hardware, Scope
+from verl.preflight.target import Hardware, Target
 from verl.utils.vllm.npu_settings import check_npu_environment
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples/ascend950/run.sh"
@@ -51,7 +51,7 @@ def test_the_script_passes_the_check(model, algorithm, way, overrides_of):
     environment, hardware = WAYS[way]
     environment = {**environment, "MODEL": model, "ALGORITHM": algorithm, "HOME": "/home/of/nobody"}
     config = load_config(overrides_of(SCRIPT, **environment))
-    plan, found = examine(config, Scope(starting=False, hardware=hardware, without_files=True))
+    plan, found = examine(config, Target(starting=False, hardware=hardware, without_files=True))
     assert found.errors == []
     # Only the two data files are missing; there is no other warning.
     assert [text for text in found.warnings if "data file /home/of/nobody/data/" not in text] == []

@@ -1,7 +1,4 @@
-"""verl's own example scripts: which run unchanged, which keys of the others are refused, and what to write instead.
-
-docs/migrating.md shows the same table.
-"""
+"""Example scripts of upstream verl: keys that `verl check` rejects, and their replacements, as in docs/migrating.md."""
 
 import re
 from pathlib import Path
@@ -13,11 +10,11 @@ from fixtures.public_models import write_config
 from fixtures.tiny import write_char_tokenizer
 from verl.config import ConfigError, load_config
 from verl.preflight.check import examine
-from verl.preflight.target import Hardware, Scope
+from verl.preflight.target import Hardware, Target
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = yaml.safe_load((ROOT / "tests/data/upstream_scripts.yaml").read_text())
-# What a key's value may be on another machine.
+# Keys that are replaced by directories of this machine.
 _MODELS = ("actor_rollout_ref.model.path", "critic.model.path")
 
 
@@ -27,7 +24,7 @@ def key_of(override):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """`files(model)`: a model directory without weights; and GSM8K's rows a few times over, as `train.parquet`."""
+    """Return `files(model)`: a model directory without weights, and a `train.parquet` that repeats a row of GSM8K."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -44,7 +41,7 @@ def files(tmp_path_factory):
 
 
 def problems(script, files, changes):
-    """What is wrong with a script whose keys in `changes` have other values, or with None are left out."""
+    """Return the errors of a script; `changes` replaces values of keys, None removes a key."""
     model, data = files(script["model"])
     here = {"data.train_files": data, "data.val_files": data, "trainer.default_local_dir": data.parent / "out"}
     here |= dict.fromkeys(_MODELS, model)
@@ -59,7 +56,7 @@ def problems(script, files, changes):
         config = load_config(overrides)
     except ConfigError as error:
         return list(error.problems)
-    return examine(config, Scope(starting=False, hardware=Hardware(hardware)))[1].errors
+    return examine(config, Target(starting=False, hardware=Hardware(hardware)))[1].errors
 
 
 def head(problem):
@@ -67,7 +64,7 @@ def head(problem):
 
 
 def named(script, files):
-    """All problems by their key: unknown keys hide the rest, so that they are left out and the rest is asked again."""
+    """Return all errors by key. Unknown keys hide other errors, so they are removed and the script is checked again."""
     found, changes = {}, {}
     while True:
         now = {head(problem): problem for problem in problems(script, files, changes)}
@@ -80,7 +77,7 @@ def named(script, files):
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script["name"])
-def test_what_is_refused_names_what_to_write_instead(script, files, monkeypatch):
+def test_rejected_keys_are_reported_with_their_replacement(script, files, monkeypatch):
     monkeypatch.chdir(ROOT)
     found = named(script, files)
     assert sorted(found) == sorted(script["refused"])
@@ -95,7 +92,7 @@ def test_what_is_refused_names_what_to_write_instead(script, files, monkeypatch)
     assert {key for key, value in script["instead"].items() if value is None} <= given
 
 
-def test_scripts_are_named_by_what_can_be_looked_up():
+def test_each_script_has_a_commit_and_a_path():
     assert len(SCRIPTS) >= 10
     for script in SCRIPTS:
         assert re.fullmatch(r"[0-9a-f]{40}", script["commit"])
@@ -109,7 +106,7 @@ def short(text):
 
 
 def rows():
-    """The table of docs/migrating.md."""
+    """Yield the rows of the table in docs/migrating.md."""
     for script in SCRIPTS:
         link = f"https://github.com/{script['repo']}/blob/{script['commit']}/{script['path']}"
         refused = ", ".join(map(short, script["refused"])) or "nothing"
@@ -119,12 +116,12 @@ def rows():
         yield f"| [{script['name']}]({link}) | {refused} | {instead or 'unchanged'} |"
 
 
-def test_the_docs_show_this():
+def test_the_table_in_the_docs_is_current():
     text = (ROOT / "docs/migrating.md").read_text()
     assert "\n".join(rows()) in text
 
 
-def test_a_config_file_of_another_engine_is_refused_with_what_to_do():
+def test_a_config_file_of_another_engine_is_an_error():
     from verl.trainer.main_ppo import split_arguments
 
     for words in (["--config-name=ppo_megatron_trainer.yaml"], ["-cn", "ppo_megatron_trainer"]):

@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--without-files",
         action="store_true",
-        help="model and data may be on another machine: missing files are warnings, and public models are known by name",
+        help="model and data may be on another machine: missing files are warnings, public models are known by name",
     )
     parser.add_argument(
         "--bandwidth",

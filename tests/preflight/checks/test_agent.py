@@ -1,5 +1,3 @@
-"""Agent loops and tools are checked before anything starts."""
-
 import pytest
 
 LOOP = "actor_rollout_ref__rollout__agent__default_agent_loop"
@@ -21,18 +19,18 @@ def tools(tmp_path):
     return path
 
 
-def test_a_tool_agent_with_tools(plan_of, tools):
+def test_a_tool_agent_with_tools_has_no_warning(plan_of, tools):
     plan = plan_of(**{LOOP: "tool_agent", ENABLE: True, TOOLS: tools})
     assert not any("tool" in line for line in plan.warnings + plan.notes)
 
 
-def test_an_unknown_loop(problem_of):
+def test_an_unknown_agent_loop_is_an_error(problem_of):
     problem = problem_of(**{LOOP: "tool_agnet"})
-    assert problem.startswith("actor_rollout_ref.rollout.agent.default_agent_loop=tool_agnet is unknown")
+    assert problem.startswith("actor_rollout_ref.rollout.agent.default_agent_loop=tool_agnet: unknown agent loop")
     assert "single_turn_agent, tool_agent" in problem
 
 
-def test_a_loop_of_the_users_file(plan_of, problem_of, tmp_path):
+def test_agent_loops_of_a_user_file_are_known(plan_of, problem_of, tmp_path):
     (tmp_path / "own.py").write_text("class Own: pass\nraise SystemExit('a check imports nothing')\n")
     path = tmp_path / "loops.yaml"
     path.write_text("- {name: own, _target_: own.py:Own, depth: 3}")
@@ -40,7 +38,7 @@ def test_a_loop_of_the_users_file(plan_of, problem_of, tmp_path):
     assert "own" in problem_of(**{LOOP: "other", LOOPS: path})
 
 
-def test_a_loop_that_a_module_of_the_users_registered(plan_of, problem_of, tmp_path):
+def test_agent_loops_that_a_user_module_registered_are_known(plan_of, problem_of, tmp_path):
     from verl.utils.external import import_external
 
     lib = tmp_path / "lib.py"
@@ -67,7 +65,7 @@ def test_a_loop_that_a_module_of_the_users_registered(plan_of, problem_of, tmp_p
         ("- {name: a, _target_: torch.A}\n- {name: a, _target_: torch.B}", "duplicate name a"),
     ],
 )
-def test_a_loops_file_that_cannot_work(problem_of, tmp_path, text, words):
+def test_an_invalid_file_of_agent_loops_is_an_error(problem_of, tmp_path, text, words):
     path = tmp_path / "loops.yaml"
     if text is not None:
         path.write_text(text)
@@ -75,18 +73,18 @@ def test_a_loops_file_that_cannot_work(problem_of, tmp_path, text, words):
     assert problem.startswith(f"actor_rollout_ref.rollout.agent.agent_loop_config_path={path}") and words in problem
 
 
-def test_a_directory_is_no_file(problem_of, tmp_path):
+def test_a_directory_instead_of_a_file_is_an_error(problem_of, tmp_path):
     for key in (LOOPS, TOOLS):
         problem = problem_of(**{LOOP: "tool_agent", ENABLE: True, key: tmp_path})
         assert f"={tmp_path}: is a directory (looked for {tmp_path}); give a YAML file" in problem
 
 
-def test_a_tools_file_that_cannot_work(problem_of, tools):
+def test_an_invalid_file_of_tools_is_an_error(problem_of, tools):
     tools.write_text(TOOL_FILE.replace("Mine", "Yours"))
     assert "mine.py has no class Yours" in problem_of(**{LOOP: "tool_agent", ENABLE: True, TOOLS: tools})
 
 
-def test_several_turns_that_no_row_would_have(problem_of, plan_of, run_files, tools):
+def test_multi_turn_without_a_loop_that_uses_it_is_an_error(problem_of, plan_of, run_files, tools):
     changes = {ENABLE: True, TOOLS: tools}
     problem = problem_of(**changes)
     assert problem.startswith("actor_rollout_ref.rollout.multi_turn.enable=True") and "=tool_agent" in problem
@@ -94,16 +92,16 @@ def test_several_turns_that_no_row_would_have(problem_of, plan_of, run_files, to
     plan_of(**changes)
 
 
-def test_tools_off_and_on_at_once_is_noted(plan_of, tools):
+def test_a_tool_agent_with_multi_turn_off_is_a_note(plan_of, tools):
     plan = plan_of(**{LOOP: "tool_agent", TOOLS: tools})
     assert any("multi_turn.enable=False" in note for note in plan.notes)
 
 
-def test_a_tool_agent_without_tools_is_warned_of(plan_of):
+def test_a_tool_agent_without_tools_is_a_warning(plan_of):
     assert any("has no tools" in warning for warning in plan_of(**{LOOP: "tool_agent", ENABLE: True}).warnings)
 
 
-def test_what_has_no_effect_without_the_tool_agent(plan_of, tools):
+def test_keys_of_multi_turn_are_unused_without_the_tool_agent(plan_of, tools):
     changes = {TOOLS: tools, "actor_rollout_ref__rollout__multi_turn__max_user_turns": 3}
     (note,) = [note for note in plan_of(**changes).notes if "multi_turn" in note]
     assert "tool_config_path" in note and "max_user_turns" in note and note.startswith("no effect")

@@ -3,18 +3,18 @@ import json
 import pytest
 
 
-def test_missing_file(problem_of, run_files):
+def test_a_missing_file_is_an_error(problem_of, run_files):
     text = problem_of(data__train_files=run_files.root / "nothing.parquet")
     assert text.startswith("data.train_files: ") and "nothing.parquet" in text and "does not exist" in text
 
 
-def test_zero_bytes(problem_of, run_files):
+def test_an_empty_file_is_an_error(problem_of, run_files):
     run_files.val.write_bytes(b"")
     text = problem_of()
     assert text.startswith("data.val_files: ") and "val.parquet" in text and "empty" in text
 
 
-def test_no_rows(problem_of, run_files):
+def test_a_file_without_rows_is_an_error(problem_of, run_files):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -23,20 +23,20 @@ def test_no_rows(problem_of, run_files):
 
 
 @pytest.mark.parametrize("keep", [4, 0.5, 0.99])
-def test_truncated_parquet(problem_of, run_files, keep):
+def test_a_truncated_parquet_file_is_an_error(problem_of, run_files, keep):
     whole = run_files.train.read_bytes()
     run_files.train.write_bytes(whole[: int(keep if keep >= 1 else len(whole) * keep)])
     text = problem_of()
     assert text.startswith("data.train_files: ") and "train.parquet" in text and "truncated" in text
 
 
-def test_no_prompt_column(problem_of, run_files):
+def test_a_missing_prompt_column_is_an_error(problem_of, run_files):
     run_files.write_prompts(run_files.train, 40, prompt=None, question="ab")
     text = problem_of()
     assert "train.parquet" in text and "no column 'prompt'" in text and "question" in text and "data.prompt_key" in text
 
 
-def test_jsonl(plan_of, problem_of, run_files):
+def test_rows_and_errors_of_json_lines(plan_of, problem_of, run_files):
     path = run_files.write_prompts(run_files.root / "train.jsonl", 24)
     assert plan_of(data__train_files=path).train_prompts == 24
     run_files.write_prompts(path, 24, prompt=None)
@@ -48,30 +48,35 @@ def test_jsonl(plan_of, problem_of, run_files):
     assert "row 0" in text and "JSON int" in text
 
 
-def test_several_files_add_up_and_max_samples_caps(plan_of, run_files):
+def test_rows_of_files_add_up_to_at_most_max_samples(plan_of, run_files):
     files = f"['{run_files.train}','{run_files.val}']"
     assert plan_of(data__train_files=files).train_prompts == 44
     assert plan_of(data__train_files=files, data__train_max_samples=17).train_prompts == 17
 
 
-def test_another_suffix(problem_of, run_files):
+def test_an_unknown_suffix_is_an_error(problem_of, run_files):
     path = run_files.root / "train.csv"
     path.write_text("prompt\n")
     assert ".csv" in problem_of(data__train_files=path)
 
 
-def test_fewer_prompts_than_a_batch(problem_of):
+def test_fewer_prompts_than_a_batch_are_an_error(problem_of):
     text = problem_of(data__train_batch_size=64, actor_rollout_ref__actor__ppo_mini_batch_size=64)
     assert "data.train_batch_size=64" in text and "only 40 prompts" in text
 
 
-def test_remote_code_is_decided_by_the_model(problem_of, plan_of):
+def test_trust_remote_code_must_also_be_set_for_the_model(problem_of, plan_of):
     assert "actor_rollout_ref.model.trust_remote_code" in problem_of(data__trust_remote_code=True)
     plan_of(data__trust_remote_code=True, actor_rollout_ref__model__trust_remote_code=True)
 
 
-def test_a_dataset_class_has_to_be_there(problems_of, plan_of, run_files):
+def test_a_missing_dataset_class_is_an_error(problems_of, plan_of, run_files):
     text = "\n".join(problems_of(data__custom_cls__path="/nowhere.py"))
     assert "data.custom_cls.name is not set" in text and "/nowhere.py: no such file" in text
     plan = plan_of(data__custom_cls__path=run_files.reward, data__custom_cls__name="Mine", data__train_files="anything")
     assert plan.train_prompts is None and "dataset class" in plan.render()
+
+
+def test_a_directory_instead_of_a_dataset_class_is_an_error(problem_of, tmp_path):
+    problem = problem_of(data__custom_cls__path=tmp_path, data__custom_cls__name="Mine")
+    assert problem.startswith(f"data.custom_cls.path={tmp_path}: is a directory")

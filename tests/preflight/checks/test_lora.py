@@ -15,13 +15,13 @@ LAYERS = {
 
 @pytest.fixture
 def layers(run_files):
-    """A checkpoint whose tensors have the names of a model's."""
+    """Give the tensors of the checkpoint the names of a model's layers."""
     run_files.write_safetensors(run_files.weights, LAYERS)
 
 
 @pytest.fixture
 def adapter(run_files):
-    """Writes an adapter of rank 4; `over` replaces fields of its config, None leaves one out."""
+    """Return a function that writes an adapter of rank 4; `over` replaces fields of its config, None removes one."""
 
     def write(**over):
         path = run_files.root / "adapter"
@@ -49,22 +49,32 @@ def with_adapter(path, **changes):
         ({"target_modules": "[q_proj]"}, "target_modules=[q_proj]: there are no adapters with"),
         ({"exclude_modules": "[q_proj]"}, "exclude_modules=[q_proj]: there are no adapters with"),
         ({"lora_rank": 4, "target_modules": "[]"}, "target_modules=[]: no layer would be trained; use all-linear"),
-        ({"lora_rank": 4, "target_modules": "[qproj]"}, "target_modules: the model has no qproj; near it are q_proj"),
+        (
+            {"lora_rank": 4, "target_modules": "[qproj]"},
+            "target_modules: the model has no layer qproj; similar names: q_proj",
+        ),
         (
             {"lora_rank": 4, "target_modules": "[zzz]"},
-            "no zzz; near it are embed_tokens, lm_head, o_proj, q_proj, up_proj",
+            "no layer zzz; use one of embed_tokens, lm_head, o_proj, q_proj, up_proj",
         ),
         (
             {"lora_rank": 4, "target_modules": "[mlp.q_proj]"},
-            "target_modules: the model has no mlp.q_proj; near it are",
+            "target_modules: the model has no layer mlp.q_proj; similar names:",
         ),
-        ({"lora_rank": 4, "target_modules": "'.*(v|k)_proj'"}, "which no layer has; names are such as model.layers.0"),
-        ({"lora_rank": 4, "exclude_modules": "[qproj]"}, "exclude_modules: the model has no qproj; near it are q_proj"),
-        ({"lora_rank": 4, "exclude_modules": "'.*zzz'"}, "exclude_modules=.*zzz: is a regular expression"),
-        ({"lora_rank": 4, "exclude_modules": "'.*_proj'"}, "exclude_modules=.*_proj: leaves no layer of"),
+        (
+            {"lora_rank": 4, "target_modules": "'.*(v|k)_proj'"},
+            "matches no full name of a layer; a full name is e.g. model.layers.0",
+        ),
+        (
+            {"lora_rank": 4, "exclude_modules": "[qproj]"},
+            "exclude_modules: the model has no layer qproj; similar names: q_proj",
+        ),
+        ({"lora_rank": 4, "exclude_modules": "'.*zzz'"}, "exclude_modules=.*zzz: this regular expression"),
+        ({"lora_rank": 4, "exclude_modules": "'.*_proj'"}, "exclude_modules=.*_proj: excludes every layer of"),
         (
             {"lora_rank": 4, "target_modules": "[q_proj]", "exclude_modules": "[self_attn.q_proj]"},
-            "exclude_modules=[self_attn.q_proj]: leaves no layer of actor_rollout_ref.model.target_modules=[q_proj]",
+            "exclude_modules=[self_attn.q_proj]: excludes every layer of "
+            "actor_rollout_ref.model.target_modules=[q_proj]",
         ),
         ({"lora_rank": 4, "target_modules": "q_proj"}, "use [q_proj]"),
         ({"lora_rank": 4, "target_modules": "'q_(proj'"}, "is no regular expression (missing ), unterminated"),
@@ -73,7 +83,7 @@ def with_adapter(path, **changes):
         ({"lora__merge": False}, "use True: adapters apart from the weights"),
     ],
 )
-def test_keys_that_cannot_work(problem_of, changes, text):
+def test_invalid_keys_are_errors(problem_of, changes, text):
     assert text in problem_of(**{M + name: value for name, value in changes.items()})
 
 
@@ -88,28 +98,28 @@ def test_keys_that_cannot_work(problem_of, changes, text):
         {"lora_rank": 0, "lora_alpha": 16, "target_modules": "all-linear", "exclude_modules": "null"},
     ],
 )
-def test_keys_that_work(plan_of, changes):
+def test_valid_keys_have_a_plan(plan_of, changes):
     plan_of(**{M + name: value for name, value in changes.items()})
 
 
-def test_an_experts_model_may_have_other_names_than_its_checkpoint(plan_of, run_files):
+def test_layer_names_of_a_model_with_experts_are_not_checked(plan_of, run_files):
     run_files.write_safetensors(run_files.weights, {"model.layers.0.mlp.experts.0.w1.weight": (8, 16)})
     plan_of(**{M + "lora_rank": 4, M + "target_modules": "[q_proj]"})
 
 
-def test_alpha_alone_has_no_effect(plan_of):
+def test_alpha_without_a_rank_is_unused(plan_of):
     notes = [note for note in plan_of(**{M + "lora_alpha": 32}).notes if "lora_alpha" in note]
     assert notes == ["no effect without adapters (model.lora_rank=0): actor_rollout_ref.model.lora_alpha"]
 
 
-# ---- an adapter to start from ---------------------------------------------------------------------------------------
+# ---- initial adapter ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "changes",
     [{}, {"lora_rank": 4}, {"lora_alpha": 12}, {"target_modules": "[o_proj,q_proj]"}],
 )
-def test_an_adapter_decides_its_own_shape(plan_of, adapter, changes):
+def test_an_adapter_gives_rank_alpha_and_layers(plan_of, adapter, changes):
     from verl.config import ModelConfig, lora_options
 
     path = adapter(use_rslora=True, lora_dropout=0.1, inference_mode=True, loftq_config={}, bias="none")
@@ -129,7 +139,7 @@ def test_an_adapter_decides_its_own_shape(plan_of, adapter, changes):
         ({"exclude_modules": "[q_proj]"}, "has null; use that"),
     ],
 )
-def test_keys_that_contradict_an_adapter(problem_of, adapter, changes, text):
+def test_keys_that_contradict_an_adapter_are_errors(problem_of, adapter, changes, text):
     assert text in problem_of(**with_adapter(adapter(), **changes))
 
 
@@ -145,11 +155,11 @@ def test_keys_that_contradict_an_adapter(problem_of, adapter, changes, text):
         ({"target_modules": None}, "has no target_modules"),
     ],
 )
-def test_adapters_of_another_kind(problem_of, adapter, over, text):
+def test_unsupported_adapters_are_errors(problem_of, adapter, over, text):
     assert text in problem_of(**with_adapter(adapter(**over)))
 
 
-def test_adapters_that_are_damaged_or_missing(problem_of, adapter):
+def test_damaged_and_missing_adapters_are_errors(problem_of, adapter):
     path = adapter()
     weights = path / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
@@ -163,27 +173,3 @@ def test_adapters_that_are_damaged_or_missing(problem_of, adapter):
     (path / "adapter_config.json").write_text("{")
     assert "adapter_config.json is damaged" in problem_of(**with_adapter(path))
     assert "no such directory; give the directory of a peft adapter" in problem_of(**with_adapter(path / "x"))
-
-
-# ---- memory ---------------------------------------------------------------------------------------------------------
-
-
-def test_memory_of_adapters(plan_of, run_files):
-    shapes = {
-        "model.embed_tokens.weight": (512, 1024),
-        "model.layers.0.self_attn.q_proj.weight": (4096, 1024),
-        "model.layers.0.self_attn.o_proj.weight": (1024, 4096),
-        "model.layers.0.mlp.experts.0.up_proj.weight": (2048, 1024),
-        "lm_head.weight": (512, 1024),
-    }
-    run_files.write_safetensors(run_files.weights, shapes)
-    parameters = sum(rows * columns for rows, columns in shapes.values())
-    full = plan_of().memory.trainer_bytes
-    lora = plan_of(**{M + "lora_rank": 8}).memory.trainer_bytes
-    adapters = 8 * 2 * (4096 + 1024)
-    # gradients and two moments of the adapters alone; their weights besides
-    assert full - lora == 12 * parameters - 16 * adapters
-    one = plan_of(**{M + "lora_rank": 8, M + "exclude_modules": "[o_proj]"}).memory.trainer_bytes
-    assert full - one == 12 * parameters - 8 * adapters
-    named = plan_of(**{M + "lora_rank": 8, M + "target_modules": "[q_proj]"}).memory.trainer_bytes
-    assert named == one

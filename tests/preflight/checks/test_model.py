@@ -11,30 +11,30 @@ def rewrite_config(run_files, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_no_directory(problem_of, run_files):
+def test_a_missing_directory_is_an_error(problem_of, run_files):
     assert "does not exist" in problem_of(actor_rollout_ref__model__path=run_files.root / "none")
     assert "is a file" in problem_of(actor_rollout_ref__model__path=run_files.reward)
 
 
-def test_no_config(problem_of, run_files):
+def test_a_missing_config_is_an_error(problem_of, run_files):
     (run_files.model / "config.json").unlink()
     text = problem_of()
     assert text.startswith(PATH + str(run_files.model)) and "has no config.json" in text
 
 
 @pytest.mark.parametrize("content", ["{", "[]"])
-def test_damaged_config(problem_of, run_files, content):
+def test_a_damaged_config_is_an_error(problem_of, run_files, content):
     (run_files.model / "config.json").write_text(content)
     assert "config.json" in problem_of()
 
 
-def test_no_weights(problem_of, run_files):
+def test_missing_weights_are_an_error(problem_of, run_files):
     run_files.weights.unlink()
     text = problem_of()
     assert text.startswith(PATH + str(run_files.model)) and "has no weights" in text
 
 
-def test_no_tokenizer(problem_of, plan_of, run_files):
+def test_a_missing_tokenizer_is_an_error(problem_of, plan_of, run_files):
     (run_files.model / "tokenizer.json").unlink()
     assert "no tokenizer" in problem_of()
     other = run_files.root / "tokenizer"
@@ -43,7 +43,7 @@ def test_no_tokenizer(problem_of, plan_of, run_files):
     plan_of(actor_rollout_ref__model__tokenizer_path=other)
 
 
-def test_truncated_and_overlong_weights(problem_of, run_files):
+def test_weights_of_the_wrong_length_are_an_error(problem_of, run_files):
     whole = run_files.weights.read_bytes()
     for content, word in (
         (whole[:-4], "truncated"),
@@ -56,7 +56,7 @@ def test_truncated_and_overlong_weights(problem_of, run_files):
         assert "model.safetensors is damaged" in text and word in text
 
 
-def test_a_header_that_is_nonsense(problem_of, run_files):
+def test_an_invalid_header_is_an_error(problem_of, run_files):
     whole = run_files.weights.read_bytes()
     length = struct.unpack("<Q", whole[:8])[0]
     header = whole[8 : 8 + length]
@@ -65,7 +65,7 @@ def test_a_header_that_is_nonsense(problem_of, run_files):
         assert "model.safetensors is damaged" in problem_of(), (old, new)
 
 
-def test_shards(plan_of, problem_of, run_files):
+def test_parameters_and_errors_of_sharded_weights(plan_of, problem_of, run_files):
     run_files.weights.unlink()
     shards = {
         "model-00001-of-00002.safetensors": {"a": (4, 5)},
@@ -84,7 +84,7 @@ def test_shards(plan_of, problem_of, run_files):
     assert "model-00001-of-00002.safetensors is missing" in problem_of()
 
 
-def test_pickled_weights(plan_of, problem_of, run_files):
+def test_pickled_weights_have_no_known_size(plan_of, problem_of, run_files):
     import zipfile
 
     run_files.weights.unlink()
@@ -97,7 +97,7 @@ def test_pickled_weights(plan_of, problem_of, run_files):
     assert "pytorch_model.bin is damaged or truncated" in problem_of()
 
 
-def test_lengths_against_the_model(problem_of, plan_of, run_files):
+def test_lengths_beyond_the_models_positions_are_errors(problem_of, plan_of, run_files):
     text = problem_of(data__max_response_length=49)
     assert "65 tokens" in text and "64 positions" in text and "data.max_response_length=49" in text
     plan_of(data__max_response_length=48)
@@ -109,7 +109,7 @@ def test_lengths_against_the_model(problem_of, plan_of, run_files):
 
 
 @pytest.mark.parametrize(("size", "ok"), [(1, True), (2, True), (4, True), (3, False), (8, False)])
-def test_tensor_parallelism_against_the_heads(problem_of, plan_of, size, ok):
+def test_tensor_parallelism_must_fit_the_heads(problem_of, plan_of, size, ok):
     # 4 heads, 2 key-value heads, of which 4 devices would hold copies
     changes = {
         "actor_rollout_ref__rollout__tensor_model_parallel_size": size,
@@ -122,7 +122,7 @@ def test_tensor_parallelism_against_the_heads(problem_of, plan_of, size, ok):
         assert "use one of 1, 2, 4" in problem_of(**changes)
 
 
-def test_the_text_part_of_a_larger_config(plan_of, problem_of, run_files):
+def test_the_text_part_of_a_multimodal_config_is_used(plan_of, problem_of, run_files):
     config = json.loads((run_files.model / "config.json").read_text())
     (run_files.model / "config.json").write_text(json.dumps({"model_type": "outer", "text_config": config}))
     plan_of()

@@ -1,12 +1,12 @@
 import pytest
 
 
-def test_no_such_file(problem_of):
+def test_a_missing_file_is_an_error(problem_of):
     text = problem_of(reward__custom_reward_function__path="/nowhere/reward.py")
     assert text.startswith("reward.custom_reward_function.path=/nowhere/reward.py: no such file")
 
 
-def test_no_such_function(problem_of):
+def test_a_missing_function_is_an_error(problem_of):
     text = problem_of(reward__custom_reward_function__name="compute_scores")
     assert "reward.custom_reward_function.name=compute_scores" in text and "did you mean compute_score?" in text
 
@@ -24,7 +24,7 @@ def test_no_such_function(problem_of):
         ("if True:\n    def compute_score(): ...", None),
     ],
 )
-def test_a_keyword_that_the_function_does_not_take(problem_of, plan_of, run_files, source, words):
+def test_a_keyword_without_a_parameter_is_an_error(problem_of, plan_of, run_files, source, words):
     run_files.reward.write_text(source)
     changes = {"reward__custom_reward_function__reward_kwargs": "{bonsu: 2}"}
     if words is None:
@@ -34,7 +34,7 @@ def test_a_keyword_that_the_function_does_not_take(problem_of, plan_of, run_file
         assert text.startswith("reward.custom_reward_function.reward_kwargs.bonsu: ") and words in text
 
 
-def test_a_file_that_does_not_compile(problem_of, run_files):
+def test_a_syntax_error_is_an_error(problem_of, run_files):
     run_files.reward.write_text("x = 1\ndef compute_score(:\n    pass\n")
     text = problem_of()
     assert "is not valid Python" in text and "reward.py, line 2" in text
@@ -54,22 +54,22 @@ def test_a_file_that_does_not_compile(problem_of, run_files):
         "def __getattr__(name): ...",
     ],
 )
-def test_every_way_to_define_the_name(plan_of, run_files, source):
+def test_every_kind_of_definition_is_found(plan_of, run_files, source):
     run_files.reward.write_text(source)
     plan_of()
 
 
-def test_a_name_inside_a_function_is_none_of_the_module(problem_of, run_files):
+def test_a_nested_function_is_not_found(problem_of, run_files):
     run_files.reward.write_text("def outer():\n    def compute_score(**sample): ...\n")
     assert "it has outer" in problem_of()
 
 
-def test_nothing_of_the_file_runs(plan_of, run_files):
+def test_the_file_is_not_run(plan_of, run_files):
     run_files.reward.write_text("raise SystemExit(3)\ndef compute_score(**sample): ...\n")
     plan_of()
 
 
-def test_the_built_in_scorers_need_no_file(plan_of):
+def test_built_in_scorers_need_no_file(plan_of):
     plan_of(reward__custom_reward_function__path=None)
 
 
@@ -77,7 +77,7 @@ BUFFER = "reward.reward_kwargs.overlong_buffer_cfg"
 
 
 def dapo(buffer, **kwargs):
-    """Overrides of the dapo manager; `None` leaves a keyword out."""
+    """Return overrides of the dapo manager; None removes a keyword."""
     values = {"max_resp_len": 16, "overlong_buffer_cfg": buffer} | kwargs
     text = ", ".join(f"{name}: {value}" for name, value in values.items() if value is not None)
     return {"reward__reward_manager__name": "dapo", "reward__reward_kwargs": "{" + text + "}"}
@@ -93,7 +93,7 @@ def dapo(buffer, **kwargs):
             "max_response",
         ),
         ("{enable: True, len: 4}", {"max_resp_len": 0}, "reward.reward_kwargs.max_resp_len=0", "max_response_length"),
-        ("{enable: True, len: 4}", {"max_resp_len": 17}, "reward.reward_kwargs.max_resp_len=17", "give at most 16"),
+        ("{enable: True, len: 4}", {"max_resp_len": 17}, "reward.reward_kwargs.max_resp_len=17", "use at most 16"),
         ("{enable: True}", {}, f"{BUFFER}.len is not set", "at least 1"),
         ("{enable: True, len: 0}", {}, f"{BUFFER}.len=0", "at least 1"),
         ("{enable: True, len: 1.5}", {}, f"{BUFFER}.len=1.5", "at least 1"),
@@ -107,7 +107,7 @@ def dapo(buffer, **kwargs):
         ("3", {}, f"{BUFFER}=3", "this is a section"),
     ],
 )
-def test_an_overlong_buffer_that_cannot_work(problem_of, buffer, kwargs, start, fix):
+def test_an_invalid_overlong_buffer_is_an_error(problem_of, buffer, kwargs, start, fix):
     text = problem_of(**dapo(buffer, **kwargs))
     assert text.startswith(start) and fix in text
 
@@ -121,7 +121,7 @@ def test_an_overlong_buffer_that_cannot_work(problem_of, buffer, kwargs, start, 
         None,
     ],
 )
-def test_an_overlong_buffer_that_works(plan_of, buffer):
+def test_a_valid_overlong_buffer_has_a_plan(plan_of, buffer):
     plan_of(**dapo(buffer))
 
 
@@ -133,20 +133,20 @@ def test_an_overlong_buffer_that_works(plan_of, buffer):
         ("{enable: True, len: 4, penalty_factor: 0}", ("with", f"{BUFFER}.penalty_factor=0")),
     ],
 )
-def test_dapo_without_a_penalty_is_noted(plan_of, buffer, words):
+def test_dapo_without_a_penalty_is_a_note(plan_of, buffer, words):
     (note,) = [note for note in plan_of(**dapo(buffer)).notes if "reward_manager.name=dapo" in note]
     assert all(word in note for word in words), note
     plan = plan_of(**dapo("{enable: True, len: 4}"))
     assert not [note for note in plan.notes if "reward_manager.name=dapo" in note]
 
 
-def test_the_buffer_is_the_dapo_managers_alone(plan_of):
+def test_the_overlong_buffer_is_unused_without_dapo(plan_of):
     changes = dapo("{enable: True, len: 999}") | {"reward__reward_manager__name": "naive"}
     notes = plan_of(**changes).notes
     assert f"no effect on reward.reward_manager.name=naive: reward.reward_kwargs.max_resp_len, {BUFFER}" in notes
 
 
-def test_a_keyword_with_two_values(problem_of, run_files):
+def test_a_keyword_with_two_values_is_an_error(problem_of, run_files):
     run_files.reward.write_text("def compute_score(**sample): ...")
     own = "reward__custom_reward_function__reward_kwargs"
     text = problem_of(**{"reward__reward_kwargs": "{a: 1, b: 2}", own: "{a: 3, b: 2}"})

@@ -16,12 +16,12 @@ def notes_of(plan):
 
 
 @pytest.mark.parametrize("preset", ["disabled", "decoupled_seq_is_rs", "bypass_ppo_clip_k3_rs", "bypass_pg_is"])
-def test_presets_pass(plan_of, preset):
+def test_presets_have_no_warning(plan_of, preset):
     plan = plan_of(**{C + "preset": preset})
     assert not warnings_of(plan) and not notes_of(plan)
 
 
-def test_what_resolve_refuses_is_an_error(problems_of):
+def test_invalid_keys_are_errors(problems_of):
     found = problems_of(
         **{C + "rollout_is": "tokens", C + "rollout_is_threshold": "5.0_0.5", C + "rollout_rs_threshold": 2}
     )
@@ -36,17 +36,17 @@ def test_what_resolve_refuses_is_an_error(problems_of):
         ({C + "bypass_mode": True}, "bypass_mode=True"),
     ],
 )
-def test_a_correction_needs_the_engines_log_probabilities(problem_of, changes, asked):
+def test_a_correction_without_log_probs_is_an_error(problem_of, changes, asked):
     text = problem_of(**changes, **{R + "calculate_log_probs": False})
     assert text.startswith("actor_rollout_ref.rollout.calculate_log_probs=False: algorithm.rollout_correction.")
     assert asked in text and text.endswith("set it to True")
 
 
-def test_nothing_asked_needs_none(plan_of):
+def test_no_correction_needs_no_log_probs(plan_of):
     plan_of(**{R + "calculate_log_probs": False, C + "preset": "disabled"})
 
 
-def test_raw_log_probabilities_of_another_temperature(plan_of):
+def test_raw_log_probs_of_a_changed_distribution_are_a_warning(plan_of):
     raw = {R + "logprobs_mode": "raw_logprobs"}
     asked = {C + "rollout_is": "token"}
     assert not warnings_of(plan_of(**raw, **asked))
@@ -57,13 +57,13 @@ def test_raw_log_probabilities_of_another_temperature(plan_of):
         assert "use actor_rollout_ref.rollout.logprobs_mode=processed_logprobs" in warning
 
 
-def test_the_engines_own_argument_has_the_last_word(plan_of):
+def test_engine_kwargs_override_logprobs_mode(plan_of):
     engine = {R + "engine_kwargs": "{vllm: {logprobs_mode: raw_logprobs}}", R + "temperature": 0.7}
     (warning,) = warnings_of(plan_of(**engine, **{C + "bypass_mode": True}))
     assert "logprobs_mode=raw_logprobs" in warning
 
 
-def test_processed_log_probabilities_of_the_likeliest_tokens(plan_of):
+def test_processed_log_probs_of_a_part_of_the_tokens_are_a_warning(plan_of):
     asked = {C + "preset": "decoupled_geo_rs"}
     assert not warnings_of(plan_of(**asked, **{R + "temperature": 0.7}))
     for key, value in (("top_p", 0.9), ("top_k", 20)):
@@ -72,22 +72,22 @@ def test_processed_log_probabilities_of_the_likeliest_tokens(plan_of):
 
 
 @pytest.mark.parametrize("loss_mode", ["vanilla", "bypass_mode"])
-def test_bypass_mode_brings_its_loss(plan_of, loss_mode):
+def test_bypass_mode_accepts_the_default_loss_and_its_own(plan_of, loss_mode):
     plan_of(**{C + "bypass_mode": True, LOSS: loss_mode})
 
 
-def test_bypass_mode_and_another_loss(problem_of):
+def test_bypass_mode_with_another_loss_is_an_error(problem_of):
     text = problem_of(**{C + "bypass_mode": True, LOSS: "gspo"})
     assert text.startswith("actor_rollout_ref.actor.policy_loss.loss_mode=gspo with ")
     assert "algorithm.rollout_correction.bypass_mode=True" in text and "loss_type=ppo_clip" in text
 
 
-def test_the_loss_without_the_mode(problem_of):
+def test_the_loss_bypass_mode_without_bypass_mode_is_an_error(problem_of):
     text = problem_of(**{LOSS: "bypass_mode"})
     assert "loss_mode=bypass_mode with algorithm.rollout_correction.bypass_mode=False" in text
 
 
-def test_weights_of_micro_batches_have_no_common_mean(problem_of, plan_of):
+def test_batch_normalize_with_reinforce_is_an_error(problem_of, plan_of):
     keys = {C + "rollout_is": "sequence", C + "rollout_is_batch_normalize": True}
     plan_of(**keys)
     text = problem_of(**keys, **{C + "bypass_mode": True, C + "loss_type": "reinforce"})
@@ -95,25 +95,25 @@ def test_weights_of_micro_batches_have_no_common_mean(problem_of, plan_of):
     assert "loss_type=reinforce" in text and "bypass_mode=False" in text
 
 
-def test_weights_beside_ppos_ratio_are_only_metrics(plan_of):
+def test_importance_weights_with_ppo_clip_are_only_metrics(plan_of):
     plan = plan_of(**{C + "rollout_is": "token", C + "bypass_mode": True})
     (note,) = notes_of(plan)
     assert note.startswith("algorithm.rollout_correction.rollout_is=token: only its metrics")
 
 
 @pytest.mark.parametrize("estimator", ["optimal_token_baseline", "tir_optimal_token_baseline"])
-def test_an_estimator_that_needs_the_forward_pass(problem_of, estimator):
+def test_an_estimator_that_needs_the_skipped_forward_pass_is_an_error(problem_of, estimator):
     text = problem_of(**{C + "bypass_mode": True, "algorithm__adv_estimator": estimator})
     assert text.startswith(f"algorithm.adv_estimator={estimator} with algorithm.rollout_correction.bypass_mode=True")
 
 
-def test_a_kl_penalty_on_the_engines_log_probabilities(plan_of):
+def test_a_kl_penalty_on_log_probs_of_the_engine_is_a_warning(plan_of):
     (warning,) = warnings_of(plan_of(**{C + "bypass_mode": True, "algorithm__use_kl_in_reward": True}))
     assert warning.startswith("algorithm.use_kl_in_reward=True with ")
 
 
 @pytest.mark.parametrize(
-    ("changes", "idle"),
+    ("changes", "unused"),
     [
         ({C + "rollout_is_threshold": 3.0}, C + "rollout_is_threshold"),
         ({C + "rollout_is_batch_normalize": True}, C + "rollout_is_batch_normalize"),
@@ -128,6 +128,6 @@ def test_a_kl_penalty_on_the_engines_log_probabilities(plan_of):
         ),
     ],
 )
-def test_keys_without_effect(plan_of, changes, idle):
+def test_unused_keys_are_notes(plan_of, changes, unused):
     (note,) = notes_of(plan_of(**changes))
-    assert note.startswith("no effect ") and note.endswith(idle.replace("__", "."))
+    assert note.startswith("no effect ") and note.endswith(unused.replace("__", "."))

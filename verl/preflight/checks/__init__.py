@@ -10,6 +10,6 @@
 - `reward`: reward.py
 - `trainer`: trainer.py
 
-`verl.config.values` checks types, choices and bounds of single values. unused_keys.py reports keys without effect, of any
-section. `verl.preflight.check` calls all of these.
+`verl.config.values` checks types, choices and bounds of single values. unused_keys.py reports keys without effect in
+all sections. `verl.preflight.check` calls all of these.
 """

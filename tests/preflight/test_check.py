@@ -1,5 +1,3 @@
-"""Paths that no file could have are named like files that are not there."""
-
 import pytest
 
 TOOL_AGENT = {
@@ -28,10 +26,5 @@ KEYS = [
 
 @pytest.mark.parametrize(("key", "suffix", "changes"), KEYS, ids=[key for key, *_ in KEYS])
 @pytest.mark.parametrize("path", ["/tmp/" + "x" * 300, "/tmp" + "/xxx" * 1500])
-def test_a_path_that_is_too_long(problem_of, key, suffix, changes, path):
+def test_a_path_that_is_too_long_is_an_error_of_its_key(problem_of, key, suffix, changes, path):
     assert problem_of(**changes, **{key.replace(".", "__"): path + suffix}).startswith(key)
-
-
-def test_a_directory_is_no_dataset_class(problem_of, tmp_path):
-    problem = problem_of(data__custom_cls__path=tmp_path, data__custom_cls__name="Mine")
-    assert problem.startswith(f"data.custom_cls.path={tmp_path}: is a directory")

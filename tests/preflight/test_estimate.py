@@ -1,0 +1,77 @@
+import shutil
+
+from verl.config import PPOConfig
+from verl.preflight.estimate import critic_activation_bytes, critic_state_bytes
+from verl.utils.model_dir.model_files import read_model
+
+MIB = 1 << 20
+MODEL = "actor_rollout_ref__model__"
+
+
+def test_host_memory_equals_the_sum_of_its_parts(plan_of, run_files):
+    run_files.write_safetensors(run_files.weights, {"a": (25600, 1024)})
+    parameters = 25600 * 1024
+    delta = "actor_rollout_ref__rollout__checkpoint_engine__delta"
+    fixed = {
+        "actor_rollout_ref__rollout__dtype": "float32",
+        "actor_rollout_ref__actor__fsdp_config__dtype": "float32",
+        delta: "'off'",
+    }
+    one, two = plan_of(**fixed).memory, plan_of(**fixed, trainer__n_gpus_per_node=2).memory
+    with_ref = plan_of(**fixed, actor_rollout_ref__actor__use_kl_loss=True).memory
+    # float32 master weights, gradients and two moments: 16 bytes per parameter, half of it on each of two ranks;
+    # the reference model: 4 bytes per parameter
+    assert abs(one.trainer_bytes - two.trainer_bytes - 8 * parameters) < MIB
+    assert with_ref.trainer_bytes - one.trainer_bytes == 4 * parameters
+    # the last sent weights in float32, sharded over the trainer's ranks
+    deltas = plan_of(**(fixed | {delta: "auto"}), trainer__n_gpus_per_node=2).memory
+    assert deltas.trainer_bytes - two.trainer_bytes == 2 * parameters
+    assert deltas.replica_bytes == two.replica_bytes
+    half = plan_of(**(fixed | {"actor_rollout_ref__rollout__dtype": "bfloat16"})).memory
+    # 8192 requests of 32 tokens need one block of 128 tokens each: keys and values of 2 layers with 2 heads of size 8
+    many = plan_of(**fixed, actor_rollout_ref__rollout__max_num_seqs=8192).memory
+    assert many.cache_bytes == 8193 * 128 * 2 * 2 * 2 * 8 * 4
+    assert one.cache_bytes == 64 * MIB
+    # float32 instead of bfloat16, for the packed copy and for both layouts during a full update
+    assert one.replica_bytes - half.replica_bytes == 3 * 2 * parameters + one.cache_bytes - half.cache_bytes
+    assert one.total_bytes == one.trainer_bytes + one.replica_bytes + one.other_bytes
+    assert two.total_bytes == 2 * two.trainer_bytes + 2 * two.replica_bytes + two.other_bytes
+
+
+def test_memory_of_lora_adapters(plan_of, run_files):
+    shapes = {
+        "model.embed_tokens.weight": (512, 1024),
+        "model.layers.0.self_attn.q_proj.weight": (4096, 1024),
+        "model.layers.0.self_attn.o_proj.weight": (1024, 4096),
+        "model.layers.0.mlp.experts.0.up_proj.weight": (2048, 1024),
+        "lm_head.weight": (512, 1024),
+    }
+    run_files.write_safetensors(run_files.weights, shapes)
+    parameters = sum(rows * columns for rows, columns in shapes.values())
+    full = plan_of().memory.trainer_bytes
+    lora = plan_of(**{MODEL + "lora_rank": 8}).memory.trainer_bytes
+    adapters = 8 * 2 * (4096 + 1024)
+    # only adapters have gradients and two moments; their weights are added
+    assert full - lora == 12 * parameters - 16 * adapters
+    one = plan_of(**{MODEL + "lora_rank": 8, MODEL + "exclude_modules": "[o_proj]"}).memory.trainer_bytes
+    assert full - one == 12 * parameters - 8 * adapters
+    named = plan_of(**{MODEL + "lora_rank": 8, MODEL + "target_modules": "[q_proj]"}).memory.trainer_bytes
+    assert named == one
+
+
+def test_memory_of_a_critic(plan_of, run_files):
+    critic_model = shutil.copytree(run_files.model, run_files.root / "critic")
+    config = PPOConfig()
+    config.data.max_prompt_length = config.data.max_response_length = 16
+    config.actor_rollout_ref.actor.ppo_mini_batch_size, config.actor_rollout_ref.rollout.n = 8, 4
+    config.actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu = 2
+    config.critic.fsdp.model_dtype, config.critic.fsdp.dtype = "bf16", "float32"
+    config.critic.model.enable_gradient_checkpointing = False
+    assert critic_state_bytes(config, 1000, 2) == 1000 * 4 * 2 // 2
+    # hidden 16, inner 32, 2 layers; 2 samples of 32 tokens in float32
+    assert critic_activation_bytes(config, read_model(critic_model), "cpu", 1) == 64 * (8 * 16 + 4 * 32) * 4 * 2
+    without, with_critic = (
+        plan_of().memory,
+        plan_of(algorithm__adv_estimator="gae", critic__model__path=critic_model).memory,
+    )
+    assert with_critic.trainer_bytes >= without.trainer_bytes + 16 * plan_of().parameters
