@@ -1,4 +1,4 @@
-"""A script that passes, and `verl check` in this process."""
+"""A valid training script, and `verl check` in this process."""
 
 import json
 
@@ -15,7 +15,7 @@ def script(tmp_path):
 
 @pytest.fixture
 def check(capsys):
-    """`verl check ... --json`: the exit status and what it prints."""
+    """Return a function that runs `verl check ... --json` and returns the exit status and the JSON object."""
 
     def run(*arguments):
         status = main(["check", *map(str, arguments), "--json"])

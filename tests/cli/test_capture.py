@@ -1,5 +1,3 @@
-"""Scripts are run without their programs: what they would have run is known, and nothing happens."""
-
 import subprocess
 from pathlib import Path
 
@@ -11,8 +9,8 @@ TRAIN = "python3 -m verl.trainer.main_ppo"
 
 
 @pytest.fixture
-def of(tmp_path):
-    """What a script of this text would run; the directory holds nothing but it afterwards."""
+def capture_text(tmp_path):
+    """Return a function that captures a script with this text, and checks that the directory does not change."""
 
     def run(text, *arguments, **options):
         script = tmp_path / "script.sh"
@@ -30,10 +28,12 @@ def words(captured):
     return [list(command.words) for command in captured.trainings]
 
 
-def test_words_are_those_that_the_shell_makes(of):
+def test_words_are_expanded_by_the_shell(capture_text):
     variables = 'set -euo pipefail\nname="a b"\nall=(x=1 "y=\'2 > 3\'")\n'
     text = f'{variables}{TRAIN} k="$name" "${{all[@]}}" l=[1,2] \\\n  m=$((2 * 3)) "$@"\n'
-    assert words(of(text, "n=1", "o=p q")) == [["k=a b", "x=1", "y='2 > 3'", "l=[1,2]", "m=6", "n=1", "o=p q"]]
+    assert words(capture_text(text, "n=1", "o=p q")) == [
+        ["k=a b", "x=1", "y='2 > 3'", "l=[1,2]", "m=6", "n=1", "o=p q"]
+    ]
 
 
 @pytest.mark.parametrize(
@@ -58,11 +58,11 @@ def test_words_are_those_that_the_shell_makes(of):
     ],
 )
 @pytest.mark.parametrize("strict", ["", "set -euo pipefail\n"])
-def test_the_ways_to_start_a_training(of, strict, line):
-    assert words(of(strict + line + "\n")) == [["k=1"]]
+def test_every_way_to_start_a_training_is_captured(capture_text, strict, line):
+    assert words(capture_text(strict + line + "\n")) == [["k=1"]]
 
 
-def test_programs_do_not_run_however_they_are_called(of, tmp_path):
+def test_no_program_is_run(capture_text, tmp_path):
     touched = [f"rm -f {tmp_path}/script.sh", f"/bin/rm {tmp_path}/script.sh", f"touch {tmp_path}/new"]
     text = "\n".join(
         [
@@ -82,71 +82,71 @@ def test_programs_do_not_run_however_they_are_called(of, tmp_path):
             f"{TRAIN} k=1",
         ]
     )
-    captured = of(text)
+    captured = capture_text(text)
     assert words(captured) == [["k=1"]]
     names = [command.words[0] for command in captured.others]
     assert names[:4] == ["rm", "/bin/rm", "touch", "touch"] and names.count("/bin/touch") >= 5
 
 
-def test_no_process_is_ended(of):
+def test_kill_ends_no_process(capture_text):
     with subprocess.Popen(["sleep", "60"]) as process:
         try:
-            of(f"kill -9 {process.pid}\n{TRAIN} k=1\n")
+            capture_text(f"kill -9 {process.pid}\n{TRAIN} k=1\n")
             assert process.poll() is None
         finally:
             process.kill()
 
 
-def test_a_file_that_is_there_keeps_its_content(of, tmp_path):
+def test_an_existing_file_keeps_its_content(capture_text, tmp_path):
     kept = tmp_path / "kept"
     kept.write_text("as it was")
     for line in (f"echo x > {kept}", f"echo x >> {kept}", f"{{ echo x; }} > {kept} || true", f"{TRAIN} k=0 >| {kept}"):
-        assert words(of(f"{line}\n{TRAIN} k=1\n"))[-1] == ["k=1"]
+        assert words(capture_text(f"{line}\n{TRAIN} k=1\n"))[-1] == ["k=1"]
         assert kept.read_text() == "as it was"
 
 
-def test_a_script_runs_another_and_both_know_where_they_are(of, tmp_path):
+def test_a_called_script_runs_in_its_own_directory(capture_text, tmp_path):
     other = tmp_path / "inner" / "other.sh"
     other.parent.mkdir()
     other.write_text(f'#!/usr/bin/env bash\ncd "$(dirname "$0")"\n/bin/touch {tmp_path}/new\n{TRAIN} inner=1 "$@"\n')
     other.chmod(0o755)
     for line in (f"exec {other} k=1", f"{other} k=1", f"bash {other} k=1"):
-        (command,) = of(f"set -euo pipefail\n{line}\n").trainings
+        (command,) = capture_text(f"set -euo pipefail\n{line}\n").trainings
         assert list(command.words) == ["inner=1", "k=1"] and command.folder == other.parent.resolve()
 
 
-def test_the_environment_of_a_command(of, monkeypatch):
+def test_environment_variables_of_a_command_are_recorded(capture_text, monkeypatch):
     monkeypatch.delenv("VLLM_ASCEND_ENABLE_NZ", raising=False)
     monkeypatch.setenv("RAY_ADDRESS", "auto")
-    (command,) = of(f"export PYTORCH_NPU_ALLOC_CONF='a b'\n{TRAIN} k=1\n").trainings
+    (command,) = capture_text(f"export PYTORCH_NPU_ALLOC_CONF='a b'\n{TRAIN} k=1\n").trainings
     assert dict(command.environment) == {"PYTORCH_NPU_ALLOC_CONF": "a b", "RAY_ADDRESS": "auto"}
 
 
 @pytest.mark.parametrize("npu", [False, True])
-def test_a_script_that_asks_for_an_npu(of, npu):
-    """As verl's scripts do."""
+def test_a_script_that_tests_for_an_npu_gets_the_given_answer(capture_text, npu):
+    # The test is the one in scripts of upstream verl.
     ask = "set -xeuo pipefail\nDEVICE=${DEVICE:-$(python3 -c 'import torch_npu' 2>/dev/null && echo npu || echo gpu)}\n"
-    captured = of(f"{ask}{TRAIN} k=$DEVICE 2>&1 | tee log\n", npu=npu)
+    captured = capture_text(f"{ask}{TRAIN} k=$DEVICE 2>&1 | tee log\n", npu=npu)
     assert words(captured) == [["k=npu" if npu else "k=gpu"]]
 
 
-def test_several_training_commands(of):
-    assert words(of(f"for i in 1 2; do {TRAIN} k=$i; done\n")) == [["k=1"], ["k=2"]]
+def test_all_training_commands_of_a_script_are_captured(capture_text):
+    assert words(capture_text(f"for i in 1 2; do {TRAIN} k=$i; done\n")) == [["k=1"], ["k=2"]]
 
 
 @pytest.mark.parametrize("trace", ["", "set -x\n"])
-def test_a_script_without_one_says_how_far_it_came(of, trace):
+def test_an_error_without_training_command_gives_status_and_last_output(capture_text, trace):
     with pytest.raises(CaptureError, match=r"ended with status 3 .* no data here.*not run \(prepare\)"):
-        of(f"{trace}prepare --all\necho no data here >&2\nexit 3\n")
+        capture_text(f"{trace}prepare --all\necho no data here >&2\nexit 3\n")
 
 
-def test_a_script_that_waits_is_ended(of):
-    with pytest.raises(CaptureError, match=r"still waiting after 0\.5 s"):
-        of("while :; do :; done\n", seconds=0.5)
-    assert words(of(f"{TRAIN} k=1\nwhile :; do :; done\n", seconds=0.5)) == [["k=1"]]
+def test_a_script_is_ended_at_the_time_limit(capture_text):
+    with pytest.raises(CaptureError, match=r"still running after 0\.5 s"):
+        capture_text("while :; do :; done\n", seconds=0.5)
+    assert words(capture_text(f"{TRAIN} k=1\nwhile :; do :; done\n", seconds=0.5)) == [["k=1"]]
 
 
-def test_words_of_other_commands_are_no_training():
+def test_training_arguments_ignores_other_commands():
     assert training_arguments(["python3", "-m", "verl.trainer.main_eval", "a=1"]) is None
     assert training_arguments(["git", "train", "x"]) is None
     assert training_arguments([str(Path("bin") / "verl"), "train", "x=1"]) == ["x=1"]

@@ -1,4 +1,4 @@
-"""Faults planted in a script that is right: `verl check` finds each, and says what to do."""
+"""`verl check` reports each fault that is planted in a valid script, and says what to do."""
 
 import pytest
 
@@ -58,7 +58,7 @@ FAULTS = [
     planted(
         "a row without an answer",
         ["train.parquet, row 5", "reward_model.ground_truth"],
-        "every row needs the right answer",
+        "every row needs the correct answer",
         rows=[row()] * 5 + [row(reward_model={"style": "rule", "ground_truth": None})] + [row()] * 30,
     ),
     planted(
@@ -75,14 +75,14 @@ FAULTS = [
     ),
     planted(
         "an engine that leaves the trainer no memory",
-        ["generation takes about", "128.0 GB"],
+        ["generation needs about", "128.0 GB"],
         "set actor_rollout_ref.rollout.gpu_memory_utilization=0.9",
         keys={f"{ROLLOUT}.gpu_memory_utilization": 0.99},
     ),
     planted(
         "an engine without room for its weights",
-        ["gpu_memory_utilization=0.02", "do not hold the engine's weights"],
-        "raise either",
+        ["gpu_memory_utilization=0.02", "cannot hold the engine's weights"],
+        "raise one of the two",
         keys={f"{ROLLOUT}.gpu_memory_utilization": 0.02},
     ),
     planted(
@@ -106,7 +106,7 @@ FAULTS = [
     ),
     planted(
         "more nodes than there are",
-        ["--nodes 2", "take 4 nodes"],
+        ["--nodes 2", "needs 4 nodes"],
         "use --nodes 4",
         keys={f"{ROLLOUT}.nnodes": 3, f"{ROLLOUT}.checkpoint_engine.backend": "hccl"},
     ),
@@ -121,7 +121,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("changes", "finds", "fix"), FAULTS)
-def test_a_planted_fault_is_found_with_its_fix(script, check, changes, finds, fix):
+def test_each_fault_is_reported_with_its_fix(script, check, changes, finds, fix):
     script.config(**changes.get("config", {}))
     if "rows" in changes:
         script.rows(changes["rows"])
@@ -136,16 +136,16 @@ def test_a_planted_fault_is_found_with_its_fix(script, check, changes, finds, fi
     assert all(text in errors[0] for text in finds), errors[0]
 
 
-def test_the_script_without_faults_passes(script, check):
+def test_the_script_without_faults_has_no_errors(script, check):
     status, answer = check(script.write(), "--device", "npu:ascend950")
     assert (status, answer["ok"], answer["runs"][0]["errors"]) == (0, True, [])
     assert answer["runs"][0]["plan"]["prompt_lengths"] == {"measured": 64, "median": 7, "longest": 7, "over": 0}
 
 
-def test_all_faults_are_found_at_once(script, check):
+def test_several_faults_are_reported_together(script, check):
     script.keys |= {f"{ACTOR}.ppo_mini_batch_size": 12, f"{ROLLOUT}.gpu_memory_utilization": 0.99}
     script.rows([row(data_source="mine")] * 40)
     status, answer = check(script.write(), "--device", "npu:ascend950")
     text = "\n".join(answer["runs"][0]["errors"])
     assert status == 1 and len(answer["runs"][0]["errors"]) == 3
-    assert all(words in text for words in ("ppo_mini_batch_size=12", "data_source=mine", "generation takes about"))
+    assert all(words in text for words in ("ppo_mini_batch_size=12", "data_source=mine", "generation needs about"))

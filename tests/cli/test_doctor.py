@@ -1,5 +1,3 @@
-"""What `verl doctor` shows, and that it hides secrets and works where little is installed or something is broken."""
-
 import dataclasses
 import json
 import os
@@ -63,7 +61,7 @@ def some_facts(**changes) -> Facts:
 
 
 @pytest.mark.parametrize("render", [doctor.as_text, doctor.as_json])
-def test_no_secret_is_shown_wherever_it_turns_up(render):
+def test_no_secret_is_shown(render):
     text = " and ".join(SECRETS.values())
     facts = some_facts(
         environment={**SECRETS, "VLLM_PLUGINS": "verl", "PATH": "/opt/mine", "HOME": "/home/someone"},
@@ -78,7 +76,7 @@ def test_no_secret_is_shown_wherever_it_turns_up(render):
     assert "***" in shown
 
 
-def test_variables_are_shown_by_name_and_only_the_known_ones_by_value():
+def test_only_known_variables_are_shown_with_their_value():
     environment = {"VLLM_ASCEND_ENABLE_NZ": "1", "HCCL_NEW": "x", "HF_TOKEN": "y", "EDITOR": "vi"}
     assert doctor.shown_environment(environment) == {
         "HCCL_NEW": "(set)",
@@ -87,19 +85,19 @@ def test_variables_are_shown_by_name_and_only_the_known_ones_by_value():
     }
 
 
-def test_text_counts_and_names_the_way_out_twice():
-    """Once for the reader, once in the block that goes into a bug report."""
+def test_text_shows_findings_twice_and_their_number():
+    """Findings are shown at the top and in the block for a bug report."""
     found = [Finding("error", "packages", "a: b; do c"), Finding("warning", "machine", "d: e; do f")]
     text = doctor.as_text(some_facts(), found)
     assert "1 error, 1 warning" in text.splitlines()[0]
     assert text.count("do c") == text.count("do f") == 2
     block = text.partition("```text\n")[2]
-    assert block.endswith("\n```") and "numpy 2.3.5" in block and "starts its own" in block
+    assert block.endswith("\n```") and "numpy 2.3.5" in block and "starts a new cluster" in block
     assert "8.0 GiB free of 16.0 GiB" in block and "2 cores, avx2" in block
-    assert "nothing was found" in doctor.as_text(some_facts(), [])
+    assert "no problems found" in doctor.as_text(some_facts(), [])
 
 
-def test_json_has_every_fact():
+def test_json_contains_every_fact():
     facts = some_facts(environment={"VLLM_PLUGINS": "verl"})
     whole = json.loads(doctor.as_json(facts, [Finding("error", "ray", "x")]))
     assert whole["findings"] == [{"level": "error", "topic": "ray", "text": "x"}]
@@ -122,7 +120,7 @@ def run_doctor(code_path: str, *, flags=(), **environment):
 
 
 def write_metadata(directory: Path) -> None:
-    """What an installed verl says of itself, from pyproject.toml."""
+    """Write the metadata of an installed verl, from pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     needs = [*project["dependencies"]]
     needs += [
@@ -134,8 +132,8 @@ def write_metadata(directory: Path) -> None:
     (directory / "verl-0.dist-info" / "METADATA").write_text("\n".join(lines) + "\n")
 
 
-def test_where_neither_torch_nor_vllm_is_installed(tmp_path):
-    """An interpreter that sees verl and packaging alone: every missing package is a finding with a command."""
+def test_missing_packages_are_findings(tmp_path):
+    """In an interpreter with only verl and packaging, every missing package is a finding with a command."""
     write_metadata(tmp_path)
     (tmp_path / "packaging").symlink_to(Path(packaging.__file__).parent)
     done = run_doctor(os.pathsep.join([str(ROOT), str(tmp_path)]), flags=["-S"])
@@ -147,15 +145,15 @@ def test_where_neither_torch_nor_vllm_is_installed(tmp_path):
     assert len(texts) > 10
 
 
-def test_where_packaging_is_missing_too(tmp_path):
+def test_missing_packaging_is_an_error(tmp_path):
     write_metadata(tmp_path)
     done = run_doctor(os.pathsep.join([str(ROOT), str(tmp_path)]), flags=["-S"])
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "verl doctor: the package packaging is not installed; run pip install packaging\n"
+    assert done.stderr == "verl doctor: the package packaging is not installed; run `pip install packaging`\n"
 
 
-def test_on_this_machine(tmp_path):
-    """The real thing, with two packages that are broken, one in a way that ends the process."""
+def test_doctor_on_this_machine_reports_broken_packages(tmp_path):
+    """Two packages are broken; one of them ends its process."""
     (tmp_path / "ray.py").write_text("raise ImportError('libray.so: cannot open')")
     (tmp_path / "transformers.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGILL)")
     done = run_doctor(os.pathsep.join([str(tmp_path), str(ROOT)]), **SECRETS)

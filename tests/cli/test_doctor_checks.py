@@ -1,5 +1,3 @@
-"""Each thing that hurts is found, and its text names the way out; a machine in order has no finding."""
-
 import re
 import sys
 from pathlib import Path
@@ -40,7 +38,7 @@ def the_only(facts):
 
 @pytest.fixture
 def built_for(tmp_path, monkeypatch):
-    """Installs a vllm-ascend that says it was built for a device type."""
+    """Return a function that installs a vllm-ascend that was built for a device type."""
 
     def install(version="0.23.0", device_type="A5"):
         package = tmp_path / "vllm_ascend"
@@ -58,7 +56,7 @@ def built_for(tmp_path, monkeypatch):
     return install
 
 
-def test_a_machine_in_order(built_for):
+def test_a_valid_machine_has_no_findings(built_for):
     built_for()
     assert findings(some_facts()) == []
     assert findings(some_facts(**NPU)) == []
@@ -77,27 +75,31 @@ def test_a_machine_in_order(built_for):
             r"transformers 4\.57\.6: verl needs <5\.20,>=5\.16\.1; run pip install 'transformers<5\.20,>=5\.16\.1'",
         ),
         ({"broken": {"numpy": "ImportError: x"}}, "error", r"numpy 2\.3\.5 cannot be imported: ImportError: x"),
-        ({"vllm_platform": "cuda"}, "error", "vLLM sees cuda where verl sees cpu.*trainer.device"),
-        ({"vllm_platform": ""}, "error", "vLLM sees no device that it knows"),
+        ({"vllm_platform": "cuda"}, "error", "vLLM detects cuda, but verl detects cpu.*trainer.device"),
+        ({"vllm_platform": ""}, "error", "vLLM detects no known device"),
         (
             {"accelerators": {"cuda": 2, "npu": 0}, "unusable": {"cuda": "a build for the CPU"}},
             "warning",
-            r"2 cuda device\(s\) show, unused: a build for the CPU",
+            r"2 cuda device\(s\) cannot be used: a build for the CPU",
         ),
-        ({"environment": {"VLLM_PLUGINS": "ascend"}}, "error", "VLLM_PLUGINS=ascend: .* not load verl; unset it, or"),
-        ({"shm_bytes": 64 * 2**20}, "warning", "/dev/shm has 64 MiB left.*--shm-size"),
-        ({"open_files": (1024, 4096)}, "warning", "at most 4096 open files.*ulimit -Hn"),
+        (
+            {"environment": {"VLLM_PLUGINS": "ascend"}},
+            "error",
+            "VLLM_PLUGINS=ascend: .* not load the plugin verl; unset it, or",
+        ),
+        ({"shm_bytes": 64 * 2**20}, "warning", "/dev/shm has 64.0 MiB free.*--shm-size"),
+        ({"open_files": (1024, 4096)}, "warning", "limit of open files is 4096.*ulimit -Hn"),
         ({"kernels": "no gcc; install gcc"}, "warning", "no gcc; install gcc"),
         ({"cxx": None}, "warning", r"no C\+\+ compiler.*install g\+\+"),
         (
             {"ray_cluster": "10.0.0.1:6379", "ray_answers": False},
             "warning",
-            r"Ray cluster at 10\.0\.0\.1:6379, where nothing answers: unset RAY_ADDRESS",
+            r"Ray cluster at 10\.0\.0\.1:6379, which is not reachable: unset RAY_ADDRESS",
         ),
         ({"temp_share": 0.97}, "warning", "97% full.*RAY_TMPDIR"),
     ],
 )
-def test_one_thing_that_hurts(changes, level, text):
+def test_one_problem(changes, level, text):
     found = the_only(some_facts(**changes))
     assert found[0] == level
     assert re.search(text, found[1]), found[1]
@@ -112,14 +114,14 @@ def test_one_thing_that_hurts(changes, level, text):
             "error",
             "PYTORCH_NPU_ALLOC_CONF=expandable_segments:True.*remove it",
         ),
-        ({"environment": {"VLLM_PLUGINS": "verl"}}, "error", "VLLM_PLUGINS=verl: .* load ascend"),
+        ({"environment": {"VLLM_PLUGINS": "verl"}}, "error", "VLLM_PLUGINS=verl: .* load the plugin ascend"),
         (
             {"packages": {**NPU["packages"], "torch-npu": None}},
             "error",
             r"torch-npu is not installed; run pip install 'torch-npu==2\.10\.0\.post4'",
         ),
-        ({"cann": None}, "error", r"CANN toolkit is not found.*set_env\.sh"),
-        ({"cann": "9.0.0"}, "warning", r"CANN 9\.0\.0: vllm-ascend 0\.23\.0 is made for 9\.1\.0"),
+        ({"cann": None}, "error", r"CANN toolkit was not found.*set_env\.sh"),
+        ({"cann": "9.0.0"}, "warning", r"CANN 9\.0\.0: vllm-ascend 0\.23\.0 needs 9\.1\.0"),
         (
             {"packages": {**NPU["packages"], "vllm": "0.26.0"}},
             "error",
@@ -128,33 +130,33 @@ def test_one_thing_that_hurts(changes, level, text):
         (
             {"packages": {**NPU["packages"], "torch-npu": "2.9.0"}},
             "warning",
-            r"torch-npu 2\.9\.0: .*made for ==2\.10\.0\.post4; run pip install",
+            r"torch-npu 2\.9\.0: .*needs ==2\.10\.0\.post4; run pip install",
         ),
     ],
 )
-def test_one_thing_that_hurts_on_an_npu(built_for, changes, level, text):
+def test_one_problem_on_an_npu(built_for, changes, level, text):
     built_for()
     found = the_only(some_facts(**{**NPU, **changes}))
     assert found[0] == level
     assert re.search(text, found[1]), found[1]
 
 
-def test_the_same_variables_do_not_matter_without_an_npu():
+def test_variables_of_an_npu_are_ignored_on_other_devices():
     environment = {"VLLM_ASCEND_ENABLE_NZ": "1", "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True"}
     assert findings(some_facts(environment=environment)) == []
 
 
-def test_a_vllm_ascend_for_another_processor(built_for):
+def test_a_vllm_ascend_for_another_processor_is_an_error(built_for):
     built_for(device_type="A2")
     assert "built for device type A2, MXFP8 needs an Ascend 950" in the_only(some_facts(**NPU))[1]
 
 
-def test_no_vllm_ascend_on_an_npu():
+def test_a_missing_vllm_ascend_on_an_npu_is_an_error():
     found = the_only(some_facts(**{**NPU, "packages": {**NPU["packages"], "vllm-ascend": None}}))
     assert "vllm-ascend is not installed; install 0.18.0 or newer, built with SOC_VERSION=ascend950" in found[1]
 
 
-def test_a_release_that_verl_is_not_tested_with(built_for):
+def test_an_untested_release_is_a_warning(built_for):
     built_for("0.30.0")
     packages = {**NPU["packages"], "vllm-ascend": "0.30.0"}
     level, text = the_only(some_facts(**{**NPU, "packages": packages}))
@@ -162,7 +164,7 @@ def test_a_release_that_verl_is_not_tested_with(built_for):
     assert "0.18.0, 0.23.0, 0.26.0rc1" in text and "Versioning Policy" in text
 
 
-def test_a_release_whose_code_needs_older_transformers(built_for):
+def test_a_release_that_needs_older_transformers_is_an_error(built_for):
     built_for("0.18.0")
     packages = {
         **NPU["packages"],
@@ -172,15 +174,15 @@ def test_a_release_whose_code_needs_older_transformers(built_for):
         "torch-npu": "2.9.0.post2",
     }
     facts = some_facts(**{**NPU, "packages": packages, "cann": "8.5.1"})
-    assert "verl newer ones; install vllm-ascend 0.23.0, 0.26.0rc1" in the_only(facts)[1]
+    assert "verl a newer one; install vllm-ascend 0.23.0, 0.26.0rc1" in the_only(facts)[1]
 
 
-def test_errors_come_first():
+def test_errors_are_before_warnings():
     found = levels_and_texts(some_facts(shm_bytes=1, cxx=None, python="3.10.0"))
     assert [level for level, _ in found] == ["error", "warning", "warning"]
 
 
-def test_the_table_holds_the_releases_that_are_tested():
+def test_the_table_of_releases_equals_the_tested_and_documented_ones():
     assert {stack.vllm_ascend: stack.vllm for stack in STACKS} == {
         release.version: f"=={release.vllm}" for release in RELEASES.values()
     }

@@ -1,5 +1,3 @@
-"""The command `verl`: its subcommands, their help, completion."""
-
 import subprocess
 import sys
 import tomllib
@@ -13,31 +11,31 @@ from verl.cli.entry import SUBCOMMANDS
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_script_is_installed_under_that_name():
+def test_the_package_installs_the_script_verl():
     with (ROOT / "pyproject.toml").open("rb") as file:
         assert tomllib.load(file)["project"]["scripts"] == {"verl": "verl.cli:main"}
 
 
-def test_the_five_are_there():
+def test_subcommands_exist():
     assert set(SUBCOMMANDS) >= {"train", "check", "doctor", "report", "describe"}
 
 
 @pytest.mark.parametrize("name", [name for name in SUBCOMMANDS if name != "train"])
-def test_each_help_has_an_example(name, capsys):
+def test_the_help_of_each_subcommand_has_an_example(name, capsys):
     with pytest.raises(SystemExit) as ended:
         main([name, "--help"])
     shown = capsys.readouterr().out
     assert ended.value.code == 0 and "example" in shown and f"verl {name}" in shown
 
 
-def test_the_help_of_all(capsys):
+def test_the_help_lists_all_subcommands(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     shown = capsys.readouterr().out
     assert all(name in shown and command.example in shown for name, command in SUBCOMMANDS.items())
 
 
-def test_help_imports_nothing_heavy():
+def test_help_imports_no_large_packages():
     code = "import sys; from verl.cli import main\ntry: main(['--help'])\nfinally: print(*sys.modules, file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     loaded = set(done.stderr.split())
@@ -45,8 +43,8 @@ def test_help_imports_nothing_heavy():
 
 
 @pytest.mark.parametrize("arguments", [["--cfg", "job"], ["data.nothing=1"]])
-def test_train_is_the_trainers_command_line(arguments):
-    """The same output and status as the module's."""
+def test_train_equals_the_command_line_of_main_ppo(arguments):
+    """Output and exit status are the same."""
     ours = [sys.executable, "-m", "verl.cli", "train", *arguments]
     theirs = [sys.executable, "-m", "verl.trainer.main_ppo", *arguments]
     done = [subprocess.run(command, capture_output=True, text=True, timeout=120) for command in (ours, theirs)]
@@ -56,7 +54,7 @@ def test_train_is_the_trainers_command_line(arguments):
 
 
 def complete(line):
-    """What bash would offer behind the words of `line`, by the completion that we print."""
+    """Return the words that bash offers behind `line`, with the completion script of `verl completion`."""
     words = line.split(" ")
     script = subprocess.run([sys.executable, "-m", "verl.cli", "completion", "bash"], capture_output=True, text=True)
     listed = " ".join(f"'{word}'" for word in words)

@@ -112,7 +112,7 @@ def _measure(config: PPOConfig, sample: list[_Prompt], found: Findings) -> Promp
     model, data = config.actor_rollout_ref.model, config.data
     folder = model.tokenizer_path or model.path or ""
     if not (Path(folder) / "tokenizer.json").is_file():
-        found.notes.append("prompt lengths are not measured: there is no tokenizer.json")
+        found.notes.append("prompts are not measured: there is no tokenizer.json")
         return None
     try:
         tokenizer = LightTokenizer(folder)

@@ -78,7 +78,7 @@ def _check_tokenizer(model_path: str, tokenizer_path: str | None, target: Target
     if target.without_files and not os.path.exists(folder):
         return  # `find_model` reports the missing directory
     if not target.starting and is_config_alone(folder):
-        found.warnings.append(f"{text}; prompt lengths are not measured without it")
+        found.warnings.append(f"{text}; prompts are not measured without it")
     else:
         found.errors.append(text)
 
