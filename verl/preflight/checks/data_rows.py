@@ -54,7 +54,7 @@ def check_rows(config: PPOConfig, found: Findings) -> PromptLengths | None:
 
 
 def _first_problem(rows: ParquetRows | JsonRows, config: PPOConfig) -> str | None:
-    """Return row_name and problem of the first row that cannot be used, or None."""
+    """Return place and problem of the first row that cannot be used, or None."""
     key = config.data.prompt_key
     for number, row in enumerate(_first_rows(rows, config)):
         try:
@@ -139,7 +139,7 @@ def _report_overlong(config: PPOConfig, where: str, length: int, measured: Promp
     """Report prompts that are too long.
 
     Args:
-        where: row_name of the first one.
+        where: place of the first one.
         length: its tokens.
     """
     data = config.data
