@@ -16,7 +16,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast, overload
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ __all__ = ["DataProto", "DataProtoItem", "pad_dataproto_to_divisor", "unpad_data
 class DataProtoItem:
     """One row of a DataProto: `batch` has batch size [], `non_tensor_batch` holds one object per column."""
 
-    batch: TensorDict | None = None
+    batch: TensorDict | Any = None
     non_tensor_batch: dict[str, Any] = field(default_factory=dict)
     meta_info: dict[str, Any] = field(default_factory=dict)
 
@@ -59,7 +59,8 @@ class DataProto:
         ValueError: a column is not a tensor or array, or its length differs from the others; the message names it.
     """
 
-    batch: TensorDict | None = None
+    # None without a tensor column. `Any` instead of None, because code that reads a tensor column knows that it exists.
+    batch: TensorDict | Any = None
     non_tensor_batch: dict[str, np.ndarray] = field(default_factory=dict)
     meta_info: dict[str, Any] = field(default_factory=dict)
 
@@ -119,7 +120,9 @@ class DataProto:
         """
         if len(data.batch_size) != 1:
             raise ValueError(f"batch_size={list(data.batch_size)}: a DataProto has exactly one batch dimension")
-        tensors, columns, meta_info = {}, {}, {}
+        tensors: dict[str, Any] = {}
+        columns: dict[str, np.ndarray] = {}
+        meta_info: dict[str, Any] = {}
         for key, value in data.items():
             if isinstance(value, NonTensorStack):
                 columns[key] = object_array(value.tolist())
@@ -157,7 +160,13 @@ class DataProto:
     def __iter__(self) -> Iterator[DataProtoItem]:
         return (self[i] for i in range(len(self)))
 
-    def __getitem__(self, index: Any) -> "DataProto | DataProtoItem":
+    @overload
+    def __getitem__(self, index: int | np.integer) -> DataProtoItem: ...
+
+    @overload
+    def __getitem__(self, index: slice | Sequence[int] | np.ndarray | torch.Tensor) -> Self: ...
+
+    def __getitem__(self, index: Any) -> Self | DataProtoItem:
         """Return a `DataProtoItem` for an int, and a DataProto for all other kinds of index.
 
         The columns are views for a slice, and copies for a list, an array or a bool mask.
@@ -186,7 +195,8 @@ class DataProto:
         return type(self)(batch, columns, dict(self.meta_info))
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        return {} if self.batch is None else dict(self.batch.items())
+        # `check_consistency` rejects nested TensorDicts.
+        return {} if self.batch is None else cast(dict[str, torch.Tensor], dict(self.batch.items()))
 
     def check_consistency(self) -> None:
         """Check that every column is a dense tensor or an array, and that all have the same length.

@@ -45,6 +45,7 @@ def compute_gdpo_outcome_advantage(
         ValueError: no reward keys; the reward function did not return a key, or not as a finite number; the number of
             weights is not the number of keys.
     """
+    weights: Sequence[float]
     if config is None:
         rewards, weights = [outcome_reward(token_level_rewards)], [1.0]
     else:

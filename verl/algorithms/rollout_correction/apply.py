@@ -38,7 +38,8 @@ def apply_rollout_correction(
         )
     mask = response_mask.bool()
     columns = old_log_probs.double(), rollout_log_probs.double(), mask
-    weights, metrics = None, {}
+    weights: torch.Tensor | None = None
+    metrics: dict[str, torch.Tensor] = {}
     if correction.rollout_is is not None:
         raw = raw_weights(*columns, correction.rollout_is)
         weights = bounded_weights(raw, correction)

@@ -5,6 +5,8 @@ The implementations are in `verl.algorithms`.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 
 from verl.algorithms import advantages, losses
@@ -32,7 +34,6 @@ def compute_advantage(
         ValueError: no estimator has that name, or it needs a column that `batch` does not have.
     """
     function = get_adv_estimator_fn(adv_estimator)
-    arguments = estimator_arguments(
-        function, dict(batch.batch.items()), batch.non_tensor_batch, batch.non_tensor_batch["uid"], config
-    )
+    tensors = cast(dict[str, torch.Tensor], dict(batch.batch.items()))
+    arguments = estimator_arguments(function, tensors, batch.non_tensor_batch, batch.non_tensor_batch["uid"], config)
     return function(**arguments)

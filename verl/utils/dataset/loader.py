@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Sampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from verl.utils.dataset.rl_dataset import collate_fn
+from verl.utils.dataset.rl_dataset import PromptDataset, collate_fn
 
 _STATE_VERSION = 1
 
@@ -134,7 +134,7 @@ class EpochDataLoader(StatefulDataLoader):
 
 
 def build_dataloader(
-    dataset: Dataset,
+    dataset: PromptDataset,
     *,
     batch_size: int,
     shuffle: bool,

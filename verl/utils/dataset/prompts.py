@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import jinja2
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Messages = list[dict[str, Any]]
 
@@ -22,6 +19,19 @@ _RESERVED_TEMPLATE_KWARGS = frozenset(
 )
 _ROWS_PER_JOB = 500
 _EXAMPLE = '[{"role": "user", "content": "..."}]'
+
+
+class ChatTokenizer(Protocol):
+    """The parts of a tokenizer that prompts need; transformers' tokenizers and `LightTokenizer` have them."""
+
+    @property
+    def name_or_path(self) -> str: ...
+
+    @property
+    def chat_template(self) -> Any: ...
+
+    @property
+    def apply_chat_template(self) -> Callable[..., Any]: ...
 
 
 @contextmanager
@@ -96,9 +106,7 @@ def check_template_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {str(key): value for key, value in kwargs.items()}
 
 
-def prompt_token_ids(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, template_kwargs: Mapping[str, Any]
-) -> list[int]:
+def prompt_token_ids(tokenizer: ChatTokenizer, messages: Messages, template_kwargs: Mapping[str, Any]) -> list[int]:
     """Return the token ids of the messages in the chat template, including the generation prompt.
 
     Raises:
@@ -147,7 +155,7 @@ def truncate_prompt(token_ids: list[int], max_length: int, truncation: str) -> l
 
 def prompt_lengths(
     rows: Iterable[tuple[str, Messages]],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: ChatTokenizer,
     template_kwargs: Mapping[str, Any],
     workers: int = 1,
 ) -> list[int]:
@@ -184,7 +192,7 @@ def _batched(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 def _lengths(
-    job: list[tuple[str, Messages]], tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]
+    job: list[tuple[str, Messages]], tokenizer: ChatTokenizer, template_kwargs: Mapping[str, Any]
 ) -> list[int]:
     lengths = []
     for name, messages in job:
@@ -193,10 +201,10 @@ def _lengths(
     return lengths
 
 
-_worker_state: tuple[PreTrainedTokenizerBase, dict[str, Any]] | None = None
+_worker_state: tuple[ChatTokenizer, dict[str, Any]] | None = None
 
 
-def _start_worker(tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any]) -> None:
+def _start_worker(tokenizer: ChatTokenizer, template_kwargs: dict[str, Any]) -> None:
     global _worker_state
     _worker_state = (tokenizer, template_kwargs)
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import importlib.machinery
 import logging
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from verl.utils.dataset.files import data_paths, read_rows, row_name
 from verl.utils.dataset.prompts import (
+    ChatTokenizer,
     Messages,
     check_messages,
     check_template_kwargs,
@@ -24,9 +25,6 @@ from verl.utils.dataset.prompts import (
 )
 from verl.utils.proto_columns import object_array
 from verl.utils.user_files import import_file
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +57,15 @@ class DatasetConfig(Protocol):
     def custom_cls(self) -> CustomClass: ...
 
 
-class RLHFDataset(Dataset):
+class PromptDataset(Protocol):
+    """A dataset of prompts: `RLHFDataset`, or a class of the user; items have the keys of `RLHFDataset`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
+
+
+class RLHFDataset(Dataset[dict[str, Any]]):
     """Prompts of the rows of one or more files; a prompt is tokenized on access.
 
     Columns of a file: `prompt` (`data.prompt_key`; a list of {role, content}), `data_source` (`data.reward_fn_key`),
@@ -95,7 +101,7 @@ class RLHFDataset(Dataset):
     def __init__(
         self,
         data_files: str | Path | Sequence[str | Path],
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: ChatTokenizer,
         config: DatasetConfig,
         processor: Any = None,
         max_samples: int = -1,
@@ -246,11 +252,11 @@ def collate_fn(items: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
 
 def create_rl_dataset(
     data_files: str | Path | Sequence[str | Path],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: ChatTokenizer,
     config: DatasetConfig,
     *,
     max_samples: int = -1,
-) -> Dataset:
+) -> PromptDataset:
     """Build an `RLHFDataset`, or the class that `data.custom_cls.path` and `data.custom_cls.name` select.
 
     A custom class takes the keywords data_files, tokenizer, config, processor and max_samples. Its items have the keys
@@ -260,11 +266,11 @@ def create_rl_dataset(
         FileNotFoundError, ValueError: the custom class cannot be loaded; see also `RLHFDataset`.
     """
     path = config.custom_cls.path
-    cls = load_dataset_class(path, config.custom_cls.name) if path else RLHFDataset
+    cls: Callable[..., PromptDataset] = load_dataset_class(path, config.custom_cls.name) if path else RLHFDataset
     return cls(data_files=data_files, tokenizer=tokenizer, config=config, processor=None, max_samples=max_samples)
 
 
-def load_dataset_class(path: str, name: str | None) -> type[Dataset]:
+def load_dataset_class(path: str, name: str | None) -> type[Any]:
     """Import the class `name` from the Python file `path` (`~` is expanded).
 
     Raises:
