@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, whatever kills the writer."""
+"""Atomic file writes: a file is complete or absent, even if the writer is killed."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ from pathlib import Path
 def fsync_path(path: str | Path) -> None:
     """Flush a file's bytes, or a directory's entries, from this host's page cache to the disk.
 
-    It may be called on a file that another process of the host wrote: the cache belongs to the file, not to the writer.
+    The file may have been written by another process of the host: the cache belongs to the file, not to the writer.
     """
     fd = os.open(path, os.O_RDONLY)
     try:
@@ -17,10 +17,10 @@ def fsync_path(path: str | Path) -> None:
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
-    """Write `text` (UTF-8) so that `path` holds the old or the new content at every moment, a power cut included.
+    """Write `text` (UTF-8) so that `path` always holds the old or the new content, even after a power failure.
 
     Raises:
-        OSError: the directory is missing, the disk is full, ...; `path` is as before and no temporary file is left.
+        OSError: for example a missing directory or a full disk; `path` is unchanged and no temporary file remains.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")

@@ -1,4 +1,4 @@
-"""The garbage collector of processes that live long and load large libraries."""
+"""Garbage collection in long-lived processes with large libraries."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import gc
 
 
 def freeze_heap() -> None:
-    """Leave what exists now out of every later collection; for the end of a process's start.
+    """Exclude all existing objects from later garbage collections. Call it at the end of a process's start.
 
-    Modules of torch, vLLM and transformers are some 400,000 objects. A full collection walks them all, some 0.2 s in
-    which the process does nothing else, and each step of a run makes enough objects for one.
+    The modules of torch, vLLM and transformers are about 400,000 objects. A full collection visits all of them, which
+    blocks the process for about 0.2 s, and each step of a run creates enough objects to trigger one.
     """
     gc.collect()
     gc.freeze()

@@ -1,4 +1,4 @@
-"""Addresses: of this host's interfaces, and of the Ray cluster that a run would join."""
+"""Addresses of this host's interfaces and of the Ray cluster that a run would join."""
 
 from __future__ import annotations
 
@@ -13,30 +13,33 @@ _SIOCGIFADDR = 0x8915
 
 
 def interface_of(address: str) -> str | None:
-    """The network interface with this IPv4 address, None where there is none."""
+    """Return the network interface with this IPv4 address, or None."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             request = struct.pack("256s", name.encode())
             try:
-                answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)
+                reply = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)
             except OSError:  # an interface without an address
                 continue
-            if socket.inet_ntoa(answer[20:24]) == address:
+            if socket.inet_ntoa(reply[20:24]) == address:
                 return name
     return None
 
 
 def choose_gloo_interface(address: str) -> None:
-    """Have gloo use the interface with this host's `address`, unless `GLOO_SOCKET_IFNAME` is set already.
+    """Make gloo use the interface with this host's `address`, unless `GLOO_SOCKET_IFNAME` is set.
 
-    Left to itself it takes what the host's name resolves to, which often is an address that no other host reaches.
+    By default gloo uses the address to which the host name resolves, which other hosts often cannot reach.
     """
     if (interface := interface_of(address)) is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
 def ray_cluster(environment: Mapping[str, str], *, asked: str | None = None, root: Path = Path("/")) -> str | None:
-    """Where `ray.init(address=asked)` would join one, `RAY_ADDRESS` and the cluster that was started last included."""
+    """Return the address of the cluster that `ray.init(address=asked)` would join, or None if it would start one.
+
+    `RAY_ADDRESS` and the most recently started cluster of this host count.
+    """
     address = asked or environment.get("RAY_ADDRESS")
     if address:
         return None if address == "local" else address

@@ -1,19 +1,19 @@
-"""Records what each process does when, as one Chrome/Perfetto trace per run (JSON array of trace events).
+"""Recorder of the activity of every process: one Chrome/Perfetto trace per run (JSON array of trace events).
 
-    with span("forward", "train", rows=8): ...      # nothing at all unless this process takes part in a timeline
+    with span("forward", "train", rows=8): ...      # no effect unless this process has joined a timeline
 
-The driver opens the file (`open_timeline`) and hands the plain dict that names it to its processes, which join
-(`join_timeline`). A span is written when it ends, as one line appended by one system call: nothing is kept in memory,
-nothing is collected, and a process that is killed loses only the spans that were open. The array needs no closing
-bracket, so the trace of a broken run opens like any other. Appending is whole on a local file system; on a network file
-system lines of two processes may mix, and `timeline_reader` leaves such lines out.
+The driver opens the file (`open_timeline`) and passes a plain dict that names it to its processes, which join
+(`join_timeline`). A span is written when it ends, as one line appended by one system call: nothing is kept in memory or
+collected, and a killed process loses only its open spans. The array needs no closing bracket, so the trace of a failed
+run opens like any other. Appending is atomic on a local file system; on a network file system lines of two processes
+may be interleaved, and `timeline_reader` skips them.
 
-Times are the kernel's monotonic clock, which all processes of a host share, in microseconds since the driver opened the
-timeline. A process on another host knows no such clock: it goes by the wall clocks, as exact as these agree (NTP:
-about a millisecond), and writes to the same path there.
+Times are microseconds of the kernel's monotonic clock, which all processes of a host share, since the driver opened the
+timeline. A process on another host uses the wall clock instead, accurate to NTP (about a millisecond), and writes to
+the same path there.
 
-Spans that one thread or asyncio task opens lie on one track and nest; tasks that run at the same time get tracks of
-their own. Spans with `overlaps=True`, of which there may be thousands at once, become asynchronous events instead.
+Spans of one thread or asyncio task are on one track and nest; concurrent tasks get separate tracks. Spans with
+`overlaps=True`, of which thousands may be open at once, become asynchronous events instead.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ _recorder: _Recorder | None = None
 
 
 def open_timeline(path: str | Path) -> dict[str, Any]:
-    """Begin the timeline of a run, with this process as its driver; a file that is there becomes PATH.previous.
+    """Start the timeline of a run, with this process as its driver; rename an existing file to PATH.previous.
 
     Returns:
-        What `join_timeline` takes, in plain strings and numbers.
+        The argument of `join_timeline`, in plain strings and numbers.
 
     Raises:
         OSError: the file cannot be written.
@@ -57,9 +57,9 @@ def open_timeline(path: str | Path) -> dict[str, Any]:
 
 
 def join_timeline(timeline: dict[str, Any] | None, process: str) -> None:
-    """Record this process's spans under the name `process` from now on; None, for a run without timeline, does nothing.
+    """Record this process's spans under the name `process` from now on; no effect if `timeline` is None.
 
-    A process that has joined keeps its first name: an engine may run its workers in its own process.
+    A second call in the same process keeps the first name: an engine may run its workers in its own process.
     """
     global _recorder
     if timeline is not None and (_recorder is None or _recorder.pid != os.getpid()):
@@ -67,12 +67,12 @@ def join_timeline(timeline: dict[str, Any] | None, process: str) -> None:
 
 
 def current_timeline() -> dict[str, Any] | None:
-    """What this process joined, to hand on to its own processes; None without a timeline."""
+    """Return the timeline that this process joined, to pass to its child processes; None without one."""
     return None if _recorder is None else _recorder.timeline
 
 
 def close_timeline() -> None:
-    """End the array, once no other process writes any more; this process stops recording."""
+    """Close the array and stop recording. Call it when no other process writes any more."""
     global _recorder
     if _recorder is not None:
         _recorder.end()
@@ -84,9 +84,9 @@ def span(name: str, category: str = "call", *, overlaps: bool = False, **args: A
     """Record the block, whether it raises or not.
 
     Args:
-        name: what the block does.
-        category: what it counts as; `timeline_reader` knows `stage`, `engine` and `train`.
-        overlaps: many of these are open at once.
+        name: activity of the block.
+        category: `timeline_reader` evaluates `stage`, `engine` and `train`.
+        overlaps: many such spans are open at once.
         args: numbers and strings that the viewer shows.
     """
     recorder = _recorder
@@ -103,7 +103,7 @@ def span(name: str, category: str = "call", *, overlaps: bool = False, **args: A
 
 @contextmanager
 def own_track() -> Iterator[int | None]:
-    """Keep a track for the present thread or task, so that what it records in the block nests there."""
+    """Keep a track for the current thread or task, so that its spans within the block nest there."""
     recorder = _recorder
     if recorder is None:
         yield None
@@ -116,7 +116,7 @@ def own_track() -> Iterator[int | None]:
 
 
 def spanned(name: str, category: str = "call", *, overlaps: bool = False) -> Callable[[_Function], _Function]:
-    """Record every call of the decorated function or coroutine function as `span` does."""
+    """Record every call of the decorated function or coroutine function, like `span`."""
 
     def decorate(function: _Function) -> _Function:
         if inspect.iscoroutinefunction(function):
@@ -138,7 +138,7 @@ def spanned(name: str, category: str = "call", *, overlaps: bool = False) -> Cal
 
 
 def record(name: str, category: str, start_ns: int, end_ns: int, *, overlaps: bool = False, **args: Any) -> None:
-    """Record what the present thread or task did between two readings of `time.monotonic_ns`, in its `own_track`."""
+    """Record a span of the current thread or task between two readings of `time.monotonic_ns`, in its `own_track`."""
     recorder = _recorder
     if recorder is not None:
         with nullcontext() if overlaps else own_track() as lane:
@@ -146,7 +146,7 @@ def record(name: str, category: str, start_ns: int, end_ns: int, *, overlaps: bo
 
 
 class _Recorder:
-    """Appends this process's events to the file of `timeline`."""
+    """Append this process's events to the file of `timeline`."""
 
     def __init__(self, timeline: dict[str, Any], process: str):
         self.timeline, self.pid = timeline, os.getpid()
@@ -157,14 +157,14 @@ class _Recorder:
         self._fd = _open(timeline["path"])
         self._broken = False
         self._ids = itertools.count(1)
-        # Track of each thread or task with an open span, and how many it has open.
+        # By thread or task with an open span: its track, and its number of open spans.
         self._lanes: dict[tuple[int, Any], list[int]] = {}
         self._named: set[int] = set()
         self._lock = threading.Lock()
         self._append_events([self._metadata("process_name", {"name": process})])
 
     def enter(self) -> int:
-        """The track for a span of the calling thread or task: its own while it has one, else the first free one."""
+        """Return the track for a span of the calling thread or task: its current one, or the first free one."""
         key = _caller()
         with self._lock:
             if key in self._lanes:
@@ -181,7 +181,7 @@ class _Recorder:
         return lane
 
     def leave(self) -> None:
-        """After the span that `enter` was called for."""
+        """Release the track after the span for which `enter` was called."""
         key = _caller()
         with self._lock:
             self._lanes[key][1] -= 1
@@ -189,7 +189,7 @@ class _Recorder:
                 del self._lanes[key]
 
     def write(self, name: str, category: str, start: int, end: int, args: dict[str, Any], lane: int | None) -> None:
-        """Write a finished span; without `lane` as a pair of asynchronous events."""
+        """Write a finished span; if `lane` is None, as a pair of asynchronous events."""
         event = {"name": name, "cat": category, "pid": self.pid, "tid": lane or 1, "args": args}
         if lane is not None:
             self._append_events([{**event, "ph": "X", "ts": self._microseconds(start), "dur": (end - start) / 1000}])
@@ -201,7 +201,7 @@ class _Recorder:
     def end(self) -> None:
         """Write the last event and the closing bracket."""
         self._append(json.dumps(self._metadata("process_sort_index", {"sort_index": -1})) + "\n]\n")
-        # Another thread may still be inside a span, and the number be another file's by then.
+        # Another thread may still be inside a span, and the file descriptor may be reused.
         self._broken = True
         os.close(self._fd)
 
@@ -222,14 +222,14 @@ class _Recorder:
             reason = "the line was cut short"
         except OSError as error:
             reason = str(error)
-        # What is observed must not end the run.
+        # A failure to record must not end the run.
         self._broken = True
-        logger.error("%s: %s; this process records no more", self.timeline["path"], reason)
+        logger.error("%s: %s; this process stops recording", self.timeline["path"], reason)
 
 
 def _open(path: str) -> int:
-    """The file, for appending; begun with the opening bracket by the first process of a host that opens it."""
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)  # which another host may lack
+    """Open the file for appending. The first process of a host writes the opening bracket."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)  # another host may lack it
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o644)
     except FileExistsError:
@@ -247,7 +247,7 @@ def _caller() -> tuple[int, Any]:
 
 
 def _host() -> str:
-    """One value for all processes that share a monotonic clock."""
+    """Return one value for all processes that share a monotonic clock."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

@@ -1,9 +1,9 @@
-"""What a timeline says about each step: the stages' seconds, and what the processes were busy with.
+"""Summary of a timeline by step: seconds of each stage, and the busy share of the processes.
 
     python3 -m verl.utils.timeline_reader timeline.json
 
-prints for each step its seconds and which share of them some engine spent in forward passes (`engine`), some trainer
-rank in forward, backward and optimizer (`train`), and nobody in either (`overhead`).
+prints the seconds of each step and the shares in which at least one engine was in a forward pass (`engine`), at least
+one trainer rank was in forward, backward or optimizer (`train`), and no process was in either (`overhead`).
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class StepShares:
-    """One step.
+    """Time shares of one step.
 
     Attributes:
-        seconds: its length.
-        engine, train: shares of it in which at least one engine, or trainer rank, computed.
-        overhead: share in which none of either did.
-        busy: by process, the share in which that process computed.
+        seconds: length of the step.
+        engine, train: share in which at least one engine, or trainer rank, computed.
+        overhead: share in which no engine and no trainer rank computed.
+        busy: by process, the share in which it computed.
     """
 
     seconds: float
@@ -42,11 +42,11 @@ class StepShares:
 
 
 def read_events(path: str | Path, at_most: int | None = None) -> list[Event]:
-    """The events of a trace file, of a run that ended in whatever way; a damaged line is left out with a warning.
+    """Read the events of a trace file, also of a failed run; skip a damaged line with a warning.
 
     Args:
         path: the file.
-        at_most: bytes to read of a larger file: its beginning, which names the processes, and its end.
+        at_most: bytes to read of a larger file: its start, which names the processes, and its end.
     """
     events = []
     for number, line in enumerate(_read(Path(path), at_most).decode(errors="replace").splitlines(), start=1):
@@ -56,12 +56,12 @@ def read_events(path: str | Path, at_most: int | None = None) -> list[Event]:
         try:
             events.append(json.loads(text))
         except ValueError:
-            logger.warning("%s: line %d is damaged and is left out", path, number)
+            logger.warning("%s: line %d is damaged and is skipped", path, number)
     return events
 
 
 def _read(path: Path, at_most: int | None) -> bytes:
-    """The file, or whole lines of its first sixteenth and of its end."""
+    """Return the file, or complete lines from the first sixteenth of `at_most` and from the end."""
     size = path.stat().st_size
     with path.open("rb") as file:
         if at_most is None or size <= at_most:
@@ -72,7 +72,7 @@ def _read(path: Path, at_most: int | None) -> bytes:
 
 
 def step_windows(events: Iterable[Event]) -> dict[int, Interval]:
-    """Begin and end of each step, in microseconds."""
+    """Start and end of each step, in microseconds."""
     return {
         int(event["args"]["step"]): (event["ts"], event["ts"] + event["dur"])
         for event in spans(events, "stage")
@@ -81,7 +81,7 @@ def step_windows(events: Iterable[Event]) -> dict[int, Interval]:
 
 
 def stage_seconds(events: Sequence[Event]) -> dict[int, dict[str, float]]:
-    """By step, the seconds of each of the driver's stages; what `timing_s/*` are."""
+    """By step, the seconds of each stage of the driver: the values of `timing_s/*`."""
     windows = step_windows(events)
     seconds: dict[int, dict[str, float]] = {step: {} for step in windows}
     for event in spans(events, "stage"):
@@ -94,7 +94,7 @@ def stage_seconds(events: Sequence[Event]) -> dict[int, dict[str, float]]:
 
 
 def step_shares(events: Sequence[Event]) -> dict[int, StepShares]:
-    """What each step's time went to. Processes that compute at the same time count once, but for `busy`."""
+    """Time shares of each step. Processes that compute at the same time count once, except in `busy`."""
     names = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
     engine, train = spans(events, "engine"), spans(events, "train")
     of_process: dict[str, list[Event]] = {}
@@ -113,13 +113,13 @@ def step_shares(events: Sequence[Event]) -> dict[int, StepShares]:
 
 
 def _share(events: Iterable[Event], window: Interval) -> float:
-    """Of the window, in which at least one of the events was going on."""
+    """Share of the window in which at least one event was open."""
     begin, end = window
     return covered([(event["ts"], event["ts"] + event["dur"]) for event in events], begin, end) / (end - begin)
 
 
 def covered(intervals: Iterable[Interval], begin: float, end: float) -> float:
-    """How much of [begin, end] lies in at least one of `intervals`."""
+    """Length of the part of [begin, end] that at least one of `intervals` covers."""
     total, reached = 0.0, begin
     for start, stop in sorted(intervals):
         total += max(0.0, min(stop, end) - max(start, reached))
@@ -128,7 +128,7 @@ def covered(intervals: Iterable[Interval], begin: float, end: float) -> float:
 
 
 def spans(events: Iterable[Event], category: str) -> list[Event]:
-    """The spans of a category; pairs of asynchronous events, where both are there, as if they were complete ones."""
+    """Spans of a category; a complete pair of asynchronous events becomes one span."""
     found: list[Event] = []
     begun: dict[str, Event] = {}
     for event in events:
@@ -145,9 +145,9 @@ def spans(events: Iterable[Event], category: str) -> list[Event]:
 
 
 def main() -> None:
-    """Print the shares of each step."""
-    parser = argparse.ArgumentParser(description="what each step's time went to")
-    parser.add_argument("timeline", type=Path, nargs="+", help="trainer.timeline of a run; one file for each host")
+    """Print the time shares of each step."""
+    parser = argparse.ArgumentParser(description="time shares of each step")
+    parser.add_argument("timeline", type=Path, nargs="+", help="trainer.timeline of a run; one file per host")
     events = [event for path in parser.parse_args().timeline for event in read_events(path)]
     for step, shares in sorted(step_shares(events).items()):
         busy = ", ".join(f"{name} {share:.0%}" for name, share in shares.busy.items())

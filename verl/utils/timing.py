@@ -1,4 +1,4 @@
-"""Seconds spent in the named stages of a step; the same readings of the clock are the stages' spans in the timeline."""
+"""Seconds of the named stages of a step. The spans of the timeline use the same clock readings."""
 
 import time
 from collections.abc import Iterator, MutableMapping
@@ -11,8 +11,8 @@ from verl.utils.timeline import own_track, record
 def marked_timer(name: str, timings: MutableMapping[str, float], **args: int) -> Iterator[None]:
     """Add the wall-clock seconds of the block to `timings[name]`.
 
-    A name used twice accumulates, so a stage may be entered once for each mini-batch. The time of a block that raises
-    is counted too. `args` are shown beside the stage in the timeline, as for `add_stage`.
+    A repeated name accumulates, so a stage may be entered once per mini-batch. The time of a block that raises counts
+    too. The timeline shows `args` with the stage, see `add_stage`.
 
     Example:
         >>> timings = {}
@@ -31,12 +31,12 @@ def marked_timer(name: str, timings: MutableMapping[str, float], **args: int) ->
 def add_stage(
     name: str, timings: MutableMapping[str, float], start_ns: int, end_ns: int, *, overlaps: bool = False, **args: int
 ) -> None:
-    """Add a stage that lasted from one reading of `time.monotonic_ns` to another to `timings[name]`, in seconds.
+    """Add the seconds between two readings of `time.monotonic_ns` to `timings[name]`.
 
     Args:
-        overlaps: it does not lie within, or around, the other stages of the calling thread or task.
-        args: shown beside the stage in the timeline; with `step` it counts for that step, otherwise for the one in
-            which it began.
+        overlaps: the stage does not nest with the other stages of the calling thread or task.
+        args: shown with the stage in the timeline; with `step` the stage counts for that step, otherwise for the step
+            in which it began.
     """
     timings[name] = timings.get(name, 0.0) + (end_ns - start_ns) / 1e9
     record(name, "stage", start_ns, end_ns, overlaps=overlaps, **args)

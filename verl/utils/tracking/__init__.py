@@ -1,4 +1,4 @@
-"""Where a run's numbers go: console, JSON lines, tensorboard, wandb, swanlab; and the progress display."""
+"""Metrics of a run: console, JSON lines, tensorboard, wandb, swanlab; and the progress display."""
 
 from verl.utils.tracking.jsonl import read_steps
 from verl.utils.tracking.plain import mask_secrets

@@ -1,4 +1,4 @@
-"""The `console` backend: one readable line a step with the metrics that tell how a run is doing."""
+"""The `console` backend: one readable line per step with the main metrics."""
 
 import logging
 import sys
@@ -9,7 +9,7 @@ from verl.utils.tracking.progress import TimeLeft, duration, tokens_per_second
 
 logger = logging.getLogger(__name__)
 
-# Metric name to how it is shown, in the order of the line.
+# Format by metric name, in the order of the line.
 KEY_METRICS = {
     "critic/score/mean": "score {:.3f}",
     "critic/rewards/mean": "reward {:.3f}",
@@ -33,7 +33,7 @@ SHOWN_CHARACTERS = 120
 def format_line(data: Mapping[str, Any], step: int, total_steps: int | None = None, left: float | None = None) -> str:
     """`step 3/20  score 0.412  ...  val spell/acc/mean@4 0.61  512 tokens/s  2m10s left`.
 
-    A metric that the step does not have is left out; the reward is, where it equals the score.
+    A metric that the step lacks is omitted, and so is a reward equal to the score.
     """
     parts = [f"step {step}" if total_steps is None else f"step {step}/{total_steps}"]
     for name, shown in KEY_METRICS.items():
@@ -60,12 +60,12 @@ def _shortened(text: Any) -> str:
 
 
 class ConsoleBackend:
-    """Writes `format_line` for every step; all metrics go to the debug log as `step:N - name:value - ...`.
+    """Writes `format_line` for every step, and all metrics to the debug log as `step:N - name:value - ...`.
 
     Args:
-        total_steps: last step of the run, for "3/20" and the time left; None leaves both out.
+        total_steps: last step of the run, for "3/20" and the time left; None omits both.
         start_step: steps already done.
-        stream: where to write; what sys.stdout is at the time of the call by default, so a progress bar stays whole.
+        stream: output; by default the current sys.stdout at each call, so that a progress bar stays intact.
     """
 
     def __init__(self, total_steps: int | None = None, start_step: int = 0, stream: TextIO | None = None):

@@ -1,4 +1,4 @@
-"""Backends of other projects, imported when they are asked for: tensorboard, wandb, swanlab."""
+"""Backends of other projects, imported only when configured: tensorboard, wandb, swanlab."""
 
 import importlib
 from collections.abc import Mapping, Sequence
@@ -12,8 +12,8 @@ def _require(module: str, backend: str, install: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise ValueError(
-            f"trainer.logger: {backend!r} cannot be used because {module} does not import ({error}); "
-            f"run `pip install {install}` or take {backend!r} out of trainer.logger"
+            f"trainer.logger: {backend!r} cannot be used: {module} does not import ({error}); "
+            f"run `pip install {install}` or remove {backend!r} from trainer.logger"
         ) from error
 
 
@@ -26,9 +26,9 @@ def _as_text(row: Mapping[str, Any]) -> str:
 
 
 class TensorboardBackend:
-    """Scalars and sampled generations in an event file under `directory`; `config` goes there as text.
+    """Scalars and sampled generations in an event file under `directory`; `config` is stored there as text.
 
-    A resumed run hides what an earlier process wrote after `resume_step`.
+    A resumed run hides the records that an earlier process wrote after `resume_step`.
     """
 
     def __init__(self, directory: str | Path, config_text: str, resume_step: int | None = None):

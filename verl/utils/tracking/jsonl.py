@@ -1,4 +1,4 @@
-"""The `file` backend: metrics as JSON lines, each step once, through kills and resumes."""
+"""The `file` backend: metrics as JSON lines, one per step, also after kills and resumes."""
 
 import json
 import logging
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def read_steps(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a JSONL file, in order; a line cut short by a kill, or damaged, is skipped with a warning.
+    """Read the records of a JSONL file in order; skip an incomplete or damaged line with a warning.
 
     Returns:
         records `{"step": int, ...}`; empty if the file does not exist.
@@ -28,22 +28,24 @@ def read_steps(path: str | Path) -> list[dict[str, Any]]:
             continue
         try:
             record = json.loads(line)
-        except ValueError:  # a JSONDecodeError, or bytes that are no UTF-8
+        except ValueError:  # a JSONDecodeError, or bytes that are not UTF-8
             record = None
         if isinstance(record, dict) and type(record.get("step")) is int:
             records.append(record)
         else:
-            logger.warning("%s: line %d is damaged (a process killed while writing it?) and is left out", path, number)
+            logger.warning(
+                "%s: line %d is damaged (was a process killed while writing it?) and is skipped", path, number
+            )
     return records
 
 
 class StepFile:
-    """A JSONL file with at most one record a step, in order of steps.
+    """A JSONL file with at most one record per step, in the order of steps.
 
-    Opening it repairs what a killed process left behind and drops the records after `resume_step`: the run goes on from
-    there and writes them anew. A fresh run (`resume_step=None`) moves an existing file to PATH.previous.
+    Opening it removes an incomplete last line and the records after `resume_step`, which the resumed run writes again. A
+    fresh run (`resume_step=None`) moves an existing file to PATH.previous.
 
-    Each record is one write, flushed to the operating system, so SIGKILL loses none that was written.
+    Each record is one write, flushed to the operating system, so SIGKILL loses no written record.
     """
 
     def __init__(self, path: str | Path, resume_step: int | None):
@@ -66,7 +68,7 @@ class StepFile:
         self._last_start = self._end - len((to_json(self._last) + "\n").encode()) if self._last else self._end
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append a record; one of the last step again is merged into the last line.
+        """Append a record; merge it into the last line if it has the same step.
 
         Raises:
             ValueError: its step lies before the last one.
@@ -75,7 +77,7 @@ class StepFile:
         step, last = record["step"], self._last
         start = self._end
         if last is not None and step < last["step"]:
-            raise ValueError(f"step={step}: {self.path} already holds step {last['step']}; steps must not go back")
+            raise ValueError(f"step={step}: {self.path} already holds step {last['step']}; steps must not decrease")
         if last is not None and step == last["step"]:
             start, record = self._last_start, _merged(last, record)
         line = (to_json(record) + "\n").encode()
@@ -90,7 +92,7 @@ class StepFile:
         self._last, self._last_start, self._end = record, start, start + len(line)
 
     def close(self) -> None:
-        """Flush to the disk and close; writing afterwards is an error."""
+        """Flush to the disk and close. Writing afterwards is an error."""
         if not self._file.closed:
             os.fsync(self._file.fileno())
             self._file.close()
@@ -112,13 +114,13 @@ def _merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class FileBackend:
-    """`{"step": int, "data": {name: number}}` a line; sampled generations go to `generations.jsonl` beside it."""
+    """Writes `{"step": int, "data": {name: number}}` per line, and sampled generations to `generations.jsonl`."""
 
     def __init__(self, path: str | Path, resume_step: int | None = None):
         self._metrics = StepFile(path, resume_step)
         self._generations_path = self._metrics.path.with_name("generations.jsonl")
         self._resume_step = resume_step
-        # A resumed run cuts the generations of lost steps even if it never logs one itself.
+        # A resumed run removes the generations of lost steps even if it never logs one itself.
         self._generations = StepFile(self._generations_path, resume_step) if self._generations_path.exists() else None
 
     def log(self, data: Mapping[str, Any], step: int) -> None:

@@ -1,4 +1,4 @@
-"""Plain, finite, secret-free values: what a tracker may be given."""
+"""Conversion to plain, finite values without secrets, for trackers."""
 
 import dataclasses
 import json
@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 MASK = "***"
-# Words that make a key secret wherever they stand, and words that do where they stand last.
+# Words that make a key secret at any position, and words that do so at its end.
 SECRET_WORDS = {
     *("secret", "secrets", "password", "passwd", "passphrase", "credential", "credentials", "apikey"),
     *("authorization", "bearer"),
 }
 SECRET_LAST_WORDS = {"key", "keys", "token", "tokens"}
-# Keys that end in such a word and name a column or a symbol, not a secret.
+# Keys that end in such a word but name a column or a symbol.
 PUBLIC_KEYS = {
     *("prompt_key", "response_key", "image_key", "video_key", "audio_key", "answer_key", "reward_key"),
     *("reward_fn_key", "data_source_key", "ground_truth_key", "label_key", "tools_key", "messages_key"),
@@ -26,7 +26,7 @@ URL_PASSWORD = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*://)(?P<user>[^/\s:@]*):
 
 
 def to_plain(value: Any, lenient: bool = False) -> Any:
-    """Numbers, strings, lists and dicts only, from numpy arrays and from numpy and torch scalars too.
+    """Convert to numbers, strings, lists and dicts; numpy arrays and numpy and torch scalars are converted too.
 
     Raises:
         TypeError: a value has no plain form, e.g. a tensor with several elements; if `lenient` it becomes its `str`.
@@ -55,7 +55,7 @@ def _finite(value: Any) -> Any:
 
 
 def to_json(value: Any) -> str:
-    """One line of valid JSON; NaN and infinities, which JSON does not have, become null, odd types their `str`."""
+    """Return one line of valid JSON. NaN and infinities become null, other types their `str`."""
     return json.dumps(_finite(to_plain(value, lenient=True)), ensure_ascii=False, allow_nan=False)
 
 
@@ -82,10 +82,10 @@ def _mask_all(value: Any) -> Any:
 
 
 def mask_secrets(config: Any) -> Any:
-    """A copy of a config (nested dicts, lists, dataclasses) with secrets replaced by `***`.
+    """Return a copy of a config (nested dicts, lists, dataclasses) with secrets replaced by `***`.
 
-    Masked are values whose key speaks of a secret, password or credential, text whose key ends in `key` or `token`
-    (`PUBLIC_KEYS` aside), and the password of a URL. What is neither a number nor text is shown as its `str`.
+    These are masked: values whose key names a secret, password or credential; text whose key ends in `key` or `token`
+    (except `PUBLIC_KEYS`); the password of a URL. A value that is neither a number nor text becomes its `str`.
     """
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         config = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}

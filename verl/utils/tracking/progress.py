@@ -1,4 +1,4 @@
-"""How far the run is: a rich bar on a terminal, one plain line a step elsewhere."""
+"""Progress display: a rich bar on a terminal, one plain line per step elsewhere."""
 
 import sys
 import time
@@ -27,9 +27,9 @@ def duration(seconds: float) -> str:
 
 
 class TimeLeft:
-    """Estimates the seconds left from the pace of the last `WINDOW` steps; validations and saves in between count.
+    """Estimates the seconds left from the pace of the last `WINDOW` steps, including validations and saves.
 
-    The first step counts only while there is no other: what a run does once is in it.
+    The first step counts only until there is a second one, because it contains work that a run does once.
     """
 
     def __init__(self, total_steps: int, start_step: int = 0, clock: Callable[[], float] = time.monotonic):
@@ -37,13 +37,13 @@ class TimeLeft:
         self._marks: deque[tuple[int, float]] = deque([(start_step, clock())], maxlen=WINDOW + 1)
 
     def update(self, step: int) -> float | None:
-        """Note that `step` is done; seconds left, or None while no step has been seen."""
+        """Record that `step` is done. Return the seconds left, or None before the first step."""
         if step > self._marks[-1][0]:
             self._marks.append((step, self._clock()))
             if len(self._marks) == 3 and self._marks[0][0] == self._start:
                 self._marks.popleft()
         elif len(self._marks) == 1:
-            # Logged before the first step: what was validated then is no part of it.
+            # Logged before the first step: the initial validation is not part of a step.
             self._marks[0] = step, self._clock()
         (first_step, first_time), (last_step, last_time) = self._marks[0], self._marks[-1]
         if last_step == first_step:
@@ -52,12 +52,12 @@ class TimeLeft:
 
 
 def reward_of(metrics: Mapping[str, Any]) -> float | None:
-    """The mean score of the step, if the metrics have one."""
+    """Return the mean score of the step, if the metrics have one."""
     return next((float(metrics[name]) for name in REWARD_NAMES if metrics.get(name) is not None), None)
 
 
 def tokens_per_second(metrics: Mapping[str, Any]) -> float | None:
-    """Tokens per second of the whole run (not per device), if the metrics have them."""
+    """Return the tokens per second of the full run (not per device), if the metrics have them."""
     tokens, seconds = metrics.get("perf/total_num_tokens"), metrics.get("perf/time_per_step")
     return None if tokens is None or not seconds else float(tokens) / float(seconds)
 
@@ -65,14 +65,14 @@ def tokens_per_second(metrics: Mapping[str, Any]) -> float | None:
 class Progress:
     """Shows step, reward, tokens/s and time left; a context manager.
 
-    On a terminal it is one bar at the bottom; what is written to sys.stdout or sys.stderr meanwhile scrolls above it.
-    Elsewhere `update` writes one line, unless `lines` is False (the console backend of the tracking writes its own).
+    On a terminal it is one bar at the bottom; other output to sys.stdout and sys.stderr scrolls above it. Elsewhere
+    `update` writes one line, unless `lines` is False (the console backend writes its own line).
 
     Args:
         total_steps: last step of the run.
         start_step: steps already done (a resumed run).
-        lines: write plain lines where there is no terminal.
-        stream: where to write; sys.stdout by default.
+        lines: write plain lines if there is no terminal.
+        stream: output; sys.stdout by default.
     """
 
     def __init__(self, total_steps: int, start_step: int = 0, lines: bool = True, stream: TextIO | None = None):
@@ -100,7 +100,7 @@ class Progress:
         self.close()
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Show that `step` is done, with its metrics (verl's names)."""
+        """Show that `step` is done, with its metrics (upstream verl's names)."""
         status = self._status(step, metrics)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, status=status)
@@ -110,7 +110,7 @@ class Progress:
             stream.flush()
 
     def close(self) -> None:
-        """Leave the terminal as it was; may be called twice."""
+        """Restore the terminal; may be called twice."""
         if self._bar is not None:
             self._bar.stop()
 

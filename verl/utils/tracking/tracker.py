@@ -1,4 +1,4 @@
-"""One call a step to every backend that `trainer.logger` names."""
+"""One call per step to every backend in `trainer.logger`."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -11,12 +11,12 @@ from verl.utils.tracking.external import SwanlabBackend, TensorboardBackend, Wan
 from verl.utils.tracking.jsonl import FileBackend
 from verl.utils.tracking.plain import mask_secrets, to_plain
 
-# Backends of verl that this package does not have (yet): told apart from a misspelt name.
+# Backends of upstream verl that are not supported here; other unknown names are misspelled.
 UNSUPPORTED_BACKENDS = ("clearml", "mlflow", "rl_insight", "trackio", "vemlp_wandb")
 
 
 class Backend(Protocol):
-    """Where metrics go. `data` holds plain Python values; a step may come twice, but steps never go back."""
+    """Destination of metrics. `data` holds plain Python values; a step may come twice, but steps never decrease."""
 
     def log(self, data: Mapping[str, Any], step: int) -> None: ...
 
@@ -33,15 +33,15 @@ class Tracking:
         experiment_name: name of the run there.
         backends: any of `Tracking.BACKENDS`.
         config: the run's configuration, shown by trackers; secrets in it are masked first.
-        default_local_dir: directory of the run; backends write below it unless told otherwise.
-        file_path: where the `file` backend writes; DEFAULT_LOCAL_DIR/metrics.jsonl by default.
-        resume_step: last step of the checkpoint that the run goes on from, None for a fresh run. Records of later
-            steps, left by the process that died, are dropped.
-        total_steps: last step of the run, for the console's "3/20" and time left.
+        default_local_dir: directory of the run; backends write below it by default.
+        file_path: file of the `file` backend; DEFAULT_LOCAL_DIR/metrics.jsonl by default.
+        resume_step: step of the checkpoint that the run resumes from, None for a fresh run. Records of later steps,
+            written by the process that died, are dropped.
+        total_steps: last step of the run, for the console's "3/20" and the time left.
 
     Raises:
-        ValueError: an unknown backend, or one whose package does not import.
-        NotImplementedError: a backend of verl that is not supported yet.
+        ValueError: unknown backend, or its package does not import.
+        NotImplementedError: a backend of upstream verl that is not supported yet.
         OSError: a backend's file cannot be written.
     """
 
@@ -84,13 +84,13 @@ class Tracking:
     def log(self, data: Mapping[str, Any], step: int, backend: Sequence[str] | None = None) -> None:
         """Log metrics of a step.
 
-        The `file` backend merges metrics of the same step into one line. So a step can be logged there before its
-        checkpoint is saved, and again afterwards with the rest: a kill in between then loses no step.
+        The `file` backend merges metrics of the same step into one line. A step can therefore be logged there before its
+        checkpoint is saved, and again afterwards with more metrics: a kill in between then loses no step.
 
         Args:
             data: metric name to number (Python, numpy or torch scalar) or text.
-            step: training step; must not go back.
-            backend: names of the backends that get it, all by default; one that the run does not have is passed over.
+            step: training step; must not decrease.
+            backend: names of the receiving backends, all by default; names that the run lacks are ignored.
 
         Raises:
             TypeError: a value has no plain form; names the metric.
@@ -106,13 +106,13 @@ class Tracking:
                 receiver.log(plain, int(step))
 
     def log_generations(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
-        """Log sampled generations: one mapping a sample with `input`, `output`, `score` (see `samples_table`)."""
+        """Log sampled generations: one mapping per sample with `input`, `output`, `score` (see `samples_table`)."""
         plain = [to_plain(row, lenient=True) for row in rows]
         for backend in self._backends.values():
             backend.log_generations(plain, int(step))
 
     def finish(self) -> None:
-        """Flush and close every backend, each even if another one fails; may be called twice."""
+        """Flush and close every backend, even if one of them fails; may be called twice."""
         self._finishers.close()
 
     def __enter__(self) -> "Tracking":
@@ -124,11 +124,11 @@ class Tracking:
 
 def _check_names(backends: Sequence[str], known: Sequence[str]) -> None:
     if isinstance(backends, str):
-        raise ValueError(f"trainer.logger={backends!r}: give a list, e.g. ['{backends}']")
+        raise ValueError(f"trainer.logger={backends!r} must be a list: use ['{backends}']")
     for name in backends:
         if name in UNSUPPORTED_BACKENDS:
             raise NotImplementedError(
                 f"trainer.logger={list(backends)}: {name!r} is not supported yet; use any of {list(known)}"
             )
         if name not in known:
-            raise ValueError(f"trainer.logger={list(backends)}: {name!r} is no backend; use any of {list(known)}")
+            raise ValueError(f"trainer.logger={list(backends)}: unknown backend {name!r}; use any of {list(known)}")
