@@ -233,4 +233,4 @@ def test_a_full_disk_ends_the_timeline_and_not_the_run(caplog):
     with span("a"):
         pass
     close_timeline()
-    assert len([r for r in caplog.records if "records no more" in r.getMessage()]) == 1
+    assert len([r for r in caplog.records if "stops recording" in r.getMessage()]) == 1

@@ -60,7 +60,7 @@ def test_a_value_without_plain_form_names_its_metric(tmp_path):
 
 
 def test_backend_names(tmp_path):
-    with pytest.raises(ValueError, match=r"'fiel' is no backend; use any of \['console', 'file'"):
+    with pytest.raises(ValueError, match=r"unknown backend 'fiel'; use any of \['console', 'file'"):
         make(tmp_path, ["console", "fiel"])
     with pytest.raises(NotImplementedError, match="'mlflow' is not supported yet"):
         make(tmp_path, ["mlflow"])

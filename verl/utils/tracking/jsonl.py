@@ -33,17 +33,15 @@ def read_steps(path: str | Path) -> list[dict[str, Any]]:
         if isinstance(record, dict) and type(record.get("step")) is int:
             records.append(record)
         else:
-            logger.warning(
-                "%s: line %d is damaged (was a process killed while writing it?) and is skipped", path, number
-            )
+            logger.warning("%s: line %d is damaged (killed while writing it?) and is skipped", path, number)
     return records
 
 
 class StepFile:
     """A JSONL file with at most one record per step, in the order of steps.
 
-    Opening it removes an incomplete last line and the records after `resume_step`, which the resumed run writes again. A
-    fresh run (`resume_step=None`) moves an existing file to PATH.previous.
+    Opening it removes an incomplete last line and the records after `resume_step`, which the resumed run writes again.
+    A fresh run (`resume_step=None`) moves an existing file to PATH.previous.
 
     Each record is one write, flushed to the operating system, so SIGKILL loses no written record.
     """
@@ -71,8 +69,8 @@ class StepFile:
         """Append a record; merge it into the last line if it has the same step.
 
         Raises:
-            ValueError: its step lies before the last one.
-            OSError: the disk is full, ...; names the file.
+            ValueError: its step is before the last one.
+            OSError: for example a full disk; names the file.
         """
         step, last = record["step"], self._last
         start = self._end

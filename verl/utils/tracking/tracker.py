@@ -84,7 +84,7 @@ class Tracking:
     def log(self, data: Mapping[str, Any], step: int, backend: Sequence[str] | None = None) -> None:
         """Log metrics of a step.
 
-        The `file` backend merges metrics of the same step into one line. A step can therefore be logged there before its
+        The `file` backend merges metrics of the same step into one line. A step can therefore be logged before its
         checkpoint is saved, and again afterwards with more metrics: a kill in between then loses no step.
 
         Args:
