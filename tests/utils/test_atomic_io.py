@@ -7,7 +7,7 @@ import pytest
 from verl.utils.atomic_io import atomic_write_text, fsync_path
 
 
-def test_content_is_replaced_and_no_temporary_file_stays(tmp_path):
+def test_write_replaces_the_content_and_leaves_no_temporary_file(tmp_path):
     path = tmp_path / "tracker.txt"
     atomic_write_text(path, "1")
     atomic_write_text(path, "zwei \u2603")
@@ -24,7 +24,7 @@ def test_a_failed_write_leaves_the_old_content(tmp_path):
     assert os.listdir(tmp_path) == ["tracker.txt"]
 
 
-def test_fsync_takes_files_and_directories(tmp_path):
+def test_fsync_accepts_files_and_directories(tmp_path):
     (tmp_path / "a").write_text("a")
     fsync_path(tmp_path / "a")
     fsync_path(tmp_path)

@@ -30,7 +30,7 @@ def installed(monkeypatch):
     return pretend
 
 
-def test_auto_takes_the_accelerator_that_is_there_and_usable(tmp_path, installed):
+def test_auto_selects_a_usable_accelerator(tmp_path, installed):
     installed(torch="2.13.0+cu130")
     assert detect_device("auto", root=tmp_path) == "cpu"
     root = machine(tmp_path, "nvidia0", "nvidia1", "nvidiactl", "null")
@@ -40,7 +40,7 @@ def test_auto_takes_the_accelerator_that_is_there_and_usable(tmp_path, installed
     assert detect_device("auto", root=root) == "cpu"
 
 
-def test_auto_finds_an_npu(tmp_path, installed):
+def test_auto_detects_an_npu(tmp_path, installed):
     root = machine(tmp_path, "davinci0", "davinci7", "davinci_manager")
     installed(torch_npu=True)
     assert detect_device("auto", root=root) == "npu" and count_devices("npu", root=root) == 2
@@ -58,7 +58,7 @@ def test_auto_finds_an_npu(tmp_path, installed):
         ("npu", ("davinci0",), "2.13.0", "torch_npu is not installed"),
     ],
 )
-def test_a_device_that_cannot_be_used_says_why(tmp_path, installed, device, nodes, torch, words):
+def test_an_unusable_device_is_an_error_with_the_reason(tmp_path, installed, device, nodes, torch, words):
     installed(torch=torch)
     with pytest.raises(ValueError, match=rf"trainer.device={device}: .*{words}"):
         detect_device(device, root=machine(tmp_path, *nodes))
@@ -74,18 +74,18 @@ def test_hidden_devices_do_not_count(tmp_path, monkeypatch, installed):
     assert detect_device("auto", root=root) == "cpu"
 
 
-def test_an_unknown_device():
+def test_an_unknown_device_is_an_error():
     with pytest.raises(ValueError, match=r"trainer\.device=tpu"):
         detect_device("tpu")
     with pytest.raises(ValueError, match="tpu"):
         dist_backend("tpu")
 
 
-def test_backends():
+def test_each_device_has_its_collective_backend():
     assert [dist_backend(device) for device in ("cpu", "cuda", "npu")] == ["gloo", "nccl", "hccl"]
 
 
-def test_torch_devices():
+def test_torch_device_has_the_index():
     import torch
 
     assert torch_device("cpu") == torch.device("cpu")

@@ -23,11 +23,11 @@ AMX = "flags: fpu amx_bf16 amx_tile\n"
         ("cuda", "float32", AVX512, "float32", "as configured"),
     ],
 )
-def test_the_dtype_and_why(device, requested, cpuinfo, name, why):
+def test_choice_of_dtype_has_a_reason(device, requested, cpuinfo, name, why):
     choice = choose_dtype(device, requested, cpuinfo=cpuinfo)
     assert choice.name == name and why in choice.why
 
 
-def test_another_dtype():
+def test_an_unsupported_dtype_is_an_error():
     with pytest.raises(ValueError, match="float16"):
         choose_dtype("cpu", "float16")

@@ -17,7 +17,7 @@ def test_a_file_and_a_module_are_imported_once(tmp_path, monkeypatch):
     assert counted_by_external.times == 1
 
 
-def test_two_files_of_one_name_are_two_modules(tmp_path, monkeypatch):
+def test_two_files_with_the_same_name_are_two_modules(tmp_path, monkeypatch):
     (tmp_path / "seen_by_external.py").write_text("names = []\n")
     monkeypatch.syspath_prepend(tmp_path)
     for folder in ("a", "b"):
@@ -29,7 +29,7 @@ def test_two_files_of_one_name_are_two_modules(tmp_path, monkeypatch):
     assert seen_by_external.names == ["a", "b"]
 
 
-def test_only_files_become_absolute(tmp_path, monkeypatch):
+def test_only_file_names_become_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert absolute(["package.module", "mine.py", "below/mine"]) == [
         "package.module",
@@ -48,7 +48,7 @@ def test_only_files_become_absolute(tmp_path, monkeypatch):
         ("broken.py", "external_lib=.*broken.py does not import: ZeroDivisionError"),
     ],
 )
-def test_what_cannot_be_imported_is_named(tmp_path, monkeypatch, lib, words):
+def test_a_failed_import_names_the_module(tmp_path, monkeypatch, lib, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.py").write_text("1 / 0\n")
     (tmp_path / "folder.py").mkdir()
@@ -57,7 +57,7 @@ def test_what_cannot_be_imported_is_named(tmp_path, monkeypatch, lib, words):
             import_external([lib])
 
 
-def test_a_file_that_is_a_library_and_has_a_class_is_one_module(tmp_path, monkeypatch):
+def test_a_library_file_with_a_class_is_imported_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "both.py").write_text("class Mine: pass\nregistered = Mine\n")
     import_external(["both.py"])

@@ -3,7 +3,7 @@ import gc
 from verl.utils.heap import freeze_heap
 
 
-def test_what_exists_is_left_out_of_later_collections():
+def test_existing_objects_are_excluded_from_later_collections():
     frozen = gc.get_freeze_count()
     try:
         freeze_heap()

@@ -10,7 +10,7 @@ AVX2 = "processor\t: 0\nmodel name\t: X\nflags\t\t: fpu avx2 fma\n\nprocessor\t:
 ARM = "processor : 0\nFeatures : fp asimd bf16\n"
 
 
-def test_features_of_the_first_core():
+def test_features_are_those_of_the_first_core():
     assert cpu_features(AVX2) == {"fpu", "avx2", "fma"}
     assert cpu_features(ARM) == {"fp", "asimd", "bf16"}
     assert cpu_features("nothing here") == frozenset()
@@ -23,7 +23,7 @@ def write(root, **files):
         path.write_text(text)
 
 
-def test_memory_is_the_lesser_of_machine_and_container(tmp_path):
+def test_available_memory_is_the_minimum_of_machine_and_container(tmp_path):
     assert available_memory_bytes(root=tmp_path) is None
     write(tmp_path, proc__meminfo="MemTotal:  9000 kB\nMemAvailable:    4000 kB\n")
     assert available_memory_bytes(root=tmp_path) == 4000 * 1024
@@ -37,11 +37,11 @@ def test_memory_is_the_lesser_of_machine_and_container(tmp_path):
     assert available_memory_bytes(root=tmp_path) == 5000000 - 3000000 + 500000
 
 
-def test_this_machine_has_memory():
+def test_available_memory_of_this_machine_is_positive():
     assert available_memory_bytes() > 1 << 20
 
 
-def test_a_cpu_process_gets_an_allocator_that_keeps_what_is_freed(monkeypatch):
+def test_cpu_environment_preloads_an_allocator_that_keeps_freed_memory(monkeypatch):
     for name in ("LD_PRELOAD", "MALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)
     given = cpu_environment(3)

@@ -1,12 +1,12 @@
 from verl.utils.network import interface_of, ray_cluster
 
 
-def test_the_interface_of_an_address():
+def test_interface_of_an_address():
     assert interface_of("127.0.0.1") == "lo"
     assert interface_of("203.0.113.7") is None
 
 
-def test_the_cluster_that_a_run_would_join(tmp_path):
+def test_ray_cluster_is_the_one_that_a_run_would_join(tmp_path):
     assert ray_cluster({}, root=tmp_path) is None
     (tmp_path / "tmp/ray").mkdir(parents=True)
     (tmp_path / "tmp/ray/ray_current_cluster").write_text("10.0.0.1:6379\n")

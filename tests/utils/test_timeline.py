@@ -37,7 +37,7 @@ def child(code, timeline):
     return lambda name: subprocess.Popen([sys.executable, "-c", prologue + code, name], stdout=subprocess.PIPE)
 
 
-def test_without_a_timeline_nothing_is_recorded_and_everything_runs(tmp_path, monkeypatch):
+def test_spans_have_no_effect_without_a_timeline(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     join_timeline(None, "driver")
     timings = {}
@@ -47,7 +47,7 @@ def test_without_a_timeline_nothing_is_recorded_and_everything_runs(tmp_path, mo
     assert current_timeline() is None and timings["b"] > 0 and list(tmp_path.iterdir()) == []
 
 
-def test_spans_are_there_as_soon_as_they_end_and_the_file_is_plain_json_once_closed(trace):
+def test_spans_are_written_when_they_end_and_the_closed_file_is_json(trace):
     before = time.monotonic_ns()
     with span("outer", "call", rows=3):
         with span("inner", "train"):
@@ -76,7 +76,7 @@ def test_a_block_that_raises_is_recorded(trace):
     assert len({event["tid"] for event in events_of(trace, "X")}) == 1
 
 
-def test_a_stage_and_its_seconds_come_from_the_same_readings(trace):
+def test_a_stage_and_its_seconds_use_the_same_clock_readings(trace):
     logged = {step: {} for step in (1, 2)}
     for step, timings in logged.items():
         with marked_timer("step", timings, step=step):
@@ -93,7 +93,7 @@ def test_a_stage_and_its_seconds_come_from_the_same_readings(trace):
     assert all(recorded[step] == pytest.approx(logged[step], rel=1e-6) for step in logged)
 
 
-def test_tasks_and_threads_at_the_same_time_lie_on_tracks_of_their_own(trace):
+def test_concurrent_tasks_and_threads_have_separate_tracks(trace):
     async def both():
         entered = [asyncio.Event(), asyncio.Event()]
 
@@ -124,7 +124,7 @@ def test_tasks_and_threads_at_the_same_time_lie_on_tracks_of_their_own(trace):
     assert titles[1] == "main" and set(titles) == {1, 2}
 
 
-def test_a_stage_that_is_still_open_keeps_its_track(trace):
+def test_an_open_stage_keeps_its_track(trace):
     async def main():
         timings = {}
 
@@ -142,7 +142,7 @@ def test_a_stage_that_is_still_open_keeps_its_track(trace):
     assert len({event["tid"] for event in events_of(trace, "X")}) == 2
 
 
-def test_spans_that_overlap_become_pairs(trace):
+def test_overlapping_spans_become_event_pairs(trace):
     @spanned("request", "request", overlaps=True)
     async def request(gate):
         await gate.wait()
@@ -159,7 +159,7 @@ def test_spans_that_overlap_become_pairs(trace):
     assert len(events_of(trace, "b")) == len(events_of(trace, "e")) == 5 and events_of(trace, "X") == []
 
 
-def test_a_decorated_function_stays_what_it_was(trace):
+def test_a_decorated_function_keeps_its_name_and_result(trace):
     @spanned("square", "train")
     def square(x):
         """Of x."""
@@ -170,7 +170,7 @@ def test_a_decorated_function_stays_what_it_was(trace):
     assert [(event["name"], event["cat"]) for event in events_of(trace, "X")] == [("square", "train")]
 
 
-def test_many_processes_write_whole_lines_on_one_clock(trace):
+def test_many_processes_write_complete_lines_on_one_clock(trace):
     begin = time.monotonic_ns() - current_timeline()["monotonic_ns"]
     start = child("for i in range(2000):\n with span('work', rows=i): pass", current_timeline())
     processes = [start(f"rank {i}") for i in range(3)]
@@ -190,7 +190,7 @@ def test_many_processes_write_whole_lines_on_one_clock(trace):
     assert all(begin <= event["ts"] * 1000 <= end for event in events if event["ph"] == "X")
 
 
-def test_a_killed_process_loses_what_was_open_and_nothing_else(trace):
+def test_a_killed_process_loses_only_its_open_spans(trace):
     code = "for i in range(3):\n with span('done', rows=i): pass\n"
     code += "with span('open'):\n print('ready', flush=True)\n time.sleep(600)"
     process = child(code, current_timeline())("victim")
@@ -202,7 +202,7 @@ def test_a_killed_process_loses_what_was_open_and_nothing_else(trace):
     ]
 
 
-def test_an_earlier_timeline_is_kept_aside(tmp_path):
+def test_an_existing_timeline_is_renamed(tmp_path):
     for name in ("first", "second"):
         open_timeline(tmp_path / "trace.json")
         with span(name):
@@ -212,7 +212,7 @@ def test_an_earlier_timeline_is_kept_aside(tmp_path):
     assert [event["name"] for event in events_of(tmp_path / "trace.json.previous", "X")] == ["first"]
 
 
-def test_another_host_goes_by_the_wall_clock(tmp_path):
+def test_another_host_uses_the_wall_clock(tmp_path):
     now, wall = time.monotonic_ns(), time.time_ns()
     # The driver opened it 100 s ago by the wall clock; its own clock has nothing to do with ours.
     elsewhere = {
@@ -228,7 +228,7 @@ def test_another_host_goes_by_the_wall_clock(tmp_path):
     assert event["ts"] == pytest.approx(100e6, abs=50e3) and event["dur"] == 1.0
 
 
-def test_a_full_disk_ends_the_timeline_and_not_the_run(caplog):
+def test_a_full_disk_stops_the_recording_but_not_the_run(caplog):
     join_timeline({"path": "/dev/full", "host": timeline._host(), "monotonic_ns": 0, "wall_ns": 0}, "driver")
     with span("a"):
         pass

@@ -47,7 +47,7 @@ EVENTS = [
 ]
 
 
-def test_shares_of_each_step():
+def test_step_shares():
     shares = step_shares(EVENTS)
     assert sorted(shares) == [4, 5]
     four, five = shares[4], shares[5]
@@ -57,13 +57,13 @@ def test_shares_of_each_step():
     assert (five.seconds, five.engine, five.train, five.overhead) == pytest.approx((2, 0.25, 0, 0.75))
 
 
-def test_engine_and_trainer_at_the_same_time_are_no_more_than_the_whole_step():
+def test_concurrent_engine_and_trainer_count_once():
     both = [*EVENTS, complete(ENGINE, "engine", "forward", 0, 10), complete(RANK, "train", "forward", 0, 10)]
     shares = step_shares(both)[4]
     assert (shares.engine, shares.train, shares.overhead) == pytest.approx((1, 1, 0))
 
 
-def test_stages_of_a_step_add_up():
+def test_stage_seconds_add_up_to_the_step():
     seconds = stage_seconds(EVENTS)
     assert seconds[4] == pytest.approx({"step": 10, "gen": 5.25, "update_actor": 3.25})
     assert seconds[5] == pytest.approx({"step": 2, "gen": 1.5})
@@ -81,11 +81,11 @@ def test_stages_of_a_step_add_up():
         ([(-5, -1), (11, 12)], 0),
     ],
 )
-def test_covered(intervals, length):
+def test_covered_length_of_intervals(intervals, length):
     assert covered(intervals, 0, 10) == length
 
 
-def test_a_broken_file_is_read_as_far_as_it_goes(tmp_path, caplog):
+def test_damaged_lines_are_skipped(tmp_path, caplog):
     path = tmp_path / "trace.json"
     lines = [json.dumps(event) for event in EVENTS]
     path.write_text("[\n" + ",\n".join(lines) + ',\n{"ph": "X", "na')
@@ -96,7 +96,7 @@ def test_a_broken_file_is_read_as_far_as_it_goes(tmp_path, caplog):
     assert read_events(path) == EVENTS[:2] and caplog.text == ""
 
 
-def test_the_command_prints_a_line_a_step(tmp_path, capsys, monkeypatch):
+def test_the_command_prints_one_line_per_step(tmp_path, capsys, monkeypatch):
     path = tmp_path / "trace.json"
     path.write_text("[\n" + "".join(json.dumps(event) + ",\n" for event in EVENTS))
     monkeypatch.setattr(sys, "argv", ["timeline_reader", str(path)])
@@ -108,7 +108,7 @@ def test_the_command_prints_a_line_a_step(tmp_path, capsys, monkeypatch):
     assert second.startswith("step 5: 2.000 s, engine 25.0%, train 0.0%, overhead 75.0%")
 
 
-def test_of_a_large_file_the_names_and_the_end_are_read(tmp_path, caplog):
+def test_a_large_file_is_read_at_its_start_and_its_end(tmp_path, caplog):
     path = tmp_path / "timeline.json"
     many = [complete(RANK, "train", "forward", second, second + 0.5) for second in range(100, 1100)]
     ahead = {**complete(DRIVER, "stage", "gen", 0.25, 0.25), "id": "1.2"}

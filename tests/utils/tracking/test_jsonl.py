@@ -18,7 +18,7 @@ def steps_in(path):
     return [json.loads(line)["step"] for line in path.read_text().splitlines()]
 
 
-def test_one_flushed_line_a_step(tmp_path):
+def test_each_step_is_one_flushed_line(tmp_path):
     path = tmp_path / "deep" / "metrics.jsonl"
     backend = FileBackend(path)
     for step in range(3):
@@ -30,7 +30,7 @@ def test_one_flushed_line_a_step(tmp_path):
     backend.finish()
 
 
-def test_a_step_logged_twice_is_merged_into_its_line(tmp_path):
+def test_a_repeated_step_is_merged_into_its_line(tmp_path):
     backend = FileBackend(tmp_path / "m.jsonl")
     backend.log({"val": 1}, 0)
     backend.log({"loss": 0.5, "long": "x" * 200}, 1)
@@ -46,7 +46,7 @@ def test_a_step_logged_twice_is_merged_into_its_line(tmp_path):
         backend.log({}, 1)
 
 
-def test_resume_drops_later_steps_and_goes_on(tmp_path):
+def test_resume_drops_later_steps_and_continues(tmp_path):
     path = tmp_path / "m.jsonl"
     first = FileBackend(path)
     for step in range(6):
@@ -78,7 +78,7 @@ def test_a_damaged_end_is_repaired(tmp_path, caplog, tail):
     assert steps_in(path) == [1, 2, 3]
 
 
-def test_a_last_line_without_its_newline_is_kept_whole(tmp_path):
+def test_a_last_line_without_newline_is_kept(tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_bytes(b'{"step":1,"data":{"b":2,"a":1}}')
     backend = FileBackend(path, resume_step=1)
@@ -87,7 +87,7 @@ def test_a_last_line_without_its_newline_is_kept_whole(tmp_path):
     assert [r["data"] for r in read_steps(path)] == [{"b": 2, "a": 1, "c": 3}, {}]
 
 
-def test_a_fresh_run_keeps_the_former_file_aside(tmp_path):
+def test_a_fresh_run_renames_an_existing_file(tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_text('{"step": 1, "data": {}}\n')
     FileBackend(path).log({}, 0)
@@ -109,7 +109,7 @@ WRITER = """
 """
 
 
-def test_sigkill_and_resume_leave_each_step_once(tmp_path):
+def test_each_step_appears_once_after_sigkill_and_resume(tmp_path):
     path, rng, resume = tmp_path / "m.jsonl", random.Random(0), 0
     for _ in range(4):
         command = [sys.executable, "-c", textwrap.dedent(WRITER), str(path), str(resume)]
@@ -141,7 +141,7 @@ FULL = """
 """
 
 
-def test_a_full_disk_names_the_file_and_the_step_and_spares_the_lines_before(tmp_path):
+def test_a_full_disk_error_names_file_and_step_and_keeps_earlier_lines(tmp_path):
     path = tmp_path / "m.jsonl"
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(FULL), str(path)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -18,7 +18,7 @@ def test_numpy_and_torch_values_become_python():
     assert [type(value) for value in plain[:5]] == [float, int, bool, float, int]
 
 
-def test_what_has_no_plain_form_is_an_error_or_its_text():
+def test_a_value_without_plain_form_is_an_error_or_its_text():
     with pytest.raises(TypeError, match="Fraction"):
         to_plain({"a": Fraction(1, 3)})
     with pytest.raises(TypeError, match="Tensor"):
@@ -26,7 +26,7 @@ def test_what_has_no_plain_form_is_an_error_or_its_text():
     assert to_plain({"a": Fraction(1, 3)}, lenient=True) == {"a": "1/3"}
 
 
-def test_json_is_valid_without_nan():
+def test_json_has_no_nan():
     line = to_json({"a": float("nan"), "b": [np.float64("inf"), {"c": -np.inf}], "d": 1.5, "e": "\u00e4\n"})
     assert "\n" not in line
     assert json.loads(line, parse_constant=pytest.fail) == {
@@ -72,7 +72,7 @@ def test_secrets_are_masked():
     assert config["hf_token"] == "s2", "the config itself stays as it was"
 
 
-def test_what_is_no_secret_stays():
+def test_public_keys_are_not_masked():
     config = {
         "prompt_key": "prompt",
         "reward_fn_key": "data_source",
@@ -89,7 +89,7 @@ def test_what_is_no_secret_stays():
     assert mask_secrets(config) == config
 
 
-def test_dataclasses_and_other_objects():
+def test_dataclasses_and_other_objects_become_plain():
     masked = mask_secrets(Outer())
     assert masked == {"inner": {"api_key": "***", "max_num_batched_tokens": 8192}, "prompt_key": "prompt"}
     assert mask_secrets({"dtype": torch.bfloat16}) == {"dtype": "torch.bfloat16"}

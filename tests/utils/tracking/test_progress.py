@@ -18,7 +18,7 @@ METRICS = {"critic/score/mean": 0.4567, "perf/total_num_tokens": 1000, "perf/tim
     ("seconds", "text"),
     [(0.2, "0s"), (59, "59s"), (59.9, "1m00s"), (185, "3m05s"), (7620, "2h07m"), (273600, "3d04h"), (-1, "0s")],
 )
-def test_duration(seconds, text):
+def test_duration_as_text(seconds, text):
     assert duration(seconds) == text
 
 
@@ -37,7 +37,7 @@ def test_time_left_follows_the_last_steps():
     assert left.update(40) == 0.0
 
 
-def test_what_a_run_does_once_does_not_count_for_the_steps_left():
+def test_one_time_work_does_not_count_for_the_time_left():
     now = [0.0]
     left = TimeLeft(total_steps=10, clock=lambda: now[0])
     now[0] += 100.0
@@ -50,14 +50,14 @@ def test_what_a_run_does_once_does_not_count_for_the_steps_left():
     assert left.update(3) == pytest.approx(14.0)
 
 
-def test_reward_and_speed():
+def test_reward_and_speed_of_the_metrics():
     assert reward_of(METRICS) == 0.4567 and reward_of({}) is None
     assert reward_of({"critic/rewards/mean": 1}) == 1.0
     assert tokens_per_second(METRICS) == 250.0
     assert tokens_per_second({"perf/total_num_tokens": 5, "perf/time_per_step": 0.0}) is None
 
 
-def test_plain_lines_without_a_terminal():
+def test_plain_lines_are_written_without_a_terminal():
     stream = io.StringIO()
     with Progress(3, start_step=1, stream=stream) as progress:
         progress.update(1, {})
@@ -70,7 +70,7 @@ def test_plain_lines_without_a_terminal():
     assert "\x1b" not in stream.getvalue()
 
 
-def test_plain_lines_can_be_left_to_the_console_backend():
+def test_plain_lines_can_be_turned_off():
     stream = io.StringIO()
     with Progress(3, lines=False, stream=stream) as progress:
         progress.update(1, METRICS)
@@ -88,7 +88,7 @@ ON_TERMINAL = """
 """
 
 
-def test_a_bar_on_a_terminal():
+def test_a_terminal_shows_a_bar():
     parent, child = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
     process = subprocess.Popen(

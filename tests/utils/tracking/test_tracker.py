@@ -23,7 +23,7 @@ def make(tmp_path, backends, **more):
     return Tracking("project", "experiment", backends, CONFIG, tmp_path, **more)
 
 
-def test_file_and_console(tmp_path, capsys):
+def test_file_and_console_receive_the_metrics(tmp_path, capsys):
     tracking = make(tmp_path, ["file", "console"], file_path=tmp_path / "m.jsonl", total_steps=2)
     tracking.log({"critic/score/mean": np.float32(0.25), "actor/lr": torch.tensor(1e-3), "n": np.int64(2)}, step=1)
     tracking.log_generations(ROWS, step=1)
@@ -59,12 +59,12 @@ def test_a_value_without_plain_form_names_its_metric(tmp_path):
         tracking.log({"actor/loss": torch.zeros(3)}, 1)
 
 
-def test_backend_names(tmp_path):
+def test_unknown_and_unsupported_backends_are_errors(tmp_path):
     with pytest.raises(ValueError, match=r"unknown backend 'fiel'; use any of \['console', 'file'"):
         make(tmp_path, ["console", "fiel"])
     with pytest.raises(NotImplementedError, match="'mlflow' is not supported yet"):
         make(tmp_path, ["mlflow"])
-    with pytest.raises(ValueError, match="give a list"):
+    with pytest.raises(ValueError, match="must be a list"):
         make(tmp_path, "console")
 
 
@@ -82,7 +82,7 @@ def scalars_of(directory, tag):
     return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
-def test_tensorboard_with_resume(tmp_path):
+def test_tensorboard_purges_later_steps_on_resume(tmp_path):
     for run, (first, last, resume_step) in enumerate([(1, 5, None), (4, 6, 3)]):
         with make(tmp_path, ["tensorboard"], resume_step=resume_step) as tracking:
             for step in range(first, last + 1):
@@ -97,7 +97,7 @@ def test_tensorboard_with_resume(tmp_path):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed (verl[wandb])")
-def test_wandb_offline(tmp_path, monkeypatch):
+def test_wandb_receives_metrics_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     with make(tmp_path, ["wandb"]) as tracking:
         tracking.log({"critic/score/mean": 0.5}, 1)
@@ -108,7 +108,7 @@ def test_wandb_offline(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("swanlab") is None, reason="swanlab is not installed (verl[swanlab])")
-def test_swanlab_offline(tmp_path, monkeypatch):
+def test_swanlab_receives_metrics_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("SWANLAB_MODE", "offline")
     with make(tmp_path, ["swanlab"]) as tracking:
         tracking.log({"critic/score/mean": 0.5}, 1)
@@ -117,7 +117,7 @@ def test_swanlab_offline(tmp_path, monkeypatch):
     assert b"critic/score/mean" in written and b"hidden-value" not in written
 
 
-def test_the_console_line():
+def test_console_line():
     data = {
         "timing_s/step": 7.91,
         "critic/score/mean": 0.4125,
@@ -145,14 +145,14 @@ def test_the_console_keeps_every_metric_in_the_debug_log(caplog):
     assert caplog.messages == ["step:7 - a:1 - b/c:0.5"]
 
 
-def test_long_generations_take_one_line(tmp_path, capsys):
+def test_long_generations_are_shown_on_one_line(tmp_path, capsys):
     with make(tmp_path, ["console"]) as tracking:
         tracking.log_generations([{"input": "a\nb" * 300, "output": None, "score": None}], 1)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 and len(lines[0]) < 200 and lines[0].endswith("... -> None")
 
 
-def test_one_failing_backend_does_not_keep_the_others_open(tmp_path):
+def test_all_backends_are_closed_if_one_fails(tmp_path):
     tracking = make(tmp_path, ["file", "console"])
     tracking.log({"a": 1}, 1)
     tracking._finishers.callback(lambda: json.loads("{"))
