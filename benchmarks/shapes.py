@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config, Qwen3MoeConfig
 
-from verl.utils.model_dir.index import CheckpointIndex, TensorInfo
+from verl.utils.model_dir.index import CheckpointIndex
+from verl.utils.model_dir.safetensors_header import TensorInfo
 from verl.utils.quantization.ascend_description import AscendDescription
 from verl.utils.quantization.ascend_layers import read_layers
 

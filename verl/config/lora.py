@@ -11,7 +11,8 @@ from typing import Any
 
 from verl.config.model import ModelConfig
 from verl.config.schema import show
-from verl.utils.model_dir.model_files import ModelFilesError, read_header
+from verl.utils.model_dir.errors import ModelFilesError
+from verl.utils.model_dir.safetensors_header import read_safetensors_header
 
 ALL_LINEAR = "all-linear"
 _MODEL = "actor_rollout_ref.model."
@@ -123,7 +124,7 @@ def _read_config(path: Path, place: str) -> dict[str, Any]:
             raise ValueError(f"{place}: has no {name} (it has {present}); save the adapter with peft's save_pretrained")
     try:
         given = json.loads((path / _CONFIG_FILE).read_text(encoding="utf-8"))
-        read_header(path / _WEIGHTS_FILE)
+        read_safetensors_header(path / _WEIGHTS_FILE)
     except ModelFilesError as error:
         raise ValueError(f"{place}: {error}") from None
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""A model's name on the Hugging Face hub stands for its directory in the hub's cache."""
+"""The name of a model on the Hugging Face hub is replaced by its directory in the hub's cache."""
 
 import pytest
 
@@ -10,7 +10,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    """The hub's cache with one model, in the layout that huggingface_hub writes."""
+    """The hub's cache with one model, in the layout of huggingface_hub."""
     import huggingface_hub.constants
 
     snapshot = tmp_path / "hub/models--Qwen--Qwen3-8B/snapshots" / COMMIT
@@ -24,14 +24,14 @@ def cache(tmp_path, monkeypatch):
     return snapshot
 
 
-def test_names_of_cached_models_become_their_directories(cache):
+def test_cached_names_become_directories(cache):
     keys = ("actor_rollout_ref.model.path", "critic.model.path", "critic.model.tokenizer_path")
     config = load_config([f"{key}=Qwen/Qwen3-8B" for key in keys])
     assert config.actor_rollout_ref.model.path == str(cache)
     assert config.critic.model.path == config.critic.model.tokenizer_path == str(cache)
 
 
-def test_a_directory_of_that_name_here_comes_first(cache, tmp_path):
+def test_existing_directory_takes_precedence(cache, tmp_path):
     (tmp_path / "Qwen/Qwen3-8B").mkdir(parents=True)
     config = load_config(["actor_rollout_ref.model.path=Qwen/Qwen3-8B"])
     assert config.actor_rollout_ref.model.path == str(tmp_path / "Qwen/Qwen3-8B")
@@ -43,18 +43,18 @@ def test_other_paths_stay_paths(cache, tmp_path, name):
     assert config.actor_rollout_ref.model.path == str((tmp_path / name).resolve())
 
 
-def test_data_is_never_looked_for_among_models(cache, tmp_path):
+def test_data_paths_are_not_looked_up_in_the_cache(cache, tmp_path):
     assert load_config(["trainer.rollout_data_dir=Qwen/Qwen3-8B"]).trainer.rollout_data_dir == str(
         tmp_path / "Qwen/Qwen3-8B"
     )
 
 
-def test_one_that_is_not_cached_is_an_error_that_says_how_to_get_it(cache, run_files):
+def test_error_for_an_uncached_name_says_how_to_download_it(cache, run_files):
     overrides = run_files.overrides(actor_rollout_ref__model__path="Qwen/Qwen3-32B")
     with pytest.raises(ConfigError) as caught:
         check(load_config(overrides))
     (problem,) = caught.value.problems
     assert problem.startswith("actor_rollout_ref.model.path=")
-    assert "`hf download Qwen/Qwen3-32B`, and the same command again" in problem
+    assert "run `hf download Qwen/Qwen3-32B` and the same command again" in problem
     with pytest.raises(ConfigError, match=r"local-dir DIR`\)$"):
         check(load_config(run_files.overrides(actor_rollout_ref__model__path="/nowhere/Qwen3-32B")))

@@ -9,9 +9,9 @@ from verl.config.ppo import PPOConfig
 from verl.preflight.batch_sizes import longest_sample
 from verl.preflight.findings import Findings
 from verl.preflight.target import Target
+from verl.utils.model_dir.errors import ModelFilesError
 from verl.utils.model_dir.model_files import (
     ModelFiles,
-    ModelFilesError,
     is_config_alone,
     model_of_config,
     read_config_alone,

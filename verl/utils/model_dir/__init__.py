@@ -1,1 +1,1 @@
-"""Readers of a Hugging Face model directory: names, shapes and sizes. Imports no torch."""
+"""Readers of a Hugging Face model directory: names, shapes and sizes. They import no torch for safetensors files."""

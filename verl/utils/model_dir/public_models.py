@@ -1,4 +1,4 @@
-"""config.json of public models, as far as checks read it: a script is checked where its model is not."""
+"""The fields of public models' config.json that checks read, so that scripts can be checked without the model."""
 
 from __future__ import annotations
 
@@ -27,12 +27,15 @@ _SIZES: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "Qwen3-235B-A22B": (_QWEN3_MOE | {"moe_intermediate_size": 1536}, (4096, 12288, 94, 64, 4)),
 }
 PUBLIC_MODELS = tuple(_SIZES)
-# Models that were trained further from one of these and have its shape.
+# Suffixes of models that were trained further and have the shape of the model before them.
 _SUFFIXES = ("-Instruct", "-Base", "-Thinking", "-2507")
 
 
 def public_config(path: str | Path) -> dict[str, Any] | None:
-    """The config of the public model that a directory is named after, suffixes such as -Instruct aside; or None."""
+    """Return the config of the public model that a directory is named after; None for other names.
+
+    Suffixes such as -Instruct are ignored.
+    """
     name = Path(path).name
     while name.endswith(_SUFFIXES):
         name = name.rpartition("-")[0]

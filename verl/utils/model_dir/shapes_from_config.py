@@ -1,7 +1,7 @@
-"""Names and shapes of a checkpoint's tensors from its config.json alone, for models whose weights are elsewhere.
+"""Names and shapes of a checkpoint's tensors from its config.json alone, for directories without weights.
 
-Decoders of the Llama kind: attention with a gated MLP or with experts, every projection of each a tensor of its own, as
-checkpoints hold them.
+Supports decoders like Llama: attention with a gated MLP or with experts, with one tensor per projection and expert, as
+in checkpoints.
 """
 
 from __future__ import annotations
@@ -11,22 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from verl.utils.model_dir.index import (
-    CheckpointIndex,
-    TensorInfo,
-    has_weights,
-    read_checkpoint_index,
-    read_json_object,
-)
+from verl.utils.model_dir.index import CheckpointIndex, has_weights, read_checkpoint_index, read_json_object
+from verl.utils.model_dir.safetensors_header import TensorInfo
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """How models of a type differ.
+    """Differences between model types.
 
     Attributes:
-        qkv_bias: q, k and v have biases whatever the config says.
-        head_norms: queries and keys are normalised by head.
+        qkv_bias: q, k and v always have biases.
+        head_norms: queries and keys are normalized per head.
         experts: layers may have experts.
     """
 
@@ -45,10 +40,10 @@ _KINDS = {
 
 
 def read_index_or_config(model_dir: str | Path) -> CheckpointIndex:
-    """`read_checkpoint_index`, or for a directory without weights what its config.json implies.
+    """Read the index of a checkpoint; for a directory without weights, derive it from config.json.
 
     Raises:
-        ValueError: as `read_checkpoint_index`, or a model type whose tensors are not known here.
+        ValueError: as `read_checkpoint_index`, or an unknown model type.
     """
     directory = Path(model_dir)
     if not directory.is_dir() or has_weights(directory):
@@ -57,16 +52,16 @@ def read_index_or_config(model_dir: str | Path) -> CheckpointIndex:
 
 
 def index_of_config(model_dir: Path, config: Mapping[str, Any]) -> CheckpointIndex:
-    """The checkpoint that a config.json describes, in BF16.
+    """Return the BF16 checkpoint that a config.json describes.
 
     Raises:
-        ValueError: an unknown model type, or a size that the config lacks.
+        ValueError: an unknown model type, or a size is missing in the config.
     """
     model_type = config.get("model_type")
     if model_type not in _KINDS:
         raise ValueError(
-            f"{model_dir}: has no weights, and what a model of type {model_type!r} consists of is known for "
-            f"{', '.join(_KINDS)} only; copy the weights there, or model.safetensors.index.json and the shards"
+            f"{model_dir}: has no weights, and verl does not know the tensors of a model of type {model_type!r} (it "
+            f"knows {', '.join(_KINDS)}); copy the weights there, or model.safetensors.index.json and the shards"
         )
     try:
         tensors = {name: TensorInfo(shape, "BF16") for name, shape in _tensors(config, _KINDS[str(model_type)])}

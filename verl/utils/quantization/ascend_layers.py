@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from verl.utils.model_dir.index import CheckpointIndex, TensorInfo
+from verl.utils.model_dir.index import CheckpointIndex
+from verl.utils.model_dir.safetensors_header import TensorInfo
 from verl.utils.quantization.formats import MX_BLOCK_SIZE
 
 COLUMN, ROW, REPLICATED = "column", "row", "replicated"
