@@ -1,1 +1,1 @@
-"""The command line, the config and the training loops."""
+"""The command line of training, the config files and the training loop."""

@@ -1,4 +1,4 @@
-"""Splitting a batch among ranks."""
+"""Division of a batch among ranks."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def test_mini_batches_do_not_depend_on_the_ranks(dp_size, balance):
             ]
 
 
-def test_only_what_an_update_needs_travels():
+def test_a_shard_has_only_the_columns_of_the_update():
     shard = split_mini_batches(make_batch(4), 4, 1)[0][0]
     assert set(shard.batch.keys()) == {
         "input_ids",
@@ -50,7 +50,7 @@ def test_only_what_an_update_needs_travels():
     assert set(shard.non_tensor_batch) == {"uid"}
 
 
-def test_a_sample_knows_its_place_in_the_batch():
+def test_sample_index_is_the_index_in_the_batch():
     data = make_batch(12)
     for rank in split_mini_batches(data, 6, 2):
         for shard in rank:
@@ -58,7 +58,7 @@ def test_a_sample_knows_its_place_in_the_batch():
             assert torch.equal(shard.batch["input_ids"], data.batch["input_ids"][index])
 
 
-def test_balance_evens_out_the_tokens():
+def test_balancing_gives_ranks_the_same_number_of_tokens():
     data = make_batch(64, prompt_width=60, seed=3)
     order = torch.argsort(data.batch["attention_mask"].sum(1))
     data = data[order.numpy()]
@@ -74,7 +74,7 @@ def test_balance_evens_out_the_tokens():
 
 @pytest.mark.parametrize("dp_size", [1, 2, 3, 16])
 @pytest.mark.parametrize("balance", [True, False])
-def test_split_even_is_undone_by_the_inverse_order(dp_size, balance):
+def test_the_inverse_order_undoes_split_even(dp_size, balance):
     data = make_batch(13)
     shards, inverse = split_even(data, dp_size, balance)
     assert len(shards) == dp_size
@@ -84,17 +84,17 @@ def test_split_even_is_undone_by_the_inverse_order(dp_size, balance):
     assert np.array_equal(back.non_tensor_batch["uid"], data.non_tensor_batch["uid"])
 
 
-def test_loss_scale_factor_is_passed_on():
+def test_shards_have_the_loss_scale_factor():
     shards = split_mini_batches(make_batch(4), 4, 2, loss_scale_factor=512.0)
     assert [rank[0].meta_info["loss_scale_factor"] for rank in shards] == [512.0, 512.0]
 
 
-def test_mini_batch_of_nothing():
+def test_a_mini_batch_size_of_zero_is_rejected():
     with pytest.raises(ValueError, match="mini_batch_size_samples=0"):
         split_mini_batches(make_batch(4), 0, 1)
 
 
-def test_ranks_that_are_chosen_already_get_the_rows_that_they_were_given():
+def test_given_parts_are_the_rows_of_the_shards():
     data = make_batch(5)
     parts = [np.array([4, 1]), np.array([], dtype=np.int64), np.array([0, 3, 2])]
     shards, inverse = split_even(data, 3, parts=parts)

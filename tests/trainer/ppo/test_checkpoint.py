@@ -1,4 +1,4 @@
-"""The checkpoint transaction: kills, full disks, replacement, retention, resume."""
+"""Transactional checkpoints: kills, full disks, replacement, retention, resume."""
 
 import errno
 import json
@@ -21,7 +21,7 @@ from verl.trainer.ppo.checkpoint import (
     TRACKER,
     CheckpointError,
     CheckpointStore,
-    damage,
+    find_damage,
     load_driver_state,
     save_driver_state,
     step_of,
@@ -42,11 +42,11 @@ def save(store: CheckpointStore, step: int, tag: str = "") -> None:
 
 
 def content(checkpoint: Path) -> tuple[int, str]:
-    """Step and tag, after checking that every file is there and belongs to the same save."""
+    """Return step and tag, after checking that every file exists and belongs to the same save."""
     config = json.loads((checkpoint / "actor" / "huggingface" / "config.json").read_text())
     assert (checkpoint / "actor" / "model.pt").read_text() == f"{config['step']}{config['tag']}\n" * 50
     assert step_of(checkpoint) == config["step"]
-    assert damage(checkpoint) is None
+    assert find_damage(checkpoint) is None
     return config["step"], config["tag"]
 
 
@@ -61,7 +61,7 @@ def test_a_save_is_published_and_found(tmp_path):
         assert directory.name == f"global_step_3.tmp-{os.getpid()}"
         fill(directory, 3)
         assert store.latest() is None
-        assert CheckpointStore(store.root).latest() is None and directory.exists(), "a second store keeps off"
+        assert CheckpointStore(store.root).latest() is None and directory.exists(), "a second store does not touch it"
     assert content(store.latest()) == (3, "")
     assert names(store.root) == ["global_step_3", TRACKER]
     assert (store.root / TRACKER).read_text() == "3"
@@ -71,7 +71,7 @@ def test_a_save_is_published_and_found(tmp_path):
     }
 
 
-def test_the_same_step_again_replaces(tmp_path):
+def test_saving_the_same_step_again_replaces_it(tmp_path):
     store = CheckpointStore(tmp_path, max_to_keep=1)
     save(store, 5, "old")
     save(store, 5, "new")
@@ -79,7 +79,7 @@ def test_the_same_step_again_replaces(tmp_path):
     assert names(tmp_path) == ["global_step_5", TRACKER]
 
 
-def test_a_failed_block_leaves_the_former_checkpoint(tmp_path):
+def test_a_failed_block_keeps_the_earlier_checkpoint(tmp_path):
     store = CheckpointStore(tmp_path)
     save(store, 1)
     for step in (1, 2):
@@ -95,7 +95,7 @@ def test_a_failed_block_leaves_the_former_checkpoint(tmp_path):
         assert names(tmp_path) == ["global_step_1", TRACKER]
 
 
-def test_the_first_save_failing_says_that_there_is_none(tmp_path):
+def test_a_failed_first_save_reports_no_earlier_checkpoint(tmp_path):
     store = CheckpointStore(tmp_path / "new")
     with pytest.raises(CheckpointError, match="there is no earlier checkpoint") as caught, store.writing(1):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -110,13 +110,13 @@ def test_ctrl_c_passes_unchanged_and_cleans_up(tmp_path):
     assert names(tmp_path) == []
 
 
-def test_the_error_survives_pickling():
+def test_the_error_can_be_pickled():
     for error in (CheckpointError("text"), CheckpointError(errno.ENOSPC, "text")):
         again = pickle.loads(pickle.dumps(error))
         assert type(again) is CheckpointError and str(again) == str(error) and again.errno == error.errno
 
 
-def test_a_root_that_cannot_be_made(tmp_path):
+def test_a_root_that_cannot_be_created_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     store = CheckpointStore(tmp_path / "file" / "run")
     with pytest.raises(CheckpointError, match="NotADirectoryError"), store.writing(1):
@@ -135,7 +135,7 @@ def test_retention_counts_from_the_newest(tmp_path):
     assert [step_of(path) for path in store.checkpoints()] == [14]
 
 
-def test_retention_never_deletes_before_the_new_one_is_whole(tmp_path):
+def test_retention_deletes_nothing_before_the_new_checkpoint_is_complete(tmp_path):
     store = CheckpointStore(tmp_path, max_to_keep=1)
     save(store, 1)
     with pytest.raises(CheckpointError), store.writing(2) as directory:
@@ -145,7 +145,7 @@ def test_retention_never_deletes_before_the_new_one_is_whole(tmp_path):
     assert content(store.latest()) == (1, "")
 
 
-def test_a_branch_spares_the_later_checkpoints_of_another(tmp_path):
+def test_a_branch_keeps_the_later_checkpoints_of_another_branch(tmp_path):
     store = CheckpointStore(tmp_path, max_to_keep=2)
     for step in (2, 8, 9):
         save(CheckpointStore(tmp_path), step)
@@ -155,7 +155,7 @@ def test_a_branch_spares_the_later_checkpoints_of_another(tmp_path):
     assert content(store.latest()) == (4, "")
 
 
-def test_without_a_limit_all_are_kept(tmp_path):
+def test_without_a_limit_all_checkpoints_are_kept(tmp_path):
     store = CheckpointStore(tmp_path, max_to_keep=None)
     for step in range(5):
         save(store, step)
@@ -164,11 +164,11 @@ def test_without_a_limit_all_are_kept(tmp_path):
         CheckpointStore(tmp_path, max_to_keep=0)
 
 
-# ---------------------------------------------------------------- finding one
+# ---------------------------------------------------------------- lookup
 
 
 @pytest.mark.parametrize("tracker", ["9", "seven", "", "-1", "\u00b2", None])
-def test_a_tracker_that_names_nothing_falls_back_to_the_newest(tmp_path, caplog, tracker):
+def test_an_invalid_tracker_falls_back_to_the_newest_checkpoint(tmp_path, caplog, tracker):
     store = CheckpointStore(tmp_path)
     save(store, 2)
     save(store, 10)
@@ -179,10 +179,10 @@ def test_a_tracker_that_names_nothing_falls_back_to_the_newest(tmp_path, caplog,
     (tmp_path / f"global_step_11.tmp-{os.getppid()}").mkdir()
     (tmp_path / "global_step_12").write_text("a file")
     assert content(store.latest()) == (10, "")
-    assert "does not name a whole checkpoint" in caplog.text
+    assert "does not name a complete checkpoint" in caplog.text
 
 
-def test_the_tracker_decides_even_if_a_later_one_exists(tmp_path):
+def test_the_tracker_wins_over_a_later_checkpoint(tmp_path):
     store = CheckpointStore(tmp_path)
     save(store, 2)
     save(store, 3)
@@ -191,7 +191,7 @@ def test_the_tracker_decides_even_if_a_later_one_exists(tmp_path):
 
 
 @pytest.mark.parametrize("harm", ["truncate", "remove", "manifest", "list"])
-def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, caplog, harm):
+def test_a_damaged_checkpoint_is_skipped_and_logged(tmp_path, caplog, harm):
     store = CheckpointStore(tmp_path)
     save(store, 1)
     save(store, 2)
@@ -210,7 +210,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, caplog, harm):
         store.resolve("resume_path", tmp_path / "global_step_2")
 
 
-def test_resolve(tmp_path, monkeypatch):
+def test_resolve_follows_the_resume_mode(tmp_path, monkeypatch):
     store = CheckpointStore(tmp_path / "run")
     assert store.resolve("auto") is None and store.resolve("disable") is None
     save(store, 1)
@@ -228,7 +228,7 @@ def test_resolve(tmp_path, monkeypatch):
             FileNotFoundError,
             "path=run/global_step_7: .* does not exist",
         ),
-        ("resume_path", "run", ValueError, "resume_from_path=.*run: not a checkpoint; give a directory named"),
+        ("resume_path", "run", ValueError, "resume_from_path=.*run: not a checkpoint; use a directory named"),
     ):
         with pytest.raises(kind, match=text):
             store.resolve(mode, path)
@@ -240,7 +240,7 @@ def test_resolve(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- leftovers
 
 
-def test_leftovers_of_dead_processes_are_swept_and_of_living_ones_not(tmp_path):
+def test_leftovers_are_removed_only_if_their_process_is_dead(tmp_path):
     save(CheckpointStore(tmp_path), 1)
     kept = [f"global_step_2.tmp-{os.getppid()}", "notes.tmp-1", "global_step_x.tmp-1"]
     for name in (*kept, f"global_step_3.tmp-{DEAD_PID}", f"global_step_4.tmp-{os.getpid()}"):
@@ -250,15 +250,15 @@ def test_leftovers_of_dead_processes_are_swept_and_of_living_ones_not(tmp_path):
     assert content(store.latest()) == (1, "")
 
 
-def test_a_replacement_that_was_killed_halfway_is_undone(tmp_path):
+def test_an_interrupted_replacement_is_undone(tmp_path):
     store = CheckpointStore(tmp_path)
     save(store, 1)
     save(store, 2, "old")
-    # between the two renames: the old one is aside, the new one not yet in its place
+    # Between the two renames: the old checkpoint is renamed, the new one is not published yet.
     os.rename(tmp_path / "global_step_2", tmp_path / f"global_step_2.old-{DEAD_PID}")
     fill(tmp_path / f"global_step_2.tmp-{DEAD_PID}", 2, "new")
     assert content(CheckpointStore(tmp_path).latest()) == (2, "old")
-    # after both: the old one is only rubbish
+    # After both renames: the old checkpoint is a leftover.
     shutil.copytree(tmp_path / "global_step_2", tmp_path / f"global_step_2.old-{DEAD_PID}")
     assert content(CheckpointStore(tmp_path).latest()) == (2, "old")
     assert names(tmp_path) == ["global_step_1", "global_step_2", TRACKER]
@@ -273,7 +273,7 @@ SAVER = """
     latest = store.latest()
     step = int(latest.name.rpartition("_")[2]) if latest else 0
     for save in range(10_000):
-        step += save % 3 != 2  # every third save replaces the one before
+        step += save % 3 != 2  # every third save replaces the previous one
         with store.writing(step) as directory:
             (directory / "actor" / "huggingface").mkdir(parents=True)
             (directory / "actor" / "model.pt").write_text(f"{step}{save}\\n" * 50)
@@ -283,7 +283,7 @@ SAVER = """
 """
 
 
-def test_sigkill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
+def test_a_complete_checkpoint_exists_after_sigkill_at_any_time(tmp_path):
     rng = random.Random(20)
     last_step, interrupted = 0, 0
     for _ in range(15):
@@ -302,24 +302,24 @@ def test_sigkill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
         store = CheckpointStore(tmp_path, max_to_keep=2)
         found_step, found_tag = content(store.latest())
         assert found_step >= last_step
-        # what was reported as saved is there, or what came after it
+        # The reported save exists, or a later one.
         assert (found_step, int(found_tag)) >= (step, saved)
         for checkpoint in store.checkpoints():
             content(checkpoint)
-        # prune comes after the tracker: one checkpoint more than max_to_keep may be left
+        # Pruning follows the tracker update, so one checkpoint more than max_to_keep may exist.
         assert len(store.checkpoints()) <= 3
         assert not [name for name in names(tmp_path) if ".tmp-" in name or ".old-" in name]
         last_step = found_step
     assert last_step > 15
-    assert interrupted >= 5, "the kills must fall into saves to prove anything"
+    assert interrupted >= 5, "too few kills interrupted a save"
 
 
-def test_every_system_call_may_be_the_last(tmp_path):
-    """SIGKILL at random moments rarely hits the short ones, so stop the save before each call that changes the disk."""
+def test_a_complete_checkpoint_exists_after_a_stop_before_any_system_call(tmp_path):
+    """A random SIGKILL rarely hits short calls, so stop the save before each call that changes the disk."""
     changing = ("rename", "mkdir", "fsync", "rmdir", "unlink")
 
     def saved_until(count: int, root: Path) -> bool:
-        """Save steps 1, 2, 2 and 3 in a child that dies before its count-th change; whether it got to the end."""
+        """Save steps 2, 2 and 3 in a child that exits before its count-th change; return True if it finished."""
         pid = os.fork()
         if pid:
             return os.waitpid(pid, 0)[1] == 0
@@ -351,7 +351,7 @@ def test_every_system_call_may_be_the_last(tmp_path):
         done = saved_until(count, root)
         store = CheckpointStore(root)
         reached.append(order[content(store.latest())])
-        assert (root / TRACKER).read_text() == str(step_of(store.latest())), "the tracker is moved on last"
+        assert (root / TRACKER).read_text() == str(step_of(store.latest())), "the tracker is written last"
         for checkpoint in store.checkpoints():
             content(checkpoint)
         assert not [name for name in names(root) if ".tmp-" in name or ".old-" in name]
@@ -384,7 +384,7 @@ FULL = """
     except CheckpointError as error:
         names = sorted(path.name for path in store.root.iterdir())
         print(json.dumps([error.errno, str(error), names, str(store.latest())]))
-    # and once there is room again, the same store goes on
+    # Once there is space again, the same store works.
     save(3, 1000)
     print(json.dumps(str(store.latest())))
 """
@@ -411,14 +411,14 @@ def check_full(root: Path, first: list, second: str, expected_errno: int | None)
 
 
 @pytest.mark.parametrize(("writer", "number"), [("bytes", errno.EFBIG), ("torch", None)])
-def test_a_file_too_large_for_the_limit(tmp_path, writer, number):
+def test_a_file_above_the_size_limit_fails_the_save(tmp_path, writer, number):
     first, second = run_full(tmp_path / "run", writer, LIMIT_FILE, [])
     check_full(tmp_path / "run", first, second, number)
     assert ("File too large" in first[1]) if number else ("RuntimeError" in first[1])
 
 
-def test_a_full_disk(tmp_path):
-    """A real 2 MiB file system where a user namespace may mount one; else the file-size limit stands in for it."""
+def test_a_full_disk_fails_the_save(tmp_path):
+    """Use a real 2 MiB file system if a user namespace may mount one, else the file-size limit."""
     root = tmp_path / "disk"
     root.mkdir()
     mount = f'mount -t tmpfs -o size=2m none "{root}" && exec "$@"'
@@ -431,7 +431,7 @@ def test_a_full_disk(tmp_path):
         first, second = run_full(root, "bytes", "", prefix)
         check_full(root, first, second, errno.ENOSPC)
         free = int(first[1].split(" bytes are free")[0].rsplit(" ", 1)[1])
-        assert 1_500_000 < free < 2 * 2**20, "asked after the temporary files were removed"
+        assert 1_500_000 < free < 2 * 2**20, "measured after the temporary files were removed"
     else:
         first, second = run_full(root, "bytes", LIMIT_FILE, [])
         check_full(root, first, second, errno.EFBIG)
@@ -440,7 +440,7 @@ def test_a_full_disk(tmp_path):
 # ---------------------------------------------------------------- driver state
 
 
-def test_driver_state_resumes_the_loader(tmp_path):
+def test_driver_state_restores_the_loader(tmp_path):
     def loader():
         generator = torch.Generator().manual_seed(1)
         return StatefulDataLoader(TensorDataset(torch.arange(20)), batch_size=3, shuffle=True, generator=generator)
@@ -448,25 +448,25 @@ def test_driver_state_resumes_the_loader(tmp_path):
     def values(batches):
         return [batch[0].tolist() for batch in batches]
 
-    whole = values(loader())
+    uninterrupted = values(loader())
     first = loader()
     batches = iter(first)
-    seen = values(next(batches) for _ in range(2))
+    before = values(next(batches) for _ in range(2))
     state = {"dataloader": first.state_dict(), "global_step": 2, "names": ["a"], "none": None, "rng": torch.arange(4)}
     assert save_driver_state(tmp_path, state).name == "data.pt"
     loaded = load_driver_state(tmp_path)
     assert loaded["global_step"] == 2 and loaded["names"] == ["a"] and loaded["rng"].tolist() == [0, 1, 2, 3]
     second = loader()
     second.load_state_dict(loaded["dataloader"])
-    assert seen + values(second) == whole
+    assert before + values(second) == uninterrupted
 
 
-def test_driver_state_that_would_not_load_is_refused_at_once(tmp_path):
+def test_driver_state_that_cannot_be_loaded_is_rejected_when_saved(tmp_path):
     with pytest.raises(ValueError, match=r"driver state \['bad'\]: only dicts"):
         save_driver_state(tmp_path, {"bad": random.Random(0)})
 
 
-@pytest.mark.parametrize("harm", ["missing", "empty", "truncated", "rubbish"])
+@pytest.mark.parametrize("harm", ["missing", "empty", "truncated", "garbage"])
 def test_a_damaged_driver_state_names_its_file(tmp_path, harm):
     path = save_driver_state(tmp_path, {"a": torch.zeros(1000)})
     if harm == "missing":
@@ -476,6 +476,6 @@ def test_a_damaged_driver_state_names_its_file(tmp_path, harm):
     elif harm == "truncated":
         os.truncate(path, 2000)
     else:
-        path.write_bytes(b"rubbish" * 100)
+        path.write_bytes(b"garbage" * 100)
     with pytest.raises(CheckpointError, match=r"data\.pt cannot be loaded"):
         load_driver_state(tmp_path)

@@ -1,4 +1,4 @@
-"""Metrics against float64 loops over the samples' own token lists."""
+"""Metrics compared with float64 loops over the token lists of the samples."""
 
 import math
 import random
@@ -27,7 +27,7 @@ def mismatch_of(batch):
 
 
 def make_samples(lengths, seed=0, gaps=0.3):
-    """One dict of plain lists a sample; `tool` marks tokens in the response that the model did not make."""
+    """Return one dict of lists per sample; `tool` marks response tokens that the model did not generate."""
     rng = random.Random(seed)
     samples = []
     for i, (prompt, response) in enumerate(lengths):
@@ -49,7 +49,7 @@ def make_samples(lengths, seed=0, gaps=0.3):
 
 
 def make_batch(samples, pad=float("nan"), critic=True):
-    """The padded columns; padding of the float columns holds `pad` so that a leak shows."""
+    """Return the padded columns; float columns are padded with `pad` so that the tests detect a read of the padding."""
 
     def column(name):
         return torch.tensor([s[name] + [pad] * (T - len(s[name])) for s in samples], dtype=torch.float32)
@@ -91,19 +91,19 @@ def assert_close(metrics, expected):
 LENGTHS = [(4, 6), (2, 3), (1, 0), (3, 1), (4, 2)]
 
 
-def test_data_metrics_against_loops():
+def test_data_metrics_match_loops():
     samples = make_samples(LENGTHS)
     metrics = compute_data_metrics(make_batch(samples), max_prompt_length=4, max_response_length=6)
-    answered = [s for s in samples if s["old"]]
+    nonempty = [s for s in samples if s["old"]]
     expected = {}
     for name, values in {
-        "critic/score": [math.fsum(s["scores"]) for s in answered],
-        "critic/rewards": [math.fsum(s["rewards"]) for s in answered],
+        "critic/score": [math.fsum(s["scores"]) for s in nonempty],
+        "critic/rewards": [math.fsum(s["rewards"]) for s in nonempty],
         "critic/advantages": tokens_of(samples, "advantages"),
         "critic/returns": tokens_of(samples, "returns"),
         "critic/values": tokens_of(samples, "values"),
         "response_length": [len(s["old"]) for s in samples],
-        "response_length_non_aborted": [len(s["old"]) for s in answered],
+        "response_length_non_aborted": [len(s["old"]) for s in nonempty],
         "prompt_length": [s["prompt"] for s in samples],
     }.items():
         expected |= {f"{name}/mean": mean(values), f"{name}/max": max(values), f"{name}/min": min(values)}
@@ -116,7 +116,7 @@ def test_data_metrics_against_loops():
     assert metrics.keys() == expected.keys()
 
 
-def test_clip_ratio_is_about_the_limit_not_the_width_of_the_batch():
+def test_clip_ratio_uses_the_limit_not_the_width_of_the_batch():
     metrics = compute_data_metrics(make_batch(make_samples(LENGTHS)), max_prompt_length=9, max_response_length=9)
     assert metrics["response_length/clip_ratio"] == metrics["prompt_length/clip_ratio"] == 0.0
 
@@ -126,7 +126,7 @@ def test_without_critic_there_are_no_value_metrics():
     assert not [name for name in metrics if "value" in name or "vf_" in name]
 
 
-def test_timing_and_throughput():
+def test_timing_and_throughput_metrics():
     batch = make_batch(make_samples(LENGTHS))
     timing = {"gen": 3.0, "update_actor": 2.0, "reward": 0.5, "step": 8.0}
     metrics = compute_timing_metrics(batch, timing)
@@ -178,7 +178,7 @@ def mismatch_by_loops(samples):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_mismatch_against_loops(seed):
+def test_mismatch_metrics_match_loops(seed):
     samples = make_samples(LENGTHS, seed=seed)
     metrics = mismatch_of(make_batch(samples))
     expected = mismatch_by_loops(samples)
@@ -194,7 +194,7 @@ def test_log_ratios_are_limited_in_chi2():
 
 
 @pytest.mark.parametrize("lengths", [[(2, 0), (3, 0)], [(2, 1)], [(2, 3)], [(1, 0), (2, 1)], []])
-def test_degenerate_batches_give_finite_numbers(lengths):
+def test_degenerate_batches_give_finite_metrics(lengths):
     samples = make_samples(lengths, seed=1)
     for s in samples:
         s["tool"] = [False] * len(s["old"])
@@ -214,7 +214,7 @@ def test_degenerate_batches_give_finite_numbers(lengths):
         assert metrics["response/aborted_ratio"] == 1.0
 
 
-def test_everything_masked_out_gives_neutral_numbers():
+def test_a_fully_masked_batch_gives_neutral_metrics():
     samples = make_samples([(2, 3), (1, 2)])
     for s in samples:
         s["tool"] = [True] * len(s["old"])
@@ -224,7 +224,7 @@ def test_everything_masked_out_gives_neutral_numbers():
     assert compute_data_metrics(make_batch(samples), 4, 6)["critic/advantages/mean"] == 0.0
 
 
-def test_pearson_where_it_is_undefined():
+def test_undefined_pearson_is_one_for_equal_probabilities_and_zero_otherwise():
     def pearson(old, rollout):
         mask = torch.ones(1, len(old))
         metrics = probability_metrics(torch.tensor([old]), torch.tensor([rollout]), mask)
@@ -243,7 +243,7 @@ def test_a_nan_in_the_data_is_not_hidden():
     assert math.isnan(metrics["rollout_corr/kl"]) and math.isnan(metrics["training/rollout_probs_diff_max"])
 
 
-def test_seqlen_metrics():
+def test_seqlen_metrics_before_and_after_balancing():
     lengths = [10, 1, 2, 7, 5]
     metrics = compute_seqlen_metrics(lengths, [[0, 2], [1, 3, 4]])
     assert metrics == {
@@ -258,12 +258,12 @@ def test_seqlen_metrics():
 
 
 @pytest.mark.parametrize("partitions", [[], [[0]], [[0, 1], [1]]])
-def test_seqlen_metrics_refuse_partitions_that_lose_samples(partitions):
+def test_seqlen_metrics_reject_incomplete_partitions(partitions):
     with pytest.raises(ValueError, match="exactly once"):
         compute_seqlen_metrics([3, 4], partitions)
 
 
-def test_versions_behind_count_from_the_weights_that_train():
+def test_versions_behind_count_from_the_training_weights():
     versions = torch.tensor([[4, 4, -1], [5, 6, 6], [-1, -1, -1]])
     assert compute_version_metrics(versions, 6) == {
         "training/versions_behind/min": 0.0,

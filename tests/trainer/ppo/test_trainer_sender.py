@@ -1,4 +1,4 @@
-"""The ranks as one sender: who is asked what, and in which order."""
+"""The calls of the sender to the trainer ranks, and their order."""
 
 import asyncio
 
@@ -9,17 +9,17 @@ from verl.workers.weight_sync.manifest import WeightUpdateError
 
 
 class Ranks:
-    """Two ranks that write down what they are asked."""
+    """Two ranks that record their calls."""
 
     def __init__(self, refuses=None):
-        self.asked, self._refuses = [], refuses
+        self.calls, self._refuses = [], refuses
 
     def __len__(self):
         return 2
 
     async def rank(self, rank, method, *arguments):
         method = method.__name__
-        self.asked.append((rank, method, *arguments))
+        self.calls.append((rank, method, *arguments))
         if method == "check_base" and rank == self._refuses:
             raise WeightUpdateError("the trainer keeps nothing, a delta to version 4 was asked for")
         if method == "finish_export":
@@ -32,18 +32,18 @@ class Ranks:
 
 
 @pytest.mark.parametrize("base", [None, 4])
-def test_all_ranks_take_part_and_keep_what_was_sent(base):
+def test_all_ranks_take_part_and_commit(base):
     async def program():
         ranks = Ranks()
         sender = TrainerSender(ranks)
         await sender.begin_export(5, base)
         await sender.next_bucket()
-        return ranks.asked, await sender.finish_export()
+        return ranks.calls, await sender.finish_export()
 
-    asked, export = asyncio.run(program())
-    asked_first = [(0, "check_base", 4), (1, "check_base", 4)] if base else []
-    assert asked[: len(asked_first)] == asked_first
-    assert set(asked[len(asked_first) :]) == {
+    calls, export = asyncio.run(program())
+    first_calls = [(0, "check_base", 4), (1, "check_base", 4)] if base else []
+    assert calls[: len(first_calls)] == first_calls
+    assert set(calls[len(first_calls) :]) == {
         (0, "begin_export", 5, base),
         (1, "join_export", 5, base),
         (0, "next_bucket"),
@@ -54,13 +54,13 @@ def test_all_ranks_take_part_and_keep_what_was_sent(base):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_nothing_begins_where_a_rank_keeps_another_version(rank):
+def test_no_export_starts_if_a_rank_has_another_version(rank):
     async def program():
         ranks = Ranks(refuses=rank)
         sender = TrainerSender(ranks)
         with pytest.raises(WeightUpdateError, match="keeps nothing"):
             await sender.begin_export(5, 4)
         await sender.abort_export()
-        return ranks.asked
+        return ranks.calls
 
     assert {method for _, method, *_ in asyncio.run(program())} <= {"check_base", "abort_export"}

@@ -1,4 +1,4 @@
-"""Validation statistics against a slow reference: Python loops over dicts, one bootstrap draw at a time."""
+"""Validation metrics compared with a slow reference: Python loops, one bootstrap draw at a time."""
 
 import random
 from collections import Counter
@@ -63,7 +63,7 @@ def slow_process(sources, uids, infos, seed):
 
 
 def make_set(counts, seed=0, with_pred=True):
-    """counts: {source: [samples of each prompt]}; rows are shuffled, as samples finish in any order."""
+    """Build a set with `counts` = {source: [samples of each prompt]}; rows are shuffled."""
     rng = random.Random(seed)
     rows = []
     for source, samples in counts.items():
@@ -83,7 +83,7 @@ def make_set(counts, seed=0, with_pred=True):
         ({"a": [2], "b": [3, 6]}, 7, False),
     ],
 )
-def test_against_the_slow_reference(counts, seed, with_pred):
+def test_statistics_match_the_slow_reference(counts, seed, with_pred):
     sources, uids, infos = make_set(counts, with_pred=with_pred)
     fast = process_validation_metrics(sources, uids, infos, seed=seed)
     slow = slow_process(sources, uids, infos, seed)
@@ -95,7 +95,7 @@ def test_against_the_slow_reference(counts, seed, with_pred):
 
 
 def test_best_of_n_is_close_to_its_expectation():
-    # one success among 4: P(at least one in 4 draws with replacement) = 1 - 0.75^4
+    # One success among 4: P(at least one in 4 draws with replacement) = 1 - 0.75^4.
     result = process_validation_metrics(["d"] * 4, ["u"] * 4, {"acc": [1, 0, 0, 0]})["d"]["acc"]
     assert result["best@4/mean"] == pytest.approx(1 - 0.75**4, abs=0.04)
     assert result["worst@4/mean"] == pytest.approx(0.25**4, abs=0.02)
@@ -103,16 +103,16 @@ def test_best_of_n_is_close_to_its_expectation():
 
 def test_majority_ties_go_to_the_vote_drawn_first():
     result = process_validation_metrics(["d"] * 2, ["u"] * 2, {"acc": [1.0, 0.0], "pred": ["A", "B"]})["d"]["acc"]
-    # AA, AB -> A is worth 1; BA, BB -> B is worth 0
+    # AA, AB -> A has value 1; BA, BB -> B has value 0.
     assert result["maj@2/mean"] == pytest.approx(0.5, abs=0.06)
 
 
-def test_subset_sizes():
+def test_subset_sizes_are_powers_of_two_and_n():
     sizes = {1: [], 2: [2], 3: [2, 3], 4: [2, 4], 5: [2, 4, 5], 8: [2, 4, 8], 9: [2, 4, 8, 9]}
     assert {n: subset_sizes(n) for n in sizes} == sizes
 
 
-def test_text_is_left_out_none_drops_its_sample_and_odd_predictions_vote():
+def test_text_is_ignored_none_excludes_its_sample_and_lists_can_vote():
     infos = {"acc": [1, None, 0, 1], "note": list("wxyz"), "gone": [None] * 4, "pred": [["x"], None, ["x"], ["y"]]}
     result = process_validation_metrics(["d"] * 4, ["u", "u", "u", "v"], infos)
     assert set(result["d"]) == {"acc"}
@@ -120,13 +120,13 @@ def test_text_is_left_out_none_drops_its_sample_and_odd_predictions_vote():
     assert "maj@2/mean" in result["d"]["acc"]
 
 
-def test_an_empty_set_and_a_short_column():
+def test_an_empty_set_gives_no_metrics_and_a_short_column_is_rejected():
     assert process_validation_metrics([], [], {"reward": []}) == {}
     with pytest.raises(ValueError, match="acc: 1 values for 2 samples"):
         process_validation_metrics(["d", "d"], ["u", "u"], {"acc": [1]})
 
 
-def test_names():
+def test_metric_names_of_core_and_aux():
     sources, uids, infos = make_set({"gsm8k": [4, 4]})
     flat = flatten_validation_metrics(process_validation_metrics(sources, uids, infos))
     core = {name for name in flat if name.startswith("val-core/")}
@@ -136,14 +136,14 @@ def test_names():
     assert all(name in core or name.startswith("val-aux/gsm8k/") for name in flat)
 
 
-def test_reward_is_the_core_variable_where_there_is_no_acc():
+def test_reward_is_the_core_variable_without_acc():
     nested = process_validation_metrics(["d"] * 16, ["u"] * 16, {"reward": list(range(16))})
     core = {name for name in flatten_validation_metrics(nested) if name.startswith("val-core/")}
     assert core == {"val-core/d/reward/mean@16", "val-core/d/reward/best@16/mean"}
 
 
-def test_validation_variables():
-    # a: plain numbers, one scorer failed; b: dicts with acc, one failed; c: dicts without acc, one failed
+def test_validation_variables_fill_acc_from_plain_scores():
+    # a: plain numbers, one failed score; b: dicts with acc, one failed; c: dicts without acc, one failed.
     sources = ["a", "a", "b", "b", "c", "c"]
     extras = [{}, {}, {"acc": True, "pred": "7"}, {}, {"format": 1.0}, {}]
     variables = validation_variables(sources, [0.5, 0.0, 1.0, 0.0, 0.25, 0.0], extras)
@@ -158,7 +158,7 @@ def test_validation_variables():
         validation_variables(["a", "a"], [1.0, 2.0], [{}])
 
 
-def test_samples_table_does_not_depend_on_the_order_of_the_samples():
+def test_the_samples_table_does_not_depend_on_the_order_of_the_samples():
     inputs = [f"q{i}" for i in range(10)]
     order = list(range(10))
     random.Random(3).shuffle(order)

@@ -1,1 +1,1 @@
-"""The training loop and what it computes."""
+"""The training loop: its stages, processes, checkpoints, metrics and validation."""

@@ -1,7 +1,7 @@
-"""Divides a batch among the ranks of a trainer: the driver's side, pure functions.
+"""Division of a batch among the trainer ranks, on the driver: pure functions.
 
-What makes up a mini-batch depends on the order of the samples alone, never on the number of ranks: each shard carries
-the denominators of its whole mini-batch, so that the loss is the same whatever the split.
+The mini-batches depend only on the order of the samples, not on the number of ranks. Each shard carries the
+denominators of its whole mini-batch, so the loss does not depend on the division.
 """
 
 from __future__ import annotations
@@ -28,23 +28,27 @@ def split_mini_batches(
     balance: bool = True,
     loss_scale_factor: float | None = None,
 ) -> list[list[DataProto]]:
-    """Cut into mini-batches of consecutive samples, and each of them among `dp_size` ranks.
+    """Divide a batch into mini-batches of consecutive samples, and each mini-batch among the ranks.
 
     Args:
         data: a whole batch.
-        mini_batch_size_samples: samples in a mini-batch over all ranks; the last may be smaller.
-        columns: those that the update needs, where `data` has them; of the non-tensor ones `uid` alone goes along.
-        balance: even out the tokens of the ranks; otherwise consecutive runs of samples.
-        loss_scale_factor: divisor of `seq-mean-token-sum-norm` in tokens; by default the padded response width.
+        mini_batch_size_samples: samples in a mini-batch over all ranks; the last mini-batch may be smaller.
+        dp_size: number of ranks.
+        columns: tensor columns of the update; names that `data` lacks are ignored. The only non-tensor column is `uid`.
+        balance: give all ranks about the same number of tokens; otherwise consecutive samples.
+        loss_scale_factor: divisor of `seq-mean-token-sum-norm` in tokens; None for the padded response width.
 
     Returns:
-        for each rank, its share of each mini-batch, with a column `sample_index` [b] int64, each sample's place in
-        `data`. meta_info holds `global_tokens` and `global_sequences`, the response tokens and the sequences with at
-        least one of them in the whole mini-batch, and `loss_scale_factor`.
+        By rank, the shard of each mini-batch, with the column `sample_index` [b] int64: index of each sample in `data`.
+        `meta_info` holds, for the whole mini-batch, `global_tokens` (response tokens), `global_sequences` (sequences
+        with a response token) and `loss_scale_factor`.
+
+    Raises:
+        ValueError: `mini_batch_size_samples` is below 1.
     """
     if mini_batch_size_samples < 1:
         raise ValueError(f"mini_batch_size_samples={mini_batch_size_samples}: must be at least 1")
-    data = _only(data, columns)
+    data = _select(data, columns)
     data = data.union(DataProto.from_dict(tensors={"sample_index": torch.arange(len(data))}))
     ranks: list[list[DataProto]] = [[] for _ in range(dp_size)]
     for start in range(0, len(data), mini_batch_size_samples):
@@ -66,26 +70,32 @@ def split_mini_batches(
 def split_even(
     data: DataProto, dp_size: int, balance: bool = True, parts: Sequence[np.ndarray] | None = None
 ) -> tuple[list[DataProto], np.ndarray]:
-    """Divide a batch among ranks for a forward pass; `parts` are the rows of each rank where these are chosen already.
+    """Divide a batch among the ranks for a forward pass.
+
+    Args:
+        data: a whole batch.
+        dp_size: number of ranks.
+        balance: give all ranks about the same number of tokens; otherwise consecutive samples.
+        parts: row numbers [b] of each rank; None to choose them here.
 
     Returns:
-        the shards, holding the columns of a forward pass alone, and `inverse_order` [B] int64:
+        The shards with the columns of a forward pass, and `inverse_order` [B] int64:
         `DataProto.concat(results)[inverse_order]` is in the order of `data`.
     """
     parts = partition(data, dp_size, balance) if parts is None else parts
-    data = _only(data, FORWARD_COLUMNS)
+    data = _select(data, FORWARD_COLUMNS)
     return [data[part] for part in parts], np.argsort(np.concatenate(parts), kind="stable")
 
 
 def partition(data: DataProto, dp_size: int, balance: bool) -> list[np.ndarray]:
-    """Row numbers [b] of each rank's share; sizes differ by at most one."""
+    """Return the row numbers [b] int64 of each rank; their counts differ by at most one."""
     if dp_size == 1 or not balance:
         return np.array_split(np.arange(len(data), dtype=np.int64), dp_size)
     lengths = data.batch["attention_mask"].sum(dim=-1).tolist()
     return [np.asarray(part, dtype=np.int64) for part in balanced_partition(lengths, dp_size, equal_size=True)]
 
 
-def _only(data: DataProto, columns: tuple[str, ...]) -> DataProto:
+def _select(data: DataProto, columns: tuple[str, ...]) -> DataProto:
     return data.select(
         batch_keys=[name for name in columns if name in data.batch.keys()],  # noqa: SIM118 (a TensorDict iterates its rows)
         non_tensor_batch_keys=[name for name in ("uid",) if name in data.non_tensor_batch],

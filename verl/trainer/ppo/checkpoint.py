@@ -1,13 +1,13 @@
-"""Checkpoints on disk as a transaction: a `global_step_N` directory is whole, or it is not there.
+"""Transactional checkpoints: a `global_step_N` directory is complete, or it does not exist.
 
     ROOT/global_step_N.tmp-PID      being written (or being deleted) by process PID
-    ROOT/global_step_N.old-PID      for a moment, while the same step is replaced
+    ROOT/global_step_N.old-PID      exists briefly while the same step is replaced
     ROOT/global_step_N              published: flushed to the disk, then renamed
     ROOT/global_step_N/manifest.json        relative path and size in bytes of each file in it
-    ROOT/latest_checkpointed_iteration.txt  the step to go on from; written last
+    ROOT/latest_checkpointed_iteration.txt  the step to resume from; written last
 
-A SIGKILL or a power cut between any two system calls leaves a directory from which `CheckpointStore.latest` finds a
-whole checkpoint. One run at a time writes to a root. No Ray here, and torch only where tensors are stored.
+After a SIGKILL or a power failure between any two system calls, `CheckpointStore.latest` still finds a complete
+checkpoint. Only one run at a time may write to a root. This module imports no Ray, and torch only to store tensors.
 """
 
 import json
@@ -15,7 +15,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,30 +31,30 @@ RESUME_MODES = ("auto", "disable", "resume_path")
 _PUBLISHED = re.compile(r"global_step_(\d+)")
 _UNFINISHED = re.compile(rf"(?P<name>global_step_\d+|\.{re.escape(TRACKER)})\.(?P<kind>tmp|old)-(?P<pid>\d+)")
 
-# Temporary directories of this process, so that a second store on the same root leaves them alone.
+# Temporary directories of this process, which a second store on the same root must not remove.
 _BEING_WRITTEN: set[Path] = set()
 
 
 class CheckpointError(OSError):
-    """A checkpoint could not be written or read; the message names the path, the cause and what is still usable."""
+    """A checkpoint could not be written or read; the message has the path, the cause and the last usable checkpoint."""
 
 
 def step_of(path: str | Path) -> int:
-    """The step of a `global_step_N` directory.
+    """Return the step of a `global_step_N` directory.
 
     Raises:
-        ValueError: the name is another one.
+        ValueError: the directory has another name.
     """
     match = _PUBLISHED.fullmatch(Path(path).name)
     if match is None:
-        raise ValueError(f"{path}: not a checkpoint; give a directory named global_step_N")
+        raise ValueError(f"{path}: not a checkpoint; use a directory named global_step_N")
     return int(match[1])
 
 
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a published checkpoint: a file of its manifest is missing or has another size; None if whole.
+def find_damage(checkpoint: Path) -> str | None:
+    """Describe the first file that is missing or has another size than in the manifest; None if there is none.
 
-    A checkpoint without a manifest (made elsewhere) is taken for whole.
+    A checkpoint without a manifest, written by another program, counts as complete.
     """
     if not checkpoint.is_dir():
         return f"{checkpoint} is not a directory"
@@ -63,7 +63,7 @@ def damage(checkpoint: Path) -> str | None:
     except FileNotFoundError:
         return None
     except (ValueError, AttributeError):
-        return f"{checkpoint / MANIFEST} is damaged"
+        return f"{checkpoint / MANIFEST} is invalid"
     for name, size in sizes:
         file = checkpoint / name
         if not file.is_file():
@@ -76,12 +76,12 @@ def damage(checkpoint: Path) -> str | None:
 class CheckpointStore:
     """The checkpoints of one run.
 
-    Opening a store clears away what dead processes left half-written.
+    Opening a store removes the unfinished directories of dead processes.
 
     Args:
-        root: `trainer.default_local_dir`; made at the first save.
-        max_to_keep: how many checkpoints to keep, counting the newest; None keeps all. Checkpoints of later steps than
-            the one just saved (another branch of the run) are neither counted nor deleted.
+        root: `trainer.default_local_dir`; created at the first save.
+        max_to_keep: number of checkpoints to keep, the newest included; None keeps all. Checkpoints of steps after the
+            one just saved (another branch of the run) are neither counted nor deleted.
 
     Raises:
         ValueError: `max_to_keep` is below 1.
@@ -105,15 +105,16 @@ class CheckpointStore:
 
     @contextmanager
     def writing(self, step: int) -> Iterator[Path]:
-        """Give a temporary directory to fill; at the end of the block it becomes `global_step_STEP`.
+        """Yield a temporary directory to fill; at the end of the block it becomes `global_step_STEP`.
 
-        The files may be written by other processes, of other hosts too where these share the file system; all of them
-        must be done when the block ends. A checkpoint of the same step is replaced. Then the tracker file is moved on
-        and old checkpoints are deleted.
+        Other processes may write the files, also on other hosts that share the file system; all of them must have
+        finished when the block ends. A checkpoint of the same step is replaced. Then the tracker file is updated and
+        old checkpoints are deleted.
 
         Raises:
             CheckpointError: the block, or publishing its files, failed: disk full, a worker's error, ... The temporary
-                directory is gone and the checkpoints from before are untouched. Ctrl-C and the like pass unchanged.
+                directory is removed and earlier checkpoints are unchanged. KeyboardInterrupt and other exceptions that
+                are not an `Exception` pass unchanged.
         """
         assert step >= 0, step
         published = self.root / f"global_step_{step}"
@@ -137,43 +138,45 @@ class CheckpointStore:
         self._prune(step)
 
     def latest(self) -> Path | None:
-        """The checkpoint that the tracker file names; if missing or damaged the newest whole one, with a warning.
+        """Return the checkpoint that the tracker file names; if it is missing or damaged, the newest complete one.
+
+        The second case is logged as a warning.
 
         Returns:
-            an absolute path, or None if there is no whole checkpoint.
+            An absolute path, or None without a complete checkpoint.
         """
         named = self._tracked()
         if named is not None:
-            if (wrong := damage(named)) is None:
+            if (damage := find_damage(named)) is None:
                 return named.absolute()
-            logger.warning("%s names %s, but %s", self.root / TRACKER, named.name, wrong)
+            logger.warning("%s names %s, but %s", self.root / TRACKER, named.name, damage)
         for checkpoint in reversed(self.checkpoints()):
             if checkpoint == named:
                 continue
-            if (wrong := damage(checkpoint)) is not None:
-                logger.warning("%s is passed over: %s", checkpoint, wrong)
+            if (damage := find_damage(checkpoint)) is not None:
+                logger.warning("%s is skipped: %s", checkpoint, damage)
                 continue
-            logger.warning("%s does not name a whole checkpoint; using %s", self.root / TRACKER, checkpoint)
+            logger.warning("%s does not name a complete checkpoint; using %s", self.root / TRACKER, checkpoint)
             return checkpoint.absolute()
         return None
 
     def checkpoints(self) -> list[Path]:
-        """The published checkpoints, in order of steps."""
+        """Return the published checkpoints in order of their steps."""
         if not self.root.is_dir():
             return []
         found = [path for path in self.root.iterdir() if _PUBLISHED.fullmatch(path.name) and path.is_dir()]
         return sorted(found, key=step_of)
 
     def resolve(self, resume_mode: str, resume_from_path: str | Path | None = None) -> Path | None:
-        """The checkpoint to go on from, or None to start afresh.
+        """Return the checkpoint to resume from, or None to start a new run.
 
         Args:
-            resume_mode: `auto` (the latest one, if any), `disable`, or `resume_path` (`resume_from_path`, which may lie
-                in another root).
+            resume_mode: `auto` (the latest checkpoint, if any), `disable`, or `resume_path` (`resume_from_path`, which
+                may be in another root).
             resume_from_path: a `global_step_N` directory, relative to the working directory if not absolute.
 
         Raises:
-            ValueError: another mode; no path, or one that is not a `global_step_N` directory.
+            ValueError: unknown mode; or the path is missing or not named `global_step_N`.
             FileNotFoundError: the path does not exist.
             CheckpointError: the checkpoint is damaged.
         """
@@ -185,7 +188,7 @@ class CheckpointStore:
             return self.latest()
         if not resume_from_path:
             raise ValueError(
-                "trainer.resume_from_path is not set; resume_mode=resume_path needs it: give a global_step_N directory"
+                "trainer.resume_from_path is not set; resume_mode=resume_path needs it: set a global_step_N directory"
             )
         path = Path(resume_from_path).absolute()
         if not path.exists():
@@ -194,25 +197,25 @@ class CheckpointStore:
             step_of(path)
         except ValueError as error:
             raise ValueError(f"trainer.resume_from_path={error}") from None
-        if (wrong := damage(path)) is not None:
-            raise CheckpointError(f"trainer.resume_from_path={resume_from_path}: {wrong}; choose another checkpoint")
+        if (damage := find_damage(path)) is not None:
+            raise CheckpointError(f"trainer.resume_from_path={resume_from_path}: {damage}; choose another checkpoint")
         return path
 
     def _tracked(self) -> Path | None:
-        """The directory that the tracker file names, existing or not."""
+        """Return the directory that the tracker file names, which may not exist."""
         try:
             text = (self.root / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
         except (FileNotFoundError, NotADirectoryError):
             return None
         if not text.isascii() or not text.isdigit():
-            logger.warning("%s holds %r instead of a step", self.root / TRACKER, text[:80])
+            logger.warning("%s contains %r instead of a step", self.root / TRACKER, text[:80])
             return None
         return self.root / f"global_step_{int(text)}"
 
     def _publish(self, temporary: Path, published: Path) -> None:
         aside = None
         if published.exists():
-            # rename(2) cannot replace a directory that has entries; _sweep puts `aside` back after a kill in between.
+            # rename(2) cannot replace a non-empty directory. After a kill in between, _sweep restores `aside`.
             aside = published.with_name(f"{published.name}.old-{os.getpid()}")
             self._remove(aside)
             os.rename(published, aside)
@@ -232,26 +235,26 @@ class CheckpointStore:
             return
         older = [path for path in self.checkpoints() if step_of(path) < saved_step]
         for path in older[: max(0, len(older) - (self.max_to_keep - 1))]:
-            # Renamed first: a kill while it is deleted must not leave a part that looks whole.
-            doomed = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+            # Rename first: a kill during the deletion must not leave a partial checkpoint under the published name.
+            deleted = path.with_name(f"{path.name}.tmp-{os.getpid()}")
             try:
-                os.rename(path, doomed)
+                os.rename(path, deleted)
             except OSError as error:
-                logger.warning("%s is kept: it cannot be deleted (%s)", path, error)
+                logger.warning("%s is kept because it cannot be deleted (%s)", path, error)
                 continue
-            self._discard(doomed)
+            self._discard(deleted)
 
     def _sweep(self) -> None:
-        """Undo or finish what a process that no longer runs was doing."""
+        """Undo or finish the saves of processes that no longer run."""
         if not self.root.is_dir():
             return
         for path in sorted(self.root.iterdir()):
             match = _UNFINISHED.fullmatch(path.name)
-            if match is None or path.absolute() in _BEING_WRITTEN or _runs_elsewhere(int(match["pid"])):
+            if match is None or path.absolute() in _BEING_WRITTEN or _is_other_process(int(match["pid"])):
                 continue
             published = path.with_name(match["name"])
             if match["kind"] == "old" and not published.exists():
-                logger.warning("%s: its replacement was never finished; putting it back", published)
+                logger.warning("%s: its replacement is unfinished; restoring it", published)
                 os.rename(path, published)
                 fsync_path(self.root)
             else:
@@ -265,27 +268,27 @@ class CheckpointStore:
             path.unlink(missing_ok=True)
 
     def _discard(self, path: Path) -> None:
-        """Remove what nobody needs; what cannot be removed is left to the next run's sweep."""
+        """Remove an unneeded path; if that fails, log it and leave it to the sweep of the next run."""
         try:
             self._remove(path)
         except OSError as error:
-            logger.warning("%s cannot be removed (%s); delete it by hand", path, error)
+            logger.warning("%s cannot be removed (%s); delete it manually", path, error)
 
     def _failure(self, published: Path, error: Exception) -> CheckpointError:
         usable = self.latest()
-        left = f"{usable} stays usable" if usable is not None else "there is no earlier checkpoint"
+        rest = f"{usable} stays usable" if usable is not None else "there is no earlier checkpoint"
         existing = next(path for path in (self.root.absolute(), *self.root.absolute().parents) if path.exists())
         free = shutil.disk_usage(existing).free
         text = (
-            f"{published} was not saved: {type(error).__name__}: {error}; {free} bytes are free on its disk; {left}. "
-            "Make room or choose another trainer.default_local_dir, then start again"
+            f"{published} was not saved: {type(error).__name__}: {error}; {free} bytes are free on its disk; {rest}. "
+            "Free disk space or choose another trainer.default_local_dir, then start again"
         )
         number = error.errno if isinstance(error, OSError) else None
         return CheckpointError(text) if number is None else CheckpointError(number, text)
 
 
 def _flush(directory: Path) -> None:
-    """Write the manifest, then bring every file and directory below `directory` to the disk."""
+    """Write the manifest, then flush every file and directory below `directory` to the disk."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     sizes = {path.relative_to(directory).as_posix(): path.stat().st_size for path in files}
     (directory / MANIFEST).write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
@@ -295,11 +298,11 @@ def _flush(directory: Path) -> None:
         fsync_path(parent)
 
 
-def _runs_elsewhere(pid: int) -> bool:
-    """Whether another process with that id runs on this host.
+def _is_other_process(pid: int) -> bool:
+    """Return True if another process with that id runs on this host.
 
-    This process does not count: what it is writing is in `_BEING_WRITTEN`, so any other directory with its id comes
-    from a dead process that had the same one (a container starts counting anew).
+    This process does not count: its own directories are in `_BEING_WRITTEN`, so any other directory with its id comes
+    from a dead process with the same id (process ids start again from 1 in a new container).
     """
     if pid == os.getpid():
         return False
@@ -312,15 +315,15 @@ def _runs_elsewhere(pid: int) -> bool:
     return True
 
 
-def save_driver_state(directory: str | Path, state: dict[str, Any]) -> Path:
+def save_driver_state(directory: str | Path, state: Mapping[str, object]) -> Path:
     """Store the driver's state (data loader, step, ...) as DIRECTORY/data.pt and return that path.
 
     Args:
-        directory: that of the checkpoint being written.
+        directory: the directory of the checkpoint.
         state: nested dicts, lists and tuples of numbers, text, None and tensors.
 
     Raises:
-        ValueError: something in it could not be loaded again without running code; said now rather than at the resume.
+        ValueError: a value cannot be loaded without executing code; raised now rather than when the run resumes.
     """
     import torch
 
@@ -336,15 +339,15 @@ def save_driver_state(directory: str | Path, state: dict[str, Any]) -> Path:
 
 
 def load_driver_state(directory: str | Path) -> dict[str, Any]:
-    """The state that `save_driver_state` stored; nothing in the file is executed.
+    """Load the state that `save_driver_state` stored, without executing code from the file.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or holds more than plain data.
+        CheckpointError: the file is missing or damaged, or contains other objects than plain data.
     """
     import torch
 
     path = Path(directory) / DRIVER_STATE
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler meets damaged bytes with nearly any exception
+    except Exception as error:  # damaged bytes make the unpickler raise nearly any exception
         raise CheckpointError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error

@@ -1,8 +1,8 @@
-"""Numbers of one training step under verl's metric names, as pure functions of the batch.
+"""Metrics of one training step under the names of upstream verl, as pure functions of the batch.
 
-All sums run in float64. A mean, maximum, minimum or spread over nothing is 0 and the spread of one value is 0, so a
-step with empty responses, masked-out samples or a single sample gives finite numbers; `response/aborted_ratio` and
-`training/rollout_probs_diff_valid` tell such a step from a good one. A NaN inside the data stays a NaN.
+All sums are computed in float64. A mean, maximum, minimum or spread of no values is 0, and so is the spread of one
+value. A step with empty responses, masked samples or a single sample therefore gives finite metrics;
+`response/aborted_ratio` and `training/rollout_probs_diff_valid` identify such a step. A NaN in the data stays NaN.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ import torch
 from verl.algorithms.aggregation import LOG_RATIO_BOUND
 from verl.protocol import DataProto
 
-# Which stages work on every token; generation makes the response tokens only.
+# Stages that process every token. Generation produces only the response tokens.
 ALL_TOKEN_STAGES = ("old_log_prob", "ref", "values", "adv", "update_critic", "update_actor")
 
 
@@ -29,7 +29,7 @@ def _summary(values: torch.Tensor, prefix: str) -> dict[str, float]:
 
 
 def _variance(values: torch.Tensor) -> float:
-    """Unbiased variance; 0 for fewer than two values."""
+    """Return the unbiased variance, 0 for fewer than two values."""
     return values.double().var().item() if values.numel() > 1 else 0.0
 
 
@@ -38,7 +38,7 @@ def _ratio(flags: torch.Tensor) -> float:
 
 
 def _lengths(batch: DataProto) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompt and response lengths, float64 [B], from the attention mask; a tool's tokens count as response."""
+    """Return prompt and response lengths, float64 [B], from the attention mask; tool tokens count as response."""
     width = batch.batch["responses"].shape[-1]
     mask = batch.batch["attention_mask"]
     split = mask.shape[-1] - width
@@ -46,17 +46,17 @@ def _lengths(batch: DataProto) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def compute_data_metrics(batch: DataProto, max_prompt_length: int, max_response_length: int) -> dict[str, float]:
-    """Scores, rewards, advantages, returns, values and lengths of a batch.
+    """Return metrics of the scores, rewards, advantages, returns, values and lengths of a batch.
 
-    Scores and rewards are sums over a sample's tokens, taken over the samples that have a response (over all of them if
-    none has). Advantages, returns and values are taken over the tokens with response_mask 1. `clip_ratio` is the share
-    of samples that reach the given limit, not the padded width of this batch.
+    Scores and rewards are sums over the tokens of a sample, for samples with a response (for all samples if none has
+    one). Advantages, returns and values are taken over the tokens with response_mask 1. `clip_ratio` is the fraction of
+    samples that reach the given limit, not the padded width of this batch.
 
     Args:
         batch: columns responses [B,T], attention_mask [B,P+T], response_mask [B,T], token_level_scores [B,T],
             token_level_rewards [B,T], advantages [B,T], returns [B,T]; values [B,T] if there is a critic.
-        max_prompt_length: cap of a prompt, tokens.
-        max_response_length: cap of a response, tokens.
+        max_prompt_length: limit of a prompt in tokens.
+        max_response_length: limit of a response in tokens.
 
     Returns:
         critic/{score,rewards,advantages,returns}/{mean,max,min}; with a critic critic/values/{mean,max,min} and
@@ -66,12 +66,12 @@ def compute_data_metrics(batch: DataProto, max_prompt_length: int, max_response_
     columns = batch.batch
     prompt_length, response_length = _lengths(batch)
     aborted = response_length == 0
-    answered = ~aborted if not bool(aborted.all()) else torch.ones_like(aborted)
+    nonempty = ~aborted if not bool(aborted.all()) else torch.ones_like(aborted)
     mask = columns["response_mask"].bool()
 
     metrics = {
-        **_summary(columns["token_level_scores"].double().sum(-1)[answered], "critic/score"),
-        **_summary(columns["token_level_rewards"].double().sum(-1)[answered], "critic/rewards"),
+        **_summary(columns["token_level_scores"].double().sum(-1)[nonempty], "critic/score"),
+        **_summary(columns["token_level_rewards"].double().sum(-1)[nonempty], "critic/rewards"),
         **_summary(columns["advantages"][mask], "critic/advantages"),
         **_summary(columns["returns"][mask], "critic/returns"),
     }
@@ -91,26 +91,26 @@ def compute_data_metrics(batch: DataProto, max_prompt_length: int, max_response_
 
 
 def compute_version_metrics(weight_versions: torch.Tensor, version: int) -> dict[str, float]:
-    """How far the weights that generated are behind those that train.
+    """Return how many updates the weights that generated the tokens are behind the weights that train on them.
 
     Args:
-        weight_versions: [B,T] int64, -1 where no model token stands.
-        version: of the weights that the step begins with.
+        weight_versions: [B,T] int64, -1 at positions without a model token.
+        version: version of the weights that the step starts with.
 
     Returns:
-        training/versions_behind/{min,max}: updates between the two, over all tokens; nothing without a token.
+        training/versions_behind/{min,max} over all tokens; empty without a token.
     """
-    made = weight_versions[weight_versions >= 0]
-    if not made.numel():
+    versions = weight_versions[weight_versions >= 0]
+    if not versions.numel():
         return {}
     return {
-        "training/versions_behind/min": float(version - made.max()),
-        "training/versions_behind/max": float(version - made.min()),
+        "training/versions_behind/min": float(version - versions.max()),
+        "training/versions_behind/max": float(version - versions.min()),
     }
 
 
 def compute_timing_metrics(batch: DataProto, timing: Mapping[str, float]) -> dict[str, float]:
-    """Seconds of each stage and milliseconds per token of the stages whose work grows with the tokens.
+    """Return the seconds of each stage, and milliseconds per token of the stages that process tokens.
 
     Args:
         batch: columns responses [B,T] and attention_mask [B,P+T].
@@ -118,7 +118,7 @@ def compute_timing_metrics(batch: DataProto, timing: Mapping[str, float]) -> dic
 
     Returns:
         timing_s/NAME for every stage; timing_per_token_ms/NAME for `gen` (over response tokens) and for
-        `ALL_TOKEN_STAGES` (over prompt and response tokens), left out where there is no token.
+        `ALL_TOKEN_STAGES` (over prompt and response tokens), omitted if there is no token.
     """
     prompt_length, response_length = _lengths(batch)
     response_tokens = response_length.sum().item()
@@ -131,12 +131,12 @@ def compute_timing_metrics(batch: DataProto, timing: Mapping[str, float]) -> dic
 
 
 def compute_throughput_metrics(batch: DataProto, timing: Mapping[str, float], n_devices: int) -> dict[str, float]:
-    """Tokens of the step and how fast they went through.
+    """Return the number of tokens of the step and the throughput.
 
     Args:
         batch: column attention_mask [B,P+T].
         timing: seconds by stage name; `step` is the whole step.
-        n_devices: devices (or CPU processes) that the run uses.
+        n_devices: number of devices (or CPU processes) of the trainer.
 
     Returns:
         perf/total_num_tokens (prompt and response tokens), perf/time_per_step (seconds) and perf/throughput
@@ -153,14 +153,14 @@ def compute_throughput_metrics(batch: DataProto, timing: Mapping[str, float], n_
 def compute_mismatch_metrics(
     old_log_probs: torch.Tensor, rollout_log_probs: torch.Tensor, response_mask: torch.Tensor
 ) -> dict[str, float]:
-    """How far the policy that generated (rollout engine) is from the policy that is trained (training engine).
+    """Return metrics of the difference between the policy in the rollout engine and in the training engine.
 
     Args:
         old_log_probs, rollout_log_probs: [B,T] float.
         response_mask: [B,T], non-zero for a generated token.
 
     Returns:
-        `probability_metrics` and `off_policy_metrics`.
+        The metrics of `probability_metrics` and `off_policy_metrics`.
     """
     arguments = old_log_probs, rollout_log_probs, response_mask
     return {**probability_metrics(*arguments), **off_policy_metrics(*arguments)}
@@ -169,14 +169,14 @@ def compute_mismatch_metrics(
 def probability_metrics(
     old_log_probs: torch.Tensor, rollout_log_probs: torch.Tensor, response_mask: torch.Tensor
 ) -> dict[str, float]:
-    """Differences between the two engines' probabilities of the tokens that were generated.
+    """Return the differences between the probabilities of the generated tokens in the two engines.
 
     With p = exp(rollout_log_probs) and q = exp(old_log_probs) over the tokens with response_mask 1:
 
     - training/rollout_probs_diff_{mean,max,std}: of |p - q|; std is unbiased;
     - training/rollout_actor_probs_pearson_corr: Pearson correlation of p and q (MiniMax-M1, arXiv:2506.13585,
-      section 3.2). Where it is undefined (fewer than two tokens, or one side constant) it is 1 if p equals q, else 0;
-    - training/rollout_probs_diff_valid: 1, or 0 if no token was generated; the others are 0 then.
+      section 3.2). If it is undefined (fewer than two tokens, or one side constant), it is 1 if p equals q, else 0;
+    - training/rollout_probs_diff_valid: 1, or 0 if no token was generated; then the others are 0.
 
     Args:
         old_log_probs, rollout_log_probs: [B,T] float.
@@ -208,7 +208,7 @@ def _pearson(p: torch.Tensor, q: torch.Tensor) -> float:
 def off_policy_metrics(
     old_log_probs: torch.Tensor, rollout_log_probs: torch.Tensor, response_mask: torch.Tensor
 ) -> dict[str, float]:
-    """Divergences and perplexities of training policy pi and rollout policy mu on the generated tokens.
+    """Return divergences and perplexities of training policy pi and rollout policy mu on the generated tokens.
 
     With d = old_log_probs - rollout_log_probs = log(pi/mu); E_token over tokens with response_mask 1, E_seq over the
     samples that have such a token, <x> the mean over one sample's tokens:
@@ -218,12 +218,12 @@ def off_policy_metrics(
       (J. Schulman, "Approximating KL Divergence", 2020, joschu.net/blog/kl-approx.html);
     - rollout_corr/{training,rollout}_log_ppl = E_seq[-<log p>], {training,rollout}_ppl = E_seq[exp(-<log p>)];
     - rollout_corr/log_ppl_diff = E_seq[<-d>], with _abs_diff, _diff_max, _diff_min over the samples, and
-      rollout_corr/ppl_ratio = E_seq[exp(<-d>)], above 1 where training finds the text less likely;
+      rollout_corr/ppl_ratio = E_seq[exp(<-d>)], above 1 if the text is less likely under the training policy;
     - rollout_corr/chi2_token = E_token[exp(2d)] - 1 and chi2_seq = E_seq[exp(2 sum d)] - 1, the chi-squared divergence
       of pi from mu, i.e. the variance of the importance weights (A. B. Owen, "Monte Carlo theory, methods and
       examples", section 9.3); d and sum d are limited to +-20 here.
 
-    Without any token all of them are what identical policies give: 0, and 1 for the ratios and perplexities.
+    Without any token they have the values of identical policies: 0, and 1 for the ratios and perplexities.
 
     Args:
         old_log_probs, rollout_log_probs: [B,T] float.
@@ -231,7 +231,7 @@ def off_policy_metrics(
     """
     mask = response_mask.bool()
     if not bool(mask.any()):
-        # One token of probability one, alike in both engines, is the neutral sample.
+        # The neutral sample: one token that has probability one in both engines.
         mask = torch.ones(1, 1, dtype=torch.bool)
         old_log_probs = rollout_log_probs = torch.zeros(1, 1)
     rows = mask.any(-1)
@@ -264,19 +264,19 @@ def off_policy_metrics(
 def compute_seqlen_metrics(
     lengths: Sequence[int], partitions: Sequence[Sequence[int]], prefix: str = "global_seqlen"
 ) -> dict[str, float]:
-    """How evenly the tokens lie on the ranks, before and after balancing.
+    """Return how evenly the tokens are distributed over the ranks, before and after balancing.
 
     Args:
         lengths: tokens of each sample, in batch order.
-        partitions: for each rank, the indices into `lengths` that it was given.
-        prefix: start of the metric names.
+        partitions: by rank, its indices into `lengths`.
+        prefix: prefix of the metric names.
 
     Returns:
-        PREFIX/{min,max,minmax_diff}: tokens of the ranks if the batch were cut into contiguous runs of samples;
-        PREFIX/{balanced_min,balanced_max}: tokens of the ranks as partitioned; PREFIX/mean: tokens per rank.
+        PREFIX/{min,max,minmax_diff}: tokens per rank if each rank had consecutive samples;
+        PREFIX/{balanced_min,balanced_max}: tokens per rank with `partitions`; PREFIX/mean: mean tokens per rank.
 
     Raises:
-        ValueError: there is no partition, or the partitions do not hold every sample exactly once.
+        ValueError: there is no partition, or the partitions do not contain every sample exactly once.
     """
     held = sorted(index for part in partitions for index in part)
     if not partitions or held != list(range(len(lengths))):

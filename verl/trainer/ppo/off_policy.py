@@ -1,4 +1,4 @@
-"""What a step does about the rollout policy being another than the one that is trained."""
+"""Correction for the difference between the rollout policy and the trained policy, and its metrics."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from verl.trainer.ppo.metrics import compute_mismatch_metrics
 
 
 def correct_rollout(batch: DataProto, correction: Correction) -> tuple[DataProto, dict[str, float]]:
-    """Add `rollout_is_weights` [B, T] float32 (where asked for) and `accepted_mask` [B, T], what rejection leaves.
+    """Add `accepted_mask` [B, T], and `rollout_is_weights` [B, T] float32 if the correction uses importance weights.
 
-    Reads `old_log_probs`, `rollout_log_probs` and `response_mask`, which stays: a score stands at the last token, and
-    advantages would lose it if that token were rejected before.
+    Reads `old_log_probs`, `rollout_log_probs` and `response_mask`. The response mask does not change yet: the score is
+    at the last token, and the advantages would lose it if that token were rejected here.
 
     Returns:
-        the batch, and the metrics of `mismatch_metrics`.
+        The batch, and the metrics of `mismatch_metrics`.
     """
     columns = batch.batch
     arguments = columns["old_log_probs"], columns["rollout_log_probs"], columns["response_mask"]
@@ -27,18 +27,19 @@ def correct_rollout(batch: DataProto, correction: Correction) -> tuple[DataProto
 
 
 def mismatch_metrics(batch: DataProto, training_log_probs: torch.Tensor, correction: Correction) -> dict[str, float]:
-    """How far apart the policies are on the tokens of a batch, and what the correction makes of it.
+    """Return metrics of the difference between the two policies on a batch, and of its correction.
 
     Args:
         batch: columns `rollout_log_probs` [B, T] and `response_mask` [B, T].
-        training_log_probs: [B, T], of the policy that is trained.
+        training_log_probs: [B, T], log-probabilities of the trained policy.
+        correction: the rollout correction.
     """
     arguments = training_log_probs, batch.batch["rollout_log_probs"], batch.batch["response_mask"]
     return {**compute_mismatch_metrics(*arguments), **correction_metrics(*arguments, correction)}
 
 
 def drop_rejected(batch: DataProto) -> DataProto:
-    """The batch with `accepted_mask`, where there is one, as its `response_mask`: what is trained on."""
+    """Replace `response_mask` by `accepted_mask`, if there is one, so that only accepted tokens are trained on."""
     if "accepted_mask" in batch.batch:
         batch.batch["response_mask"] = batch.batch.pop("accepted_mask")
     return batch

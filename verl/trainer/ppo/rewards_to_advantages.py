@@ -1,4 +1,4 @@
-"""From scores to token-level rewards to advantages."""
+"""Scores to token-level rewards, and rewards to advantages."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from verl.trainer.ppo.core_algos import compute_advantage
 def apply_kl_penalty(
     batch: DataProto, algorithm: AlgorithmConfig, controller: KLController
 ) -> tuple[DataProto, dict[str, float]]:
-    """Add `token_level_rewards` [B, T] float32: the scores, less the KL penalty where `algorithm.use_kl_in_reward`.
+    """Add `token_level_rewards` [B, T] float32: the scores, minus a KL penalty if `algorithm.use_kl_in_reward`.
 
     Reads `token_level_scores`, and for the penalty `old_log_probs`, `ref_log_prob` and `response_mask`. The controller
-    takes notice of the step's KL after its weight was used.
+    is updated with the KL of the step after its weight was used.
 
     Returns:
-        the batch, and `actor/reward_kl_penalty` (nats per token) and `actor/reward_kl_penalty_coeff` with a penalty.
+        The batch, and with a penalty the metrics `actor/reward_kl_penalty` (nats per token) and
+        `actor/reward_kl_penalty_coeff`.
     """
     columns = batch.batch
     rewards, metrics = columns["token_level_scores"], {}
@@ -38,7 +39,7 @@ def apply_kl_penalty(
 def apply_advantages(batch: DataProto, algorithm: AlgorithmConfig) -> DataProto:
     """Add `advantages` and `returns` (float32 [B, T]).
 
-    Reads `token_level_rewards`, `response_mask`, `uid` and what else the estimator names.
+    Reads `token_level_rewards`, `response_mask`, `uid` and the other columns that the estimator requires.
     """
     advantages, returns = compute_advantage(algorithm.adv_estimator, batch, algorithm)
     return batch.union(DataProto.from_dict(tensors={"advantages": advantages, "returns": returns}))

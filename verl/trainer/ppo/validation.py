@@ -1,7 +1,7 @@
-"""Validation scores under verl's names (mean@N, best@N, worst@N, maj@N by data source), and dumps of the samples.
+"""Validation metrics under the names of upstream verl: mean@N, best@N, worst@N and maj@N by data source.
 
-N is the number of samples of one prompt. Every statistic is taken for each prompt first and then averaged over the
-prompts of a data source, so that a prompt counts once however many samples it has.
+N is the number of samples of a prompt. Every statistic is computed per prompt and then averaged over the prompts of a
+data source, so that every prompt has the same weight.
 """
 
 import numbers
@@ -20,24 +20,24 @@ Nested = dict[str, dict[str, dict[str, float]]]
 def validation_variables(
     data_sources: Sequence[str], scores: Sequence[float], extras: Sequence[Mapping[str, Any]]
 ) -> dict[str, list[Any]]:
-    """Columns for `process_validation_metrics` from one score and one dict of extra values a sample.
+    """Build the columns for `process_validation_metrics` from the scores and the extra values of the samples.
 
-    `reward` is the score. Other extra values keep their names; a sample without one gets None. A sample without any
-    extra value (its scorer returned a plain number, or failed) gets the score as `acc`, unless other samples of its
-    data source report values and `acc` is not among them: there `acc` would tell about the failures only.
+    `reward` is the score. Extra values keep their names; a sample without a value gets None. A sample without any extra
+    value (its scorer returned a plain number, or failed) gets the score as `acc`, unless other samples of its data
+    source have extra values without `acc`: then `acc` would describe only the failures.
 
     Args:
         data_sources: [S] data source of each sample.
-        scores: [S] one score a sample.
-        extras: [S] what the scorer returned besides the score, possibly empty.
+        scores: [S] score of each sample.
+        extras: [S] extra values that the scorer returned, possibly empty.
 
     Raises:
-        ValueError: the three do not have the same length.
+        ValueError: the arguments have different lengths.
     """
     if not len(scores) == len(extras) == len(data_sources):
         raise ValueError(
             f"extras: {len(extras)} entries for {len(scores)} scores and {len(data_sources)} data sources; "
-            "give one of each a sample"
+            "pass one of each per sample"
         )
     names = dict.fromkeys(name for extra in extras for name in extra)
     variables: dict[str, list[Any]] = {"reward": [float(score) for score in scores]}
@@ -53,30 +53,30 @@ def validation_variables(
 
 
 def subset_sizes(n: int) -> list[int]:
-    """Sizes k for which best@k, worst@k and maj@k are reported: the powers of two below n, and n; none for n = 1."""
+    """Return the sizes k of best@k, worst@k and maj@k: the powers of two below n, and n; empty for n = 1."""
     if n < 2:
         return []
     return [2**i for i in range(1, n.bit_length()) if 2**i < n] + [n]
 
 
 def _draws(n: int, k: int, seed: int) -> np.ndarray:
-    """[N_BOOTSTRAP, k] indices below n with replacement: the same numbers as N_BOOTSTRAP draws of k, one by one."""
+    """Draw indices [N_BOOTSTRAP, k] below n with replacement, equal to N_BOOTSTRAP successive draws of k."""
     return np.random.RandomState(seed).choice(n, size=(N_BOOTSTRAP, k), replace=True)
 
 
 def _majority(values: np.ndarray, votes: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """[N_BOOTSTRAP] value of the most frequent vote of each draw; of votes equally frequent, the one drawn first."""
+    """Return the value [N_BOOTSTRAP] of the most frequent vote of each draw; ties go to the vote drawn first."""
     drawn = votes[draws]
     rows = np.arange(len(draws))[:, None]
     width = int(votes.max()) + 1
     counts = np.bincount((rows * width + drawn).ravel(), minlength=len(draws) * width).reshape(len(draws), width)
-    # argmax returns the first of equals, which is the first draw of the winning vote.
+    # argmax returns the first maximum, which is the first draw of the winning vote.
     first = counts[rows, drawn].argmax(axis=1)
     return values[draws[rows[:, 0], first]]
 
 
 def _codes(votes: Sequence[Any]) -> np.ndarray:
-    """[n] small integers, equal where the votes are equal."""
+    """Map votes to small integers [n]; equal votes have equal integers."""
     known: dict[Hashable, int] = {}
     keys = (vote if isinstance(vote, Hashable) else repr(vote) for vote in votes)
     return np.array([known.setdefault(key, len(known)) for key in keys], dtype=np.int64)
@@ -85,7 +85,7 @@ def _codes(votes: Sequence[Any]) -> np.ndarray:
 def _prompt_statistics(
     values: Sequence[float], votes: Sequence[Any] | None, draws_of: Mapping[int, np.ndarray]
 ) -> dict[str, float]:
-    """Statistics of one prompt. `draws_of[k]` holds indices into `values`; see `process_validation_metrics`."""
+    """Return the statistics of one prompt (`process_validation_metrics`); `draws_of[k]` are indices into `values`."""
     array, n = np.asarray(values, dtype=np.float64), len(values)
     statistics = {f"mean@{n}": array.mean()}
     if n == 1:
@@ -109,35 +109,35 @@ def _is_number(value: Any) -> bool:
 def process_validation_metrics(
     data_sources: Sequence[str], sample_uids: Sequence[str], infos_dict: Mapping[str, Sequence[Any]], seed: int = 42
 ) -> Nested:
-    """Statistics by data source and variable.
+    """Compute statistics by data source and variable.
 
     For a prompt with n samples, k over `subset_sizes(n)`:
 
     - mean@n, and for n > 1 std@n (ddof 0);
     - best@k/{mean,std} and worst@k/{mean,std}: largest and smallest of k samples drawn with replacement, over
-      `N_BOOTSTRAP` draws. best@n is therefore below pass@n, which draws without replacement;
+      `N_BOOTSTRAP` draws. So best@n is below pass@n, which draws without replacement;
     - maj@k/{mean,std}, if `infos_dict` has the column `pred`: the value of the most frequent prediction among the k
-      drawn. Of predictions equally frequent the one drawn first wins; its first drawn sample gives the value.
+      drawn. Ties go to the prediction drawn first; its first drawn sample gives the value.
 
-    Every prompt with as many samples uses the same draws, made from `seed`; they are numpy's legacy stream, so the
-    numbers equal upstream verl's. A variable is taken where its values are numbers or booleans: a column with text is
-    left out, a None leaves that sample out of that variable.
+    All prompts with the same number of samples use the same draws. They come from numpy's legacy generator, so the
+    results equal those of upstream verl. Only columns of numbers or booleans are used: a column with text is ignored,
+    and a None excludes its sample from that variable.
 
     Args:
         data_sources: [S] data source of each sample.
-        sample_uids: [S] prompt (its uid, or its text) of each sample.
-        infos_dict: variable name to [S] values.
-        seed: of the draws.
+        sample_uids: [S] prompt (uid or text) of each sample.
+        infos_dict: values [S] by variable name.
+        seed: seed of the draws.
 
     Returns:
         {data source: {variable: {statistic: mean over prompts}}}.
 
     Raises:
-        ValueError: a column has another length than `data_sources`.
+        ValueError: a column and `data_sources` have different lengths.
     """
     for name, column in {"sample_uids": sample_uids, **infos_dict}.items():
         if len(column) != len(data_sources):
-            raise ValueError(f"{name}: {len(column)} values for {len(data_sources)} samples; give one a sample")
+            raise ValueError(f"{name}: {len(column)} values for {len(data_sources)} samples; pass one per sample")
     prompts: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for index, (source, uid) in enumerate(zip(data_sources, sample_uids, strict=True)):
         prompts[source][uid].append(index)
@@ -160,7 +160,7 @@ def _mean_over_prompts(
     draws: dict[int, dict[int, np.ndarray]],
     seed: int,
 ) -> dict[str, float]:
-    """Each statistic's mean over the prompts that have it; `draws`, by number of samples, is filled as needed."""
+    """Average each statistic over the prompts that have it; `draws`, by number of samples, is filled as needed."""
     collected: dict[str, list[float]] = defaultdict(list)
     for samples in prompts:
         present = [i for i in samples if column[i] is not None]
@@ -181,10 +181,10 @@ def _numeric_column(column: Sequence[Any]) -> bool:
 
 
 def flatten_validation_metrics(nested: Nested) -> dict[str, float]:
-    """Metric names of `process_validation_metrics`' result.
+    """Turn the result of `process_validation_metrics` into metrics.
 
-    val-core/SOURCE/VAR/{mean@N,best@N/mean,maj@N/mean} for the largest N, where VAR is `acc` if the source has it and
-    `reward` otherwise; everything else under val-aux/SOURCE/VAR/.
+    The names are val-core/SOURCE/VAR/{mean@N,best@N/mean,maj@N/mean} for the largest N. VAR is `acc` if the source has
+    it and `reward` otherwise. All other statistics are under val-aux/SOURCE/VAR/.
     """
     flat = {}
     for source, variables in nested.items():
@@ -201,11 +201,11 @@ def flatten_validation_metrics(nested: Nested) -> dict[str, float]:
 def samples_table(
     inputs: Sequence[str], outputs: Sequence[str], scores: Sequence[float], n: int, seed: int = 42
 ) -> list[dict[str, Any]]:
-    """At most `n` samples (`trainer.log_val_generations`) as rows with `input`, `output` and `score`.
+    """Return at most `n` samples (`trainer.log_val_generations`) as rows with `input`, `output` and `score`.
 
-    The samples are sorted by input and then picked with a fixed seed: a validation set in another order, and the next
-    validation, show the same prompts.
+    The samples are sorted by input and then shuffled with a fixed seed, so that every validation shows the same
+    prompts, in any order of the samples.
     """
     rows = sorted(zip(inputs, outputs, scores, strict=True), key=lambda row: row[0])
     np.random.RandomState(seed).shuffle(rows)
-    return [{"input": text, "output": answer, "score": float(score)} for text, answer, score in rows[: max(n, 0)]]
+    return [{"input": text, "output": response, "score": float(score)} for text, response, score in rows[: max(n, 0)]]
