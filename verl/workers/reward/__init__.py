@@ -1,4 +1,4 @@
-"""Rewards: each sample scored as it finishes, by the user's function or a built-in scorer, in worker processes."""
+"""Rewards: worker processes score each sample as it finishes, with the user's function or a built-in scorer."""
 
 from verl.workers.reward.function import RewardFunctionError
 from verl.workers.reward.loop import RewardLoop, RewardResult, extra_columns

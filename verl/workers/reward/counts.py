@@ -1,4 +1,4 @@
-"""What scoring some samples took, and whether it worked at all: of a step, or of a validation."""
+"""Metrics of the scoring in a step or a validation, and the check that it did not fail completely."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from verl.workers.reward.pool import RewardError
 
 
 def reward_metrics(results: Sequence[RewardResult]) -> dict[str, float]:
-    """Counts of samples whose scorer failed or timed out, and seconds per sample."""
+    """Return the counts of failed and timed-out samples, and the seconds per sample."""
     seconds = [result.seconds for result in results]
     return {
         "reward/num_errors": float(_errors(results)),
@@ -23,7 +23,7 @@ def check_scored(results: Sequence[RewardResult], scorer: str) -> None:
     """Raise RewardError if there are results and scoring failed for every one of them.
 
     Args:
-        scorer: as `RewardLoop.scorer`, for the message.
+        scorer: `RewardLoop.scorer`, for the message.
     """
     errors, timeouts = _errors(results), _timeouts(results)
     if not results or errors + timeouts < len(results):

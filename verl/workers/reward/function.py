@@ -1,6 +1,6 @@
-"""The user's reward function: load it from its file, call it, and read what it returns.
+"""The user's reward function: load it from its file, call it, and read its return value.
 
-Runs inside the reward worker processes, so it imports the standard library only.
+This module runs inside the reward worker processes, so it imports only the standard library.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ KWARGS_KEY = "reward.reward_kwargs"
 
 
 class RewardFunctionError(ValueError):
-    """The configured reward function cannot be used: no such file or function, or it does not import."""
+    """The configured reward function cannot be used: missing file or function, or a failed import."""
 
 
 class BadReturnError(ValueError):
-    """A reward function returned something that is not a score."""
+    """A reward function returned a value that is not a score."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class ScoreFunction:
 
     Attributes:
         call: takes `ARGUMENTS` by keyword; the reward kwargs are already bound.
-        is_async: calling it gives an awaitable.
-        prepare: called with a data source before its first sample is scored, so that slow imports of the built-in
-            scorers are not charged to a sample's time limit; None for a user's function.
+        is_async: the call returns an awaitable.
+        prepare: called with a data source before its first sample is scored, so that slow imports of a built-in
+            scorer do not count toward the time limit of a sample; None for a user's function.
     """
 
     call: Callable[..., Any]
@@ -47,11 +47,11 @@ class ScoreFunction:
 
 
 def load_function(path: str | None, name: str, reward_kwargs: Mapping[str, Any]) -> ScoreFunction:
-    """Load `name` from the Python file `path`; `path=None` gives the built-in scorers, chosen by data source.
+    """Load `name` from the Python file `path`, or the built-in scorers, selected by data source, if `path` is None.
 
     Raises:
-        RewardFunctionError: the file is missing or does not import, it has no such function, or the function cannot
-            be called with the four arguments and `reward_kwargs` as keywords.
+        RewardFunctionError: the file is missing or does not import, the function is missing, or it cannot be called
+            with the four arguments and `reward_kwargs` as keywords.
     """
     prepare = None
     if path is None:
@@ -74,7 +74,11 @@ def load_function(path: str | None, name: str, reward_kwargs: Mapping[str, Any])
 
 
 def check_path(path: str) -> str:
-    """The absolute path of a reward file; raises RewardFunctionError when there is no such file."""
+    """Return the absolute path of a reward file.
+
+    Raises:
+        RewardFunctionError: the file does not exist.
+    """
     absolute = os.path.abspath(os.path.expanduser(path))
     if not os.path.isfile(absolute):
         raise RewardFunctionError(f"{PATH_KEY}={path}: no such file (looked for {absolute}); give a Python file")
@@ -86,7 +90,7 @@ def _import_file(path: str) -> Any:
     folder, file_name = os.path.split(path)
     module_name = "verl_reward_" + "".join(c if c.isalnum() else "_" for c in os.path.splitext(file_name)[0])
     if folder not in sys.path:
-        # Last, so that a file beside the reward function can be imported but never hides an installed package.
+        # At the end: neighbors of the reward file can be imported but never hide an installed package.
         sys.path.append(folder)
     loader = importlib.machinery.SourceFileLoader(module_name, path)
     spec = importlib.util.spec_from_file_location(module_name, path, loader=loader)
@@ -112,7 +116,7 @@ def _function_in(module: Any, name: str, path: str) -> Callable[..., Any]:
         for key, value in vars(module).items()
         if callable(value) and not key.startswith("_") and getattr(value, "__module__", None) == module.__name__
     )
-    there = f"it has {', '.join(found)}" if found else "it has no function at all"
+    there = f"it has {', '.join(found)}" if found else "it has no function"
     what = "is not a function" if hasattr(module, name) else "does not exist"
     raise RewardFunctionError(f"{NAME_KEY}={name} {what} in {path}: {there}; set {NAME_KEY} to one of its functions")
 
@@ -132,15 +136,15 @@ def _check_signature(function: Callable[..., Any], where: str, kwargs: Mapping[s
 
 
 def read_return(value: Any) -> tuple[float, dict[str, Any]]:
-    """Split what a reward function returned into the score and plain extra values.
+    """Split the return value of a reward function into the score and plain extra values.
 
-    A bare number also appears as the extra value `acc`, which validation reports.
+    A plain number also becomes the extra value `acc`, which validation reports.
 
     Returns:
-        The finite score, and a dict of None, bool, int, float, str, and lists and dicts of these.
+        the finite score, and a dict of None, bool, int, float, str, and lists and dicts of these.
 
     Raises:
-        BadReturnError: not a number and not a dict with a `score`; NaN or infinite; an extra value of another type.
+        BadReturnError: neither a number nor a dict with a `score`; NaN or infinite; an extra value of another type.
     """
     if isinstance(value, Mapping):
         if "score" not in value:
@@ -170,7 +174,7 @@ def _finite(value: Any) -> float:
 
 
 def plain(value: Any, key: str) -> Any:
-    """`value` as built-in types only, so that no class of the user's file has to exist in the process that reads it."""
+    """Convert `value` to built-in types, so that the reading process needs no class of the user's file."""
     if value is None or isinstance(value, bool):
         return value
     for kind in (int, float, str):

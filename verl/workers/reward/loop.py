@@ -1,6 +1,6 @@
 """The reward loop: `await loop.score(...)` for each sample as it finishes.
 
-A scorer that raises, hangs or returns no score gives its sample 0.0 and an error.
+If a scorer raises, hangs or returns no score, its sample gets 0.0 and an error.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class RewardResult:
     """The reward of one sample.
 
     Attributes:
-        score: what the reward manager made of the function's score; finite, and 0.0 when `error` is set.
-        extra: what the function returned beside `score`, as built-in types, and what the manager added; empty when
-            `error` is set. A function that returns a bare number gives `{"acc": score}`.
+        score: reward that the manager computed from the function's score; finite, 0.0 if `error` is set.
+        extra: other values that the function returned, as built-in types, and values that the manager added; empty if
+            `error` is set. A function that returns a plain number gives `{"acc": score}`.
         error: None, "exception", "timeout" or "bad_return".
-        seconds: time spent scoring, without the wait for a free worker.
-        detail: the traceback or reason of the error.
+        seconds: time of the scoring, without the wait for a free worker.
+        detail: traceback or reason of the error.
     """
 
     score: float
@@ -47,25 +47,25 @@ class RewardResult:
 
 
 class RewardLoop:
-    """Scores samples in worker processes, for callers on any asyncio event loop, without ever blocking it.
+    """Scores samples in worker processes, for callers on any asyncio event loop, without blocking it.
 
     A plain function scores one sample at a time per worker. An async function runs on an event loop in each worker, up
-    to 256 samples at once; something that it keeps in a module variable (a semaphore, a session) exists once a worker.
+    to 256 samples at once; its module variables (a semaphore, a session) exist once per worker.
 
     Args:
         config: the `reward` section: `custom_reward_function.path` (null: the built-in scorers), `.name` and
-            `.reward_kwargs`, `reward_kwargs` (the manager's keywords; others are the scorer's too), `num_workers`
-            (null: one a core, at most 8), `timeout` (seconds that a sample may take, counted from when its scoring
-            starts), `reward_manager.name`.
-        num_workers: takes the place of `config.num_workers`.
-        components: `algorithm.gdpo_reward_keys`, which the gdpo manager asks every sample for.
-        data_sources: built-in scorers to import while the workers start, rather than at their first sample; one that
-            has no built-in scorer is reported at once. Unused with a function of the user's.
+            `.reward_kwargs`, `reward_kwargs` (keywords of the manager; others go to the scorer too), `num_workers`
+            (null: one per core, at most 8), `timeout` (seconds per sample, from the start of its scoring),
+            `reward_manager.name`.
+        num_workers: overrides `config.num_workers`.
+        components: `algorithm.gdpo_reward_keys`, which the gdpo manager requires from every sample.
+        data_sources: built-in scorers to import at the start of the workers instead of at their first sample; a source
+            without a built-in scorer is reported at once. Unused with a user's function.
 
     Raises:
-        RewardFunctionError: the function's file or name is wrong, it does not import, or it takes other arguments.
+        RewardFunctionError: wrong file or name of the function, a failed import, or other arguments.
         NotImplementedError: a reward manager that is not supported yet.
-        ValueError: another setting is out of its range.
+        ValueError: another setting is out of range.
     """
 
     def __init__(
@@ -83,10 +83,10 @@ class RewardLoop:
             raise ValueError("; ".join(problems))
         timeout = float(config.timeout)
         if not 0 < timeout < float("inf"):
-            raise ValueError(f"reward.timeout={config.timeout}: give the seconds that scoring one sample may take, > 0")
+            raise ValueError(f"reward.timeout={config.timeout}: must be a number of seconds per sample > 0")
         count = config.workers if num_workers is None else num_workers
         if count < 1:
-            raise ValueError(f"reward.num_workers={count}: give at least 1, or null for one a core (at most 8)")
+            raise ValueError(f"reward.num_workers={count}: must be at least 1, or null for one per core (at most 8)")
         path = config.custom_reward_function.path
         self._setup = Setup(
             path=None if path is None else check_path(path),
@@ -114,20 +114,20 @@ class RewardLoop:
         *,
         response_length: int | None = None,
     ) -> RewardResult:
-        """Score one sample; it waits for a free worker, then has `timeout` seconds.
+        """Score one sample: wait for a free worker, then score within `timeout` seconds.
 
         Args:
-            data_source, solution_str, ground_truth, extra_info: what the scorer gets.
-            response_length: tokens of the response; a manager that looks at the length needs it.
+            data_source, solution_str, ground_truth, extra_info: arguments of the scorer.
+            response_length: tokens of the response; required by a manager that uses the length.
 
         Raises:
             RewardError: the loop is closed, its workers cannot be restarted, or the scorer does not return a component
-                that the manager asks for.
+                that the manager requires.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Outcome] = loop.create_future()
 
-        def settle(outcome: Outcome | BaseException) -> None:
+        def resolve(outcome: Outcome | BaseException) -> None:
             if future.done():
                 return
             if isinstance(outcome, BaseException):
@@ -137,7 +137,7 @@ class RewardLoop:
 
         def deliver(outcome: Outcome | BaseException) -> None:
             try:
-                loop.call_soon_threadsafe(settle, outcome)
+                loop.call_soon_threadsafe(resolve, outcome)
             except RuntimeError:
                 _LOG.debug("a reward came after its event loop was closed")
 
@@ -161,11 +161,11 @@ class RewardLoop:
 
     @property
     def scorer(self) -> str:
-        """Who scores, in words."""
+        """Name of the scorer for messages."""
         return self._setup.path or "the built-in scorers"
 
     def close(self) -> None:
-        """End the worker processes and whatever they started; may be called twice."""
+        """End the worker processes and all processes that they started; may be called twice."""
         self._finalizer()
 
     def worker_pids(self) -> list[int]:
@@ -177,7 +177,7 @@ class RewardLoop:
             first, self._has_failed = not self._has_failed, True
         if first:
             _LOG.error(
-                "reward: %s while scoring a sample of data_source=%s; it gets 0.0. Further failures are only counted "
+                "reward: %s while scoring a sample of data_source=%s; the sample gets 0.0. Further failures are only counted "
                 "(reward/num_errors, reward/num_timeouts). The first one:\n%s",
                 error,
                 data_source,
@@ -186,9 +186,9 @@ class RewardLoop:
 
 
 def extra_columns(results: Sequence[RewardResult]) -> dict[str, list[Any]]:
-    """The extra values of a batch as columns, one value a sample.
+    """Return the extra values of a batch as columns, one value per sample.
 
-    A sample without a value gets 0.0 in a column of numbers when its scoring failed (it scored nothing), else None.
+    A missing value becomes 0.0 in a numeric column if the scoring of the sample failed, else None.
     """
     keys = dict.fromkeys(key for result in results for key in result.extra)
     columns: dict[str, list[Any]] = {}

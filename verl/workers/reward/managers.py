@@ -1,6 +1,6 @@
-"""Reward managers (`reward.reward_manager.name`): from what the scorer returned to a sample's reward.
+"""Reward managers (`reward.reward_manager.name`): from the scorer's return value to a sample's reward.
 
-They run in the driver, on samples whose scoring succeeded; one whose scoring failed keeps its 0.0.
+They run in the driver, on samples whose scoring succeeded. A failed sample keeps its 0.0.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ Extra = dict[str, Any]
 
 
 class ComponentError(ValueError):
-    """A reward function did not return a component that the run needs."""
+    """A reward function did not return a required component."""
 
 
 class RewardManager(Protocol):
     """Turns a score into a reward."""
 
     def reward(self, score: float, extra: Extra, response_length: int | None) -> tuple[float, Extra]:
-        """The reward of one sample, and its extra values.
+        """Return the reward of one sample, and its extra values.
 
         Args:
-            score: finite, as the scorer returned it.
-            extra: what the scorer returned beside it; not changed.
-            response_length: tokens of the response, those of tools included; None where the caller has no tokens.
+            score: the scorer's score, finite.
+            extra: the scorer's other values; not modified.
+            response_length: tokens of the response, including tool tokens; None if the caller has no tokens.
         """
         ...
 
@@ -44,16 +44,16 @@ class NaiveManager:
 
 @dataclass(frozen=True)
 class DapoManager:
-    """The score less a penalty for a response that comes near the limit, or is beyond it.
+    """The score minus a penalty for a response near or beyond the length limit.
 
-    The extra value `score` is the score without the penalty; `overlong_reward` (at most 0) and `overlong` (whether
-    there is a penalty) come along where the buffer's `log` is set.
+    The extra value `score` is the score without the penalty. With the buffer's `log`, `overlong_reward` (at most 0) and
+    `overlong` (True with a penalty) are added.
     """
 
     buffer: OverlongBuffer | None
 
     def reward(self, score: float, extra: Extra, response_length: int | None) -> tuple[float, Extra]:
-        """Raises ValueError where the response's length is not known."""
+        """Raise ValueError if the response's length is unknown."""
         if self.buffer is None:
             return score, extra
         if response_length is None:
@@ -66,10 +66,10 @@ class DapoManager:
 
 
 def overlong_penalty(response_length: int, buffer: OverlongBuffer) -> float:
-    """0 up to `max_resp_len - buffer_len` tokens, then a line that falls to `-penalty_factor` at `max_resp_len`.
+    """Return 0 up to `max_resp_len - buffer_len` tokens, then a linear penalty, `-penalty_factor` at `max_resp_len`.
 
-    Beyond, the line goes on, as in upstream verl, where the paper (arXiv 2503.14476, equation 13) has a constant: it
-    only matters where `data.max_response_length` is larger than `max_resp_len`.
+    Beyond `max_resp_len` the penalty keeps falling, as in upstream verl; the paper (arXiv 2503.14476, equation 13) has
+    a constant there. The difference only matters if `data.max_response_length` is larger than `max_resp_len`.
     """
     excess = response_length - (buffer.max_resp_len - buffer.buffer_len)
     return min(0.0, -excess / buffer.buffer_len * buffer.penalty_factor)
@@ -77,7 +77,7 @@ def overlong_penalty(response_length: int, buffer: OverlongBuffer) -> float:
 
 @dataclass(frozen=True)
 class GdpoManager:
-    """The score is the reward, and every component has to be among the extra values as a finite number.
+    """The score is the reward, and every component must be a finite number among the extra values.
 
     The component `score` is the score itself.
     """
@@ -85,7 +85,7 @@ class GdpoManager:
     components: tuple[str, ...]
 
     def reward(self, score: float, extra: Extra, response_length: int | None) -> tuple[float, Extra]:
-        """Raises ComponentError naming the components that are missing or are no finite number."""
+        """Raise ComponentError, naming components that are missing or not finite."""
         values = {"score": score, **extra}
         if missing := [name for name in self.components if name not in values]:
             raise ComponentError(
@@ -97,23 +97,23 @@ class GdpoManager:
             if not isinstance(values[name], int | float) or not math.isfinite(values[name]):
                 raise ComponentError(
                     f"algorithm.gdpo_reward_keys: the reward function returned {name}={values[name]!r:.80}; a "
-                    "component has to be a finite number"
+                    "component must be a finite number"
                 )
         return score, {**extra, **{name: float(values[name]) for name in self.components}}
 
 
 def make_manager(config: RewardConfig, components: Iterable[str] = ()) -> RewardManager:
-    """The manager of a `reward` section.
+    """Build the manager of a `reward` section.
 
     Args:
         config: its `reward_manager.name` and `reward_kwargs`.
-        components: names that `gdpo` asks every sample for.
+        components: names that `gdpo` requires from every sample.
 
     Raises:
-        NotImplementedError: a manager that is known and not supported yet.
-        ValueError: an unknown manager, or keywords that it cannot work with.
+        NotImplementedError: the manager is not supported yet.
+        ValueError: unknown manager, or invalid keywords.
     """
-    # Here, so that the worker processes, which import this package too, need not load the configuration.
+    # Imported here, because the worker processes import this package too and need no configuration.
     from verl.config import names
     from verl.config.reward_kwargs import overlong_buffer
 

@@ -1,9 +1,8 @@
-"""The processes that score samples, and the one driver thread that feeds them, times them and replaces them.
+"""Pool of scoring processes, and the driver thread that sends them samples, enforces time limits and replaces them.
 
-Why not a general process pool: a sample that hangs must cost its own time limit and nothing else. Here samples travel
-in small groups for speed, and still each has its own limit; async functions run in these processes too, so a coroutine
-that blocks its event loop can be killed; and a worker is a fresh interpreter that never imports the driver's main
-module.
+A general process pool does not fit: a sample that hangs must cost only its own time limit. Here samples are sent in
+small groups for speed, but each has its own limit; async functions also run in these processes, so a coroutine that
+blocks its event loop can be killed; and a worker is a fresh interpreter that never imports the driver's main module.
 """
 
 from __future__ import annotations
@@ -33,13 +32,13 @@ from verl.workers.reward.worker import NOBODY, SLOT, Setup
 _LOG = logging.getLogger(__name__)
 
 START_SECONDS = 300.0
-"""Longest that a worker may take to import the reward function."""
+"""Limit for a worker to import the reward function."""
 RECEIVE_SECONDS = 60.0
-"""Longest that a worker may take to receive samples and import their scorers."""
+"""Limit for a worker to receive samples and import their scorers."""
 ASYNC_GRACE_SECONDS = 0.5
-"""An event loop that is not blocked reports a timeout itself; it is killed when it stays silent this much longer."""
+"""A responsive event loop reports a timeout itself; a worker that stays silent this much longer is killed."""
 ASYNC_IN_FLIGHT = 256
-"""Most coroutines on one worker at a time; keeps connections below the usual limit of 1024 open files."""
+"""Limit of concurrent coroutines per worker; keeps connections below the usual limit of 1024 open files."""
 _GROUP_SECONDS = 0.01
 _GROUP_SAMPLES = 64
 _SOCKET_SECONDS = 10
@@ -47,7 +46,7 @@ _EXIT_SECONDS = 1.0
 
 
 class RewardError(RuntimeError):
-    """Scoring cannot go on: every sample of a step failed, or the reward workers cannot be (re)started."""
+    """Scoring is impossible: every sample of a step failed, or the reward workers cannot be (re)started."""
 
 
 class Outcome(NamedTuple):
@@ -73,7 +72,7 @@ class _Job:
 
 
 class _Worker:
-    """One worker process and what the driver knows about it; `running` keeps the order in which samples were sent."""
+    """One worker process and the driver's view of it; `running` keeps the order in which samples were sent."""
 
     def __init__(self, number: int, setup: bytes) -> None:
         self.number = number
@@ -95,11 +94,11 @@ class _Worker:
         self.ready = self.is_async = self.receiving = False
         self.running: dict[int, _Job] = {}
         self.heard = time.monotonic()
-        with contextlib.suppress(BrokenPipeError):  # it has died already, which the socket will tell
+        with contextlib.suppress(BrokenPipeError):  # it has died; the socket will report it
             self.connection.send_bytes(setup)
 
     def limit(self, timeout: float) -> float | None:
-        """The longest silence, in seconds, that this worker is allowed now; None while it has nothing to do."""
+        """Return the seconds that this worker may stay silent now; None while it is idle."""
         if not self.ready:
             return START_SECONDS
         if not self.running:
@@ -109,15 +108,15 @@ class _Worker:
         return timeout + (ASYNC_GRACE_SECONDS if self.is_async else 0.0)
 
     def culprits(self) -> list[int]:
-        """The samples to blame when this worker had to be killed or died: the one being computed, where known."""
+        """Return the samples to blame if this worker died or was killed: the one in computation, if known."""
         if not self.is_async:
             return list(self.running)[:1]
         (current,) = SLOT.unpack_from(self.slot, 0)
         return [current] if current in self.running else list(self.running)
 
     def kill(self) -> int:
-        """End the process with everything it started; returns its exit code."""
-        with contextlib.suppress(ProcessLookupError):  # not yet reaped, so the group id cannot be anyone else's
+        """Kill the process and all processes that it started. Return its exit code."""
+        with contextlib.suppress(ProcessLookupError):  # not yet reaped, so the group id is not reused
             os.killpg(self.process.pid, signal.SIGKILL)
         code = self.process.wait()
         self.connection.close()
@@ -150,20 +149,20 @@ class WorkerPool:
         self._broken: RewardError | None = None
         self._closing = False
         self._lock = threading.Lock()
-        self._settled = threading.Event()
+        self._started = threading.Event()
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_write, False)
-        # The workers are tied to the life of the thread that starts them, so that thread lives as long as the pool.
+        # The kernel ties a worker to the thread that starts it, so this thread must live as long as the pool.
         self._thread = threading.Thread(target=self._run, name="reward-pool", daemon=True)
         self._thread.start()
-        self._settled.wait()
+        self._started.wait()
         if self._broken is not None:
             broken = self._broken
             self.close()
             raise RewardFunctionError(str(broken))
 
     def submit(self, sample: tuple[str, str, Any, Any], deliver: Deliver) -> _Job:
-        """Queue a sample; `deliver` is called on the pool's thread, once, with an Outcome or a RewardError.
+        """Queue a sample. The pool's thread calls `deliver` once, with an Outcome or a RewardError.
 
         Set `cancelled` on the returned job to drop it.
         """
@@ -180,7 +179,7 @@ class WorkerPool:
         return [worker.process.pid for worker in tuple(self._workers)]
 
     def close(self) -> None:
-        """End every worker process; samples still waiting get a RewardError."""
+        """End every worker process. Waiting samples get a RewardError."""
         with self._lock:
             if self._closing:
                 return
@@ -191,7 +190,7 @@ class WorkerPool:
         os.close(self._wake_write)
 
     def _wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # the pipe is full of wake-ups already
+        with contextlib.suppress(BlockingIOError):  # the pipe is already full of wake-ups
             os.write(self._wake_write, b"w")
 
     def _run(self) -> None:
@@ -225,7 +224,7 @@ class WorkerPool:
                 self._send(worker, size)
 
     def _group_size(self) -> int:
-        """Quick samples travel together, up to about `_GROUP_SECONDS` of work; slow ones alone, so none waits long."""
+        """Return the samples to send together: about `_GROUP_SECONDS` of work, and one if they are slow."""
         if self._mean_seconds is None:
             return 1
         return max(1, min(_GROUP_SAMPLES, int(_GROUP_SECONDS / max(self._mean_seconds, 1e-9))))
@@ -245,7 +244,7 @@ class WorkerPool:
         worker.receiving = True
         try:
             worker.connection.send([(number, job.payload) for number, job in batch])
-        except OSError:  # it died, or its end has not been emptied for `_SOCKET_SECONDS`
+        except OSError:  # it died, or has not read its socket for `_SOCKET_SECONDS`
             self._replace(worker, "exception", "the reward worker does not receive samples")
 
     def _listen(self) -> None:
@@ -271,7 +270,7 @@ class WorkerPool:
         except (EOFError, OSError):
             pass
         if worker not in self._workers:
-            return  # its own message has ended it
+            return  # a message of the worker ended it
         if worker.ready:
             self._replace(worker, "exception", "")
         else:
@@ -292,7 +291,7 @@ class WorkerPool:
             worker.receiving = False
         elif kind == "ready":
             worker.ready, (worker.is_async,) = True, rest
-            self._settled.set()
+            self._started.set()
         else:
             self._drop(worker)
             self._break(rest[0])
@@ -309,7 +308,7 @@ class WorkerPool:
                 self._break(f"{self._setup.path} took more than {START_SECONDS:g} s to import")
 
     def _replace(self, worker: _Worker, error: str, detail: str) -> None:
-        """Kill a worker; the sample it was computing fails, the others that it held go back to the queue's head."""
+        """Kill a worker. The sample in computation fails; its other samples return to the head of the queue."""
         seconds = time.monotonic() - worker.heard
         blamed = worker.culprits()
         code = self._drop(worker)
@@ -325,7 +324,7 @@ class WorkerPool:
         return worker.kill()
 
     def _break(self, reason: str) -> None:
-        """Give up: nothing can be scored any more."""
+        """Stop scoring permanently and deliver the reason to all samples."""
         with self._lock:
             self._broken = self._broken or RewardError(reason)
             orphans = [*self._waiting, *(job for worker in self._workers for job in worker.running.values())]
@@ -334,10 +333,10 @@ class WorkerPool:
             worker.running.clear()
         for job in orphans:
             job.deliver(self._broken)
-        self._settled.set()
+        self._started.set()
 
     def _shut_down(self) -> None:
-        """Let idle workers leave by themselves (the user's exit handlers run); kill the busy ones."""
+        """Let idle workers exit by themselves, so that the user's exit handlers run; kill the busy ones."""
         for worker in [worker for worker in self._workers if worker.running or not worker.ready]:
             for number in list(worker.running):
                 worker.running.pop(number).deliver(RewardError("the reward workers are closed"))

@@ -1,7 +1,7 @@
-"""A reward worker process: receives samples over a socket, scores them, and sends each result as it is done.
+"""Reward worker process: receives samples over a socket, scores them, and sends each result as soon as it is ready.
 
-Started by `pool.py` as a fresh interpreter, so neither the driver's threads nor its imports come along. Everything the
-user's function can do to a process (hang, crash, exit, fill memory) happens here and not in the driver.
+`pool.py` starts it as a fresh interpreter, without the driver's threads and imports. Everything that a user's function
+can do to a process (hang, crash, exit, fill memory) happens here and not in the driver.
 
 Messages in: first `Setup`, then lists of (id, pickled sample). Messages out, as tuples: ("ready", is_async) or
 ("failed", text) once; ("start",) when a list has been received; ("done", id, score, extra, error, detail, seconds).
@@ -38,8 +38,7 @@ NOBODY = -1
 
 @dataclass(frozen=True)
 class Setup:
-    """What a worker needs to know before its first sample; `timeout` is in seconds per sample, `timeline` for
-    `join_timeline`."""
+    """Settings of a worker. `timeout` is in seconds per sample; `timeline` is the argument of `join_timeline`."""
 
     path: str | None
     name: str
@@ -50,7 +49,7 @@ class Setup:
 
 
 def main(number: int, socket_fd: int, slot_fd: int, parent_pid: int) -> None:
-    """Serve until the driver closes its end of the socket, or dies."""
+    """Serve until the driver closes its end of the socket or dies."""
     os.set_inheritable(socket_fd, False)
     os.set_inheritable(slot_fd, False)
     end_with_parent(parent_pid)
@@ -64,7 +63,7 @@ def main(number: int, socket_fd: int, slot_fd: int, parent_pid: int) -> None:
     try:
         function = load_function(setup.path, setup.name, setup.reward_kwargs)
         _prepare(function, setup.data_sources)
-    except Exception as error:  # noqa: BLE001 - the driver raises it, worded
+    except Exception as error:  # noqa: BLE001 - the driver raises it with its text
         connection.send(("failed", str(error)))
         return
     connection.send(("ready", function.is_async))
@@ -78,9 +77,9 @@ def main(number: int, socket_fd: int, slot_fd: int, parent_pid: int) -> None:
 
 
 def end_with_parent(parent_pid: int) -> None:
-    """Have the kernel kill this process when its parent dies, even in the middle of a loop that never ends.
+    """Make the kernel kill this process when its parent dies, even inside an endless loop.
 
-    Elsewhere than on Linux, only the closed socket ends the worker, after the sample that it is working on.
+    On other systems than Linux, only the closed socket ends the worker, after its current sample.
     """
     if sys.platform != "linux":
         return
@@ -94,7 +93,7 @@ def end_with_parent(parent_pid: int) -> None:
 
 
 def _prepare(function: ScoreFunction, data_sources: Iterable[str]) -> None:
-    """Import what the scorers of these sources need; raises what the scorer would for a source that has none."""
+    """Import the scorers of these sources. Raise the scorer's error for a source without a scorer."""
     if function.prepare is None:
         return
     for data_source in data_sources:
@@ -105,7 +104,7 @@ def _serve_sync(connection: Connection, function: ScoreFunction) -> None:
     while True:
         batch = connection.recv()
         if function.prepare is not None:
-            # A source that cannot be prepared says so when its sample is scored.
+            # A source that cannot be prepared raises when its sample is scored.
             with contextlib.suppress(Exception):
                 _prepare(function, {pickle.loads(payload)[0] for _, payload in batch})
         connection.send(("start",))
@@ -120,13 +119,13 @@ Outcome = tuple[float, dict[str, Any], str | None, str]
 
 
 def score_one(function: ScoreFunction, payload: bytes) -> Outcome:
-    """Score one pickled sample, turning whatever the function does wrong into an error of this sample."""
+    """Score one pickled sample. Any failure of the function becomes an error of this sample."""
     try:
         value = function.call(**_arguments(payload))
-        if inspect.isawaitable(value):  # a plain function that hands back a coroutine
+        if inspect.isawaitable(value):  # a plain function that returns a coroutine
             value = asyncio.run(_finish(value))
         return *read_return(value), None, ""
-    except BaseException as error:  # noqa: BLE001 - sys.exit() in a user's function is an error of the sample as well
+    except BaseException as error:  # noqa: BLE001 - sys.exit() in a user's function is an error of the sample too
         return _failure(error)
 
 
@@ -141,7 +140,7 @@ def _arguments(payload: bytes) -> dict[str, Any]:
 def _failure(error: BaseException) -> Outcome:
     if isinstance(error, BadReturnError):
         return 0.0, {}, "bad_return", str(error)
-    # The first two frames are this file's and the wrapper's; a user wants to see their own.
+    # The first two frames belong to this file and the wrapper; the user needs only their own.
     trace = error.__traceback__
     for _ in range(2):
         trace = trace.tb_next if trace is not None and trace.tb_next is not None else trace
@@ -150,11 +149,11 @@ def _failure(error: BaseException) -> Outcome:
 
 
 def send_done(connection: Connection, number: int, outcome: Outcome, seconds: float) -> None:
-    """Send one result; extra values beyond `MAX_EXTRA_BYTES` make it an error, since every sample's are kept."""
+    """Send one result. More than `MAX_EXTRA_BYTES` of extra values are an error, because all of them are kept."""
     message = pickle.dumps(("done", number, *outcome, seconds))
     if len(message) > MAX_EXTRA_BYTES:
         size = len(message) / 2**20
-        text = f"the reward function returned {size:.0f} MiB; at most {MAX_EXTRA_BYTES // 2**20} MiB are kept a sample"
+        text = f"the reward function returned {size:.0f} MiB; the limit is {MAX_EXTRA_BYTES // 2**20} MiB per sample"
         message = pickle.dumps(("done", number, 0.0, {}, "bad_return", text, seconds))
     connection.send_bytes(message)
 
@@ -176,7 +175,7 @@ class _AsyncServer:
         closed = loop.create_future()
 
         def receive() -> None:
-            # A thread, so that the socket is emptied (and the driver never blocked) while a coroutine blocks the loop.
+            # In a thread, so that the socket is read (and the driver is not blocked) while a coroutine blocks the loop.
             while True:
                 try:
                     batch = self._connection.recv()
@@ -213,7 +212,7 @@ class _AsyncServer:
         assert task is not None
 
         def expire() -> None:
-            # The result goes out at once: a coroutine that ignores its cancellation would otherwise hold it back.
+            # Send the result at once: a coroutine that ignores its cancellation would delay it.
             finish((0.0, {}, "timeout", ""))
             task.cancel()
 
@@ -237,9 +236,9 @@ class _AsyncServer:
 
 @types.coroutine
 def _stepwise(awaitable: Awaitable[Any], mark: Callable[[bool], None]) -> Iterator[Any]:
-    """Await `awaitable`, telling `mark` when its code holds the loop and when it gives it back.
+    """Await `awaitable`, and call `mark(True)` while its code holds the event loop, `mark(False)` otherwise.
 
-    The driver reads that mark when this process falls silent: it knows which of the samples in flight blocks the loop.
+    If this process becomes silent, the driver reads the mark to find the sample that blocks the loop.
     """
     steps = awaitable.__await__()
     send: Callable[..., Any] = steps.send
@@ -254,5 +253,5 @@ def _stepwise(awaitable: Awaitable[Any], mark: Callable[[bool], None]) -> Iterat
             mark(False)
         try:
             send, argument = steps.send, (yield waiting)
-        except BaseException as error:  # noqa: BLE001 - thrown into the user's coroutine, as await does
+        except BaseException as error:  # noqa: BLE001 - is thrown into the user's coroutine, as await does
             send, argument = steps.throw, error

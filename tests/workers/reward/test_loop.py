@@ -115,7 +115,7 @@ def test_a_sync_function_gets_its_arguments_by_keyword(start):
     assert all(result.error is None for result in results)
 
 
-def test_keywords_of_both_sections_reach_the_scorer_and_the_managers_do_not(start):
+def test_the_scorer_gets_the_keywords_of_both_sections_but_not_the_managers(start):
     for manager in ("naive", "dapo", "gdpo"):
         loop = start(
             """
@@ -149,7 +149,7 @@ def test_num_workers_is_the_number_of_processes(start, count):
     assert {result.extra["pid"] for result in score(loop, *"x" * 12)} == set(loop.worker_pids())
 
 
-def test_without_num_workers_there_is_one_a_core_and_at_most_8(start, monkeypatch):
+def test_default_is_one_worker_per_core_and_at_most_8(start, monkeypatch):
     for cores, count in ((2, 2), (64, 8)):
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid, cores=cores: set(range(cores)))
         monkeypatch.setattr(
@@ -162,7 +162,7 @@ def test_without_num_workers_there_is_one_a_core_and_at_most_8(start, monkeypatc
 DAPO = {"max_resp_len": 10, "overlong_buffer_cfg": {"enable": True, "len": 4, "penalty_factor": 0.5, "log": True}}
 
 
-def test_dapo_takes_a_penalty_for_length_off_the_score(start):
+def test_dapo_subtracts_a_length_penalty(start):
     loop = start(
         f"""
         def {SIGNATURE}:
@@ -187,7 +187,7 @@ def test_dapo_takes_a_penalty_for_length_off_the_score(start):
         score(loop, "number")
 
 
-def test_gdpo_ends_the_run_when_a_component_is_missing(start):
+def test_gdpo_ends_the_run_if_a_component_is_missing(start):
     loop = start(
         f"""
         def {SIGNATURE}:
@@ -222,7 +222,7 @@ def test_an_async_function_runs_many_samples_at_once(start):
 
 
 @pytest.mark.parametrize("keyword", ["def", "async def"])
-def test_what_counts_as_a_score(start, keyword):
+def test_accepted_and_rejected_return_values(start, keyword):
     loop = start(
         f"""
         import numpy as np
@@ -252,7 +252,7 @@ def test_what_counts_as_a_score(start, keyword):
     assert reward_metrics(results)["reward/num_errors"] == len(bad)
 
 
-def test_extra_values_arrive_as_built_in_types(start):
+def test_extra_values_become_built_in_types(start):
     loop = start(
         f"""
         import dataclasses, enum
@@ -271,7 +271,7 @@ def test_extra_values_arrive_as_built_in_types(start):
     assert [type(result.extra[key]) for key in "abcefg"] == [float, list, list, str, int, bool]
 
 
-def test_a_bare_number_is_reported_as_acc_too(start):
+def test_a_plain_number_is_also_reported_as_acc(start):
     loop = start(f"def {SIGNATURE}: return 1")
     assert score(loop, "x")[0].extra == {"acc": 1.0}
 
@@ -315,7 +315,7 @@ HANGS = {
 @pytest.mark.parametrize(
     ("keyword", "how"), [*(("def", how) for how in HANGS), ("async def", "loop"), ("async def", "regex")]
 )
-def test_a_hang_costs_its_own_sample_and_nothing_else(start, keyword, how):
+def test_a_hang_fails_only_its_own_sample(start, keyword, how):
     loop = start(
         f"""
         import re, signal, time
@@ -375,7 +375,7 @@ def test_a_blocked_event_loop_fails_the_blocking_sample_and_repeats_the_waiting_
     assert [result.error for result in results] == [None] * 5 + ["timeout"] + [None] * 5
 
 
-def test_time_in_the_queue_is_not_charged(start):
+def test_time_in_the_queue_does_not_count(start):
     for keyword in ("def", "async def"):  # an async function that never awaits is a queue as well
         loop = start(
             f"""
@@ -392,7 +392,7 @@ def test_time_in_the_queue_is_not_charged(start):
 
 @pytest.mark.parametrize("keyword", ["def", "async def"])
 @pytest.mark.parametrize("how", ["os._exit(3)", "os.kill(os.getpid(), 11)", "sys.exit(3)"])
-def test_a_function_that_ends_its_process(start, keyword, how):
+def test_a_function_that_ends_its_process_fails_its_sample(start, keyword, how):
     loop = start(
         f"""
         import os, sys
@@ -408,7 +408,7 @@ def test_a_function_that_ends_its_process(start, keyword, how):
     assert any(part in results[10].detail for part in ("exit code 3", "SIGSEGV", "SystemExit: 3"))
 
 
-def test_what_a_hung_function_started_ends_with_it(start, tmp_path):
+def test_child_processes_of_a_hung_function_are_killed(start, tmp_path):
     loop = start(
         f"""
         import subprocess
@@ -424,7 +424,7 @@ def test_what_a_hung_function_started_ends_with_it(start, tmp_path):
     assert not wait_until_gone([int(note.read_text())])
 
 
-def test_megabytes_of_extra_pass_and_far_too_many_are_refused(start):
+def test_megabytes_of_extra_values_pass_and_too_many_are_refused(start):
     loop = start(
         f"""
         def {SIGNATURE}:
@@ -467,7 +467,7 @@ def test_the_callers_event_loop_is_never_blocked(start, tmp_path):
     assert [i for i, result in enumerate(asyncio.run(watch())) if result.error] == [3]
 
 
-def test_scoring_starts_with_the_first_sample_not_with_the_last(start):
+def test_scoring_starts_with_the_first_sample(start):
     loop = start(f"def {SIGNATURE}: return 1.0")
 
     async def trickle():
@@ -504,7 +504,7 @@ def test_a_cancelled_caller_is_not_counted_and_its_sample_not_scored(start, tmp_
     assert sorted(path.name for path in (tmp_path / "seen").iterdir()) == ["a", "d"]
 
 
-def test_every_sample_of_a_step_failing_stops_the_run(start):
+def test_failure_of_every_sample_stops_the_run(start):
     loop = start(f"def {SIGNATURE}: return 1.0 if solution_str == 'good' else 1 / 0")
     check_scored([], loop.scorer)
     check_scored(score(loop, "bad", "good"), loop.scorer)
@@ -518,7 +518,7 @@ def test_every_sample_of_a_step_failing_stops_the_run(start):
     )
 
 
-def test_seconds_are_those_of_scoring(start):
+def test_seconds_measure_the_scoring(start):
     loop = start(
         f"""
         import time
@@ -540,7 +540,7 @@ def test_seconds_are_those_of_scoring(start):
     assert metrics["reward/seconds_mean"] == pytest.approx(sum(seconds) / 3)
 
 
-def test_a_plain_function_may_hand_back_a_coroutine(start):
+def test_a_plain_function_may_return_a_coroutine(start):
     loop = start(
         f"""
         async def work(text):
@@ -552,7 +552,7 @@ def test_a_plain_function_may_hand_back_a_coroutine(start):
     assert score(loop, "abc")[0].score == 3.0
 
 
-def test_a_callable_object_and_a_file_beside_it(start, tmp_path):
+def test_a_callable_object_may_import_a_neighboring_file(start, tmp_path):
     (tmp_path / "beside_the_reward.py").write_text("FACTOR = 2")
     loop = start(
         """
@@ -575,7 +575,7 @@ def test_a_callable_object_and_a_file_beside_it(start, tmp_path):
             {},
             r"compute_score does not exist in .*: it has other; set",
         ),
-        ("compute_score = 3", {}, "compute_score is not a function in .*: it has no function at all"),
+        ("compute_score = 3", {}, "compute_score is not a function in .*: it has no function"),
         ("import not_there_at_all", {}, r"does not import \(reward_0.py, line 1\): ModuleNotFoundError: No module"),
         ("x = 1\ndef compute_score(:", {}, r"does not import \(reward_0.py.*SyntaxError: invalid syntax"),
         ("import sys\nsys.exit(3)", {}, r"does not import \(reward_0.py, line 2\): SystemExit: 3"),
@@ -586,14 +586,14 @@ def test_a_callable_object_and_a_file_beside_it(start, tmp_path):
         (f"def {SIGNATURE}: pass", {"name": "compute"}, "compute does not exist.*it has compute_score"),
     ],
 )
-def test_a_function_that_does_not_load_is_named(start, source, over, message):
+def test_a_function_that_does_not_load_is_an_error_with_its_name(start, source, over, message):
     with pytest.raises(RewardFunctionError, match=message) as caught:
         start(source, **over)
     assert isinstance(caught.value, ValueError)
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
-def test_a_file_that_does_not_exist(tmp_path):
+def test_a_missing_file_is_an_error(tmp_path):
     with pytest.raises(RewardFunctionError, match=r"reward.custom_reward_function.path=.*none.py: no such file"):
         RewardLoop(config(tmp_path / "none.py"))
     with pytest.raises(RewardFunctionError, match="no such file"):
@@ -621,12 +621,12 @@ def test_a_file_that_does_not_exist(tmp_path):
         ({"reward_kwargs": {"f": lambda: 1}}, ValueError, "reward.reward_kwargs must hold plain values"),
     ],
 )
-def test_settings_out_of_range(over, error, message):
+def test_settings_out_of_range_are_errors(over, error, message):
     with pytest.raises(error, match=message):
         RewardLoop(config(**over))
 
 
-def test_a_function_that_stops_loading_during_the_run_ends_it(start, tmp_path):
+def test_a_function_that_no_longer_loads_ends_the_run(start, tmp_path):
     loop = start(
         f"""
         import os
@@ -643,7 +643,7 @@ def test_a_function_that_stops_loading_during_the_run_ends_it(start, tmp_path):
         score(loop, "good")
 
 
-def test_built_in_scorers_take_the_same_path(start):
+def test_built_in_scorers_use_the_same_path(start):
     sources = ["openai/gsm8k", "math_dapo"]  # the others are prepared when their first sample comes
     loop = start(data_sources=sources)
 
@@ -664,7 +664,7 @@ def test_built_in_scorers_take_the_same_path(start):
     assert "who/knows has no built-in scorer" in unknown.detail
 
 
-def test_the_import_of_a_scorer_is_not_charged_to_its_sample(start, tmp_path, monkeypatch):
+def test_the_import_of_a_scorer_does_not_count_for_its_sample(start, tmp_path, monkeypatch):
     package = tmp_path / "reasoning_gym"
     package.mkdir()
     (package / "__init__.py").write_text(
@@ -677,7 +677,7 @@ def test_the_import_of_a_scorer_is_not_charged_to_its_sample(start, tmp_path, mo
     assert (result.score, result.error) == (1.0, None)
 
 
-def test_a_source_without_a_scorer_is_found_at_the_start():
+def test_a_source_without_a_scorer_is_reported_at_the_start():
     with pytest.raises(RewardFunctionError, match="data_source=who/knows has no built-in scorer"):
         RewardLoop(config(), data_sources=["openai/gsm8k", "who/knows"])
 
@@ -703,7 +703,7 @@ def processor_seconds(loop):
     return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
-def test_samples_that_travel_together_are_shared_fairly_and_timed_one_by_one(start, tmp_path):
+def test_grouped_samples_are_shared_fairly_and_timed_individually(start, tmp_path):
     loop = start(
         f"""
         import time
@@ -730,7 +730,7 @@ def test_samples_that_travel_together_are_shared_fairly_and_timed_one_by_one(sta
     assert [outcome.error for outcome in outcomes] == [None] * 40  # a group may take longer than the timeout
 
 
-def test_a_slow_sample_does_not_hold_up_the_ones_behind_it(start, tmp_path):
+def test_a_slow_sample_does_not_delay_later_ones(start, tmp_path):
     loop = start(
         f"""
         import time
@@ -753,7 +753,7 @@ def test_a_slow_sample_does_not_hold_up_the_ones_behind_it(start, tmp_path):
     assert [result.error for result in asyncio.run(gather())] == [None] * 14
 
 
-def test_async_samples_are_spread_over_the_workers(start, tmp_path):
+def test_async_samples_are_distributed_over_the_workers(start, tmp_path):
     loop = start(
         f"""
         import asyncio, os
@@ -779,7 +779,7 @@ def test_async_samples_are_spread_over_the_workers(start, tmp_path):
 
 
 @pytest.mark.parametrize("keyword", ["def", "async def"])
-def test_close_ends_busy_and_idle_workers_and_says_so_to_waiting_samples(start, tmp_path, keyword):
+def test_close_ends_all_workers_and_fails_waiting_samples(start, tmp_path, keyword):
     loop = start(
         f"""
         import os, time
@@ -829,7 +829,7 @@ asyncio.run(main(sys.argv[1]))
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, "leave"])
 @pytest.mark.parametrize("body", ["while True: pass", "re.match('(a+)+$', 'a' * 60 + 'b')"])
-def test_no_worker_outlives_the_driver(tmp_path, how, body):
+def test_workers_end_with_the_driver(tmp_path, how, body):
     reward = tmp_path / "reward.py"
     reward.write_text(f"import re\ndef {SIGNATURE}:\n    {body}\n")
     mode = how if how == "leave" else "wait"
@@ -858,7 +858,7 @@ def test_no_worker_outlives_the_driver(tmp_path, how, body):
                 os.kill(pid, signal.SIGKILL)
 
 
-def test_a_driver_without_a_main_guard_is_not_run_again(tmp_path):
+def test_a_driver_without_a_main_guard_runs_once(tmp_path):
     """A worker is a fresh interpreter: it must not import the script that started it."""
     reward = tmp_path / "reward.py"
     reward.write_text(f"def {SIGNATURE}: return 1.0\n")
@@ -871,7 +871,7 @@ def test_a_driver_without_a_main_guard_is_not_run_again(tmp_path):
     assert done.stdout.count("started") == 1
 
 
-def test_extra_columns_have_one_value_a_sample():
+def test_extra_columns_have_one_value_per_sample():
     results = [
         RewardResult(1.0, {"acc": 1.0, "pred": "a"}, None, 0.0),
         RewardResult(0.0, {}, "timeout", 0.3),
