@@ -177,8 +177,8 @@ class RewardLoop:
             first, self._has_failed = not self._has_failed, True
         if first:
             _LOG.error(
-                "reward: %s while scoring a sample of data_source=%s; the sample gets 0.0. Further failures are only counted "
-                "(reward/num_errors, reward/num_timeouts). The first one:\n%s",
+                "reward: %s while scoring a sample of data_source=%s; the sample gets 0.0. Later failures are only "
+                "counted (reward/num_errors, reward/num_timeouts). The first one:\n%s",
                 error,
                 data_source,
                 detail,
