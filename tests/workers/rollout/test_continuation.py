@@ -9,7 +9,7 @@ from verl.workers.rollout.types import NoReplicaLeft, ReplicaUnavailable, TokenO
 SAMPLING = {"temperature": 1.0, "max_tokens": 10, "logprobs": 0}
 
 
-def test_what_is_left_of_the_budget():
+def test_limits_of_the_rest_of_a_response():
     assert after_cut({"max_tokens": 10, "min_tokens": 6}, 4) == {"max_tokens": 6, "min_tokens": 2}
     assert after_cut({"max_tokens": 10, "min_tokens": 6}, 8) == {"max_tokens": 2, "min_tokens": 0}
     kept = {"max_tokens": 10, "stop_token_ids": [3], "temperature": 0.7, "top_p": 0.9}
@@ -17,7 +17,7 @@ def test_what_is_left_of_the_budget():
     assert after_cut(kept, 0) == kept
 
 
-def test_a_seeded_answer_draws_other_numbers_after_each_cut_and_the_same_ones_in_each_run():
+def test_the_seed_changes_reproducibly_after_each_cut():
     seeds = [after_cut({"max_tokens": 10, "seed": 5}, cut)["seed"] for cut in range(5)]
     assert seeds[0] == 5 and len(set(seeds)) == 5
     assert seeds == [after_cut({"max_tokens": 10, "seed": 5}, cut)["seed"] for cut in range(5)]
@@ -25,7 +25,7 @@ def test_a_seeded_answer_draws_other_numbers_after_each_cut_and_the_same_ones_in
 
 
 @pytest.mark.parametrize("name", ["presence_penalty", "frequency_penalty", "structured_outputs", "n"])
-def test_parameters_with_a_state_of_their_own_are_refused(name):
+def test_parameters_with_state_are_refused(name):
     check_continuable(SAMPLING)
     with pytest.raises(ValueError, match=rf"{name}: .*partial_rollout=False"):
         check_continuable({**SAMPLING, name: 1})
@@ -59,7 +59,7 @@ class Pool:
         return [replica for replica in self.replicas if replica.alive]
 
 
-async def test_the_parts_are_one_answer():
+async def test_the_parts_form_one_response():
     replica = Counting(0, [("abort", 3, 1), ("abort", 0, 2), ("abort", 2, 3), ("length", 4, 5)])
     client = LLMServerClient(Pool(replica))
     output = await client.generate([7], SAMPLING)
@@ -70,7 +70,7 @@ async def test_the_parts_are_one_answer():
     assert [len(answered) for answered in replica.asked] == [0, 3, 3, 5]
 
 
-async def test_another_replica_goes_on_from_the_last_cut():
+async def test_another_replica_continues_from_the_last_cut():
     first, second = Counting(0, [("abort", 3, 1), ("dies", 0, 0)]), Counting(1, [("stop", 2, 2)])
     client = LLMServerClient(Pool(first, second))
     output = await client.generate([7], SAMPLING, session="s")
@@ -78,7 +78,7 @@ async def test_another_replica_goes_on_from_the_last_cut():
     assert second.asked == [[0, 1, 2]] and client.retries == 1
 
 
-async def test_who_refused_before_an_update_is_asked_again_after_it():
+async def test_a_replica_that_refused_is_tried_again_after_an_update():
     first = Counting(0, [("refuses", 0, 0), ("stop", 1, 2)])
     second = Counting(1, [("abort", 2, 1), ("dies", 0, 0)])
     output = await LLMServerClient(Pool(first, second)).generate([7], SAMPLING)

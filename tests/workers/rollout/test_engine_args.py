@@ -8,7 +8,7 @@ from verl.workers.rollout.vllm_rollout.engine_args import engine_args
 
 @pytest.mark.parametrize("device", ["cuda", "npu"])
 @pytest.mark.parametrize(("size", "executor"), [(1, "uni"), (4, "mp")])
-def test_workers_are_never_ray_s(device, size, executor):
+def test_ray_never_runs_the_workers(device, size, executor):
     """vLLM would choose Ray in the trainer's placement group, and wait there for devices that the trainer has."""
     roles = PPOConfig().actor_rollout_ref
     roles.rollout.tensor_model_parallel_size, roles.model.path = size, "model"

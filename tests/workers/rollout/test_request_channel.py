@@ -1,4 +1,4 @@
-"""Requests over few calls, between two ends in one process, with what crosses the line pickled."""
+"""Requests over few calls, between a client and a server in one process; their messages are pickled."""
 
 import asyncio
 import pickle
@@ -17,22 +17,22 @@ class Refused(ValueError):
 
 
 class Line:
-    """Counts calls; `cut` ends them all, and the waiting ones, as a dead actor does."""
+    """Counts calls. `dead` ends all calls, including waiting ones, like a dead actor."""
 
     def __init__(self, answer):
         self.desk = RequestDesk(answer, (ReplicaUnavailable, ValueError))
-        self.channel = RequestChannel(self.take, self.some_answers)
+        self.channel = RequestChannel(self.submit, self.next_responses)
         self.taken, self.brought = [], []
         self.dead = asyncio.Event()
 
-    async def take(self, requests):
+    async def submit(self, requests):
         if self.dead.is_set():
             raise ReplicaUnavailable("dead")
         self.taken.append(len(requests))
-        self.desk.take(pickle.loads(pickle.dumps(requests)))
+        self.desk.submit(pickle.loads(pickle.dumps(requests)))
 
-    async def some_answers(self):
-        some, dead = asyncio.ensure_future(self.desk.some_answers()), asyncio.ensure_future(self.dead.wait())
+    async def next_responses(self):
+        some, dead = asyncio.ensure_future(self.desk.next_responses()), asyncio.ensure_future(self.dead.wait())
         await asyncio.wait([some, dead], return_when=asyncio.FIRST_COMPLETED)
         if self.dead.is_set():
             some.cancel()
@@ -42,7 +42,7 @@ class Line:
         return pickle.loads(pickle.dumps(some.result()))
 
 
-async def test_each_gets_its_own_answer_in_whichever_order_they_end():
+async def test_each_request_gets_its_response_in_any_order():
     gates = [asyncio.Event() for _ in range(4)]
 
     async def answer(i, word):
@@ -58,7 +58,7 @@ async def test_each_gets_its_own_answer_in_whichever_order_they_end():
     assert await line.channel.request(3, "c") == "ccc", "after a pause"
 
 
-async def test_a_hundred_of_one_turn_are_one_call_there_and_few_back():
+async def test_a_hundred_requests_of_one_turn_take_few_calls():
     async def answer(i):
         return i * i
 
@@ -75,7 +75,7 @@ async def test_a_hundred_of_one_turn_are_one_call_there_and_few_back():
         (KeyError("x"), RuntimeError, "KeyError: 'x'"),
     ],
 )
-async def test_an_error_reaches_who_asked_and_nobody_else(raised, kind, text):
+async def test_an_error_reaches_only_its_request(raised, kind, text):
     async def answer(good):
         if not good:
             raise raised
@@ -86,7 +86,7 @@ async def test_an_error_reaches_who_asked_and_nobody_else(raised, kind, text):
     assert (type(bad), str(bad), good) == (kind, text, "fine")
 
 
-async def test_who_waits_when_the_process_dies_is_told_and_so_is_who_asks_later():
+async def test_a_dead_process_fails_waiting_and_later_requests():
     async def answer():
         await asyncio.Event().wait()
 
@@ -101,7 +101,7 @@ async def test_who_waits_when_the_process_dies_is_told_and_so_is_who_asks_later(
         await asyncio.wait_for(line.channel.request(), 10)
 
 
-async def test_an_answer_that_nobody_waits_for_any_more_is_dropped():
+async def test_a_response_to_a_cancelled_request_is_dropped():
     gate = asyncio.Event()
 
     async def answer(word):

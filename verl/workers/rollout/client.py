@@ -1,6 +1,6 @@
-"""Routes requests to replicas: the same conversation to the same replica, a new one to the least busy.
+"""Routing of requests to replicas: a conversation stays on its replica, a new one goes to the least busy replica.
 
-An answer that a weight update cut goes on from the tokens it has; who asked for it sees one answer.
+A response that a weight update cut continues from its current tokens; the caller sees one response.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from verl.workers.rollout.types import NoReplicaLeft, ReplicaUnavailable, TokenO
 
 logger = logging.getLogger(__name__)
 
-# Conversations remembered for stickiness; the least recently used one is forgotten first.
+# Limit of remembered conversations; the least recently used one is dropped first.
 _MAX_SESSIONS = 10_000
 
 
@@ -24,7 +24,7 @@ class LLMServerClient:
     """Token-in token-out access to all replicas.
 
     Args:
-        replicas: where to send requests.
+        replicas: receivers of the requests.
     """
 
     def __init__(self, replicas: ReplicaSet):
@@ -36,22 +36,22 @@ class LLMServerClient:
     async def generate(
         self, prompt_ids: list[int], sampling_params: dict[str, Any], *, session: str | None = None
     ) -> TokenOutput:
-        """Generate one answer, on another replica where the first one dies, in parts where updates cut it.
+        """Generate one response: on another replica if the first one dies, in several parts if updates cut it.
 
         Args:
             prompt_ids: prompt tokens.
             sampling_params: vLLM's sampling parameters by name.
-            session: requests of one session go to the same replica, whose prefix cache knows them.
+            session: requests of one session go to the same replica, whose prefix cache contains their prefix.
 
         Raises:
-            NoReplicaLeft: every replica is dead or refuses.
+            NoReplicaLeft: every replica is dead or refuses to serve.
         """
         refused: dict[int, str] = {}
-        answer = TokenOutput(token_ids=[])
+        response = TokenOutput(token_ids=[])
         while True:
             replica = self._choose(session, refused)
             try:
-                part = await replica.generate(prompt_ids, sampling_params, uuid.uuid4().hex, answer.token_ids)
+                part = await replica.generate(prompt_ids, sampling_params, uuid.uuid4().hex, response.token_ids)
             except ReplicaUnavailable as error:
                 logger.warning("%s; trying another replica", error)
                 refused[replica.rank] = str(error)
@@ -59,18 +59,18 @@ class LLMServerClient:
                 if session is not None:
                     self._sessions.pop(session, None)
                 continue
-            answer = joined(answer, part)
+            response = joined(response, part)
             if part.stop_reason != "abort":
-                return answer
+                return response
             self.cuts += 1
-            # Whoever refused before the update may serve after it.
+            # A replica that refused before the update may serve after it.
             refused.clear()
 
     def _choose(self, session: str | None, refused: dict[int, str]) -> vLLMReplica:
         candidates = [replica for replica in self._replicas.alive if replica.rank not in refused]
         if not candidates:
-            reasons = "; ".join(refused.values()) or "none was started"
-            raise NoReplicaLeft(f"no replica of {len(self._replicas.replicas)} answers: {reasons}")
+            reasons = "; ".join(refused.values()) or "no replica was started"
+            raise NoReplicaLeft(f"none of {len(self._replicas.replicas)} replica(s) responds: {reasons}")
         known = self._sessions.get(session) if session is not None else None
         chosen = known if known in candidates else min(candidates, key=lambda replica: replica.in_flight)
         if session is not None:

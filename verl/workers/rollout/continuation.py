@@ -1,7 +1,7 @@
-"""An answer in parts: what is asked for after a cut, so that the parts together are what one request would have given.
+"""Continuation of a response after a cut, such that its parts equal the result of one request.
 
-A weight update ends an answer where it is (`stop_reason` "abort"); the next request is prompt + tokens so far. Its keys
-and values are computed anew under the new weights, and what a sampling parameter counts goes on from the tokens so far.
+A weight update ends a response at its current token (`stop_reason` "abort"). The next request is prompt + tokens so
+far: the engine recomputes their keys and values under the new weights, and counters of sampling parameters continue.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from verl.workers.rollout.types import TokenOutput
 
-# Those that look at one token at a time, or at prompt and answer alike, and those that `after_cut` carries on.
+# Parameters that look at one token at a time, or treat prompt and response alike, and those that `after_cut` adjusts.
 _CONTINUABLE = frozenset(
     (
         *("temperature", "top_p", "top_k", "min_p", "logprobs", "logit_bias", "allowed_token_ids"),
@@ -22,40 +22,40 @@ _CONTINUABLE = frozenset(
 
 
 def check_continuable(sampling: Mapping[str, Any]) -> None:
-    """Whether an answer sampled like this could be cut.
+    """Check that a response with these sampling parameters may be cut.
 
     Raises:
-        ValueError: a parameter with a state of its own (penalties that count the answer's tokens, grammars, ...), which
-            a second request would begin anew.
+        ValueError: a parameter has a state (penalties that count the response's tokens, grammars, ...), which a second
+            request would reset.
     """
     if others := sorted(set(sampling) - _CONTINUABLE):
         raise ValueError(
-            f"sampling parameters {', '.join(others)}: an answer that a weight update cuts could not go on with them; "
-            "leave them out, or set actor_rollout_ref.rollout.partial_rollout=False"
+            f"sampling parameters {', '.join(others)}: not supported with partial rollouts, because a response that a "
+            "weight update cuts could not continue; remove them, or set actor_rollout_ref.rollout.partial_rollout=False"
         )
 
 
-def after_cut(sampling: Mapping[str, Any], answered: int) -> dict[str, Any]:
-    """The sampling parameters of the rest of an answer.
+def after_cut(sampling: Mapping[str, Any], num_generated: int) -> dict[str, Any]:
+    """Return the sampling parameters for the rest of a response.
 
     Args:
-        sampling: of the whole answer; `max_tokens` is set.
-        answered: tokens it has already; fewer than `max_tokens`.
+        sampling: parameters of the full response, with `max_tokens`.
+        num_generated: tokens generated so far, fewer than `max_tokens`.
     """
-    if answered == 0:
+    if num_generated == 0:
         return dict(sampling)
-    rest = {**sampling, "max_tokens": sampling["max_tokens"] - answered}
+    rest = {**sampling, "max_tokens": sampling["max_tokens"] - num_generated}
     if rest.get("min_tokens"):
-        rest["min_tokens"] = max(0, rest["min_tokens"] - answered)
+        rest["min_tokens"] = max(0, rest["min_tokens"] - num_generated)
     if rest.get("seed") is not None:
-        # The same seed would draw the numbers of the first part once more.
-        digest = hashlib.blake2b(f"{rest['seed']}/{answered}".encode(), digest_size=4).digest()
+        # The same seed would repeat the random numbers of the first part.
+        digest = hashlib.blake2b(f"{rest['seed']}/{num_generated}".encode(), digest_size=4).digest()
         rest["seed"] = int.from_bytes(digest, "big")
     return rest
 
 
 def joined(so_far: TokenOutput, rest: TokenOutput) -> TokenOutput:
-    """Two parts as one answer: every token keeps its log-probability and its weight version."""
+    """Join two parts of a response. Every token keeps its log-probability and its weight version."""
     return TokenOutput(
         token_ids=so_far.token_ids + rest.token_ids,
         log_probs=so_far.log_probs + rest.log_probs,

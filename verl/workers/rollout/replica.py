@@ -1,135 +1,147 @@
-"""Rollout replicas: start them, stop them, see whether they live, start a dead one again."""
+"""Rollout replicas: start, stop, health, and restart of dead ones."""
 
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
-import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayTaskError
 
-from verl.workers.rollout.request_channel import RequestChannel
-from verl.workers.rollout.types import ReplicaUnavailable, TokenOutput
+from verl.single_controller.actor import Actor, ActorDied
+from verl.workers.rollout.request_channel import Request, RequestChannel, Response
+from verl.workers.rollout.types import ReplicaHealth, ReplicaReport, ReplicaUnavailable, TokenOutput
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer
 from verl.workers.weight_sync.transports.base import Node
 from verl.workers.weight_sync.transports.nodes import node_of
 
 logger = logging.getLogger(__name__)
 
-
-def unwrapped(error: BaseException) -> BaseException:
-    """What a remote call raised, as the remote side raised it."""
-    return error.cause if isinstance(error, RayTaskError) and error.cause is not None else error
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class vLLMReplica:
-    """One engine in an actor of its own (with tensor parallelism: its workers are the engine's processes).
+    """One engine in one actor. With tensor parallelism its workers are child processes of the engine.
 
     Args:
         rank: index of this replica.
         server_arguments: keyword arguments of `vLLMHttpServer` except `replica_rank`.
         actor_options: Ray options of the actor: resources, placement.
-        environment: variables that its process is started with.
+        environment: environment variables of its process.
     """
 
     def __init__(
-        self, rank: int, server_arguments: dict[str, Any], actor_options: dict[str, Any], environment: dict[str, str]
+        self,
+        rank: int,
+        server_arguments: Mapping[str, Any],
+        actor_options: Mapping[str, Any],
+        environment: Mapping[str, str],
     ):
         self.rank = rank
-        self.environment = environment
+        self.environment = dict(environment)
         self.alive = False
         self.in_flight = 0
-        self.node: Node | None = None  # where it was started last
+        self.node: Node | None = None  # of the last start
         self._arguments = server_arguments
         self._options = actor_options
-        self._actor: Any = None
+        self._actor: Actor[vLLMHttpServer] | None = None
         self._requests: RequestChannel | None = None
 
-    async def start(self) -> dict[str, Any]:
-        """Start the actor and its engine; what `vLLMHttpServer.start` returns."""
+    async def start(self) -> ReplicaReport:
+        """Start the actor and its engine. Returns and raises as `vLLMHttpServer.start`."""
         options = {**self._options, "runtime_env": {"env_vars": self.environment}}
-        self._actor = ray.remote(**options)(vLLMHttpServer).remote(**self._arguments, replica_rank=self.rank)
-        self._requests = RequestChannel(
-            functools.partial(self._call, "take_requests"), functools.partial(self._call, "some_answers")
-        )
-        report = await self._call("start")
-        self.node = await self._call("__ray_call__", node_of, self._arguments["device"])
+        self._actor = Actor(vLLMHttpServer, options, **self._arguments, replica_rank=self.rank)
+        self._requests = RequestChannel(self._submit_requests, self._next_responses)
+        report = await self._call(vLLMHttpServer.start)
+        self.node = await self._actor.run(node_of, self._arguments["device"])
         self.alive = True
         return report
 
     async def generate(
-        self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str, answered: list[int]
+        self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str, generated: list[int]
     ) -> TokenOutput:
-        """See `vLLMHttpServer.generate`. A dead actor is `ReplicaUnavailable` like one that refuses."""
+        """Call `vLLMHttpServer.generate`.
+
+        Raises:
+            ReplicaUnavailable: the replica is dead, or refuses to serve.
+        """
         self.in_flight += 1
         try:
             if self._requests is None:
                 raise ReplicaUnavailable(f"replica {self.rank} is not running")
-            return await self._requests.request(prompt_ids, sampling_params, request_id, answered)
+            return await self._requests.request(prompt_ids, sampling_params, request_id, generated)
         finally:
             self.in_flight -= 1
 
+    async def _submit_requests(self, requests: Sequence[Request]) -> None:
+        await self._call(vLLMHttpServer.submit_requests, requests)
+
+    async def _next_responses(self) -> list[Response]:
+        return await self._call(vLLMHttpServer.next_responses)
+
     async def begin_update(self, version: int, base: int | None = None) -> None:
-        await self._call("wake_up", ["weights"])
-        await self._call("begin_update", version, base)
+        await self._call(vLLMHttpServer.wake_up, ["weights"])
+        await self._call(vLLMHttpServer.begin_update, version, base)
 
     async def load_bucket(self, bucket: dict[str, Any]) -> None:
-        await self._call("load_bucket", bucket)
+        await self._call(vLLMHttpServer.load_bucket, bucket)
 
     async def finish_update(self, manifest: dict[str, Any]) -> dict[str, Any]:
-        await self._call("wake_up", ["kv_cache"])
-        return await self._call("finish_update", manifest)
+        await self._call(vLLMHttpServer.wake_up, ["kv_cache"])
+        return await self._call(vLLMHttpServer.finish_update, manifest)
 
     async def abort_update(self, reason: str) -> None:
-        await self._call("abort_update", reason)
+        await self._call(vLLMHttpServer.abort_update, reason)
 
     async def sleep(self) -> None:
-        await self._call("sleep")
+        await self._call(vLLMHttpServer.sleep)
 
-    async def health(self) -> dict[str, Any]:
-        return await self._call("health")
+    async def health(self) -> ReplicaHealth:
+        return await self._call(vLLMHttpServer.health)
 
     async def parameter_hashes(self) -> list[dict[str, str]]:
-        return await self._call("parameter_hashes")
+        return await self._call(vLLMHttpServer.parameter_hashes)
 
     async def parameter_addresses(self) -> list[dict[str, int]]:
-        return await self._call("parameter_addresses")
+        return await self._call(vLLMHttpServer.parameter_addresses)
 
-    async def _call(self, method: str, *arguments: Any) -> Any:
+    async def _call(
+        self,
+        method: Callable[Concatenate[vLLMHttpServer, P], Coroutine[Any, Any, R]],
+        *arguments: P.args,
+        **keywords: P.kwargs,
+    ) -> R:
         if self._actor is None:
             raise ReplicaUnavailable(f"replica {self.rank} is not running")
         try:
-            return await getattr(self._actor, method).remote(*arguments)
-        except RayActorError as error:
+            return await self._actor.call(method, *arguments, **keywords)
+        except ActorDied as error:
             self.alive = False
-            raise ReplicaUnavailable(f"replica {self.rank} died during {method}: {error}") from error
-        except RayTaskError as error:
-            raise unwrapped(error) from None
+            raise ReplicaUnavailable(f"replica {self.rank} died during {method.__name__}: {error}") from error
 
     async def stop(self, timeout_s: float = 20.0) -> None:
-        """End the engine with its processes, then the actor; harmless where it is already dead."""
+        """Stop the engine with its processes, then kill the actor. No effect on a dead replica."""
         actor, self._actor, self.alive = self._actor, None, False
         if actor is None:
             return
         try:
-            await asyncio.wait_for(asyncio.wrap_future(actor.stop.remote().future()), timeout_s)
-        except (RayActorError, RayTaskError, TimeoutError) as error:
-            logger.warning("replica %d did not stop by itself (%s): ending its process", self.rank, error)
-        ray.kill(actor)
+            await asyncio.wait_for(actor.call(vLLMHttpServer.stop), timeout_s)
+        except (ActorDied, RayTaskError, TimeoutError) as error:
+            logger.warning("replica %d did not stop by itself (%s): killing its process", self.rank, error)
+        actor.kill()
 
 
 class ReplicaSet:
     """All replicas of a run.
 
     Args:
-        replicas: made but not started.
-        on_start: called with (rank, report) for each replica that started.
+        replicas: constructed but not started.
+        on_start: called with (rank, report) for each started replica.
     """
 
-    def __init__(self, replicas: list[vLLMReplica], on_start: Callable[[int, dict[str, Any]], None] | None = None):
+    def __init__(self, replicas: list[vLLMReplica], on_start: Callable[[int, ReplicaReport], None] | None = None):
         self.replicas = replicas
         self._on_start = on_start
 
@@ -138,7 +150,7 @@ class ReplicaSet:
         return [replica for replica in self.replicas if replica.alive]
 
     async def start(self) -> None:
-        """Start all of them at the same time."""
+        """Start all replicas concurrently."""
         await asyncio.gather(*(self._start(replica) for replica in self.replicas))
 
     async def _start(self, replica: vLLMReplica) -> None:
@@ -147,18 +159,18 @@ class ReplicaSet:
             self._on_start(replica.rank, report)
 
     async def restart_dead(self) -> int:
-        """Start the dead ones again; they serve after the next weight update. Returns how many there were."""
+        """Restart dead replicas and return their number. They serve after the next weight update."""
         dead = [replica for replica in self.replicas if not replica.alive]
         for replica in dead:
-            logger.warning("replica %d is dead: starting it again", replica.rank)
+            logger.warning("replica %d is dead: restarting it", replica.rank)
             await replica.stop(timeout_s=1.0)
         await asyncio.gather(*(self._start(replica) for replica in dead))
         return len(dead)
 
     async def sleep(self) -> None:
-        """Let every replica give its memory to the trainer."""
+        """Make every replica give its memory to the trainer."""
         await asyncio.gather(*(replica.sleep() for replica in self.alive))
 
     async def stop(self) -> None:
-        """Stop all of them."""
+        """Stop all replicas."""
         await asyncio.gather(*(replica.stop() for replica in self.replicas))

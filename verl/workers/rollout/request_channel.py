@@ -1,13 +1,13 @@
-"""Many small requests to a process over few remote calls.
+"""Many small requests to another process over few remote calls.
 
-    RequestChannel (asks)                          RequestDesk (answers, in an actor)
+    RequestChannel (client)                        RequestDesk (server, in an actor)
     request(...) --.
-    request(...) --+-- take([...]) ------------->  one task for each
+    request(...) --+-- submit([...]) ----------->  one task per request
     request(...) --'
-    awaits         <-- some_answers() -----------  waits for the first, brings whatever is there by then
+    awaits         <-- next_responses() ---------  waits for the first response, returns all available ones
 
-A remote call costs about a millisecond of processor time on either side, a sample of a small model less. Requests of
-one turn of the event loop travel together, and while answers travel the next ones gather.
+A remote call costs about a millisecond of processor time on each side; a sample of a small model costs less. Requests
+of one turn of the event loop are sent together, and responses accumulate while others are in transit.
 """
 
 from __future__ import annotations
@@ -18,23 +18,25 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 Request = tuple[int, tuple[Any, ...]]  # number, arguments
-Answer = tuple[int, Any, Exception | None]  # number, result, error
+Response = tuple[int, Any, Exception | None]  # number, result, error
 
 
 class RequestChannel:
-    """The asking end.
+    """The client side.
 
     Args:
-        take: hands requests over; the remote `RequestDesk.take`.
-        some_answers: waits for answers; the remote `RequestDesk.some_answers`.
+        submit: sends requests; the remote `RequestDesk.submit`.
+        next_responses: waits for responses; the remote `RequestDesk.next_responses`.
 
-    Whatever either of them raises is raised by every request that waits then.
+    An exception of either of them is raised by every waiting request.
     """
 
     def __init__(
-        self, take: Callable[[Sequence[Request]], Awaitable[None]], some_answers: Callable[[], Awaitable[list[Answer]]]
+        self,
+        submit: Callable[[Sequence[Request]], Awaitable[None]],
+        next_responses: Callable[[], Awaitable[list[Response]]],
     ):
-        self._take, self._some_answers = take, some_answers
+        self._submit, self._next_responses = submit, next_responses
         self._numbers = itertools.count()
         self._unsent: list[Request] = []
         self._waiting: dict[int, asyncio.Future[Any]] = {}
@@ -42,35 +44,35 @@ class RequestChannel:
         self._listening: asyncio.Task[None] | None = None
 
     async def request(self, *arguments: Any) -> Any:
-        """The answer to one request, or the error it ended with."""
+        """Return the response to one request, or raise its error."""
         number = next(self._numbers)
-        answer = self._waiting[number] = asyncio.get_running_loop().create_future()
+        response = self._waiting[number] = asyncio.get_running_loop().create_future()
         self._unsent.append((number, arguments))
         if len(self._unsent) == 1:
             _start(self._send(), self._tasks)
         if self._listening is None:
             self._listening = _start(self._listen(), self._tasks)
-        return await answer
+        return await response
 
     async def _send(self) -> None:
-        # As a task of its own it starts after those that are about to ask too.
+        # This runs as a separate task, so it starts after tasks that are about to send a request too.
         requests, self._unsent = self._unsent, []
         try:
-            await self._take(requests)
-        except Exception as error:  # noqa: BLE001  (raised where the answers are awaited)
+            await self._submit(requests)
+        except Exception as error:  # noqa: BLE001  (raised where the responses are awaited)
             self._fail([number for number, _ in requests], error)
 
     async def _listen(self) -> None:
         try:
             while self._waiting:
-                for number, result, error in await self._some_answers():
-                    answer = self._waiting.pop(number, None)
-                    if answer is None or answer.done():
+                for number, result, error in await self._next_responses():
+                    response = self._waiting.pop(number, None)
+                    if response is None or response.done():
                         continue
                     if error is None:
-                        answer.set_result(result)
+                        response.set_result(result)
                     else:
-                        answer.set_exception(error)
+                        response.set_exception(error)
         except Exception as error:  # noqa: BLE001  (as above)
             self._fail(list(self._waiting), error)
         finally:
@@ -78,49 +80,49 @@ class RequestChannel:
 
     def _fail(self, numbers: Sequence[int], error: BaseException) -> None:
         for number in numbers:
-            answer = self._waiting.pop(number, None)
-            if answer is not None and not answer.done():
-                answer.set_exception(error)
+            response = self._waiting.pop(number, None)
+            if response is not None and not response.done():
+                response.set_exception(error)
 
 
 class RequestDesk:
-    """The answering end.
+    """The server side.
 
     Args:
-        answer: the coroutine function that answers one request.
-        kinds: errors that the asking end tells apart; a subclass arrives as the first that it is one of, any other
-            error as RuntimeError.
+        handler: coroutine function that handles one request.
+        kinds: exception types that the client distinguishes. A subclass arrives as the first matching type, any other
+            exception as RuntimeError.
     """
 
-    def __init__(self, answer: Callable[..., Awaitable[Any]], kinds: Sequence[type[Exception]] = ()):
-        self._answer, self._kinds = answer, tuple(kinds)
-        self._answers: list[Answer] = []
-        self._some = asyncio.Event()
+    def __init__(self, handler: Callable[..., Awaitable[Any]], kinds: Sequence[type[Exception]] = ()):
+        self._handler, self._kinds = handler, tuple(kinds)
+        self._responses: list[Response] = []
+        self._available = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def take(self, requests: Sequence[Request]) -> None:
-        """Begin to answer."""
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Start to handle requests."""
         for number, arguments in requests:
             _start(self._run(number, arguments), self._tasks)
 
-    async def some_answers(self) -> list[Answer]:
-        """All answers that are there, as (number of the request, result, error); waits for the first of them."""
-        await self._some.wait()
-        self._some.clear()
-        answers, self._answers = self._answers, []
-        return answers
+    async def next_responses(self) -> list[Response]:
+        """Wait for a response, then return all available ones as (number of the request, result, error)."""
+        await self._available.wait()
+        self._available.clear()
+        responses, self._responses = self._responses, []
+        return responses
 
     async def _run(self, number: int, arguments: tuple[Any, ...]) -> None:
         result, failed = None, None
         try:
-            result = await self._answer(*arguments)
-        except Exception as error:  # noqa: BLE001  (it is the answer)
+            result = await self._handler(*arguments)
+        except Exception as error:  # noqa: BLE001  (the error is the response)
             failed = self._plain(error)
-        self._answers.append((number, result, failed))
-        self._some.set()
+        self._responses.append((number, result, failed))
+        self._available.set()
 
     def _plain(self, error: Exception) -> Exception:
-        # Some libraries' errors cannot be unpickled.
+        # Exceptions of some libraries cannot be unpickled.
         for kind in self._kinds:
             if isinstance(error, kind):
                 return kind(str(error))
@@ -128,7 +130,7 @@ class RequestDesk:
 
 
 def _start(coroutine: Coroutine[Any, Any, None], tasks: set[asyncio.Task[None]]) -> asyncio.Task[None]:
-    """Run it beside, held by `tasks` while it runs: the event loop itself holds its tasks weakly."""
+    """Start a task and keep a reference in `tasks` while it runs: the event loop holds only weak references."""
     task = asyncio.create_task(coroutine)
     tasks.add(task)
     task.add_done_callback(tasks.discard)

@@ -1,21 +1,22 @@
-"""What crosses the line between the trainer and a rollout replica."""
+"""Types that a rollout replica and its callers exchange."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 
 @dataclass
 class TokenOutput:
-    """One answer of a replica.
+    """One response of a replica, or a part of one.
 
     Attributes:
-        token_ids: generated tokens, the end-of-sequence token included where the model made it.
-        log_probs: log-probability of each token under the distribution it was sampled from (after temperature, top-p
-            and top-k), natural log; empty where they were not asked for.
-        stop_reason: `stop` (end of sequence or a stop token), `length` (token cap), or, from a replica, `abort`: cut
-            short by a weight update.
-        weight_versions: version of the weights that made each token.
+        token_ids: generated tokens, including the end-of-sequence token if the model generated it.
+        log_probs: natural log-probability of each token under the distribution that it was sampled from (after
+            temperature, top-p and top-k); empty if not requested.
+        stop_reason: `stop` (end of sequence or a stop token), `length` (token limit), or, from a replica, `abort`: cut
+            by a weight update.
+        weight_versions: version of the weights that generated each token.
     """
 
     token_ids: list[int]
@@ -24,9 +25,25 @@ class TokenOutput:
     weight_versions: list[int] = field(default_factory=list)
 
 
+class ReplicaReport(TypedDict):
+    """Report of a started replica: seconds of the start, process id, base address and key of the HTTP endpoint."""
+
+    seconds: float
+    pid: int
+    http: str | None
+    api_key: str | None
+
+
+class ReplicaHealth(TypedDict):
+    """State of a replica: the version that it serves, or the reason why it refuses; either may be None."""
+
+    version: int | None
+    refusal: str | None
+
+
 class ReplicaUnavailable(RuntimeError):
-    """A replica died or serves nothing; the request may be tried on another one."""
+    """A replica died or refuses to serve. The request may be sent to another one."""
 
 
 class NoReplicaLeft(RuntimeError):
-    """Every replica is dead or out of service."""
+    """Every replica is dead or refuses to serve."""

@@ -29,7 +29,7 @@ from verl.utils.vllm.npu_settings import check_npu_environment
 from verl.utils.vllm.server import drain
 from verl.workers.rollout.continuation import after_cut, check_continuable
 from verl.workers.rollout.quantization import worker_settings
-from verl.workers.rollout.request_channel import Answer, Request, RequestDesk
+from verl.workers.rollout.request_channel import Request, RequestDesk, Response
 from verl.workers.rollout.types import ReplicaUnavailable, TokenOutput
 from verl.workers.rollout.vllm_rollout.engine_args import engine_args
 from verl.workers.weight_sync.manifest import WeightUpdateError
@@ -133,13 +133,13 @@ class vLLMHttpServer:
             return None
         return self._refusal or "the engine is taking new weights"
 
-    async def take_requests(self, requests: Sequence[Request]) -> None:
-        """Begin to `generate` each of them."""
-        self._desk.take(requests)
+    async def submit_requests(self, requests: Sequence[Request]) -> None:
+        """Start `generate` for each request."""
+        self._desk.submit(requests)
 
-    async def some_answers(self) -> list[Answer]:
-        """What `generate` returned or raised since the last call; waits until there is something."""
-        return await self._desk.some_answers()
+    async def next_responses(self) -> list[Response]:
+        """Wait for a result or an error of `generate`, then return all available ones."""
+        return await self._desk.next_responses()
 
     @spanned("request", "request", overlaps=True)
     async def generate(
