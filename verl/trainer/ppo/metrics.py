@@ -262,7 +262,7 @@ def off_policy_metrics(
 
 
 def compute_seqlen_metrics(
-    lengths: Sequence[int], partitions: Sequence[Sequence[int]], prefix: str = "global_seqlen"
+    lengths: Sequence[int], partitions: Sequence[Sequence[int] | np.ndarray], prefix: str = "global_seqlen"
 ) -> dict[str, float]:
     """Return how evenly the tokens are distributed over the ranks, before and after balancing.
 

@@ -26,7 +26,7 @@ class DriverState(TypedDict):
     train_loader: dict[str, int | bool]
     draws: NotRequired[int]
     kl_coef: NotRequired[float]
-    carried: NotRequired[list[tuple[int, int, int]]]
+    carried: NotRequired[list[tuple[int, ...]]]
 
 
 async def save_run(runtime: Runtime, directory: Path, step: int) -> None:

@@ -34,6 +34,8 @@ from verl.workers.engine.micro_batch import MicroBatching
 from verl.workers.reward import RewardLoop
 from verl.workers.rollout.client import LLMServerClient
 from verl.workers.train_worker import TrainWorker
+from verl.workers.weight_sync.driver import Receiver
+from verl.workers.weight_sync.transports.base import Node
 from verl.workers.weight_sync.transports.create import create_transport
 from verl.workers.weight_sync.updater import PAYS_ACROSS_HOSTS, PAYS_ON_ONE_HOST, WeightUpdater
 
@@ -227,7 +229,10 @@ class Runtime:
         """Bring every replica, restarted ones included, to the trainer's weights as `version`; return metrics."""
         replicas = self.processes.replicas
         await replicas.restart_dead()
-        receivers = [(replica, replica.node) for replica in replicas.alive]
+        receivers: list[tuple[Receiver, Node]] = []
+        for replica in replicas.alive:
+            assert replica.node is not None, "a live replica has a node"
+            receivers.append((replica, replica.node))
         home = self.processes.nodes[0]
         sender, connected = self._transport.connect(TrainerSender(self._trainers), home, receivers)
         return await self._weight_updater.update(sender, connected, version)

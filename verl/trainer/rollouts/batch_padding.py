@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -39,31 +40,30 @@ def pad_and_concat(batches: Sequence[DataProto], pad_token_id: int) -> DataProto
     if not batches:
         raise ValueError("pad_and_concat: there is no batch; pass at least one")
     widths = [_widths(batch) for batch in batches]
-    names = {name for batch in batches for name in batch.batch.keys()}  # noqa: SIM118 - a TensorDict iterates rows
-    layout = {name: _layout(name, batches, widths) for name in names}
+    tensors_by_batch = [cast(dict[str, torch.Tensor], dict(batch.batch.items())) for batch in batches]
+    names = {name for tensors in tensors_by_batch for name in tensors}
+    layout = {name: _layout(name, tensors_by_batch, widths) for name in names}
     prompt_width = max(_longest(batch, slice(None, p)) for batch, (p, _) in zip(batches, widths, strict=True))
     response_width = max(1, *(_longest(batch, slice(p, None)) for batch, (p, _) in zip(batches, widths, strict=True)))
     objects = {name: None for batch in batches for name in batch.non_tensor_batch}
     padded = []
-    for batch, (p, t) in zip(batches, widths, strict=True):
+    for batch, tensors, (p, t) in zip(batches, tensors_by_batch, widths, strict=True):
         left, right = prompt_width - p, response_width - t
-        tensors = {
+        columns = {
             name: _pad(name, column, *_sides(layout[name], left, right), pad_token_id)
-            for name, column in batch.batch.items()
+            for name, column in tensors.items()
         }
         missing = {name: np.full(len(batch), None, object) for name in objects if name not in batch.non_tensor_batch}
-        padded.append(DataProto.from_dict(tensors, {**batch.non_tensor_batch, **missing}, batch.meta_info))
+        padded.append(DataProto.from_dict(columns, {**batch.non_tensor_batch, **missing}, batch.meta_info))
     return DataProto.concat(padded)
 
 
 def _widths(batch: DataProto) -> tuple[int, int]:
-    assert batch.batch is not None
     return batch.batch["prompts"].shape[1], batch.batch["responses"].shape[1]
 
 
 def _longest(batch: DataProto, part: slice) -> int:
     """Return the width that the rows use in a part: prompts end with a token, and responses start with one."""
-    assert batch.batch is not None
     used = batch.batch["attention_mask"][:, part].any(dim=0)
     columns = torch.nonzero(used).flatten()
     if not len(columns):
@@ -71,17 +71,22 @@ def _longest(batch: DataProto, part: slice) -> int:
     return len(used) - int(columns[0]) if part.start is None else int(columns[-1]) + 1
 
 
-def _layout(name: str, batches: Sequence[DataProto], widths: Sequence[tuple[int, int]]) -> str:
-    """Return the layout of a column by its second dimension: `prompt`, `response`, `both` or `fixed`."""
+def _layout(name: str, tensors_by_batch: Sequence[dict[str, torch.Tensor]], widths: Sequence[tuple[int, int]]) -> str:
+    """Return the layout of a column by its second dimension: `prompt`, `response`, `both` or `fixed`.
+
+    Args:
+        name: name of the column.
+        tensors_by_batch: tensor columns of each batch.
+        widths: P and T of each batch.
+    """
     if name == "prompts":
         return "prompt"
-    columns = [batch.batch.get(name, None) for batch in batches if batch.batch is not None]
-    shapes = [None if column is None else tuple(column.shape[1:]) for column in columns]
-    if all(shapes):
-        if all(shape[0] == t for shape, (_, t) in zip(shapes, widths, strict=True)):
-            return "response"
-        if all(shape[0] == p + t for shape, (p, t) in zip(shapes, widths, strict=True)):
-            return "both"
+    shapes = [tuple(tensors[name].shape[1:]) if name in tensors else None for tensors in tensors_by_batch]
+    column_widths = [shape[0] for shape in shapes if shape]
+    if column_widths == [t for _, t in widths]:
+        return "response"
+    if column_widths == [p + t for p, t in widths]:
+        return "both"
     if None not in shapes and len(set(shapes)) == 1:
         return "fixed"
     expected = [f"{t} (responses) or {p + t} (with prompts)" for p, t in widths]

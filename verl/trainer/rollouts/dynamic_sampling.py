@@ -79,7 +79,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real | np.bool_) and bool(np.isfinite(float(value)))
 
 
-def keep_groups(uids: Sequence[Any], values: Sequence[float]) -> np.ndarray:
+def keep_groups(uids: Sequence[Any] | np.ndarray, values: Sequence[float] | np.ndarray) -> np.ndarray:
     """Select the samples of the groups to keep: groups whose values differ, and groups of a single sample.
 
     Args:

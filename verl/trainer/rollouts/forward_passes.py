@@ -7,7 +7,7 @@ those of one pass over the whole batch (up to rounding).
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 import numpy as np
 import torch
@@ -102,7 +102,7 @@ def join_parts(parts: Sequence[tuple[Sequence[int], DataProto]], width: int) -> 
     size = sum(len(rows) for rows, _ in parts)
     columns: dict[str, torch.Tensor] = {}
     for rows, part in parts:
-        for name, column in ({} if part.batch is None else part.batch).items():
+        for name, column in cast(Mapping[str, torch.Tensor], {} if part.batch is None else part.batch).items():
             full = columns.setdefault(name, column.new_zeros(size, width))
             full[torch.as_tensor(rows), : column.shape[1]] = column
     return DataProto.from_dict(tensors=columns)
