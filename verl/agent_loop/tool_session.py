@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from verl.agent_loop.agent_data import AgentData
 from verl.agent_loop.tool_parser import ToolCall
 from verl.tools.base_tool import BaseTool
 from verl.tools.schemas import ToolResponse
@@ -99,7 +100,7 @@ class ToolSession:
         seconds: time spent waiting for tools.
     """
 
-    def __init__(self, toolbox: Toolbox, tools_kwargs: Mapping[str, Any], agent_data: Any):
+    def __init__(self, toolbox: Toolbox, tools_kwargs: Mapping[str, Any], agent_data: AgentData):
         self._toolbox = toolbox
         self._kwargs = tools_kwargs
         self._agent_data = agent_data

@@ -61,7 +61,7 @@ class BaseTool:
         Args:
             instance_id: the id that `create` returned.
             parameters: the model's arguments. Their names match the schema; their types are not checked.
-            kwargs: `agent_data` (`verl.agent_loop.tool_agent_loop.AgentData`, the sample so far), and the sample's
+            kwargs: `agent_data` (`verl.agent_loop.AgentData`, the sample so far), and the sample's
                 `extra_info.tools_kwargs.<name>.execute_kwargs`.
 
         Returns:

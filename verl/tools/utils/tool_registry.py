@@ -60,37 +60,37 @@ def read_tool_config(path: str) -> list[ToolEntry]:
     return entries
 
 
-def _entry(tool: Any, where: str, folder: Path) -> ToolEntry:
+def _entry(tool: Any, location: str, folder: Path) -> ToolEntry:
     if not isinstance(tool, Mapping) or not isinstance(tool.get("class_name"), str):
-        raise ToolConfigError(f"{where} has no class_name; set package.module.Class, or path/to/file.py:Class")
+        raise ToolConfigError(f"{location} has no class_name; set package.module.Class, or path/to/file.py:Class")
     unknown = sorted(str(key) for key in set(tool) - {*_ENTRY_KEYS, "mcp"})
     if unknown:
-        raise ToolConfigError(f"{where}: unknown key {', '.join(unknown)}; the keys are {', '.join(_ENTRY_KEYS)}")
+        raise ToolConfigError(f"{location}: unknown key {', '.join(unknown)}; the keys are {', '.join(_ENTRY_KEYS)}")
     config = tool.get("config") or {}
     if not isinstance(config, Mapping):
-        raise ToolConfigError(f"{where}.config is a {type(config).__name__}; it must be a mapping")
+        raise ToolConfigError(f"{location}.config is a {type(config).__name__}; it must be a mapping")
     kind = config.get("type", "native")
     if kind != "native" or "mcp" in tool:
-        raise ToolConfigError(f"{where}.config.type={kind}: not supported; only native tools are")
-    _timeout(config, where)
+        raise ToolConfigError(f"{location}.config.type={kind}: not supported; only native tools are")
+    _timeout(config, location)
     try:
         check_class(tool["class_name"], folder)
         schema = tool.get("tool_schema")
         parsed = None if schema is None else OpenAIFunctionToolSchema.model_validate(schema)
     except UserClassError as error:
-        raise ToolConfigError(f"{where}.class_name={error}") from error
+        raise ToolConfigError(f"{location}.class_name={error}") from error
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise ToolConfigError(f"{where}.tool_schema.{key}: {first['msg']}") from None
+        raise ToolConfigError(f"{location}.tool_schema.{key}: {first['msg']}") from None
     return ToolEntry(tool["class_name"], dict(config), parsed)
 
 
-def _timeout(config: Mapping[str, Any], where: str) -> float:
+def _timeout(config: Mapping[str, Any], location: str) -> float:
     value = config.get("timeout", DEFAULT_TIMEOUT)
     number = not isinstance(value, bool) and isinstance(value, int | float)
     if not number or not 0 < value < math.inf:
-        raise ToolConfigError(f"{where}.config.timeout={value}: must be a number of seconds above 0")
+        raise ToolConfigError(f"{location}.config.timeout={value}: must be a number of seconds above 0")
     return float(value)
 
 
@@ -113,26 +113,26 @@ def initialize_tools_from_config(path: str | None) -> list[BaseTool]:
     folder = Path(path).expanduser().parent
     tools = []
     for i, entry in enumerate(read_tool_config(path)):
-        where = f"{KEY}={path}: tools[{i}]"
+        location = f"{KEY}={path}: tools[{i}]"
         try:
             tool = load_class(entry.class_name, folder, BaseTool)(entry.config, entry.tool_schema)
         except UserClassError as error:
-            raise ToolConfigError(f"{where}.class_name={error}") from error
+            raise ToolConfigError(f"{location}.class_name={error}") from error
         except Exception as error:  # a user's __init__ may raise anything
-            raise ToolConfigError(f"{where}: {entry.class_name} cannot be constructed: {error}") from error
-        _check_execute(tool, f"{where}: {entry.class_name}")
+            raise ToolConfigError(f"{location}: {entry.class_name} cannot be constructed: {error}") from error
+        _check_execute(tool, f"{location}: {entry.class_name}")
         tools.append(tool)
     _check_names([tool.name for tool in tools], path)
     return tools
 
 
-def _check_execute(tool: BaseTool, where: str) -> None:
+def _check_execute(tool: BaseTool, location: str) -> None:
     try:
         inspect.signature(tool.execute).bind("", {}, agent_data=None)
         inspect.signature(tool.create).bind(create_kwargs={})
     except TypeError as error:
         raise ToolConfigError(
-            f"{where} cannot be called as execute(instance_id, parameters, agent_data=...) and create("
+            f"{location} cannot be called as execute(instance_id, parameters, agent_data=...) and create("
             f"create_kwargs=...): {error}; let both take **kwargs"
         ) from None
 

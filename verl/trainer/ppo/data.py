@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from verl.config import PPOConfig
 from verl.trainer.rollouts.prompts import PromptSource
@@ -24,7 +25,7 @@ class TrainingData:
         total_steps: number of training steps of the run.
     """
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     prompts: PromptSource
     val_loader: EpochDataLoader
     total_steps: int
