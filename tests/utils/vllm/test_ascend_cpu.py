@@ -83,7 +83,7 @@ def test_linear_multiplies_quantized_activations_with_quantized_weights(k, dtype
         assert torch.allclose(result.double(), expected, rtol=rounding, atol=10 * rounding)
 
 
-def test_the_layout_is_vllm_ascends():
+def test_the_layout_equals_vllm_ascends():
     layer = linear(6, 96)
     assert (layer.weight.shape, layer.weight.dtype) == ((6, 96), torch.float8_e4m3fn)
     assert (layer.weight_scale.shape, layer.weight_scale.dtype) == ((6, 3), torch.uint8)
@@ -109,16 +109,16 @@ def test_processing_twice_changes_nothing():
     assert torch.equal(layer.weight_scale.data, before[2])
 
 
-def test_dequantized_weights_are_no_parameters():
+def test_dequantized_weights_are_not_parameters():
     layer = linear(6, 96)
     layer.quant_method.process_weights_after_loading(layer)
     assert {name for name, _ in layer.named_parameters()} == {"weight", "weight_scale"}
     assert not list(layer.buffers())
 
 
-def test_inputs_cut_inside_a_block_are_refused():
+def test_a_cut_inside_a_block_is_refused():
     layer = nn.Module()
-    with pytest.raises(ValueError, match="160 inputs cut into 80 per rank"):
+    with pytest.raises(ValueError, match="160 inputs give 80 per rank, which is not a multiple of 32"):
         ascend_cpu.AscendCpuLinearMethod().create_weights(layer, 80, [6], 160, 6, torch.float32)
 
 
@@ -146,7 +146,7 @@ def method_of(prefix, description=DESCRIPTION):
     return config.get_quant_method(LinearBase.__new__(LinearBase), prefix)
 
 
-def test_the_description_decides():
+def test_the_description_selects_the_layers():
     from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
     assert isinstance(method_of("model.layers.0.self_attn.qkv_proj"), ascend_cpu.AscendCpuLinearMethod)
@@ -156,17 +156,17 @@ def test_the_description_decides():
 @pytest.mark.parametrize(
     ("prefix", "message"),
     [
-        ("model.layers.0.mlp.gate_up_proj", r"gate_proj.*up_proj.*make them all"),
+        ("model.layers.0.mlp.gate_up_proj", r"gate_proj.*up_proj.*must all be"),
         ("model.layers.0.self_attn.o_proj", r"o_proj.*W8A8_DYNAMIC"),
         ("model.layers.1.mlp.down_proj", r"no entry 'model\.layers\.1\.mlp\.down_proj\.weight'"),
     ],
 )
-def test_a_description_that_cannot_be_followed_is_refused(prefix, message):
+def test_an_inconsistent_description_is_refused(prefix, message):
     with pytest.raises(ValueError, match=message):
         method_of(prefix)
 
 
-def test_the_config_is_known_to_the_hooks():
+def test_the_hooks_recognize_the_config():
     assert is_mxfp8_vllm_ascend(ascend_cpu.AscendCpuConfig(DESCRIPTION))
 
 
@@ -193,7 +193,7 @@ def test_ascend_is_registered_on_a_cpu_once(registry):
     assert registry.get_quantization_config("ascend") is ascend_cpu.AscendCpuConfig
 
 
-def test_vllm_ascends_own_is_not_shadowed(registry):
+def test_vllm_ascends_own_method_is_not_replaced(registry):
     class AscendModelSlimConfig(ascend_cpu.AscendCpuConfig):
         pass
 
@@ -202,7 +202,7 @@ def test_vllm_ascends_own_is_not_shadowed(registry):
     assert registry.get_quantization_config("ascend") is AscendModelSlimConfig
 
 
-def test_nothing_is_registered_elsewhere(registry, monkeypatch):
+def test_nothing_is_registered_on_other_platforms(registry, monkeypatch):
     from vllm.platforms import current_platform
 
     monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)

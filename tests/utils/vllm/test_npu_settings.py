@@ -12,12 +12,12 @@ from verl.utils.vllm.npu_settings import (
 )
 
 
-def test_settings_are_known_without_torch_and_vllm():
+def test_settings_need_no_torch_and_no_vllm():
     code = "import sys; import verl.utils.vllm.npu_settings; print({'torch', 'vllm', 'ray'} & sys.modules.keys())"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
-def test_all_problems_of_an_environment_are_told():
+def test_all_problems_of_an_environment_are_reported():
     environment = {"VLLM_ASCEND_ENABLE_NZ": "1", "PYTORCH_NPU_ALLOC_CONF": "expandable_segments:True"}
     assert [text.partition("=")[0] for text in npu_environment_problems(environment, sleep_mode=True)] == [*environment]
     assert npu_environment_problems(npu_environment({}), sleep_mode=True) == []
@@ -39,7 +39,7 @@ def test_expandable_segments_and_sleep_exclude_each_other(value):
     check_npu_environment(environment | {"PYTORCH_NPU_ALLOC_CONF": "page_size:1g"}, sleep_mode=True)
 
 
-def test_nz_must_be_off_in_the_engines_arguments_too():
+def test_nz_must_also_be_off_in_the_engine_arguments():
     def check(config):
         check_npu_environment({"VLLM_ASCEND_ENABLE_NZ": "0"}, sleep_mode=True, engine_kwargs=config)
 
@@ -49,7 +49,7 @@ def test_nz_must_be_off_in_the_engines_arguments_too():
         check({"additional_config": {"weight_nz_mode": 2}})
 
 
-def test_the_environment_of_a_replica():
+def test_npu_environment_of_a_replica():
     ports = {"HCCL_HOST_SOCKET_PORT_RANGE": "auto", "HCCL_NPU_SOCKET_PORT_RANGE": "auto"}
     assert npu_environment({}) == {"VLLM_ASCEND_ENABLE_NZ": "0", **ports}
     own = {"VLLM_ASCEND_ENABLE_NZ": "1", **dict.fromkeys(ports, "61000-61050")}

@@ -47,19 +47,19 @@ def rotary_class(base, patched=True):
     return ApplyRotaryEmb
 
 
-def test_the_argument_by_position_is_the_fault():
+def test_passing_the_argument_by_position_is_the_fault():
     with pytest.raises(TypeError, match="1 positional argument but 2 were given"):
         rotary_class(KeywordBase, patched=False)(True)
 
 
 @pytest.mark.parametrize(("base", "expected"), [(KeywordBase, True), (PlainBase, None)])
-def test_rotary_passes_enforce_enable_by_keyword_where_the_base_takes_it(base, expected):
+def test_rotary_passes_enforce_enable_by_keyword_if_the_base_accepts_it(base, expected):
     made = rotary_class(base)(True, False, True)
     assert made._enforce_enable is expected
     assert (made.is_neox_style, made.enable_fp32_compute, made.apply_rotary_emb_flash_attn) == (False, True, None)
 
 
-def test_rotary_of_a_subclass_as_vllm_ascend_has_it():
+def test_rotary_works_for_a_subclass_like_vllm_ascends():
     parent = rotary_class(KeywordBase)
 
     class AscendApplyRotaryEmb(parent):
@@ -71,7 +71,7 @@ def test_rotary_of_a_subclass_as_vllm_ascend_has_it():
     assert AscendApplyRotaryEmb(enforce_enable=True)._enforce_enable is True
 
 
-def test_rotary_in_the_vllm_that_is_installed(monkeypatch):
+def test_rotary_in_the_installed_vllm(monkeypatch):
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.model_executor.layers.rotary_embedding.common import ApplyRotaryEmb
 
@@ -94,26 +94,26 @@ def rotary_patch():
     return tuple(patch for patch in npu_vllm_patch.PATCHES if patch.name == "ApplyRotaryEmb")
 
 
-def test_a_patch_is_applied_once_and_says_so(monkeypatch, caplog):
+def test_a_patch_is_applied_and_logged_once(monkeypatch, caplog):
     modules(monkeypatch, **{COMMON: {"ApplyRotaryEmb": rotary_class(KeywordBase, patched=False), "find_spec": None}})
     with caplog.at_level(logging.INFO):
         assert apply_patches(rotary_patch()) == ["ApplyRotaryEmb"]
         assert apply_patches(rotary_patch()) == []
     assert "patched ApplyRotaryEmb (vLLM 0.13 to 0.25)" in caplog.text
-    assert "did not patch ApplyRotaryEmb" in caplog.text and "done before" in caplog.text
+    assert "skipped the patch of ApplyRotaryEmb" in caplog.text and "already patched" in caplog.text
     assert sys.modules[COMMON.replace("__", ".")].ApplyRotaryEmb(True)._enforce_enable is True
 
 
-def test_a_patch_that_a_release_has_outgrown_is_left_out_and_says_so(caplog):
+def test_an_outdated_patch_is_skipped_and_logged(caplog):
     """vLLM 0.32, installed here, needs neither of the first two, and there is no vllm-ascend for the third."""
     with caplog.at_level(logging.INFO):
         assert apply_patches() == []
     for name in ("ApplyRotaryEmb", "FusedMoE.weight_loader", "MXFP8 layouts"):
-        assert f"did not patch {name}" in caplog.text
-    assert "looks for flash-attention's kernel itself" in caplog.text
+        assert f"skipped the patch of {name}" in caplog.text
+    assert "checks for flash-attention's kernel" in caplog.text
 
 
-def test_every_patch_says_for_which_releases_and_why():
+def test_every_patch_states_releases_and_reason():
     assert all(patch.releases and patch.why for patch in npu_vllm_patch.PATCHES)
 
 
@@ -161,7 +161,7 @@ class AscendMethod:
 
 # 2I == H and I == H: a shape cannot tell which layout such a tensor is in.
 @pytest.mark.parametrize(("hidden", "inner"), [(8, 4), (8, 8), (8, 6)])
-def test_experts_load_in_whichever_layout_they_are(monkeypatch, hidden, inner):
+def test_experts_load_in_either_layout(monkeypatch, hidden, inner):
     process = recording_transposition(AscendMethod.process_weights_after_loading)
     load = loading_transposed(FusedMoE.weight_loader)
     assert load.supports_moe_loading
@@ -180,7 +180,7 @@ def test_experts_load_in_whichever_layout_they_are(monkeypatch, hidden, inner):
         assert layer.w13_weight.weight_loader is layer.loader
 
 
-def test_experts_that_woke_up_as_others_are_put_back(monkeypatch):
+def test_experts_replaced_by_wake_up_are_restored(monkeypatch):
     """vllm-ascend 0.18's wake_up makes new parameters of unquantized experts, transposed and without loaders."""
 
     def process(self, layer):
@@ -202,9 +202,9 @@ def test_experts_that_woke_up_as_others_are_put_back(monkeypatch):
 
 
 @pytest.mark.parametrize(("k", "scales"), [(96, 3), (80, 2), (4304, 134)])
-def test_a_layer_of_which_a_group_would_be_dropped_is_refused(k, scales):
+def test_a_layer_that_would_lose_a_group_is_refused(k, scales):
     layer = torch.nn.Module()
     layer.prefix = "model.layers.0.mlp.down_proj"
     layer.weight, layer.weight_scale = torch.empty(6, k), torch.empty(6, scales)
-    with pytest.raises(ValueError, match=rf"down_proj\.weight: has {k} inputs .*{scales} scales.*0\.23\.0 or newer"):
+    with pytest.raises(ValueError, match=rf"down_proj\.weight has {k} inputs .*{scales} scales.*0\.23\.0 or newer"):
         recording_layout(lambda self, layer: None, ("weight",))(None, layer)

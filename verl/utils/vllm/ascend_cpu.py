@@ -1,13 +1,12 @@
-"""vLLM's quantization method "ascend" on a CPU: what vllm-ascend's MXFP8 layers do, where there is no NPU.
+"""vLLM's quantization method "ascend" on a CPU: an emulation of vllm-ascend's MXFP8 layers.
 
-Parameters have the names, dtypes and layouts of vllm-ascend's (see `vllm_fp8_utils`, whose hooks reload them), which
-layers are quantized is read from the same description, and activations are quantized the moment they come, as
-`npu_dynamic_mx_quant` does. The products themselves are computed from dequantized operands in the dtype of the
-activations; bfloat16 and float32 hold e4m3 times a power of two exactly, so that what differs from an NPU is the order
-in which sums are accumulated.
+Parameters have the names, dtypes and layouts of vllm-ascend's (see `vllm_fp8_utils`, whose hooks reload them). The same
+description determines which layers are quantized. Activations are quantized at run time, like `npu_dynamic_mx_quant`
+does. Products are computed from dequantized operands in the dtype of the activations; bfloat16 and float32 represent
+e4m3 times a power of two exactly, so only the order of accumulation differs from an NPU.
 
-Memory: each weight is kept twice, as MXFP8 (1 1/32 bytes a weight) and dequantized (2 or 4 bytes), made once per
-update; dequantizing in every step would cost many times the product of a small batch.
+Memory: each weight is kept twice, as MXFP8 (1 1/32 bytes per weight) and dequantized (2 or 4 bytes), once per update.
+Dequantizing in every step would cost many times the product of a small batch.
 """
 
 from __future__ import annotations
@@ -33,10 +32,10 @@ _EXPERT_PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")
 
 
 class AscendCpuConfig(QuantizationConfig):
-    """The per-layer description, as vllm-ascend's `AscendModelSlimConfig` reads it.
+    """The per-layer description, read like vllm-ascend's `AscendModelSlimConfig` reads it.
 
     Args:
-        description: `hf_overrides["quantization_config"]` verbatim; see `ascend_description`.
+        description: `hf_overrides["quantization_config"]`, unchanged; see `ascend_description`.
     """
 
     def __init__(self, description: Mapping[str, Any]):
@@ -92,7 +91,7 @@ class AscendCpuConfig(QuantizationConfig):
         kinds = {self.quant_description[key] for key in keys}
         if len(kinds) > 1 or not kinds <= {W8A8_MXFP8, FLOAT}:
             raise ValueError(
-                f"quantization=ascend: {', '.join(keys)} are {sorted(kinds)} in the description: make them all "
+                f"quantization=ascend: {', '.join(keys)} are {sorted(kinds)} in the description; they must all be "
                 f"{W8A8_MXFP8} or all {FLOAT}"
             )
         return kinds == {W8A8_MXFP8}
@@ -108,8 +107,8 @@ def _groups(k: int) -> int:
     return -(-k // MX_BLOCK_SIZE)
 
 
-def _to_run_time_layout(layer: nn.Module, keys: tuple[str, ...]) -> None:
-    """The first transformation of a layer: later ones are `apply_mxfp8_transformation_after_loading`'s."""
+def _to_kernel_layout(layer: nn.Module, keys: tuple[str, ...]) -> None:
+    """Transform a layer for the first time. `apply_mxfp8_transformation_after_loading` does it later."""
     if getattr(layer, "_mxfp8_transformed", False):
         return
     shapes = {}
@@ -118,37 +117,37 @@ def _to_run_time_layout(layer: nn.Module, keys: tuple[str, ...]) -> None:
         shapes |= {key: tuple(weight.shape), f"{key}_scale": tuple(scale.shape)}
         padded = F.pad(scale.data, (0, scale.shape[-1] % 2))
         scale.data = padded.unflatten(-1, (-1, 2)).transpose(-2, -3).contiguous()
-        # A view: new weights are loaded, and dequantized, row by row of the memory below.
+        # A view: new weights are loaded and dequantized row by row in the underlying memory.
         weight.data = weight.data.transpose(-1, -2)
     record_run_time_layout(layer, shapes)
 
 
 def _dequantized(layer: nn.Module, key: str, dtype: torch.dtype, out: torch.Tensor | None) -> torch.Tensor:
-    """A weight [.., N, K] in the dtype that it is multiplied in, from its run-time layout."""
+    """Return a weight [.., N, K] in its compute dtype, from its kernel layout."""
     values = getattr(layer, key).data.transpose(-1, -2).contiguous()
     scales = scales_as_loaded(getattr(layer, f"{key}_scale").data, _groups(values.shape[-1]))
     return mxfp8_dequantize(values, scales.contiguous(), dtype, out=out)
 
 
 def _as_quantized(x: torch.Tensor) -> torch.Tensor:
-    """Activations [.., K] after a round trip through MXFP8."""
+    """Return activations [.., K] after a round trip through MXFP8."""
     return mxfp8_dequantize(*mxfp8_quantize(x), dtype=x.dtype)
 
 
 class _Dequantizing:
-    """Keeps the dequantized weights of a layer, and makes them again after each update."""
+    """Keeps the dequantized weights of a layer and recomputes them after each update."""
 
     keys: tuple[str, ...]
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        _to_run_time_layout(layer, self.keys)
+        _to_kernel_layout(layer, self.keys)
         self.refresh_after_loading(layer)
 
     def refresh_after_loading(self, layer: nn.Module) -> None:
         for key in self.keys:
             name = f"_dequantized_{key}"
             made = _dequantized(layer, key, layer._mxfp8_compute_dtype, layer.__dict__.get(name))
-            # Past nn.Module.__setattr__: derived from the parameters, so no parameter or buffer itself.
+            # Bypasses nn.Module.__setattr__: this tensor is derived from the parameters and must not become one.
             layer.__dict__[name] = made
 
     def refresh_after_patch(self, layer: nn.Module, places: Mapping[str, torch.Tensor]) -> None:
@@ -179,7 +178,7 @@ class _Dequantizing:
 
 
 class AscendCpuLinearMethod(_Dequantizing, LinearMethodBase):
-    """`weight` [N, K] float8_e4m3fn and `weight_scale` [N, ceil(K/32)] uint8, as loaded."""
+    """`weight` [N, K] float8_e4m3fn and `weight_scale` [N, ceil(K/32)] uint8, in checkpoint layout."""
 
     keys = ("weight",)
 
@@ -196,8 +195,8 @@ class AscendCpuLinearMethod(_Dequantizing, LinearMethodBase):
         n, k = sum(output_partition_sizes), input_size_per_partition
         if k != input_size and k % MX_BLOCK_SIZE:
             raise ValueError(
-                f"quantization=ascend: {input_size} inputs cut into {k} per rank: blocks of {MX_BLOCK_SIZE} do not end "
-                "there; use a smaller tensor_model_parallel_size or leave the layer out"
+                f"quantization=ascend: {input_size} inputs give {k} per rank, which is not a multiple of {MX_BLOCK_SIZE}; "
+                "use a smaller tensor_model_parallel_size or leave the layer out"
             )
         layer._mxfp8_compute_dtype = params_dtype
         attributes = {"input_dim": 1, "output_dim": 0} | extra_weight_attrs
@@ -209,7 +208,7 @@ class AscendCpuLinearMethod(_Dequantizing, LinearMethodBase):
 
 
 class AscendCpuMoEMethod(_Dequantizing, FusedMoEMethodBase):
-    """`w13_weight` [E, 2I, H], `w2_weight` [E, H, I] float8_e4m3fn and their scales uint8, as loaded."""
+    """`w13_weight` [E, 2I, H], `w2_weight` [E, H, I] float8_e4m3fn and their uint8 scales, in checkpoint layout."""
 
     keys = ("w13_weight", "w2_weight")
 
@@ -258,7 +257,7 @@ class AscendCpuMoEMethod(_Dequantizing, FusedMoEMethodBase):
             if not len(rows):
                 continue
             gate, up = F.linear(x[rows], w13[expert]).chunk(2, dim=-1)
-            # Between the two products nothing is rounded to the activations' dtype: one kernel does it all on an NPU.
+            # No rounding to the activations' dtype between the products: on an NPU one kernel computes both.
             inner = _as_quantized(F.silu(gate.float()) * up.float()).to(x.dtype)
             product = F.linear(inner, w2[expert])
             output.index_add_(0, rows, product.float() * topk_weights[rows, slots, None].float())
@@ -266,7 +265,7 @@ class AscendCpuMoEMethod(_Dequantizing, FusedMoEMethodBase):
 
 
 def register() -> None:
-    """Register "ascend" with vLLM, on its CPU platform and where nobody has: vllm-ascend's own is never shadowed."""
+    """Register "ascend" on vLLM's CPU platform unless it exists: vllm-ascend's own method is never replaced."""
     from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
     from vllm.platforms import current_platform
 

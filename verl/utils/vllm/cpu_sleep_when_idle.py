@@ -1,4 +1,4 @@
-"""Has an engine's processes sleep while they wait for one another, where the trainer shares their cores."""
+"""Makes idle processes of an engine block instead of polling, because the trainer shares their cores."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 
 def sleep_when_idle() -> None:
-    """Queues between an engine and its workers, made from now on, wait for a message without polling for it.
+    """Make new queues between an engine and its workers wait for messages without polling; may be called again.
 
-    vLLM polls for a second after each message, in every worker and in the engine itself: seconds of processor time that
-    a trainer on the same cores, or the model's forward pass, goes without. May be called again.
+    vLLM polls for one second after each message, in every worker and in the engine. This takes processor time from a
+    trainer on the same cores and from the model's forward pass.
     """
     from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 
@@ -21,7 +21,7 @@ def sleep_when_idle() -> None:
     @functools.wraps(start)
     def without_polling(self: SpinCondition, *args: Any, **kwargs: Any) -> None:
         start(self, *args, **kwargs)
-        # No message is lost: a writer notifies after each one, and the socket keeps the last notification.
+        # No message is lost: a writer notifies after each message, and the socket keeps the last notification.
         self.busy_loop_s = 0.0
 
     SpinCondition.__init__ = without_polling

@@ -1,7 +1,7 @@
-"""A block-scaled fp8 kernel for CPUs that vLLM's own do not run on: those need Intel's AMX.
+"""Block-scaled fp8 kernel for CPUs without Intel's AMX, which vLLM's own CPU kernels need.
 
-Weights are dequantized once per update, and kept so besides the fp8 ones; activations are quantized in blocks of
-1 x 128 as they come, as the kernels on a GPU do.
+Weights are dequantized once per update and kept in addition to the fp8 values. Activations are quantized in blocks of
+1 x 128 at run time, like the GPU kernels do.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from verl.utils.quantization.fp8_block import fp8_block_dequantize, fp8_block_qu
 
 
 class DequantizingFp8BlockKernel(Fp8BlockScaledMMLinearKernel):
-    """Products of dequantized operands."""
+    """Multiplies dequantized operands."""
 
     @classmethod
     def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
@@ -27,7 +27,7 @@ class DequantizingFp8BlockKernel(Fp8BlockScaledMMLinearKernel):
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         params = self._get_layer_params(layer)
         block = self.weight_group_shape
-        # Past nn.Module.__setattr__: derived from the parameters, so no parameter or buffer itself.
+        # Bypasses nn.Module.__setattr__: this tensor is derived from the parameters and must not become one.
         layer.__dict__["_dequantized_weight"] = fp8_block_dequantize(
             params.weight.data, params.block_scale.data, self.config.out_dtype, (block.row, block.col)
         )
@@ -41,11 +41,11 @@ class DequantizingFp8BlockKernel(Fp8BlockScaledMMLinearKernel):
         return F.linear(rows, layer._dequantized_weight, bias).view(*x.shape[:-1], -1)
 
     def apply_block_scaled_mm(self, A: torch.Tensor, B: torch.Tensor, As: torch.Tensor, Bs: torch.Tensor):
-        raise NotImplementedError("apply_weights does the whole product")
+        raise NotImplementedError("apply_weights computes the full product")
 
 
 def register() -> None:
-    """Offer the kernel to vLLM after its own, which are preferred wherever they run; once."""
+    """Register the kernel once, after vLLM's own kernels, which are preferred if they are supported."""
     from vllm.model_executor.kernels.linear import _POSSIBLE_FP8_BLOCK_KERNELS
     from vllm.platforms import PlatformEnum
 

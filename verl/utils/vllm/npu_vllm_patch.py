@@ -1,7 +1,8 @@
-"""What vLLM and vllm-ascend need changed to take new weights while they run on an NPU; settings: `npu_settings`.
+"""Patches of vLLM and vllm-ascend that are needed to accept new weights at run time on an NPU.
 
-Each patch says which releases it is for and why. `apply_patches` runs in every process of an engine, through verl's
-vLLM plugin; it applies each patch once, and where a release has outgrown one it says so in the log and leaves it out.
+Each patch states its releases and its reason. `apply_patches` runs in every process of an engine, through verl's vLLM
+plugin. It applies each patch once; a patch that a release no longer needs is skipped with a log line. Required settings
+are in `npu_settings`.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ _TRANSPOSED, _RUN_TIME = "_verl_transposed", "_verl_run_time_parameters"
 
 @dataclass(frozen=True)
 class Patch:
-    """One change of somebody else's code.
+    """One change of vLLM's or vllm-ascend's code.
 
     Attributes:
-        name: for the log.
-        releases: which ones it is for.
-        why: what goes wrong without it.
-        apply: makes the change; returns why it does not apply, or None. ImportError means that too.
+        name: name in the log.
+        releases: releases that need it.
+        why: the fault without it.
+        apply: makes the change. Returns None, or the reason why the patch does not apply; ImportError counts as such a
+            reason.
     """
 
     name: str
@@ -41,7 +43,7 @@ class Patch:
 
 
 def apply_patches(patches: tuple[Patch, ...] | None = None) -> list[str]:
-    """Apply what applies, each patch once a process; names of those that were applied now."""
+    """Apply the applicable patches, each once per process. Return the names of the newly applied ones."""
     applied = []
     for patch in PATCHES if patches is None else patches:
         try:
@@ -52,7 +54,7 @@ def apply_patches(patches: tuple[Patch, ...] | None = None) -> list[str]:
             logger.info("patched %s (%s): %s", patch.name, patch.releases, patch.why)
             applied.append(patch.name)
         else:
-            logger.info("did not patch %s (for %s): %s", patch.name, patch.releases, obstacle)
+            logger.info("skipped the patch of %s (for %s): %s", patch.name, patch.releases, obstacle)
     return applied
 
 
@@ -61,7 +63,7 @@ def _replace(owner: type, name: str, wrap: Callable[[Callable], Callable]) -> st
     if original is None:
         return f"{owner.__name__} has no {name} of its own"
     if getattr(original, _MARK, False):
-        return "done before"
+        return "already patched"
     replacement = wrap(original)
     setattr(replacement, _MARK, True)
     setattr(owner, name, replacement)
@@ -72,10 +74,10 @@ def _replace(owner: type, name: str, wrap: Callable[[Callable], Callable]) -> st
 
 
 def rotary_init(apply_rotary_emb: type) -> Callable[..., None]:
-    """An `__init__` for vLLM's `ApplyRotaryEmb` that does not look for flash-attention.
+    """Return an `__init__` for vLLM's `ApplyRotaryEmb` that does not look for flash-attention.
 
-    `enforce_enable` is passed on by keyword, and only where the base class takes it: `CustomOp.__init__` of vLLM 0.18
-    to 0.32 takes keywords only, other releases nothing.
+    `enforce_enable` is passed by keyword, and only if the base class accepts it: `CustomOp.__init__` of vLLM 0.18 to
+    0.32 accepts keywords only, other releases accept nothing.
     """
 
     def __init__(
@@ -83,8 +85,8 @@ def rotary_init(apply_rotary_emb: type) -> Callable[..., None]:
     ) -> None:
         base_init = super(apply_rotary_emb, self).__init__
         parameters = inspect.signature(base_init).parameters.values()
-        takes = any(p.name == "enforce_enable" or p.kind is p.VAR_KEYWORD for p in parameters)
-        base_init(**({"enforce_enable": enforce_enable} if takes else {}))
+        accepts = any(p.name == "enforce_enable" or p.kind is p.VAR_KEYWORD for p in parameters)
+        base_init(**({"enforce_enable": enforce_enable} if accepts else {}))
         self.is_neox_style = is_neox_style
         self.enable_fp32_compute = enable_fp32_compute
         self.apply_rotary_emb_flash_attn = None
@@ -94,9 +96,9 @@ def rotary_init(apply_rotary_emb: type) -> Callable[..., None]:
 
 def _patch_rotary() -> str | None:
     common = import_module("vllm.model_executor.layers.rotary_embedding.common")
-    # vLLM 0.26 imports the kernel for good, and takes a missing one as a no.
+    # vLLM 0.26 tries to import the kernel and handles a missing one.
     if not hasattr(common, "find_spec"):
-        return "this vLLM looks for flash-attention's kernel itself, not only for the package"
+        return "this vLLM checks for flash-attention's kernel, not only for the package"
     return _replace(common.ApplyRotaryEmb, "__init__", lambda _: rotary_init(common.ApplyRotaryEmb))
 
 
@@ -104,10 +106,10 @@ def _patch_rotary() -> str | None:
 
 
 def recording_transposition(process: Callable) -> Callable:
-    """Wraps `process_weights_after_loading` of vllm-ascend's unquantized experts, which transposes their weights.
+    """Wrap `process_weights_after_loading` of vllm-ascend's unquantized experts, which transposes their weights.
 
-    It makes new parameters; they get what vLLM had hung on the old ones, `weight_loader` above all, and a mark. The
-    layer keeps them at hand too: waking up replaces them again (`run_time_parameters_back`).
+    The method creates new parameters. The wrapper copies vLLM's attributes to them, above all `weight_loader`, and
+    marks them. The layer also keeps a reference, because waking up replaces them again (`run_time_parameters_back`).
     """
 
     @functools.wraps(process)
@@ -122,7 +124,7 @@ def recording_transposition(process: Callable) -> Callable:
                 if key not in vars(new):
                     setattr(new, key, value)
             setattr(new, _TRANSPOSED, True)
-        # While weights are reloaded the layer's parameters are passing ones.
+        # During a reload the layer's parameters are temporary.
         if _RUN_TIME not in layer.__dict__:
             layer.__dict__[_RUN_TIME] = {name: layer._parameters[name] for name in before}
 
@@ -130,10 +132,10 @@ def recording_transposition(process: Callable) -> Callable:
 
 
 def run_time_parameters_back(model: Any) -> None:
-    """Undo what `wake_up` does to unquantized experts (vllm-ascend 0.18, and 0.23 where nothing is quantized).
+    """Undo the effect of `wake_up` on unquantized experts (vllm-ascend 0.18, and 0.23 without quantization).
 
-    It makes new parameters of them, transposed and without loaders; the ones that the engine runs on have the same
-    memory.
+    `wake_up` creates new parameters, transposed and without loaders. The original ones, which the engine uses, have the
+    same memory.
     """
     for layer in model.modules():
         for name, parameter in layer.__dict__.get(_RUN_TIME, {}).items():
@@ -142,7 +144,7 @@ def run_time_parameters_back(model: Any) -> None:
 
 
 def loading_transposed(load: Callable) -> Callable:
-    """Wraps `FusedMoE.weight_loader`: a parameter marked as transposed is turned back first, in place and once."""
+    """Wrap `FusedMoE.weight_loader`: a parameter marked as transposed is first transposed back, in place and once."""
 
     @functools.wraps(load)
     def wrapper(self: Any, param: Any, *arguments: Any, **options: Any) -> Any:
@@ -157,7 +159,7 @@ def loading_transposed(load: Callable) -> Callable:
 def _patch_experts() -> str | None:
     fused_moe = getattr(import_module("vllm.model_executor.layers.fused_moe"), "FusedMoE", None)
     if not isinstance(fused_moe, type):
-        return "in this vLLM FusedMoE is no class any more: experts are loaded by RoutedExperts"
+        return "in this vLLM FusedMoE is not a class: RoutedExperts loads the experts"
     ascend = import_module("vllm_ascend.ops.fused_moe.fused_moe").AscendUnquantizedFusedMoEMethod
     obstacle = _replace(ascend, "process_weights_after_loading", recording_transposition)
     return obstacle or _replace(fused_moe, "weight_loader", loading_transposed)
@@ -167,10 +169,10 @@ def _patch_experts() -> str | None:
 
 
 def recording_layout(process: Callable, keys: tuple[str, ...]) -> Callable:
-    """Wraps a scheme's `process_weights_after_loading` so that a layer knows how its weights are loaded.
+    """Wrap a scheme's `process_weights_after_loading` so that a layer records the shapes of its checkpoint layout.
 
     Args:
-        keys: names of its weights; `_scale` is added for their scales.
+        keys: names of its weights; their scales have the suffix `_scale`.
     """
     names = [name for key in keys for name in (key, f"{key}_scale")]
 
@@ -180,7 +182,7 @@ def recording_layout(process: Callable, keys: tuple[str, ...]) -> Callable:
             return
         shapes = {name: tuple(getattr(layer, name).shape) for name in names}
         for key in keys:
-            _refuse_lost_groups(_name(layer), key, shapes)
+            _check_no_group_is_lost(_name(layer), key, shapes)
         process(self, layer)
         record_run_time_layout(layer, shapes)
 
@@ -188,18 +190,21 @@ def recording_layout(process: Callable, keys: tuple[str, ...]) -> Callable:
 
 
 def _name(layer: Any) -> str:
-    """A layer's name in its model: linear layers and experts keep it under different attributes."""
+    """Return a layer's name in its model. Linear layers and experts store it in different attributes."""
     return getattr(layer, "prefix", "") or getattr(layer, "layer_name", "") or type(layer).__name__
 
 
-def _refuse_lost_groups(name: str, key: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Its layers have K // 32 scales a row, and pair them: without this, row-parallel ones drop a last one silently."""
+def _check_no_group_is_lost(name: str, key: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise if a group of scales would be lost.
+
+    Layers of this release have K // 32 scales per row, in pairs: a row-parallel layer would drop the last one silently.
+    """
     k, groups = shapes[key][-1], shapes[f"{key}_scale"][-1]
     if k % (2 * MX_BLOCK_SIZE):
         raise ValueError(
-            f"{name}.{key}: has {k} inputs on this rank; this vllm-ascend holds {groups} scales for them and takes "
-            f"multiples of {2 * MX_BLOCK_SIZE} inputs only: use vllm-ascend 0.23.0 or newer, or leave the layer out "
-            "(actor_rollout_ref.rollout.quantization_config_file)"
+            f"{name}.{key} has {k} inputs on this rank; this vllm-ascend holds {groups} scales for them and "
+            f"supports only multiples of {2 * MX_BLOCK_SIZE} inputs: use vllm-ascend 0.23.0 or newer, or leave the "
+            "layer out (actor_rollout_ref.rollout.quantization_config_file)"
         )
 
 
@@ -217,19 +222,19 @@ PATCHES = (
     Patch(
         "ApplyRotaryEmb",
         "vLLM 0.13 to 0.25",
-        "it imports flash-attention's Triton kernel wherever a package of that name is, also where it cannot run",
+        "it imports flash-attention's Triton kernel if the package is installed, even if the kernel cannot run",
         _patch_rotary,
     ),
     Patch(
         "FusedMoE.weight_loader",
         "vLLM before 0.24",
-        "vllm-ascend keeps experts transposed and without a loader, new weights would not fit",
+        "vllm-ascend keeps experts transposed and without a loader, so new weights do not fit",
         _patch_experts,
     ),
     Patch(
         "MXFP8 layouts",
         "vllm-ascend 0.18",
-        "its layers do not record how their weights are loaded, so that nothing could restore it",
+        "its layers do not record their checkpoint layout, so it cannot be restored",
         _patch_layouts,
     ),
 )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 
 def register() -> None:
-    """On a CPU make "ascend" known, and fp8 without AMX, and let no process spin; on an NPU patch what needs it.
+    """Register verl's additions to vLLM; may be called again.
 
-    May be called again.
+    CPU: quantization "ascend", fp8 without AMX, and idle processes that block instead of spinning. NPU: patches.
     """
     from vllm.platforms import current_platform
 
