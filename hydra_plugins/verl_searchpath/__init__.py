@@ -1,4 +1,4 @@
-"""Hydra discovers plugins in this namespace package: any Hydra program can use `ppo_trainer` as a default."""
+"""Hydra plugin: any Hydra program can use `ppo_trainer` in its defaults list, because Hydra finds plugins here."""
 
 from verl.config.searchpath import VerlSearchPath
 

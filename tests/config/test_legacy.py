@@ -1,7 +1,51 @@
+"""Old names of keys."""
+
+import pytest
+
+from verl.config import load_config
 from verl.config.legacy import migrate
 
 
-def test_keys_of_a_critic_in_earlier_versions_are_migrated():
+@pytest.mark.parametrize("old", ["reward_model.overlong_buffer", "custom_reward_function.overlong_buffer"])
+def test_overlong_buffer_under_its_old_names(old, tmp_path):
+    expected = {"overlong_buffer_cfg": {"enable": True, "len": 4}}
+    config = load_config([f"+{old}.enable=True", f"+{old}.len=4", "reward_model.reward_manager=dapo"])
+    assert config.reward.reward_kwargs == expected and config.reward.reward_manager.name == "dapo"
+    section, name = old.split(".")
+    (tmp_path / "mine.yaml").write_text(
+        f"defaults: [ppo_trainer, _self_]\n{section}: {{{name}: {{enable: True, len: 4}}}}\n"
+    )
+    assert load_config(config_path=tmp_path, config_name="mine").reward.reward_kwargs == expected
+    config = load_config(["reward_model.overlong_buffer_cfg.len=4", "+reward_model.reward_kwargs.max_resp_len=9"])
+    assert config.reward.reward_kwargs == {"overlong_buffer_cfg": {"len": 4}, "max_resp_len": 9}
+
+
+def test_bypass_mode_under_its_old_name(tmp_path):
+    old = "bypass_old_logprob_for_rollout"
+    assert load_config([f"algorithm.rollout_correction.{old}=True"]).algorithm.rollout_correction.bypass_mode is True
+    (tmp_path / "mine.yaml").write_text(
+        f"defaults: [ppo_trainer, _self_]\nalgorithm: {{rollout_correction: {{{old}: True}}}}\n"
+    )
+    config = load_config(config_path=tmp_path, config_name="mine")
+    assert config.algorithm.rollout_correction.bypass_mode is True
+
+
+def test_old_names_move_and_an_override_takes_precedence_over_a_file(tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        "defaults: [ppo_trainer, _self_]\n"
+        "custom_reward_function: {path: old.py, name: f}\n"
+        "reward_model: {reward_manager: naive, num_workers: 3}\n"
+        "actor_rollout_ref: {actor: {grad_clip: 0.5}}\n"
+        "ray_init: {num_cpus: 7}\n"
+    )
+    config = load_config(["custom_reward_function.path=new.py"], config_path=tmp_path, config_name="mine")
+    assert (config.reward.custom_reward_function.path, config.reward.custom_reward_function.name) == ("new.py", "f")
+    assert config.reward.num_workers == 3
+    assert config.actor_rollout_ref.actor.optim.clip_grad == 0.5
+    assert config.ray_kwargs.ray_init["num_cpus"] == 7
+
+
+def test_critic_keys_under_their_old_names():
     old = {
         "critic": {
             "grad_clip": 0.5,

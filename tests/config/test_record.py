@@ -1,4 +1,4 @@
-"""What a run writes down of its config: a config again, what was changed, no secret."""
+"""The files that record the config of a run."""
 
 import pytest
 import yaml
@@ -21,13 +21,13 @@ def written(tmp_path):
     return tmp_path / "run"
 
 
-def test_the_record_is_a_config_of_the_same_run(tmp_path):
+def test_record_loads_as_the_same_config(tmp_path):
     config = load_config([*GIVEN[:-1], "trainer.project_name='p: q #'", f"trainer.default_local_dir={tmp_path}/run"])
     write_record(config, tmp_path / "run")
     assert load_config(config_path=tmp_path / "run", config_name="config") == config
 
 
-def test_changes_are_what_differs_from_the_defaults(written):
+def test_changes_contain_values_that_differ_from_the_defaults(written):
     read = yaml.safe_load((written / "config_changes.yaml").read_text())
     assert read.pop("ray_kwargs.ray_init.runtime_env.env_vars.WANDB_API_KEY") == {"value": "***", "default": None}
     assert read == {
@@ -41,11 +41,11 @@ def test_changes_are_what_differs_from_the_defaults(written):
     }
 
 
-def test_no_change_no_entry():
+def test_defaults_have_no_changes():
     assert changes(load_config()) == {}
 
 
-def test_no_secret_in_either_file(written):
+def test_files_contain_no_secrets(written):
     texts = [path.read_text() for path in written.iterdir()]
     assert len(texts) == 2
     assert "hunter2" not in "".join(texts)

@@ -1,4 +1,4 @@
-"""`resolve`: presets, thresholds, and what is refused."""
+"""`resolve`: presets, thresholds, and errors."""
 
 import dataclasses
 import subprocess
@@ -40,7 +40,7 @@ def resolved(**keys):
     return resolve(RolloutCorrectionConfig(**keys))
 
 
-def refused(**keys):
+def resolve_error(**keys):
     with pytest.raises(ValueError) as caught:
         resolved(**keys)
     assert isinstance(caught.value, ConfigError) and len(caught.value.problems) == 1, caught.value.problems
@@ -52,12 +52,12 @@ def test_presets(preset):
     assert resolved(preset=preset) == EXPECTED[preset]
 
 
-def test_nothing_given_corrects_nothing():
+def test_defaults_correct_nothing():
     correction = resolved()
     assert correction == Correction() and not correction.active and not correction.bypass_mode
 
 
-def test_a_key_that_says_what_the_preset_says_is_no_contradiction():
+def test_key_may_equal_the_preset():
     expected = EXPECTED["decoupled_token_icepop"]
     assert resolved(preset="decoupled_token_icepop", rollout_is="token", rollout_is_threshold="0.5_5") == expected
     assert resolved(preset="decoupled_k3_rs", rollout_rs_threshold="1e-2").rejections == K3
@@ -76,13 +76,13 @@ def test_a_key_that_says_what_the_preset_says_is_no_contradiction():
         ("loss_type", "reinforce", "ppo_clip"),
     ],
 )
-def test_a_key_that_contradicts_the_preset(key, value, says):
-    text = refused(preset="decoupled_seq_is_rs", **{key: value})
+def test_key_contradicts_the_preset(key, value, says):
+    text = resolve_error(preset="decoupled_seq_is_rs", **{key: value})
     assert text.startswith(f"algorithm.rollout_correction.{key}={value}: ")
-    assert f"algorithm.rollout_correction.preset=decoupled_seq_is_rs says {says}; leave one" in text
+    assert f"algorithm.rollout_correction.preset=decoupled_seq_is_rs sets {says}; leave one" in text
 
 
-def test_every_term_and_its_parts():
+def test_pooling_and_estimator_of_terms():
     parts = {
         "token_k1": (None, "k1"),
         "seq_sum_k2": ("sum", "k2"),
@@ -133,26 +133,26 @@ def test_thresholds_of_weights(value, band, zero):
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        ("5.0_0.5", ("wrong way round", "use 0.5_5.0")),
+        ("5.0_0.5", ("wrong order", "use 0.5_5.0")),
         (-2.0, ("above 0",)),
         (0, ("above 0",)),
         ("-0.5_5.0", ("above 0",)),
         ("0_2", ("above 0",)),
-        ("two", ("no number",)),
-        ("", ("no number",)),
-        ("0.5_", ("no number",)),
-        ("0.5_2.0_3.0", ("no number",)),
-        ("0.5_2.0,3.0", ("no number",)),
-        ("nan", ("no number",)),
-        ("0.5_inf", ("no number",)),
-        ("True", ("no number",)),
-        (0.5, ("below 1", "use 2.0", "0.5_5.0")),
-        ("2.0_5.0", ("does not hold 1",)),
-        ("1.0_1.0", ("does not hold 1",)),
+        ("two", ("must be a number or a band",)),
+        ("", ("must be a number or a band",)),
+        ("0.5_", ("must be a number or a band",)),
+        ("0.5_2.0_3.0", ("must be a number or a band",)),
+        ("0.5_2.0,3.0", ("must be a number or a band",)),
+        ("nan", ("must be a number or a band",)),
+        ("0.5_inf", ("must be a number or a band",)),
+        ("True", ("must be a number or a band",)),
+        (0.5, ("at least 1", "use 2.0", "0.5_5.0")),
+        ("2.0_5.0", ("must contain 1",)),
+        ("1.0_1.0", ("must contain 1",)),
     ],
 )
-def test_thresholds_of_weights_that_are_refused(value, words):
-    text = refused(rollout_is="token", rollout_is_threshold=value)
+def test_invalid_thresholds_of_weights(value, words):
+    text = resolve_error(rollout_is="token", rollout_is_threshold=value)
     assert text.startswith(f"algorithm.rollout_correction.rollout_is_threshold={value}: ")
     assert all(word in text for word in words), text
 
@@ -160,23 +160,23 @@ def test_thresholds_of_weights_that_are_refused(value, words):
 @pytest.mark.parametrize(
     ("terms", "value", "words"),
     [
-        ("token_k1", "2.0_0.5", ("2.0_0.5 for token_k1", "wrong way round", "use 0.5_2.0")),
+        ("token_k1", "2.0_0.5", ("2.0_0.5 for token_k1", "wrong order", "use 0.5_2.0")),
         ("token_k1", -1.5, ("above 0",)),
         ("token_k1", 0.5, ("above 1", "from 1/x to x", "0.5_5.0")),
         ("seq_sum_k1", 1.0, ("above 1",)),
-        ("seq_mean_k1", "1.1_1.2", ("does not hold 1",)),
+        ("seq_mean_k1", "1.1_1.2", ("must contain 1",)),
         ("seq_mean_k3", "0.001_0.01", ("two bounds", "one number")),
         ("seq_mean_k3", "-0.01", ("above 0",)),
-        ("seq_mean_k3", "small", ("no number",)),
-        ("token_k1,seq_mean_k3", "0.5_2.0,x", ("x for seq_mean_k3", "no number")),
+        ("seq_mean_k3", "small", ("must be a number or a band",)),
+        ("token_k1,seq_mean_k3", "0.5_2.0,x", ("x for seq_mean_k3", "must be a number or a band")),
         ("token_k1,seq_mean_k3", "0.5_2.0,0.1,0.1", ("3 thresholds for 2 terms", "one for each, or one for all")),
         ("token_k1", "0.5_2.0,0.1", ("2 thresholds for 1 terms",)),
         ("token_k1,seq_mean_k3", "0.5_2.0", ("0.5_2.0 for seq_mean_k3", "two bounds")),
-        ("token_k1", "", ("no number",)),
+        ("token_k1", "", ("must be a number or a band",)),
     ],
 )
-def test_thresholds_of_terms_that_are_refused(terms, value, words):
-    text = refused(rollout_rs=terms, rollout_rs_threshold=value)
+def test_invalid_thresholds_of_terms(terms, value, words):
+    text = resolve_error(rollout_rs=terms, rollout_rs_threshold=value)
     assert text.startswith(f"algorithm.rollout_correction.rollout_rs_threshold={value}: ")
     assert all(word in text for word in words), text
 
@@ -202,17 +202,17 @@ def test_thresholds_of_terms_that_are_refused(terms, value, words):
         (
             {"rollout_rs_threshold": 2.0},
             "rollout_rs_threshold=2.0",
-            ("there is no", "set algorithm.rollout_correction"),
+            ("requires algorithm.rollout_correction.rollout_rs", "set algorithm.rollout_correction"),
         ),
     ],
 )
-def test_names_that_are_refused(keys, start, words):
-    text = refused(**keys)
+def test_invalid_names(keys, start, words):
+    text = resolve_error(**keys)
     assert text.startswith(f"algorithm.rollout_correction.{start}")
     assert all(word in text for word in words), text
 
 
-def test_all_problems_are_listed():
+def test_all_problems_are_reported_together():
     with pytest.raises(ConfigError) as caught:
         resolved(rollout_is="x", rollout_is_threshold=-1, rollout_rs="y", rollout_rs_threshold=2.0, loss_type="z")
     assert len(caught.value.problems) == 4
@@ -228,7 +228,7 @@ def test_all_problems_are_listed():
         ("decoupled_token_icepop", "rollout_is_threshold", "2.0", "0.5_5.0"),
     ],
 )
-def test_a_default_that_contradicts_the_preset_on_the_command_line(preset, key, value, says):
+def test_default_on_the_command_line_contradicts_the_preset(preset, key, value, says):
     start = "algorithm.rollout_correction."
     for given in (
         [f"{start}preset={preset}", f"{start}{key}={value}"],
@@ -236,7 +236,7 @@ def test_a_default_that_contradicts_the_preset_on_the_command_line(preset, key, 
     ):
         with pytest.raises(ConfigError) as caught:
             load_config(given)
-        expected = f"{start}{key}={value}: {start}preset={preset} says {says}; leave one of the two out"
+        expected = f"{start}{key}={value}: {start}preset={preset} sets {says}; leave one of the two out"
         assert caught.value.problems == (expected,)
     same = load_config([f"{start}preset={preset}", f"{start}{key}={says!r}"]).algorithm.rollout_correction
     assert resolve(same) == EXPECTED[preset]
@@ -245,8 +245,8 @@ def test_a_default_that_contradicts_the_preset_on_the_command_line(preset, key, 
 @pytest.mark.parametrize(
     ("earlier", "now"), [("geometric", "seq_mean_k1"), ("sequence", "seq_sum_k1"), ("token", "token_k1")]
 )
-def test_terms_by_their_earlier_names(earlier, now):
-    assert f"did you mean {now}?" in refused(rollout_rs=earlier, rollout_rs_threshold=2.0)
+def test_old_names_of_terms_suggest_the_current_names(earlier, now):
+    assert f"did you mean {now}?" in resolve_error(rollout_rs=earlier, rollout_rs_threshold=2.0)
 
 
 def test_bands_on_the_command_line():
@@ -259,20 +259,20 @@ def test_bands_on_the_command_line():
     two = correction("rollout_rs='token_k1,seq_max_k2'", "rollout_rs_threshold='0.6_1.6,2.5'").rejections
     assert two == (Rejection("token_k1", Band(0.6, 1.6)), Rejection("seq_max_k2", Band(0.0, 2.5)))
     assert correction("preset=bypass_pg_is") == EXPECTED["bypass_pg_is"]
-    # which YAML reads as 0.55 and 50.5
+    # YAML reads these as 0.55 and 50.5.
     assert correction("rollout_is=token", "rollout_is_threshold=0.5_5").rollout_is_band == Band(0.5, 5.0)
-    with pytest.raises(ConfigError, match=r"5_0\.5: is the wrong way round; use 0\.5_5\.0"):
+    with pytest.raises(ConfigError, match=r"5_0\.5: has its bounds in the wrong order; use 0\.5_5\.0"):
         correction("rollout_is=token", "rollout_is_threshold=5_0.5")
 
 
-def test_a_band_that_yaml_read_as_a_number(tmp_path):
+def test_band_that_yaml_reads_as_a_number(tmp_path):
     (tmp_path / "mine.yaml").write_text("algorithm: {rollout_correction: {rollout_is_threshold: 0.5_5}}")
     config = load_config(config_path=tmp_path, config_name="mine")
     with pytest.raises(ConfigError, match=r"YAML reads 0\.5_5 as 0\.55"):
         resolve(config.algorithm.rollout_correction)
 
 
-def test_a_correction_is_plain_and_frozen():
+def test_correction_is_frozen_and_needs_no_torch():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Correction().rollout_is = "token"
     code = "import sys, verl.config.rollout_correction; sys.exit('torch' in sys.modules)"

@@ -60,7 +60,9 @@ def problems(script, files, changes):
 
 
 def head(problem):
-    return re.split(r"[=:, ]", problem, maxsplit=1)[0]
+    """The key that a problem is about."""
+    unknown = re.match(r"unknown keys? '([^']+?)(?:\.\*)?'", problem)
+    return unknown[1] if unknown else re.split(r"[=:, ]", problem, maxsplit=1)[0]
 
 
 def named(script, files):
@@ -70,7 +72,7 @@ def named(script, files):
         now = {head(problem): problem for problem in problems(script, files, changes)}
         new = {key: problem for key, problem in now.items() if key not in found}
         found |= new
-        unknown = {key: None for key, problem in new.items() if "there is no such key" in problem}
+        unknown = {key: None for key, problem in new.items() if "unknown key" in problem}
         if not unknown:
             return found
         changes |= unknown
@@ -125,5 +127,5 @@ def test_a_config_file_of_another_engine_is_an_error():
     from verl.trainer.main_ppo import split_arguments
 
     for words in (["--config-name=ppo_megatron_trainer.yaml"], ["-cn", "ppo_megatron_trainer"]):
-        with pytest.raises(ConfigError, match="FSDP2 is the only training engine so far; leave --config-path"):
+        with pytest.raises(ConfigError, match="FSDP2 is the only supported training engine; leave out --config-path"):
             split_arguments(["--config-path=config", *words, "algorithm.adv_estimator=grpo"])

@@ -1,7 +1,9 @@
-"""The parts of the command line that need no process of their own."""
+"""The command line of a run; the tests at the end start it in another process."""
 
 import contextlib
 import logging
+import os
+import subprocess
 import sys
 import types
 
@@ -11,7 +13,7 @@ from verl.config import ConfigError
 from verl.trainer import main_ppo
 
 
-def test_hydra_s_options_are_told_from_overrides(monkeypatch, tmp_path):
+def test_arguments_are_split_into_hydra_options_and_overrides(monkeypatch, tmp_path):
     (tmp_path / "conf").mkdir()
     monkeypatch.chdir(tmp_path)
     options, overrides = main_ppo.split_arguments(
@@ -22,21 +24,21 @@ def test_hydra_s_options_are_told_from_overrides(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("option", ["-m", "--multirun"])
-def test_several_runs_in_one_command_are_refused(option):
+def test_multirun_is_not_supported(option):
     with pytest.raises(ConfigError, match="one command for each"):
         main_ppo.split_arguments([option, "a=1,2"])
 
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """Puts a `run` in the place of the trainer's, which would start Ray."""
+    """A function that replaces the `run` of the trainer, which would start Ray."""
 
-    def place(run):
+    def replace(run):
         module = types.ModuleType("verl.trainer.ppo.ray_trainer")
         module.run = run
         monkeypatch.setitem(sys.modules, "verl.trainer.ppo.ray_trainer", module)
 
-    return place
+    return replace
 
 
 def fails(config, plan):
@@ -69,7 +71,7 @@ def test_exit_status(run_files, stand_in, capsys, run, status, words):
     assert printed.out.startswith("plan\n") and words in printed.err
 
 
-def test_the_run_gets_the_config_and_its_plan(run_files, stand_in, monkeypatch):
+def test_run_gets_the_config_and_its_plan(run_files, stand_in, monkeypatch):
     got = []
     stand_in(lambda config, plan: got.append((config, plan)))
     monkeypatch.setattr(sys, "argv", ["main_ppo", *run_files.overrides(), "data.seed=9"])
@@ -79,10 +81,72 @@ def test_the_run_gets_the_config_and_its_plan(run_files, stand_in, monkeypatch):
     assert config.data.seed == 9 and plan.device == "cpu"
 
 
-def test_composing_leaves_loggers_alone():
+def test_compose_does_not_change_loggers():
     logger = logging.getLogger("verl.some.module")
     level, handlers = logging.root.level, list(logging.root.handlers)
     with contextlib.suppress(ConfigError):
         main_ppo.compose(["algorithm.adv_estimator=grpo"])
     assert not logger.disabled
     assert (logging.root.level, logging.root.handlers) == (level, handlers)
+
+
+def run_command(tmp_path, *arguments):
+    """Run the command line in another process, and check that it writes no files."""
+    here = tmp_path / "here"
+    here.mkdir(exist_ok=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "verl.trainer.main_ppo", *map(str, arguments)],
+        cwd=here,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "Traceback" not in done.stdout + done.stderr
+    # By default Hydra writes log files into the working directory.
+    assert list(here.iterdir()) == []
+    return done
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("trainer.total_epoch=1", ("trainer.total_epoch", "did you mean 'trainer.total_epochs'?")),
+        ("trainer.total_epochs=abc", ("trainer.total_epochs=abc", "whole number")),
+        ("actor_rollout_ref.actor.ppo_mini_batch_size=3", ("ppo_mini_batch_size=3", "use 2 or 4")),
+    ],
+)
+def test_invalid_config_exits_with_status_2_and_the_reason(tmp_path, run_files, override, words):
+    done = run_command(tmp_path, *run_files.overrides(), override)
+    assert done.returncode == 2
+    assert done.stdout == "" and all(word in done.stderr for word in words), done.stderr
+
+
+def test_config_path_is_relative_to_the_working_directory(tmp_path, run_files):
+    conf = tmp_path / "conf"
+    conf.mkdir()
+    (conf / "mine.yaml").write_text("defaults: [ppo_trainer, _self_]\ndata: {train_batch_size: 6}\n")
+    options = ("--config-path", "../conf", "--config-name=mine")
+    done = run_command(tmp_path, *options, *run_files.overrides(data__train_batch_size=None))
+    assert done.returncode == 2 and "does not divide data.train_batch_size=6" in done.stderr
+    done = run_command(tmp_path, *options, "--cfg", "job", "data.seed=4", "+reward.reward_kwargs.a=1")
+    assert done.returncode == 0
+    assert "train_batch_size: 6" in done.stdout and "seed: 4" in done.stdout and "a: 1" in done.stdout
+
+
+def test_missing_config_file(tmp_path):
+    done = run_command(tmp_path, "--config-name", "nothing")
+    assert done.returncode == 2 and "nothing" in done.stderr
+
+
+def test_import_and_check_need_no_torch_ray_or_vllm(run_files):
+    code = (
+        "import sys; from verl.config import load_config; from verl.preflight import check; "
+        "check(load_config(sys.argv[1:])); "
+        "import verl.utils.devices, verl.trainer.main_ppo; "
+        "print([m for m in ('torch', 'ray', 'vllm', 'transformers', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *run_files.overrides()], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.strip() in ("[]", "['numpy']")  # pyarrow imports NumPy where it is installed

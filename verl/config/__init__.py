@@ -1,7 +1,7 @@
-"""Typed configs of a run. Imports no torch, no Ray and no vLLM.
+"""The typed config of a run. This package imports neither torch nor Ray nor vLLM.
 
-`load_config(overrides)` composes YAML files and overrides into a `PPOConfig`. `verl.preflight.check(config)` compares
-it with the model, the data and the machine, and derives the `Plan` of the run.
+`load_config(overrides)` composes YAML files and overrides into a `PPOConfig`. `verl.preflight.check(config)` then
+checks it against the model, the data and the machine, and returns the `Plan` of the run.
 """
 
 from verl.config.actor import (

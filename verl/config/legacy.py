@@ -1,4 +1,4 @@
-"""Spellings of earlier verl versions, moved to where the keys are now."""
+"""Move the names of keys in earlier versions of upstream verl to their current names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from verl.config.errors import ConfigError
 
 _BUFFER = "reward.reward_kwargs.overlong_buffer_cfg"
-# Old name, or the old section with a dot behind it -> where it is now. The first that fits wins.
+# Old name -> current name. A trailing dot means all keys of a section. The first match wins.
 _MOVED = (
     ("custom_reward_function.reward_kwargs.", "reward.reward_kwargs."),
     ("custom_reward_function.reward_kwargs", "reward.reward_kwargs"),
@@ -43,7 +43,7 @@ _OLD_SECTIONS = ("custom_reward_function", "reward_model", "ray_init")
 
 
 def current_name(key: str) -> str:
-    """Where the dotted key `key` is now; itself if it did not move."""
+    """Return the current dotted name of a key, which is `key` itself if the key did not move."""
     for old, new in _MOVED:
         if key == old or (old.endswith(".") and key.startswith(old)):
             return new + key.removeprefix(old)
@@ -51,13 +51,17 @@ def current_name(key: str) -> str:
 
 
 def migrate(values: Mapping[str, Any], given: Collection[str] = ()) -> dict[str, Any]:
-    """Nested `values` with the old spellings moved; keys in `given` were set under their new name and keep that value.
+    """Return nested values with all old names moved to their current names.
+
+    Args:
+        values: values by old or current name.
+        given: current names of keys that an override set; they keep that value.
 
     Raises:
         ConfigError: an old section is not a mapping.
     """
-    result = _copy(values)
-    for old, value in _old_leaves(result):
+    result = {name: _copy(value) for name, value in values.items()}
+    for old, value in _pop_old_sections(result) + _old_leaves(result):
         _remove(result, old.split("."))
         new = current_name(old)
         if new not in given:
@@ -65,21 +69,22 @@ def migrate(values: Mapping[str, Any], given: Collection[str] = ()) -> dict[str,
     return result
 
 
-def _old_leaves(values: dict[str, Any]) -> list[tuple[str, Any]]:
+def _pop_old_sections(values: dict[str, Any]) -> list[tuple[str, Any]]:
     found: list[tuple[str, Any]] = []
     for section in _OLD_SECTIONS:
         if section not in values:
             continue
         if not isinstance(values[section], dict):
-            raise ConfigError([f"{section}={values[section]}: this is a section, now {current_name(section)}"])
-        found += list(_leaves(values.pop(section), section))
-    found += [
-        (key, value)
-        for name, section in values.items()
-        for key, value in _leaves(section, name)
-        if current_name(key) != key
-    ]
+            raise ConfigError(
+                [f"{section}={values[section]}: this is a section, which is now called {current_name(section)}"]
+            )
+        found += _leaves(values.pop(section), section)
     return found
+
+
+def _old_leaves(values: dict[str, Any]) -> list[tuple[str, Any]]:
+    leaves = [leaf for name, section in values.items() for leaf in _leaves(section, name)]
+    return [(key, value) for key, value in leaves if current_name(key) != key]
 
 
 def _leaves(value: Any, path: str) -> list[tuple[str, Any]]:
@@ -93,7 +98,7 @@ def _copy(value: Any) -> Any:
 
 
 def _remove(values: dict[str, Any], path: list[str]) -> None:
-    """Take out a key, and the sections that it leaves empty: an old one would be an unknown key."""
+    """Delete a key and the sections that become empty, because an empty old section would be an unknown key."""
     name, *inner = path
     if name not in values:
         return

@@ -1,9 +1,10 @@
-"""Composes YAML files and overrides with Hydra into a `PPOConfig`."""
+"""Compose YAML files and overrides with Hydra into a `PPOConfig`."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,15 @@ from verl.config.rollout_correction import contradictions
 def load_config(
     overrides: Sequence[str] = (), config_path: str | Path | None = None, config_name: str = "ppo_trainer"
 ) -> PPOConfig:
-    """The config that `python3 -m verl.trainer.main_ppo` would run with.
+    """Return the config that `python3 -m verl.trainer.main_ppo` would use.
 
     Args:
-        overrides: `key=value` as on the command line.
-        config_path: directory of a YAML file of your own; null for the framework's.
-        config_name: that file, without `.yaml`.
+        overrides: `key=value`, as on the command line.
+        config_path: directory of the user's own YAML file; None for verl's.
+        config_name: name of the file without `.yaml`.
 
     Raises:
-        ConfigError: as `from_hydra`, or a file that cannot be composed.
+        ConfigError: as `from_hydra`, or a file cannot be composed.
     """
     prepared = prepare(overrides)
     searchpath.register()
@@ -40,11 +41,7 @@ def load_config(
     outer = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
-        if config_path is None:
-            context = initialize_config_module("verl.config", version_base="1.3")
-        else:
-            context = initialize_config_dir(str(Path(config_path).expanduser().absolute()), version_base="1.3")
-        with context:
+        with _initialized(config_path):
             composed = compose(config_name, overrides=prepared.overrides)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError([f"{config_name}: {error}"]) from error
@@ -53,27 +50,35 @@ def load_config(
     return from_hydra(composed, prepared.given)
 
 
+def _initialized(config_path: str | Path | None) -> AbstractContextManager[Any]:
+    """Return the Hydra context for the user's directory of YAML files, or for verl's."""
+    if config_path is None:
+        return initialize_config_module("verl.config", version_base="1.3")
+    return initialize_config_dir(str(Path(config_path).expanduser().absolute()), version_base="1.3")
+
+
 def from_hydra(composed: DictConfig, given: Collection[str] = ()) -> PPOConfig:
-    """The dataclasses of a composed config, interpolations resolved.
+    """Convert a composed config to the dataclasses, with all interpolations resolved.
 
     Args:
-        given: keys that overrides set; they win over old spellings in files, and contradict a preset also where they
-            set the default.
+        composed: the config as Hydra composed it.
+        given: keys that overrides set. They take precedence over old names in files. They contradict a preset even if
+            they set the default.
 
     Raises:
-        ConfigError: an unknown key, a value of a wrong type, an interpolation that leads nowhere, or a key beside a
-            preset that says otherwise.
+        ConfigError: an unknown key, a value of a wrong type, an interpolation of a missing key, or a key that
+            contradicts a preset.
     """
-    # A file may use another's keys through interpolation, old spellings included: resolve first, move then.
+    # Resolve first, because interpolations may use old names; move the old names afterwards.
     try:
-        # The defaults below: one may refer to other keys, and a user's file need not build on the framework's.
-        whole = OmegaConf.merge(dataclasses.asdict(PPOConfig()), composed)
-        values: Any = OmegaConf.to_container(whole, resolve=True, throw_on_missing=False)
+        # Merge into the defaults: they contain interpolations, and a user's file may not include verl's files.
+        merged = OmegaConf.merge(dataclasses.asdict(PPOConfig()), composed)
+        values: Any = OmegaConf.to_container(merged, resolve=True, throw_on_missing=False)
     except OmegaConfBaseException as error:
         raise ConfigError([f"{getattr(error, 'full_key', None) or 'config'}: {str(error).splitlines()[0]}"]) from error
     values.pop("hydra", None)
     config = build(PPOConfig, _without_missing(legacy.migrate(values, given)))
-    # Only here is it known that a key was given, where it is given its default.
+    # Only here can an explicitly given default be told from an omitted key.
     problems = contradictions(config.algorithm.rollout_correction, given)
     if problems:
         raise ConfigError(problems)
@@ -81,7 +86,7 @@ def from_hydra(composed: DictConfig, given: Collection[str] = ()) -> PPOConfig:
 
 
 def _without_missing(values: Any) -> Any:
-    """Hydra's `???` is a value that is not given."""
+    """Return nested values without those that are `???`, Hydra's mark for a missing value."""
     if isinstance(values, dict):
         return {name: _without_missing(value) for name, value in values.items() if value != "???"}
     return values

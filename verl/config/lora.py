@@ -1,4 +1,4 @@
-"""What the LoRA keys of `actor_rollout_ref.model` and an adapter to start from amount to. No tensor is loaded."""
+"""LoRA adapters of a run, from the LoRA keys of `actor_rollout_ref.model` and a saved adapter; loads no tensors."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from verl.utils.model_dir.safetensors_header import read_safetensors_header
 ALL_LINEAR = "all-linear"
 _MODEL = "actor_rollout_ref.model."
 _CONFIG_FILE, _WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-# Fields of an adapter's config that say what its weights are, or nothing of consequence. Any other that is set changes
-# what the adapter computes.
+# Fields of an adapter's config that change its layers or its scale; peft's LoraConfig gets them.
 _SHAPING = ("use_rslora", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern")
+# Fields that are supported, or do not affect the computation. An adapter that sets any other field is refused.
 _KNOWN = {
     *("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
     *("peft_version", "megatron_core", "qalora_group_size", "init_lora_weights", "lora_dropout", "eva_config"),
@@ -30,14 +30,15 @@ _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 @dataclass(frozen=True)
 class LoraOptions:
-    """Adapters as they will be made or read.
+    """Properties of the adapters.
 
     Attributes:
         rank, alpha: an adapter adds alpha / rank * B @ A to its layer's weight.
-        target_modules: names or ends of names, or a regular expression over whole names, or `all-linear`.
-        exclude_modules: names, ends of names or an expression of what gets none.
-        adapter_path: where their first values are; None to start from B = 0.
-        shaping: further fields of that adapter's own config, for peft's LoraConfig.
+        target_modules: layers with an adapter: names or their endings, a regular expression for whole names, or
+            `all-linear`.
+        exclude_modules: layers without an adapter: names or their endings, or a regular expression.
+        adapter_path: directory of their first values; None: start with B = 0.
+        shaping: further fields of the saved adapter's config, for peft's LoraConfig.
     """
 
     rank: int
@@ -49,11 +50,11 @@ class LoraOptions:
 
 
 def lora_options(model: ModelConfig) -> LoraOptions | None:
-    """The adapters that a model section asks for, None for none.
+    """Return the adapters that a model section defines, or None for a model without adapters.
 
     Raises:
-        ValueError: keys that contradict each other or the adapter to start from; one that is missing, damaged or of a
-            kind that is not supported.
+        ValueError: keys contradict each other or the saved adapter, or the saved adapter is missing, damaged or not
+            supported.
     """
     changed = {
         name: getattr(model, name)
@@ -66,7 +67,7 @@ def lora_options(model: ModelConfig) -> LoraOptions | None:
         for name in ("target_modules", "exclude_modules"):
             if name in changed:
                 raise ValueError(
-                    f"{_MODEL}{name}={show(changed[name])}: there are no adapters with {_MODEL}lora_rank=0; set "
+                    f"{_MODEL}{name}={show(changed[name])}: requires adapters, but {_MODEL}lora_rank=0; set "
                     f"lora_rank, or leave {name} out"
                 )
         return None
@@ -78,82 +79,90 @@ def lora_options(model: ModelConfig) -> LoraOptions | None:
 def _check_modules(name: str, value: str | list[str] | None) -> None:
     if isinstance(value, list):
         if not value and name == "target_modules":
-            raise ValueError(f"{_MODEL}{name}=[]: no layer would be trained; use {ALL_LINEAR}, or name some")
+            raise ValueError(f"{_MODEL}{name}=[]: no layer would be trained; use {ALL_LINEAR}, or a list of names")
     elif value is not None and value != ALL_LINEAR:
         try:
             re.compile(value)
         except re.error as error:
-            raise ValueError(f"{_MODEL}{name}={value}: is no regular expression ({error}); use a list") from None
+            raise ValueError(f"{_MODEL}{name}={value}: is not a regular expression ({error}); use a list") from None
 
 
 def _of_adapter(path: Path, changed: dict[str, Any]) -> LoraOptions:
-    place = f"{_MODEL}lora_adapter_path={path}"
-    given = _read_config(path, place)
-    theirs = {
-        "lora_rank": given.get("r"),
-        "lora_alpha": given.get("lora_alpha"),
-        "target_modules": given.get("target_modules"),
-        "exclude_modules": given.get("exclude_modules"),
-    }
-    if type(theirs["lora_rank"]) is not int or not isinstance(theirs["lora_alpha"], int | float):
-        raise ValueError(f"{place}: {_CONFIG_FILE} has no r or lora_alpha; save the adapter with peft again")
-    if not isinstance(theirs["target_modules"], str | list):
-        raise ValueError(f"{place}: {_CONFIG_FILE} has no target_modules; save the adapter with peft again")
+    """Return the properties of a saved adapter; `changed` are the LoRA keys that are not at their defaults."""
+    location = f"{_MODEL}lora_adapter_path={path}"
+    saved = _read_adapter_config(path, location)
+    rank, alpha = saved.get("r"), saved.get("lora_alpha")
+    targets, excluded = saved.get("target_modules"), saved.get("exclude_modules")
+    if type(rank) is not int or not isinstance(alpha, int | float):
+        raise ValueError(f"{location}: {_CONFIG_FILE} has no r or lora_alpha; save the adapter with peft again")
+    if not isinstance(targets, str | list):
+        raise ValueError(f"{location}: {_CONFIG_FILE} has no target_modules; save the adapter with peft again")
+    of_key = {"lora_rank": rank, "lora_alpha": alpha, "target_modules": targets, "exclude_modules": excluded}
     for name, value in changed.items():
-        if _as_set(value) != _as_set(theirs[name]):
+        if _as_set(value) != _as_set(of_key[name]):
             raise ValueError(
-                f"{_MODEL}{name}={show(value)}: the adapter in {path} has {show(theirs[name])}; use that, or leave "
+                f"{_MODEL}{name}={show(value)}: the adapter in {path} has {show(of_key[name])}; use that, or leave "
                 f"{name} out"
             )
-    shaping = {name: given[name] for name in _SHAPING if given.get(name)}
-    return LoraOptions(*theirs.values(), adapter_path=path, shaping=shaping)
+    shaping = {name: saved[name] for name in _SHAPING if saved.get(name)}
+    return LoraOptions(rank, alpha, targets, excluded, adapter_path=path, shaping=shaping)
 
 
 def _as_set(value: Any) -> Any:
     return set(value) if isinstance(value, list) else value
 
 
-def _read_config(path: Path, place: str) -> dict[str, Any]:
-    """An adapter's config, its weights' file being whole and of a kind that is supported."""
+def _read_adapter_config(path: Path, location: str) -> dict[str, Any]:
+    """Return the config of a saved adapter, after checks that its weights are complete and its kind is supported."""
     if not os.path.isdir(path):
         problem = "is a file" if os.path.exists(path) else "no such directory"
-        raise ValueError(f"{place}: {problem}; give the directory of a peft adapter")
+        raise ValueError(f"{location}: {problem}; give the directory of a peft adapter")
     for name in (_CONFIG_FILE, _WEIGHTS_FILE):
         if not (path / name).is_file():
             present = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
-            raise ValueError(f"{place}: has no {name} (it has {present}); save the adapter with peft's save_pretrained")
+            raise ValueError(
+                f"{location}: has no {name} (it has {present}); save the adapter with peft's save_pretrained"
+            )
     try:
-        given = json.loads((path / _CONFIG_FILE).read_text(encoding="utf-8"))
+        saved = json.loads((path / _CONFIG_FILE).read_text(encoding="utf-8"))
         read_safetensors_header(path / _WEIGHTS_FILE)
     except ModelFilesError as error:
-        raise ValueError(f"{place}: {error}") from None
+        raise ValueError(f"{location}: {error}") from None
     except ValueError as error:
-        raise ValueError(f"{place}: {_CONFIG_FILE} is damaged ({error}); copy it again") from None
-    if not isinstance(given, dict) or given.get("peft_type") != "LORA":
-        kind = given.get("peft_type") if isinstance(given, dict) else None
-        raise ValueError(f"{place}: is an adapter of kind {kind}; only LORA is supported")
-    for name, value in given.items():
+        raise ValueError(f"{location}: {_CONFIG_FILE} is damaged ({error}); copy it again") from None
+    if not isinstance(saved, dict) or saved.get("peft_type") != "LORA":
+        kind = saved.get("peft_type") if isinstance(saved, dict) else None
+        raise ValueError(f"{location}: adapters of kind {kind} are not supported; use LORA")
+    for name, value in saved.items():
         if name not in _KNOWN and value not in (None, False, "none") and value != [] and value != {}:
-            raise ValueError(f"{place}: {_CONFIG_FILE} has {name}={value}, which is not supported; use plain LoRA")
-    if given.get("init_lora_weights") not in _PLAIN_INITS:
+            raise ValueError(f"{location}: {_CONFIG_FILE} has {name}={value}, which is not supported; use plain LoRA")
+    if saved.get("init_lora_weights") not in _PLAIN_INITS:
         raise ValueError(
-            f"{place}: {_CONFIG_FILE} has init_lora_weights={given['init_lora_weights']}, which belongs to a base model"
-            " that was changed; convert it to plain LoRA (path_initial_model_for_weight_conversion of save_pretrained)"
+            f"{location}: {_CONFIG_FILE} has init_lora_weights={saved['init_lora_weights']}, which requires a modified "
+            "base model; convert it to plain LoRA (path_initial_model_for_weight_conversion of save_pretrained)"
         )
-    return given
+    return saved
 
 
 def matches(name: str, modules: str | list[str]) -> bool:
-    """Whether a module's dotted name is one that `target_modules` stands for, `all-linear` aside; peft's rule."""
+    """Return True if `target_modules`, unless it is `all-linear`, selects a module; this is peft's rule.
+
+    Args:
+        name: dotted name of the module.
+        modules: names or their endings, or a regular expression for whole names.
+    """
     if isinstance(modules, str):
         return re.fullmatch(modules, name) is not None
     return any(name == wanted or name.endswith(f".{wanted}") for wanted in modules)
 
 
 def adapter_parameters(options: LoraOptions, shapes: dict[str, tuple[int, ...]]) -> int:
-    """Elements of the adapters, guessed from the checkpoint's tensors by name and shape.
+    """Return the estimated number of elements of all adapters.
 
-    Embeddings, output heads and what a checkpoint keeps expert by expert have none under `all-linear`.
+    With `all-linear`, embeddings, output heads and single experts have no adapter.
+
+    Args:
+        shapes: shapes of the checkpoint's tensors by name.
     """
     total = 0
     for tensor, shape in shapes.items():

@@ -1,57 +1,105 @@
-"""Names that a config value may have. Plain strings: the registries behind some of them import torch."""
+"""Names that a config value may have, and for estimators and policy losses the keys that they read.
 
-from verl.utils.quantization.schemes import SCHEME_NAMES as QUANTIZATIONS  # noqa: F401  (a list of names like the others)
+Plain strings and tables, because the registries behind them import torch. tests/config/test_names.py compares both.
+"""
 
-# verl.trainer.ppo.core_algos holds the functions; a test compares the two.
-ADV_ESTIMATORS = (
-    "gae",
-    "gdpo",
-    "gpg",
-    "grpo",
-    "grpo_passk",
-    "grpo_vectorized",
-    "opo",
-    "optimal_token_baseline",
-    "reinforce_plus_plus",
-    "reinforce_plus_plus_baseline",
-    "remax",
-    "rloo",
-    "rloo_vectorized",
-    "tir_optimal_token_baseline",
-)
-# Estimators that read a critic's values.
-CRITIC_ESTIMATORS = ("gae",)
-# Estimators that read the sum of the squared probabilities at each token.
-SUM_PI_SQUARED_ESTIMATORS = ("optimal_token_baseline", "tir_optimal_token_baseline")
-# Estimators whose advantage of a sample is relative to the other samples of its prompt.
-GROUP_ESTIMATORS = (
-    "gdpo",
-    "gpg",
-    "grpo",
-    "grpo_passk",
-    "grpo_vectorized",
-    "opo",
-    "optimal_token_baseline",
-    "reinforce_plus_plus_baseline",
-    "rloo",
-    "rloo_vectorized",
-    "tir_optimal_token_baseline",
-)
+from __future__ import annotations
 
-POLICY_LOSSES = (
-    "bypass_mode",
-    "cispo",
-    "clip_cov",
-    "dppo_kl",
-    "dppo_tv",
-    "dro",
-    "geo_mean",
-    "gpg",
-    "gspo",
-    "kl_cov",
-    "sapo",
-    "vanilla",
+from dataclasses import dataclass
+
+from verl.utils.quantization import schemes
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """Properties of an advantage estimator.
+
+    Attributes:
+        reads: keys of `algorithm` that only some estimators read, and this one does.
+        values: it reads a critic's values.
+        sum_pi_squared: it reads the sum of the squared probabilities at each token.
+        groups: the advantage of a sample depends on the other samples of its prompt.
+    """
+
+    reads: tuple[str, ...] = ()
+    values: bool = False
+    sum_pi_squared: bool = False
+    groups: bool = False
+
+
+# The functions are in verl.algorithms.advantages.
+ADV_ESTIMATORS = {
+    "gae": Estimator(reads=("gamma", "lam"), values=True),
+    "gdpo": Estimator(
+        reads=("norm_adv_by_std_in_grpo", "gdpo_reward_keys", "gdpo_reward_weights"),
+        groups=True,
+    ),
+    "gpg": Estimator(groups=True),
+    "grpo": Estimator(reads=("norm_adv_by_std_in_grpo",), groups=True),
+    "grpo_passk": Estimator(reads=("norm_adv_by_std_in_grpo",), groups=True),
+    "grpo_vectorized": Estimator(reads=("norm_adv_by_std_in_grpo",), groups=True),
+    "opo": Estimator(groups=True),
+    "optimal_token_baseline": Estimator(groups=True, sum_pi_squared=True),
+    "reinforce_plus_plus": Estimator(reads=("gamma",)),
+    "reinforce_plus_plus_baseline": Estimator(groups=True),
+    "remax": Estimator(),
+    "rloo": Estimator(groups=True),
+    "rloo_vectorized": Estimator(groups=True),
+    "tir_optimal_token_baseline": Estimator(groups=True, sum_pi_squared=True),
+}
+CRITIC_ESTIMATORS = tuple(name for name, estimator in ADV_ESTIMATORS.items() if estimator.values)
+SUM_PI_SQUARED_ESTIMATORS = tuple(name for name, estimator in ADV_ESTIMATORS.items() if estimator.sum_pi_squared)
+GROUP_ESTIMATORS = tuple(name for name, estimator in ADV_ESTIMATORS.items() if estimator.groups)
+
+
+@dataclass(frozen=True)
+class PolicyLoss:
+    """Properties of a policy loss; docs/algorithms.md has the papers.
+
+    Attributes:
+        reads: keys of `actor_rollout_ref.actor` that only some losses read, and this one does.
+        own_aggregation: it aggregates token losses in its own way and ignores `loss_agg_mode`.
+        clips_ratio: it clips the ratio of probabilities, so that a `clip_ratio_low` above 1 never clips.
+        paper_clip_range: clip range of its paper, if this differs in kind from PPO's.
+    """
+
+    reads: tuple[str, ...] = ()
+    own_aggregation: bool = False
+    clips_ratio: bool = False
+    paper_clip_range: str = ""
+
+
+_CLIP_RANGE = ("clip_ratio", "clip_ratio_low", "clip_ratio_high")
+_DPPO = PolicyLoss(
+    reads=(*_CLIP_RANGE, "clip_ratio_c"),
+    paper_clip_range=(
+        "clip_ratio_low=0.15, clip_ratio_high=0.15 (bounds of a divergence) and a clip_ratio_c of 20 or more"
+    ),
 )
+# The functions are in verl.algorithms.losses.
+POLICY_LOSSES = {
+    # Chosen by algorithm.rollout_correction.bypass_mode; it reads what `vanilla` or `gpg` reads.
+    "bypass_mode": PolicyLoss(),
+    "cispo": PolicyLoss(reads=_CLIP_RANGE),
+    "clip_cov": PolicyLoss(
+        reads=(*_CLIP_RANGE, "policy_loss.clip_cov_ratio", "policy_loss.clip_cov_lb", "policy_loss.clip_cov_ub"),
+        clips_ratio=True,
+    ),
+    "dppo_kl": _DPPO,
+    "dppo_tv": _DPPO,
+    "dro": PolicyLoss(reads=("policy_loss.dro_beta",)),
+    "geo_mean": PolicyLoss(reads=_CLIP_RANGE, own_aggregation=True),
+    "gpg": PolicyLoss(),
+    "gspo": PolicyLoss(
+        reads=_CLIP_RANGE,
+        own_aggregation=True,
+        clips_ratio=True,
+        paper_clip_range="clip_ratio_low=3e-4 and clip_ratio_high=4e-4 (bounds of a sequence's mean ratio)",
+    ),
+    "kl_cov": PolicyLoss(reads=("policy_loss.kl_cov_ratio", "policy_loss.ppo_kl_coef")),
+    "sapo": PolicyLoss(reads=("tau_pos", "tau_neg"), own_aggregation=True),
+    "vanilla": PolicyLoss(reads=(*_CLIP_RANGE, "clip_ratio_c"), clips_ratio=True),
+}
 LOSS_AGG_MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")
 _KL = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")
 KL_TYPES = (*_KL, *(f"{name}+" for name in _KL))
@@ -60,9 +108,11 @@ UNSUPPORTED_KL_TYPES = ("full",)
 REWARD_MANAGERS = ("dapo", "gdpo", "naive")
 UNSUPPORTED_REWARD_MANAGERS = ("batch", "prime", "rate_limited", "remote")
 
+QUANTIZATIONS = schemes.SCHEME_NAMES
+
 LOGGERS = ("console", "file", "swanlab", "tensorboard", "wandb")
 UNSUPPORTED_LOGGERS = ("clearml", "mlflow", "rl_insight", "trackio", "vemlp_wandb")
-# Package behind a logger, and what to install for it.
+# Loggers that need a package: the package, and the argument of `pip install` that installs it.
 LOGGER_PACKAGES = {
     "swanlab": ("swanlab", "'verl[swanlab]'"),
     "tensorboard": ("tensorboard", "tensorboard"),
@@ -71,7 +121,7 @@ LOGGER_PACKAGES = {
 
 CHECKPOINT_CONTENTS = ("model", "optimizer", "extra", "hf_model")
 
-# verl.agent_loop registers the loops and holds the parsers; a test compares them.
+# The classes are in verl.agent_loop.
 AGENT_LOOPS = ("single_turn_agent", "tool_agent")
 TOOL_FORMATS = ("hermes",)
 UNSUPPORTED_TOOL_FORMATS = ("gemma4", "gpt-oss", "qwen3_coder")

@@ -1,4 +1,4 @@
-"""Looks at `key=value` overrides before Hydra does: unknown keys are named, old spellings moved, open ones admitted."""
+"""Check and rewrite `key=value` overrides before Hydra reads them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,12 @@ _BAND = re.compile(r"[0-9.]+_[0-9.]+")
 
 @dataclass
 class Prepared:
-    """Overrides that Hydra takes, and the keys (by their present name) that they set."""
+    """Overrides for Hydra.
+
+    Attributes:
+        overrides: the overrides.
+        given: current names of the keys that they set.
+    """
 
     overrides: list[str] = field(default_factory=list)
     given: set[str] = field(default_factory=set)
@@ -29,20 +34,21 @@ class Prepared:
 def prepare(overrides: Sequence[str]) -> Prepared:
     """Check and rewrite overrides.
 
-    `key=value` and `+key=value` of a known key become `++key=value`, which sets it whether or not a YAML file has it.
+    `key=value` and `+key=value` of a known key become `++key=value`, which works if a YAML file has the key or not.
 
     Raises:
-        ConfigError: an override cannot be read, sets an unknown key, deletes a key, or gives several values to try.
+        ConfigError: an override cannot be read, sets an unknown key, deletes a key, or contains several values to try.
     """
     prepared, problems = Prepared(), []
     for text in overrides:
-        text = _quoted_band(_quoted_home(text))
+        text = _quote_band(_quote_home(text))
         try:
             override = OverridesParser.create().parse_override(text)
-        except (HydraException, ValueError) as error:  # Python reads no integer of thousands of digits
+        except (HydraException, ValueError) as error:  # ValueError: Python refuses integers with thousands of digits
             reason = str(error).splitlines()[0]
-            quote = "quote values that hold , = or spaces"
-            problems.append(f"{text:.200}: cannot be read as key=value ({reason}); {quote}")
+            problems.append(
+                f"{text:.200}: cannot be read as key=value ({reason}); quote values that contain a comma, = or spaces"
+            )
             continue
         name = override.key_or_group
         if name == "hydra" or name.startswith(("hydra.", "hydra/")):
@@ -51,57 +57,54 @@ def prepare(overrides: Sequence[str]) -> Prepared:
         current = legacy.current_name(name)
         problem = _problem(override, current)
         if problem is not None:
-            moved = name != current and problem.startswith(f"{current}:")
-            problems.append(f"{name}, now {problem}" if moved else problem)
+            renamed = name != current and f"'{current}'" in problem
+            problems.append(f"{name} is now called {current}: {problem}" if renamed else problem)
             continue
-        prepared.overrides.append(f"++{current}={_value_text(text)}")
-        prepared.given.update(_keys(current, override.value()) if current in build.sections(PPOConfig) else [current])
+        prepared.overrides.append(f"++{current}={text.split('=', 1)[1]}")
+        prepared.given.update(_keys(current, override.value()))
     if problems:
         raise ConfigError(dict.fromkeys(problems))
     return prepared
 
 
 def _problem(override: Override, name: str) -> str | None:
+    """Return the error text of an override of the key `name`; None if it is valid."""
     if override.is_delete():
-        return f"~{name}: keys cannot be deleted; set it to what it should be, such as {name}=null"
+        return f"~{name}: keys cannot be deleted; set a value instead, such as {name}=null"
     if override.is_sweep_override():
         return (
-            f"{override.input_line}: several values are not supported; start one run for each, or write a list as [a,b]"
+            f"{override.input_line}: several values are not supported; start one run for each value, or write a list "
+            "as [a,b]"
         )
     if name in build.sections(PPOConfig):
         value: Any = override.value()
         if isinstance(value, dict):
             return None
         return f"{override.input_line}: {name} is a section; set one of its keys, as in {name}.key=value"
-    known = build.key_types(PPOConfig)
-    if name in known or any(name.startswith(f"{open_key}.") for open_key in _open_keys()):
+    if name in build.key_types(PPOConfig) or any(name.startswith(f"{mapping}.") for mapping in _mapping_keys()):
         return None
-    return build.unknown_key(name, tuple(known))
+    return build.unknown_key_problem(name, PPOConfig)
 
 
 def _keys(name: str, value: Any) -> list[str]:
-    """The keys that a section's value sets."""
+    """Return the names of the keys that an override of `name` sets; a section may be set as a mapping."""
     if not isinstance(value, dict) or name not in build.sections(PPOConfig):
         return [name]
     return [key for inner, item in value.items() for key in _keys(f"{name}.{inner}", item)]
 
 
-def _open_keys() -> list[str]:
-    """Keys that hold a mapping with any names."""
+def _mapping_keys() -> list[str]:
+    """Return the keys whose value is a mapping with arbitrary names."""
     return [name for name, hint in build.key_types(PPOConfig).items() if "a mapping" in build.describe(hint)]
 
 
-def _quoted_home(text: str) -> str:
-    """Hydra takes no `~` in a value without quotes, where users mean their home directory."""
+def _quote_home(text: str) -> str:
+    """Quote a value that begins with `~`, which Hydra does not read without quotes."""
     name, equals, value = text.partition("=")
     return f"{name}={value!r}" if equals and value.startswith("~") else text
 
 
-def _quoted_band(text: str) -> str:
-    """A threshold's 0.5_5 is a band; Hydra, as YAML, takes it for the number 0.55 unless it is quoted."""
+def _quote_band(text: str) -> str:
+    """Quote a threshold such as 0.5_5, which Hydra and YAML read as the number 0.55 without quotes."""
     name, _, value = text.partition("=")
     return f"{name}={value!r}" if name.endswith("_threshold") and _BAND.fullmatch(value) else text
-
-
-def _value_text(text: str) -> str:
-    return text.split("=", 1)[1]

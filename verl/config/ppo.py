@@ -1,6 +1,6 @@
 """The whole config: `PPOConfig`."""
 
-# ruff: noqa: RUF009  (key, planned and section make dataclass fields)
+# ruff: noqa: RUF009  (key, unsupported and section return dataclass fields)
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -8,33 +8,45 @@ from typing import Any
 
 from verl.config.actor import ActorConfig
 from verl.config.algorithm import AlgorithmConfig
+from verl.config.conditions import when
 from verl.config.critic import CriticConfig
 from verl.config.data import DataConfig
 from verl.config.model import ModelConfig
 from verl.config.ref import RefConfig
 from verl.config.reward import RewardConfig
 from verl.config.rollout import RolloutConfig
-from verl.config.schema import key, planned, section
+from verl.config.schema import key, section, unsupported
 from verl.config.trainer import TrainerConfig
 
 
 @dataclass
 class ActorRolloutRefConfig:
-    """The model in its three roles."""
+    """The model in its three roles: actor, reference model and rollout."""
 
     model: ModelConfig = section(ModelConfig, "the model and how it is loaded")
-    actor: ActorConfig = section(ActorConfig, "the policy that is trained")
-    ref: RefConfig = section(RefConfig, "the frozen reference model")
-    rollout: RolloutConfig = section(RolloutConfig, "the replicas that generate")
-    hybrid_engine: bool = planned(True, "roles apart from each other", "use True, and rollout.nnodes=1 to part them")
+    actor: ActorConfig = section(ActorConfig, "loss, optimizer, batches and sharding of the policy")
+    ref: RefConfig = section(
+        RefConfig,
+        "the frozen reference model",
+        only_with=when(
+            "run.needs_ref",
+            reason="without a reference model (actor.use_kl_loss=False, algorithm.use_kl_in_reward=False)",
+        ),
+    )
+    rollout: RolloutConfig = section(RolloutConfig, "vLLM replicas, sampling, and weight updates")
+    hybrid_engine: bool = unsupported(
+        True,
+        "separate processes for each role",
+        "use True; rollout.nnodes=1 gives the replicas their own devices",
+    )
 
 
 @dataclass
 class RayKwargs:
     """Settings of Ray."""
 
-    ray_init: dict[str, Any] = key({"num_cpus": None}, "arguments of ray.init; null ones are left out")
-    timeline_json_file: str | None = planned(None, "a Ray timeline", "use trainer.timeline")
+    ray_init: dict[str, Any] = key({"num_cpus": None}, "arguments of ray.init; null arguments are left out")
+    timeline_json_file: str | None = unsupported(None, "a timeline of Ray", "use trainer.timeline")
 
 
 @dataclass
@@ -42,12 +54,24 @@ class PPOConfig:
     """The whole config of a run."""
 
     data: DataConfig = section(DataConfig, "files, columns, lengths and batches of prompts")
-    actor_rollout_ref: ActorRolloutRefConfig = section(ActorRolloutRefConfig, "the model in its three roles")
-    critic: CriticConfig = section(CriticConfig, "the value model of PPO")
-    algorithm: AlgorithmConfig = section(AlgorithmConfig, "from rewards to advantages")
-    reward: RewardConfig = section(RewardConfig, "how a response is scored")
-    trainer: TrainerConfig = section(TrainerConfig, "length of the run, devices, validation, checkpoints, logs")
+    actor_rollout_ref: ActorRolloutRefConfig = section(
+        ActorRolloutRefConfig, "the model in its three roles: actor, reference model and rollout"
+    )
+    critic: CriticConfig = section(
+        CriticConfig,
+        "the value model of PPO",
+        only_with=when(
+            "run.needs_critic", reason="without a critic (algorithm.adv_estimator={algorithm.adv_estimator})"
+        ),
+    )
+    algorithm: AlgorithmConfig = section(AlgorithmConfig, "computation of advantages from rewards")
+    reward: RewardConfig = section(RewardConfig, "scoring of responses")
+    trainer: TrainerConfig = section(TrainerConfig, "length of the run, devices, validation, checkpoints and logs")
     ray_kwargs: RayKwargs = section(RayKwargs, "settings of Ray")
     model_engine: str = key(
-        "dp", "training engine", choices=("dp",), planned=("megatron", "veomni", "torchtitan"), use="use dp (FSDP2)"
+        "dp",
+        "training engine; dp: FSDP2",
+        choices=("dp",),
+        unsupported=("megatron", "veomni", "torchtitan"),
+        use="use dp",
     )

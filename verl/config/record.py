@@ -1,7 +1,7 @@
-"""What a run writes down of its own config: `config.yaml` and `config_changes.yaml` in `trainer.default_local_dir`.
+"""The record of a run's config: `config.yaml` and `config_changes.yaml` in `trainer.default_local_dir`.
 
-`config.yaml` holds every key as the run uses it, `config_changes.yaml` by dotted name those that differ from the
-framework's defaults, each with its `value` and `default`. Secrets are `***` in both.
+`config.yaml` contains every key with the value that the run uses. `config_changes.yaml` contains the keys whose value
+is not the default, by dotted name, each with its `value` and `default`. Both files contain `***` instead of secrets.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ CONFIG_FILE, CHANGES_FILE = "config.yaml", "config_changes.yaml"
 
 
 def write_record(config: PPOConfig, directory: str | Path) -> None:
-    """Write both files, over those of an earlier run.
+    """Write both files; files of an earlier run are overwritten.
 
     Args:
-        config: of the run.
-        directory: made if missing.
+        config: config of the run.
+        directory: where to write; it is created if it does not exist.
 
     Raises:
         OSError: a file cannot be written.
@@ -37,7 +37,7 @@ def write_record(config: PPOConfig, directory: str | Path) -> None:
 
 
 def changes(config: PPOConfig) -> dict[str, dict[str, Any]]:
-    """`{"trainer.nnodes": {"value": 2, "default": 1}, ...}` for every key whose value is not the default."""
+    """Return `{"trainer.nnodes": {"value": 2, "default": 1}, ...}` for every key whose value is not the default."""
     values, defaults = flat(mask_secrets(config)), flat(mask_secrets(load_config()))
     return {
         name: {"value": value, "default": defaults.get(name)}
@@ -47,7 +47,7 @@ def changes(config: PPOConfig) -> dict[str, dict[str, Any]]:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, by dotted names; an empty mapping is a value."""
+    """Return nested mappings as one mapping by dotted name; an empty mapping counts as a value."""
     result: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping) and value:

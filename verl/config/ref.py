@@ -1,46 +1,68 @@
 """`actor_rollout_ref.ref`: the frozen reference model of the KL terms."""
 
-# ruff: noqa: RUF009  (key, planned and section make dataclass fields)
+# ruff: noqa: RUF009  (key, unsupported and section return dataclass fields)
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from verl.config.actor import FSDPConfig, MegatronConfig
-from verl.config.schema import key, planned, section
+from verl.config.conditions import micro_batches, unless
+from verl.config.schema import key, section, unsupported
+
+_IN_SAMPLES = micro_batches("log_prob_use_dynamic_bsz", in_tokens=False)
+_IN_TOKENS = micro_batches("log_prob_use_dynamic_bsz", in_tokens=True)
 
 
 @dataclass
 class RefFSDPConfig(FSDPConfig):
-    """How the reference model is sharded, which no optimizer changes."""
+    """Sharding of the reference model over the trainer's ranks with FSDP2."""
 
-    param_offload: bool = key(False, "keep its weights in the host's memory while they are not used")
+    param_offload: bool = key(
+        False,
+        "keep the weights of the reference model in host memory while they are not used",
+        only_with=unless("run.device", "cpu", reason="on a CPU, which only has host memory"),
+    )
 
 
 @dataclass
 class RefConfig:
-    """The reference model; held only where actor.use_kl_loss asks for it."""
+    """The reference model; a run holds it only for actor.use_kl_loss or algorithm.use_kl_in_reward."""
 
     strategy: str | None = key(
         None,
-        "engine, null for the actor's",
+        "training engine; null: the actor's",
         choices=("fsdp", "fsdp2"),
-        planned=("megatron", "veomni", "torchtitan"),
+        unsupported=("megatron", "veomni", "torchtitan"),
         use="use null or fsdp2",
     )
     log_prob_micro_batch_size_per_gpu: int | None = key(
-        None, "samples a rank runs forward at once, null for the actor's", unit="samples", at_least=1
+        None,
+        "samples per forward pass of a rank; null: the actor's value",
+        unit="samples",
+        at_least=1,
+        only_with=_IN_SAMPLES,
     )
     log_prob_use_dynamic_bsz: bool | None = key(
-        None, "fill micro-batches up to log_prob_max_token_len_per_gpu instead, null as the actor"
+        None,
+        "fill each micro-batch with samples up to log_prob_max_token_len_per_gpu tokens, instead of "
+        "log_prob_micro_batch_size_per_gpu samples; null: the actor's value",
     )
     log_prob_max_token_len_per_gpu: int | None = key(
-        None, "tokens a rank runs forward at once, null for the actor's", unit="tokens", at_least=1
+        None,
+        "tokens per forward pass of a rank; null: the actor's value",
+        unit="tokens",
+        at_least=1,
+        only_with=_IN_TOKENS,
     )
-    fsdp_config: RefFSDPConfig = section(RefFSDPConfig, "how the model is sharded over the trainer's ranks")
-    megatron: MegatronConfig = section(MegatronConfig, "Megatron: not supported yet")
-    use_torch_compile: bool = planned(False, "torch.compile in training")
-    ulysses_sequence_parallel_size: int = planned(1, "sequence parallelism")
-    entropy_from_logits_with_chunking: bool = key(False, "entropy is computed in chunks, which both values mean")
-    log_prob_micro_batch_size: int | None = planned(
-        None, "a micro-batch size over all ranks", "use log_prob_micro_batch_size_per_gpu, samples per rank"
+    fsdp_config: RefFSDPConfig = section(RefFSDPConfig, "sharding of the model over the trainer's ranks")
+    megatron: MegatronConfig = section(MegatronConfig, "Megatron: not supported")
+    use_torch_compile: bool = unsupported(False, "torch.compile in training")
+    ulysses_sequence_parallel_size: int = unsupported(1, "sequence parallelism")
+    entropy_from_logits_with_chunking: bool = key(
+        False, "accepted for compatibility; the entropy is always computed in chunks"
+    )
+    log_prob_micro_batch_size: int | None = unsupported(
+        None,
+        "a micro-batch size over all ranks",
+        "use log_prob_micro_batch_size_per_gpu, which counts samples per rank",
     )

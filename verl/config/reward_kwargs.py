@@ -1,4 +1,4 @@
-"""`reward.reward_kwargs`: which of them the reward manager takes and which the scorer gets."""
+"""`reward.reward_kwargs`: the entries that the reward manager reads, and those that the scorer gets."""
 
 from __future__ import annotations
 
@@ -6,30 +6,27 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from verl.config.errors import unknown_key
+from verl.config.reward import MANAGER_KWARGS, RewardConfig
 from verl.config.schema import show
-
-if TYPE_CHECKING:
-    from verl.config.reward import RewardConfig
 
 KWARGS = "reward.reward_kwargs"
 BUFFER = f"{KWARGS}.overlong_buffer_cfg"
 OWN_KWARGS = "reward.custom_reward_function.reward_kwargs"
-# The dapo manager's, under whichever manager: no scorer has asked for them.
-MANAGER_KWARGS = ("max_resp_len", "overlong_buffer_cfg")
 _BUFFER_KEYS = ("enable", "len", "penalty_factor", "log")
 
 
 @dataclass(frozen=True)
 class OverlongBuffer:
-    """DAPO's soft punishment of long responses (arXiv 2503.14476, equation 13).
+    """DAPO's soft penalty for long responses (arXiv 2503.14476, equation 13).
 
     Attributes:
-        max_resp_len: length at which the whole penalty is due, in tokens.
-        buffer_len: the penalty grows over that many tokens before `max_resp_len`.
-        penalty_factor: the whole penalty, taken off the score.
-        log: whether each sample reports `overlong_reward` and `overlong`.
+        max_resp_len: length from which the full penalty applies, in tokens.
+        buffer_len: number of tokens before `max_resp_len` over which the penalty grows.
+        penalty_factor: the full penalty, which is subtracted from the score.
+        log: each sample reports `overlong_reward` and `overlong`.
     """
 
     max_resp_len: int
@@ -39,82 +36,89 @@ class OverlongBuffer:
 
 
 def scorer_kwargs(reward: RewardConfig) -> dict[str, Any]:
-    """Keywords that the scorer gets with every sample: both sections' without those of the manager."""
+    """Return the keyword arguments of the scorer: entries of both sections except those of the manager."""
     shared = {name: value for name, value in (reward.reward_kwargs or {}).items() if name not in MANAGER_KWARGS}
     return {**shared, **(reward.custom_reward_function.reward_kwargs or {})}
 
 
 def kwargs_problems(reward: RewardConfig) -> list[str]:
-    """What is wrong with the keywords, one line a problem: field, value, what to do."""
+    """Return the errors of both sections of keyword arguments, one text per problem."""
     own = reward.custom_reward_function.reward_kwargs or {}
     problems = [
-        f"{OWN_KWARGS}.{name}={show(own[name])}: is {show(value)} in {KWARGS}; set it in one of them"
+        f"{OWN_KWARGS}.{name}={show(own[name])}: {KWARGS}.{name} is {show(value)}; set it in one place only"
         for name, value in (reward.reward_kwargs or {}).items()
         if name in own and name not in MANAGER_KWARGS and own[name] != value
     ]
-    return problems + _read_overlong(reward)[1]
+    return problems + _read_overlong_buffer(reward)[1]
 
 
 def overlong_buffer(reward: RewardConfig) -> OverlongBuffer | None:
-    """The soft punishment that the manager applies; None where it applies none.
+    """Return the penalty for long responses that the manager applies; None if it applies none.
 
     Raises:
-        ValueError: lists what is wrong with its keys.
+        ValueError: keys of the penalty are wrong; the message lists all problems.
     """
-    buffer, problems = _read_overlong(reward)
+    buffer, problems = _read_overlong_buffer(reward)
     if problems:
         raise ValueError("; ".join(problems))
     return buffer
 
 
-def _read_overlong(reward: RewardConfig) -> tuple[OverlongBuffer | None, list[str]]:
+def _read_overlong_buffer(reward: RewardConfig) -> tuple[OverlongBuffer | None, list[str]]:
+    """Return the penalty, or None if it is off or wrong, and the problems of its keys."""
     kwargs = reward.reward_kwargs or {}
     given = kwargs.get("overlong_buffer_cfg")
     if reward.reward_manager.name != "dapo" or given is None:
         return None, []
     if not isinstance(given, Mapping):
         return None, [f"{BUFFER}={show(given)}: this is a section; set {BUFFER}.enable, .len and .penalty_factor"]
-    problems = [_unknown(name, value) for name, value in given.items() if name not in _BUFFER_KEYS]
+    problems = [_unknown_buffer_key(str(name)) for name in given if name not in _BUFFER_KEYS]
     enable, log = given.get("enable", False), given.get("log", False)
     problems += [
-        f"{BUFFER}.{name}={show(value)}: give True or False"
+        f"{BUFFER}.{name}={show(value)}: must be True or False"
         for name, value in (("enable", enable), ("log", log))
         if not isinstance(value, bool)
     ]
     if enable is not True or problems:
         return None, problems
-    longest, length, factor = kwargs.get("max_resp_len"), given.get("len"), given.get("penalty_factor", 1.0)
-    if not _positive(longest):
+    max_length: Any = kwargs.get("max_resp_len")
+    length: Any = given.get("len")
+    factor: Any = given.get("penalty_factor", 1.0)
+    if not _is_positive_int(max_length):
         problems.append(
-            f"{KWARGS}.max_resp_len{_value(longest)}: the overlong buffer needs the length in tokens that responses "
-            "should stay below; set it to data.max_response_length"
+            f"{KWARGS}.max_resp_len{_value(max_length)}: must be the length in tokens from which the full penalty of "
+            "the overlong buffer applies; set it to data.max_response_length"
         )
-    if not _positive(length):
+    if not _is_positive_int(length):
         problems.append(
-            f"{BUFFER}.len{_value(length)}: give the tokens before max_resp_len over which the penalty grows, at least "
-            f"1, or set {BUFFER}.enable=False"
+            f"{BUFFER}.len{_value(length)}: must be the number of tokens before max_resp_len over which the penalty "
+            f"grows, at least 1; or set {BUFFER}.enable=False"
         )
-    elif _positive(longest) and length > longest:
+    elif _is_positive_int(max_length) and length > max_length:
         problems.append(
-            f"{BUFFER}.len={length}: is longer than {KWARGS}.max_resp_len={longest}, so that an empty response would "
-            f"be punished; give at most {longest}"
+            f"{BUFFER}.len={length}: must be at most {KWARGS}.max_resp_len={max_length}, otherwise an empty response "
+            f"gets a penalty; use at most {max_length}"
         )
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or not (math.isfinite(factor) and factor >= 0):
+    if not _is_factor(factor):
         problems.append(
-            f"{BUFFER}.penalty_factor={show(factor)}: is taken off the score of a response of max_resp_len tokens; "
-            "give a number, at least 0"
+            f"{BUFFER}.penalty_factor={show(factor)}: must be a number, at least 0; it is subtracted from the score of "
+            "a response with max_resp_len tokens"
         )
-    return (None, problems) if problems else (OverlongBuffer(longest, length, float(factor), log), [])
+    return (None, problems) if problems else (OverlongBuffer(max_length, length, float(factor), log), [])
 
 
-def _unknown(name: Any, value: Any) -> str:
-    near = difflib.get_close_matches(str(name), _BUFFER_KEYS, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(_BUFFER_KEYS)}"
-    return f"{BUFFER}.{name}={show(value)}: there is no such key; {hint}"
+def _unknown_buffer_key(name: str) -> str:
+    near = [f"{BUFFER}.{known}" for known in difflib.get_close_matches(name, _BUFFER_KEYS, n=1)]
+    return unknown_key(f"{BUFFER}.{name}", near, otherwise=f"use one of {', '.join(_BUFFER_KEYS)}")
 
 
-def _positive(value: Any) -> bool:
+def _is_positive_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_factor(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value) and value >= 0
 
 
 def _value(value: Any) -> str:

@@ -1,16 +1,16 @@
-"""`algorithm.rollout_correction`: its keys, its presets, and what they amount to (`resolve`)."""
+"""`algorithm.rollout_correction`: its keys, its presets, and `resolve`, which turns both into a `Correction`."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from verl.config.errors import ConfigError
-from verl.config.schema import key, planned, show
+from verl.config.conditions import unless, when
+from verl.config.errors import ConfigError, unknown_value
+from verl.config.schema import key, show, unsupported
 
 PREFIX = "algorithm.rollout_correction."
 IS_LEVELS = ("token", "sequence")
@@ -21,35 +21,52 @@ RS_TERMS = (
     "seq_max_k3",
     "binary_kl",
 )
-# Terms by their names in earlier versions of verl.
-_EARLIER = {"geometric": "seq_mean_k1", "sequence": "seq_sum_k1", "token": "token_k1"}
+# Names of terms in earlier versions of upstream verl.
+_EARLIER_TERMS = {"geometric": "seq_mean_k1", "sequence": "seq_sum_k1", "token": "token_k1"}
+_WITH_WEIGHTS = unless("run.correction.rollout_is", None, reason="with algorithm.rollout_correction.rollout_is=null")
 
 
 @dataclass
 class RolloutCorrectionConfig:
-    """Importance weights and rejection between rollout and trainer."""
+    """Importance weights and rejection that correct differences of rollout and trainer."""
 
-    preset: str | None = key(None, "fills the other keys: decoupled_token_is, bypass_ppo_clip, ...; null for none")
-    rollout_is: str | None = key(None, "importance weights: token, sequence, or null for none")
-    rollout_is_threshold: float | str = key(
-        2.0, "a number: larger weights are cut to it; a band such as '0.5_5.0': weights outside become 0"
+    preset: str | None = key(
+        None, "named values for the other keys: decoupled_token_is, bypass_ppo_clip, ...; null: no preset"
     )
-    rollout_is_batch_normalize: bool = key(False, "divide the weights by their mean over the batch")
+    rollout_is: str | None = key(None, "importance weights: per token, per sequence, or null: no weights")
+    rollout_is_threshold: float | str = key(
+        2.0,
+        "bounds of the weights; a number: larger weights are truncated to it; a band such as '0.5_5.0': weights "
+        "outside become 0",
+        only_with=_WITH_WEIGHTS,
+    )
+    rollout_is_batch_normalize: bool = key(
+        False, "divide the weights by their mean over the batch", only_with=_WITH_WEIGHTS
+    )
     rollout_rs: str | None = key(
-        None, "rejection: seq_mean_k1, token_k3, ...; several with commas, which all have to keep; null for none"
+        None,
+        "rejection: a term such as seq_mean_k1 or token_k3, or several with commas; a token is kept if all terms keep "
+        "it; null: no rejection",
     )
     rollout_rs_threshold: float | str | None = key(
         None,
-        "k1: a band of the ratio such as '0.5_2.0', or x for 1/x to x; k2, k3: the largest value; with commas each",
+        "threshold of each term, with commas; k1: a band of the ratio such as '0.5_2.0', or x for 1/x to x; "
+        "k2, k3: the maximum value",
     )
-    bypass_mode: bool = key(False, "take the rollout's log-probabilities for old_log_probs, and loss_type for the loss")
-    loss_type: str = key("ppo_clip", "loss in bypass_mode: ppo_clip or reinforce")
-    debug_rollout_actor_probs: bool = planned(False, "a forward pass for metrics alone in bypass_mode")
+    bypass_mode: bool = key(
+        False, "use the rollout's log-probabilities as old_log_probs, and the loss that loss_type chooses"
+    )
+    loss_type: str = key(
+        "ppo_clip",
+        "loss in bypass mode: ppo_clip or reinforce",
+        only_with=when("run.correction.bypass_mode", reason="with algorithm.rollout_correction.bypass_mode=False"),
+    )
+    debug_rollout_actor_probs: bool = unsupported(False, "a forward pass for metrics only in bypass mode")
 
 
 @dataclass(frozen=True)
 class Band:
-    """From `lo` to `hi`, both included."""
+    """An interval from `lo` to `hi`, both included."""
 
     lo: float
     hi: float
@@ -61,7 +78,8 @@ class Rejection:
 
     Attributes:
         term: one of `RS_TERMS`.
-        band: k1: of the ratio pi/mu; others: of the divergence, which is never negative, so that `lo` is 0.
+        band: values that are kept. k1: of the ratio pi/mu; other estimators: of the divergence, with `lo` = 0, because
+            a divergence is never negative.
     """
 
     term: str
@@ -74,20 +92,20 @@ class Rejection:
 
     @property
     def pooling(self) -> str | None:
-        """How a sequence's tokens become one value: sum, mean or max; None where each token is judged by itself."""
+        """Reduction of a sequence's tokens to one value: sum, mean or max; None if each token has its own value."""
         return self.term.split("_")[1] if self.term.startswith("seq_") else None
 
 
 @dataclass(frozen=True)
 class Correction:
-    """What `RolloutCorrectionConfig` amounts to.
+    """A `RolloutCorrectionConfig` with its preset filled in and its thresholds parsed.
 
     Attributes:
         rollout_is: `token`, `sequence`, or None for no weights.
-        rollout_is_band: bounds of the weights; for a single number C from 1/C to C.
-        rollout_is_zero: weights outside the band become 0; otherwise those above it are cut to its upper bound.
+        rollout_is_band: bounds of the weights; a single number C gives 1/C to C.
+        rollout_is_zero: True: weights outside the band become 0; False: weights above it are truncated.
         rollout_is_batch_normalize: divide the bounded weights by their mean.
-        rejections: every one of them has to keep a token.
+        rejections: terms of the rejection; a token is kept if all of them keep it.
         bypass_mode, loss_type: as in the config.
     """
 
@@ -101,7 +119,7 @@ class Correction:
 
     @property
     def active(self) -> bool:
-        """Whether anything is weighted or rejected."""
+        """True if there are weights or rejections."""
         return self.rollout_is is not None or bool(self.rejections)
 
 
@@ -112,7 +130,7 @@ _SEQUENCE = {"rollout_is": "sequence", "rollout_is_threshold": 2.0}
 _ICEPOP = {"rollout_is": "token", "rollout_is_threshold": "0.5_5.0"}
 _CLIP = {"bypass_mode": True, "loss_type": "ppo_clip"}
 _PG = {"bypass_mode": True, "loss_type": "reinforce"}
-# Keys that a preset leaves out have their defaults.
+# A key that a preset does not contain has its default.
 PRESETS: dict[str, dict[str, Any]] = {
     "disabled": {},
     "decoupled_token_is": _TOKEN,
@@ -137,24 +155,24 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def resolve(config: RolloutCorrectionConfig) -> Correction:
-    """The config with its preset filled in and its thresholds parsed.
+    """Return the config with its preset filled in and its thresholds parsed.
 
     Raises:
-        ConfigError: a ValueError that lists every problem: field, value, what to do.
+        ConfigError: lists every problem.
     """
     problems: list[str] = []
-    config = _with_preset(config, problems)
+    config = _fill_preset(config, problems)
     for name, known in (("rollout_is", (*IS_LEVELS, None)), ("loss_type", LOSS_TYPES)):
         value = getattr(config, name)
         if value not in known:
-            problems.append(f"{PREFIX}{name}={show(value)}: {_unknown(value, known)}")
-    band, zero = _weight_band(config.rollout_is_threshold, problems)
+            problems.append(f"{PREFIX}{name}={show(value)}: {unknown_value(value, known)}")
+    weight_band, zero = _weight_band(config.rollout_is_threshold, problems)
     rejections = _rejections(config, problems)
     if problems:
         raise ConfigError(problems)
     return Correction(
         rollout_is=config.rollout_is,
-        rollout_is_band=band,
+        rollout_is_band=weight_band,
         rollout_is_zero=zero,
         rollout_is_batch_normalize=config.rollout_is_batch_normalize,
         rejections=rejections,
@@ -163,141 +181,150 @@ def resolve(config: RolloutCorrectionConfig) -> Correction:
     )
 
 
-def _with_preset(config: RolloutCorrectionConfig, problems: list[str]) -> RolloutCorrectionConfig:
-    """A key at its default cannot be told here from one that was not given: the preset decides it."""
-    if config.preset is None:
-        return config
-    if config.preset not in PRESETS:
-        problems.append(f"{PREFIX}preset={config.preset}: {_unknown(config.preset, (*PRESETS, None))}")
-        return config
-    defaults = RolloutCorrectionConfig()
-    changed = [name for name in _names() if not _same(getattr(config, name), getattr(defaults, name))]
-    problems += contradictions(config, [PREFIX + name for name in changed])
-    return dataclasses.replace(defaults, **PRESETS[config.preset])
-
-
 def contradictions(config: RolloutCorrectionConfig, given: Collection[str]) -> list[str]:
-    """What the preset says otherwise of the keys that were `given` (dotted names), one line a key."""
+    """Return an error text for each key in `given` (dotted names) whose value differs from the preset's value."""
     if config.preset not in PRESETS:
         return []
-    filled = dataclasses.replace(RolloutCorrectionConfig(), **PRESETS[config.preset])
+    preset = _preset_config(config.preset)
     return [
-        f"{PREFIX}{name}={show(getattr(config, name))}: {PREFIX}preset={config.preset} says "
-        f"{show(getattr(filled, name))}; leave one of the two out"
-        for name in _names()
-        if PREFIX + name in given and not _same(getattr(config, name), getattr(filled, name))
+        f"{PREFIX}{name}={show(getattr(config, name))}: {PREFIX}preset={config.preset} sets "
+        f"{show(getattr(preset, name))}; leave one of the two out"
+        for name in _keys_of_presets()
+        if PREFIX + name in given and not _same(getattr(config, name), getattr(preset, name))
     ]
 
 
-def _names() -> list[str]:
+def _fill_preset(config: RolloutCorrectionConfig, problems: list[str]) -> RolloutCorrectionConfig:
+    """Return the values of the preset, or the config itself without a (known) preset.
+
+    A key with its default value may have been omitted, so only other values can contradict the preset.
+    """
+    if config.preset is None:
+        return config
+    if config.preset not in PRESETS:
+        problems.append(f"{PREFIX}preset={config.preset}: {unknown_value(config.preset, (*PRESETS, None))}")
+        return config
+    defaults = RolloutCorrectionConfig()
+    changed = [name for name in _keys_of_presets() if not _same(getattr(config, name), getattr(defaults, name))]
+    problems += contradictions(config, [PREFIX + name for name in changed])
+    return _preset_config(config.preset)
+
+
+def _preset_config(preset: str) -> RolloutCorrectionConfig:
+    return dataclasses.replace(RolloutCorrectionConfig(), **PRESETS[preset])
+
+
+def _keys_of_presets() -> list[str]:
     return [field.name for field in dataclasses.fields(RolloutCorrectionConfig) if field.name != "preset"]
 
 
 def _same(a: Any, b: Any) -> bool:
+    """Compare two values; 2.0 and "2", or "0.5_5" and "0.5_5.0", are the same threshold."""
     return bool(_comparable(a) == _comparable(b))
 
 
 def _comparable(value: Any) -> Any:
-    """2.0 and "2", "0.5_5" and "0.5_5.0" are the same threshold."""
     try:
         return [[float(number) for number in text.split("_")] for text in str(value).split(",")]
     except ValueError:
         return value
 
 
-def _weight_band(value: float | str, problems: list[str]) -> tuple[Band, bool]:
-    """The bounds, and whether weights outside become 0."""
-    name = f"{PREFIX}rollout_is_threshold"
+def _weight_band(threshold: float | str, problems: list[str]) -> tuple[Band, bool]:
+    """Return the bounds of the weights, and True if weights outside become 0."""
     try:
-        numbers = _numbers(value)
+        numbers = _numbers(threshold)
         if len(numbers) == 2:
-            return _ratio_band(numbers), True
+            return _ratio_band(*numbers), True
         if numbers[0] < 1:
-            raise ValueError("is below 1, the weight where the two policies agree; use 2.0" + _merged(numbers[0]))
+            raise ValueError(
+                "must be at least 1, which is the weight if both policies agree; use 2.0" + _band_hint(numbers[0])
+            )
         return Band(1 / numbers[0], numbers[0]), False
     except ValueError as error:
-        problems.append(f"{name}={show(value)}: {error}")
+        problems.append(f"{PREFIX}rollout_is_threshold={show(threshold)}: {error}")
         return Band(0.5, 2.0), False
 
 
 def _rejections(config: RolloutCorrectionConfig, problems: list[str]) -> tuple[Rejection, ...]:
-    rs, thresholds = f"{PREFIX}rollout_rs", f"{PREFIX}rollout_rs_threshold"
+    terms_key, thresholds_key = f"{PREFIX}rollout_rs", f"{PREFIX}rollout_rs_threshold"
     given = config.rollout_rs_threshold
     if config.rollout_rs is None:
         if given is not None:
-            problems.append(f"{thresholds}={show(given)}: there is no {rs} that it belongs to; set {rs}=seq_mean_k1")
+            problems.append(f"{thresholds_key}={show(given)}: requires {terms_key}; set {terms_key}=seq_mean_k1")
         return ()
-    texts = [text.strip() for text in config.rollout_rs.split(",")]
-    terms = list(dict.fromkeys(text for text in texts if text)) or [config.rollout_rs]
+    terms = list(dict.fromkeys(term for term in _split(config.rollout_rs) if term)) or [config.rollout_rs]
     unknown = [term for term in terms if term not in RS_TERMS]
-    problems += [f"{rs}={config.rollout_rs}: {_unknown(term, (*RS_TERMS, None))}" for term in unknown]
     if unknown:
+        problems += [f"{terms_key}={config.rollout_rs}: {_unknown_term(term)}" for term in unknown]
         return ()
     if given is None:
         problems.append(
-            f"{thresholds} is not set: {rs}={config.rollout_rs} needs one for each term, with commas between"
+            f"{thresholds_key} is not set: {terms_key}={config.rollout_rs} needs one threshold per term, with commas"
         )
         return ()
-    texts = [text.strip() for text in str(given).split(",")]
-    if len(texts) not in (1, len(terms)):
+    thresholds = _split(str(given))
+    if len(thresholds) not in (1, len(terms)):
         problems.append(
-            f"{thresholds}={given}: {len(texts)} thresholds for {len(terms)} terms ({rs}={','.join(terms)}); give one "
-            "for each, or one for all"
+            f"{thresholds_key}={given}: {len(thresholds)} thresholds for {len(terms)} terms "
+            f"({terms_key}={','.join(terms)}); give one for each, or one for all"
         )
         return ()
-    found = []
-    for term, text in zip(terms, texts if len(texts) > 1 else texts * len(terms), strict=True):
+    rejections = []
+    for term, threshold in zip(terms, thresholds if len(thresholds) > 1 else thresholds * len(terms), strict=True):
         try:
-            found.append(Rejection(term, _rejection_band(term, text)))
+            rejections.append(Rejection(term, _rejection_band(term, threshold)))
         except ValueError as error:
-            problems.append(f"{thresholds}={given}: {text} for {term} {error}")
-    return tuple(found)
+            problems.append(f"{thresholds_key}={given}: {threshold} for {term} {error}")
+    return tuple(rejections)
 
 
-def _rejection_band(term: str, text: str) -> Band:
-    numbers = _numbers(text)
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")]
+
+
+def _unknown_term(term: str) -> str:
+    if term in _EARLIER_TERMS:
+        return f"{term} is unknown (did you mean {_EARLIER_TERMS[term]}?); use one of {', '.join(RS_TERMS)}, null"
+    return unknown_value(term, (*RS_TERMS, None))
+
+
+def _rejection_band(term: str, threshold: str) -> Band:
+    numbers = _numbers(threshold)
     if not term.endswith("k1"):
         if len(numbers) == 2:
-            raise ValueError("has two bounds, and a divergence only has a largest value; give one number, as 0.01")
+            raise ValueError("has two bounds, but a divergence only has a maximum; give one number, such as 0.01")
         return Band(0.0, numbers[0])
     if len(numbers) == 2:
-        return _ratio_band(numbers)
+        return _ratio_band(*numbers)
     if numbers[0] <= 1:
-        raise ValueError("has to be above 1: x stands for the band from 1/x to x" + _merged(numbers[0]))
+        raise ValueError("must be above 1: x means the band from 1/x to x" + _band_hint(numbers[0]))
     return Band(1 / numbers[0], numbers[0])
 
 
-def _numbers(value: float | str) -> list[float]:
-    """One number or the two of "lo_hi", positive."""
-    texts = str(value).split("_")
+def _numbers(threshold: float | str) -> list[float]:
+    """Return one positive number, or the two of a band "lo_hi"."""
     try:
-        numbers = [float(text) for text in texts]
+        numbers = [float(text) for text in str(threshold).split("_")]
     except ValueError:
         numbers = []
     if len(numbers) not in (1, 2) or not all(math.isfinite(number) for number in numbers):
-        raise ValueError("is no number and no band; give 2.0, or a band such as 0.5_5.0")
+        raise ValueError("must be a number or a band; give 2.0, or a band such as 0.5_5.0")
     if min(numbers) <= 0:
-        raise ValueError("has to be above 0; give 2.0, or a band such as 0.5_5.0")
+        raise ValueError("must be above 0; give 2.0, or a band such as 0.5_5.0")
     return numbers
 
 
-def _ratio_band(numbers: list[float]) -> Band:
-    lo, hi = numbers
+def _ratio_band(lo: float, hi: float) -> Band:
     if lo > hi:
-        raise ValueError(f"is the wrong way round; use {hi}_{lo}")
+        raise ValueError(f"has its bounds in the wrong order; use {hi}_{lo}")
     if not lo <= 1 <= hi or lo == hi:
-        raise ValueError("does not hold 1, the ratio where the two policies agree; use a band such as 0.5_2.0")
+        raise ValueError("must contain 1, which is the ratio if both policies agree; use a band such as 0.5_2.0")
     return Band(lo, hi)
 
 
-def _merged(number: float) -> str:
-    """Below 1, a number is most likely a band that YAML has read as one number."""
-    return "; a band needs a point in its second number, 0.5_5.0, since YAML reads 0.5_5 as 0.55" if number < 1 else ""
-
-
-def _unknown(value: Any, known: tuple[Any, ...]) -> str:
-    names = [show(name) for name in known]
-    earlier = [_EARLIER[value]] if value in _EARLIER and _EARLIER[value] in known else []
-    near = earlier or difflib.get_close_matches(str(value), names, n=1)
-    hint = f" (did you mean {near[0]}?)" if near else ""
-    return f"{show(value)} is unknown{hint}; use one of {', '.join(names)}"
+def _band_hint(number: float) -> str:
+    """Return a hint for a number below 1, which is probably a band that YAML read as a number."""
+    if number >= 1:
+        return ""
+    return "; a band needs a decimal point in its second number, as in 0.5_5.0, because YAML reads 0.5_5 as 0.55"

@@ -1,45 +1,62 @@
-"""What a config key is: a dataclass field that carries its help, its unit and the values that work.
+"""Config keys: dataclass fields with a help text, a unit, the accepted values, and the conditions of their effect.
 
-    @dataclass
-    class DataConfig:
-        train_batch_size: int = key(1024, "prompts of one training step", unit="prompts", at_least=1)
-
-`only` lists the values that are supported so far; any other is a known one whose feature is not there yet.
+@dataclass
+class DataConfig:
+    train_batch_size: int = key(1024, "prompts per training step", unit="prompts", at_least=1)
+    seed: int | None = key(None, "seed of the order of prompts", only_with=when("shuffle"))
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 _METADATA = "key"
 
 
+class Run(Protocol):
+    """The values that conditions read; `verl.config.run_facts.RunFacts` implements it."""
+
+    def value(self, name: str) -> Any:
+        """Return the value of a key by its dotted name, or of a fact by `run.<name>`."""
+        ...
+
+
+Condition = Callable[[Run, str], str | None]
+"""A condition of a key's effect; `verl.config.conditions` makes them.
+
+It takes a run and the dotted name of the key. It returns why the key has no effect in this run, or None if it has one.
+"""
+
+
 @dataclass(frozen=True)
 class Key:
-    """What is known about a key besides its type and default.
+    """Properties of a key apart from its type and default.
 
     Attributes:
-        help: what it does.
-        unit: of the value: prompts, samples, tokens, seconds, MiB, steps, ...; empty where it has none.
-        choices: values that work; empty for any.
-        planned: values that are known and not supported yet.
-        only: values supported so far; None for any.
-        use: for `only` and `planned`: what to use instead.
-        at_least, above, at_most, below: bounds of a number, in a list of each.
-        items: how many a list holds.
+        help: effect of the key.
+        unit: unit of the value: prompts, samples, tokens, seconds, MiB, training steps, ...; empty for a plain value.
+        choices: supported values; empty if any value is.
+        unsupported: known values that are not supported.
+        only: the only supported values of a key whose feature is not supported; None for other keys.
+        use: for `unsupported` and `only`: what to use instead.
+        at_least, above, at_most, below: bounds of a number, or of each number in a list.
+        items: required length of a list.
         required: null is an error.
-        path: a path on this host; `~` and relative ones are made absolute.
-        hub: or the name of a model on the Hugging Face hub, which stands for its directory in the hub's cache.
+        path: the value is a path on this host; `~` and relative paths become absolute.
+        hub: with `path`: the value may also be the name of a model on the Hugging Face hub. It then stands for the
+            model's directory in the hub's cache.
+        only_with: the key has no effect in a run unless all these conditions hold.
+        entries_only_with: the same for single entries of a mapping, by name.
     """
 
     help: str = ""
     unit: str = ""
     choices: tuple[Any, ...] = ()
-    planned: tuple[Any, ...] = ()
+    unsupported: tuple[Any, ...] = ()
     only: tuple[Any, ...] | None = None
     use: str = ""
     at_least: float | None = None
@@ -50,33 +67,73 @@ class Key:
     required: bool = False
     path: bool = False
     hub: bool = False
+    only_with: tuple[Condition, ...] = ()
+    entries_only_with: Mapping[str, Condition] = dataclasses.field(default_factory=dict)
 
 
-def key(default: Any, help: str, **known: Any) -> Any:
-    """A field with a default; `known` are further attributes of `Key`."""
-    metadata = {_METADATA: Key(help=help, **known)}
+def key(
+    default: Any,
+    help: str,
+    *,
+    unit: str = "",
+    choices: tuple[Any, ...] = (),
+    unsupported: tuple[Any, ...] = (),
+    only: tuple[Any, ...] | None = None,
+    use: str = "",
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    items: int | None = None,
+    required: bool = False,
+    path: bool = False,
+    hub: bool = False,
+    only_with: Condition | tuple[Condition, ...] = (),
+    entries_only_with: Mapping[str, Condition] | None = None,
+) -> Any:
+    """Return a dataclass field with this default; the other arguments are attributes of `Key`."""
+    known = Key(
+        help=help,
+        unit=unit,
+        choices=choices,
+        unsupported=unsupported,
+        only=only,
+        use=use,
+        at_least=at_least,
+        above=above,
+        at_most=at_most,
+        below=below,
+        items=items,
+        required=required,
+        path=path,
+        hub=hub,
+        only_with=_as_tuple(only_with),
+        entries_only_with=entries_only_with or {},
+    )
     if isinstance(default, list | dict):
-        return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+        return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata={_METADATA: known})
+    return dataclasses.field(default=default, metadata={_METADATA: known})
 
 
-def planned(default: Any, feature: str, use: str = "") -> Any:
-    """A key of a feature that is not there yet: only its default is accepted, which leaves the feature off."""
-    return key(default, f"{feature}: not supported yet", only=(default,), use=use or f"use {show(default)}")
+def unsupported(default: Any, feature: str, use: str = "") -> Any:
+    """Return a field of a feature that is not supported: it accepts only its default, which leaves the feature off."""
+    return key(default, f"{feature}: not supported", only=(default,), use=use or f"use {show(default)}")
 
 
-def section(cls: type, help: str) -> Any:
-    """A field that holds another dataclass."""
-    return dataclasses.field(default_factory=cls, metadata={_METADATA: Key(help=help)})
+def section(cls: type, help: str, only_with: Condition | tuple[Condition, ...] = ()) -> Any:
+    """Return a field that holds another dataclass; without its conditions, no key of it has an effect."""
+    metadata = {_METADATA: Key(help=help, only_with=_as_tuple(only_with))}
+    return dataclasses.field(default_factory=cls, metadata=metadata)
 
 
 def key_of(field: dataclasses.Field[Any]) -> Key:
-    """What a field knows about itself."""
-    return field.metadata.get(_METADATA, Key())
+    """Return the properties of a field."""
+    known: Key = field.metadata.get(_METADATA, Key())
+    return known
 
 
 def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
-    """Every key below a dataclass instance as (dotted name, field, value), sections themselves left out."""
+    """Yield (dotted name, field, value) of every key below a dataclass instance, without the sections themselves."""
     for field in dataclasses.fields(config):
         name, value = f"{prefix}{field.name}", getattr(config, field.name)
         if dataclasses.is_dataclass(value):
@@ -86,9 +143,13 @@ def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field
 
 
 def show(value: Any) -> str:
-    """A value as it is written on the command line."""
+    """Return a value as it is written on the command line."""
     if value is None:
         return "null"
     if isinstance(value, list | tuple):
         return "[" + ",".join(show(item) for item in value) + "]"
     return str(value)
+
+
+def _as_tuple(only_with: Condition | tuple[Condition, ...]) -> tuple[Condition, ...]:
+    return only_with if isinstance(only_with, tuple) else (only_with,)

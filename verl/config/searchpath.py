@@ -1,4 +1,4 @@
-"""Makes the framework's YAML files known to Hydra: a file elsewhere may say `defaults: [ppo_trainer, _self_]`."""
+"""Add verl's YAML files to Hydra's search path, so that any file may contain `defaults: [ppo_trainer, _self_]`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ PACKAGE = "pkg://verl.trainer.config"
 
 
 class VerlSearchPath(SearchPathPlugin):
-    """Appends the framework's own config directory, once."""
+    """Hydra plugin that adds verl's config directory to the search path."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Append the directory, unless it is there already."""
         if all(element.path != PACKAGE for element in search_path.get_path()):
             search_path.append(provider="verl", path=PACKAGE)
 
 
 def register() -> None:
-    """Register the plugin, for an interpreter that does not discover it under `hydra_plugins`."""
+    """Register the plugin, for an interpreter in which Hydra does not find it under `hydra_plugins`."""
     Plugins.instance().register(VerlSearchPath)

@@ -1,98 +1,121 @@
-"""`trainer`: length of the run, devices, validation, checkpoints, logs."""
+"""`trainer`: length of the run, devices, validation, checkpoints and logs."""
 
-# ruff: noqa: RUF009  (key, planned and section make dataclass fields)
+# ruff: noqa: RUF009  (key, unsupported and section return dataclass fields)
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from verl.config import names
-from verl.config.schema import key, planned, section
+from verl.config.conditions import when
+from verl.config.schema import key, section, unsupported
 
 
 @dataclass
 class V1Config:
-    """The kind of loop."""
+    """Kind of training loop."""
 
     trainer_mode: str = key(
         "sync",
-        "sync: rollout and training take turns",
+        "sync: rollout and training alternate",
         choices=("sync",),
-        planned=("colocate_async", "separate_async"),
-        use="use sync; with trainer.rollout_lag=1 the next batch is generated while one is trained on",
+        unsupported=("colocate_async", "separate_async"),
+        use="use sync; trainer.rollout_lag=1 generates the next batch during training",
     )
 
 
 @dataclass
 class TrainerConfig:
-    """Length of the run, devices, validation, checkpoints, logs."""
+    """Length of the run, devices, validation, checkpoints and logs."""
 
     project_name: str = key("verl_examples", "name of the project in logs and paths")
     experiment_name: str = key("gsm8k", "name of the run in logs and paths")
-    device: str = key("auto", "auto takes an accelerator if there is one", choices=("auto", "cpu", "cuda", "npu"))
+    device: str = key(
+        "auto",
+        "device of the trainer and the replicas; auto: an accelerator if there is one",
+        choices=("auto", "cpu", "cuda", "npu"),
+    )
     n_gpus_per_node: int = key(
-        8, "trainer ranks of a node: its devices, or processes where the device is a CPU", unit="ranks", at_least=1
+        8, "trainer ranks per node: one per device, or any number of processes on a CPU", unit="ranks", at_least=1
     )
     nnodes: int = key(
         1,
-        "nodes of the trainer; more than one are a Ray cluster's (ray_kwargs.ray_init.address), and share the file "
-        "system that checkpoints go to",
+        "nodes of the trainer; several nodes need a Ray cluster (ray_kwargs.ray_init.address) and a shared file system "
+        "for checkpoints",
         at_least=1,
     )
-    seed: int = key(0, "seed of weights made anew, of sampling, and of data order without data.seed", at_least=0)
-    total_epochs: int = key(30, "passes over the training prompts", unit="epochs", at_least=1)
-    total_training_steps: int | None = key(
-        None, "training steps in place of total_epochs", unit="training steps", at_least=1
+    seed: int = key(0, "seed of new weights and of sampling, and of the data order if data.seed is null", at_least=0)
+    total_epochs: int = key(
+        30,
+        "passes over the training prompts",
+        unit="epochs",
+        at_least=1,
+        only_with=when("total_training_steps", None),
     )
-    test_freq: int = key(-1, "validate every so many steps and after the last, -1 for never", unit="training steps")
+    total_training_steps: int | None = key(
+        None, "training steps; null: total_epochs decides", unit="training steps", at_least=1
+    )
+    test_freq: int = key(
+        -1, "steps between validations; the last step also validates; -1: never", unit="training steps"
+    )
     val_before_train: bool = key(True, "validate before the first step")
     val_only: bool = key(False, "validate once and stop")
     save_freq: int = key(
-        -1, "write a checkpoint every so many steps and after the last, -1 for never", unit="training steps"
+        -1, "steps between checkpoints; the last step also writes one; -1: never", unit="training steps"
     )
-    max_actor_ckpt_to_keep: int | None = key(None, "checkpoints to keep, null for all", at_least=1)
+    max_actor_ckpt_to_keep: int | None = key(
+        None,
+        "checkpoints to keep; null: all",
+        at_least=1,
+        only_with=when("save_freq", at_least=1, reason="without checkpoints (trainer.save_freq)"),
+    )
     default_local_dir: str = key(
         "checkpoints/${trainer.project_name}/${trainer.experiment_name}", "directory of checkpoints and logs", path=True
     )
     resume_mode: str = key(
         "auto",
-        "auto: go on from the last checkpoint in default_local_dir, if any",
+        "auto: resume from the last checkpoint in default_local_dir, if there is one; resume_path: resume from "
+        "resume_from_path",
         choices=("auto", "disable", "resume_path"),
     )
     resume_from_path: str | None = key(
-        None, "global_step_N directory to go on from where resume_mode is resume_path", path=True
+        None,
+        "directory global_step_N to resume from",
+        path=True,
+        only_with=when("resume_mode", "resume_path"),
     )
     logger: list[str] = key(
         ["console", "file"],
-        "where metrics go",
+        "destinations of the metrics",
         choices=names.LOGGERS,
-        planned=names.UNSUPPORTED_LOGGERS,
+        unsupported=names.UNSUPPORTED_LOGGERS,
         use=f"use any of {', '.join(names.LOGGERS)}",
     )
     log_val_generations: int = key(0, "validation samples to log as text", unit="samples", at_least=0)
     rollout_data_dir: str | None = key(
-        None, "directory for all training samples as JSON lines, null for none", path=True
+        None, "directory for all training samples as JSON lines; null: not written", path=True
     )
     validation_data_dir: str | None = key(
-        None, "directory for all validation samples as JSON lines, null for none", path=True
+        None, "directory for all validation samples as JSON lines; null: not written", path=True
     )
     timeline: str | None = key(
-        None, "file for a timeline of all processes, which Perfetto opens, null for none", path=True
+        None, "file for a timeline of all processes in the format of Perfetto; null: not written", path=True
     )
-    balance_batch: bool = key(True, "even out the ranks' tokens")
-    use_v1: bool = key(True, "there is one loop, which both values mean")
-    v1: V1Config = section(V1Config, "the kind of loop")
+    balance_batch: bool = key(True, "distribute samples so that all ranks get about the same number of tokens")
+    use_v1: bool = key(True, "accepted for compatibility; there is only one training loop")
+    v1: V1Config = section(V1Config, "kind of training loop")
     rollout_lag: int = key(
         0,
-        "1: the next batch is generated while one is trained on, by weights one update older; 0: they take turns",
+        "0: generation and training alternate; 1: the next batch is generated during training, with weights that are "
+        "one update older",
         unit="training steps",
         choices=(0, 1),
     )
-    critic_warmup: int = key(
-        0, "steps in which the critic alone learns, before the policy joins in", unit="training steps", at_least=0
+    critic_warmup: int = key(0, "steps at the start that train the critic only", unit="training steps", at_least=0)
+    max_critic_ckpt_to_keep: int | None = unsupported(
+        None,
+        "a different number of checkpoints for the critic",
+        "use max_actor_ckpt_to_keep: a checkpoint contains both models",
     )
-    max_critic_ckpt_to_keep: int | None = planned(
-        None, "keeping another number of the critic's checkpoints", "use max_actor_ckpt_to_keep: a checkpoint has both"
-    )
-    default_hdfs_dir: str | None = planned(None, "copies on HDFS")
-    del_local_ckpt_after_load: bool = planned(False, "deleting a checkpoint once loaded")
-    esi_redundant_time: int = planned(0, "saving before an instance expires")
+    default_hdfs_dir: str | None = unsupported(None, "copies on HDFS")
+    del_local_ckpt_after_load: bool = unsupported(False, "deleting a checkpoint after it is loaded")
+    esi_redundant_time: int = unsupported(0, "saving before an instance expires")

@@ -1,16 +1,16 @@
-"""Checks each value by itself, against what its field says works."""
+"""Check each value of a config separately against the properties of its key."""
 
 from __future__ import annotations
 
-import difflib
 import sys
 from typing import Any
 
+from verl.config.errors import unknown_value
 from verl.config.ppo import PPOConfig
 from verl.config.roles import needs_critic, needs_ref
 from verl.config.schema import Key, key_of, show, walk
 
-# Names that a user's own code may have added, and the registry (module, attribute) that then knows them.
+# Keys whose names the user's own code can extend, and the registry (module, attribute) that contains these names.
 _EXTENSIBLE = {
     "algorithm.adv_estimator": ("verl.algorithms.advantages.common", "ADV_ESTIMATORS"),
     "actor_rollout_ref.actor.policy_loss.loss_mode": ("verl.algorithms.losses.common", "POLICY_LOSSES"),
@@ -18,19 +18,19 @@ _EXTENSIBLE = {
 
 
 def value_problems(config: PPOConfig) -> dict[str, str]:
-    """By key: what is wrong with each value that is missing, unknown, out of bounds or not supported yet.
+    """Return, by key, an error text for each value that is missing, unknown, out of bounds or not supported.
 
-    A feature that is not there is none to miss in a role that the run does not have.
+    Unsupported values are ignored in roles that this run does not use.
     """
     problems = {}
-    absent = () if needs_ref(config) else ("actor_rollout_ref.ref.",)
-    absent += () if needs_critic(config) else ("critic.",)
+    unused_roles: tuple[str, ...] = () if needs_ref(config) else ("actor_rollout_ref.ref.",)
+    unused_roles += () if needs_critic(config) else ("critic.",)
     for name, field, value in walk(config):
         key = key_of(field)
         if value is None and key.required:
-            problems[name] = f"{name} is not set: give a {key.help}"
+            problems[name] = f"{name} is not set; give: {key.help}"
             continue
-        if name.startswith(absent) and _is_planned(key, value):
+        if name.startswith(unused_roles) and _is_unsupported(key, value):
             continue
         problem = _problem(name, key, value)
         if problem is not None:
@@ -38,16 +38,17 @@ def value_problems(config: PPOConfig) -> dict[str, str]:
     return problems
 
 
-def _is_planned(key: Key, value: Any) -> bool:
-    """Whether a value belongs to a feature that is known and not supported yet."""
+def _is_unsupported(key: Key, value: Any) -> bool:
+    """Return True if the value belongs to a feature that is known but not supported."""
     if key.only is not None:
         return not any(_equal(value, only) for only in key.only)
-    return isinstance(value, str) and value in key.planned
+    return isinstance(value, str) and value in key.unsupported
 
 
 def _problem(name: str, key: Key, value: Any) -> str | None:
-    if key.only is not None and _is_planned(key, value):
-        return f" is not supported yet ({key.help.split(':')[0]}): {key.use}"
+    """Return the text to put after `name=value`; None if the value works."""
+    if key.only is not None and _is_unsupported(key, value):
+        return f" is not supported ({key.help.split(':')[0]}); {key.use}"
     if value is None:
         return None
     items = value if isinstance(value, list) else [value]
@@ -55,42 +56,42 @@ def _problem(name: str, key: Key, value: Any) -> str | None:
         return f": {len(items)} values; give {key.items}, {key.help}"
     for item in items:
         if key.choices and item not in key.choices and item not in _registered(name):
-            return _no_choice(key, item)
+            return _choice_problem(key, item)
         if isinstance(item, int | float) and not isinstance(item, bool):
-            problem = _out_of_bounds(key, item)
+            problem = _bound_problem(key, item)
             if problem is not None:
                 return problem
     return None
 
 
 def _equal(value: Any, other: Any) -> bool:
-    return value == other and isinstance(value, bool) == isinstance(other, bool)
+    return bool(value == other) and isinstance(value, bool) == isinstance(other, bool)
 
 
-def _no_choice(key: Key, item: Any) -> str:
-    if item in key.planned:
-        return f": {item} is not supported yet; {key.use}"
-    near = difflib.get_close_matches(str(item), [show(choice) for choice in [*key.choices, *key.planned]], n=1)
-    hint = f" (did you mean {near[0]}?)" if near else ""
-    known = f"use one of {', '.join(map(show, key.choices))}"
-    return f": {show(item)} is unknown{hint}; {known}"
+def _choice_problem(key: Key, item: Any) -> str:
+    if item in key.unsupported:
+        return f": {item} is not supported; {key.use}"
+    return f": {unknown_value(item, key.choices, also_similar=key.unsupported)}"
 
 
-def _out_of_bounds(key: Key, value: float) -> str | None:
+def _bound_problem(key: Key, value: float) -> str | None:
     bounds = (
         (key.at_least, value < (key.at_least or 0), "at least"),
         (key.above, value <= (key.above or 0), "above"),
         (key.at_most, value > (key.at_most or 0), "at most"),
         (key.below, value >= (key.below or 0), "below"),
     )
-    for bound, broken, words in bounds:
-        if bound is not None and broken:
+    for bound, exceeded, words in bounds:
+        if bound is not None and exceeded:
             unit = f" {key.unit}" if key.unit else ""
-            return f": has to be {words} {bound:g}{unit}"
+            return f": must be {words} {bound:g}{unit}"
     return None
 
 
 def _registered(name: str) -> list[str]:
-    """Names in the registry behind a key, if something imported it already: it holds functions on torch tensors."""
+    """Return the names in the registry of a key, if its module is imported; importing it here would import torch."""
     module, attribute = _EXTENSIBLE.get(name, ("", ""))
-    return getattr(sys.modules[module], attribute).names() if module in sys.modules else []
+    if module not in sys.modules:
+        return []
+    names: list[str] = getattr(sys.modules[module], attribute).names()
+    return names

@@ -1,7 +1,9 @@
-"""Command line: `python3 -m verl.trainer.main_ppo key=value ...`: compose the config, check it, print the plan, run.
+"""Command line of a run: compose the config, check it, print the plan, train.
 
-Hydra's own options work: `--config-path`, `--config-name`, `--cfg job`, `--help`. Exit status: 2 for a config that
-cannot work, 1 for a run that failed, 130 after Ctrl-C, 143 after SIGTERM.
+    python3 -m verl.trainer.main_ppo key=value ...
+
+Hydra's options are available: `--config-path`, `--config-name`, `--cfg job`, `--help`. Exit status: 2 if the config has
+errors, 1 if the run failed, 130 after Ctrl-C, 143 after SIGTERM.
 """
 
 from __future__ import annotations
@@ -21,18 +23,22 @@ from verl.config.overrides import Prepared, prepare
 from verl.preflight import Plan, check
 from verl.utils import external
 
-# Hydra would make a directory with a log file and copies of the config for every run, wherever it is started.
-# Its logging is "none", not "disabled", which would switch off every logger that exists by then, verl's own included.
+# By default Hydra writes a log file and copies of the config to a new directory below the working directory.
+# Its logging is "none" and not "disabled", because "disabled" would also disable all existing loggers, such as verl's.
 _QUIET = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
-_WITH_VALUE = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--cfg", "-c", "--package", "-p")
-_WITH_VALUE += ("--experimental-rerun",)
+# Options of Hydra.
 _NAMES = ("--config-name", "-cn")
 _PATHS = ("--config-path", "-cp", "--config-dir", "-cd")
+_WITH_VALUE = (*_NAMES, *_PATHS, "--cfg", "-c", "--package", "-p", "--experimental-rerun")
 _MULTIRUN = ("--multirun", "-m")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; `arguments` in the place of `sys.argv[1:]`."""
+    """Run the command line and exit.
+
+    Args:
+        arguments: None for `sys.argv[1:]`.
+    """
     try:
         config = compose(list(sys.argv[1:] if arguments is None else arguments))
         if config is None:
@@ -47,11 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def compose(arguments: list[str]) -> PPOConfig | None:
-    """The config of a command line; None where Hydra answered it by itself (`--help`, `--cfg job`).
+    """Return the config of a command line; None if Hydra handled it alone (`--help`, `--cfg job`).
 
     Raises:
-        ConfigError: an override or a file is wrong.
-        SystemExit: Hydra could not compose, and said why; status 2.
+        ConfigError: an override or a file has errors.
+        SystemExit: Hydra could not compose the config and printed the reason; status 2.
     """
     options, overrides = split_arguments(arguments)
     prepared = prepare(overrides)
@@ -74,10 +80,12 @@ def compose(arguments: list[str]) -> PPOConfig | None:
 
 
 def import_external_lib(config: PPOConfig) -> None:
-    """Import the user's modules, so that the names they register are known when the config is checked.
+    """Import the user's modules, so that the check of the config knows the names that they register.
+
+    The config then contains absolute paths of these modules.
 
     Raises:
-        ConfigError: one does not import.
+        ConfigError: a module does not import.
     """
     model = config.actor_rollout_ref.model
     libs = external.absolute(model.external_lib or ())
@@ -89,10 +97,10 @@ def import_external_lib(config: PPOConfig) -> None:
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Hydra's options, a relative directory of configs made absolute, and overrides.
+    """Return Hydra's options, with absolute directories of configs, and the overrides.
 
     Raises:
-        ConfigError: `--multirun`, or a config file of verl's for another training engine.
+        ConfigError: `--multirun`, or the name of an upstream config for another training engine.
     """
     options: list[str] = []
     overrides: list[str] = []
@@ -107,23 +115,25 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
                 [f"{argument}: several runs in one command are not supported; start one command for each"]
             )
         if name in _WITH_VALUE and not equals:
-            value = next(rest, None)
-            options += [name] if value is None else [name, _from_here(name, value)]
+            following = next(rest, None)
+            options += [name] if following is None else [name, _absolute(name, following)]
+            value = following or ""
         else:
-            options.append(f"{name}={_from_here(name, value)}" if equals else argument)
-        refused = config_name_hint(value or "") if name in _NAMES else None
-        if refused is not None:
-            raise ConfigError([refused])
+            options.append(f"{name}={_absolute(name, value)}" if equals else argument)
+        problem = config_name_hint(value) if name in _NAMES else None
+        if problem is not None:
+            raise ConfigError([problem])
     return options, overrides
 
 
-def _from_here(option: str, value: str) -> str:
-    """Hydra looks for a relative directory beside this file; users mean the working directory."""
+def _absolute(option: str, value: str) -> str:
+    """Return a relative directory as an absolute path, because Hydra would resolve it against this file's directory."""
     path = os.path.expanduser(value)
     return os.path.abspath(path) if option in _PATHS and os.path.isdir(path) else value
 
 
 def _quiet(prepared: Prepared) -> list[str]:
+    """Return the settings that keep Hydra from writing files, without those that the user overrides."""
     given = {text.partition("=")[0].lstrip("+~") for text in prepared.overrides}
     return [text for text in _QUIET if text.partition("=")[0] not in given]
 
@@ -135,7 +145,7 @@ def show_plan(plan: Plan) -> None:
 
 
 def execute(config: PPOConfig, plan: Plan) -> int:
-    """Train; the exit status."""
+    """Train, and return the exit status."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     from verl.trainer.ppo.ray_trainer import run
 
@@ -144,7 +154,7 @@ def execute(config: PPOConfig, plan: Plan) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("verl: stopped by Ctrl-C\n")
         return 130
-    except Exception as error:  # noqa: BLE001  (the last one to see it: the error first, where it came from below)
+    except Exception as error:  # noqa: BLE001  (the top level prints every error, first its message and then its traceback)
         sys.stderr.write(f"verl: the run failed: {type(error).__name__}: {error}\n")
         traceback.print_exception(error)
         return 1

@@ -142,5 +142,5 @@ def test_unused_keys_are_notes(plan_of, critic_model):
         critic__checkpoint__save_contents="[model]",
     ).notes
     assert "no effect without dynamic micro-batches: critic.forward_max_token_len_per_gpu" in notes
-    assert "no effect on a constant schedule: critic.optim.min_lr_ratio" in notes
+    assert "no effect with critic.optim.lr_scheduler_type=constant: critic.optim.min_lr_ratio" in notes
     assert "no effect without checkpoints (trainer.save_freq): critic.checkpoint.save_contents" in notes

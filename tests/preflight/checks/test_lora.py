@@ -43,11 +43,11 @@ def with_adapter(path, **changes):
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"lora_rank": -1}, "lora_rank=-1: has to be at least 0"),
-        ({"lora_rank": 4, "lora_alpha": 0}, "lora_alpha=0: has to be above 0"),
-        ({"lora_rank": 4, "lora_alpha": -2}, "lora_alpha=-2: has to be above 0"),
-        ({"target_modules": "[q_proj]"}, "target_modules=[q_proj]: there are no adapters with"),
-        ({"exclude_modules": "[q_proj]"}, "exclude_modules=[q_proj]: there are no adapters with"),
+        ({"lora_rank": -1}, "lora_rank=-1: must be at least 0"),
+        ({"lora_rank": 4, "lora_alpha": 0}, "lora_alpha=0: must be above 0"),
+        ({"lora_rank": 4, "lora_alpha": -2}, "lora_alpha=-2: must be above 0"),
+        ({"target_modules": "[q_proj]"}, "target_modules=[q_proj]: requires adapters, but"),
+        ({"exclude_modules": "[q_proj]"}, "exclude_modules=[q_proj]: requires adapters, but"),
         ({"lora_rank": 4, "target_modules": "[]"}, "target_modules=[]: no layer would be trained; use all-linear"),
         (
             {"lora_rank": 4, "target_modules": "[qproj]"},
@@ -77,10 +77,10 @@ def with_adapter(path, **changes):
             "actor_rollout_ref.model.target_modules=[q_proj]",
         ),
         ({"lora_rank": 4, "target_modules": "q_proj"}, "use [q_proj]"),
-        ({"lora_rank": 4, "target_modules": "'q_(proj'"}, "is no regular expression (missing ), unterminated"),
+        ({"lora_rank": 4, "target_modules": "'q_(proj'"}, "is not a regular expression (missing ), unterminated"),
         ({"lora_rank": 4, "target_parameters": "[gate_up_proj]"}, "target_parameters=[gate_up_proj] is not supported"),
-        ({"lora__rank": 4}, "set actor_rollout_ref.model.lora_rank"),
-        ({"lora__merge": False}, "use True: adapters apart from the weights"),
+        ({"lora__rank": 4}, "use actor_rollout_ref.model.lora_rank"),
+        ({"lora__merge": False}, "use True: the rollout does not support separate adapters"),
     ],
 )
 def test_invalid_keys_are_errors(problem_of, changes, text):
@@ -146,11 +146,11 @@ def test_keys_that_contradict_an_adapter_are_errors(problem_of, adapter, changes
 @pytest.mark.parametrize(
     ("over", "text"),
     [
-        ({"peft_type": "IA3"}, "is an adapter of kind IA3; only LORA"),
+        ({"peft_type": "IA3"}, "adapters of kind IA3 are not supported; use LORA"),
         ({"use_dora": True}, "has use_dora=True, which is not supported"),
         ({"bias": "all"}, "has bias=all, which is not supported"),
         ({"modules_to_save": ["lm_head"]}, "has modules_to_save=['lm_head'], which is not supported"),
-        ({"init_lora_weights": "pissa"}, "has init_lora_weights=pissa, which belongs to a base model"),
+        ({"init_lora_weights": "pissa"}, "has init_lora_weights=pissa, which requires a modified base model"),
         ({"r": None}, "has no r or lora_alpha"),
         ({"target_modules": None}, "has no target_modules"),
     ],

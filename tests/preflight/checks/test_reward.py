@@ -97,13 +97,13 @@ def dapo(buffer, **kwargs):
         ("{enable: True}", {}, f"{BUFFER}.len is not set", "at least 1"),
         ("{enable: True, len: 0}", {}, f"{BUFFER}.len=0", "at least 1"),
         ("{enable: True, len: 1.5}", {}, f"{BUFFER}.len=1.5", "at least 1"),
-        ("{enable: True, len: 17}", {}, f"{BUFFER}.len=17: is longer", "give at most 16"),
+        ("{enable: True, len: 17}", {}, f"{BUFFER}.len=17: must be at most", "use at most 16"),
         ("{enable: True, len: 4, penalty_factor: -1}", {}, f"{BUFFER}.penalty_factor=-1", "at least 0"),
         ("{enable: True, len: 4, penalty_factor: .inf}", {}, f"{BUFFER}.penalty_factor=inf", "at least 0"),
-        ("{enable: True, len: 4, penalty_factor: x}", {}, f"{BUFFER}.penalty_factor=x", "give a number"),
+        ("{enable: True, len: 4, penalty_factor: x}", {}, f"{BUFFER}.penalty_factor=x", "must be a number"),
         ("{enable: 1, len: 4}", {}, f"{BUFFER}.enable=1", "True or False"),
         ("{enable: True, len: 4, log: 1}", {}, f"{BUFFER}.log=1", "True or False"),
-        ("{enable: True, lenn: 4}", {}, f"{BUFFER}.lenn=4: there is no such key", "did you mean len?"),
+        ("{enable: True, lenn: 4}", {}, f"unknown key '{BUFFER}.lenn'", f"did you mean '{BUFFER}.len'?"),
         ("3", {}, f"{BUFFER}=3", "this is a section"),
     ],
 )
@@ -143,11 +143,11 @@ def test_dapo_without_a_penalty_is_a_note(plan_of, buffer, words):
 def test_the_overlong_buffer_is_unused_without_dapo(plan_of):
     changes = dapo("{enable: True, len: 999}") | {"reward__reward_manager__name": "naive"}
     notes = plan_of(**changes).notes
-    assert f"no effect on reward.reward_manager.name=naive: reward.reward_kwargs.max_resp_len, {BUFFER}" in notes
+    assert f"no effect with reward.reward_manager.name=naive: reward.reward_kwargs.max_resp_len, {BUFFER}" in notes
 
 
 def test_a_keyword_with_two_values_is_an_error(problem_of, run_files):
     run_files.reward.write_text("def compute_score(**sample): ...")
     own = "reward__custom_reward_function__reward_kwargs"
     text = problem_of(**{"reward__reward_kwargs": "{a: 1, b: 2}", own: "{a: 3, b: 2}"})
-    assert text.startswith("reward.custom_reward_function.reward_kwargs.a=3: is 1 in reward.reward_kwargs")
+    assert text.startswith("reward.custom_reward_function.reward_kwargs.a=3: reward.reward_kwargs.a is 1")

@@ -125,7 +125,7 @@ def test_rollout_lag_without_correction_is_a_warning(plan_of):
 def test_free_cache_engine_is_unused_on_separate_devices(plan_of):
     free = {"actor_rollout_ref__rollout__free_cache_engine": False}
     apart = {NNODES: 1, "actor_rollout_ref__rollout__n_gpus_per_node": 1}
-    unused = "with rollout.nnodes, where replicas have memory of their own: "
+    unused = "with rollout.nnodes=1, because the replicas have their own memory: "
     assert any(unused in note and "free_cache_engine" in note for note in plan_of(**free, **apart).notes)
     assert not any(unused in note for note in (*plan_of(**free).notes, *plan_of(**apart).notes))
 

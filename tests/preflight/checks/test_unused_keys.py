@@ -1,4 +1,10 @@
+"""Notes about changed keys that have no effect."""
+
 import pytest
+
+from verl.config import PPOConfig
+from verl.config.run_facts import RunFacts
+from verl.config.schema import key_of
 
 A = "actor_rollout_ref__actor__"
 R = "actor_rollout_ref__rollout__"
@@ -42,7 +48,7 @@ R = "actor_rollout_ref__rollout__"
         ({"data__shuffle": False, "data__seed": 3}, "data.seed"),
     ],
 )
-def test_a_changed_key_without_effect_is_in_the_notes(plan_of, changes, key):
+def test_changed_key_without_effect_is_noted(plan_of, changes, key):
     notes = [note for note in plan_of(**changes).notes if "on a CPU" not in note]
     assert len(notes) == 1 and notes[0].endswith(key)
 
@@ -59,19 +65,38 @@ def test_a_changed_key_without_effect_is_in_the_notes(plan_of, changes, key):
         {"trainer__total_epochs": 2},
     ],
 )
-def test_a_key_with_effect_is_not(plan_of, changes):
+def test_changed_key_with_effect_is_not_noted(plan_of, changes):
     assert [note for note in plan_of(**changes).notes if "on a CPU" not in note] == []
 
 
-def test_offload_of_a_reference_model_that_is_not_there_or_on_a_cpu(plan_of):
+def test_offload_of_the_reference_model_without_one_or_on_a_cpu(plan_of):
     offload = {"actor_rollout_ref__ref__fsdp_config__param_offload": True}
     (note,) = [note for note in plan_of(**offload).notes if "on a CPU" not in note]
     assert note.startswith("no effect without a reference model") and note.endswith("ref.fsdp_config.param_offload")
     notes = plan_of(**offload, **{A + "use_kl_loss": True}).notes
     assert [note for note in notes if note.endswith("ref.fsdp_config.param_offload")] == [
-        "no effect on a CPU, whose memory is the host's: actor_rollout_ref.ref.fsdp_config.param_offload"
+        "no effect on a CPU, which only has host memory: actor_rollout_ref.ref.fsdp_config.param_offload"
     ]
 
 
-def test_a_cpu_has_no_share_of_device_memory(plan_of):
+def test_device_memory_keys_are_noted_on_a_cpu(plan_of):
     assert any("rollout.gpu_memory_utilization" in note for note in plan_of().notes)
+
+
+def conditions(section, prefix=""):
+    """All conditions below a section, with the dotted names of their keys."""
+    for field in section.__dataclass_fields__.values():
+        name, key, value = prefix + field.name, key_of(field), getattr(section, field.name)
+        yield from ((name, condition) for condition in key.only_with)
+        yield from ((f"{name}.{entry}", condition) for entry, condition in key.entries_only_with.items())
+        if hasattr(value, "__dataclass_fields__"):
+            yield from conditions(value, f"{name}.")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "npu"])
+def test_conditions_only_name_existing_keys_and_facts(device):
+    found = list(conditions(PPOConfig()))
+    assert len(found) > 70
+    for name, condition in found:
+        reason = condition(RunFacts(PPOConfig(), device, rows_choose_loop=False), name)
+        assert reason is None or reason.startswith(("with ", "without ", "on a CPU", "in bypass mode"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from verl.config import names
 from verl.config.actor import ActorConfig
 from verl.config.ppo import PPOConfig
 from verl.config.roles import needs_ref
@@ -11,13 +12,6 @@ from verl.preflight.findings import Findings
 
 _ACTOR = "actor_rollout_ref.actor"
 _LOSS = f"{_ACTOR}.policy_loss"
-# Values in the papers of losses that do not bound PPO's ratio of one token, as in docs/algorithms.md.
-_ADVISED = {
-    "gspo": "clip_ratio_low=3e-4 and clip_ratio_high=4e-4 (bounds of a sequence's mean ratio)",
-    "dppo_tv": "clip_ratio_low=0.15, clip_ratio_high=0.15 (bounds of a divergence) and a clip_ratio_c of 20 or more",
-    "dppo_kl": "clip_ratio_low=0.15, clip_ratio_high=0.15 (bounds of a divergence) and a clip_ratio_c of 20 or more",
-}
-_RATIO_CLIPPED = ("vanilla", "gspo", "clip_cov")
 
 
 def check_actor(config: PPOConfig, found: Findings) -> None:
@@ -60,13 +54,14 @@ def _check_policy_loss(actor: ActorConfig, found: Findings) -> None:
     low = actor.clip_ratio if actor.clip_ratio_low is None else actor.clip_ratio_low
     high = actor.clip_ratio if actor.clip_ratio_high is None else actor.clip_ratio_high
     ppo = ActorConfig()
-    if settings.loss_mode in _ADVISED and (low, high) == (ppo.clip_ratio_low, ppo.clip_ratio_high):
+    loss = names.POLICY_LOSSES.get(settings.loss_mode, names.PolicyLoss())
+    if loss.paper_clip_range and (low, high) == (ppo.clip_ratio_low, ppo.clip_ratio_high):
         found.warnings.append(
             f"{_ACTOR}.clip_ratio_low={show(low)}, clip_ratio_high={show(high)} with {_LOSS}.loss_mode="
             f"{settings.loss_mode}: these are PPO's bounds; use those of this loss's paper: "
-            f"{_ADVISED[settings.loss_mode]}"
+            f"{loss.paper_clip_range}"
         )
-    if settings.loss_mode in _RATIO_CLIPPED and low > 1:
+    if loss.clips_ratio and low > 1:
         found.warnings.append(
             f"{_ACTOR}.clip_ratio_low={show(low)}: the ratio is always above 0, so a value above 1 never clips it from "
             "below; usual values are far below 1"

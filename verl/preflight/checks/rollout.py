@@ -10,6 +10,7 @@ import errno
 import socket
 
 from verl.config import names
+from verl.config.errors import unknown_key
 from verl.config.ppo import PPOConfig
 from verl.config.weight_updates import BACKENDS, full_update_reason, resolve_backend
 from verl.preflight.batch_sizes import check_log_prob_limit, longest_sample, nearest_sizes
@@ -31,7 +32,7 @@ def check_engine_kwargs(config: PPOConfig, found: Findings) -> None:
     for name, value in config.actor_rollout_ref.rollout.engine_kwargs.items():
         field = f"{_ENGINE_KWARGS}.{name}"
         if name not in _ENGINES:
-            found.errors.append(f"{field}: unknown key; use {_ENGINE_KWARGS}.vllm")
+            found.errors.append(unknown_key(field, otherwise=f"use {_ENGINE_KWARGS}.vllm"))
         elif not isinstance(value, dict | None):
             found.errors.append(f"{field}={value}: must be a mapping of arguments")
         elif name != "vllm" and value:

@@ -1,6 +1,6 @@
-"""Public import path of the config package, and the directory of its YAML files.
+"""Public import path of the config, and the directory of its YAML files.
 
-The dataclasses live in `verl.config`, the checks in `verl.preflight`.
+The dataclasses are in `verl.config`, the checks in `verl.preflight`.
 """
 
 from verl.config import *  # noqa: F403

@@ -1,4 +1,4 @@
-"""Public import path of the `algorithm` section; its dataclasses live in `verl.config.algorithm`."""
+"""Public import path of the `algorithm` section; its dataclasses are in `verl.config.algorithm`."""
 
 from verl.config.algorithm import AlgorithmConfig, FilterGroupsConfig, KLCtrlConfig, RolloutCorrectionConfig
 
