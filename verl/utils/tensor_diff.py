@@ -1,4 +1,4 @@
-"""Which elements of a tensor differ from what is kept of it, and keeping them."""
+"""Differences between a tensor and an earlier copy of it: find the indices and update the copy in one pass."""
 
 from __future__ import annotations
 
@@ -9,51 +9,53 @@ import torch
 
 from verl.utils.native import library as native
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """A view as integers of the same size: equal where the bytes are, NaN and -0.0 included."""
-    return tensor.view(_BITS[tensor.element_size()])
+    """View a tensor as integers of the same size, which are equal if the bytes are, NaN and -0.0 included."""
+    return tensor.view(_INTEGERS[tensor.element_size()])
 
 
 def diff_and_update_(kept: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
-    """Write what differs between two tensors of one dtype and shape, by its bytes, from `now` into `kept`.
+    """Copy the elements of `now` that differ from `kept`, by their bytes, into `kept`.
 
     Args:
-        kept, now: of any dtype, contiguous.
+        kept, now: two contiguous tensors of one shape and one dtype, which may be any.
 
     Returns:
-        The places of what differed in the flattened tensor, int64 [count], ascending, on the tensors' device.
+        Indices of the differing elements in the flattened tensor, int64 [count], ascending, on the tensors' device.
 
     Raises:
-        ValueError: they are not of one shape and dtype.
+        ValueError: shape or dtype differ, or a tensor is not contiguous.
     """
     if kept.dtype != now.dtype:
         raise _mismatch(kept, now)
-    return _take(kept, now, f"{8 * now.element_size()}")
+    return _diff_and_update(kept, now, f"{8 * now.element_size()}")
 
 
 def diff_and_update_rounded_(kept: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
-    """`diff_and_update_` of `now` rounded to the dtype of `kept`; float32 to bfloat16 in one pass of a CPU's memory."""
+    """Do the same for `now` rounded to the dtype of `kept`; float32 to bfloat16 takes one pass on a CPU."""
     in_one_pass = (kept.dtype, now.dtype) == (torch.bfloat16, torch.float32) and _kernels(now) is not None
-    return _take(kept, now, "f32_bf16") if in_one_pass else diff_and_update_(kept, now.to(kept.dtype))
+    if in_one_pass:
+        return _diff_and_update(kept, now, "f32_bf16")
+    return diff_and_update_(kept, now.to(kept.dtype))
 
 
-def _take(kept: torch.Tensor, now: torch.Tensor, kernel: str) -> torch.Tensor:
+def _diff_and_update(kept: torch.Tensor, now: torch.Tensor, kernel: str) -> torch.Tensor:
     if kept.shape != now.shape or not (kept.is_contiguous() and now.is_contiguous()):
         raise _mismatch(kept, now)
     library = _kernels(now)
     if library is None:
         old, new = bits(kept.view(-1)), bits(now.view(-1))
-        places = _places(old != new)
-        old[places] = new[places]
-        return places
-    # Pages that no place is written to are never backed by memory.
-    places = torch.empty(now.numel(), dtype=torch.int64)
-    take = getattr(library, f"diff_and_update_{kernel}")
-    count = take(kept.data_ptr(), now.data_ptr(), now.numel(), places.data_ptr(), torch.get_num_threads())
-    return places[:count].clone()
+        indices = _true_indices(old != new)
+        old[indices] = new[indices]
+        return indices
+    # The operating system backs only those pages with memory that indices are written to.
+    indices = torch.empty(now.numel(), dtype=torch.int64)
+    function = getattr(library, f"diff_and_update_{kernel}")
+    count = function(kept.data_ptr(), now.data_ptr(), now.numel(), indices.data_ptr(), torch.get_num_threads())
+    return indices[:count].clone()
 
 
 def _kernels(now: torch.Tensor) -> ctypes.CDLL | None:
@@ -61,11 +63,14 @@ def _kernels(now: torch.Tensor) -> ctypes.CDLL | None:
 
 
 def _mismatch(kept: torch.Tensor, now: torch.Tensor) -> ValueError:
-    return ValueError(f"{kept.dtype} {list(kept.shape)} is kept, {now.dtype} {list(now.shape)} is there now")
+    return ValueError(
+        f"cannot compare the kept {kept.dtype} {list(kept.shape)} with {now.dtype} {list(now.shape)}: both must be "
+        "contiguous and of one shape and dtype"
+    )
 
 
-def _places(mask: torch.Tensor) -> torch.Tensor:
-    """Where a mask [n] is set, int64; on a CPU by numpy, which is faster at it."""
+def _true_indices(mask: torch.Tensor) -> torch.Tensor:
+    """Indices of the true elements of a mask [n], int64; numpy is faster at it on a CPU."""
     if mask.device.type == "cpu":
         return torch.from_numpy(np.flatnonzero(mask.numpy()))
     return mask.nonzero().squeeze(-1)

@@ -1,4 +1,4 @@
-"""Building and loading the C kernels: cached, safe with several processes at once, and never needed for the result."""
+"""Building and loading the C kernels: cached, safe with several processes at once, and optional for the result."""
 
 import hashlib
 import logging
@@ -13,7 +13,7 @@ import torch
 from verl.utils.native import library as native
 from verl.utils.quantization import mx
 
-# Prints a digest of what a fresh process computes, and whether it had the kernels.
+# Prints a digest of the results of a fresh process, and whether it loaded the kernels.
 PROGRAM = """
 import hashlib, torch
 from verl.utils.native import library as native
@@ -45,8 +45,8 @@ def finish(process: subprocess.Popen) -> tuple[str, bool, str]:
     return digest, compiled == "True", err
 
 
-def test_without_a_compiler_the_bits_are_the_same_and_it_is_said(tmp_path):
-    """A path without a compiler: torch operators, with one warning."""
+def test_without_a_compiler_the_bits_are_equal_and_one_warning_is_logged(tmp_path):
+    """Torch operators replace the kernels if the path has no compiler."""
     reference = start({"XDG_CACHE_HOME": str(tmp_path / "with")})
     without = start({"XDG_CACHE_HOME": str(tmp_path / "without"), "PATH": str(tmp_path), "CC": ""})
     digest, compiled, err = finish(reference)
@@ -56,8 +56,8 @@ def test_without_a_compiler_the_bits_are_the_same_and_it_is_said(tmp_path):
     assert "no gcc, cc or clang" in err and err.count("MXFP8") == 1
 
 
-def test_several_processes_may_build_at_once(tmp_path):
-    """None loads a half-written library, and what stays is one library and no partial file."""
+def test_several_processes_can_build_at_once(tmp_path):
+    """No process loads a partial library; one library and no partial file remain."""
     program = "from verl.utils.native import library as native; print('loaded', native.kernels() is not None)"
     processes = [start({"XDG_CACHE_HOME": str(tmp_path)}, program) for _ in range(4)]
     assert {finish(process)[:2] for process in processes} == {("loaded", True)}
@@ -71,7 +71,7 @@ def cache(tmp_path, monkeypatch) -> Path:
     return tmp_path / "verl"
 
 
-def test_built_once_and_again_for_another_processor(cache, monkeypatch):
+def test_library_is_built_once_per_processor(cache, monkeypatch):
     compiler = native._find_compiler()
     first = native._build(compiler)
     built = first.stat().st_mtime_ns
@@ -81,27 +81,26 @@ def test_built_once_and_again_for_another_processor(cache, monkeypatch):
     assert len(list(cache.iterdir())) == 2
 
 
-def test_cc_may_carry_options(monkeypatch):
+def test_cc_may_contain_options(monkeypatch):
     monkeypatch.setenv("CC", "gcc -fno-lto")
     assert native._find_compiler()[1:] == ["-fno-lto"]
 
 
-def test_a_directory_that_others_may_write_is_not_used(cache):
-    """Loading a library runs its code: only from a directory of one's own."""
+def test_directory_that_others_can_write_is_not_used(cache):
+    """Loading a library runs its code, so the directory must belong to this user alone."""
     cache.mkdir(mode=0o777)
     cache.chmod(0o777)
     directory = native._cache_directory()
     assert directory != cache and directory.stat().st_mode & 0o777 == 0o700
 
 
-def test_a_home_that_is_no_directory_still_builds(tmp_path, monkeypatch):
+def test_build_works_without_a_usable_home_directory(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert native._build(native._find_compiler()).exists()
 
 
-def test_openmp_is_optional(cache, tmp_path):
-    """A compiler without OpenMP builds single-threaded kernels."""
+def test_compiler_without_openmp_builds_single_threaded_kernels(cache, tmp_path):
     compiler = tmp_path / "no-openmp"
     real = native._find_compiler()[0]
     compiler.write_text(f'#!/bin/sh\ncase "$*" in *fopenmp*) echo no openmp >&2; exit 1;; esac\nexec {real} "$@"\n')
@@ -109,7 +108,7 @@ def test_openmp_is_optional(cache, tmp_path):
     assert native._build([str(compiler)]).exists()
 
 
-def test_threads_do_not_change_the_bits():
+def test_number_of_threads_does_not_change_the_bits():
     x = torch.randn(300, 4304, generator=torch.Generator().manual_seed(1)).bfloat16()
     before, seen = torch.get_num_threads(), set()
     try:
@@ -125,7 +124,7 @@ def test_threads_do_not_change_the_bits():
 
 
 def test_flush_to_zero_does_not_change_the_bits():
-    """A process that flushes subnormals (torch.set_flush_denormal) quantizes tiny blocks as any other does."""
+    """A process that flushes subnormals (torch.set_flush_denormal) quantizes tiny blocks like any other process."""
     tiny = torch.randn(8, 64, generator=torch.Generator().manual_seed(2)) * 2.0**-126
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor cannot flush subnormals")
@@ -141,7 +140,7 @@ def test_flush_to_zero_does_not_change_the_bits():
 @pytest.mark.parametrize(
     ("compiler", "words"), [("/nonexistent", "CC=/nonexistent is not a program"), ("failing", "cannot compile today")]
 )
-def test_a_compiler_that_does_not_work_is_named_once(compiler, words, cache, tmp_path, monkeypatch, caplog):
+def test_failing_compiler_is_named_in_one_warning(compiler, words, cache, tmp_path, monkeypatch, caplog):
     failing = tmp_path / "failing"
     failing.write_text("#!/bin/sh\necho 'cannot compile today' >&2\nexit 1\n")
     failing.chmod(0o755)

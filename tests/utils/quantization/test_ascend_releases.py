@@ -1,4 +1,4 @@
-"""Layers that a release of vllm-ascend cannot hold; the releases' own failures are in tests/contract."""
+"""The installed vllm-ascend, and layers that a release cannot hold. tests/contract shows the releases' own failures."""
 
 import sys
 import types
@@ -21,16 +21,16 @@ def layers(tmp_path_factory):
 
 
 @pytest.mark.parametrize("release", ["0.18.0", "0.18.1rc1", "0.23.0", "0.26.0rc1", "0.30.0"])
-def test_even_numbers_of_groups_are_taken_by_all(layers, release):
+def test_even_numbers_of_groups_fit_every_release(layers, release):
     validate_paired_groups(layers("qwen3_moe"), 1, release)
     validate_paired_groups(layers("qwen3"), 1, release)
 
 
-@pytest.mark.parametrize(("size", "taken"), [(96, False), (80, False), (192, True)])
-def test_linear_layers_on_0_18(layers, size, taken):
+@pytest.mark.parametrize(("size", "fits"), [(96, False), (80, False), (192, True)])
+def test_odd_numbers_of_groups_are_rejected_on_0_18(layers, size, fits):
     found = layers("qwen3", hidden_size=size)
     validate_paired_groups(found, 1, "0.23.0")
-    if taken:
+    if fits:
         validate_paired_groups(found, 1, "0.18.0")
         return
     message = rf"layers\.0\.\S+ \[\d+, {size}\] has {size} inputs .*0\.18\.0 takes multiples of 64 only: use .*0\.23\.0"
@@ -38,7 +38,7 @@ def test_linear_layers_on_0_18(layers, size, taken):
         validate_paired_groups(found, 1, "0.18.0")
 
 
-def test_what_a_rank_holds_counts(layers):
+def test_groups_are_counted_per_rank(layers):
     found = layers("qwen3", tp_size=2, intermediate_size=192)
     validate_paired_groups(found, 1, "0.18.0")
     with pytest.raises(
@@ -49,7 +49,7 @@ def test_what_a_rank_holds_counts(layers):
 
 @pytest.mark.parametrize("release", ["0.18.0", "0.23.0", "0.26.0rc1", "0.26.0"])
 @pytest.mark.parametrize("sizes", [{"moe_intermediate_size": 96}, {"moe_intermediate_size": 80}])
-def test_experts_on_every_release_that_was_read(layers, release, sizes):
+def test_odd_numbers_of_groups_in_experts_are_rejected_on_known_releases(layers, release, sizes):
     found = layers("qwen3_moe", **sizes)
     with pytest.raises(
         ValueError, match=r"experts\.0\.down_proj .* takes multiples of 64 in experts only: leave it out"
@@ -65,25 +65,25 @@ def installed(monkeypatch, version, device_type="A5"):
     monkeypatch.setitem(sys.modules, "vllm_ascend._build_info", types.SimpleNamespace(__device_type__=device_type))
 
 
-def test_vllm_ascend_is_missing():
+def test_missing_vllm_ascend_is_rejected():
     with pytest.raises(ValueError, match=r"vllm-ascend is not installed; install 0\.18\.0"):
         check_vllm_ascend()
 
 
-def test_vllm_ascend_is_too_old(monkeypatch):
+def test_old_vllm_ascend_is_rejected(monkeypatch):
     installed(monkeypatch, "0.17.0rc1")
     with pytest.raises(ValueError, match=r"vllm-ascend 0\.17\.0rc1 is too old"):
         check_vllm_ascend()
 
 
 @pytest.mark.parametrize("device_type", ["A2", "AscendDeviceType.A3"])
-def test_vllm_ascend_was_built_for_another_processor(monkeypatch, device_type):
+def test_vllm_ascend_for_another_processor_is_rejected(monkeypatch, device_type):
     installed(monkeypatch, "0.23.0", device_type)
     with pytest.raises(ValueError, match=f"device type {device_type}, MXFP8 needs an Ascend 950"):
         check_vllm_ascend()
 
 
 @pytest.mark.parametrize("version", ["0.18.0", "0.26.0rc1"])
-def test_vllm_ascend_fits(monkeypatch, version):
+def test_supported_vllm_ascend_returns_its_version(monkeypatch, version):
     installed(monkeypatch, version)
-    check_vllm_ascend()
+    assert check_vllm_ascend() == version

@@ -1,4 +1,4 @@
-"""Blocks of e4m3 against one number after the other in float64."""
+"""Blocks of e4m3 compared with a computation of one number at a time."""
 
 import math
 
@@ -11,7 +11,7 @@ NUMBERS = [m * 2.0**-9 if e == 0 else (8 + m) * 2.0 ** (e - 10) for e in range(1
 
 
 def nearest(value):
-    """The e4m3 number next to a magnitude, of two as near the one with an even code."""
+    """Return the e4m3 number closest to a value; ties to the even code."""
     code = min(range(127), key=lambda code: (abs(NUMBERS[code] - abs(value)), code % 2))
     return math.copysign(NUMBERS[code], value)
 
@@ -19,7 +19,7 @@ def nearest(value):
 @pytest.mark.parametrize("shape", [(5, 7), (8, 12), (9, 13), (1, 4), (4, 1)])
 @pytest.mark.parametrize("block", [(4, 4), (1, 6)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_value_and_scale(shape, block, dtype):
+def test_every_value_and_scale_equals_the_reference(shape, block, dtype):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
     values, scales = fp8_block_quantize(x, block)
     assert (values.dtype, scales.dtype) == (torch.float8_e4m3fn, torch.float32)
@@ -42,20 +42,20 @@ def test_every_value_and_scale(shape, block, dtype):
                 assert restored == torch.tensor(expected).mul(torch.tensor(scale)).item()
 
 
-def test_a_block_of_zeros_stays_zero():
+def test_block_of_zeros_stays_zero():
     values, scales = fp8_block_quantize(torch.zeros(3, 3), (2, 2))
     assert scales.eq(1).all()
     assert not values.float().any()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_shows_in_its_scale_alone(value):
+def test_nan_and_inf_show_only_in_their_scale(value):
     x = torch.ones(4, 4)
     x[0, 3] = value
     _, scales = fp8_block_quantize(x, (2, 2))
     assert scales.isfinite().tolist() == [[True, False], [True, True]]
 
 
-def test_only_matrices():
+def test_other_shapes_than_matrices_are_rejected():
     with pytest.raises(ValueError, match=r"shape \(2, 2, 2\)"):
         fp8_block_quantize(torch.zeros(2, 2, 2))

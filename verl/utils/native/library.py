@@ -1,8 +1,8 @@
-"""Builds this directory's C files with the C compiler, once per machine, and loads them; says so where it cannot.
+"""Builds this directory's C files with the C compiler, once per machine, and loads them; warns if it cannot.
 
-One `gcc` call of about half a second, whose result is kept in the user's cache directory under a name made of the
-source, the compiler and the processor, so that later processes only load it and machines that share a home directory
-do not mix.
+One `gcc` call takes about half a second. Its result is kept in the user's cache directory under a name derived from the
+source, the compiler and the processor, so later processes only load it, and machines that share a home directory do not
+load each other's.
 """
 
 import ctypes
@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 
 _SOURCES = [Path(__file__).with_name(name) for name in ("mx_kernels.c", "tensor_diff.c")]
 _HEADERS = [Path(__file__).with_name("kernels.h")]
-# No fast-math: the kernels rely on IEEE rounding. Without -fno-trapping-math gcc leaves selects between two floats
-# scalar.
+# No fast-math: the kernels rely on IEEE rounding. Without -fno-trapping-math gcc does not vectorize selects between two
+# floats.
 _FLAGS = ["-x", "c", "-std=c11", "-O3", "-march=native", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
 _FLAGS += ["-shared", "-fPIC"]
 
@@ -30,38 +30,38 @@ _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _QUANTIZE = [_POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG, _INT, _INT]
 _DEQUANTIZE = [_POINTER, _POINTER, _POINTER, _LONG, _LONG, _INT]
 _ERROR = [_POINTER, _LONG, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _INT]
-_CHANGES = [_POINTER, _POINTER, _LONG, _POINTER, _INT]
+_DIFF = [_POINTER, _POINTER, _LONG, _POINTER, _INT]
 _ENCODE = [_POINTER, _LONG, _POINTER, _POINTER, _POINTER, _LONG, _LONG, _INT, _INT]
-_ENCODE_CHANGES = [*_ENCODE, _POINTER, _POINTER, _POINTER]
+_ENCODE_DIFF = [*_ENCODE, _POINTER, _POINTER, _POINTER]
 _SIGNATURES = {
     "mx_encode_f32_bf16": _ENCODE,
-    "mx_encode_changes_f32_bf16": _ENCODE_CHANGES,
+    "mx_encode_diff_f32_bf16": _ENCODE_DIFF,
     **{f"mx_quantize_{kind}": _QUANTIZE for kind in ("f32", "bf16", "f16")},
     **{f"mx_dequantize_{kind}": _DEQUANTIZE for kind in ("f32", "bf16")},
-    **{f"diff_and_update_{kind}": _CHANGES for kind in (8, 16, 32, 64, "f32_bf16")},
+    **{f"diff_and_update_{kind}": _DIFF for kind in (8, 16, 32, 64, "f32_bf16")},
     **{f"mx_{what}_{kind}": _ERROR for what in ("error", "squares") for kind in ("f32", "bf16", "f16")},
 }
 
 
 @functools.cache
 def kernels() -> ctypes.CDLL | None:
-    """The compiled kernels, built at the first call of a machine; None, with one warning, where no compiler works.
+    """Return the compiled kernels, built at the first call on a machine; None, with one warning, if that fails.
 
-    The compiler is `$CC` where that is set, else the first of gcc, cc and clang on the path.
+    The compiler is `$CC` if that is set, else the first of gcc, cc and clang on the path.
     """
     try:
         library = ctypes.CDLL(str(_build(_find_compiler())))
     except (_NoCompiler, OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or error
         logger.warning(
-            "MXFP8: the compiled CPU kernels are not available (%s); torch operators give the same bits, but many "
-            "times slower. Install gcc, or set CC to a C compiler.",
+            "MXFP8: the compiled CPU kernels are not available (%s); torch operators give the same bits, but are "
+            "many times slower. Install gcc, or set CC to a C compiler.",
             str(detail).strip(),
         )
         return None
     for name, argument_types in _SIGNATURES.items():
         function = getattr(library, name)
-        function.argtypes, function.restype = argument_types, None if argument_types is not _CHANGES else _LONG
+        function.argtypes, function.restype = argument_types, None if argument_types is not _DIFF else _LONG
     return library
 
 
@@ -78,7 +78,7 @@ def _find_compiler() -> list[str]:
 
 
 def _build(compiler: list[str]) -> Path:
-    """Path of the shared library for this source, compiler and processor, compiled if the cache has none."""
+    """Return the shared library for this source, compiler and processor; compile it if it is not in the cache."""
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
     texts = [source.read_text() for source in (*_SOURCES, *_HEADERS)]
     identity = "\n".join([*texts, *compiler, *_FLAGS, version, _processor()])
@@ -92,9 +92,9 @@ def _build(compiler: list[str]) -> Path:
         try:
             _run([*command, "-fopenmp"])
         except subprocess.CalledProcessError:
-            # clang without its OpenMP runtime: one thread is still far faster than torch operators
+            # clang without its OpenMP runtime: one thread is still far faster than torch operators.
             _run(command)
-        # Several processes may build at once: each writes a file of its own and the last complete one stays.
+        # Several processes may build at once: each writes its own file, and the last complete one stays.
         os.replace(partial, library)
     finally:
         Path(partial).unlink(missing_ok=True)
@@ -106,7 +106,7 @@ def _run(command: list[str]) -> None:
 
 
 def _processor() -> str:
-    """What `-march=native` depends on: the architecture, and the model and feature lines of the first processor."""
+    """Return all that `-march=native` depends on: architecture, model and feature lines of the first processor."""
     wanted = ("model name", "flags", "Features", "CPU implementer", "CPU part", "CPU variant")
     try:
         first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
@@ -116,7 +116,7 @@ def _processor() -> str:
 
 
 def _cache_directory() -> Path:
-    """A directory of this user only; a fresh temporary one where the home directory cannot be written."""
+    """Return a directory that only this user can write; a temporary one if the cache directory is not safe."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     directory = Path(base) / "verl"
     try:

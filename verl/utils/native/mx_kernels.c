@@ -2,8 +2,8 @@
  *
  * Plain C without intrinsics or libraries, written so that a compiler turns the 32-wide loops into vector code on x86
  * and Arm alike. Quantizing is integer arithmetic on the bits of the input wherever a subnormal number could matter, so
- * that the result does not depend on the flush-to-zero mode of the calling thread. mx.py states the arithmetic and the
- * sections of the OCP MX specification it comes from; tests hold every branch here to it bit for bit.
+ * that the result does not depend on the flush-to-zero mode of the calling thread. mx.py states the arithmetic and its
+ * sections of the OCP MX specification; tests compare every branch here with it bit for bit.
  */
 #include "kernels.h"
 
@@ -13,7 +13,7 @@ enum { BLOCK = 32 };
 static inline uint32_t widen_f16(uint16_t h) {
     uint32_t a = (uint32_t)(h & 0x7fffu) << 13;
     uint32_t normal = a + (112u << 23);
-    /* a subnormal is mantissa * 2^-24: put it behind the leading one of 2^-14 and take that one away again */
+    /* a subnormal is mantissa * 2^-24: add it to 2^-14, whose leading one is then subtracted again */
     uint32_t subnormal = as_bits(as_float(a + (113u << 23)) - as_float(113u << 23));
     uint32_t bits = a < (1u << 23) ? subnormal : normal;
     bits = a >= (0x7c00u << 13) ? (a | 0x7f800000u) : bits;
@@ -46,9 +46,9 @@ static void quantize_any(const uint32_t *u, int n, uint8_t *q, uint8_t *scale, i
     }
 }
 
-/* Blocks are taken in runs: first every block's largest magnitude, then the values, so that each loop keeps its constants
- * in registers and nothing is called from it. A block whose byte is below TINY (a subnormal input could then be more than
- * half of the smallest e4m3 number) or that holds NaN or Inf is done again by quantize_any. */
+/* Blocks are processed in runs: first the largest magnitude of every block, then the values, so that each loop keeps
+ * its constants in registers and calls no function. quantize_any redoes a block that holds NaN or Inf or whose byte is
+ * below TINY, because a subnormal input could then be more than half of the smallest e4m3 number. */
 enum { RUN = 64, TINY = 12 };
 
 static inline int run_bytes_32(const uint32_t *restrict x, int n, uint8_t *restrict scale, uint32_t carry) {
@@ -97,7 +97,7 @@ static void run_f32(const uint32_t *restrict x, int n, uint8_t *restrict q, uint
     if (special) for (int j = 0; j < n; j++) redo(x + j * BLOCK, q + j * BLOCK, scale + j, up);
 }
 
-/* bfloat16 has few enough bits to be quantized in 16-bit lanes, twice as many at a time. */
+/* bfloat16 has few enough bits for 16-bit lanes, twice as many at a time. */
 static void run_bf16(const uint16_t *restrict x, int n, uint8_t *restrict q, uint8_t *restrict scale, int up) {
     int special = run_bytes_16(x, n, scale, up ? 0x1fu : 0u);
     for (int j = 0; j < n; j++) {
@@ -128,7 +128,7 @@ static void run_f16(const uint16_t *restrict x, int n, uint8_t *restrict q, uint
     run_f32(u, n, q, scale, up);
 }
 
-/* What a run of `n` elements, the last block of them perhaps a part of one, becomes. */
+/* Quantize a run of `n` elements, whose last block may be partial. */
 #define QUANTIZE_RUN(NAME, T, WIDEN)                                                                                   \
     static void quantize_run_##NAME(const T *in, int64_t n, uint8_t *out, uint8_t *bytes, int up) {                    \
         int64_t whole = n / BLOCK, rest = n % BLOCK;                                                                   \
@@ -143,7 +143,7 @@ QUANTIZE_RUN(f32, uint32_t, widen_f32)
 QUANTIZE_RUN(bf16, uint16_t, widen_bf16)
 QUANTIZE_RUN(f16, uint16_t, widen_f16)
 
-/* For each run `r` of a matrix of `rows` rows: `n` elements from the `first` one of `row` on. */
+/* Execute the arguments for each run `r` of a matrix of `rows` rows: `n` elements of `row`, from `first` on. */
 #define FOR_RUNS(...)                                                                                                  \
     int64_t per_row = (k + BLOCK - 1) / BLOCK, runs = (per_row + RUN - 1) / RUN, total = rows * runs;                  \
     _Pragma("omp parallel for num_threads(threads) schedule(dynamic, 16) if (total > 16 && threads > 1)")              \
@@ -202,15 +202,15 @@ static inline double squared_unit(int byte) {
     memcpy(&unit2, &bits, 8);
     return unit2;
 }
-/* The scale of `byte` in units of the largest one of its run; NaN for byte 255. */
+/* The scale of `byte` in units of the largest scale of its run; NaN for byte 255. */
 static inline float below_largest(int largest, int byte) {
     int below = largest - byte;
     return as_float(below < 0 ? 0x7fc00000u : below > 126 ? 0u : (uint32_t)(127 - below) << 23);
 }
 
-/* How far q and scale are from x. For every run of RUN blocks three doubles: sum of squared errors, sum of squares of x,
- * and the largest over its blocks of (max |error| / max |x|) squared. Each block is measured in units of its own scale, so
- * that squares neither overflow nor vanish; NaN in x, q or scale comes out as NaN. */
+/* Distance of q and scale from x. For every run of RUN blocks three doubles: sum of squared errors, sum of squares of
+ * x, and the largest over its blocks of (max |error| / max |x|) squared. Each block is measured in units of its own
+ * scale, so that squares neither overflow nor vanish; NaN in x, q or scale results in NaN. */
 static inline void block_error(const uint32_t *restrict u, const uint8_t *restrict q, uint32_t byte, double *sums) {
     float error2[BLOCK], norm2[BLOCK];
     uint32_t far = 0, top = 0;
@@ -220,12 +220,12 @@ static inline void block_error(const uint32_t *restrict u, const uint8_t *restri
         error2[i] = d * d;
         norm2[i] = v * v;
     }
-    for (int i = 0; i < BLOCK; i++) { /* squares order like their bits, with NaN above all */
+    for (int i = 0; i < BLOCK; i++) { /* squares are ordered like their bits, with NaN above all */
         uint32_t e = as_bits(error2[i]) & 0x7fffffffu, n = as_bits(norm2[i]) & 0x7fffffffu;
         far = e > far ? e : far;
         top = n > top ? n : top;
     }
-    /* pairwise and spelled out: a compiler may not reorder a sum of floats by itself */
+    /* pairwise and explicit: a compiler may not reorder a sum of floats by itself */
     for (int i = 0; i < 16; i++) { error2[i] += error2[i + 16]; norm2[i] += norm2[i + 16]; }
     for (int i = 0; i < 8; i++) { error2[i] += error2[i + 8]; norm2[i] += norm2[i + 8]; }
     for (int i = 0; i < 4; i++) { error2[i] += error2[i + 4]; norm2[i] += norm2[i + 4]; }
@@ -264,8 +264,8 @@ ERROR(f32, uint32_t, widen_f32)
 ERROR(bf16, uint16_t, widen_bf16)
 ERROR(f16, uint16_t, widen_f16)
 
-/* Sums of squared errors and of squares alone, over a run: both are kept in units of the run's largest scale, so that
- * lanes add up from block to block. What underflows there is too small to count. */
+/* Only the sums of squared errors and of squares, over a run: both in units of the largest scale of the run, so that
+ * lanes can be summed across blocks. Values that underflow there are too small to matter. */
 static inline void add_squares(const uint32_t *restrict u, const uint8_t *restrict q, float unit, float factor,
                                float *restrict error2, float *restrict norm2) {
     for (int i = 0; i < BLOCK; i++) {
@@ -314,8 +314,8 @@ SQUARES(f32, uint32_t)
 SQUARES(bf16, uint16_t)
 SQUARES(f16, uint16_t)
 
-/* A block of x, rounded already: its values, and what they lost, in units of the run's largest scale. What the values are
- * worth falls out of rounding them, which is cheaper than decoding them. */
+/* Quantize a block of x that is rounded already, and measure the error in units of the largest scale of the run. The
+ * decoded values are a by-product of rounding, which is cheaper than decoding them. */
 static inline void encode_block(const uint32_t *restrict u, uint8_t *restrict q, float reciprocal, float factor,
                                 float *restrict error2, float *restrict norm2) {
     for (int i = 0; i < BLOCK; i++) {
@@ -333,7 +333,7 @@ static inline void encode_block(const uint32_t *restrict u, uint8_t *restrict q,
     }
 }
 
-/* binary32 rounded to bfloat16, that quantized, and what that lost, of a run in the cache: results as of
+/* Round a run of binary32 to bfloat16, quantize it and measure the error, all in the cache: the same results as
  * mx_quantize_bf16 and mx_squares_bf16 on the rounded x. */
 static void encode_run(const uint32_t *in, int64_t n, uint8_t *q, uint8_t *bytes, int up, double *result) {
     uint32_t u[RUN * BLOCK], low = UINT32_MAX, high = 0, carry = up ? 0x1fffffu : 0u;
@@ -349,7 +349,7 @@ static void encode_run(const uint32_t *in, int64_t n, uint8_t *q, uint8_t *bytes
         }
         low = top < low ? top : low;
         high = top > high ? top : high;
-        high = unrounded > high ? unrounded : high; /* adding to a NaN's bits may carry them to zero */
+        high = unrounded > high ? unrounded : high; /* rounding may carry the bits of a NaN to zero */
         bytes[j] = (uint8_t)(((top + carry) >> 23) - 8u);
     }
     if (n % BLOCK || high >= 0x7f800000u || (low + carry) >> 23 < TINY + 8) {
@@ -377,14 +377,14 @@ void mx_encode_f32_bf16(const uint32_t *x, int64_t stride, uint8_t *q, uint8_t *
                         result + 2 * r);)
 }
 
-/* The same, and what differs from the q and scale that are there, which are then as of mx_encode_f32_bf16: places in q
- * into `q_places` [rows * k], and in scale into `scale_places` [rows * ceil(k / 32)], ascending; how many into `found`. */
-void mx_encode_changes_f32_bf16(const uint32_t *x, int64_t stride, uint8_t *q, uint8_t *scale, double *result,
-                                int64_t rows, int64_t k, int up, int threads, int64_t *q_places, int64_t *scale_places,
-                                int64_t *found) {
+/* Update q and scale to those of mx_encode_f32_bf16, and write the indices of the elements that change, ascending:
+ * `q_indices` [rows * k] and `scale_indices` [rows * ceil(k / 32)], their numbers to `counts` [2]. */
+void mx_encode_diff_f32_bf16(const uint32_t *x, int64_t stride, uint8_t *q, uint8_t *scale, double *result,
+                             int64_t rows, int64_t k, int up, int threads, int64_t *q_indices, int64_t *scale_indices,
+                             int64_t *counts) {
     int64_t per_row = (k + BLOCK - 1) / BLOCK, runs = (per_row + RUN - 1) / RUN, total = rows * runs;
     int parts = parts_of(threads);
-    Share of_q[MOST_THREADS], of_scale[MOST_THREADS];
+    Share of_q[MAX_THREADS], of_scale[MAX_THREADS];
     _Pragma("omp parallel for num_threads(parts) schedule(static, 1) if (total > 16 && parts > 1)")
     for (int part = 0; part < parts; part++) {
         Share q_share = {-1, 0}, scale_share = {-1, 0};
@@ -395,13 +395,13 @@ void mx_encode_changes_f32_bf16(const uint32_t *x, int64_t stride, uint8_t *q, u
             uint8_t codes[RUN * BLOCK], bytes[RUN];
             encode_run(x + row * stride + first, n, codes, bytes, up, result + 2 * r);
             if (q_share.begin < 0) q_share.begin = q_at, scale_share.begin = scale_at;
-            q_share.count += note_changes_8(q + q_at, codes, n, q_at, q_places + q_share.begin + q_share.count);
-            scale_share.count += note_changes_8(scale + scale_at, bytes, blocks, scale_at,
-                                                scale_places + scale_share.begin + scale_share.count);
+            q_share.count += diff_range_8(q + q_at, codes, n, q_at, q_indices + q_share.begin + q_share.count);
+            scale_share.count += diff_range_8(scale + scale_at, bytes, blocks, scale_at,
+                                              scale_indices + scale_share.begin + scale_share.count);
         }
         of_q[part] = q_share;
         of_scale[part] = scale_share;
     }
-    found[0] = join_shares(q_places, of_q, parts);
-    found[1] = join_shares(scale_places, of_scale, parts);
+    counts[0] = join_shares(q_indices, of_q, parts);
+    counts[1] = join_shares(scale_indices, of_scale, parts);
 }

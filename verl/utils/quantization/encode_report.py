@@ -1,25 +1,37 @@
-"""What quantizing the weights of an update took, and lost."""
+"""Time and quantization error of encoding the weights of an update."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TypedDict
 
 import torch
 
-# By weight, sum of squared errors and sum of squares.
+# Weight -> [sum of squared errors, sum of squares].
 Errors = dict[str, list[float]]
 _IN_LAYER = re.compile(r"\blayers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
+class EncodeReportMessage(TypedDict):
+    """An `EncodeReport` as plain values.
+
+    Keys:
+        seconds: time of one process.
+        errors: weight -> [sum of squared errors, sum of squares].
+    """
+
+    seconds: float
+    errors: Errors
+
+
 class EncodeReport:
-    """What quantizing an update's weights took, and lost.
+    """Time and errors of the weights that one process encoded.
 
     Attributes:
-        seconds: of this process; on an accelerator what it took to launch the kernels.
+        seconds: time of this process; on an accelerator only the time to launch the kernels.
     """
 
     def __init__(self) -> None:
@@ -27,21 +39,21 @@ class EncodeReport:
         self._sums: dict[str, torch.Tensor] = {}
 
     def add(self, name: str, sums: torch.Tensor) -> None:
-        """Count a weight, or the rows of it that this process holds.
+        """Add a weight, or the rows of it that this process holds.
 
         Args:
-            sums: [2], squared error and sum of squares; not read before `to_message`, so that no device is waited for.
+            sums: [2], sum of squared errors and sum of squares. Only `to_message` reads it and synchronizes.
         """
         self._sums[name] = sums
 
-    def to_message(self) -> dict[str, Any]:
-        """`seconds`, and `errors`: weight -> [squared error, sum of squares]."""
+    def to_message(self) -> EncodeReportMessage:
+        """Return the report as plain values."""
         values = torch.stack(list(self._sums.values())).tolist() if self._sums else []
         return {"seconds": self.seconds, "errors": dict(zip(self._sums, values, strict=True))}
 
 
-def merged_errors(reports: Iterable[Mapping[str, Any]]) -> Errors:
-    """The errors of `EncodeReport.to_message` of processes that each quantized other rows, added up."""
+def merged_errors(reports: Iterable[EncodeReportMessage]) -> Errors:
+    """Add up the errors of processes that each encoded other rows."""
     totals: Errors = {}
     for report in reports:
         for name, (error, norm) in report["errors"].items():
@@ -52,30 +64,30 @@ def merged_errors(reports: Iterable[Mapping[str, Any]]) -> Errors:
 
 
 def worst_error(errors: Errors) -> tuple[float, str] | None:
-    """The largest relative error of a weight (Euclidean norm of the error over that of the weight), and which it is.
+    """Return the largest relative error (Euclidean norm of the error over that of the weight) and the weight's name.
 
     Returns:
-        None where nothing was quantized.
+        None if nothing was quantized.
     """
     if not errors:
         return None
     relative = {name: _relative(*sums) for name, sums in errors.items()}
-    # A NaN is worse than any number.
+    # A NaN counts as larger than any number.
     name = max(relative, key=lambda key: math.inf if math.isnan(relative[key]) else relative[key])
     return relative[name], name
 
 
-def errors_by_depth(errors: Errors) -> dict[str, list[float | None]]:
-    """The relative error of each kind of weight in each decoder layer, to three digits.
+def errors_by_depth(errors: Mapping[str, list[float]]) -> dict[str, list[float | None]]:
+    """Return the relative error of each kind of weight in each decoder layer, to three digits.
 
     Returns:
-        `self_attn.q_proj` and the like -> by number of the layer, None where it has no such weight; experts of a layer
-        together. What is in no layer has one number under its own name.
+        Kind, such as `self_attn.q_proj` -> errors by layer number, None for a layer without such a weight. Experts of
+        one layer are combined. A weight outside the layers has one number under its own name.
     """
     sums: dict[str, dict[int, list[float]]] = {}
     for name, (error, norm) in errors.items():
-        place = _IN_LAYER.search(name)
-        kind, depth = (_EXPERT.sub(".experts.", place[2]), int(place[1])) if place else (name, 0)
+        match = _IN_LAYER.search(name)
+        kind, depth = (_EXPERT.sub(".experts.", match[2]), int(match[1])) if match else (name, 0)
         total = sums.setdefault(kind.removesuffix(".weight"), {}).setdefault(depth, [0.0, 0.0])
         total[0] += error
         total[1] += norm

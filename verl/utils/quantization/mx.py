@@ -4,15 +4,15 @@ The format is that of the "OCP Microscaling Formats (MX) Specification", version
 block of 32 in section 5.2, the e4m3 element in 5.3.1 (no Inf, largest value 448, NaN is S.1111.111), the E8M0 scale
 in 5.4.1 (bias 127, byte 255 is NaN, no zero), conversion to MX in 6.3.
 
-Three ways to the same bits: on a CPU the loops of `mx_kernels.c`, compiled once per machine; on a GPU torch operators
-fused by `torch.compile`; elsewhere, and where no compiler exists, the same torch operators one after the other, in
-pieces. Compared on a CPU before choosing (4096x4096 bf16, processor time of one thread, AVX-512, times a bf16 copy of
-the same tensor): the C loops 1.3 to 2, torch.compile 3 to 4 and seconds of compiling in every process, numba 4, torch
-operators 40 and more. `benchmarks/quantizer.py` prints this for the machine at hand.
+Three implementations give the same bits: on a CPU the loops of `mx_kernels.c`, compiled once per machine; on a GPU
+torch operators fused by `torch.compile`; on other devices, and without a compiler, the same torch operators one after
+the other, in pieces. Cost on a CPU (4096x4096 bf16, processor time of one thread, AVX-512, as a multiple of a bf16 copy
+of the same tensor): the C loops 1.3 to 2; torch.compile 3 to 4, and seconds of compiling in every process; numba 4;
+torch operators 40 and more. `benchmarks/quantizer.py` prints this for the current machine.
 
-Known difference to Ascend's `npu_dynamic_mx_quant` (by its published source, not compared on hardware): with
-scale_alg 0 it writes zeros in a block whose scale byte is 0, that is, where every magnitude is below 2^-118; here
-they keep their value.
+Known difference to Ascend's `npu_dynamic_mx_quant` (by its published source, not compared on hardware): with scale_alg
+0 it writes zeros in a block whose scale byte is 0, that is, if every magnitude is below 2^-118. Here these values are
+kept.
 """
 
 import ctypes
@@ -38,7 +38,7 @@ _FLOAT32_INF_BITS = 0x7F800000
 _ROUND_UP_CARRY = 0x1FFFFF
 # Elements per piece of the uncompiled path on a CPU: bounds its dozen int32 temporaries, and is enough for threads.
 _EAGER_PIECE = 1 << 22
-# Below this a GPU kernel is launch-bound and compiling it would not pay.
+# Below this size a GPU kernel is launch-bound, so compiling it does not pay off.
 _COMPILE_FROM = 1 << 20
 
 
@@ -49,33 +49,33 @@ def mxfp8_quantize(
     scale_alg: int = 0,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantizes to MXFP8 along the last dimension, as OCP MX section 6.3 describes.
+    """Quantize to MXFP8 along the last dimension, by OCP MX section 6.3.
 
-    With amax the largest magnitude of a block, the scale is 2^(byte - 127) where
+    With amax as the largest magnitude of a block, its scale is 2^(byte - 127), with
 
-    - scale_alg=0: byte = floor(log2(amax)) - 8 + 127, 8 being e4m3's largest exponent; magnitudes that come out
-      above 448 saturate (OCP MX 6.3);
+    - scale_alg=0: byte = floor(log2(amax)) - 8 + 127, where 8 is e4m3's largest exponent; magnitudes above 448 after
+      scaling saturate (OCP MX 6.3);
     - scale_alg=1: the smallest byte for which amax / scale <= 448, so that nothing saturates (the rule of cuBLAS and of
       `npu_dynamic_mx_quant`'s scale_alg 1, which both compute amax / 448 in float32 and round its exponent up);
 
-    clamped to 0..254 (OCP MX 5.4.1), a block of zeros having byte 0. Values are x / scale rounded to the nearest e4m3
+    clamped to 0..254 (OCP MX 5.4.1). A block of zeros has byte 0. Values are x / scale rounded to the nearest e4m3
     number, ties to even, saturated to +-448, signed zeros kept. A block that holds NaN or Inf gets byte 255, and all
     its values are NaN (0x7F): OCP MX 5.1 makes every value of a block with a NaN scale NaN. A partial last block is
     quantized on its own, as if padded with zeros. The division by a power of two is exact wherever it can matter, so
-    the result does not depend on the dtype that it is done in.
+    the result does not depend on the dtype of the division.
 
     Args:
         x: float32, bfloat16 or float16, shape [..., K], any strides, K >= 0; not a DTensor. Gradients do not flow.
         block_size: elements per scale, 1 or more; 32 is MXFP8 and the fast path.
         scale_alg: 0 or 1, as above.
-        out: (values, scales) to write into instead of new tensors: contiguous, of the shapes and dtypes returned.
+        out: (values, scales) to write into instead of new tensors: contiguous, shapes and dtypes of the result.
 
     Returns:
         values float8_e4m3fn [..., K] and scales uint8 [..., ceil(K / block_size)] (E8M0 bytes), contiguous, on x's
         device.
 
     Raises:
-        TypeError: x is not a plain floating tensor of those dtypes.
+        TypeError: x is not a plain tensor of one of these dtypes.
         ValueError: x has no dimension, block_size or scale_alg is out of range, or `out` does not fit.
     """
     _check_source(x, "x")
@@ -113,25 +113,25 @@ def mxfp8_dequantize(
     block_size: int = MX_BLOCK_SIZE,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """values * 2^(scale byte - 127), block by block (OCP MX sections 5.1 and 5.4.1).
+    """Compute values * 2^(scale byte - 127), block by block (OCP MX sections 5.1 and 5.4.1).
 
     Args:
         values: float8_e4m3fn [..., K].
         scales: uint8 or float8_e8m0fnu [..., ceil(K / block_size)].
-        dtype: float32, bfloat16 or float16. The product is exact in float32, save for Inf beyond its range (bytes 246
+        dtype: float32, bfloat16 or float16. The product is exact in float32, except for Inf beyond its range (bytes 246
             and up), and is then rounded to nearest even.
         block_size: elements per scale.
-        out: contiguous [..., K] of `dtype` to write into instead of a new tensor, whose fresh memory costs more time
-            than the work.
+        out: contiguous [..., K] of `dtype` to write into instead of a new tensor. Allocating a new one takes more time
+            than the computation.
 
     Returns:
-        [..., K] of `dtype`; NaN for NaN values and throughout a block whose byte is 255.
+        [..., K] of `dtype`; NaN for NaN values and for every value of a block whose byte is 255.
 
     Raises:
-        TypeError, ValueError: a dtype or a shape that does not fit, naming both.
+        TypeError, ValueError: dtypes or shapes that do not fit; the message names both.
     """
     if dtype not in _NATIVE_NAMES:
-        raise TypeError(f"dtype={dtype}: dequantizes to float32, bfloat16 or float16")
+        raise TypeError(f"dtype={dtype}: must be float32, bfloat16 or float16")
     if block_size < 1:
         raise ValueError(f"block_size={block_size}: must be 1 or more; MXFP8 uses 32")
     values, scales = _check_pair(values, scales, block_size)
@@ -155,20 +155,20 @@ def mxfp8_dequantize(
 
 
 class QuantizationError(NamedTuple):
-    """How far a quantized tensor is from its source."""
+    """Distance of a quantized tensor from its source."""
 
     relative: float  # Euclidean norm of the error over that of the source; 0 for a source of zeros
     worst_block: float  # largest over blocks of (largest |error| / largest |source|); at most 2^-3 with scale_alg 0
 
 
 def quantization_error(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> QuantizationError:
-    """Relative errors of (values, scales) [..., K], blocks of 32, against their source x of the same shape.
+    """Return relative errors of (values, scales) [..., K], blocks of 32, against their source x of the same shape.
 
-    Both are NaN where source, values or scales hold NaN or Inf. A plain 2^-4 of `worst_block` is e4m3's rounding; up
-    to 2^-3 is saturation (scale_alg 0 only). Waits for the device.
+    Both are NaN if source, values or scales hold NaN or Inf. A `worst_block` of 2^-4 is e4m3's rounding; up to 2^-3 is
+    saturation (scale_alg 0 only). Synchronizes with the device.
 
     Raises:
-        TypeError, ValueError: a dtype or a shape that does not fit, naming both.
+        TypeError, ValueError: dtypes or shapes that do not fit; the message names both.
     """
     parts = _error_parts("error", 3, x, values, scales)
     error2, norm2 = parts[:, :2].sum(0).tolist()
@@ -179,19 +179,19 @@ def quantization_error(x: torch.Tensor, values: torch.Tensor, scales: torch.Tens
 
 
 def squared_error(x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """[sum of squared errors, sum of squares of x], which add up over parts of a tensor; arguments as above.
+    """Return [sum of squared errors, sum of squares of x]. They add up over parts of a tensor; arguments as above.
 
     Returns:
-        [2] on x's device, float64 (float32 on an NPU); the device is not waited for.
+        [2] on x's device, float64 (float32 on an NPU); does not synchronize with the device.
     """
     return _error_parts("squares", 2, x, values, scales).sum(0)
 
 
 def mxfp8_encode(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x rounded to `dtype`, quantized, and what that lost; float32 through bfloat16 in one pass of a CPU's memory.
+    """Round x to `dtype`, quantize it and measure the error; float32 through bfloat16 takes one pass on a CPU.
 
     Returns:
-        values and scales of `mxfp8_quantize(x.to(dtype))`, and its `squared_error`.
+        values and scales of `mxfp8_quantize(x.to(dtype))`, and their `squared_error`.
 
     Raises:
         TypeError, ValueError: as `mxfp8_quantize`.
@@ -210,18 +210,18 @@ def mxfp8_encode(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, tor
 def mxfp8_requantize(
     x: torch.Tensor, dtype: torch.dtype, values: torch.Tensor, scales: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Brings `values` and `scales` to those of `mxfp8_encode`; float32 through bfloat16 in one pass of a CPU's memory.
+    """Update `values` and `scales` to those of `mxfp8_encode`; float32 through bfloat16 takes one pass on a CPU.
 
     Args:
-        x: [..., K], as of `mxfp8_encode`.
-        values, scales: as it returned them for an x of this shape; changed in place.
+        x: [..., K], as for `mxfp8_encode`.
+        values, scales: its result for an earlier x of this shape; changed in place.
 
     Returns:
-        The places that changed, int64 ascending: in the flattened values, and in the flattened scales. The
+        Indices of the changed elements, int64, ascending: in the flattened values, and in the flattened scales. The
         `squared_error` of x rounded to `dtype`.
 
     Raises:
-        TypeError, ValueError: as `mxfp8_quantize`, or `values` and `scales` are of another x.
+        TypeError, ValueError: as `mxfp8_quantize`, or `values` and `scales` do not have the shape of x.
     """
     _check_source(x, "x")
     values, scales = _check_pair(values, scales, MX_BLOCK_SIZE)
@@ -229,17 +229,19 @@ def mxfp8_requantize(
     _check_out(scales, "scales", scales.shape, torch.uint8, x.device)
     library = _encoding_library(x, dtype)
     if library is None:
-        fresh_values, fresh_scales, error = mxfp8_encode(x, dtype)
-        return diff_and_update_(values, fresh_values), diff_and_update_(scales, fresh_scales), error
-    places = [torch.empty(part.numel(), dtype=torch.int64) for part in (values, scales)]
+        new_values, new_scales, error = mxfp8_encode(x, dtype)
+        return diff_and_update_(values, new_values), diff_and_update_(scales, new_scales), error
+    indices = [torch.empty(part.numel(), dtype=torch.int64) for part in (values, scales)]
     counts = torch.empty(2, dtype=torch.int64)
-    error = _encode(library.mx_encode_changes_f32_bf16, x, values, scales, *places, counts)
-    values_at, scales_at = (at[:count].clone() for at, count in zip(places, counts.tolist(), strict=True))
-    return values_at, scales_at, error
+    error = _encode(library.mx_encode_diff_f32_bf16, x, values, scales, *indices, counts)
+    values_indices, scales_indices = (
+        part[:count].clone() for part, count in zip(indices, counts.tolist(), strict=True)
+    )
+    return values_indices, scales_indices, error
 
 
 def _encoding_library(x: torch.Tensor, dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The compiled kernels where they round, quantize and measure in one pass."""
+    """Return the compiled kernels if they can round, quantize and measure in one pass; else None."""
     in_one_pass = (x.dtype, dtype) == (torch.float32, torch.bfloat16) and x.numel()
     return _native_library(x.device) if in_one_pass else None
 
@@ -247,7 +249,7 @@ def _encoding_library(x: torch.Tensor, dtype: torch.dtype) -> ctypes.CDLL | None
 def _encode(
     kernel: Callable, x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, *outputs: torch.Tensor
 ) -> torch.Tensor:
-    """Run one of the kernels that do; the squared error."""
+    """Run a kernel that rounds, quantizes and measures in one pass; return the squared error."""
     source, stride, rows, k = _as_rows(x.detach())
     parts = torch.empty(rows * _ceil_div(_ceil_div(k, MX_BLOCK_SIZE), 64), 2, dtype=torch.float64)
     pointers = (tensor.data_ptr() for tensor in (values, scales, parts))
@@ -259,11 +261,15 @@ def _encode(
 def _error_parts(
     kernel: str, columns: int, x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor
 ) -> torch.Tensor:
-    """[n, columns] for pieces of x: sums of squared errors and of squares, largest squared ratio of `worst_block`."""
+    """Return [n, columns] for pieces of x: sum of squared errors, sum of squares, largest squared ratio of a block.
+
+    Args:
+        kernel: `error` for all three columns, `squares` for the first two.
+    """
     _check_source(x, "x")
     values, scales = _check_pair(values, scales, MX_BLOCK_SIZE)
     if x.shape != values.shape:
-        raise ValueError(f"x has shape {tuple(x.shape)}, values {tuple(values.shape)}: they must be the same")
+        raise ValueError(f"x has shape {tuple(x.shape)}, values {tuple(values.shape)}: must be the same")
     x = x.detach()
     if x.numel() and (library := _native_library(x.device)) is not None:
         values, scales = values.contiguous(), scales.contiguous()
@@ -274,9 +280,9 @@ def _error_parts(
         pointers = values.data_ptr(), scales.data_ptr(), parts.data_ptr()
         measure(source.data_ptr(), stride, *pointers, rows, k, torch.get_num_threads())
         return parts
-    # An NPU has no arithmetic in float64.
+    # An NPU has no float64 arithmetic.
     wide = torch.float32 if x.device.type == "npu" else torch.float64
-    parts = []
+    pieces = []
     blocks = (_blocks(x, MX_BLOCK_SIZE), _blocks(values.view(torch.uint8), MX_BLOCK_SIZE), scales.reshape(-1, 1))
     for source, codes, factors in zip(*(t.split(_EAGER_PIECE // MX_BLOCK_SIZE) for t in blocks), strict=True):
         source = source.to(wide)
@@ -284,12 +290,12 @@ def _error_parts(
         top = source.abs().amax(-1)
         ratio = torch.where(top == 0, 0.0, error.abs().amax(-1) / top)
         worst = ratio.max() if len(ratio) else ratio.sum()
-        parts.append(torch.stack([error.square().sum(), source.square().sum(), worst.square()])[:columns])
-    return torch.stack(parts)
+        pieces.append(torch.stack([error.square().sum(), source.square().sum(), worst.square()])[:columns])
+    return torch.stack(pieces)
 
 
 def trim_scales(padded: torch.Tensor, k: int, *, block_size: int = MX_BLOCK_SIZE) -> torch.Tensor:
-    """The scales of K values without the padding that `npu_dynamic_mx_quant` adds to reach an even number of blocks.
+    """Remove the padding that `npu_dynamic_mx_quant` adds to the scales of K values for an even number of blocks.
 
     Args:
         padded: uint8 or float8_e8m0fnu [..., ceil(ceil(K / block_size) / 2), 2], as the operator returns it.
@@ -299,15 +305,15 @@ def trim_scales(padded: torch.Tensor, k: int, *, block_size: int = MX_BLOCK_SIZE
         uint8 [..., ceil(K / block_size)], contiguous.
 
     Raises:
-        TypeError, ValueError: another dtype, or a shape that K values cannot have.
+        TypeError, ValueError: a dtype that is not supported, or a shape that does not fit K.
     """
     padded = _scale_bytes(padded, "padded")
     groups = _ceil_div(k, block_size)
     expected = (_ceil_div(groups, 2), 2)
     if tuple(padded.shape[-2:]) != expected:
         raise ValueError(
-            f"padded scales have shape {tuple(padded.shape)}: {k} values in blocks of {block_size} need "
-            f"[..., {expected[0]}, 2]; were they trimmed already, or do they belong to another tensor?"
+            f"padded scales have shape {tuple(padded.shape)}, expected [..., {expected[0]}, 2] for {k} values in "
+            f"blocks of {block_size}; check that they are not trimmed yet and belong to this tensor"
         )
     return padded.flatten(-2)[..., :groups].contiguous()
 
@@ -315,18 +321,18 @@ def trim_scales(padded: torch.Tensor, k: int, *, block_size: int = MX_BLOCK_SIZE
 def npu_mxfp8_quantize(
     x: torch.Tensor, *, scale_alg: int = 0, operator: Callable | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`mxfp8_quantize` by Ascend's own operator, `torch_npu.npu_dynamic_mx_quant`, with its padded scales trimmed.
+    """Quantize as `mxfp8_quantize` with Ascend's operator `torch_npu.npu_dynamic_mx_quant`, and trim its scales.
 
     Args:
         x: float32, bfloat16 or float16 [..., K], on an NPU.
         scale_alg: 0 or 1, as in `mxfp8_quantize`.
-        operator: used in place of torch_npu's, with its signature.
+        operator: replaces the operator of torch_npu, with the same signature.
 
     Returns:
         values float8_e4m3fn [..., K], scales uint8 [..., ceil(K / 32)].
 
     Raises:
-        TypeError, ValueError: as `mxfp8_quantize`, or the operator returned something else.
+        TypeError, ValueError: as `mxfp8_quantize`, or the operator returned another dtype or shape.
         RuntimeError: torch_npu is not installed, or lacks the operator.
     """
     _check_source(x, "x")
@@ -334,7 +340,7 @@ def npu_mxfp8_quantize(
         raise ValueError(f"scale_alg={scale_alg}: must be 0 (OCP MX, floor) or 1 (round up)")
     if operator is None:
         operator = _npu_operator()
-    # The operator's default dst_type is FP4. Older releases do not know scale_alg, and 0 is its default.
+    # The operator's default dst_type is FP4. Older releases have no scale_alg; its default is 0.
     options = {"scale_alg": scale_alg} if scale_alg else {}
     values, padded = operator(x.detach(), dst_type=torch.float8_e4m3fn, **options)
     if values.dtype == torch.uint8:
@@ -342,7 +348,7 @@ def npu_mxfp8_quantize(
     if values.dtype != torch.float8_e4m3fn or values.shape != x.shape:
         raise ValueError(
             f"npu_dynamic_mx_quant returned {values.dtype} of shape {tuple(values.shape)} for an input of shape "
-            f"{tuple(x.shape)}: float8_e4m3fn of the same shape was asked for; this torch_npu is not supported"
+            f"{tuple(x.shape)}, expected float8_e4m3fn of the same shape; this torch_npu is not supported"
         )
     return values, trim_scales(padded, x.shape[-1])
 
@@ -363,14 +369,14 @@ def _ceil_div(a: int, b: int) -> int:
 
 def _check_source(x: torch.Tensor, name: str) -> None:
     if not isinstance(x, torch.Tensor) or hasattr(x, "to_local"):
-        raise TypeError(f"{name} is a {type(x).__name__}: a plain tensor is needed (of a DTensor, pass `.to_local()`)")
+        raise TypeError(f"{name} is a {type(x).__name__}, expected a plain tensor (for a DTensor, pass `.to_local()`)")
     if x.dtype not in _NATIVE_NAMES:
         raise TypeError(
-            f"{name} has dtype {x.dtype}, shape {tuple(x.shape)}: MXFP8 is made from float32, bfloat16 or float16"
+            f"{name} has dtype {x.dtype}, shape {tuple(x.shape)}; the dtype must be float32, bfloat16 or float16"
         )
     if x.dim() == 0:
         raise ValueError(
-            f"{name} has shape () and dtype {x.dtype}: at least one dimension is needed, blocks run along it"
+            f"{name} has shape () and dtype {x.dtype}; it must have at least one dimension, along which blocks run"
         )
 
 
@@ -380,8 +386,8 @@ def _check_out(
     fits = tensor.shape == tuple(shape) and tensor.dtype == dtype and tensor.device == device
     if not fits or not tensor.is_contiguous():
         raise ValueError(
-            f"{name}: {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}, strides {tensor.stride()}, given; "
-            f"contiguous {dtype} {tuple(shape)} on {device} is needed"
+            f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device} with strides {tensor.stride()}, "
+            f"expected contiguous {dtype} {tuple(shape)} on {device}"
         )
 
 
@@ -390,55 +396,55 @@ def _scale_bytes(scales: torch.Tensor, name: str) -> torch.Tensor:
         return scales.view(torch.uint8)
     if scales.dtype != torch.uint8:
         raise TypeError(
-            f"{name} has dtype {scales.dtype}, shape {tuple(scales.shape)}: E8M0 bytes are uint8 or float8_e8m0fnu"
+            f"{name} has dtype {scales.dtype}, shape {tuple(scales.shape)}; E8M0 bytes must be uint8 or float8_e8m0fnu"
         )
     return scales
 
 
 def _check_pair(values: torch.Tensor, scales: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     if values.dtype != torch.float8_e4m3fn:
-        raise TypeError(f"values has dtype {values.dtype}, shape {tuple(values.shape)}: float8_e4m3fn is needed")
+        raise TypeError(f"values has dtype {values.dtype}, shape {tuple(values.shape)}, expected float8_e4m3fn")
     scales = _scale_bytes(scales, "scales")
     if values.dim() == 0:
-        raise ValueError("values has shape (): at least one dimension is needed, blocks run along it")
+        raise ValueError("values has shape (); it must have at least one dimension, along which blocks run")
     expected = (*values.shape[:-1], _ceil_div(values.shape[-1], block_size))
     if tuple(scales.shape) != expected:
         raise ValueError(
-            f"scales has shape {tuple(scales.shape)}: values of shape {tuple(values.shape)} in blocks of {block_size} "
-            f"need {expected}; scales of npu_dynamic_mx_quant are padded, see trim_scales"
+            f"scales has shape {tuple(scales.shape)}, expected {expected} for values of shape {tuple(values.shape)} in "
+            f"blocks of {block_size}; scales of npu_dynamic_mx_quant are padded, see trim_scales"
         )
     if scales.device != values.device:
-        raise ValueError(f"scales is on {scales.device}, values on {values.device}: they must be on one device")
+        raise ValueError(f"scales is on {scales.device}, values on {values.device}: must be on one device")
     return values, scales
 
 
 def _native_library(device: torch.device) -> ctypes.CDLL | None:
-    """The compiled kernels where they apply: real tensors on a CPU, outside a graph that torch.compile is tracing."""
+    """Return the compiled kernels for real tensors on a CPU, outside a graph that torch.compile traces; else None."""
     if device.type != "cpu" or torch.compiler.is_compiling():
         return None
     return native.kernels()
 
 
 def _as_rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int, int]:
-    """(tensor to read, elements from row to row, rows, row length); copies what is not rows of adjacent elements."""
+    """Return (tensor to read, elements from row to row, rows, row length); copies x if its rows are not contiguous."""
     k = x.shape[-1]
     if x.dim() == 2 and x.stride(1) == 1 and not x.is_contiguous():
         return x, x.stride(0), x.shape[0], k
     x = x.contiguous()
     if k % MX_BLOCK_SIZE == 0:
-        # No block crosses a row's end: one long row keeps the kernels' runs long where K is small.
+        # No block crosses the end of a row, so all rows are read as one: the kernels' runs stay long for a small K.
         return x, x.numel(), 1, x.numel()
     return x, k, x.numel() // k, k
 
 
 def _blocks(x: torch.Tensor, block_size: int) -> torch.Tensor:
-    """[..., K] as [number of blocks, block_size], the last block of each row padded with zeros."""
+    """Reshape [..., K] to [number of blocks, block_size]; the last block of each row is padded with zeros."""
     short = -x.shape[-1] % block_size
     return (F.pad(x, (0, short)) if short else x).reshape(-1, block_size)
 
 
 def _unblock(blocks: torch.Tensor, shape: torch.Size, block_size: int) -> torch.Tensor:
-    """The inverse of `_blocks`."""
+    """Invert `_blocks`."""
     groups = _ceil_div(shape[-1], block_size)
     return blocks.reshape(*shape[:-1], groups * block_size)[..., : shape[-1]].contiguous()
 
@@ -458,20 +464,20 @@ def _quantize_with_torch(
 
 
 def _quantize_blocks(x: torch.Tensor, carry: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [N, block] of any source dtype -> e4m3 codes uint8 [N, block], E8M0 bytes uint8 [N].
+    """Quantize x [N, block] of any source dtype to e4m3 codes uint8 [N, block] and E8M0 bytes uint8 [N].
 
-    The cast is done on the bits, so that eager, Inductor's C++ and Triton round, saturate and treat NaN alike.
+    The cast works on the bits, so that eager mode, Inductor's C++ and Triton round, saturate and treat NaN alike.
     """
     x = x.float()
     magnitude = x.abs()
-    # amax propagates NaN, but its sign is anyone's guess: the mask keeps the comparison below honest.
+    # amax propagates NaN with an undefined sign; the mask removes it for the comparison below.
     top = magnitude.amax(-1, keepdim=True).view(torch.int32) & 0x7FFFFFFF
     special = top >= _FLOAT32_INF_BITS
     byte = (((top + carry) >> 23) - 8).clamp(0, 254)
     scaled = magnitude * ((254 - byte) << 23).view(torch.float32)
     bits = scaled.view(torch.int32)
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
-    # Adding 2^14 leaves 2^-9, e4m3's smallest number, as the sum's last bit: the addition rounds, ties to even.
+    # Adding 2^14 makes 2^-9, e4m3's smallest number, the last bit of the sum: the addition rounds, ties to even.
     subnormal = (scaled + 16384.0).view(torch.int32) - 0x46800000
     code = torch.where(bits < (121 << 23), subnormal, normal).clamp(max=0x7E)
     code = torch.where(special, 0x7F, code | ((x.view(torch.int32) >> 24) & 0x80))
@@ -480,7 +486,7 @@ def _quantize_blocks(x: torch.Tensor, carry: int) -> tuple[torch.Tensor, torch.T
 
 
 def _dequantize_blocks(codes: torch.Tensor, scale_bytes: torch.Tensor) -> torch.Tensor:
-    """codes uint8 [N, block], scale_bytes uint8 [N, 1] -> float32 [N, block]."""
+    """Dequantize codes uint8 [N, block] with scale_bytes uint8 [N, 1] to float32 [N, block]."""
     code, byte = codes.to(torch.int32), scale_bytes.to(torch.int32)
     magnitude = code & 0x7F
     normal = ((magnitude << 20) + (120 << 23)).view(torch.float32)
@@ -492,7 +498,7 @@ def _dequantize_blocks(codes: torch.Tensor, scale_bytes: torch.Tensor) -> torch.
 
 
 def _fused(function: Callable, blocks: torch.Tensor) -> Callable:
-    """`function` compiled, where it runs on a GPU that Triton can compile for and is large enough to pay for it."""
+    """Return `function` compiled if the blocks are on a GPU that Triton supports and large enough; else unchanged."""
     if blocks.device.type != "cuda" or blocks.numel() < _COMPILE_FROM or torch.compiler.is_compiling():
         return function
     return _compiled(function) if _triton_works() else function
@@ -500,8 +506,8 @@ def _fused(function: Callable, blocks: torch.Tensor) -> Callable:
 
 @functools.cache
 def _compiled(function: Callable) -> Callable:
-    # Blocks are rows of a matrix whatever the layer's shape, and the one dynamic dimension counts them: no
-    # recompilation from layer to layer.
+    # Blocks are rows of a matrix for every layer, and the only dynamic dimension is their number: no recompilation from
+    # layer to layer.
     return torch.compile(function, dynamic=True)
 
 
