@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from shapes import Counts
 
-from verl.workers.engine.export import TOGETHER_BYTES
+from verl.workers.engine.export import GATHER_BATCH_BYTES
 from verl.workers.weight_sync.sender import bucket_capacity
 
 
@@ -223,7 +223,7 @@ def weight_update_seconds(
         # Over the link to the replicas; where everything is one memory, the bucket is already there.
         parts.append(sent_bytes * changed / device.link_bandwidth)
     call = device.link_latency if device.collect_latency is None else device.collect_latency
-    latency = min(counts.tensors, math.ceil(sent_bytes / TOGETHER_BYTES)) * call if layout.ranks > 1 else 0.0
+    latency = min(counts.tensors, math.ceil(sent_bytes / GATHER_BATCH_BYTES)) * call if layout.ranks > 1 else 0.0
     buckets = math.ceil(sent_bytes / bucket_capacity(device.bucket_bytes, sent_bytes))
     per = device.overheads
     over = per.update + counts.layers * per.update_layer + buckets * per.update_bucket

@@ -1,4 +1,4 @@
-"""The actor worker: columns, metrics, epochs, checkpoints; on one rank and on two."""
+"""The actor worker on one and two ranks: columns, metrics, epochs, checkpoints, bypass mode, token selection."""
 
 import socket
 
@@ -39,14 +39,14 @@ def model_dir(tmp_path_factory):
 
 
 def run(ranks, config, data, mini_batch=6):
-    """The joined columns before and after one update, and its metrics."""
+    """Return the joined columns before an update, its metrics by rank, and the joined columns after it."""
     shards, inverse = split_even(data, ranks)
     outcomes = run_ranks(ranks, worker_program, config, shards, split_mini_batches(data, mini_batch, ranks))
     before, metrics, after = zip(*outcomes, strict=True)
     return DataProto.concat(before)[inverse], metrics, DataProto.concat(after)[inverse]
 
 
-def test_columns_metrics_and_the_frozen_reference(model_dir):
+def test_columns_and_metrics_of_an_update_with_a_frozen_reference(model_dir):
     data = make_batch(12)
     reference = None
     for ranks in (1, 2):
@@ -84,7 +84,7 @@ def test_columns_metrics_and_the_frozen_reference(model_dir):
         assert 0.05 < metrics[0]["actor/perf/max_memory_allocated_gb"] < 100
 
 
-def test_entropy_and_kl_act_on_the_gradient(model_dir):
+def test_entropy_bonus_and_kl_loss_contribute_to_the_gradient(model_dir):
     data = make_batch(12)
     data.batch["advantages"].zero_()
     norms = {}
@@ -120,7 +120,7 @@ def test_a_positive_advantage_raises_the_probability(model_dir):
 
     [(metrics, before, after)] = run_ranks(1, program)
     assert after.sum() > before.sum()
-    # on policy: ratio 1, nothing clipped, the loss is minus the mean advantage
+    # On policy: ratio 1, no clipping, the loss is minus the mean advantage.
     assert metrics["actor/pg_loss"] == pytest.approx(-1.0, rel=1e-5)
     assert metrics["actor/ppo_kl"] == pytest.approx(0.0, abs=1e-6)
     assert metrics["actor/pg_clipfrac"] == 0.0
@@ -145,7 +145,7 @@ def test_epochs_repeat_the_mini_batches_and_the_schedule_counts_updates(model_di
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_checkpoint_with_a_hugging_face_directory(tmp_path, model_dir, ranks):
+def test_a_loaded_checkpoint_continues_training_and_has_a_hugging_face_directory(tmp_path, model_dir, ranks):
     actor = actor_config(optim=optim_config(lr_warmup_steps=4))
     actor.checkpoint.save_contents = ["model", "optimizer", "extra", "hf_model"]
     updates = split_mini_batches(make_batch(12), 6, ranks)
@@ -157,7 +157,7 @@ def test_checkpoint_with_a_hugging_face_directory(tmp_path, model_dir, ranks):
     AutoModelForCausalLM.from_pretrained(tmp_path / "actor" / "huggingface")
 
 
-def test_limits_of_log_probs_fall_back_to_the_actors(model_dir):
+def test_log_prob_limits_fall_back_to_those_of_the_actor(model_dir):
     config = worker_config(model_dir, rollout={"log_prob_micro_batch_size_per_gpu": 3})
     config.ref.log_prob_use_dynamic_bsz = True
     assert log_prob_limits(config.rollout, config.actor) == MicroBatching(size=3)
@@ -165,16 +165,16 @@ def test_limits_of_log_probs_fall_back_to_the_actors(model_dir):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_columns_of_pieces_are_those_of_the_whole_batch(model_dir, ranks):
+def test_columns_of_pieces_equal_those_of_the_full_batch(model_dir, ranks):
     data = make_batch(11)
-    pieces = [[5, 3, 10, 0], [7, 6, 2, 9], [1, 4], [8]]  # the last one leaves a second rank without a sample
+    pieces = [[5, 3, 10, 0], [7, 6, 2, 9], [1, 4], [8]]  # with the last piece, the second rank has no sample
     narrow = [pad_and_concat([data[rows]], 0) for rows in pieces]
     assert len({piece.batch["responses"].shape[1] for piece in narrow}) > 1
     parts = [np.array_split(np.arange(len(rows)), ranks) for rows in pieces]
     split = [split_even(piece, ranks, parts=part) for piece, part in zip(narrow, parts, strict=True)]
     config = worker_config(model_dir, rollout={"log_prob_micro_batch_size_per_gpu": 2})
-    whole, inverse = split_even(data, ranks)
-    outcomes = run_ranks(ranks, pieces_program, config, [whole, *(shards for shards, _ in split)])
+    full, inverse = split_even(data, ranks)
+    outcomes = run_ranks(ranks, pieces_program, config, [full, *(shards for shards, _ in split)])
     expected, *columns = (DataProto.concat(list(of_ranks)) for of_ranks in zip(*outcomes, strict=True))
     expected = expected[inverse]
     in_order = [column[order] for column, (_, order) in zip(columns, split, strict=True)]
@@ -187,7 +187,7 @@ def test_columns_of_pieces_are_those_of_the_whole_batch(model_dir, ranks):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_an_offloaded_reference_is_the_same_and_is_moved_for_its_forward_passes_alone(model_dir, ranks):
+def test_an_offloaded_reference_is_moved_only_for_its_forward_passes(model_dir, ranks):
     data = make_batch(12)
     shards, _ = split_even(data, ranks)
     updates = split_mini_batches(data, 6, ranks)
@@ -198,11 +198,11 @@ def test_an_offloaded_reference_is_the_same_and_is_moved_for_its_forward_passes_
     for (before, moves, after), (expected, none, later) in zip(offloaded, kept, strict=True):
         torch.testing.assert_close(before.batch["ref_log_prob"], expected.batch["ref_log_prob"])
         torch.testing.assert_close(after.batch["ref_log_prob"], later.batch["ref_log_prob"])
-        # There and back at each of the two; here both places are the host's memory.
+        # Two moves for each of the two passes; in this test, source and target are both the host's memory.
         assert (len(moves), none) == (4, [])
 
 
-def test_a_reference_that_was_not_asked_for(model_dir):
+def test_ref_log_prob_without_a_reference_policy_is_an_error(model_dir):
     def program(rank):
         return make_worker(rank, worker_config(model_dir)).compute_ref_log_prob(make_batch(2))
 
@@ -229,7 +229,7 @@ def test_an_unknown_policy_loss_fails_before_the_model_is_read():
         worker.init_model()
 
 
-def test_it_joins_by_address_and_leaves(model_dir):
+def test_a_worker_joins_and_leaves_the_process_group(model_dir):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -242,34 +242,35 @@ def test_it_joins_by_address_and_leaves(model_dir):
     assert not dist.is_initialized()
 
 
-# ---- bypass mode and losses that choose tokens ----------------------------------------------------------------------
+# ---- bypass mode and losses that select tokens ----------------------------------------------------------------------
 
 
-def bypass(ranks, config, correction, data, mini_batch=6):
+def run_bypass(ranks, config, correction, data, mini_batch=6):
+    """Return the log-probabilities before an update, its metrics, its training log-probabilities, and the weights."""
     shards, inverse = split_even(data, ranks)
     updates = split_mini_batches(data, mini_batch, ranks)
-    before, metrics, seen, weights = zip(
+    before, metrics, parts, weights = zip(
         *run_ranks(ranks, bypass_program, config, correction, shards, updates), strict=True
     )
-    columns = torch.zeros(data.batch["response_mask"].shape)
-    for index, log_probs in seen:
+    training_log_probs = torch.zeros(data.batch["response_mask"].shape)
+    for index, log_probs in parts:
         if len(index):
-            columns[index] = log_probs
-    return DataProto.concat(list(before))[inverse], metrics[0], columns, weights[0]
+            training_log_probs[index] = log_probs
+    return DataProto.concat(list(before))[inverse], metrics[0], training_log_probs, weights[0]
 
 
 @pytest.mark.parametrize("loss_type", ["ppo_clip", "reinforce"])
-def test_bypass_mode_trains_with_another_loss_and_tells_what_it_saw(model_dir, loss_type):
+def test_bypass_mode_uses_its_loss_and_returns_training_log_probs(model_dir, loss_type):
     data = make_batch(12)
     config = worker_config(model_dir, actor=actor_config(use_kl_loss=False, ppo_epochs=2))
     correction = Correction(bypass_mode=True, loss_type=loss_type, rollout_is="token", rollout_is_band=Band(0.5, 2.0))
-    _, plain, _, _ = bypass(1, config, None, data) if loss_type == "reinforce" else (None, None, None, None)
+    _, plain, _, _ = run_bypass(1, config, None, data) if loss_type == "reinforce" else (None, None, None, None)
     reference = None
     for ranks in (1, 2):
-        before, metrics, seen, weights = bypass(ranks, config, correction, data)
-        # the first mini-batch is trained on by the policy as it was; the second by one that has changed
-        torch.testing.assert_close(seen[:6], before.batch["old_log_probs"][:6], atol=1e-5, rtol=1e-5)
-        difference = (seen[6:] - before.batch["old_log_probs"][6:]).abs().max()
+        before, metrics, training_log_probs, weights = run_bypass(ranks, config, correction, data)
+        # The first mini-batch is trained with the initial policy, the second with the changed policy.
+        torch.testing.assert_close(training_log_probs[:6], before.batch["old_log_probs"][:6], atol=1e-5, rtol=1e-5)
+        difference = (training_log_probs[6:] - before.batch["old_log_probs"][6:]).abs().max()
         assert 1e-4 < difference < 1.0
         reference = reference or (metrics, weights)
         assert metrics["actor/pg_loss"] == pytest.approx(reference[0]["actor/pg_loss"], rel=1e-4)
@@ -280,7 +281,7 @@ def test_bypass_mode_trains_with_another_loss_and_tells_what_it_saw(model_dir, l
 
 
 @pytest.mark.parametrize("loss_mode", ["clip_cov", "kl_cov"])
-def test_tokens_are_chosen_from_the_whole_mini_batch(model_dir, loss_mode):
+def test_tokens_are_selected_from_the_whole_mini_batch(model_dir, loss_mode):
     data = make_batch(12)
     data.meta_info["global_step"] = 7
     policy_loss = PolicyLossConfig(

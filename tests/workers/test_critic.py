@@ -1,4 +1,4 @@
-"""The critic worker: columns, metrics, steps, checkpoints; on one rank and on two, whatever the split."""
+"""The critic worker on one and two ranks: columns, metrics, steps, checkpoints, for any split of the batch."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from fixtures.critic_cases import (
     split_program,
     update_program,
 )
-from fixtures.engine_cases import fsdp_config, worker_config
+from fixtures.engine_cases import fsdp_config
 from fixtures.ranks import run_ranks
 from fixtures.tiny import write_tiny_model
 from verl.config.actor import CheckpointConfig
@@ -23,7 +23,6 @@ from verl.trainer.ppo.batching import CRITIC_COLUMNS, split_even, split_mini_bat
 from verl.trainer.ppo.core_algos import LOSS_AGG_MODES
 from verl.workers.critic import CriticWorker
 from verl.workers.engine import MicroBatching, NonFiniteError
-from verl.workers.train_worker import TrainWorker
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +35,11 @@ def mini_batches(data, size, ranks, **options):
 
 
 def plain_steps(model_dir, data, size, clip, optimizer_steps):
-    """Clipped AdamW steps on an unsharded model, the loss a loop over tokens; metrics of each step and the weights."""
+    """Take AdamW steps with clipping on an unsharded model, with a loop over tokens for the loss.
+
+    Returns:
+        the metrics of each step, and the weights.
+    """
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     head = torch.nn.Linear(64, 1)
     with torch.no_grad():
@@ -81,8 +84,8 @@ def plain_steps(model_dir, data, size, clip, optimizer_steps):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_two_steps_against_plain_torch(model_dir, ranks):
-    """Metrics are means over the optimizer steps; the weights are those of the same steps unsharded."""
+def test_two_steps_equal_those_of_an_unsharded_model(model_dir, ranks):
+    """Metrics are averaged over the optimizer steps."""
     data = critic_batch(12)
     steps, expected = plain_steps(model_dir, data, 6, 0.5, 2)
     outcomes = run_ranks(ranks, update_program, [(critic_config(model_dir), mini_batches(data, 6, ranks))])
@@ -97,15 +100,15 @@ def test_two_steps_against_plain_torch(model_dir, ranks):
         assert 0 < metrics["critic/vf_clipfrac"] < 1
         assert set(weights) == set(expected)
         for name, tensor in expected.items():
-            # Adam divides by the gradient's size: where that is rounding, so is the step's direction
+            # Adam divides by the gradient's magnitude: for a gradient near 0, rounding decides the step's direction.
             assert (weights[name] - tensor).abs().mean() < 2e-6, name
             if name != "score.bias":
                 assert torch.equal(weights[name].isfinite(), tensor.isfinite())
 
 
 def split_cases(model_dir, data, ranks):
-    """One optimizer step with every aggregation and several cuts."""
-    cuts = [MicroBatching(size=100), MicroBatching(size=3)] if ranks == 1 else [MicroBatching(max_tokens=40)]
+    """Return cases of one optimizer step with every aggregation and several splits."""
+    splits = [MicroBatching(size=100), MicroBatching(size=3)] if ranks == 1 else [MicroBatching(max_tokens=40)]
     return [
         (
             critic_config(model_dir, loss_agg_mode=mode),
@@ -113,11 +116,11 @@ def split_cases(model_dir, data, ranks):
             mini_batches(data, 13, ranks, balance=limits.size is None),
         )
         for mode in LOSS_AGG_MODES
-        for limits in cuts
+        for limits in splits
     ]
 
 
-def test_the_split_does_not_matter(model_dir):
+def test_a_step_does_not_depend_on_the_split(model_dir):
     data, reference = critic_batch(13), {}
     for ranks in (1, 2):
         cases = split_cases(model_dir, data, ranks)
@@ -147,7 +150,7 @@ def test_a_step_gives_the_same_weights_on_one_rank_and_two(tmp_path, tied):
 
 
 def test_a_zero_head_learns(model_dir):
-    """From V = 0 everywhere to the returns; the backbone from the second step on."""
+    """Values move from 0 to the returns."""
     data = critic_batch(12)
     data.batch["returns"] = 0.4 * (data.batch["responses"] % 3 - 1) * data.batch["response_mask"].float()
 
@@ -164,8 +167,8 @@ def test_a_zero_head_learns(model_dir):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_step_with_bfloat16_masters(model_dir, ranks):
-    """The head stays in float32 beside them."""
+def test_the_head_stays_float32_with_bfloat16_masters(model_dir, ranks):
+    """The loss and the gradient norm are close to those with float32 masters."""
     data = critic_batch(12)
     config = critic_config(model_dir, fsdp=fsdp_config(model_dtype="bf16", dtype="bfloat16"))
     exact = run_ranks(1, update_program, [(critic_config(model_dir), mini_batches(data, 12, 1))])[0][0][0][0]
@@ -178,7 +181,7 @@ def test_a_step_with_bfloat16_masters(model_dir, ranks):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_values_column_in_the_order_of_the_batch(model_dir, ranks):
+def test_values_are_in_the_order_of_the_batch(model_dir, ranks):
     data = critic_batch(13)
 
     def values_of(config):
@@ -215,8 +218,8 @@ def test_epochs_repeat_the_mini_batches_and_the_schedule_counts_updates(model_di
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 2), (1, 2), (2, 1)])
-def test_resuming_is_the_same_as_going_on(tmp_path, model_dir, before, after):
-    """Weights, optimizer and schedule, with another number of ranks too."""
+def test_a_resumed_run_equals_an_uninterrupted_run(tmp_path, model_dir, before, after):
+    """Weights, optimizer and schedule are restored, also with another number of ranks."""
     data = critic_batch(12)
     config = critic_config(model_dir, optim=CriticOptimConfig(lr=1e-3, lr_warmup_steps=4))
     path = str(tmp_path / "critic")
@@ -240,7 +243,7 @@ def straight_program(rank, config, updates):
     return [(history, dict(worker.engine.export_weights()))]
 
 
-def test_contents_of_a_checkpoint(tmp_path, model_dir):
+def test_a_checkpoint_has_only_the_configured_contents(tmp_path, model_dir):
     data = critic_batch(12)
     saved = CheckpointConfig(save_contents=["model", "hf_model"], load_contents=["model"])
     config = critic_config(model_dir, {"tokenizer_path": model_dir}, checkpoint=saved)
@@ -256,51 +259,17 @@ def test_contents_of_a_checkpoint(tmp_path, model_dir):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_return_that_is_not_finite_stops_every_rank(model_dir, ranks):
+def test_a_non_finite_return_stops_all_ranks(model_dir, ranks):
     data = critic_batch(12)
     data.batch["returns"][2, 0] = torch.nan
     with pytest.raises(NonFiniteError, match="prompt-1"):
         run_ranks(ranks, update_program, [(critic_config(model_dir), mini_batches(data, 12, ranks))])
 
 
-def test_limits_are_judged_before_the_model_is_read():
+def test_limits_are_checked_before_the_model_is_read():
     config = critic_config("nowhere", ppo_micro_batch_size_per_gpu=None)
     worker = CriticWorker(0, 1, "127.0.0.1", 0, config, total_training_steps=1, device="cpu")
     with pytest.raises(RuntimeError, match=r"init_model\(\) first"):
         worker.compute_values(critic_batch(2))
     with pytest.raises(ValueError, match="micro_batch_size_per_gpu"):
         worker.init_model()
-
-
-def test_beside_the_actor_in_one_process(model_dir):
-    """Both join the same ranks."""
-    worker = TrainWorker(
-        0,
-        world_size=1,
-        config=worker_config(model_dir),
-        device="cpu",
-        total_training_steps=10,
-        with_ref=False,
-        seed=0,
-        rollout_dtype="float32",
-        critic=critic_config(model_dir),
-        bypass=None,
-    )
-    data = critic_batch(12)
-    try:
-        worker.setup("127.0.0.1", worker.reserve_port("127.0.0.1"), "127.0.0.1")
-        assert worker.call("compute_log_prob", data).batch["old_log_probs"].any()
-        before = worker.call_critic("compute_values", data).batch["values"]
-        metrics = worker.call_critic("update_critic", mini_batches(data, 12, 1)[0])
-        after = worker.call_critic("compute_values", data).batch["values"]
-    finally:
-        worker.call("close")
-    assert metrics["critic/grad_norm"] > 0
-    assert not before.any() and after.any()
-
-
-def test_a_run_without_a_critic_has_none(model_dir):
-    options = {"world_size": 1, "config": worker_config(model_dir), "device": "cpu", "total_training_steps": 1}
-    worker = TrainWorker(0, **options, with_ref=False, seed=0, rollout_dtype="float32")
-    with pytest.raises(AssertionError, match="no critic"):
-        worker.call_critic("compute_values", critic_batch(2))

@@ -1,4 +1,4 @@
-"""The actor's loss is put together from its parts, and a user's policy loss gets what it is promised."""
+"""The actor's objective: sum of its parts, and the arguments of a policy loss."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def case():
 
 
 @pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-sum-norm"])
-def test_sum_of_the_parts(case, mode):
+def test_the_loss_is_the_sum_of_its_parts(case, mode):
     log_probs, entropy, columns, info = case
     mask = columns["response_mask"]
     actor = actor_config(loss_agg_mode=mode, entropy_coeff=0.3, kl_loss_coef=0.2, kl_loss_type="mse")
@@ -34,7 +34,7 @@ def test_sum_of_the_parts(case, mode):
     torch.testing.assert_close(metrics["actor/entropy"], agg_loss(entropy, mask, "token-mean", **denominators))
 
 
-def test_what_a_registered_loss_is_called_with(case):
+def test_arguments_of_a_registered_policy_loss(case):
     log_probs, entropy, columns, info = case
     columns = {**columns, "rollout_is_weights": torch.ones_like(log_probs)}
     seen = {}
@@ -61,7 +61,7 @@ def test_what_a_registered_loss_is_called_with(case):
     assert loss == metrics["actor/custom"] == metrics["actor/pg_loss"]
 
 
-def test_a_loss_that_chooses_tokens_gets_them_and_no_other_does(case):
+def test_only_a_loss_with_a_token_selector_gets_selected_tokens(case):
     log_probs, entropy, columns, info = case
     columns = {**columns, "selected_tokens": torch.ones_like(columns["response_mask"])}
     seen = []
@@ -70,10 +70,10 @@ def test_a_loss_that_chooses_tokens_gets_them_and_no_other_does(case):
         seen.append(arguments.get("selected_tokens"))
         return agg_loss(arguments["log_prob"], arguments["response_mask"], "token-sum"), {}
 
-    @register_policy_loss("test_policy_objective_chooses", select_tokens=lambda **columns: columns)
-    def choosing(**arguments):
+    @register_policy_loss("test_policy_objective_selects", select_tokens=lambda **columns: columns)
+    def selecting(**arguments):
         return loss(**arguments)
 
-    for function in (loss, choosing):
+    for function in (loss, selecting):
         PolicyObjective(function, actor_config(use_kl_loss=False), info)(log_probs, entropy, columns)
     assert seen[0] is None and seen[1] is columns["selected_tokens"]

@@ -1,6 +1,6 @@
-"""The critic: the value model of PPO, on a rank of the trainer, beside the actor.
+"""The critic: the value model of PPO, in the same process as the actor of a trainer rank.
 
-Every method but the constructor is collective: all ranks call it with their own shard of the data, in the same order.
+Every method except the constructor is collective: all ranks call it in the same order, each with its shard of the data.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from verl.utils.dtypes import choose_dtype
 from verl.workers.engine.base import ValueEngine
 from verl.workers.engine.fsdp import FSDPValueEngine
 from verl.workers.engine.micro_batch import MicroBatching, micro_batching
-from verl.workers.process_group import join_ranks, own_device
-
-_DENOMINATORS = ("global_tokens", "global_sequences", "loss_scale_factor")
+from verl.workers.process_group import join_process_group, select_device
+from verl.workers.update_loop import loss_denominators, run_updates
 
 
 def forward_limits(config: CriticConfig) -> MicroBatching:
-    """The limits of the pass that computes values."""
+    """Return the micro-batch limit of the forward pass that computes values."""
     return micro_batching(
         bool(config.use_dynamic_bsz), config.forward_micro_batch_size_per_gpu, config.forward_max_token_len_per_gpu
     )
@@ -32,10 +31,9 @@ class CriticWorker:
     """One rank of the critic.
 
     Args:
-        rank: this rank, of `world_size`.
-        master_addr: where rank 0 listens for the others, unless another worker of this process has joined them already.
-        master_port: on which port.
-        config: the `critic` section as `verl.config.critic.resolve_critic` completes it.
+        rank, world_size: this rank, and the number of ranks.
+        master_addr, master_port: address where rank 0 listens; not used if this process has already joined the group.
+        config: the `critic` section, completed by `verl.config.critic.resolve_critic`.
         total_training_steps: length of the learning-rate schedule.
         device: "cpu", "cuda" or "npu".
     """
@@ -60,10 +58,10 @@ class CriticWorker:
         self._engine: ValueEngine | None = None
 
     def init_model(self) -> None:
-        """Join the other ranks and load the model.
+        """Join the process group and load the model.
 
         Raises:
-            ValueError: the checkpoint does not fit the model, or a setting is unknown or missing.
+            ValueError: the checkpoint does not match the model, or a setting is unknown or missing.
         """
         config = self._config
         dynamic = bool(config.use_dynamic_bsz)
@@ -71,11 +69,11 @@ class CriticWorker:
             dynamic, config.ppo_micro_batch_size_per_gpu, config.ppo_max_token_len_per_gpu
         )
         self._forward_limits = forward_limits(config)
-        device = own_device(self._device_type, self.rank)
+        device = select_device(self._device_type, self.rank)
         self._engine = FSDPValueEngine(
             config.model,
             config.fsdp,
-            mesh=join_ranks(self._device_type, self.rank, self.world_size, *self._master),
+            mesh=join_process_group(self._device_type, self.rank, self.world_size, *self._master),
             device=device,
             compute_dtype=choose_dtype(self._device_type, config.fsdp.dtype).name,
             optim_config=config.optim,
@@ -84,14 +82,15 @@ class CriticWorker:
 
     @property
     def engine(self) -> ValueEngine:
-        """The engine of the value model."""
+        """Engine of the value model."""
         if self._engine is None:
             raise RuntimeError("CriticWorker: call init_model() first")
         return self._engine
 
     def compute_values(self, data: DataProto) -> DataProto:
-        """`values` [B, T] float32: at each response token the value of the state it was chosen in, 0 where
-        response_mask is 0.
+        """Return `values` [B, T] float32: at each response token, the value of the state in which it was chosen.
+
+        They are 0 where response_mask is 0.
 
         Args:
             data: input_ids, attention_mask [B, P+T], responses, response_mask [B, T].
@@ -99,46 +98,43 @@ class CriticWorker:
         return DataProto.from_dict(tensors={"values": self.engine.values(data, self._forward_limits)})
 
     def update_critic(self, mini_batches: list[DataProto]) -> dict[str, float]:
-        """Train on this rank's share of each mini-batch, `ppo_epochs` times over, one optimizer step each.
+        """Train on this rank's share of each mini-batch: `ppo_epochs` epochs, one optimizer step per mini-batch.
 
         Args:
-            mini_batches: as `verl.trainer.ppo.batching.split_mini_batches` makes them, with `values` and `returns`.
+            mini_batches: result of `verl.trainer.ppo.batching.split_mini_batches`, with `values` and `returns`.
 
         Returns:
-            `critic/{vf_loss,vf_clipfrac,vpred_mean,grad_norm,lr,perf/padding_fraction}`, means over the optimizer
+            `critic/{vf_loss,vf_clipfrac,vpred_mean,grad_norm,lr,perf/padding_fraction}`, averaged over the optimizer
             steps; equal on all ranks.
 
         Raises:
             NonFiniteError: loss or gradient is NaN or infinite; raised on all ranks before the optimizer step.
         """
-        history: list[dict[str, float]] = []
-        for _ in range(self._config.ppo_epochs or 1):
-            for mini_batch in mini_batches:
-                objective = ValueObjective(self._config, mini_batch)
-                metrics = self.engine.forward_backward(mini_batch, objective, self._train_limits)
-                metrics["critic/vf_loss"] = metrics.pop("loss")
-                metrics["critic/perf/padding_fraction"] = metrics.pop("padding_fraction")
-                step = self.engine.optimizer_step()
-                metrics["critic/grad_norm"], metrics["critic/lr"] = step["grad_norm"], step["lr"]
-                history.append(metrics)
-        self.engine.schedule_step()
-        return {name: sum(metrics[name] for metrics in history) / len(history) for name in history[0]}
+
+        def forward_backward(epoch: int, number: int, mini_batch: DataProto) -> dict[str, float]:
+            objective = ValueObjective(self._config, mini_batch)
+            return self.engine.forward_backward(mini_batch, objective, self._train_limits)
+
+        epochs = self._config.ppo_epochs or 1
+        return run_updates(
+            self.engine, mini_batches, forward_backward, epochs=epochs, prefix="critic", loss_name="critic/vf_loss"
+        )
 
     def save_checkpoint(self, path: str | Path) -> None:
-        """Write what `critic.checkpoint.save_contents` names into `path`, `hf_model` into `path/huggingface`."""
+        """Write the parts in `critic.checkpoint.save_contents` into `path`, `hf_model` into `path/huggingface`."""
         self.engine.save(path, self._config.checkpoint.save_contents)
 
     def load_checkpoint(self, path: str | Path) -> None:
-        """Read what `critic.checkpoint.load_contents` names."""
+        """Read the parts in `critic.checkpoint.load_contents`."""
         self.engine.load(path, self._config.checkpoint.load_contents)
 
 
 class ValueObjective:
-    """The value loss of one micro-batch, as a part of the mini-batch's."""
+    """The value loss of one micro-batch, divided by the denominators of its mini-batch."""
 
     def __init__(self, config: CriticConfig, mini_batch: DataProto):
         self._config = config
-        self._denominators = {name: mini_batch.meta_info[name] for name in _DENOMINATORS}
+        self._denominators = loss_denominators(mini_batch.meta_info)
 
     def __call__(
         self, values: torch.Tensor, columns: dict[str, torch.Tensor]

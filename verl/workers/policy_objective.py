@@ -1,43 +1,55 @@
-"""What the actor minimises: policy loss, entropy bonus and KL loss of one micro-batch."""
+"""The objective that the actor minimizes: policy loss, entropy bonus and KL loss of one micro-batch."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from verl.algorithms.losses import agg_loss, get_token_selector, kl_penalty
+from verl.config import ActorConfig
+from verl.config.rollout_correction import Correction
+from verl.workers.update_loop import LossDenominators, loss_denominators
 
 
 class PolicyObjective:
-    """Policy loss - entropy bonus + KL loss, of one micro-batch, as parts of the mini-batch's.
+    """Policy loss - entropy bonus + KL loss of one micro-batch, divided by the denominators of its mini-batch.
 
     Args:
         policy_loss: an entry of the policy-loss registry.
         actor: the `actor` section.
-        meta_info: of the mini-batch: `global_tokens`, `global_sequences`, `loss_scale_factor`.
-        rollout_correction: for a policy loss that corrects by itself, which finds it as `config.rollout_correction`.
+        meta_info: meta_info of the mini-batch: `global_tokens`, `global_sequences`, `loss_scale_factor`.
+        rollout_correction: correction that the policy loss applies itself and reads as `config.rollout_correction`;
+            None for a policy loss without one.
 
     Attributes:
-        seen: with `rollout_correction`, the `sample_index` [b] and log-probabilities [b, T] of each micro-batch so far.
+        training_log_probs: with `rollout_correction`, the `sample_index` [b] and log-probabilities [b, T] of each
+            micro-batch so far.
     """
 
-    def __init__(self, policy_loss: Any, actor: Any, meta_info: dict[str, Any], rollout_correction: Any | None = None):
+    def __init__(
+        self,
+        policy_loss: Callable[..., Any],
+        actor: ActorConfig,
+        meta_info: dict[str, Any],
+        rollout_correction: Correction | None = None,
+    ):
         self._policy_loss = policy_loss
-        self._extra = ("selected_tokens",) if get_token_selector(policy_loss) is not None else ()
+        self._extra_columns = ("selected_tokens",) if get_token_selector(policy_loss) is not None else ()
         self._actor = actor
-        names = ("global_tokens", "global_sequences", "loss_scale_factor")
-        self._denominators = {name: meta_info[name] for name in names}
+        self._denominators = loss_denominators(meta_info)
         self._keeps_log_probs = rollout_correction is not None
-        self.seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.training_log_probs: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._loss_config = _LossConfig(actor, self._denominators, rollout_correction)
 
     def __call__(
         self, log_probs: torch.Tensor, entropy: torch.Tensor, columns: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the loss and the metrics `actor/*` without gradient, as described in `LossFn`."""
         actor, mask, mode = self._actor, columns["response_mask"], self._actor.loss_agg_mode
-        if self._keeps_log_probs and bool(mask.any()):  # a micro-batch without samples has no place in the batch
-            self.seen.append((columns["sample_index"], log_probs.detach()))
+        if self._keeps_log_probs and bool(mask.any()):  # a micro-batch without samples has no index in the batch
+            self.training_log_probs.append((columns["sample_index"], log_probs.detach()))
         loss, metrics = self._policy_loss(
             old_log_prob=columns["old_log_probs"],
             log_prob=log_probs,
@@ -46,7 +58,7 @@ class PolicyObjective:
             loss_agg_mode=mode,
             config=self._loss_config,
             rollout_is_weights=columns.get("rollout_is_weights"),
-            **{name: columns[name] for name in self._extra},
+            **{name: columns[name] for name in self._extra_columns},
         )
         metrics = {"actor/pg_loss": loss.detach(), **metrics}
         metrics["actor/entropy"] = agg_loss(entropy.detach(), mask, "token-mean", **self._denominators)
@@ -61,10 +73,14 @@ class PolicyObjective:
 
 
 class _LossConfig:
-    """The actor section with what only the policy loss needs: `global_batch_info`, the mini-batch's denominators, and
-    `rollout_correction`."""
+    """The actor section, extended by fields that only the policy loss reads.
 
-    def __init__(self, actor: Any, global_batch_info: dict[str, Any], rollout_correction: Any | None):
+    Attributes:
+        global_batch_info: denominators of the mini-batch.
+        rollout_correction: see `PolicyObjective`.
+    """
+
+    def __init__(self, actor: ActorConfig, global_batch_info: LossDenominators, rollout_correction: Correction | None):
         self._actor = actor
         self.global_batch_info = global_batch_info
         self.rollout_correction = rollout_correction

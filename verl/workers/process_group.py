@@ -1,4 +1,4 @@
-"""What the workers of one rank share: its device, the group of all ranks, the memory it took."""
+"""Resources that the workers of one rank share: its device, the process group of all ranks, and peak memory."""
 
 from __future__ import annotations
 
@@ -15,8 +15,12 @@ from verl.utils.devices import dist_backend, torch_device
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
-def join_ranks(device: str, rank: int, world_size: int, master_addr: str, master_port: int) -> DeviceMesh:
-    """The mesh of all ranks; the first call joins their process group, which rank 0 listens for at that address."""
+def join_process_group(device: str, rank: int, world_size: int, master_addr: str, master_port: int) -> DeviceMesh:
+    """Return the mesh of all ranks; the first call joins the process group.
+
+    Args:
+        master_addr, master_port: address where rank 0 listens.
+    """
     if not dist.is_initialized():
         host = f"[{master_addr}]" if ":" in master_addr else master_addr
         dist.init_process_group(
@@ -29,23 +33,29 @@ def join_ranks(device: str, rank: int, world_size: int, master_addr: str, master
     return init_device_mesh(device, (world_size,))
 
 
-def own_device(device: str, rank: int) -> torch.device:
-    """This rank's device; where a process sees several of them, they are dealt out by rank."""
+def select_device(device: str, rank: int) -> torch.device:
+    """Make this rank's device the current one and return it.
+
+    If a process sees several devices, the ranks take them in turn.
+    """
     if device == "cpu":
         return torch_device("cpu")
     module = torch.get_device_module(torch_device(device))
-    own = torch_device(device, rank % module.device_count())
-    module.set_device(own)
-    return own
+    selected = torch_device(device, rank % module.device_count())
+    module.set_device(selected)
+    return selected
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """GiB at the peak, of the rank that needed most: allocated on an accelerator, resident on a CPU; collective."""
+    """Return the largest peak memory of any rank in GiB. Collective.
+
+    On an accelerator it is the allocated memory, on a CPU the resident memory of the process.
+    """
     if device.type == "cpu":
         unit = 1 if sys.platform == "darwin" else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     else:
         peak = torch.get_device_module(device).max_memory_allocated(device)
-    worst = torch.tensor(peak / 2**30, dtype=torch.float32, device=device)
-    dist.all_reduce(worst, op=dist.ReduceOp.MAX)
-    return worst.item()
+    largest = torch.tensor(peak / 2**30, dtype=torch.float32, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest.item()

@@ -1,4 +1,4 @@
-"""One trainer rank as it runs in its own process: actor, critic if any, and the sending end of the weight update."""
+"""The process of one trainer rank: actor, optional critic, and the sender of weight updates."""
 
 from __future__ import annotations
 
@@ -31,20 +31,22 @@ _MIB = 1 << 20
 
 
 class TrainWorker:
-    """Made bare, then `setup` once all ranks know where to meet.
+    """Actor and critic of one rank; the driver calls the same methods on all ranks.
+
+    The constructor loads nothing. Call `setup` when the address of rank 0 is known.
 
     Args:
-        rank, world_size: of the trainer's process group.
+        rank, world_size: this rank in the trainer's process group, and the number of ranks.
         config: the section `actor_rollout_ref`.
         device: `cpu`, `cuda` or `npu`.
-        total_training_steps: optimizer schedule length in training steps.
-        with_ref: load the reference model too.
-        seed: of this run; ranks derive theirs from it.
-        rollout_dtype: dtype name the weights are sent in.
-        critic: the section `critic` as `resolve_critic` completes it; None for no critic.
-        critic_warmup: the first training steps, in which the critic alone learns.
+        total_training_steps: length of the learning-rate schedule in training steps.
+        with_ref: also load the reference model.
+        seed: seed of the run, from which each rank derives its own.
+        rollout_dtype: name of the dtype in which weights are sent.
+        critic: the section `critic`, completed by `resolve_critic`; None for a run without a critic.
+        critic_warmup: number of first training steps in which only the critic is trained.
         bypass: as in `ActorWorker`.
-        timeline: for `join_timeline`.
+        timeline: argument of `join_timeline`.
     """
 
     def __init__(
@@ -70,7 +72,8 @@ class TrainWorker:
         self._critic: CriticWorker | None = None
         self._send_dtype = dtype_from_name(rollout_dtype)
         self._sender: WeightSender | None = None
-        # What the engine's workers quantize travels as it is.
+        # With `quantization_side=receiver`, weights are sent unquantized.
+        assert config.model.path is not None, "actor_rollout_ref.model.path is a required key"
         sends = config.rollout.quantization_side == "sender"
         self._scheme: QuantizationScheme | None = get_scheme(config.rollout, config.model.path) if sends else None
         self._last_sent = LastSentWeights(self._scheme, keeps=full_update_reason(config.rollout, device) is None)
@@ -78,11 +81,11 @@ class TrainWorker:
         self._reserved_port: socket.socket | None = None
 
     def missing_paths(self, paths: list[str]) -> list[str]:
-        """Those of some files and directories that are not there on this host."""
+        """Return the paths that do not exist on this host."""
         return [path for path in paths if not os.path.exists(path)]
 
     def reserve_port(self, address: str) -> int:
-        """A port of this host's `address` where the ranks can meet, held until `setup`."""
+        """Return a free port of this host's `address` for rank 0, reserved until `setup`."""
         self._reserved_port = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
         self._reserved_port.bind((address, 0))
         return self._reserved_port.getsockname()[1]
@@ -91,13 +94,13 @@ class TrainWorker:
         """Join the process group and load the models.
 
         Args:
-            host, port: where rank 0 is met.
-            address: of this rank's host, towards the others.
+            host, port: address where rank 0 listens.
+            address: address of this rank's host in the network of the other ranks.
         """
         if address != "127.0.0.1":
             choose_gloo_interface(address)
         if self._reserved_port is not None:
-            # Only now, or another process of the run might be given the port meanwhile.
+            # Released as late as possible, so that no other process of the run gets the port.
             self._reserved_port.close()
         self._actor = ActorWorker(
             self._rank,
@@ -156,7 +159,7 @@ class TrainWorker:
         return self._require_critic().update_critic(mini_batches)
 
     def save_checkpoint(self, directory: str) -> None:
-        """Write the actor's state into `directory`/actor and the critic's, if there is one, into `directory`/critic."""
+        """Write the states of the actor and the critic, if any, into subdirectories `actor` and `critic`."""
         with span("save_checkpoint"):
             self._actor.save_checkpoint(f"{directory}/actor")
         if self._critic is not None:
@@ -192,18 +195,22 @@ class TrainWorker:
             return getattr(self._critic, method)(*arguments)
 
     def check_base(self, base: int) -> None:
-        """WeightUpdateError unless this rank keeps just what it sent as version `base`; before a delta to it begins."""
+        """Check that this rank can send a delta against version `base`.
+
+        Raises:
+            WeightUpdateError: the weights that it sent last are not version `base`.
+        """
         self._last_sent.check_base(base)
 
     @spanned("export: begin")
     def begin_export(self, version: int, base: int | None = None) -> None:
-        """Start sending the weights as `version`; on the other ranks `join_export` must run at the same time.
+        """Start to send the weights as `version`; the other ranks must call `join_export` at the same time.
 
         Args:
-            base: send what changed since that version; None to send everything.
+            base: send a delta against this version; None for a full update.
 
         Raises:
-            WeightUpdateError: `base` is not what this rank keeps.
+            WeightUpdateError: the weights that this rank sent last are not version `base`.
         """
         if self._sender is None:
             engine = self._config.rollout.checkpoint_engine
@@ -216,17 +223,17 @@ class TrainWorker:
 
     @spanned("export: gather, encode and pack a bucket")
     def next_bucket(self) -> dict[str, Any]:
-        """Fill and describe the next bucket."""
+        """Fill the next bucket and return its description."""
         assert self._sender is not None, "begin_export first"
         return self._sender.next_bucket()
 
     @spanned("export: finish")
     def finish_export(self) -> dict[str, Any]:
-        """Keep what was sent as what deltas may be relative to. On every rank, once all of it was sent.
+        """Make the sent weights the base of the next delta. Called on every rank after the last bucket was sent.
 
         Returns:
-            the `report` of encoding; on rank 0 besides the `manifest` of everything sent, `seconds` to gather, encode
-            and pack it, and the `full_bytes` that an update without a base sends.
+            the `report` of the encoding. Rank 0 adds the `manifest` of the update, the `seconds` to gather, encode and
+            pack it, and the `full_bytes` of a full update.
         """
         self._last_sent.commit(self._exporting)
         report = {"report": self._pop_report()}
@@ -236,16 +243,16 @@ class TrainWorker:
         return {"manifest": sender.manifest(), "seconds": sender.seconds, "full_bytes": sender.nbytes, **report}
 
     def abort_export(self) -> None:
-        """Give an export up that was begun: the other ranks still gather to its end."""
+        """Abort an export that was begun; the other ranks still take part in all of its gathers."""
         if self._sender is not None:
             self._sender.abort()
 
     @spanned("export: gather and encode")
     def join_export(self, version: int, base: int | None = None) -> None:
-        """Take part in what rank 0 sends with `begin_export`, to its end."""
+        """Take part in all gathers of the export that rank 0 started with `begin_export`."""
         self._exporting = version
         for _ in self._export_full() if base is None else self._export_delta(base):
-            raise AssertionError("rank 0 alone has something to send")
+            raise AssertionError("only rank 0 sends weights")
 
     def _pop_report(self) -> dict[str, Any]:
         return EncodeReport().to_message() if self._scheme is None else self._scheme.pop_report().to_message()
@@ -258,5 +265,5 @@ class TrainWorker:
         return self._last_sent.export_delta(self._units(), torch.device(self._device))
 
     def _units(self) -> Iterator[ExportUnit]:
-        self._pop_report()  # what an update that failed left behind
+        self._pop_report()  # drop the report of an update that failed
         return self._actor.export_units(dtype=self._send_dtype, encoder=self._scheme)

@@ -1,4 +1,4 @@
-"""A resumed run equals an uninterrupted one; checkpoints load with another number of ranks."""
+"""Checkpoints: a resumed run equals an uninterrupted run, also with another number of ranks."""
 
 import json
 
@@ -13,7 +13,7 @@ from verl.trainer.ppo.batching import split_mini_batches
 
 @pytest.fixture(scope="module", params=["qwen3", "qwen3_moe"])
 def model_dir(request, tmp_path_factory):
-    # 127 tokens: rows that two ranks cannot share evenly
+    # With 127 tokens, two ranks hold different numbers of rows.
     return str(write_tiny_model(tmp_path_factory.mktemp(request.param), kind=request.param, vocab_size=127))
 
 
@@ -32,7 +32,7 @@ def halves(shards):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_resume_is_bit_equal(tmp_path, model_dir, actor, ranks):
+def test_a_resumed_run_equals_an_uninterrupted_run_bit_for_bit(tmp_path, model_dir, actor, ranks):
     shards = shards_of(ranks)
     first, second = halves(shards)
     path = str(tmp_path / "checkpoint")
@@ -45,7 +45,7 @@ def test_resume_is_bit_equal(tmp_path, model_dir, actor, ranks):
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
-def test_another_number_of_ranks(tmp_path, model_dir, actor, before, after):
+def test_a_checkpoint_loads_with_another_number_of_ranks(tmp_path, model_dir, actor, before, after):
     path = str(tmp_path / "checkpoint")
     first, _ = halves(shards_of(before))
     _, second = halves(shards_of(after))
@@ -62,8 +62,8 @@ def test_another_number_of_ranks(tmp_path, model_dir, actor, before, after):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_random_numbers_go_on(tmp_path, model_dir, actor, ranks):
-    """The numbers drawn after a save are drawn again after a load, each rank its own."""
+def test_random_number_generators_are_restored(tmp_path, model_dir, actor, ranks):
+    """Each rank draws the same numbers after the load as after the save, and other numbers than the other ranks."""
     path = str(tmp_path / "checkpoint")
     nothing = [[] for _ in range(ranks)]
     saved = run_ranks(ranks, checkpoint_program, model_dir, nothing, actor, None, path)
@@ -72,21 +72,21 @@ def test_random_numbers_go_on(tmp_path, model_dir, actor, ranks):
     assert len({tuple(after_load) for *_, after_load, _ in loaded}) == ranks
 
 
-def test_a_missing_part_is_named(tmp_path, model_dir, actor):
+def test_errors_name_a_missing_or_unknown_part(tmp_path, model_dir, actor):
     def program(rank):
         engine = make_engine(model_dir, actor=actor)
         engine.save(tmp_path / "some", ["model"])
         engine.load(tmp_path / "some", ["model"])
-        with pytest.raises(FileNotFoundError, match=r"has no optimizer: leave 'optimizer' out of .*load_contents"):
+        with pytest.raises(FileNotFoundError, match=r"has no optimizer: remove 'optimizer' from .*load_contents"):
             engine.load(tmp_path / "some")
-        with pytest.raises(ValueError, match="'weights' is unknown"):
+        with pytest.raises(ValueError, match="unknown part 'weights'"):
             engine.save(tmp_path / "other", ["weights"])
 
     run_ranks(1, program)
     assert not (tmp_path / "some" / "engine.json").exists()
 
 
-def test_what_is_written(tmp_path, model_dir, actor):
+def test_files_of_a_checkpoint(tmp_path, model_dir, actor):
     first, _ = halves(shards_of(2))
     run_ranks(2, checkpoint_program, model_dir, first, actor, None, str(tmp_path / "c"))
     assert json.loads((tmp_path / "c" / "engine.json").read_text()) == {

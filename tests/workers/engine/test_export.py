@@ -1,4 +1,4 @@
-"""What the engine streams and writes equals what `save_pretrained` writes."""
+"""Exported weights equal those that `save_pretrained` writes."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize(("kind", "tied"), CASES)
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_stream_and_directory(tmp_path, kind, tied, ranks):
+def test_exported_weights_and_directory_equal_the_checkpoint(tmp_path, kind, tied, ranks):
     source = write_tiny_model(tmp_path / "source", kind=kind, tied=tied, num_key_value_heads=1)
     expected = saved(source)
     if kind == "qwen3_moe":
@@ -53,7 +53,7 @@ def test_stream_and_directory(tmp_path, kind, tied, ranks):
     for weights in run_ranks(ranks, export_program, str(source), str(tmp_path / "hf")):
         assert_same(weights, expected)
     assert_same(saved(tmp_path / "hf"), expected)
-    # the directory is whole: model and tokenizer come back, and are the same
+    # The directory is complete: model and tokenizer load from it and are the same.
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     original = AutoModelForCausalLM.from_pretrained(source)
     assert model.config.architectures == original.config.architectures
@@ -66,8 +66,8 @@ def test_stream_and_directory(tmp_path, kind, tied, ranks):
     assert tokenizer("hello")["input_ids"] == first("hello")["input_ids"]
 
 
-def test_tensors_stand_alone(tmp_path):
-    """Contiguous, and not one storage for many: a receiver copies bytes."""
+def test_exported_tensors_are_contiguous_and_unique(tmp_path):
+    """A receiver copies the bytes of each tensor."""
     source = write_tiny_model(tmp_path / "source", kind="qwen3_moe")
 
     def program(rank):
@@ -81,8 +81,8 @@ def test_tensors_stand_alone(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "joined", "most"), [("qwen3", False, 1), ("qwen3_moe", False, 1), ("qwen3_moe", True, 2)]
 )
-def test_no_more_is_gathered_at_once_than_has_to_be_converted_together(tmp_path, kind, joined, most, monkeypatch):
-    """`joined`: a conversion that turns what it cuts, so that rows cannot be told: the packed experts of a layer."""
+def test_only_parameters_that_are_converted_together_are_gathered_at_once(tmp_path, kind, joined, most, monkeypatch):
+    """With `joined`, the conversion transposes experts, so the packed experts of a layer have no row ranges."""
     source = write_tiny_model(tmp_path / "source", kind=kind, num_hidden_layers=4)
     if joined:
         monkeypatch.setattr(
@@ -107,7 +107,7 @@ def test_no_more_is_gathered_at_once_than_has_to_be_converted_together(tmp_path,
     assert sum(gathered) == sum(t.numel() for t in saved(source).values())
 
 
-def test_bfloat16_masters(tmp_path):
+def test_bfloat16_master_weights_are_exported_as_bfloat16(tmp_path):
     source = write_tiny_model(tmp_path / "source", dtype="bfloat16")
     actor = actor_config(fsdp_config=fsdp_config(model_dtype="bf16", dtype="bfloat16"))
     for weights in run_ranks(2, export_program, str(source), str(tmp_path / "hf"), actor):
@@ -116,26 +116,14 @@ def test_bfloat16_masters(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").dtype == torch.bfloat16
 
 
-def test_several_files(tmp_path, monkeypatch):
-    source = write_tiny_model(tmp_path / "source", tied=False)
-    monkeypatch.setattr(export, "_SHARD_BYTES", 100_000)
-    run_ranks(1, export_program, str(source), str(tmp_path / "hf"))
-    files = sorted(path.name for path in (tmp_path / "hf").glob("*.safetensors"))
-    assert len(files) > 2
-    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
-    expected = AutoModelForCausalLM.from_pretrained(source).state_dict()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
-
-
-# ---- encoded before the gather ----
+# ---- encoding before the gather ----
 
 Q_PROJ, EXPERT = "model.layers.1.self_attn.q_proj.weight", "model.layers.0.mlp.experts.2.up_proj.weight"
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_rows_are_encoded_where_they_are(tmp_path, ranks):
-    """Three rows of a key projection on two ranks: shards may be uneven."""
+def test_each_rank_encodes_the_rows_that_it_holds(tmp_path, ranks):
+    """A key projection of six rows, and a query projection of 24 rows."""
     source = write_tiny_model(tmp_path, num_key_value_heads=1, head_dim=3 * 2, num_attention_heads=4)
     k_proj = "model.layers.0.self_attn.k_proj.weight"
     outcomes = run_ranks(ranks, encoded_program, str(source), {Q_PROJ, k_proj})
@@ -155,7 +143,7 @@ def test_rows_are_encoded_where_they_are(tmp_path, ranks):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_packed_experts_are_encoded_before_they_are_taken_apart(tmp_path, ranks):
+def test_packed_experts_are_encoded_before_they_are_split(tmp_path, ranks):
     source = write_tiny_model(tmp_path, kind="qwen3_moe", hidden_size=64, moe_intermediate_size=64)
     expected = saved(source)
     names = {name for name in expected if ".experts." in name}
@@ -170,7 +158,7 @@ def test_packed_experts_are_encoded_before_they_are_taken_apart(tmp_path, ranks)
             assert torch.equal(weights[f"{name}_sum"], expected[name].sum(-1, keepdim=True))
 
 
-def test_experts_of_which_some_are_left_out_are_gathered_first(tmp_path):
+def test_packed_experts_are_gathered_first_if_only_some_are_encoded(tmp_path):
     source = write_tiny_model(tmp_path, kind="qwen3_moe")
     names = {name for name in saved(source) if ".experts." in name} - {EXPERT}
     [(weights, encoded)] = run_ranks(1, encoded_program, str(source), names)
@@ -178,7 +166,7 @@ def test_experts_of_which_some_are_left_out_are_gathered_first(tmp_path):
     assert torch.equal(weights[EXPERT], saved(source)[EXPERT])
 
 
-def test_a_conversion_that_turns_rows_is_seen_though_shapes_agree(tmp_path, monkeypatch):
+def test_a_conversion_that_transposes_square_matrices_is_detected(tmp_path, monkeypatch):
     source = write_tiny_model(tmp_path, kind="qwen3_moe", hidden_size=64, moe_intermediate_size=64)
     names = {name for name in saved(source) if ".experts." in name}
     convert = turned(export_rows.revert_weight_conversion, "up_proj", "gate_proj")
@@ -187,7 +175,7 @@ def test_a_conversion_that_turns_rows_is_seen_though_shapes_agree(tmp_path, monk
     assert {name.rpartition(".")[2] for name, _ in encoded} == {"down_proj"}
 
 
-def test_shards_that_are_parts_of_rows_are_gathered_first(tmp_path):
+def test_shards_of_columns_have_no_local_rows():
     def program(rank):
         mesh = init_device_mesh("cpu", (1,))
         shards = [DTensor.from_local(torch.randn(8, 4), mesh, [Shard(i)], run_check=False) for i in (0, 1)]
@@ -204,7 +192,7 @@ def test_shards_are_cast_before_they_are_gathered(tmp_path):
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_what_the_trainer_sends_is_each_checkpoint_weight_in_mxfp8(tmp_path, kind, ranks):
+def test_the_trainer_sends_each_checkpoint_weight_in_mxfp8(tmp_path, kind, ranks):
     source = write_tiny_model(tmp_path, kind=kind, hidden_size=96)
     (sent, _), *others = outcomes = run_ranks(ranks, scheme_program, str(source))
     assert all(nothing == {} for nothing, _ in others)
@@ -222,7 +210,7 @@ def test_what_the_trainer_sends_is_each_checkpoint_weight_in_mxfp8(tmp_path, kin
 
 @pytest.mark.parametrize("row", [0, -1])
 @pytest.mark.parametrize("name", [Q_PROJ, "model.embed_tokens.weight"])
-def test_a_weight_that_is_not_finite_on_any_rank_is_refused_and_no_rank_hangs(tmp_path, name, row):
+def test_a_non_finite_weight_on_any_rank_is_rejected_and_no_rank_hangs(tmp_path, name, row):
     source = write_tiny_model(tmp_path)
-    (told, _), _ = run_ranks(2, scheme_program, str(source), (name, row))
-    assert f"'{name}' holds NaN or Inf" in told
+    (error, _), _ = run_ranks(2, scheme_program, str(source), (name, row))
+    assert f"'{name}' holds NaN or Inf" in error

@@ -1,4 +1,4 @@
-"""Which rows of a parameter each checkpoint tensor consists of, found by counting."""
+"""Rows of a parameter that each checkpoint tensor consists of."""
 
 from types import SimpleNamespace
 
@@ -15,8 +15,8 @@ SHAPES = {"packed": torch.Size([2, 6, 4]), "plain": torch.Size([3, 4]), "norm": 
 CONVERTS = SimpleNamespace(_weight_conversions=[object()])
 
 
-def packed_apart(tensors):
-    """Two experts, of each the first three rows and the other three."""
+def split_experts(tensors):
+    """Split two packed experts of six rows into tensors of three rows."""
     found = {name: t for name, t in tensors.items() if name != "packed"}
     for i, expert in enumerate(tensors["packed"]):
         found |= {f"gate{i}": expert[:3], f"up{i}": expert[3:]}
@@ -30,9 +30,9 @@ CUT = {
 }
 
 
-def change(name, how):
+def split_and_change(name, how):
     def convert(tensors):
-        found = packed_apart(tensors)
+        found = split_experts(tensors)
         return {**found, name: how(found[name])}
 
     return convert
@@ -41,22 +41,22 @@ def change(name, how):
 @pytest.mark.parametrize(
     ("convert", "lost"),
     [
-        (packed_apart, ()),
-        (change("up1", lambda t: t.flip(0)), ("packed",)),
-        (change("up1", lambda t: t.flip(1)), ("packed",)),
-        (change("gate0", lambda t: t.reshape(4, 3)), ("packed",)),
-        (change("plain", lambda t: t.reshape(4, 3).t()), ("plain",)),
-        (change("norm", lambda t: t.flip(0)), ("norm",)),
-        (change("plain", lambda t: t[:2]), SHAPES),  # rows are dropped
-        (change("norm", lambda t: torch.cat([t, t])), SHAPES),  # or stand twice
-        (lambda tensors: {**packed_apart(tensors), "plain": tensors["packed"][0, :3], "gate0": tensors["plain"]}, ()),
+        (split_experts, ()),
+        (split_and_change("up1", lambda t: t.flip(0)), ("packed",)),
+        (split_and_change("up1", lambda t: t.flip(1)), ("packed",)),
+        (split_and_change("gate0", lambda t: t.reshape(4, 3)), ("packed",)),
+        (split_and_change("plain", lambda t: t.reshape(4, 3).t()), ("plain",)),
+        (split_and_change("norm", lambda t: t.flip(0)), ("norm",)),
+        (split_and_change("plain", lambda t: t[:2]), SHAPES),  # drops a row
+        (split_and_change("norm", lambda t: torch.cat([t, t])), SHAPES),  # duplicates rows
+        (lambda tensors: {**split_experts(tensors), "plain": tensors["packed"][0, :3], "gate0": tensors["plain"]}, ()),
     ],
 )
-def test_rows_are_found_unless_they_are_changed(monkeypatch, convert, lost):
+def test_row_ranges_are_found_unless_the_conversion_changes_rows(monkeypatch, convert, lost):
     monkeypatch.setattr(export_rows, "revert_weight_conversion", lambda model, tensors: convert(tensors))
     found = find_row_ranges(CONVERTS, SHAPES)
     assert set(found) == set(SHAPES) - set(lost)
-    # What they say is what the conversion does.
+    # The ranges reproduce the conversion.
     weights = {name: torch.randn(shape) for name, shape in SHAPES.items()}
     whole = convert(weights)
     for name, ranges in found.items():
@@ -66,7 +66,7 @@ def test_rows_are_found_unless_they_are_changed(monkeypatch, convert, lost):
             assert torch.equal(flat.view(shape), whole[part.name])
 
 
-def test_joined_parameters_are_left_whole(monkeypatch):
+def test_parameters_that_the_conversion_joins_have_no_ranges(monkeypatch):
     def convert(model, tensors):
         return {"joined": torch.cat([tensors["a"], tensors["b"]]), "c": tensors["c"]}
 
@@ -74,12 +74,12 @@ def test_joined_parameters_are_left_whole(monkeypatch):
     assert set(find_row_ranges(CONVERTS, {name: torch.Size([3, 4]) for name in "abc"})) == {"c"}
 
 
-def test_ranges_of_packed_experts(monkeypatch):
-    monkeypatch.setattr(export_rows, "revert_weight_conversion", lambda model, tensors: packed_apart(tensors))
+def test_row_ranges_of_packed_experts(monkeypatch):
+    monkeypatch.setattr(export_rows, "revert_weight_conversion", lambda model, tensors: split_experts(tensors))
     assert find_row_ranges(CONVERTS, SHAPES) == CUT
 
 
-def test_without_a_conversion_each_parameter_is_its_tensor():
+def test_without_a_conversion_each_parameter_is_one_checkpoint_tensor():
     found = find_row_ranges(SimpleNamespace(), {**SHAPES, "scalar": torch.Size([])})
     assert {name: [part.shape for part in ranges] for name, ranges in found.items()} == {
         **{name: [tuple(shape)] for name, shape in SHAPES.items()},
@@ -101,7 +101,7 @@ def local_program(rank):
     return found, [local_rows(copied, rank), local_rows(tensors[1], rank)], local_rows(columns, rank)
 
 
-def test_rows_that_a_rank_holds_and_who_answers_for_them():
+def test_rows_that_a_rank_holds_and_the_rank_that_sends_them():
     for rank, (cut, whole, columns) in enumerate(run_ranks(2, local_program)):
         assert cut == [(True, True)] * 3
         assert whole == [LocalRows(0, sends=rank == 0)] * 2

@@ -1,4 +1,4 @@
-"""Loading a checkpoint: what does not fit is refused, not invented."""
+"""Loading a checkpoint: missing and mismatched weights are errors."""
 
 import pytest
 import torch
@@ -26,13 +26,13 @@ def rewrite(directory, change):
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-def test_missing_weight(model_dir):
+def test_a_missing_weight_is_an_error(model_dir):
     rewrite(model_dir, lambda tensors: tensors.pop("lm_head.weight"))
     with pytest.raises(ValueError, match=r"model\.path=.*missing_keys: lm_head\.weight"):
         run_ranks(1, export_program, str(model_dir), None)
 
 
-def test_wrong_shape(model_dir):
+def test_a_wrong_shape_is_an_error(model_dir):
     rewrite(model_dir, lambda tensors: tensors.update({"model.norm.weight": torch.ones(7)}))
     with pytest.raises((ValueError, RuntimeError), match=r"model\.norm\.weight|mismatch"):
         run_ranks(1, export_program, str(model_dir), None)
@@ -48,12 +48,12 @@ def test_override_config_reaches_the_model(model_dir):
     assert config.rms_norm_eps == eps == 0.25
 
 
-def test_override_config_with_an_unknown_field(model_dir):
-    with pytest.raises(ValueError, match=r"override_config: Qwen3Config has no rms_eps; see .*config\.json"):
+def test_an_unknown_key_of_override_config_is_an_error(model_dir):
+    with pytest.raises(ValueError, match=r"override_config: unknown key rms_eps for Qwen3Config; see .*config\.json"):
         run_ranks(1, make_engine_with, str(model_dir), {"rms_eps": 0.25})
 
 
-def test_dtype_names():
+def test_parse_dtype_accepts_known_names_only():
     assert parse_dtype("bf16", "x") is torch.bfloat16
     with pytest.raises(ValueError, match=r"fsdp_config\.model_dtype='fp8'.*bf16"):
         parse_dtype("fp8", "fsdp_config.model_dtype")

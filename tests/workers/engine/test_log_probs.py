@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies from logits: values, gradients, chunks."""
+"""Log-probabilities, entropies and sums of squares from logits: values, gradients, chunks."""
 
 import math
 
@@ -23,7 +23,7 @@ def chunk(request, monkeypatch):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 5.0])
-def test_values_against_loops(chunk, temperature):
+def test_values_equal_those_of_loops(chunk, temperature):
     logits = torch.randn(11, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 4
     targets = torch.arange(11) % 7
     log_probs, entropy, _ = token_log_probs(logits, targets, temperature)
@@ -33,14 +33,14 @@ def test_values_against_loops(chunk, temperature):
         assert entropy[i].item() == pytest.approx(expected[1], rel=1e-10)
 
 
-def test_gradients(chunk):
+def test_gradients_equal_numerical_gradients(chunk):
     logits = torch.randn(5, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64, requires_grad=True)
     targets = torch.tensor([0, 6, 3, 3, 2])
     assert torch.autograd.gradcheck(lambda x: token_log_probs(x, targets, 0.7, entropy_grad=True)[:2], (logits,))
     assert torch.autograd.gradcheck(lambda x: token_log_probs(x, targets, 0.7)[0], (logits,))
 
 
-def test_entropy_without_gradient():
+def test_entropy_has_no_gradient_by_default():
     logits = torch.randn(3, 4, requires_grad=True)
     log_probs, entropy, _ = token_log_probs(logits, torch.zeros(3, dtype=torch.int64), 1.0)
     assert log_probs.requires_grad and not entropy.requires_grad
@@ -57,7 +57,7 @@ def test_half_precision_is_computed_in_float32():
     assert logits.grad.dtype == torch.bfloat16
 
 
-def test_extreme_logits():
+def test_extreme_logits_give_finite_gradients():
     logits = torch.tensor([[0.0, -math.inf, 0.0], [1e30, -1e30, 0.0]], requires_grad=True)
     log_probs, entropy, _ = token_log_probs(logits, torch.tensor([0, 0]), 0.5, entropy_grad=True)
     (log_probs.sum() + entropy.sum()).backward()
@@ -66,23 +66,23 @@ def test_extreme_logits():
     assert torch.isfinite(logits.grad).all()
 
 
-def test_no_rows():
+def test_empty_input_gives_empty_output():
     logits = torch.empty(0, 9, requires_grad=True)
     log_probs, entropy, _ = token_log_probs(logits, torch.empty(0, dtype=torch.int64), 1.0)
     log_probs.sum().backward()
     assert log_probs.shape == entropy.shape == (0,)
 
 
-def test_nan_is_not_hidden():
+def test_nan_logits_give_nan():
     logits = torch.tensor([[0.0, math.nan]])
     assert torch.isnan(token_log_probs(logits, torch.tensor([0]), 1.0)[0]).all()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_sum_of_squares_against_a_loop(chunk, temperature):
+def test_sum_of_squares_equals_that_of_a_loop(chunk, temperature):
     logits = torch.randn(11, 7, generator=torch.Generator().manual_seed(5), dtype=torch.float64) * 4
-    logits[3] = 2.0  # uniform: 1 / 7
-    logits[4, 2] = 1e3  # certain: 1
+    logits[3] = 2.0  # uniform distribution: 1 / 7
+    logits[4, 2] = 1e3  # all probability on one token: 1
     targets = torch.arange(11) % 7
     log_probs, entropy, squares = token_log_probs(logits, targets, temperature, sum_pi_squared=True)
     for i in range(11):

@@ -1,4 +1,4 @@
-"""Micro-batches: what the model sees, and how samples are grouped."""
+"""Micro-batches: the model input, and the grouping of samples."""
 
 import numpy as np
 import pytest
@@ -14,16 +14,16 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("layout", Layout)
 @pytest.mark.parametrize("limits", [MicroBatching(size=5), MicroBatching(max_tokens=40), MicroBatching(size=100)])
-def test_contents_against_loops(layout, limits):
+def test_micro_batches_equal_those_built_by_loops(layout, limits):
     data = make_batch(12)
     aligned = AlignedBatch(data, CPU, layout)
     seen = []
     for micro_batch in aligned.micro_batches(limits, None):
-        of_rows = [data.batch["attention_mask"][row].bool() for row in micro_batch.rows.tolist()]
+        of_rows = [data.batch["attention_mask"][row].bool() for row in micro_batch.sample_indices.tolist()]
         lengths = [int(mask.sum()) for mask in of_rows]
         width = {Layout.PACKED: None, Layout.ROWS: max(lengths), Layout.FULL_ROWS: 16}[layout]
         ids, positions, expected = [], [], []
-        for b, (row, mask) in enumerate(zip(micro_batch.rows.tolist(), of_rows, strict=True)):
+        for b, (row, mask) in enumerate(zip(micro_batch.sample_indices.tolist(), of_rows, strict=True)):
             seen.append(row)
             tokens = data.batch["input_ids"][row][mask].tolist()
             prompt = int(data.batch["attention_mask"][row, :9].sum())
@@ -37,7 +37,7 @@ def test_contents_against_loops(layout, limits):
         assert micro_batch.input_ids.flatten().tolist() == ids
         assert micro_batch.position_ids.flatten().tolist() == positions
         assert micro_batch.tokens == sum(lengths)
-        found = (micro_batch.predictors, micro_batch.targets, micro_batch.slots)
+        found = (micro_batch.predictor_indices, micro_batch.targets, micro_batch.response_indices)
         assert list(zip(*(column.tolist() for column in found), strict=True)) == expected
         if layout is Layout.PACKED:
             assert [n for count, n in micro_batch.sequences.runs for _ in range(count)] == lengths
@@ -46,7 +46,7 @@ def test_contents_against_loops(layout, limits):
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(1, 50), max_size=30), st.integers(50, 300))
-def test_token_budget_counts_the_padding_where_there_is_any(lengths, budget):
+def test_the_token_limit_includes_padding(lengths, budget):
     lengths = np.array(lengths, dtype=np.int64)
     for packed in (True, False):
         plan = plan_micro_batches(lengths, MicroBatching(max_tokens=budget), packed=packed)
@@ -58,28 +58,28 @@ def test_token_budget_counts_the_padding_where_there_is_any(lengths, budget):
                 assert (one_more if packed else (len(part) + 1) * lengths[part].max()) > budget
 
 
-def test_like_lengths_go_together():
+def test_samples_of_similar_length_are_grouped():
     plan = plan_micro_batches(np.array([3, 50, 4, 48, 5, 49]), MicroBatching(size=3))
     assert [sorted(part.tolist()) for part in plan] == [[1, 3, 5], [0, 2, 4]]
 
 
-def test_a_sequence_above_the_budget_is_named():
+def test_a_sequence_above_the_token_limit_is_an_error():
     with pytest.raises(ValueError, match=r"a sequence of 51 tokens does not fit into .*max_token_len_per_gpu=50"):
         plan_micro_batches(np.array([3, 51]), MicroBatching(max_tokens=50))
 
 
 @pytest.mark.parametrize("limits", [{}, {"size": 2, "max_tokens": 5}, {"size": 0}, {"max_tokens": -1}])
-def test_limits_are_checked(limits):
+def test_invalid_limits_are_an_error(limits):
     with pytest.raises(ValueError, match="micro-batching"):
         MicroBatching(**limits)
 
 
-def test_equalise_leaves_one_rank_alone():
+def test_equalize_counts_returns_the_plan_of_a_single_rank():
     plan = [np.array([1, 0])]
     assert equalize_counts(plan, None, CPU) is plan
 
 
-def test_a_response_needs_something_before_it():
+def test_a_response_token_needs_a_token_before_it():
     data = make_batch(4)
     data.batch["attention_mask"][0, :9] = 0
     data.batch["response_mask"][0, 0] = 1

@@ -1,4 +1,4 @@
-"""Sequences that share a row: what each attends to, how little is padded, and which models can do it."""
+"""Packed sequences: each attends only to itself, padding is small, and unsupported models are detected."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ PACKABLE = [("Llama", {}), ("Qwen3", {}), ("Mistral", {"sliding_window": 4}), ("
 
 @pytest.mark.parametrize(("architecture", "over"), PACKABLE)
 @pytest.mark.parametrize("lengths", [[9], [9, 9, 5, 5, 5, 1], [3, 7, 3]])
-def test_a_packed_row_is_its_sequences_one_by_one(architecture, over, lengths):
+def test_a_packed_row_gives_the_logits_and_gradients_of_its_sequences(architecture, over, lengths):
     model = small(architecture, **over)
     sequences = [torch.randint(3, 128, (1, length)) for length in lengths]
 
@@ -38,9 +38,9 @@ def test_a_packed_row_is_its_sequences_one_by_one(architecture, over, lengths):
         loss.backward()
         return [parameter.grad.clone() for parameter in model.parameters()]
 
-    alone = torch.cat([model(input_ids=ids, use_cache=False).logits[0] for ids in sequences])
-    weights = torch.rand_like(alone)
-    expected = gradients((alone * weights).sum())
+    separate = torch.cat([model(input_ids=ids, use_cache=False).logits[0] for ids in sequences])
+    weights = torch.rand_like(separate)
+    expected = gradients((separate * weights).sum())
     assert pack_attention(model)
     packed = model(
         input_ids=torch.cat(sequences, dim=1),
@@ -48,37 +48,40 @@ def test_a_packed_row_is_its_sequences_one_by_one(architecture, over, lengths):
         packed_sequences=PackedSequences(lengths),
         use_cache=False,
     ).logits[0]
-    torch.testing.assert_close(packed, alone)
+    torch.testing.assert_close(packed, separate)
     torch.testing.assert_close(gradients((packed * weights).sum()), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("architecture", "over"),
     [
-        ("GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2}),  # its attention is not torch's
-        ("Qwen3Next", {"layer_types": ["linear_attention", "full_attention"], "num_experts": 4}),  # a state, not a mask
-        ("Llama4Text", {"num_local_experts": 2, "attention_chunk_size": 4}),  # chunks of the row
+        ("GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2}),  # attention is not torch's
+        (
+            "Qwen3Next",
+            {"layer_types": ["linear_attention", "full_attention"], "num_experts": 4},
+        ),  # linear attention has a state
+        ("Llama4Text", {"num_local_experts": 2, "attention_chunk_size": 4}),  # attention within chunks of the row
     ],
 )
-def test_other_ways_to_mix_tokens_are_left_alone(architecture, over):
+def test_unsupported_attention_is_not_changed(architecture, over):
     model = small(architecture, **over)
     before = model.config._attn_implementation
     assert not pack_attention(model)
     assert model.config._attn_implementation == before
 
 
-def test_a_model_that_does_not_pass_on_its_keywords_is_refused():
+def test_a_model_that_does_not_pass_keywords_to_attention_is_an_error():
     model = small("Llama")
     assert pack_attention(model)
     ids = torch.randint(3, 128, (1, 5))
     with pytest.raises(NotImplementedError, match="use_remove_padding=False"):
         model(input_ids=ids, use_cache=False)
-    with pytest.raises(NotImplementedError, match=r"LlamaForCausalLM does not hand .*use_remove_padding=False"):
-        PackedSequences([5]).check_seen(model)
+    with pytest.raises(NotImplementedError, match=r"LlamaForCausalLM does not pass .*use_remove_padding=False"):
+        PackedSequences([5]).check_used(model)
 
 
 def ragged(kind, size=48):
-    """Samples of 16 to 64 prompt tokens and 32 to 256, or a heavy tail up to 256, of a response."""
+    """Return samples with 16 to 64 prompt tokens, and uniform (32 to 256) or heavy-tailed (8 to 256) responses."""
     rng = np.random.default_rng(0)
     prompts = rng.integers(16, 65, size)
     lengths = rng.integers(32, 257, size) if kind == "uniform" else np.minimum(8 + rng.pareto(1.2, size) * 12, 256)
@@ -109,8 +112,8 @@ def ragged_program(rank, path, cases, options):
 
 
 @pytest.mark.parametrize("kind", ["uniform", "heavy-tailed"])
-def test_padding_of_ragged_lengths_stays_below_a_tenth_and_the_cut_does_not_matter(tmp_path, kind):
-    """On two ranks, with both ways to cut; against rows padded to the caps."""
+def test_packed_rows_have_little_padding_and_equal_padded_rows(tmp_path, kind):
+    """On two ranks, with both kinds of limits; compared with rows padded to the maximum lengths."""
     path = str(write_tiny_model(tmp_path / "model"))
     data = ragged(kind)
     shards = split_mini_batches(data, len(data), 2)

@@ -1,4 +1,4 @@
-"""Training engines: a model that can be run forward and backward, stepped, exported, saved and loaded."""
+"""Training engines: run a model forward and backward, step its optimizer, and export, save and load it."""
 
 from verl.workers.engine.base import LossFn, TrainEngine
 from verl.workers.engine.errors import NonFiniteError

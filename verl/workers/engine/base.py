@@ -1,11 +1,11 @@
-"""What the trainer needs from an engine, whatever shards the model underneath."""
+"""The interface of a training engine, independent of how the engine shards the model."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import NamedTuple, Protocol, TypedDict
 
 import torch
 
@@ -16,38 +16,74 @@ from verl.workers.engine.micro_batch import MicroBatching
 
 
 class LossFn(Protocol):
-    """The policy's loss of one micro-batch of b samples, responses padded to T.
+    """The policy's loss of one micro-batch of b samples, with responses padded to T.
 
-    Loss and metrics are added up over micro-batches and ranks: divide by the mini-batch's denominators, not by the
-    micro-batch's.
+    The engine sums the loss and the metrics over micro-batches and ranks. Divide them by the denominators of the
+    mini-batch, not of the micro-batch.
     """
 
     def __call__(
         self, log_probs: torch.Tensor, entropy: torch.Tensor, columns: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss and metrics, from float32 [b, T] that are 0 where response_mask is 0, and the batch's [b, T] columns."""
+        """Return the loss and the metrics, all scalar tensors.
+
+        Args:
+            log_probs, entropy: [b, T] float32, 0 where response_mask is 0.
+            columns: the [b, T] and [b] columns of the batch.
+        """
         ...
 
 
 class ValueLossFn(Protocol):
-    """The critic's loss of one micro-batch; what `LossFn` says about sums holds for it too."""
+    """The critic's loss of one micro-batch; summed as described in `LossFn`."""
 
     def __call__(
         self, values: torch.Tensor, columns: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss and metrics, from float32 [b, T] that are 0 where response_mask is 0, and the batch's [b, T] columns."""
+        """Return the loss and the metrics, all scalar tensors.
+
+        Args:
+            values: [b, T] float32, 0 where response_mask is 0.
+            columns: the [b, T] and [b] columns of the batch.
+        """
         ...
 
 
+class OptimizerStep(TypedDict):
+    """Result of an optimizer step: the norm of the gradient before clipping, and the learning rate."""
+
+    grad_norm: float
+    lr: float
+
+
+class LogProbs(NamedTuple):
+    """Log-probabilities of the responses, and statistics of the distribution pi at each position.
+
+    All are [B, T] float32 on the CPU, 0 where response_mask is 0. A statistic is None unless it was requested.
+
+    Attributes:
+        log_probs: log-probability of each response token.
+        entropy: entropy of pi.
+        sum_pi_squared: sum of pi(v)^2 over the vocabulary.
+    """
+
+    log_probs: torch.Tensor
+    entropy: torch.Tensor | None
+    sum_pi_squared: torch.Tensor | None
+
+
 class TrainEngine(ABC):
-    """A model spread over the ranks of a process group. Every method is collective: all ranks call it, in one order."""
+    """A model distributed over the ranks of a process group.
+
+    Every method is collective: all ranks call the same methods in the same order.
+    """
 
     @abstractmethod
-    def optimizer_step(self) -> dict[str, float]:
-        """Clip the gradient, step, and clear it. Returns `grad_norm` (before clipping) and `lr`.
+    def optimizer_step(self) -> OptimizerStep:
+        """Clip the gradient, update the weights, and clear the gradient.
 
         Raises:
-            NonFiniteError: the gradient is NaN or infinite; raised on all ranks, no weight changed.
+            NonFiniteError: the gradient is NaN or infinite. It is raised on all ranks, before any weight changes.
         """
 
     @abstractmethod
@@ -58,36 +94,36 @@ class TrainEngine(ABC):
     def export_units(
         self, *, dtype: torch.dtype | None = None, encoder: QuantizationScheme | None = None
     ) -> Iterator[ExportUnit]:
-        """Every weight, a tied one once, as this rank holds it and before it is gathered.
+        """Iterate over all weights in the form in which this rank holds them, before they are gathered.
 
-        All ranks must exhaust it.
+        A tied weight occurs once. All ranks must exhaust the iterator.
 
         Args:
-            dtype: to cast to; None for that of the master weights.
+            dtype: dtype to cast to; None keeps the dtype of the master weights.
             encoder: encodes rows before they are gathered, see `verl.workers.engine.export`.
         """
 
     def export_weights(
         self, *, dtype: torch.dtype | None = None, encoder: QuantizationScheme | None = None
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every weight under its checkpoint name and shape, whole, one after the other; otherwise as `export_units`."""
+        """Iterate over the gathered weights under their checkpoint names and shapes; arguments as in `export_units`."""
         return gather_all(self.export_units(dtype=dtype, encoder=encoder))
 
     @abstractmethod
     def save(self, path: str | Path, contents: Sequence[str] = ("model", "optimizer", "extra")) -> None:
-        """Write a resumable state into directory `path`; `hf_model` among the contents adds `path/huggingface`."""
+        """Write a resumable state into directory `path`; `hf_model` in the contents adds `path/huggingface`."""
 
     @abstractmethod
     def load(self, path: str | Path, contents: Sequence[str] = ("model", "optimizer", "extra")) -> None:
-        """Read what `save` wrote, with any number of ranks; `hf_model` is not read again."""
+        """Read the state that `save` wrote with any number of ranks; `hf_model` is ignored."""
 
     @abstractmethod
     def export_hf(self, path: str | Path) -> None:
-        """Write a Hugging Face model directory: config, generation config, tokenizer, safetensors."""
+        """Write a Hugging Face model directory: config, generation config, tokenizer and safetensors."""
 
 
 class PolicyEngine(TrainEngine):
-    """A model whose output is a distribution over the next token."""
+    """A model that returns a distribution over the next token."""
 
     @abstractmethod
     def forward_backward(
@@ -96,15 +132,17 @@ class PolicyEngine(TrainEngine):
         """Accumulate the gradient of `loss_fn` over this rank's share of a mini-batch.
 
         Args:
-            mini_batch: columns input_ids, attention_mask [B, P+T], responses, response_mask [B, T] and what `loss_fn`
-                reads; meta_info `temperature`. Ranks may hold different numbers of samples, none included.
-            entropy_grad: whether the loss differentiates the entropy.
+            mini_batch: columns input_ids, attention_mask [B, P+T], responses, response_mask [B, T] and those that
+                `loss_fn` reads; meta_info `temperature`. Ranks may hold different numbers of samples, including 0.
+            micro_batching: size of the micro-batches.
+            entropy_grad: True if the loss differentiates the entropy.
 
         Returns:
-            the metrics and `loss`, summed over micro-batches and ranks, equal on all ranks.
+            the metrics, `loss` and `padding_fraction`, summed over micro-batches and ranks, equal on all ranks.
 
         Raises:
-            NonFiniteError: the loss is NaN or infinite, on any rank; raised on all, gradients dropped.
+            NonFiniteError: the loss is NaN or infinite on any rank. It is raised on all ranks, and the gradients are
+                dropped.
         """
 
     @abstractmethod
@@ -115,28 +153,29 @@ class PolicyEngine(TrainEngine):
         *,
         calculate_entropy: bool,
         calculate_sum_pi_squared: bool = False,
-    ) -> tuple[Any, ...]:
-        """Log-probabilities of the responses and what is asked for of each position's distribution pi.
+    ) -> LogProbs:
+        """Return log-probabilities of the responses and the requested statistics, in the order of `data`.
 
-        All are [B, T] float32 on the CPU, 0 where response_mask is 0, in the order of `data`; columns and meta_info as
-        in `forward_backward`.
-
-        Returns:
-            log-probabilities, entropies (None unless asked for) and, as a third, only where asked for, the sums of
-            pi(v)^2 over the vocabulary.
+        Args:
+            data: columns and meta_info as in `forward_backward`.
         """
 
 
 class ValueEngine(TrainEngine):
-    """A model whose output is a number at each position: what the policy will still get from there on."""
+    """A model that returns one number per position: the expected return from that position."""
 
     @abstractmethod
     def forward_backward(
         self, mini_batch: DataProto, loss_fn: ValueLossFn, micro_batching: MicroBatching
     ) -> dict[str, float]:
-        """As `PolicyEngine.forward_backward`; there is no temperature."""
+        """Accumulate the gradient as `PolicyEngine.forward_backward`; no temperature is needed."""
 
     @abstractmethod
     def values(self, data: DataProto, micro_batching: MicroBatching) -> torch.Tensor:
-        """Values [B, T] float32 on the CPU at the positions that predict the response tokens, 0 where response_mask is
-        0, in the order of `data`: columns input_ids, attention_mask [B, P+T], responses, response_mask [B, T]."""
+        """Return the values [B, T] float32 on the CPU, in the order of `data`.
+
+        They are taken at the positions that predict the response tokens, and are 0 where response_mask is 0.
+
+        Args:
+            data: columns input_ids, attention_mask [B, P+T], responses, response_mask [B, T].
+        """

@@ -1,8 +1,11 @@
-"""Saves and loads an engine's state: sharded model and optimizer, schedule, random numbers.
+"""Save and load an engine's state: sharded model and optimizer, schedule, random number generators.
 
-`model/` and `optimizer/` are torch.distributed.checkpoint directories, readable with any number of ranks; of a model
-with adapters they hold the adapters alone, and `lora_adapter/` holds them once more, as peft reads them. `engine.json`
-is the schedule; `rng_rank_R.pt` the generators of rank R.
+| path | content |
+|---|---|
+| `model/`, `optimizer/` | torch.distributed.checkpoint directories, readable with any number of ranks |
+| `lora_adapter/` | only with adapters: the adapters in peft's format; `model/` then holds only the adapters |
+| `engine.json` | the step of the learning-rate schedule |
+| `rng_rank_R.pt` | the random number generators of rank R |
 """
 
 from __future__ import annotations
@@ -45,22 +48,26 @@ def save_state(
     device: torch.device,
     group: dist.ProcessGroup,
 ) -> None:
-    """Write the parts named in `contents` (model, optimizer, extra = schedule and random numbers); collective."""
+    """Write the parts in `contents`: model, optimizer, extra (schedule and random number generators). Collective.
+
+    Raises:
+        ValueError: an unknown part, or `optimizer` of an engine without an optimizer.
+    """
     _check_contents(contents, optimizer)
     rank = dist.get_rank(group)
     path.mkdir(parents=True, exist_ok=True)
     if "model" in contents:
-        dcp.save(_trained(model), checkpoint_id=str(path / "model"), process_group=group)
+        dcp.save(_trained_state(model), checkpoint_id=str(path / "model"), process_group=group)
         if lora.has_adapters(model):
             lora.write_adapter(model, path / lora.DIRECTORY, writes=rank == 0)
-    if "optimizer" in contents:
+    if optimizer is not None and "optimizer" in contents:
         dcp.save(get_optimizer_state_dict(model, optimizer), checkpoint_id=str(path / "optimizer"), process_group=group)
     if "extra" in contents:
         torch.save(_rng_state(device), path / f"rng_rank_{rank}.pt")
         if rank == 0:
             state = {"format": 1, "world_size": dist.get_world_size(group), "schedule_step": schedule_step}
             (path / _ENGINE_FILE).write_text(json.dumps(state) + "\n", encoding="utf-8")
-    # no rank may rename or announce the directory before every rank's files are in it
+    # No rank may rename or announce the directory before it contains the files of all ranks.
     dist.barrier(group=group)
 
 
@@ -73,27 +80,30 @@ def load_state(
     device: torch.device,
     group: dist.ProcessGroup,
 ) -> int | None:
-    """Read what `save_state` wrote, with any number of ranks; returns the schedule's step if `extra` is wanted.
+    """Read the state that `save_state` wrote with any number of ranks. Collective.
+
+    Returns:
+        the step of the schedule, None without `extra` in `contents`.
 
     Raises:
-        FileNotFoundError: a part is not in the checkpoint.
-        ValueError: the checkpoint is of another model, or of other adapters.
+        FileNotFoundError: the checkpoint lacks a part.
+        ValueError: an unknown part, or the checkpoint belongs to another model or other adapters.
     """
     _check_contents(contents, optimizer)
     for part in contents:
         file = path / (_ENGINE_FILE if part == "extra" else part)
         if not file.exists():
             raise FileNotFoundError(
-                f"checkpoint {path} has no {file.name}: leave {part!r} out of checkpoint.load_contents, or "
-                "resume from a checkpoint that was saved with it"
+                f"checkpoint {path} has no {file.name}: remove {part!r} from checkpoint.load_contents, or resume from "
+                "a checkpoint that was saved with it"
             )
     if "model" in contents:
-        state = _trained(model)
-        _check_fits(path, state, model)
+        state = _trained_state(model)
+        _check_same_tensors(path, state, model)
         dcp.load(state, checkpoint_id=str(path / "model"), process_group=group)
-        # With adapters, the model has frozen weights besides.
+        # With adapters, the model also has frozen weights, which `state` does not contain.
         set_model_state_dict(model, state, options=StateDictOptions(strict=not lora.has_adapters(model)))
-    if "optimizer" in contents:
+    if optimizer is not None and "optimizer" in contents:
         state = get_optimizer_state_dict(model, optimizer)
         dcp.load(state, checkpoint_id=str(path / "optimizer"), process_group=group)
         set_optimizer_state_dict(model, optimizer, state)
@@ -105,7 +115,7 @@ def load_state(
         _set_rng_state(torch.load(file, weights_only=True), device)
     else:
         logger.info(
-            "%s was saved by %d ranks: random numbers start afresh on %d",
+            "%s was saved by %d ranks: the random number generators are not restored on %d ranks",
             path,
             engine["world_size"],
             dist.get_world_size(group),
@@ -113,16 +123,20 @@ def load_state(
     return int(engine["schedule_step"])
 
 
-def _trained(model: torch.nn.Module) -> dict[str, Any]:
-    """The model's state dict, of one with adapters without the frozen weights, which come from its own directory."""
+def _trained_state(model: torch.nn.Module) -> dict[str, Any]:
+    """Return the model's state dict; with adapters, without the frozen weights, which are read from `model.path`."""
     state = get_model_state_dict(model)
     if not lora.has_adapters(model):
         return state
     return {name: state[name] for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _check_fits(path: Path, state: dict[str, Any], model: torch.nn.Module) -> None:
-    """The checkpoint has the tensors of `state` and no others: DCP would leave some out without a word."""
+def _check_same_tensors(path: Path, state: dict[str, Any], model: torch.nn.Module) -> None:
+    """Check that the checkpoint has exactly the tensors of `state`: DCP would skip the others silently.
+
+    Raises:
+        ValueError: names, shapes or the adapters' scale differ.
+    """
     if lora.has_adapters(model) and (path / lora.DIRECTORY).is_dir():
         lora.check_same_scale(model, path / lora.DIRECTORY)
     saved = {
@@ -135,25 +149,27 @@ def _check_fits(path: Path, state: dict[str, Any], model: torch.nn.Module) -> No
     if differing:
         name = differing[0]
         raise ValueError(
-            f"checkpoint {path} is of another model: {name} has shape {saved.get(name, 'none')} there and "
-            f"{ours.get(name, 'none')} here ({len(differing)} differ); resume with the model.path, "
-            "lora_rank and target_modules that it was saved with, or start afresh (trainer.resume_mode=disable)"
+            f"checkpoint {path} belongs to another model: {name} has shape {saved.get(name, 'none')} in the checkpoint "
+            f"and {ours.get(name, 'none')} in the model ({len(differing)} tensors differ); resume with the model.path, "
+            "lora_rank and target_modules that it was saved with, or start a new run (trainer.resume_mode=disable)"
         )
 
 
 def _check_contents(contents: Sequence[str], optimizer: torch.optim.Optimizer | None) -> None:
     for part in contents:
         if part not in CONTENTS:
-            raise ValueError(f"checkpoint contents {list(contents)}: {part!r} is unknown, use {', '.join(CONTENTS)}")
+            raise ValueError(
+                f"unknown part {part!r} in checkpoint contents {list(contents)}: use {', '.join(CONTENTS)}"
+            )
     if "optimizer" in contents and optimizer is None:
-        raise ValueError("checkpoint contents: this engine only runs forward and has no optimizer; leave it out")
+        raise ValueError("checkpoint contents: this engine has no optimizer; remove 'optimizer'")
 
 
 def _rng_state(device: torch.device) -> dict[str, Any]:
     name, keys, position, has_gauss, gauss = np.random.get_state()
     state = {
         "torch": torch.get_rng_state(),
-        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
+        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss),
         "python": random.getstate(),
     }
     if device.type != "cpu":

@@ -1,7 +1,7 @@
-"""Where each row of a model's parameters stands in the checkpoint that transformers would write of it.
+"""Map the rows of a model's parameters to the tensors of the checkpoint that transformers would write.
 
-transformers keeps some weights in another form than their checkpoints, packed experts for example. What its conversion
-does to rows is found out once, by sending counters through it; most of it only cuts between rows.
+transformers stores some weights in another form than their checkpoints, for example packed experts. The effect of its
+conversion on rows is determined once, by converting index tensors; most conversions only cut between rows.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from transformers.core_model_loading import revert_weight_conversion
 class RowRange:
     """A checkpoint tensor that consists of adjacent rows of one parameter.
 
+    Rows run along the last dimension; the rows of a vector are its elements.
+
     Attributes:
-        name, shape: of the checkpoint tensor.
-        first: the parameter's row that it begins with; rows run along the last dimension, and those of a vector are
-            its elements.
+        name, shape: name and shape of the checkpoint tensor.
+        first: number of its first row in the parameter.
     """
 
     name: str
@@ -36,10 +37,10 @@ class RowRange:
         return count_rows(self.shape)
 
     def shape_and_offset(self, part: torch.Tensor) -> tuple[tuple[int, ...], int]:
-        """Shape of what rows become, and where it begins in what all of the parameter's become, in elements.
+        """Return shape and first element of this tensor's rows in the encoded parameter.
 
         Args:
-            part: what some of them became, [..., elements of a row].
+            part: some encoded rows of the parameter, [..., elements per row]; only the shape is read.
         """
         if part.dim() < 2:
             return self.shape, self.first
@@ -47,18 +48,24 @@ class RowRange:
 
 
 def row_length(shape: tuple[int, ...]) -> int:
-    """Elements of a row."""
+    """Return the number of elements per row."""
     return shape[-1] if len(shape) > 1 else 1
 
 
 def count_rows(shape: tuple[int, ...]) -> int:
+    """Return the number of rows."""
     return prod(shape[:-1]) if len(shape) > 1 else prod(shape)
 
 
 def find_row_ranges(model: PreTrainedModel, shapes: Mapping[str, torch.Size]) -> dict[str, tuple[RowRange, ...]]:
-    """For parameters that are converted together: the checkpoint tensors that each one is cut into between its rows.
+    """Return the checkpoint tensors that each parameter is cut into between its rows.
 
-    A parameter is missing where some of its rows are cut, mixed, turned or joined with another's.
+    Args:
+        shapes: shapes of the parameters that are converted together.
+
+    Returns:
+        by parameter, the ranges in the order of the rows. Parameters with rows that the conversion cuts, reorders,
+        transposes or joins with those of another parameter are omitted.
     """
     if not getattr(model, "_weight_conversions", None):
         return {name: (RowRange(name, tuple(shape), 0),) for name, shape in shapes.items()}
@@ -66,14 +73,15 @@ def find_row_ranges(model: PreTrainedModel, shapes: Mapping[str, torch.Size]) ->
     for name, shape in shapes.items():
         starts[name] = total
         total += count_rows(shape)
-    # Both count in no memory but a row's or a column's: shapes alone would not tell a square one that is turned.
+    # Both index tensors are expanded views, with memory for one row or column only. Shapes alone would not reveal that
+    # a square matrix is transposed.
     rows = revert_weight_conversion(model, {name: _row_numbers(shape, starts[name]) for name, shape in shapes.items()})
-    places = revert_weight_conversion(model, {name: _column_numbers(shape) for name, shape in shapes.items()})
-    if sum(probe.numel() for probe in rows.values()) != sum(prod(shape) for shape in shapes.values()):
+    columns = revert_weight_conversion(model, {name: _column_numbers(shape) for name, shape in shapes.items()})
+    if sum(numbers.numel() for numbers in rows.values()) != sum(prod(shape) for shape in shapes.values()):
         return {}
     found: dict[str, list[RowRange]] = {name: [] for name in shapes}
     for target, numbers in rows.items():
-        first = _first_of_adjacent(numbers, places[target])
+        first = _first_of_adjacent(numbers, columns[target])
         if first is not None:
             source = max((name for name in shapes if starts[name] <= first), key=starts.__getitem__)
             if row_length(shapes[source]) == row_length(numbers.shape):
@@ -95,21 +103,26 @@ def _column_numbers(shape: torch.Size) -> torch.Tensor:
 
 
 def _first_of_adjacent(rows: torch.Tensor, columns: torch.Tensor) -> int | None:
-    """The number that a target's rows count up from; None where they do not, or are not in one piece."""
+    """Return the first row number of a tensor; None if its rows are not complete and adjacent in the source.
+
+    Args:
+        rows, columns: row and column number in the source of each element.
+    """
     if not rows.numel():
         return None
     if rows.dim() > 1:
         ends, columns = rows.flatten(0, -2)[:, [0, -1]], columns.flatten(0, -2)
         in_order = torch.arange(columns.shape[-1])
-        whole = bool((ends[:, 0] == ends[:, 1]).all()) and all(torch.equal(columns[i], in_order) for i in (0, -1))
+        complete = bool((ends[:, 0] == ends[:, 1]).all()) and all(torch.equal(columns[i], in_order) for i in (0, -1))
         numbers = ends[:, 0]
     else:
-        numbers, whole = rows.reshape(-1), True
+        numbers, complete = rows.reshape(-1), True
     first = int(numbers[0])
-    return first if whole and torch.equal(numbers, torch.arange(first, first + numbers.numel())) else None
+    return first if complete and torch.equal(numbers, torch.arange(first, first + numbers.numel())) else None
 
 
 def _cover(ranges: list[RowRange], rows: int) -> bool:
+    """Return True if the ranges cover rows 0 to `rows` without gaps or overlaps."""
     end = 0
     for part in sorted(ranges, key=lambda part: part.first):
         if part.first != end:
@@ -123,8 +136,8 @@ class LocalRows:
     """The rows of a parameter that this rank holds.
 
     Attributes:
-        first: the first one's number.
-        sends: this rank answers for them: of those that hold the same rows one does.
+        first: number of the first row.
+        sends: True if this rank sends its rows; if several ranks hold the same rows, one of them does.
     """
 
     first: int
@@ -132,7 +145,7 @@ class LocalRows:
 
 
 def local_rows(tensor: torch.Tensor, rank: int) -> LocalRows | None:
-    """Which rows this rank holds; None where its shard is not a run of whole rows."""
+    """Return the rows that this rank holds; None if its shard does not consist of adjacent whole rows."""
     if not isinstance(tensor, DTensor):
         return LocalRows(0, rank == 0)
     placements = tensor.placements
@@ -142,5 +155,5 @@ def local_rows(tensor: torch.Tensor, rank: int) -> LocalRows | None:
     coordinate = tensor.device_mesh.get_coordinate()
     assert coordinate is not None, "every rank holds a part of every parameter"
     sends = all(at == 0 for at, part in zip(coordinate, placements, strict=True) if part.is_replicate())
-    per_first = prod(tensor.shape[1:-1]) if tensor.dim() > 1 else 1
-    return LocalRows(offset[0] * per_first if tensor.dim() else 0, sends)
+    rows_per_index = prod(tensor.shape[1:-1]) if tensor.dim() > 1 else 1
+    return LocalRows(offset[0] * rows_per_index if tensor.dim() else 0, sends)

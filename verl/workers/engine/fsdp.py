@@ -1,30 +1,42 @@
-"""The training engines on FSDP2 (`fully_shard`): any Hugging Face causal language model, any device."""
+"""Training engines based on FSDP2 (`fully_shard`), for any Hugging Face causal language model on any device."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from verl.config import lora_options
+from verl.config import FSDPConfig, LoraOptions, ModelConfig, OptimConfig, lora_options
+from verl.config.critic import CriticModelConfig
 from verl.protocol import DataProto
 from verl.utils.quantization_scheme import QuantizationScheme
 from verl.utils.timeline import span, spanned
-from verl.workers.engine import checkpoint, export, optim
-from verl.workers.engine.base import LossFn, PolicyEngine, TrainEngine, ValueEngine, ValueLossFn
+from verl.workers.engine import checkpoint, optim
+from verl.workers.engine.base import (
+    LogProbs,
+    LossFn,
+    OptimizerStep,
+    PolicyEngine,
+    TrainEngine,
+    ValueEngine,
+    ValueLossFn,
+)
 from verl.workers.engine.errors import NonFiniteError
 from verl.workers.engine.export import ExportUnit, WeightExport
-from verl.workers.engine.loading import load_sharded_model, parse_dtype
+from verl.workers.engine.hf_directory import write_hf_directory
+from verl.workers.engine.loading import load_sharded_model, move_model, parse_dtype
 from verl.workers.engine.log_probs import token_log_probs
 from verl.workers.engine.micro_batch import AlignedBatch, Layout, MicroBatch, MicroBatching
 from verl.workers.engine.packed_attention import pack_attention
 
+# Counts that are summed together with the metrics, to compute `padding_fraction`.
 _TOKENS, _POSITIONS = "tokens", "positions"
 
 
@@ -33,12 +45,11 @@ class FSDPTrainEngine(TrainEngine):
 
     Args:
         model_config: a `model` section.
-        fsdp_config: an `fsdp_config` section.
-        mesh: one dimension, all ranks.
+        fsdp_config: an `fsdp_config` section; its `model_dtype` is the dtype of the master weights.
+        mesh: one-dimensional mesh of all ranks.
         device: this rank's device.
-        compute_dtype: of matrix products and activations, e.g. "float32" or "bfloat16"; the master weights' is
-            `fsdp_config.model_dtype`.
-        optim_config: the `optim` section; None for an engine that only runs forward.
+        compute_dtype: dtype of matrix products and activations, e.g. "float32" or "bfloat16".
+        optim_config: the `optim` section; None for an engine without an optimizer, which only runs forward.
         total_training_steps: length of the learning-rate schedule.
     """
 
@@ -46,50 +57,58 @@ class FSDPTrainEngine(TrainEngine):
 
     def __init__(
         self,
-        model_config: Any,
-        fsdp_config: Any,
+        model_config: ModelConfig | CriticModelConfig,
+        fsdp_config: FSDPConfig,
         *,
         mesh: DeviceMesh,
         device: torch.device,
         compute_dtype: str,
-        optim_config: Any | None = None,
+        optim_config: OptimConfig | None = None,
         total_training_steps: int = 0,
     ):
         self._model_config = model_config
         self._device = device
         self._group = mesh.get_group()
+        self._path = _required_path(model_config)
         trains = optim_config is not None
         self.model = load_sharded_model(
-            model_config.path,
+            self._path,
             mesh=mesh,
             device=device,
             dtype=parse_dtype(fsdp_config.model_dtype, "fsdp_config.model_dtype"),
             compute_dtype=parse_dtype(compute_dtype, "compute dtype"),
-            trust_remote_code=model_config.trust_remote_code,
+            trust_remote_code=bool(model_config.trust_remote_code),
             override_config=model_config.override_config,
             gradient_checkpointing=trains and model_config.enable_gradient_checkpointing,
             reshard_after_forward=fsdp_config.reshard_after_forward,
             value_head=self._value_head,
-            # Neither the reference policy nor the critic has adapters.
-            lora=lora_options(model_config) if trains and not self._value_head else None,
+            lora=self._lora_options(model_config) if trains else None,
         )
         if not trains:
             self.model.requires_grad_(False)
         self._layout = Layout.FULL_ROWS
         if model_config.use_remove_padding:
             self._layout = Layout.PACKED if pack_attention(self.model) else Layout.ROWS
-        self._optimizer = _make_optimizer(self.model, optim_config, device) if trains else None
-        self._lr_at = _make_schedule(optim_config, total_training_steps) if trains else None
-        self._clip = optim_config.clip_grad if trains else None
+        self._optimizer = None if optim_config is None else _make_optimizer(self.model, optim_config, device)
+        self._lr_at = None if optim_config is None else _make_schedule(optim_config, total_training_steps)
+        self._clip = None if optim_config is None else optim_config.clip_grad
         self._schedule_step = 0
         self._mini_batch: DataProto | None = None
         self._export = WeightExport(self.model)
         self._offloads = not trains and fsdp_config.param_offload
         self._offload()
+        self._on_model_loaded()
+
+    def _lora_options(self, model_config: ModelConfig | CriticModelConfig) -> LoraOptions | None:
+        """Return the adapters to train. The critic has none, and neither has the reference policy."""
+        return None
+
+    def _on_model_loaded(self) -> None:
+        """Prepare the model for the forward pass of a subclass."""
 
     @spanned("optimizer", "train")
-    def optimizer_step(self) -> dict[str, float]:
-        assert self._optimizer is not None and self._lr_at is not None, "this engine only runs forward"
+    def optimizer_step(self) -> OptimizerStep:
+        assert self._optimizer is not None and self._lr_at is not None, "this engine has no optimizer"
         grads = optim.local_grads(self.model.parameters())
         norm = optim.global_grad_norm(grads, self._group, self._device)
         if not torch.isfinite(torch.tensor(norm)):
@@ -139,11 +158,11 @@ class FSDPTrainEngine(TrainEngine):
             self._schedule_step = step
 
     def export_hf(self, path: str | Path) -> None:
-        export.write_hf_directory(
+        write_hf_directory(
             self.model,
             Path(path),
-            tokenizer_path=self._model_config.tokenizer_path or self._model_config.path,
-            trust_remote_code=self._model_config.trust_remote_code,
+            tokenizer_path=self._model_config.tokenizer_path or self._path,
+            trust_remote_code=bool(self._model_config.trust_remote_code),
             writes=dist.get_rank(self._group) == 0,
         )
         dist.barrier(group=self._group)
@@ -154,26 +173,28 @@ class FSDPTrainEngine(TrainEngine):
         micro_batching: MicroBatching,
         loss_of: Callable[[MicroBatch, AlignedBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]],
     ) -> dict[str, float]:
-        """Run `loss_of` forward and backward over this rank's micro-batches; sums over them and over the ranks.
+        """Run `loss_of` forward and backward over this rank's micro-batches.
 
-        `padding_fraction` is the share of the positions that went through the model without being of a sample.
+        Returns:
+            loss and metrics, summed over micro-batches and ranks, and `padding_fraction`, the share of padding among
+            the positions that the model processed.
         """
         self.model.train()
         self._mini_batch = mini_batch
         aligned = AlignedBatch(mini_batch, self._device, self._layout)
         totals: dict[str, torch.Tensor] = {}
-        losses, rows = [], []
+        losses, samples = [], []
         for micro_batch in aligned.micro_batches(micro_batching, self._group):
-            with span("forward", "train", samples=len(micro_batch.rows)):
+            with span("forward", "train", samples=len(micro_batch.sample_indices)):
                 loss, metrics = loss_of(micro_batch, aligned)
             with span("backward", "train"):
                 loss.backward()
             losses.append(loss.detach())
-            rows.append(micro_batch.rows)
+            samples.append(micro_batch.sample_indices)
             counts = {_TOKENS: micro_batch.tokens, _POSITIONS: micro_batch.input_ids.numel()}
             for name, value in {**metrics, "loss": loss, **counts}.items():
                 totals[name] = totals.get(name, 0) + torch.as_tensor(value).detach()
-        self._raise_if_not_finite(losses, rows)
+        self._raise_if_not_finite(losses, samples)
         sums = self._sum_over_ranks(totals)
         sums["padding_fraction"] = 1.0 - sums.pop(_TOKENS) / max(sums.pop(_POSITIONS), 1.0)
         return sums
@@ -186,69 +207,85 @@ class FSDPTrainEngine(TrainEngine):
         count: int,
         forward: Callable[[MicroBatch, AlignedBatch], Sequence[torch.Tensor]],
     ) -> list[torch.Tensor]:
-        """The `count` [b, T] tensors that `forward` makes of each micro-batch, joined in the order of `data`, on the
-        CPU."""
+        """Return the `count` [B, T] float32 tensors that `forward` computes, in the order of `data`, on the CPU.
+
+        Args:
+            forward: returns `count` tensors [b, T] of a micro-batch.
+        """
         self.model.eval()
         if self._offloads:
-            self.model.to(self._device)
+            move_model(self.model, self._device)
         aligned = AlignedBatch(data, self._device, self._layout)
         shape = aligned.response_mask.shape
-        whole = [torch.zeros(shape, dtype=torch.float32, device=self._device) for _ in range(count)]
+        columns = [torch.zeros(shape, dtype=torch.float32, device=self._device) for _ in range(count)]
         for micro_batch in aligned.micro_batches(micro_batching, self._group):
-            with span("forward", "train", samples=len(micro_batch.rows)):
+            index = micro_batch.sample_indices
+            with span("forward", "train", samples=len(index)):
                 parts = forward(micro_batch, aligned)
-            if len(micro_batch.rows):
-                for column, part in zip(whole, parts, strict=True):
-                    column[micro_batch.rows] = part.to(column.dtype)
+            if len(index):
+                for column, part in zip(columns, parts, strict=True):
+                    column[index] = part.to(column.dtype)
         self._reshard()
         self._offload()
-        return [column.cpu() for column in whole]
+        return [column.cpu() for column in columns]
 
     def _offload(self) -> None:
-        """Move this rank's shards to the host until the next forward pass, where the config says so."""
+        """Move this rank's shards to the host until the next forward pass, with `fsdp_config.param_offload`."""
         if self._offloads:
-            self.model.to("cpu")
+            move_model(self.model, torch.device("cpu"))
 
     def _reshard(self) -> None:
-        """Free what FSDP keeps gathered after a forward pass, expecting a backward that does not come."""
+        """Free the parameters that FSDP keeps gathered for a backward pass, which does not follow here."""
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
 
     def _sum_over_ranks(self, totals: dict[str, torch.Tensor]) -> dict[str, float]:
-        # HCCL does not reduce float64
+        # HCCL does not reduce float64.
         dtype = torch.float32 if self._device.type == "npu" else torch.float64
         names = sorted(totals)
         values = torch.stack([totals[name].to(self._device, dtype) for name in names])
         dist.all_reduce(values, group=self._group)
         return dict(zip(names, values.tolist(), strict=True))
 
-    def _raise_if_not_finite(self, losses: list[torch.Tensor], rows: list[torch.Tensor]) -> None:
-        """Judged once per mini-batch: leaving earlier would leave other ranks in a collective, waiting."""
+    def _raise_if_not_finite(self, losses: list[torch.Tensor], samples: list[torch.Tensor]) -> None:
+        """Check all losses once per mini-batch; an earlier exception would leave other ranks waiting in a collective.
+
+        Args:
+            losses: loss of each micro-batch.
+            samples: sample indices of each micro-batch.
+
+        Raises:
+            NonFiniteError: a loss is NaN or infinite on any rank; raised on all ranks.
+        """
         bad = ~torch.isfinite(torch.stack(losses)) if losses else torch.zeros(1, dtype=torch.bool, device=self._device)
         count = bad.sum().to(torch.int32)
         dist.all_reduce(count, group=self._group)
         if int(count) == 0:
             return
         assert self._mini_batch is not None
-        mine = [uid for i in bad.nonzero().flatten().tolist() for uid in _uids(self._mini_batch, rows[i].cpu().numpy())]
+        failed = [samples[i].cpu().numpy() for i in bad.nonzero().flatten().tolist()]
+        mine = [uid for index in failed for uid in _uids(self._mini_batch, index)]
         self._fail("loss", mine)
 
-    def _fail(self, what: str, uids: list[str]) -> None:
-        """Drop the gradients and raise on all ranks, which must all come here."""
+    def _fail(self, quantity: str, uids: list[str]) -> NoReturn:
+        """Drop the gradients and raise NonFiniteError. Collective: all ranks must call it."""
         assert self._mini_batch is not None and self._optimizer is not None
         self._optimizer.zero_grad(set_to_none=True)
-        of_all: list[list[str] | None] = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(of_all, uids, group=self._group)
-        everyone = sorted({uid for some in of_all for uid in some or ()})
-        raise NonFiniteError(what, self._mini_batch.meta_info.get("global_step"), everyone)
+        by_rank: list[list[str] | None] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(by_rank, uids, group=self._group)
+        all_uids = sorted({uid for rank_uids in by_rank for uid in rank_uids or ()})
+        raise NonFiniteError(quantity, self._mini_batch.meta_info.get("global_step"), all_uids)
 
 
 class FSDPEngine(FSDPTrainEngine, PolicyEngine):
-    """The policy, or its frozen reference."""
+    """Engine of the policy, or of the frozen reference policy."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def _lora_options(self, model_config: ModelConfig | CriticModelConfig) -> LoraOptions | None:
+        assert isinstance(model_config, ModelConfig)
+        return lora_options(model_config)
+
+    def _on_model_loaded(self) -> None:
         self._head_input = _SelectRows(self.model.get_output_embeddings())
 
     def forward_backward(
@@ -269,14 +306,14 @@ class FSDPEngine(FSDPTrainEngine, PolicyEngine):
         *,
         calculate_entropy: bool,
         calculate_sum_pi_squared: bool = False,
-    ) -> tuple[Any, ...]:
+    ) -> LogProbs:
         temperature = _temperature(data)
 
         def forward(micro_batch: MicroBatch, aligned: AlignedBatch) -> tuple[torch.Tensor, ...]:
             return self._forward(micro_batch, aligned, temperature, sum_pi_squared=calculate_sum_pi_squared)
 
-        log_probs, entropy, *more = self._collect(data, micro_batching, 2 + calculate_sum_pi_squared, forward)
-        return log_probs, entropy if calculate_entropy else None, *more
+        log_probs, entropy, *squares = self._collect(data, micro_batching, 2 + calculate_sum_pi_squared, forward)
+        return LogProbs(log_probs, entropy if calculate_entropy else None, squares[0] if squares else None)
 
     def _forward(
         self,
@@ -287,16 +324,16 @@ class FSDPEngine(FSDPTrainEngine, PolicyEngine):
         entropy_grad: bool = False,
         sum_pi_squared: bool = False,
     ) -> tuple[torch.Tensor, ...]:
-        """Log-probabilities, entropies and, if asked for, sums of squares [b, T] float32 of a micro-batch."""
+        """Return log-probabilities, entropies and, if requested, sums of squares of a micro-batch, [b, T] float32."""
         logits = self._head_input.logits(self.model, micro_batch)
         flat = token_log_probs(
             logits, micro_batch.targets, temperature, entropy_grad=entropy_grad, sum_pi_squared=sum_pi_squared
         )
-        return tuple(_spread(some, micro_batch, aligned) for some in flat if some is not None)
+        return tuple(_scatter(values, micro_batch, aligned) for values in flat if values is not None)
 
 
 class FSDPValueEngine(FSDPTrainEngine, ValueEngine):
-    """The critic."""
+    """Engine of the critic."""
 
     _value_head = True
 
@@ -313,15 +350,15 @@ class FSDPValueEngine(FSDPTrainEngine, ValueEngine):
         return values
 
     def _forward(self, micro_batch: MicroBatch, aligned: AlignedBatch) -> torch.Tensor:
-        """Values [b, T] float32 of a micro-batch."""
-        flat = _run(self.model, micro_batch, rows=micro_batch.predictors)
-        return _spread(flat.squeeze(-1), micro_batch, aligned)
+        """Return the values of a micro-batch, [b, T] float32."""
+        flat = _call_model(self.model, micro_batch, rows=micro_batch.predictor_indices)
+        return _scatter(flat.squeeze(-1), micro_batch, aligned)
 
 
 class _SelectRows:
-    """Lets the output head see only the hidden states whose logits are needed.
+    """Restricts the output head to the hidden states whose logits are needed.
 
-    A hook, so that what the model does around its head (soft-capping, scaling) stays the model's own.
+    It is a hook of the head, so the model's own operations around the head (soft-capping, scaling) remain.
     """
 
     def __init__(self, head: torch.nn.Module):
@@ -329,39 +366,48 @@ class _SelectRows:
         head.register_forward_pre_hook(self._select)
 
     def _select(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        assert self._rows is not None, "the model is run by logits() only"
+        assert self._rows is not None, "only logits() may call the model"
         hidden, *others = args
         return hidden.reshape(-1, hidden.shape[-1])[self._rows].unsqueeze(0), *others
 
     def logits(self, model: PreTrainedModel, micro_batch: MicroBatch) -> torch.Tensor:
-        """Logits [N, V] of the positions that predict response tokens."""
-        self._rows = rows = micro_batch.predictors
+        """Return the logits [N, V] of the positions that predict response tokens."""
+        self._rows = rows = micro_batch.predictor_indices
         try:
-            logits = _run(model, micro_batch, attention_mask=None, use_cache=False).logits
+            logits = _call_model(model, micro_batch, attention_mask=None, use_cache=False).logits
         finally:
             self._rows = None
         if logits.shape[:2] != (1, len(rows)):
             raise NotImplementedError(
-                f"{type(model).__name__} made logits of shape {list(logits.shape)} from {len(rows)} hidden states: its "
-                "output head cannot be restricted to the response; this architecture is not supported yet"
+                f"{type(model).__name__} returned logits of shape {list(logits.shape)} for {len(rows)} hidden states, "
+                "so its output head cannot be restricted to the response; this architecture is not supported"
             )
         return logits.squeeze(0)
 
 
-def _make_optimizer(model: torch.nn.Module, config: Any, device: torch.device) -> torch.optim.Optimizer:
+def _required_path(model_config: ModelConfig | CriticModelConfig) -> str:
+    assert model_config.path is not None, "model.path is a required key"
+    return model_config.path
+
+
+def _make_optimizer(model: torch.nn.Module, config: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
         lr=config.lr,
-        betas=tuple(config.betas),
+        betas=(config.betas[0], config.betas[1]),
         weight_decay=config.weight_decay,
         fused=device.type in ("cpu", "cuda"),
     )
 
 
-def _make_schedule(config: Any, run_steps: int) -> Callable[[int], float]:
-    """The learning rate as a function of the training step."""
-    given = config.total_training_steps
-    total = run_steps if given is None or given < 0 else given
+def _make_schedule(config: OptimConfig, run_steps: int) -> Callable[[int], float]:
+    """Return the learning rate as a function of the training step.
+
+    Args:
+        run_steps: training steps of the run, the length of the schedule unless the config sets another.
+    """
+    configured = config.total_training_steps
+    total = run_steps if configured is None or configured < 0 else configured
     warmup = optim.warmup_steps(config, total)
 
     def lr_at(step: int) -> float:
@@ -373,35 +419,36 @@ def _make_schedule(config: Any, run_steps: int) -> Callable[[int], float]:
     return lr_at
 
 
-def _run(model: PreTrainedModel, micro_batch: MicroBatch, **options: Any) -> Any:
+def _call_model(model: PreTrainedModel, micro_batch: MicroBatch, **options: Any) -> Any:
     sequences = micro_batch.sequences
     if sequences is not None:
         options["packed_sequences"] = sequences
     output = model(input_ids=micro_batch.input_ids, position_ids=micro_batch.position_ids, **options)
     if sequences is not None:
-        sequences.check_seen(model)
+        sequences.check_used(model)
     return output
 
 
-def _spread(flat: torch.Tensor, micro_batch: MicroBatch, aligned: AlignedBatch) -> torch.Tensor:
-    """Put [N] numbers of response tokens into their places of [b, T]; 0 elsewhere."""
-    shape = (max(len(micro_batch.rows), 1), aligned.response_width)
-    return flat.new_zeros(shape[0] * shape[1]).index_put((micro_batch.slots,), flat).view(shape)
+def _scatter(flat: torch.Tensor, micro_batch: MicroBatch, aligned: AlignedBatch) -> torch.Tensor:
+    """Return a [b, T] tensor with the values [N] at the response tokens and 0 elsewhere."""
+    shape = (max(len(micro_batch.sample_indices), 1), aligned.response_width)
+    return flat.new_zeros(shape[0] * shape[1]).index_put((micro_batch.response_indices,), flat).view(shape)
 
 
 def _temperature(data: DataProto) -> float:
     temperature = float(data.meta_info["temperature"])
     if temperature <= 0:
-        raise ValueError(f"temperature={temperature}: log-probabilities need a positive sampling temperature")
+        raise ValueError(f"temperature={temperature}: must be positive to compute log-probabilities")
     return temperature
 
 
 def _columns(aligned: AlignedBatch, micro_batch: MicroBatch) -> dict[str, torch.Tensor]:
-    """The micro-batch's [b, T] and [b] columns; one sample of zeros for one without samples."""
-    if len(micro_batch.rows) == 0:
+    """Return the [b, T] and [b] columns of the micro-batch; one sample of zeros if it has no samples."""
+    index = micro_batch.sample_indices
+    if len(index) == 0:
         return {name: column.new_zeros(1, *column.shape[1:]) for name, column in aligned.columns.items()}
-    return {name: column[micro_batch.rows] for name, column in aligned.columns.items()}
+    return {name: column[index] for name, column in aligned.columns.items()}
 
 
-def _uids(data: DataProto, rows: Any) -> list[str]:
-    return [str(uid) for uid in data.non_tensor_batch["uid"][rows]] if "uid" in data.non_tensor_batch else []
+def _uids(data: DataProto, samples: np.ndarray | slice) -> list[str]:
+    return [str(uid) for uid in data.non_tensor_batch["uid"][samples]] if "uid" in data.non_tensor_batch else []

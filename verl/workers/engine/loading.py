@@ -1,7 +1,7 @@
-"""Loads a Hugging Face causal language model and shards it over the ranks with FSDP2.
+"""Load a Hugging Face causal language model and shard it over the ranks with FSDP2.
 
-Only the first rank reads the checkpoint. The others build the model without storage and receive their shards, one
-parameter at a time, so that no more than one copy of the model is in a host's memory.
+Only rank 0 reads the checkpoint. The other ranks build the model without storage and receive their shards, one
+parameter at a time, so a host's memory holds at most one full copy of the model.
 """
 
 from __future__ import annotations
@@ -28,7 +28,11 @@ _DTYPES = {"fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat
 
 
 def parse_dtype(name: str, field: str) -> torch.dtype:
-    """The torch dtype of a config value such as `fp32` or `bfloat16`."""
+    """Return the torch dtype of a config value such as `fp32` or `bfloat16`.
+
+    Raises:
+        ValueError: unsupported dtype; the message contains the config key `field`.
+    """
     if name not in _DTYPES:
         raise ValueError(f"{field}={name!r} is not supported: use one of {', '.join(_DTYPES)}")
     return _DTYPES[name]
@@ -48,24 +52,26 @@ def load_sharded_model(
     value_head: bool = False,
     lora: LoraOptions | None = None,
 ) -> PreTrainedModel:
-    """Read a model and shard it, one FSDP unit a decoder layer and one for the rest.
+    """Read a model and shard it: one FSDP unit per decoder layer, and one for the rest.
 
     Args:
-        path: Hugging Face directory (or hub name).
-        mesh: one dimension, all ranks.
-        dtype: of the sharded parameters that the optimizer changes.
-        compute_dtype: of the gathered parameters and the activations.
-        override_config: replaces fields of the model's config; `attn_implementation` is the attention backend.
+        path: Hugging Face directory, or name on the hub.
+        mesh: one-dimensional mesh of all ranks.
+        device: this rank's device.
+        dtype: dtype of the sharded parameters, which the optimizer updates.
+        compute_dtype: dtype of the gathered parameters and of the activations.
+        trust_remote_code: run Python code of the model.
+        override_config: fields of the model's config to replace; `attn_implementation` selects the attention backend.
         gradient_checkpointing: recompute a layer's activations in the backward pass.
         reshard_after_forward: free a layer's gathered parameters between forward and backward.
-        value_head: give it a scalar head, see `verl.workers.engine.value_head`.
-        lora: put adapters on it, which are then all that is trained; see `verl.workers.engine.lora`.
+        value_head: replace the LM head by a scalar head, see `verl.workers.engine.value_head`.
+        lora: add adapters and train only these, see `verl.workers.engine.lora`.
 
     Raises:
-        ValueError: the checkpoint lacks weights of the model or holds them in other shapes.
+        ValueError: the checkpoint lacks weights of the model, or their shapes differ.
     """
     override = dict(override_config or {})
-    attention = override.pop("attn_implementation", None)  # None: the best that transformers finds
+    attention = override.pop("attn_implementation", None)  # None: transformers chooses the backend
     section = "critic.model" if value_head else "actor_rollout_ref.model"
     options = {
         "config": read_config(path, trust_remote_code, override, section),
@@ -73,17 +79,18 @@ def load_sharded_model(
         "trust_remote_code": trust_remote_code,
         "attn_implementation": attention,
     }
-    alone = mesh.size() == 1
+    single_rank = mesh.size() == 1
     source = read_checkpoint(path, section, value_head, **options) if mesh.get_rank() == 0 else None
     if source is not None and lora is not None:
         add_adapters(source, lora, fill=True)
-    if alone:
+    if single_rank:
         assert source is not None
-        model = source.to(device)
+        model = source
+        move_model(model, device)
     else:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(**options)
-        model.tie_weights()  # every parameter was replaced by one without storage
+        model.tie_weights()  # the parameters without storage are new, hence not tied
         if value_head:
             to_value_model(model)
         if lora is not None:
@@ -92,19 +99,19 @@ def load_sharded_model(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     names = decoder_layer_names(model)
     _shard(model, names, mesh, dtype, compute_dtype, reshard_after_forward, value_head)
-    if not alone:
+    if not single_rank:
         model.to_empty(device=device)
-        _receive(model, source, mesh, device)
+        _distribute_from_rank0(model, source, mesh, device)
     return model
 
 
 def read_config(
     path: str, trust_remote_code: bool, override: Mapping[str, Any], section: str = "actor_rollout_ref.model"
 ) -> PreTrainedConfig:
-    """The model's config with some fields replaced.
+    """Return the model's config with some fields replaced.
 
     Raises:
-        ValueError: a field that this config does not have.
+        ValueError: the config has no such field.
     """
     config, unused = AutoConfig.from_pretrained(
         path, trust_remote_code=trust_remote_code, return_unused_kwargs=True, **override
@@ -112,15 +119,22 @@ def read_config(
     unknown = sorted(set(unused) & set(override))
     if unknown:
         raise ValueError(
-            f"{section}.override_config: {type(config).__name__} has no {', '.join(unknown)}; see "
+            f"{section}.override_config: unknown key {', '.join(unknown)} for {type(config).__name__}; see "
             f"{path}/config.json for its fields"
         )
     return config
 
 
 def read_checkpoint(path: str, section: str, value_head: bool, **options: Any) -> PreTrainedModel:
-    """`from_pretrained` that refuses to invent weights which the checkpoint lacks, the value head's excepted."""
-    model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    """Read a model with `from_pretrained`, but never initialize weights that the checkpoint lacks.
+
+    The value head is the exception: it starts at zero if the checkpoint has none.
+
+    Raises:
+        ValueError: the checkpoint lacks weights of the model, or their shapes differ.
+    """
+    loaded: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    model, info = loaded
     replaced = output_head_keys(model) if value_head else set()
     for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
         found = sorted(set(map(str, info.get(problem) or ())) - replaced)
@@ -134,14 +148,14 @@ def read_checkpoint(path: str, section: str, value_head: bool, **options: Any) -
         head = read_head(path, info.get("unexpected_keys") or ())
         to_value_model(model, head)
         if head is not None:
-            logger.info("%s: its scalar head is the value head", path)
+            logger.info("%s: the checkpoint's scalar head is used as the value head", path)
     elif info.get("unexpected_keys"):
-        logger.warning("%s: not used by the model: %s", path, sorted(info["unexpected_keys"])[:5])
+        logger.warning("%s: the model does not use these weights: %s", path, sorted(info["unexpected_keys"])[:5])
     return model
 
 
 def decoder_layer_names(model: PreTrainedModel) -> list[str]:
-    """Names of the repeated layers, outermost only, in the order of the model."""
+    """Return the names of the repeated layers, only the outermost ones, in the order of the model."""
     classes = set(model._no_split_modules or ())
     names: list[str] = []
     for name, module in model.named_modules():
@@ -161,7 +175,7 @@ def _shard(
     value_head: bool,
 ) -> None:
     policy = MixedPrecisionPolicy(
-        # Adapters are float32 whatever the model is.
+        # Adapters are float32 for any dtype of the model.
         param_dtype=None if compute_dtype == dtype and not has_adapters(model) else compute_dtype,
         reduce_dtype=torch.float32,
     )
@@ -169,28 +183,36 @@ def _shard(
         layer = model.get_submodule(name)
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     if value_head:
-        # A value has to tell more steps apart than bfloat16 has.
+        # Values need a finer resolution than bfloat16.
         exact = MixedPrecisionPolicy(reduce_dtype=torch.float32)
         fully_shard(model.get_submodule(HEAD), mesh=mesh, mp_policy=exact, reshard_after_forward=reshard_after_forward)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            # The loss is divided by the whole mini-batch's counts already: gradients are summed over ranks, not
-            # averaged. A plain sum is exact, which dividing by the ranks and multiplying again is only for powers of 2.
+            # The loss is already divided by the counts of the whole mini-batch, so gradients are summed over ranks,
+            # not averaged. A plain sum is exact; dividing by the ranks and multiplying again is exact only for powers
+            # of 2.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
 
+def move_model(model: PreTrainedModel, device: torch.device) -> None:
+    """Move the model's parameters and buffers to a device in place."""
+    model.to(device)  # type: ignore[arg-type]  # transformers' wrapper of `to` hides `self`
+
+
 @torch.no_grad()
-def _receive(model: PreTrainedModel, source: PreTrainedModel | None, mesh: DeviceMesh, device: torch.device) -> None:
-    """Fill the shards of all ranks from the first rank's whole model."""
+def _distribute_from_rank0(
+    model: PreTrainedModel, source: PreTrainedModel | None, mesh: DeviceMesh, device: torch.device
+) -> None:
+    """Fill the shards of all ranks from rank 0's full model `source`; None on the other ranks."""
     group = mesh.get_group()
     first = dist.get_global_rank(group, 0)
-    whole = dict(source.named_parameters()) if source is not None else {}
+    parameters = dict(source.named_parameters()) if source is not None else {}
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor)
         if source is not None:
-            full = whole.pop(name).detach().to(device)
+            full = parameters.pop(name).detach().to(device)
         else:
             full = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
         shard = distribute_tensor(full, mesh, parameter.placements)
@@ -200,6 +222,7 @@ def _receive(model: PreTrainedModel, source: PreTrainedModel | None, mesh: Devic
         if source is not None:
             buffer.copy_(buffers[name])
         dist.broadcast(buffer, src=first, group=group)
+    # The conversions between the checkpoint and the model, which only `from_pretrained` sets.
     conversions = [getattr(source, "_weight_conversions", None)]
     dist.broadcast_object_list(conversions, src=first, group=group, device=device)
-    model._weight_conversions = conversions[0]
+    model._weight_conversions = conversions[0]  # type: ignore[assignment]  # nn.Module types attributes as tensors

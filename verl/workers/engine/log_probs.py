@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-_CHUNK_ELEMENTS = 2**24  # of the float32 working copy: 64 MiB
+_CHUNK_ELEMENTS = 2**24  # 64 MiB for the float32 working copy
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """For each row log softmax(logits / temperature)[target], entropy and sum of squares, a few rows at a time."""
+    """Compute log softmax(logits / temperature)[target], entropy and sum of squares of each row, in chunks of rows."""
 
     @staticmethod
     def forward(
@@ -63,16 +63,16 @@ def token_log_probs(
     entropy_grad: bool = False,
     sum_pi_squared: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Log-probabilities of `targets`, entropies and sums of squares of pi = softmax(logits / temperature).
+    """Return log-probabilities of `targets`, entropies and sums of squares of pi = softmax(logits / temperature).
 
     Args:
         logits: [N, V], any floating dtype.
         targets: [N] int64.
-        entropy_grad: differentiate the entropy too.
-        sum_pi_squared: also sum pi(v)^2 over the vocabulary, without a gradient.
+        entropy_grad: make the entropy differentiable.
+        sum_pi_squared: also compute the sum of pi(v)^2 over the vocabulary, without a gradient.
 
     Returns:
-        [N] tensors in float32 (float64 for float64 logits), None in place of a sum that is not asked for.
+        three [N] tensors in float32 (float64 for float64 logits); the third is None without `sum_pi_squared`.
     """
     return _TokenLogProbs.apply(logits, targets, temperature, entropy_grad, sum_pi_squared)
 
@@ -87,5 +87,5 @@ def _scaled(logits: torch.Tensor, temperature: float, dtype: torch.dtype) -> tor
     scaled = logits.to(dtype, copy=True)
     if temperature != 1.0:
         scaled.div_(temperature)
-    # a logit of -inf would make p * log p NaN instead of 0
+    # With a logit of -inf, p * log p would be NaN instead of 0.
     return scaled.clamp_(min=torch.finfo(dtype).min)

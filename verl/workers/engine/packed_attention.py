@@ -1,7 +1,7 @@
-"""Attention among sequences that lie one behind the other in a single row, so that nothing has to be padded.
+"""Attention for packed sequences: several sequences lie one after another in a single row, without padding.
 
-Everything else in a transformer works on each token by itself. In attention, sequences of one length go together: one
-call of torch's causal kernel for each length, no mask, and no work between sequences.
+All other parts of a transformer process each token separately. Attention processes runs of sequences of equal length:
+one call of torch's causal kernel per run, without a mask and without work between sequences.
 """
 
 from __future__ import annotations
@@ -15,27 +15,31 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 _NAME = "verl_packed_sdpa"
-_LAYERS = {"full_attention", "sliding_attention"}
+_SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 class PackedSequences:
-    """Where the sequences of a row are; the model hands it to each of its attention layers.
+    """Lengths of the sequences in a row; the model passes it to each of its attention layers.
 
     Args:
         lengths: tokens of each sequence, in order.
 
     Attributes:
-        runs: how many sequences of which length follow one another.
+        runs: (count, length) of each run of consecutive sequences of equal length.
     """
 
     def __init__(self, lengths: Sequence[int]):
         self.runs = [(len(list(same)), length) for length, same in groupby(lengths) if length]
-        self._seen = False
+        self._used = False
 
-    def check_seen(self, model: PreTrainedModel) -> None:
-        """Raise unless an attention layer has asked: the sequences would have seen one another."""
-        if not self._seen:
-            raise _not_packable(model)
+    def check_used(self, model: PreTrainedModel) -> None:
+        """Check that an attention layer has called `attend`; otherwise tokens attended to other sequences.
+
+        Raises:
+            NotImplementedError: no layer did; the model cannot pack sequences.
+        """
+        if not self._used:
+            raise _packing_error(model)
 
     def attend(
         self,
@@ -46,37 +50,40 @@ class PackedSequences:
         sliding_window: int | None,
         **options: Any,
     ) -> torch.Tensor:
-        """Causal attention of each sequence to itself.
+        """Compute the causal attention of each sequence to itself.
 
         Args:
-            query, key, value: [1, heads, N, D], the last two with as many heads or a divisor of them.
-            sliding_window: tokens that each one sees, itself included.
+            query, key, value: [1, heads, N, D]; the heads of key and value divide those of query.
+            sliding_window: number of tokens that each token attends to, itself included; None for all.
 
         Returns:
             [1, N, heads, D].
         """
-        self._seen = True
+        self._used = True
         sizes = [count * length for count, length in self.runs]
         outputs = []
         for (count, length), *parts in zip(
             self.runs, *(x.split(sizes, dim=2) for x in (query, key, value)), strict=True
         ):
-            rows = (part.squeeze(0).unflatten(1, (count, length)).transpose(0, 1) for part in parts)
-            mask = _window(length, sliding_window, query.device)
-            outputs.append(sdpa_attention_forward(module, *rows, mask, **options)[0].flatten(0, 1))
+            q, k, v = (part.squeeze(0).unflatten(1, (count, length)).transpose(0, 1) for part in parts)
+            mask = _sliding_window_mask(length, sliding_window, query.device)
+            outputs.append(sdpa_attention_forward(module, q, k, v, mask, **options)[0].flatten(0, 1))
         return torch.cat(outputs).unsqueeze(0)
 
 
 def pack_attention(model: PreTrainedModel) -> bool:
-    """Have a model's attention work on packed sequences; False, and no change, where it cannot.
+    """Enable packed sequences in a model's attention.
 
-    It can where every layer that mixes tokens is causal attention by torch's `scaled_dot_product_attention`, reached
-    through transformers' attention interface.
+    The model must mix tokens only by causal attention with torch's `scaled_dot_product_attention`, called through
+    transformers' attention interface.
+
+    Returns:
+        False, without a change, if the model does not meet these conditions.
     """
     config = model.config
-    kinds = set(getattr(config, "layer_types", None) or _LAYERS)
-    plain = model._supports_attention_backend and not model._is_stateful and kinds <= _LAYERS
-    if not plain or config._attn_implementation != "sdpa":
+    layer_types = set(getattr(config, "layer_types", None) or _SUPPORTED_LAYER_TYPES)
+    supported = model._supports_attention_backend and not model._is_stateful and layer_types <= _SUPPORTED_LAYER_TYPES
+    if not supported or config._attn_implementation != "sdpa":
         return False
     AttentionInterface.register(_NAME, _packed_sdpa)
     model.set_attn_implementation(_NAME)
@@ -94,23 +101,23 @@ def _packed_sdpa(
     sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """As transformers calls it, with the keyword that the model's caller gave."""
+    """Attention function in transformers' signature; `packed_sequences` is a keyword of the call to the model."""
     if packed_sequences is None:
-        raise _not_packable(module)
+        raise _packing_error(module)
     return packed_sequences.attend(module, query, key, value, sliding_window, **options), None
 
 
-def _window(length: int, sliding_window: int | None, device: torch.device) -> torch.Tensor | None:
-    """[1, 1, length, length] bool, what each token sees; None where that is all before it, which the kernel knows."""
+def _sliding_window_mask(length: int, sliding_window: int | None, device: torch.device) -> torch.Tensor | None:
+    """Return the [1, 1, length, length] bool mask, None if plain causal attention, which needs no mask, suffices."""
     if sliding_window is None or length <= sliding_window:
         return None
-    place = torch.arange(length, device=device)
-    distance = place.unsqueeze(1) - place
+    index = torch.arange(length, device=device)
+    distance = index.unsqueeze(1) - index
     return ((distance >= 0) & (distance < sliding_window))[None, None]
 
 
-def _not_packable(module: torch.nn.Module) -> NotImplementedError:
+def _packing_error(module: torch.nn.Module) -> NotImplementedError:
     return NotImplementedError(
-        f"{type(module).__name__} does not hand its keywords to its attention layers, so sequences cannot share a row: "
-        "set use_remove_padding=False in its model section"
+        f"{type(module).__name__} does not pass keyword arguments to its attention layers, so it cannot pack sequences "
+        "into a row: set use_remove_padding=False in its model section"
     )

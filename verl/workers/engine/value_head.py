@@ -1,4 +1,4 @@
-"""Turns a causal language model into one that gives each position a value: a scalar head in place of the LM head."""
+"""Turn a causal language model into a value model: a scalar head replaces the LM head."""
 
 from __future__ import annotations
 
@@ -13,42 +13,43 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES
 
+from verl.utils.model_dir.index import SAFETENSORS_INDEX
+
 # The name that transformers' models for token and sequence classification give their head.
 HEAD = "score"
-# What a scalar head is called in checkpoints: theirs, and that of TRL's models with a value head.
-_HEADS_READ = (f"{HEAD}.", "v_head.summary.")
-_INDEX = "model.safetensors.index.json"
-_WHOLE = "model.safetensors"
+# Names of a scalar head in checkpoints: those of transformers, and those of TRL's models with a value head.
+_CHECKPOINT_PREFIXES = (f"{HEAD}.", "v_head.summary.")
+_SINGLE_FILE = "model.safetensors"
 
 
 def output_head_keys(model: PreTrainedModel) -> set[str]:
-    """Names of the LM head's weights, which a value model does without."""
+    """Return the names of the LM head's weights, which a value model does not need."""
     name = _output_head_name(model)
     return {f"{name}.{key}" for key, _ in model.get_output_embeddings().named_parameters()}
 
 
 def to_value_model(model: PreTrainedModel, head: dict[str, torch.Tensor] | None = None) -> None:
-    """Replace the LM head by `score`, a `Linear(hidden, 1)` in float32 that is tied to nothing.
+    """Replace the LM head by `score`, an untied `Linear(hidden, 1)` in float32.
 
     `model(input_ids, position_ids, rows)` then returns the values [N, 1] float32 at the flattened positions `rows` [N]
-    of `input_ids` [b, S], right-padded or packed sequences; other keywords go to the backbone. What the model does to
-    logits (soft-capping, scaling) has no part in them. Saved, it is a model for token classification with one label,
-    where transformers has one of this architecture.
+    of `input_ids` [b, S], right-padded or packed sequences. The backbone receives other keywords. Operations on logits
+    (soft-capping, scaling) do not affect the values. The model is saved as a token classification model with one
+    label, if transformers has one for this architecture.
 
-    A new head starts at zero: with V = 0 the first advantages are plain returns, where a random head would add noise as
-    large as the model's hidden states make it. The hidden states differ from position to position, so a zero head has a
-    gradient and moves with the first step, and the backbone with the second.
+    A new head starts at zero. With V = 0 the first advantages are plain returns, whereas a random head would add noise
+    in the order of the model's hidden states. The hidden states differ from position to position, so a zero head has a
+    gradient and changes in the first step; the backbone changes from the second step.
 
     Args:
         head: `weight` [1, hidden] and, optionally, `bias` [1] of a trained head.
 
     Raises:
-        NotImplementedError: the model has no backbone apart from its head.
+        NotImplementedError: the model has no separate backbone.
     """
     if model.base_model is model:
         raise NotImplementedError(
-            f"{type(model).__name__} has no backbone besides its output head: it cannot be a critic yet; use another "
-            "architecture for critic.model.path"
+            f"{type(model).__name__} has no backbone apart from its output head, so it is not supported as a critic; "
+            "use another architecture for critic.model.path"
         )
     old, name = model.get_output_embeddings(), _output_head_name(model)
     new = torch.nn.Linear(old.weight.shape[-1], 1, dtype=torch.float32, device=old.weight.device)
@@ -67,8 +68,8 @@ def to_value_model(model: PreTrainedModel, head: dict[str, torch.Tensor] | None 
     saved_as = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.get(model.config.model_type)
     if saved_as is not None:
         model.config.architectures = [saved_as]
-    # On the instance: every architecture has a class of its own, whose forward makes logits.
-    model.forward = functools.partial(_values, model)  # type: ignore[method-assign]
+    # Set on the instance, because the `forward` of each architecture's class computes logits.
+    model.forward = functools.partial(_values, model)
 
 
 def _values(
@@ -82,14 +83,18 @@ def _values(
 
 
 def read_head(path: str, unexpected: Iterable[str]) -> dict[str, torch.Tensor] | None:
-    """The scalar head among the checkpoint's weights that a causal language model has no use for, if there is one.
+    """Return the scalar head of a checkpoint, None if it has none.
+
+    Args:
+        path: Hugging Face directory.
+        unexpected: names of the checkpoint's weights that a causal language model does not use.
 
     Raises:
-        ValueError: the head gives more than one number, or is in another format than safetensors.
+        ValueError: the head has more than one output, or is not stored as safetensors.
     """
     found = {
         key.removeprefix(prefix): _read_tensor(Path(path), key)
-        for prefix in _HEADS_READ
+        for prefix in _CHECKPOINT_PREFIXES
         for key in unexpected
         if key in (f"{prefix}weight", f"{prefix}bias")
     }
@@ -97,20 +102,20 @@ def read_head(path: str, unexpected: Iterable[str]) -> dict[str, torch.Tensor] |
         return None
     if found["weight"].shape[0] != 1:
         raise ValueError(
-            f"critic.model.path={path!r}: its head gives {found['weight'].shape[0]} numbers, a value is one; use a "
-            "checkpoint with num_labels=1, or of a causal language model"
+            f"critic.model.path={path!r}: its head has {found['weight'].shape[0]} outputs, expected 1; use a "
+            "checkpoint with num_labels=1, or a causal language model"
         )
     return found
 
 
 def _read_tensor(folder: Path, key: str) -> torch.Tensor:
-    file = folder / _WHOLE
-    if (folder / _INDEX).is_file():
-        file = folder / json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"][key]
+    file = folder / _SINGLE_FILE
+    if (folder / SAFETENSORS_INDEX).is_file():
+        file = folder / json.loads((folder / SAFETENSORS_INDEX).read_text(encoding="utf-8"))["weight_map"][key]
     if not file.is_file():
         raise ValueError(
-            f"critic.model.path={str(folder)!r}: its head {key} is not in safetensors; convert the checkpoint with "
-            "save_pretrained"
+            f"critic.model.path={str(folder)!r}: its head {key} is not stored as safetensors; convert the checkpoint "
+            "with save_pretrained"
         )
     with safe_open(file, framework="pt") as tensors:
         return tensors.get_tensor(key)

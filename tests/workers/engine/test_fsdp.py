@@ -1,4 +1,4 @@
-"""The engine's log-probabilities and steps against plain transformers and torch; independence of the split."""
+"""Log-probabilities and steps of the engine, compared with transformers and torch, for any split of the batch."""
 
 import math
 from types import SimpleNamespace
@@ -43,7 +43,7 @@ def models(tmp_path_factory):
 
 
 def plain_log_probs(model, data):
-    """[B, T] log-probabilities and entropies by the ordinary way: left padding, attention mask, all logits."""
+    """Return log-probabilities and entropies [B, T], computed with left padding, attention mask and all logits."""
     ids, width = data.batch["input_ids"], data.batch["responses"].shape[1]
     logits = model(
         input_ids=ids, attention_mask=data.batch["attention_mask"], position_ids=data.batch["position_ids"]
@@ -63,7 +63,7 @@ def plain_log_probs(model, data):
         (MicroBatching(max_tokens=33), {"enable_gradient_checkpointing": True}),
     ],
 )
-def test_log_probs_against_transformers(models, kind, limits, options):
+def test_log_probs_equal_those_of_transformers(models, kind, limits, options):
     data = make_batch()
     model = AutoModelForCausalLM.from_pretrained(models[kind])
     with torch.no_grad():
@@ -79,15 +79,15 @@ def test_log_probs_against_transformers(models, kind, limits, options):
 @pytest.mark.parametrize(
     ("architecture", "over"),
     [
-        ("Gemma2", {"sliding_window": 4, "final_logit_softcapping": 2.0}),  # acts on logits behind the head
+        ("Gemma2", {"sliding_window": 4, "final_logit_softcapping": 2.0}),  # processes logits after the head
         ("Granite", {"logits_scaling": 4.0}),
-        ("Mistral", {"sliding_window": 4}),  # shorter than the sequences
+        ("Mistral", {"sliding_window": 4}),  # window shorter than the sequences
         ("GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4}),  # eager attention, sinks
         ("Glm4Moe", {"n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1}),  # saved buffers
     ],
 )
 def test_other_architectures(tmp_path, architecture, over):
-    """Log-probabilities, and the exported weights against the saved ones."""
+    """Log-probabilities equal those of transformers, and exported weights equal the saved weights."""
     common = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.1}
     config = getattr(transformers, f"{architecture}Config")(**common, **heads, pad_token_id=0, **over)
@@ -108,7 +108,7 @@ def test_other_architectures(tmp_path, architecture, over):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_sums_of_squared_probabilities_against_transformers(models, ranks):
+def test_sums_of_squared_probabilities_equal_those_of_transformers(models, ranks):
     data = make_batch()
     model = AutoModelForCausalLM.from_pretrained(models["qwen3"])
     with torch.no_grad():
@@ -127,8 +127,8 @@ def test_sums_of_squared_probabilities_against_transformers(models, ranks):
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
 @pytest.mark.parametrize("size", [12, 13, 1])
-def test_log_probs_on_two_ranks(models, kind, size):
-    """One of two ranks has no sample where there is only one."""
+def test_log_probs_on_two_ranks_equal_those_on_one(models, kind, size):
+    """With size 1, one of the ranks has no sample."""
     data = make_batch(13)[:size]
     limits = MicroBatching(max_tokens=40)
     [(expected, expected_entropy)] = run_ranks(1, log_prob_program, models[kind], [data], limits, {})
@@ -141,8 +141,8 @@ def test_log_probs_on_two_ranks(models, kind, size):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_three_steps_against_plain_torch(models, kind):
-    """Loss, gradient norm and weights of clipped AdamW steps on an unsharded model."""
+def test_three_steps_equal_those_of_an_unsharded_model(models, kind):
+    """Loss, gradient norm and weights of AdamW steps with clipping."""
     data, actor = make_batch(12), actor_config(loss_agg_mode="seq-mean-token-mean")
     model = AutoModelForCausalLM.from_pretrained(models[kind])
     model.train()
@@ -174,7 +174,7 @@ def test_three_steps_against_plain_torch(models, kind):
         assert metrics["loss"] == pytest.approx(loss, rel=1e-4)
         assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
     for name, tensor in model.state_dict().items():
-        # Adam divides by the gradient's size: where that is rounding, so is the step's direction
+        # Adam divides by the gradient's magnitude: for a gradient near 0, rounding decides the step's direction.
         difference = (weights[name].full_tensor() - tensor).abs()
         assert difference.mean() < 1e-6, name
     assert history[0]["loss"] == pytest.approx(expected[0][0], rel=1e-5)
@@ -182,19 +182,21 @@ def test_three_steps_against_plain_torch(models, kind):
 
 
 def invariance_cases(data, ranks):
-    """Every aggregation with several cuts; learning rate 0, so that all start from the same weights."""
-    cuts = [MicroBatching(size=2), MicroBatching(max_tokens=40)] + ([ALL, MicroBatching(size=1)] if ranks == 1 else [])
+    """Return cases with every aggregation and several splits; at learning rate 0, all start from the same weights."""
+    splits = [MicroBatching(size=2), MicroBatching(max_tokens=40)] + (
+        [ALL, MicroBatching(size=1)] if ranks == 1 else []
+    )
     cases = []
     for mode in LOSS_AGG_MODES:
         actor = actor_config(loss_agg_mode=mode, optim=optim_config(lr=0.0))
-        for limits in cuts:
+        for limits in splits:
             shards = split_mini_batches(data, 13, ranks, balance=limits.size is None)
             cases.append((actor, limits, shards))
     return cases
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
-def test_the_split_does_not_matter(models, kind):
+def test_a_step_does_not_depend_on_the_split(models, kind):
     data = make_batch(13)
     reference = {}
     for ranks in (1, 2):
@@ -205,13 +207,13 @@ def test_the_split_does_not_matter(models, kind):
             expected = reference.setdefault(actor.loss_agg_mode, metrics)
             assert metrics["grad_norm"] > 0
             for name, value in expected.items():
-                if name == "padding_fraction":  # a micro-batch of no samples has two tokens of padding
+                if name == "padding_fraction":  # a micro-batch without samples has two tokens of padding
                     continue
                 context = f"{name} with {actor.loss_agg_mode}, {ranks} ranks, {limits}"
                 assert metrics[name] == pytest.approx(value, rel=1e-5, abs=1e-9), context
 
 
-def test_aggregations_differ(models):
+def test_aggregations_give_different_losses(models):
     """The test above would also pass if the mode were ignored."""
     cases = [case for case in invariance_cases(make_batch(13), 1) if case[1] == ALL]
     losses = [history[0]["actor/pg_loss"] for history in run_ranks(1, step_program, models["qwen3"], cases, {})[0]]
@@ -237,8 +239,8 @@ def test_memory_options_do_not_change_the_step(models, options, ranks):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_mini_batches_of_odd_sizes_and_empty_responses(models, ranks):
-    """A rank without samples, and a mini-batch without a single response token."""
+def test_ranks_without_samples_and_mini_batches_without_tokens(models, ranks):
+    """A mini-batch without any response token has loss 0 and gradient 0."""
     data = make_batch(4)
     data.batch["response_mask"][3] = 0
     actor = actor_config(optim=optim_config(lr=0.0))
@@ -249,7 +251,7 @@ def test_mini_batches_of_odd_sizes_and_empty_responses(models, ranks):
     assert empty[0]["loss"] == two_empty[0]["loss"] == 0
 
 
-def test_bfloat16_compute_stays_close_and_masters_stay_float32(models):
+def test_bfloat16_compute_is_close_to_float32_and_masters_stay_float32(models):
     data = make_batch(12)
     actor = actor_config(fsdp_config=fsdp_config(dtype="bfloat16"), optim=optim_config(lr=0.0))
     exact = actor_config(optim=optim_config(lr=0.0))
@@ -263,7 +265,7 @@ def test_bfloat16_compute_stays_close_and_masters_stay_float32(models):
         assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
-def test_bfloat16_masters(models):
+def test_bfloat16_masters_train_and_stay_bfloat16(models):
     actor = actor_config(fsdp_config=fsdp_config(model_dtype="bf16", dtype="bfloat16"), optim=optim_config(lr=1e-2))
     shards = split_mini_batches(make_batch(12), 6, 2)
     history = run_ranks(2, step_program, models["qwen3"], [(actor, MicroBatching(size=4), shards)], {})[0][0]
@@ -273,8 +275,8 @@ def test_bfloat16_masters(models):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_log_probs_follow_the_weights(models, tmp_path, ranks):
-    """Through forward passes without a backward, steps and loads, whatever FSDP keeps gathered."""
+def test_log_probs_use_the_current_weights(models, tmp_path, ranks):
+    """FSDP keeps no stale gathered parameters after forward passes without backward, steps and loads."""
     data, actor = make_batch(12), actor_config(optim=optim_config(lr=1e-2))
     shards = split_mini_batches(data, 12, ranks)
     programs = run_ranks(ranks, follow_program, models["qwen3"], data, shards, actor, str(tmp_path / "checkpoint"))
@@ -290,7 +292,7 @@ def test_log_probs_follow_the_weights(models, tmp_path, ranks):
         assert (trained - before).abs().max() > 1e-2
 
 
-def test_nothing_stays_gathered_after_log_probs(models):
+def test_no_parameter_stays_gathered_after_log_probs(models):
     def program(rank):
         engine = make_engine(models["qwen3"])
         engine.log_probs(make_batch(4), ALL, calculate_entropy=False)
@@ -299,7 +301,7 @@ def test_nothing_stays_gathered_after_log_probs(models):
     assert run_ranks(1, program) == [[]]
 
 
-def test_schedule_and_learning_rate(models):
+def test_the_learning_rate_follows_the_schedule(models):
     optim = optim_config(lr=2e-3, lr_warmup_steps=2, lr_scheduler_type="cosine", min_lr_ratio=0.5)
     actor = actor_config(optim=optim)
     shards = split_mini_batches(make_batch(12), 2, 1)
@@ -314,7 +316,7 @@ def test_temperature_must_be_positive(models):
         run_ranks(1, log_prob_program, models["qwen3"], [data], ALL, {})
 
 
-def test_a_head_that_cannot_be_restricted_is_refused():
+def test_a_model_with_an_unrestricted_head_is_rejected():
     from verl.workers.engine.fsdp import _SelectRows
 
     class Wide(torch.nn.Module):
@@ -328,5 +330,5 @@ def test_a_head_that_cannot_be_restricted_is_refused():
 
     model = Wide()
     [micro_batch] = AlignedBatch(make_batch(4), torch.device("cpu"), Layout.ROWS).micro_batches(ALL, None)
-    with pytest.raises(NotImplementedError, match="Wide made logits of shape"):
+    with pytest.raises(NotImplementedError, match="Wide returned logits of shape"):
         _SelectRows(model.head).logits(model, micro_batch)

@@ -1,4 +1,4 @@
-"""The critic's engine: values against plain transformers, what is loaded and what is refused, what is saved."""
+"""Value models: values compared with transformers, heads in checkpoints, errors, and saved critics."""
 
 import json
 
@@ -21,8 +21,8 @@ HEAD = (torch.linspace(-1.0, 1.0, 65)[:-1].view(1, 64) / 4, torch.tensor([-0.25]
 
 
 def plain_values(model, data, head=HEAD):
-    """[B, T] by the ordinary way: left padding, attention mask, the last hidden states of all positions."""
-    # packed experts have no product in float64
+    """Return values [B, T], computed with left padding, attention mask and the last hidden states of all positions."""
+    # Packed experts do not support float64.
     model = model.eval() if "Moe" in type(model).__name__ else model.double().eval()
     width = data.batch["responses"].shape[1]
     with torch.no_grad():
@@ -52,7 +52,7 @@ def rewrite(directory, change):
         ("qwen3_moe", False, MicroBatching(size=1), {}),
     ],
 )
-def test_values_against_transformers(tmp_path, kind, tied, limits, options):
+def test_values_equal_those_of_transformers(tmp_path, kind, tied, limits, options):
     path = write_tiny_model(tmp_path / "model", kind=kind, tied=tied)
     data = make_batch(13)
     expected = plain_values(AutoModelForCausalLM.from_pretrained(path), data)
@@ -74,13 +74,13 @@ def test_values_against_transformers(tmp_path, kind, tied, limits, options):
 @pytest.mark.parametrize(
     ("architecture", "over"),
     [
-        ("Gemma2", {"final_logit_softcapping": 0.5}),  # acts on logits, far below the values here
+        ("Gemma2", {"final_logit_softcapping": 0.5}),  # limits logits to far less than the values here
         ("Granite", {"logits_scaling": 4.0}),
         ("Cohere", {"logit_scale": 0.25}),
-        ("GPTNeoX", {}),  # another name for the head
+        ("GPTNeoX", {}),  # the head has another name
     ],
 )
-def test_what_a_model_does_to_logits_has_no_part_in_values(tmp_path, architecture, over):
+def test_operations_on_logits_do_not_affect_values(tmp_path, architecture, over):
     common = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.1}
     config = getattr(transformers, f"{architecture}Config")(**common, **heads, pad_token_id=0, **over)
@@ -104,7 +104,7 @@ def test_a_new_head_starts_at_zero(tmp_path, ranks):
 
 @pytest.mark.parametrize("prefix", ["score.", "v_head.summary."])
 @pytest.mark.parametrize("with_lm_head", [True, False])
-def test_a_head_in_the_checkpoint_is_kept(tmp_path, prefix, with_lm_head):
+def test_a_head_in_the_checkpoint_is_used(tmp_path, prefix, with_lm_head):
     path = write_tiny_model(tmp_path / "model", tied=False)
 
     def change(tensors):
@@ -119,31 +119,31 @@ def test_a_head_in_the_checkpoint_is_kept(tmp_path, prefix, with_lm_head):
             torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_head_without_a_bias_and_one_of_two_labels(tmp_path):
+def test_a_head_without_bias_is_used_and_one_with_two_outputs_is_an_error(tmp_path):
     path = write_tiny_model(tmp_path / "model")
     rewrite(path, lambda tensors: tensors.update({"score.weight": HEAD[0].clone()}))
     [(values, weights)] = run_ranks(1, values_program, critic_config(path), [make_batch()], ALL, False)
     assert values.any() and not weights["score.bias"].any()
     rewrite(path, lambda tensors: tensors.update({"score.weight": torch.zeros(2, 64)}))
-    with pytest.raises(ValueError, match=r"critic\.model\.path=.*gives 2 numbers.*num_labels=1"):
+    with pytest.raises(ValueError, match=r"critic\.model\.path=.*has 2 outputs.*num_labels=1"):
         run_ranks(1, values_program, critic_config(path), [make_batch()], ALL)
 
 
-def test_a_missing_weight_of_the_backbone_is_refused(tmp_path):
+def test_a_missing_weight_of_the_backbone_is_an_error(tmp_path):
     path = write_tiny_model(tmp_path / "model", tied=False)
     rewrite(path, lambda tensors: tensors.pop("model.norm.weight"))
     with pytest.raises(ValueError, match=r"critic\.model\.path=.*missing_keys: model\.norm\.weight; use"):
         run_ranks(1, values_program, critic_config(path), [make_batch()], ALL)
 
 
-def test_an_unknown_field_of_override_config_names_the_critics_key(tmp_path):
+def test_an_unknown_key_of_override_config_names_the_critics_section(tmp_path):
     path = write_tiny_model(tmp_path / "model")
-    with pytest.raises(ValueError, match=r"critic\.model\.override_config: Qwen3Config has no rms_eps"):
+    with pytest.raises(ValueError, match=r"critic\.model\.override_config: unknown key rms_eps for Qwen3Config"):
         run_ranks(1, values_program, critic_config(path, {"override_config": {"rms_eps": 1.0}}), [make_batch()], ALL)
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_saved_critic_is_a_model_for_token_classification_and_is_read_again(tmp_path, tied):
+def test_a_saved_critic_is_a_token_classification_model_that_can_be_loaded_again(tmp_path, tied):
     path = write_tiny_model(tmp_path / "model", tied=tied)
     data = make_batch()
 
@@ -176,8 +176,8 @@ def test_a_saved_critic_is_a_model_for_token_classification_and_is_read_again(tm
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_in_bfloat16_the_head_alone_is_exact(tmp_path, ranks):
-    """Values from bfloat16 hidden states are close to the exact ones, and fall between bfloat16's steps."""
+def test_the_head_stays_float32_in_a_bfloat16_model(tmp_path, ranks):
+    """Values of bfloat16 hidden states are close to the exact values, and have a finer resolution than bfloat16."""
     path = write_tiny_model(tmp_path / "model")
     data = make_batch()
     expected = plain_values(AutoModelForCausalLM.from_pretrained(path), data)
@@ -189,7 +189,7 @@ def test_in_bfloat16_the_head_alone_is_exact(tmp_path, ranks):
         assert (values != values.bfloat16().float()).any()
 
 
-def test_a_model_without_a_backbone_is_refused():
+def test_a_model_without_a_separate_backbone_is_an_error():
     from verl.workers.engine.value_head import to_value_model
 
     model = AutoModelForCausalLM.from_config(

@@ -1,0 +1,68 @@
+"""The update of actor and critic: optimizer steps over mini-batches, and the denominators of their losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypedDict
+
+from verl.protocol import DataProto
+from verl.workers.engine.base import TrainEngine
+
+
+class LossDenominators(TypedDict):
+    """Counts of a whole mini-batch over all ranks, by which `agg_loss` divides.
+
+    Attributes:
+        global_tokens: response tokens.
+        global_sequences: sequences with at least one response token.
+        loss_scale_factor: divisor of `seq-mean-token-sum-norm`, in tokens.
+    """
+
+    global_tokens: float
+    global_sequences: float
+    loss_scale_factor: float
+
+
+def loss_denominators(meta_info: dict[str, Any]) -> LossDenominators:
+    """Return the denominators in the meta_info of a mini-batch."""
+    return {
+        "global_tokens": meta_info["global_tokens"],
+        "global_sequences": meta_info["global_sequences"],
+        "loss_scale_factor": meta_info["loss_scale_factor"],
+    }
+
+
+def run_updates(
+    engine: TrainEngine,
+    mini_batches: Sequence[DataProto],
+    forward_backward: Callable[[int, int, DataProto], dict[str, float]],
+    *,
+    epochs: int,
+    prefix: str,
+    loss_name: str,
+) -> dict[str, float]:
+    """Take one optimizer step per mini-batch, `epochs` times, then advance the schedule by one training step.
+
+    Args:
+        forward_backward: accumulates the gradient of a mini-batch and returns the engine's metrics; its arguments are
+            the epoch, the number of the mini-batch, and the mini-batch.
+        prefix: prefix of the metrics, `actor` or `critic`.
+        loss_name: name of the engine's metric `loss`.
+
+    Returns:
+        metrics, averaged over the optimizer steps.
+
+    Raises:
+        NonFiniteError: loss or gradient is NaN or infinite; raised on all ranks before the optimizer step.
+    """
+    history: list[dict[str, float]] = []
+    for epoch in range(epochs):
+        for number, mini_batch in enumerate(mini_batches):
+            metrics = forward_backward(epoch, number, mini_batch)
+            metrics[loss_name] = metrics.pop("loss")
+            metrics[f"{prefix}/perf/padding_fraction"] = metrics.pop("padding_fraction")
+            step = engine.optimizer_step()
+            metrics[f"{prefix}/grad_norm"], metrics[f"{prefix}/lr"] = step["grad_norm"], step["lr"]
+            history.append(metrics)
+    engine.schedule_step()
+    return {name: sum(metrics[name] for metrics in history) / len(history) for name in history[0]}
