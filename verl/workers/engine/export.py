@@ -145,7 +145,9 @@ class WeightExport:
         self._held: dict[str, LocalRows | None] = {}
 
     @torch.no_grad()
-    def units(self, *, dtype: torch.dtype | None = None, encoder: QuantizationScheme | None = None) -> Iterator[ExportUnit]:
+    def units(
+        self, *, dtype: torch.dtype | None = None, encoder: QuantizationScheme | None = None
+    ) -> Iterator[ExportUnit]:
         """Iterate over all parameters, a tied weight once.
 
         Collective: every rank must exhaust the iterator, and all ranks must gather the same units.
