@@ -102,7 +102,7 @@ def test_the_readme_s_own_data_and_reward(tmp_path, monkeypatch):
     command = next(block for block in blocks(ROOT / "README.md", "bash") if "main_ppo" in block)
     words = shlex.split(command.replace("\\\n", " ").replace("/path/to/a/hugging/face/model", str(model)))
     plan = check(load_config(words[words.index("verl.trainer.main_ppo") + 1 :]))
-    assert "90 to train on, 10 to validate on" in plan.render()
+    assert "90 for training, 10 for validation" in plan.render()
 
 
 def write_files(page, folder):
@@ -139,7 +139,7 @@ def test_own_data_is_converted_scored_and_planned(tmp_path, monkeypatch):
     words = words_after("verl check", page)
     model = write_tiny_model(tmp_path / "model")
     plan = check(load_config([word.replace("=MODEL", f"={model}") for word in words]))
-    assert "64 to train on, 8 to validate on" in plan.render()
+    assert "64 for training, 8 for validation" in plan.render()
 
 
 def test_extensions_work_as_they_stand(tmp_path, monkeypatch):

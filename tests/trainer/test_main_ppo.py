@@ -128,7 +128,7 @@ def test_config_path_is_relative_to_the_working_directory(tmp_path, run_files):
     (conf / "mine.yaml").write_text("defaults: [ppo_trainer, _self_]\ndata: {train_batch_size: 6}\n")
     options = ("--config-path", "../conf", "--config-name=mine")
     done = run_command(tmp_path, *options, *run_files.overrides(data__train_batch_size=None))
-    assert done.returncode == 2 and "does not divide data.train_batch_size=6" in done.stderr
+    assert done.returncode == 2 and "must divide data.train_batch_size=6" in done.stderr
     done = run_command(tmp_path, *options, "--cfg", "job", "data.seed=4", "+reward.reward_kwargs.a=1")
     assert done.returncode == 0
     assert "train_batch_size: 6" in done.stdout and "seed: 4" in done.stdout and "a: 1" in done.stdout
