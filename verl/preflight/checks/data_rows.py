@@ -101,7 +101,7 @@ def _first_rows(rows: ParquetRows | JsonRows, config: PPOConfig) -> Iterator[_Ro
 
 
 def _sample(rows: ParquetRows | JsonRows, key: str, size: int) -> list[_Prompt]:
-    """Return `size` prompts at even distances, including the first and the last row."""
+    """Return `size` evenly spaced prompts, including the first and the last row."""
     count = len(rows)
     numbers = sorted({i * (count - 1) // max(1, size - 1) for i in range(size)}) if count > size else range(count)
     return [(row_name(rows.path, n), check_messages(rows[n].get(key), key)) for n in numbers]

@@ -17,7 +17,7 @@ _UTILIZATION = f"{_ROLLOUT}.gpu_memory_utilization"
 _TENSOR_PARALLEL = f"{_ROLLOUT}.tensor_model_parallel_size"
 # Share of a device's memory; a stage above it gets a warning.
 _TIGHT = 0.95
-# A suggested gpu_memory_utilization must leave this much besides the engine's weights.
+# A suggested gpu_memory_utilization must leave this much for the KV cache.
 _MIN_CACHE = 6 * GB
 # A cache that holds fewer samples than this gets a warning.
 _MIN_CONCURRENT_SAMPLES = 8
