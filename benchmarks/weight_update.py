@@ -198,7 +198,7 @@ async def measure(size: str, dtype: str, rounds: int, std: float, work: Path) ->
     bucket_bytes = base.checkpoint_engine.update_weights_bucket_megabytes << 20
 
     async def through_files() -> dict[str, Any]:
-        await first.trainer.all(TrainWorker.call, "export_hf", str(work / "exported"))
+        await first.trainer.all(TrainWorker.export_hf, str(work / "exported"))
         return await first.update(FileSender(work / "exported", first.config, getattr(torch, dtype), bucket_bytes))
 
     async def copied() -> dict[str, Any]:

@@ -72,13 +72,13 @@ class TrainWorker:
         self._critic: CriticWorker | None = None
         self._send_dtype = dtype_from_name(rollout_dtype)
         self._sender: WeightSender | None = None
-        # With `quantization_side=receiver`, weights are sent unquantized.
         assert config.model.path is not None, "actor_rollout_ref.model.path is a required key"
+        # With `quantization_side=receiver`, weights are sent unquantized.
         sends = config.rollout.quantization_side == "sender"
         self._scheme: QuantizationScheme | None = get_scheme(config.rollout, config.model.path) if sends else None
         self._last_sent = LastSentWeights(self._scheme, keeps=full_update_reason(config.rollout, device) is None)
         self._exporting = 0
-        self._reserved_port: socket.socket | None = None
+        self._reserved_socket: socket.socket | None = None
 
     def missing_paths(self, paths: list[str]) -> list[str]:
         """Return the paths that do not exist on this host."""
@@ -86,9 +86,9 @@ class TrainWorker:
 
     def reserve_port(self, address: str) -> int:
         """Return a free port of this host's `address` for rank 0, reserved until `setup`."""
-        self._reserved_port = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
-        self._reserved_port.bind((address, 0))
-        return self._reserved_port.getsockname()[1]
+        self._reserved_socket = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+        self._reserved_socket.bind((address, 0))
+        return self._reserved_socket.getsockname()[1]
 
     def setup(self, host: str, port: int, address: str) -> None:
         """Join the process group and load the models.
@@ -99,9 +99,9 @@ class TrainWorker:
         """
         if address != "127.0.0.1":
             choose_gloo_interface(address)
-        if self._reserved_port is not None:
+        if self._reserved_socket is not None:
             # Released as late as possible, so that no other process of the run gets the port.
-            self._reserved_port.close()
+            self._reserved_socket.close()
         self._actor = ActorWorker(
             self._rank,
             self._world_size,
@@ -182,17 +182,6 @@ class TrainWorker:
     def _require_critic(self) -> CriticWorker:
         assert self._critic is not None, "this run has no critic"
         return self._critic
-
-    def call(self, method: str, *arguments: Any) -> Any:
-        """Call a method of the `ActorWorker`."""
-        with span(method):
-            return getattr(self._actor, method)(*arguments)
-
-    def call_critic(self, method: str, *arguments: Any) -> Any:
-        """Call a method of the `CriticWorker`."""
-        assert self._critic is not None, "this run has no critic"
-        with span(f"critic: {method}"):
-            return getattr(self._critic, method)(*arguments)
 
     def check_base(self, base: int) -> None:
         """Check that this rank can send a delta against version `base`.

@@ -88,13 +88,7 @@ def load_sharded_model(
         model = source
         move_model(model, device)
     else:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(**options)
-        model.tie_weights()  # the parameters without storage are new, hence not tied
-        if value_head:
-            to_value_model(model)
-        if lora is not None:
-            add_adapters(model, lora, fill=False)
+        model = _model_without_storage(options, value_head, lora)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     names = decoder_layer_names(model)
@@ -102,6 +96,18 @@ def load_sharded_model(
     if not single_rank:
         model.to_empty(device=device)
         _distribute_from_rank0(model, source, mesh, device)
+    return model
+
+
+def _model_without_storage(options: Mapping[str, Any], value_head: bool, lora: LoraOptions | None) -> PreTrainedModel:
+    """Build the model with buffers, but without storage for parameters."""
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(**options)
+    model.tie_weights()  # the parameters without storage are new, hence not tied
+    if value_head:
+        to_value_model(model)
+    if lora is not None:
+        add_adapters(model, lora, fill=False)
     return model
 
 
@@ -141,7 +147,7 @@ def read_checkpoint(path: str, section: str, value_head: bool, **options: Any) -
         if found:
             shown = ", ".join(found[:5]) + (f" and {len(found) - 5} more" if len(found) > 5 else "")
             raise ValueError(
-                f"{section}.path={path!r} does not fit its own config.json, {problem}: {shown}; "
+                f"{section}.path={path!r} does not match its config.json, {problem}: {shown}; "
                 "use a complete checkpoint of this architecture"
             )
     if value_head:
