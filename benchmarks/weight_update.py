@@ -91,10 +91,8 @@ class Pair:
 
     async def update(self, sender: Any = None, *, base: int | None = None) -> dict[str, Any]:
         self.version += 1
-        metrics, _ = await update_weights(
-            sender or TrainerSender(self.trainer), [self.replica], self.version, base=base
-        )
-        return metrics
+        sender = sender or TrainerSender(self.trainer)
+        return (await update_weights(sender, [self.replica], self.version, base=base)).metrics
 
     async def changes(self) -> dict[str, Any]:
         return await self.update(base=self.version)

@@ -7,7 +7,7 @@ test takes the hashes of all parameters, sends the same weights in full, and com
 import pytest
 import torch
 
-from fixtures.deltas import Changes, nudged
+from fixtures.deltas import OneBucketDelta, nudged
 from fixtures.engine import weights_of
 from verl.config import RolloutConfig
 from verl.workers.weight_sync.manifest import WeightUpdateError
@@ -23,7 +23,7 @@ def encoded(scheme, weights, dtype):
 
 
 def send_delta(engine, old, new, version):
-    changes = Changes(old, new, version)
+    changes = OneBucketDelta(old, new, version)
     engine.checked("verl_begin_update", version, engine.quantization, version - 1)
     engine.checked("verl_load_bucket", changes.bucket)
     return engine.checked("verl_finish_update", changes.manifest)
@@ -94,5 +94,5 @@ def test_twenty_delta_updates_equal_full_updates(tiny_models, engines, case):
     rollout = RolloutConfig(quantization=quantization, tensor_model_parallel_size=over.get("tensor_parallel_size", 1))
     engine, scheme = engines.get(model_dir, rollout, **over)
     version = twenty_steps(engine, scheme, weights_of(model_dir), getattr(torch, over.get("dtype", "float32")))
-    with pytest.raises(WeightUpdateError, match="a delta to version 3 arrived, the engine has version"):
+    with pytest.raises(WeightUpdateError, match="a delta against version 3: the engine serves version"):
         engine.checked("verl_begin_update", version, engine.quantization, 3)

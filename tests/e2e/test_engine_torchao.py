@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from fixtures.deltas import Changes, nudged
+from fixtures.deltas import OneBucketDelta, nudged
 from fixtures.engine import log_probs_of, weights_of
 from fixtures.torchao import torchao_directory
 from verl.config import RolloutConfig
@@ -47,7 +47,7 @@ def test_the_engine_computes_with_the_weights_of_the_last_update(tiny_models, en
     # A delta is quantized in the same way as a full update.
     old = dict(scheme.encode(weights_of(first).items()))
     new = nudged(old, 0, size=1e-2)
-    changes, before = Changes(old, new, 4), engine.rpc("verl_parameter_hashes")
+    changes, before = OneBucketDelta(old, new, 4), engine.rpc("verl_parameter_hashes")
     engine.checked("verl_begin_update", 4, engine.quantization, 3)
     engine.checked("verl_load_bucket", changes.bucket)
     engine.checked("verl_finish_update", changes.manifest)

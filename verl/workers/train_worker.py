@@ -15,7 +15,7 @@ from verl.config.weight_updates import full_update_reason
 from verl.protocol import DataProto
 from verl.utils.heap import freeze_heap
 from verl.utils.network import choose_gloo_interface
-from verl.utils.quantization.encode_report import EncodeReport
+from verl.utils.quantization.encode_report import EncodeReport, EncodeReportMessage
 from verl.utils.quantization_scheme import QuantizationScheme
 from verl.utils.timeline import join_timeline, span, spanned
 from verl.workers.actor import ActorWorker
@@ -25,6 +25,7 @@ from verl.workers.rollout.quantization import get_scheme
 from verl.workers.weight_sync.block_gather import PackedBlock
 from verl.workers.weight_sync.last_sent import LastSentWeights
 from verl.workers.weight_sync.manifest import dtype_from_name
+from verl.workers.weight_sync.messages import Bucket, RankExport
 from verl.workers.weight_sync.sender import WeightSender
 
 _MIB = 1 << 20
@@ -211,13 +212,13 @@ class TrainWorker:
             self._sender.begin_delta(version, base, self._export_delta(base))
 
     @spanned("export: gather, encode and pack a bucket")
-    def next_bucket(self) -> dict[str, Any]:
+    def next_bucket(self) -> Bucket:
         """Fill the next bucket and return its description."""
         assert self._sender is not None, "begin_export first"
         return self._sender.next_bucket()
 
     @spanned("export: finish")
-    def finish_export(self) -> dict[str, Any]:
+    def finish_export(self) -> RankExport:
         """Make the sent weights the base of the next delta. Called on every rank after the last bucket was sent.
 
         Returns:
@@ -225,11 +226,15 @@ class TrainWorker:
             pack it, and the `full_bytes` of a full update.
         """
         self._last_sent.commit(self._exporting)
-        report = {"report": self._pop_report()}
-        if self._sender is None:
-            return report
-        sender = self._sender
-        return {"manifest": sender.manifest(), "seconds": sender.seconds, "full_bytes": sender.nbytes, **report}
+        report, sender = self._pop_report(), self._sender
+        if sender is None:
+            return {"report": report}
+        return {
+            "report": report,
+            "manifest": sender.manifest(),
+            "seconds": sender.seconds,
+            "full_bytes": sender.nbytes,
+        }
 
     def abort_export(self) -> None:
         """Abort an export that was begun; the other ranks still take part in all of its gathers."""
@@ -243,7 +248,7 @@ class TrainWorker:
         for _ in self._export_full() if base is None else self._export_delta(base):
             raise AssertionError("only rank 0 sends weights")
 
-    def _pop_report(self) -> dict[str, Any]:
+    def _pop_report(self) -> EncodeReportMessage:
         return EncodeReport().to_message() if self._scheme is None else self._scheme.pop_report().to_message()
 
     def _export_full(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 from vllm.config import VllmConfig
 
-from fixtures.deltas import Changes
+from fixtures.deltas import OneBucketDelta
 from fixtures.tiny import write_tiny_model
 from verl.config import RolloutConfig
 from verl.utils.vllm.npu_vllm_patch import apply_patches
@@ -87,7 +87,7 @@ class Updates:
     def send_changes(self, old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor]) -> None:
         """What changed since `old`, which the engine has, written in place."""
         self._version += 1
-        changes = Changes(dict(self.encoded(old)), dict(self.encoded(new)), self._version)
+        changes = OneBucketDelta(dict(self.encoded(old)), dict(self.encoded(new)), self._version)
         self._receiver.begin(self._version, self._version - 1)
         self._receiver.load_bucket(changes.bucket)
         self._receiver.finish(changes.manifest)

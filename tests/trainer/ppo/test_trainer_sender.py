@@ -21,7 +21,7 @@ class Ranks:
         method = method.__name__
         self.calls.append((rank, method, *arguments))
         if method == "check_base" and rank == self._refuses:
-            raise WeightUpdateError("the trainer keeps nothing, a delta to version 4 was asked for")
+            raise WeightUpdateError("cannot build a delta against version 4: no weights were sent yet")
         if method == "finish_export":
             report = {"report": {"seconds": 1.0 + rank, "errors": {"w": [1.0 + rank, 100.0]}}}
             return report | ({"manifest": {"version": 5}, "seconds": 3.0, "full_bytes": 9} if rank == 0 else {})
@@ -58,7 +58,7 @@ def test_no_export_starts_if_a_rank_has_another_version(rank):
     async def program():
         ranks = Ranks(refuses=rank)
         sender = TrainerSender(ranks)
-        with pytest.raises(WeightUpdateError, match="keeps nothing"):
+        with pytest.raises(WeightUpdateError, match="no weights were sent yet"):
             await sender.begin_export(5, 4)
         await sender.abort_export()
         return ranks.calls

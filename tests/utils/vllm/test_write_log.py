@@ -1,4 +1,4 @@
-"""Which parameters were written, in full or in part, whoever wrote them."""
+"""Tests of the record of written parameters: complete or in part, by any loader."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def values(shape):
     return torch.ones(shape).to(torch.float8_e4m3fn)
 
 
-def test_parts_add_up_and_repeats_do_not():
+def test_partial_writes_add_up_and_repeated_ones_do_not():
     made = parameters()
     log = WriteLog(made)
     with log:
@@ -33,7 +33,7 @@ def test_parts_add_up_and_repeats_do_not():
     assert log.unwritten() == []
 
 
-def test_copies_outside_are_not_seen():
+def test_copies_outside_the_context_or_into_other_tensors_are_not_recorded():
     made = parameters()
     log = WriteLog(made)
     made["a"].data.copy_(torch.ones(4, 6))
@@ -43,13 +43,13 @@ def test_copies_outside_are_not_seen():
 
 
 @pytest.mark.parametrize(("name", "sent"), [("b", torch.bfloat16), ("c", torch.float32), ("c", torch.float8_e4m3fn)])
-def test_a_conversion_into_quantized_memory_is_refused(name, sent):
+def test_conversion_into_quantized_memory_is_refused(name, sent):
     made = parameters()
     with pytest.raises(ValueError, match=f"{name} holds .*was sent {sent}"), WriteLog(made):
         made[name].data.copy_(torch.ones(made[name].shape).to(sent))
 
 
-def test_other_parameters_may_be_converted():
+def test_conversion_into_other_parameters_is_allowed():
     made = parameters()
     log = WriteLog(made)
     with log:

@@ -1,4 +1,4 @@
-"""The wire format of a delta: whatever changed arrives, in the fewest bytes of the four encodings."""
+"""Tests of the wire format of a delta: every change arrives, in the smallest of the four encodings."""
 
 import dataclasses
 
@@ -28,12 +28,12 @@ def changed_copy(old, share, seed):
     return new, picked
 
 
-def apply(block, piece, old):
-    places, values = decode(block, piece)
-    if places is None:
-        bits(old)[piece.start : piece.start + piece.length] = bits(values)
+def apply(block, chunk, old):
+    indices, values = decode(block, chunk)
+    if indices is None:
+        bits(old)[chunk.start : chunk.start + chunk.length] = bits(values)
     else:
-        bits(old)[places] = bits(values)
+        bits(old)[indices] = bits(values)
 
 
 @settings(deadline=None, max_examples=60)
@@ -43,7 +43,7 @@ def apply(block, piece, old):
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 2**20),
 )
-def test_what_changed_arrives_and_nothing_else(length, share, dtype, seed):
+def test_changed_elements_arrive_and_no_others(length, share, dtype, seed):
     old = random_bytes(length, dtype, seed)
     new, picked = changed_copy(old, share, seed + 1)
     block = DeltaBlock()
@@ -52,8 +52,8 @@ def test_what_changed_arrives_and_nothing_else(length, share, dtype, seed):
     assert len(block.chunks) == (1 if len(picked) else 0)
     engine = torch.cat([random_bytes(5, dtype, 2), old, random_bytes(8, dtype, 3)])
     expected = torch.cat([random_bytes(5, dtype, 2), new, random_bytes(8, dtype, 3)])
-    for piece in block.chunks:
-        apply(sent, DeltaChunk.from_message(piece.to_message()), engine)
+    for chunk in block.chunks:
+        apply(sent, DeltaChunk.from_message(chunk.to_message()), engine)
     assert torch.equal(bits(engine), bits(expected))
 
 
@@ -63,22 +63,22 @@ def test_what_changed_arrives_and_nothing_else(length, share, dtype, seed):
         (0.0002, torch.float8_e4m3fn, "index16"),
         (0.03, torch.bfloat16, "index8"),
         (0.5, torch.bfloat16, "bitmap"),
-        (0.99, torch.float8_e4m3fn, "whole"),
+        (0.99, torch.float8_e4m3fn, "full"),
     ],
 )
-def test_the_smallest_encoding_is_taken(share, dtype, encoding):
+def test_smallest_encoding_is_chosen(share, dtype, encoding):
     old = random_bytes(1 << 20, dtype, 0)
     new, picked = changed_copy(old, share, 1)
     block = DeltaBlock()
     block.add("w", tuple(new.shape), 0, new, picked)
     assert block.chunks[0].encoding == encoding
-    # by counting: blocks of 64 Ki and of 256 elements, a bit each, or all
+    # Counted independently: blocks of 64 Ki and of 256 elements, a bit per element, or all values.
     n, c, size = 1 << 20, len(picked), dtype.itemsize
-    candidates = {"index16": 4 * 16 + 2 * c, "index8": 4096 + c, "bitmap": n // 8, "whole": (n - c) * size}
+    candidates = {"index16": 4 * 16 + 2 * c, "index8": 4096 + c, "bitmap": n // 8, "full": (n - c) * size}
     assert abs(block.nbytes - (min(candidates.values()) + c * size)) <= 8
 
 
-def test_a_block_that_changed_altogether_does_not_overflow_its_count():
+def test_block_with_all_elements_changed_does_not_overflow_its_count():
     assert smallest_encoding(1 << 20, 600, 1, fullest_block=255) == "index16"
     new = random_bytes(4096, torch.bfloat16, 0)
     old = new.clone()
@@ -90,12 +90,12 @@ def test_a_block_that_changed_altogether_does_not_overflow_its_count():
     assert torch.equal(bits(old), bits(new))
 
 
-def test_negative_zero_and_nan_are_changes_by_their_bytes():
+def test_negative_zero_is_a_change_and_equal_nan_bytes_are_not():
     old, new = torch.tensor([0.0, float("nan"), 1.0]), torch.tensor([-0.0, float("nan"), 1.0])
     assert (bits(old) != bits(new)).nonzero().flatten().tolist() == [0]
 
 
-def good():
+def valid_block_and_chunk():
     old = random_bytes(1000, torch.bfloat16, 0)
     new, picked = changed_copy(old, 0.05, 1)
     block = DeltaBlock()
@@ -111,28 +111,28 @@ def good():
         ({"count": 2000}, "does not lie inside it"),
         ({"values_offset": 10**6}, "does not lie inside a block"),
         ({"encoding": "zip"}, "does not lie inside a block"),
-        ({"encoding": "whole"}, "out of range or out of order"),
+        ({"encoding": "full"}, "out of range or out of order"),
         ({"count": 3}, "out of range or out of order"),
         ({"length": 300}, "out of range or out of order"),
         ({"values_offset": 3}, "misaligned"),
     ],
 )
-def test_a_piece_that_contradicts_itself_is_refused(changes, message):
-    block, piece = good()
+def test_contradictory_chunk_is_refused(changes, message):
+    block, chunk = valid_block_and_chunk()
     with pytest.raises(WeightUpdateError, match=message):
-        decode(block, DeltaChunk.from_message({**piece.to_message(), **changes}))
+        decode(block, DeltaChunk.from_message({**chunk.to_message(), **changes}))
 
 
-def test_an_index_out_of_range_is_refused():
-    block, piece = good()
-    last = int(decode(block, piece)[0][-1])
-    decode(block, dataclasses.replace(piece, length=last + 1))
+def test_index_out_of_range_is_refused():
+    block, chunk = valid_block_and_chunk()
+    last = int(decode(block, chunk)[0][-1])
+    decode(block, dataclasses.replace(chunk, length=last + 1))
     with pytest.raises(WeightUpdateError, match="out of range"):
-        decode(block, dataclasses.replace(piece, length=last))
+        decode(block, dataclasses.replace(chunk, length=last))
 
 
-def test_a_moved_piece_is_found_behind_what_comes_first():
-    block, piece = good()
-    moved = piece.moved(64)
+def test_moved_chunk_is_found_behind_a_prefix():
+    block, chunk = valid_block_and_chunk()
+    moved = chunk.moved(64)
     behind = torch.cat([torch.zeros(64, dtype=torch.uint8), block])
-    assert torch.equal(decode(behind, moved)[0], decode(block, piece)[0])
+    assert torch.equal(decode(behind, moved)[0], decode(block, chunk)[0])

@@ -1,4 +1,4 @@
-"""What a trainer sends as changes adds up to what it would send in full, whatever the model, scheme and ranks."""
+"""Tests of deltas from a trainer: they add up to a full update for every model, scheme and number of ranks."""
 
 import functools
 
@@ -19,7 +19,7 @@ MODELS = {
 
 
 def deltas(tmp_path, model, quantization, ranks, dtype="float32", **more):
-    """Rank 0's outcome of `delta_program`: of the whole update, and of each delta."""
+    """Return the outcome of `delta_program` on rank 0: of the full update and of each delta."""
     source = write_tiny_model(tmp_path / "source", dtype=dtype, **MODELS[model])
     program = functools.partial(delta_program, **more)
     return run_ranks(ranks, program, str(source), {"quantization": quantization})[0]
@@ -28,11 +28,11 @@ def deltas(tmp_path, model, quantization, ranks, dtype="float32", **more):
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("quantization", [None, "ascend", "fp8"])
 @pytest.mark.parametrize("model", list(MODELS))
-def test_changes_add_up_to_everything(tmp_path, model, quantization, ranks):
-    whole, *steps = deltas(tmp_path, model, quantization, ranks)
-    nothing = steps.pop(2)
-    assert nothing["differs"] == [] and nothing["values"] == nothing["nbytes"] == 0 and nothing["buckets"] == 1
-    full_bytes = whole["whole"]["full_bytes"]
+def test_deltas_add_up_to_a_full_update(tmp_path, model, quantization, ranks):
+    full, *steps = deltas(tmp_path, model, quantization, ranks)
+    unchanged = steps.pop(2)
+    assert unchanged["differs"] == [] and unchanged["values"] == unchanged["nbytes"] == 0 and unchanged["buckets"] == 1
+    full_bytes = full["full"]["full_bytes"]
     for step in steps:
         assert step["differs"] == [] and step["values"] > 0
         assert step["export"]["full_bytes"] == full_bytes
@@ -46,7 +46,7 @@ def test_changes_add_up_to_everything(tmp_path, model, quantization, ranks):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("quantization", [None, "ascend"])
-def test_what_merged_adapters_change_is_sent(tmp_path, quantization, ranks):
+def test_changes_of_merged_adapters_are_sent(tmp_path, quantization, ranks):
     options = {"lora_rank": 4, "lora_alpha": 16}
     _, *steps = deltas(tmp_path, "tied", quantization, ranks, options=options, rates=(1e-3, 1e-2))
     assert [step["differs"] for step in steps] == [[], []]
@@ -54,8 +54,8 @@ def test_what_merged_adapters_change_is_sent(tmp_path, quantization, ranks):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_weights_that_are_sent_as_they_are_do_not_change_with_the_model(tmp_path, ranks):
-    """bfloat16 master weights: what is kept must not be the parameter itself."""
+def test_kept_weights_do_not_change_with_the_model(tmp_path, ranks):
+    """With bfloat16 master weights, which are sent as they are, the kept tensor must not be the parameter itself."""
     actor = actor_config(fsdp_config=fsdp_config(model_dtype="bf16", dtype="bfloat16"))
     _, *steps = deltas(tmp_path, "tied", None, ranks, dtype="bfloat16", actor=actor, rates=(1e-3, 1e-3))
     assert [step["differs"] for step in steps] == [[], []]
@@ -64,20 +64,20 @@ def test_weights_that_are_sent_as_they_are_do_not_change_with_the_model(tmp_path
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("quantization", [None, "ascend"])
-def test_parameters_whose_rows_cannot_be_told_are_compared_once_they_are_whole(tmp_path, quantization, ranks):
+def test_parameters_without_a_row_mapping_are_compared_after_the_gather(tmp_path, quantization, ranks):
     _, *steps = deltas(tmp_path, "moe", quantization, ranks, turn="down_proj", rates=(1e-4, 1e-2))
     assert [step["differs"] for step in steps] == [[], []]
     assert "model.layers.0.mlp.experts.1.down_proj.weight" in steps[1]["changed"]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_changes_are_gathered_in_chunks(tmp_path, ranks):
-    _, *steps = deltas(tmp_path, "moe", "ascend", ranks, chunk=30_000, rates=(1e-4, 1e-2))
+def test_changes_are_gathered_several_times_per_update(tmp_path, ranks):
+    _, *steps = deltas(tmp_path, "moe", "ascend", ranks, gather_bytes=30_000, rates=(1e-4, 1e-2))
     assert [step["differs"] for step in steps] == [[], []]
     assert steps[1]["buckets"] > 3
 
 
-def test_a_layer_that_is_frozen_is_not_sent_until_it_is_trained(tmp_path):
+def test_frozen_layer_is_not_sent_until_it_is_trained(tmp_path):
     layer = "model.layers.1."
     _, *steps = deltas(tmp_path, "tied", "ascend", 2, freeze=layer, rates=(1e-3,) * 4)
     assert [step["differs"] for step in steps] == [[]] * 4
@@ -95,25 +95,25 @@ def test_a_layer_that_is_frozen_is_not_sent_until_it_is_trained(tmp_path):
         ("fp8", "model.norm.weight", -1, float("-inf")),
     ],
 )
-def test_a_change_to_what_is_not_finite_is_refused_on_all_ranks(tmp_path, quantization, name, row, value):
+def test_change_to_a_non_finite_weight_is_refused_on_all_ranks(tmp_path, quantization, name, row, value):
     source = write_tiny_model(tmp_path)
     rollout = {"quantization": quantization}
-    for told, kept, after, *differs in run_ranks(2, spoiled_program, str(source), rollout, name, row, value):
-        assert f"'{name}' holds NaN or Inf: the training diverged" in told
-        assert kept == "the trainer keeps nothing, a delta to version 1 was asked for"
+    for refused, kept, after, *differs in run_ranks(2, spoiled_program, str(source), rollout, name, row, value):
+        assert f"'{name}' holds NaN or Inf: the training diverged" in refused
+        assert kept == "cannot build a delta against version 1: no weights were sent yet"
         assert after == "" and differs == []
 
 
 @pytest.mark.parametrize("base", [None, 1])
-def test_only_what_was_finished_is_kept(tmp_path, base):
+def test_only_a_finished_export_is_kept(tmp_path, base):
     source = write_tiny_model(tmp_path)
-    nothing = "the trainer keeps nothing, a delta to version {} was asked for"
-    for said in run_ranks(2, aborted_program, str(source), base):
-        other = "the trainer keeps version 3, a delta to version 2 was asked for"
-        assert said == ["", nothing.format(1), nothing.format(2), "", other]
+    nothing = "cannot build a delta against version {}: no weights were sent yet"
+    for errors in run_ranks(2, aborted_program, str(source), base):
+        other = "cannot build a delta against version 2: the last sent version is 3"
+        assert errors == ["", nothing.format(1), nothing.format(2), "", other]
 
 
-def test_a_delta_to_what_was_never_sent_is_refused_before_anything_is_sent(tmp_path):
+def test_delta_against_a_version_that_was_never_sent_is_refused_at_once(tmp_path):
     source = write_tiny_model(tmp_path)
 
     def program(rank):
@@ -125,12 +125,12 @@ def test_a_delta_to_what_was_never_sent_is_refused_before_anything_is_sent(tmp_p
     from verl.config.rollout import CheckpointEngineConfig
 
     engines = [CheckpointEngineConfig(), CheckpointEngineConfig(delta="off")]
-    [(said, kept)] = run_ranks(1, program)
-    assert said == ["the trainer keeps nothing, a delta to version 1 was asked for"] * 2 and kept == 0
+    [(errors, kept)] = run_ranks(1, program)
+    assert errors == ["cannot build a delta against version 1: no weights were sent yet"] * 2 and kept == 0
 
 
-def test_a_delta_may_follow_a_whole_update_of_the_same_version(tmp_path):
-    """As when an engine is checked."""
+def test_delta_may_follow_a_second_full_update_of_the_same_version(tmp_path):
+    """The updater sends one when it checks an engine."""
     source = write_tiny_model(tmp_path)
 
     def program(rank):

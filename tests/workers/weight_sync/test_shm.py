@@ -1,27 +1,60 @@
+"""Tests of memory that is shared between processes."""
+
 import multiprocessing
+import os
 from pathlib import Path
 
+import pytest
+import torch
+
+from verl.workers.weight_sync.manifest import WeightUpdateError
 from verl.workers.weight_sync.shm import SegmentReader, SharedSegment
 
 
-def own(pipe):
+def own_segment(pipe):
     segment = SharedSegment(4096)
     segment.bytes[:3] = 7
     pipe.send(segment.handle)
     pipe.recv()
 
 
-def mapped():
+def read_in_child(handle, queue):
+    queue.put(SegmentReader().open(handle)[:4].tolist())
+
+
+def count_mappings():
     return Path("/proc/self/maps").read_text().count("memfd:verl-weights")
 
 
-def test_memory_of_a_process_that_ended_is_given_up_with_the_next_one_s():
-    context, reader, before = multiprocessing.get_context("spawn"), SegmentReader(), mapped()
+def test_reader_unmaps_the_memory_of_ended_processes_when_it_maps_another_segment():
+    context, reader, before = multiprocessing.get_context("spawn"), SegmentReader(), count_mappings()
     for _ in range(3):
         ours, theirs = context.Pipe()
-        process = context.Process(target=own, args=(theirs,))
+        process = context.Process(target=own_segment, args=(theirs,))
         process.start()
         assert reader.open(ours.recv())[:3].tolist() == [7, 7, 7]
-        assert mapped() == before + 1
+        assert count_mappings() == before + 1
         ours.send(None)
         process.join()
+
+
+def test_segment_is_shared_between_processes_and_leaves_no_name():
+    before = set(os.listdir("/dev/shm"))
+    segment = SharedSegment(1000)
+    segment.bytes[:4] = torch.tensor([1, 2, 3, 4], dtype=torch.uint8)
+    context = multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    child = context.Process(target=read_in_child, args=(segment.handle, queue))
+    child.start()
+    assert queue.get() == [1, 2, 3, 4]
+    child.join()
+    assert not [name for name in set(os.listdir("/dev/shm")) - before if "verl" in name]
+    segment.close()
+
+
+def test_segment_of_an_ended_sender_raises_an_error_that_says_so():
+    segment = SharedSegment(10)
+    handle = segment.handle
+    segment.close()
+    with pytest.raises(WeightUpdateError, match="cannot be opened"):
+        SegmentReader().open(handle)

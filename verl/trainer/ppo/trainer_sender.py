@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 from verl.single_controller.worker_group import WorkerGroup
 from verl.utils.quantization.encode_report import merged_errors
 from verl.workers.train_worker import TrainWorker
+from verl.workers.weight_sync.messages import Bucket, ExportReport
 
 
 class TrainerSender:
@@ -15,7 +15,7 @@ class TrainerSender:
 
     def __init__(self, group: WorkerGroup[TrainWorker]):
         self._group = group
-        self._others: list[asyncio.Future[Any]] = []
+        self._others: list[asyncio.Future[None]] = []
 
     async def begin_export(self, version: int, base: int | None = None) -> None:
         if base is not None:
@@ -27,16 +27,22 @@ class TrainerSender:
         ]
         await self._group.rank(0, TrainWorker.begin_export, version, base)
 
-    async def next_bucket(self) -> dict[str, Any]:
+    async def next_bucket(self) -> Bucket:
         return await self._group.rank(0, TrainWorker.next_bucket)
 
     async def abort_export(self) -> None:
         await self._group.rank(0, TrainWorker.abort_export)
         await asyncio.gather(*self._others, return_exceptions=True)
 
-    async def finish_export(self) -> dict[str, Any]:
+    async def finish_export(self) -> ExportReport:
         await asyncio.gather(*self._others)
-        export, *others = await self._group.all(TrainWorker.finish_export)
-        # Each rank encoded other rows, so their errors are merged.
-        reports = [part.pop("report") for part in (export, *others)]
-        return {**export, "encode": reports[0]["seconds"], "errors": merged_errors(reports)}
+        exports = await self._group.all(TrainWorker.finish_export)
+        rank0 = exports[0]
+        return {
+            "manifest": rank0["manifest"],
+            "seconds": rank0["seconds"],
+            "encode": rank0["report"]["seconds"],
+            # Each rank encoded other rows, so their errors are merged.
+            "errors": merged_errors(export["report"] for export in exports),
+            "full_bytes": rank0["full_bytes"],
+        }

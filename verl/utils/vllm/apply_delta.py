@@ -1,8 +1,8 @@
-"""Changes single elements of a running engine's weights, without a reload.
+"""Change single elements of a running engine's weights, without a full reload.
 
-Where a weight is run as it was sent, or in a layout that is known, its elements are written where they are. Of the
-others (packed for a kernel, quantized by the engine) the engine keeps the checkpoint's form in host memory: changes are
-made there, and the layers that are made from it are loaded again, they alone.
+If the position of a weight's elements in the kernel layout is known, they are written in place. Of the other weights
+(packed for a kernel, quantized by the engine) the engine keeps a copy in host memory in the checkpoint layout: the
+elements are changed there, and only the layers that are made from these copies are reloaded.
 """
 
 from __future__ import annotations
@@ -15,24 +15,27 @@ from torch import nn
 from verl.utils.tensor_diff import bits
 from verl.utils.vllm.layout_map import LayoutMap, Target, storage_of
 
-# Elements that are placed at a time: three int64 tensors of this length.
-_CHUNK = 1 << 22
+# Elements that are written at the same time: it takes three int64 tensors of this length.
+_ELEMENTS = 1 << 22
 
 
-def _place(tensor: torch.Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+def _placement(tensor: torch.Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
     return tensor.data_ptr(), tensor.size(), tensor.stride()
 
 
 class DeltaApplier:
-    """Made from a recorded load; `patch` for each change, `settle` now and then, `finish`.
+    """Writes the elements of deltas. Built from a recorded load.
+
+    Call `apply_chunk` for each chunk, `refresh_derived` after each bucket, and `finish` after the last bucket.
 
     Args:
         model: the engine's model.
-        layout: where each checkpoint tensor is.
-        reloaded: layers that have to be loaded again to change, by name.
-        derived: layers that make something of weights that they share, or keep, and how to make it anew.
-        refresh: told, by layer and parameter, which places of layers in a layout of their own were written.
-        reload: loads checkpoint tensors into some layers, by name.
+        layout: positions of the checkpoint tensors in the model.
+        reloaded: layers that must be reloaded to change, by name.
+        derived: layers that keep something computed from their weights: name -> function that computes it again.
+        refresh: called with the written indices of parameters in a separate kernel layout: layer -> parameter ->
+            int64 indices in the flattened parameter in the checkpoint layout.
+        reload: loads checkpoint tensors into the given layers, by name.
     """
 
     def __init__(
@@ -50,44 +53,45 @@ class DeltaApplier:
         of_reloaded = {
             name for name, found in layout.regions.items() if any(target.layer in reloaded for target, _ in found)
         }
-        # A layer that is loaded again may have been made, in a way that was not seen, of what was not seen to be taken.
+        # A reloaded layer may have been made from a tensor whose use was not seen.
         unseen = layout.names - layout.regions.keys() if reloaded else set()
-        self._shadows: dict[str, torch.Tensor | None] = dict.fromkeys(sorted(layout.opaque | of_reloaded | unseen))
+        # Copies in the checkpoint layout, by checkpoint name; None until a full load brings the tensor.
+        self._copies: dict[str, torch.Tensor | None] = dict.fromkeys(sorted(layout.opaque | of_reloaded | unseen))
         self._regions = {
             name: [(target, region) for target, region in found if target.layer not in reloaded]
             for name, found in layout.regions.items()
         }
-        self._places: dict[str, dict[str, list[torch.Tensor]]] = {}
-        self._touched: set[int] = set()
+        self._indices: dict[str, dict[str, list[torch.Tensor]]] = {}
+        self._written_storages: set[int] = set()
         self._reload_due = False
 
     def keep(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Take the checkpoint's form of what has to be loaded again, out of a whole load."""
+        """Copy the tensors of a full load that are needed in the checkpoint layout."""
         for name, tensor in named_tensors:
-            if name not in self._shadows:
+            if name not in self._copies:
                 continue
-            shadow = self._shadows[name]
-            if shadow is None:
-                self._shadows[name] = tensor.detach().to("cpu", copy=True).contiguous()
+            copy = self._copies[name]
+            if copy is None:
+                self._copies[name] = tensor.detach().to("cpu", copy=True).contiguous()
             else:
-                shadow.copy_(tensor)
+                copy.copy_(tensor)
 
     @property
     def complete(self) -> bool:
-        """Whether every form that is needed has been kept."""
-        return all(shadow is not None for shadow in self._shadows.values())
+        """Whether all needed copies have been made."""
+        return all(copy is not None for copy in self._copies.values())
 
     @property
     def kept_bytes(self) -> int:
-        """Host memory that the kept forms take."""
-        return sum(shadow.nbytes for shadow in self._shadows.values() if shadow is not None)
+        """Host memory that the copies take."""
+        return sum(copy.nbytes for copy in self._copies.values() if copy is not None)
 
-    def moved(self) -> str | None:
-        """A parameter whose memory is not the one that was recorded."""
+    def moved_parameter(self) -> str | None:
+        """Return the name of a parameter that is no longer in the recorded memory; None if there is none."""
         for target in self._targets():
             layer, key = self._layers[target.layer], target.name.rpartition(".")[2]
             parameter = layer._parameters.get(key)
-            if parameter is None or _place(parameter) != _place(target.run):
+            if parameter is None or _placement(parameter) != _placement(target.kernel_tensor):
                 return target.name
         return None
 
@@ -100,58 +104,60 @@ class DeltaApplier:
                     yield target
 
     @torch.no_grad()
-    def patch(self, name: str, places: torch.Tensor | None, start: int, values: torch.Tensor) -> None:
+    def apply_chunk(self, name: str, indices: torch.Tensor | None, start: int, values: torch.Tensor) -> None:
         """Write elements of a checkpoint tensor.
 
         Args:
-            places: int64 [count] ascending, in the flattened tensor; None for those from `start` on.
-            values: [count], in its dtype.
+            indices: int64 [count], ascending, in the flattened tensor; None for contiguous elements from `start`.
+            values: [count], in the tensor's dtype.
         """
         raw = bits(values)
-        shadow = self._shadows.get(name)
-        if shadow is not None:
-            flat = bits(shadow.view(-1))
-            if places is None:
+        copy = self._copies.get(name)
+        if copy is not None:
+            flat = bits(copy.view(-1))
+            if indices is None:
                 flat[start : start + raw.numel()] = raw
             else:
-                flat[places] = raw
+                flat[indices] = raw
             self._reload_due = True
-        for begin in range(0, raw.numel(), _CHUNK):
-            end = min(begin + _CHUNK, raw.numel())
-            chunk = torch.arange(start + begin, start + end) if places is None else places[begin:end]
+        for begin in range(0, raw.numel(), _ELEMENTS):
+            end = min(begin + _ELEMENTS, raw.numel())
+            part = torch.arange(start + begin, start + end) if indices is None else indices[begin:end]
             for target, region in self._regions.get(name, ()):
-                self._write(target, *region.locate(chunk), raw[begin:end])
+                self._write(target, *region.locate(part), raw[begin:end])
 
-    def _write(self, target: Target, at: torch.Tensor, which: torch.Tensor | None, raw: torch.Tensor) -> None:
-        if not at.numel():
+    def _write(self, target: Target, indices: torch.Tensor, positions: torch.Tensor | None, raw: torch.Tensor) -> None:
+        """Write `raw`, or its elements at `positions`, to `indices` of the flattened parameter."""
+        if not indices.numel():
             return
         memory = target.memory()
-        offsets = target.offsets(at).to(memory.device)
-        memory[offsets] = (raw if which is None else raw[which]).to(memory.device)
-        self._touched.add(storage_of(memory))
+        offsets = target.offsets(indices).to(memory.device)
+        memory[offsets] = (raw if positions is None else raw[positions]).to(memory.device)
+        self._written_storages.add(storage_of(memory))
         if target.steps:
             key = target.name.rpartition(".")[2]
-            self._places.setdefault(target.layer, {}).setdefault(key, []).append(at)
+            self._indices.setdefault(target.layer, {}).setdefault(key, []).append(indices)
 
     @torch.no_grad()
-    def settle(self) -> None:
-        """Make anew what is derived from what was written since the last time."""
-        places = {layer: {key: torch.cat(parts) for key, parts in keys.items()} for layer, keys in self._places.items()}
-        self._refresh(places)
-        for name, make in self._derived.items():
+    def refresh_derived(self) -> None:
+        """Compute again what is derived from the weights written since the last call."""
+        self._refresh(
+            {layer: {key: torch.cat(parts) for key, parts in keys.items()} for layer, keys in self._indices.items()}
+        )
+        for name, compute in self._derived.items():
             own = (p for p in self._layers[name]._parameters.values() if p is not None and p.numel())
-            if not self._touched.isdisjoint(storage_of(parameter.data) for parameter in own):
-                make()
-        self._places, self._touched = {}, set()
+            if not self._written_storages.isdisjoint(storage_of(parameter.data) for parameter in own):
+                compute()
+        self._indices, self._written_storages = {}, set()
 
     @torch.no_grad()
     def finish(self) -> None:
-        """After the last change: load again what has to be, and settle."""
+        """Reload the layers whose copies were changed, and refresh what is derived."""
         if self._reload_due:
             self._reload_due = False
-            kept = [(name, shadow) for name, shadow in self._shadows.items() if shadow is not None]
+            kept = [(name, copy) for name, copy in self._copies.items() if copy is not None]
             self._reload(self._reloaded, kept)
             for layer in self._reloaded.values():
                 parameters = (p for p in layer._parameters.values() if p is not None and p.numel())
-                self._touched |= {storage_of(parameter.data) for parameter in parameters} - {0}
-        self.settle()
+                self._written_storages |= {storage_of(parameter.data) for parameter in parameters} - {0}
+        self.refresh_derived()

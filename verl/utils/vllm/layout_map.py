@@ -1,13 +1,13 @@
-"""Where each element of a checkpoint is in a running engine: recorded while weights are loaded, used to patch them.
+"""Position of each checkpoint element in a running engine: recorded during a full load, used to apply deltas.
 
-`LoadTrace` watches one load through the engine's own loaders, whatever they stack, cut or transpose, and notes which
-box of which checkpoint tensor was copied where. Nothing is inferred from names or shapes:
+`LoadTrace` watches one load through the engine's own loaders, which may stack, cut or transpose, and records which box
+of which checkpoint tensor was copied to which memory. Nothing is inferred from names or shapes:
 
-- a copy straight into a parameter's memory is a region;
-- a copy into a tensor that the engine then copies into the parameter is one where the bytes came through unchanged;
-- whatever else is done with a weight (packed for a kernel, converted, quantized) makes its name opaque.
+- A copy directly into a parameter's memory is a region.
+- A copy into a tensor that the engine then copies into a parameter is a region if the bytes arrive unchanged.
+- Any other operation on a weight (packing for a kernel, conversion, quantization) makes its name opaque.
 
-    checkpoint tensor, flattened --Region--> the parameter as it is loaded, flattened --Target--> memory that is run on
+    flattened checkpoint tensor --Region--> flattened parameter, checkpoint layout --Target--> memory, kernel layout
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 
 from verl.utils.tensor_diff import bits
 
-# Steps of a walk: (stride it leaves, how many, stride it takes), the largest stride first.
+# A strided walk: (source stride, size, target stride) of each dimension, the largest source stride first.
 Steps = tuple[tuple[int, int, int], ...]
 
 
 def storage_of(tensor: torch.Tensor) -> int:
-    """What tensors that share memory have in common; 0 for one that is made of others, such as torchao's."""
+    """Return the address of a tensor's storage; 0 for a tensor that is made of others, such as torchao's."""
     return 0 if is_traceable_wrapper_subclass(tensor) else tensor.untyped_storage().data_ptr()
 
 
-def _merged(steps: Iterable[tuple[int, int, int]]) -> Steps:
-    """Steps in order, those that continue one another taken as one."""
+def _merge(steps: Iterable[tuple[int, int, int]]) -> Steps:
+    """Sort steps by source stride, merge contiguous ones, and drop those of size 1."""
     merged: list[tuple[int, int, int]] = []
     for source, size, target in sorted((step for step in steps if step[1] != 1), reverse=True):
         if merged and merged[-1][0] == source * size and merged[-1][2] == target * size:
@@ -49,52 +49,59 @@ class Target:
     """A parameter of the engine.
 
     Attributes:
-        name: `layer.parameter`, as the engine calls it.
-        layer: its layer's name.
-        run: the tensor that the engine runs on.
-        steps: from the flattened parameter as it is loaded to `run`'s storage.
+        name: `layer.parameter`, the engine's name.
+        layer: name of its layer.
+        kernel_tensor: the tensor that kernels read.
+        steps: from the flattened parameter in the checkpoint layout to the storage of `kernel_tensor`; empty if both
+            layouts are equal.
     """
 
     name: str
     layer: str
-    run: torch.Tensor
+    kernel_tensor: torch.Tensor
     steps: Steps
 
     @classmethod
-    def plain(cls, name: str, layer: str, run: torch.Tensor) -> Target:
-        """One that is loaded in the layout that it is run in: places are storage offsets."""
-        return cls(name, layer, run, ())
+    def same_layout(cls, name: str, layer: str, kernel_tensor: torch.Tensor) -> Target:
+        """Return a parameter whose checkpoint layout is its kernel layout: its indices are storage offsets."""
+        return cls(name, layer, kernel_tensor, ())
 
     @classmethod
-    def laid_out(cls, name: str, layer: str, run: torch.Tensor, steps: Iterable[tuple[int, int, int]]) -> Target:
-        """One that has a layout of its own: `steps` as (stride as loaded, size, stride in `run`)."""
-        return cls(name, layer, run, _merged(steps))
+    def kernel_layout(
+        cls, name: str, layer: str, kernel_tensor: torch.Tensor, steps: Iterable[tuple[int, int, int]]
+    ) -> Target:
+        """Return a parameter with a separate kernel layout.
+
+        Args:
+            steps: (stride in the checkpoint layout, size, stride in `kernel_tensor`) of each dimension.
+        """
+        return cls(name, layer, kernel_tensor, _merge(steps))
 
     def memory(self) -> torch.Tensor:
-        """All of the storage behind `run`, flat, as integers of an element's size."""
-        whole = torch.empty(0, dtype=self.run.dtype, device=self.run.device).set_(self.run.untyped_storage())
-        return bits(whole)
+        """Return the whole storage behind `kernel_tensor`, flat, as integers of the element size."""
+        tensor = self.kernel_tensor
+        return bits(torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage()))
 
-    def offsets(self, places: torch.Tensor) -> torch.Tensor:
-        """Offsets in `memory` of places in the flattened parameter as it is loaded."""
+    def offsets(self, indices: torch.Tensor) -> torch.Tensor:
+        """Return the offsets in `memory` of indices, int64 [n], in the flattened parameter in the checkpoint layout."""
         if not self.steps:
-            return places
-        offsets, rest = None, places
+            return indices
+        offsets, rest = None, indices
         for source, _, target in self.steps:
             if source == 1:
-                taken, rest = rest, None
+                position, rest = rest, None
             else:
-                taken = torch.div(rest, source, rounding_mode="floor")
-                rest = rest - taken * source
-            part = taken * target if target != 1 else taken
+                position = torch.div(rest, source, rounding_mode="floor")
+                rest = rest - position * source
+            part = position * target if target != 1 else position
             offsets = part if offsets is None else offsets + part
         assert offsets is not None
-        return offsets + self.run.storage_offset()
+        return offsets + self.kernel_tensor.storage_offset()
 
 
 @dataclass(frozen=True)
 class Region:
-    """A box of a flattened checkpoint tensor, and where it is in the flattened parameter as it is loaded."""
+    """A box of a flattened checkpoint tensor, and its position in the flattened parameter in the checkpoint layout."""
 
     source_start: int
     target_start: int
@@ -102,7 +109,7 @@ class Region:
 
     @classmethod
     def of(cls, source_start: int, target_start: int, steps: Iterable[tuple[int, int, int]]) -> Region:
-        return cls(source_start, target_start, _merged(steps))
+        return cls(source_start, target_start, _merge(steps))
 
     @property
     def numel(self) -> int:
@@ -111,49 +118,53 @@ class Region:
             count *= size
         return count
 
-    def locate(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Which of ascending `places` of the checkpoint tensor lie inside, and where they go.
+    def locate(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Find which elements of the checkpoint tensor lie inside the box.
+
+        Args:
+            indices: int64 [n], ascending, in the flattened checkpoint tensor.
 
         Returns:
-            Places in the parameter, and which of the given ones they are; None for all of them.
+            Indices in the parameter, int64 [m], and positions of these elements in `indices`, int64 [m]; None instead
+            of the positions if all elements lie inside.
         """
-        rest = places - self.source_start if self.source_start else places
-        taken_at = torch.full_like(rest, self.target_start) if not self.steps else None
+        rest = indices - self.source_start if self.source_start else indices
+        located = torch.full_like(rest, self.target_start) if not self.steps else None
         inside = rest >= 0 if self.source_start else None
         for source, size, target in self.steps:
             if source == 1:
-                taken, rest = rest, torch.zeros_like(rest)
+                position, rest = rest, torch.zeros_like(rest)
             else:
-                taken = torch.div(rest, source, rounding_mode="floor")
-                rest = rest - taken * source
-            within = taken < size
+                position = torch.div(rest, source, rounding_mode="floor")
+                rest = rest - position * source
+            within = position < size
             inside = within if inside is None else inside & within
-            part = taken * target + (self.target_start if taken_at is None else 0)
-            taken_at = part if taken_at is None else taken_at + part
-        assert taken_at is not None
+            part = position * target + (self.target_start if located is None else 0)
+            located = part if located is None else located + part
+        assert located is not None
         if not self.steps or self.steps[-1][0] != 1:
             inside = rest == 0 if inside is None else inside & (rest == 0)
         if inside is None or bool(inside.all()):
-            return taken_at, None
-        return taken_at[inside], inside.nonzero().squeeze(-1)
+            return located, None
+        return located[inside], inside.nonzero().squeeze(-1)
 
 
 @dataclass
 class LayoutMap:
-    """What a `LoadTrace` found.
+    """The result of a `LoadTrace`.
 
     Attributes:
-        regions: by checkpoint name, every parameter that it is a part of.
-        opaque: names with a part that did not arrive unchanged in a parameter's memory.
-        names: all that were brought; of one that is neither of the above nothing was seen to be taken.
+        regions: by checkpoint name, the parameters that contain a box of the tensor.
+        opaque: names of tensors with a part that did not arrive unchanged in a parameter's memory.
+        names: all names that were loaded. A name that is neither in `regions` nor in `opaque` was not seen to be used.
     """
 
     regions: dict[str, list[tuple[Target, Region]]] = field(default_factory=dict)
     opaque: set[str] = field(default_factory=set)
     names: set[str] = field(default_factory=set)
 
-    def filled(self) -> dict[str, int]:
-        """Elements that arrived in each parameter, by the engine's name."""
+    def mapped_elements(self) -> dict[str, int]:
+        """Return the number of elements with a known position, by the engine's name of the parameter."""
         counts: dict[str, int] = {}
         for found in self.regions.values():
             for target, region in found:
@@ -163,7 +174,7 @@ class LayoutMap:
 
 @dataclass(frozen=True)
 class _Write:
-    """A checkpoint tensor's part in memory that is no parameter's yet."""
+    """A copy of a part of a checkpoint tensor into memory that does not belong to a parameter yet."""
 
     name: str
     source: torch.Tensor
@@ -172,43 +183,46 @@ class _Write:
 
 
 class LoadTrace(TorchDispatchMode):
-    """Sees where weights go while an engine loads them; a context manager.
+    """Context manager that records the destination of each weight while an engine loads it.
 
     Args:
-        loaded: parameters that are loaded in place, in a layout of their own: the tensor that loaders write to, and
-            the parameter; by that tensor's storage.
-        run: the other parameters, which the engine copies into at the end; by their storage.
+        in_place: parameters that are loaded in place and have a separate kernel layout: the tensor that loaders write
+            to, and the parameter; by the storage of that tensor.
+        copied: the other parameters, into which the engine copies at the end; by their storage.
     """
 
-    def __init__(self, loaded: Mapping[int, tuple[torch.Tensor, Target]], run: Mapping[int, Target]):
+    def __init__(self, in_place: Mapping[int, tuple[torch.Tensor, Target]], copied: Mapping[int, Target]):
         super().__init__()
         self.map = LayoutMap()
-        self._loaded, self._run = dict(loaded), dict(run)
+        self._in_place, self._copied = dict(in_place), dict(copied)
         self._starts: list[int] = []
         self._sources: list[tuple[int, str, torch.Tensor]] = []
         self._writes: dict[int, list[_Write]] = {}
         self._kept: dict[str, torch.Tensor] = {}
 
-    def bring(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """The tensors that are loaded next; earlier ones that nothing holds are forgotten."""
-        brought = [(name, tensor) for name, tensor in named_tensors if tensor.numel()]
-        self.map.names.update(name for name, _ in brought)
-        known = [*self._kept.items(), *brought]
+    def set_sources(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Set the tensors that are loaded next. Of the earlier ones only those copied by `keep` remain known."""
+        new = [(name, tensor) for name, tensor in named_tensors if tensor.numel()]
+        self.map.names.update(name for name, _ in new)
+        known = [*self._kept.items(), *new]
         self._sources = sorted((tensor.data_ptr(), name, tensor) for name, tensor in known)
         self._starts = [start for start, _, _ in self._sources]
 
     def keep(self, value: torch.Tensor) -> torch.Tensor:
-        """A copy of a part of a tensor whose memory is about to be used again; it is still known by its name."""
+        """Return a copy of a part of a tensor whose memory is about to be reused; its name stays known."""
         origin = self._origin(value)
         if origin is None:
             return value.clone()
-        name, whole, start = origin
+        name, full, start = origin
         if name not in self._kept:
-            self._kept[name] = whole.clone()
+            self._kept[name] = full.clone()
         return self._kept[name].as_strided(value.size(), value.stride(), start)
 
-    def settle(self) -> None:
-        """After loading some tensors: what is in neither a parameter nor a waiting layer never arrives in one."""
+    def flush(self) -> None:
+        """Finish a set of sources: mark writes as opaque if no parameter has received them.
+
+        Their memory belongs neither to a parameter nor to a layer that waits for more weights.
+        """
         for writes in self._writes.values():
             self.map.opaque.update(write.name for write in writes)
         self._writes = {}
@@ -217,7 +231,7 @@ class LoadTrace(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.copy_.default:
             if not args[0].is_meta:
-                self._copied(args[0], args[1])
+                self._record_copy(args[0], args[1])
         elif not func.is_view:
             for value in (*args, *(kwargs or {}).values()):
                 origin = self._origin(value) if isinstance(value, torch.Tensor) else None
@@ -226,33 +240,33 @@ class LoadTrace(TorchDispatchMode):
         return result
 
     def _origin(self, tensor: torch.Tensor) -> tuple[str, torch.Tensor, int] | None:
-        """Name and whole of the checkpoint tensor that this is a view of, and its first element's place in it."""
+        """Return the checkpoint tensor that contains this view: name, full tensor, index of the first element."""
         if tensor.is_meta or not tensor.numel() or not storage_of(tensor):
             return None
         index = bisect.bisect_right(self._starts, tensor.data_ptr()) - 1
         if index < 0:
             return None
-        start, name, whole = self._sources[index]
+        start, name, full = self._sources[index]
         distance = tensor.data_ptr() - start
-        if distance >= whole.nbytes or storage_of(tensor) != storage_of(whole):
+        if distance >= full.nbytes or storage_of(tensor) != storage_of(full):
             return None
-        return name, whole, distance // whole.element_size()
+        return name, full, distance // full.element_size()
 
-    def _copied(self, target: torch.Tensor, source: torch.Tensor) -> None:
+    def _record_copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         origin = self._origin(source)
         if origin is not None:
-            name, whole, start = origin
-            if source.shape != target.shape or not source.dtype == target.dtype == whole.dtype:
+            name, full, start = origin
+            if source.shape != target.shape or not source.dtype == target.dtype == full.dtype:
                 self.map.opaque.add(name)
                 return
             write = _Write(name, source, start, target)
-            in_place = self._loaded.get(storage_of(target))
+            in_place = self._in_place.get(storage_of(target))
             if in_place is not None:
-                self._accept(write, in_place[1], _as_loaded(target, in_place[0]))
+                self._accept(write, in_place[1], _checkpoint_position(target, in_place[0]))
             else:
                 self._writes.setdefault(storage_of(target), []).append(write)
             return
-        parameter = self._run.get(storage_of(target))
+        parameter = self._copied.get(storage_of(target))
         writes = self._writes.pop(storage_of(source), []) if parameter is not None else []
         for write in writes:
             assert parameter is not None
@@ -262,18 +276,19 @@ class LoadTrace(TorchDispatchMode):
             start = target.storage_offset() + write.written.storage_offset() - source.storage_offset()
             memory = parameter.memory().view(target.dtype)
             fits = start >= 0 and start + _extent(write.written) <= memory.numel()
-            if fits and _same_bytes(
+            if fits and _equal_bytes(
                 memory.as_strided(write.written.size(), write.written.stride(), start), write.source
             ):
                 self._accept(write, parameter, (start, write.written.stride()))
             else:
                 self.map.opaque.add(write.name)
 
-    def _accept(self, write: _Write, target: Target, place: tuple[int, tuple[int, ...]] | None) -> None:
-        if place is None:
+    def _accept(self, write: _Write, target: Target, position: tuple[int, tuple[int, ...]] | None) -> None:
+        """Record a region at a position (start, strides) of the parameter; opaque if there is no valid one."""
+        if position is None:
             self.map.opaque.add(write.name)
             return
-        start, strides = place
+        start, strides = position
         steps = zip(write.source.stride(), write.source.size(), strides, strict=True)
         region = Region.of(write.source_start, start, steps)
         if not _is_walk(region.steps):
@@ -285,47 +300,48 @@ class LoadTrace(TorchDispatchMode):
 
 
 def _is_walk(steps: Steps) -> bool:
-    """Whether each place is met once: every stride leads past all that the smaller ones reach."""
+    """Return whether each index is visited once: every stride is at least the extent of the next smaller one."""
     leads = all(step[0] >= following[0] * following[1] for step, following in itertools.pairwise(steps))
     return leads and all(source > 0 for source, _, _ in steps)
 
 
 def _extent(tensor: torch.Tensor) -> int:
+    """Return the elements between the first and the last element of a strided tensor, both included."""
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.size(), tensor.stride(), strict=True))
 
 
-def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+def _equal_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(bits(a.contiguous()), bits(b.contiguous().to(a.device)))
 
 
-def _as_loaded(view: torch.Tensor, parameter: torch.Tensor) -> tuple[int, tuple[int, ...]] | None:
-    """Place and strides of a view of a parameter in the flattened parameter; None where it is no box of it."""
+def _checkpoint_position(view: torch.Tensor, parameter: torch.Tensor) -> tuple[int, tuple[int, ...]] | None:
+    """Return start and strides of a view in the flattened parameter; None if the view is not a box of it."""
     flat = torch.empty(parameter.size(), device="meta").stride()
     distance = view.storage_offset() - parameter.storage_offset()
     if parameter.stride() == flat:
         return distance, view.stride()
-    logical = {
-        stride: place
-        for stride, size, place in zip(parameter.stride(), parameter.size(), flat, strict=True)
+    flat_stride_of = {
+        stride: flat_stride
+        for stride, size, flat_stride in zip(parameter.stride(), parameter.size(), flat, strict=True)
         if size != 1
     }
     strides, start = [], 0
     for size, stride in zip(view.size(), view.stride(), strict=True):
-        if size != 1 and stride not in logical:
+        if size != 1 and stride not in flat_stride_of:
             return None
-        strides.append(logical.get(stride, 0))
-    for stride in sorted(logical, reverse=True):
-        start += distance // stride * logical[stride]
+        strides.append(flat_stride_of.get(stride, 0))
+    for stride in sorted(flat_stride_of, reverse=True):
+        start += distance // stride * flat_stride_of[stride]
         distance %= stride
     return (start, tuple(strides)) if distance == 0 else None
 
 
 def parameters_by_storage(layers: Mapping[str, nn.Module]) -> dict[int, Target]:
-    """The parameters of some layers that are run in the layout that they are loaded in, by their storage."""
+    """Return, by storage, the parameters of layers whose checkpoint layout is their kernel layout."""
     found: dict[int, Target] = {}
     for layer_name, layer in layers.items():
         for key, parameter in layer._parameters.items():
             if parameter is not None and parameter.numel() and storage_of(parameter.data):
-                target = Target.plain(f"{layer_name}.{key}", layer_name, parameter.data)
+                target = Target.same_layout(f"{layer_name}.{key}", layer_name, parameter.data)
                 found.setdefault(storage_of(parameter.data), target)
     return found

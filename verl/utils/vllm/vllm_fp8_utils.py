@@ -122,12 +122,12 @@ def run_time_targets(model: nn.Module) -> list[tuple[torch.Tensor, Target]]:
             shape = layer._mxfp8_original_shapes[key]
             strides = pair.run_weight.transpose(-1, -2).stride()
             steps = zip(_flat(shape), shape, strides, strict=True)
-            found.append((pair.weight.data, Target.laid_out(f"{name}.{key}", name, pair.run_weight, steps)))
+            found.append((pair.weight.data, Target.kernel_layout(f"{name}.{key}", name, pair.run_weight, steps)))
             *rows, groups = shape = layer._mxfp8_original_shapes[key + _SCALE]
             *lead, pairs, row, parity = pair.run_scale.stride()
             row_steps = zip(_flat(shape)[:-1], rows, (*lead, row), strict=True)
             steps = (*row_steps, (2, -(-groups // 2), pairs), (1, 2, parity))
-            found.append((pair.scale.data, Target.laid_out(f"{name}.{key}{_SCALE}", name, pair.run_scale, steps)))
+            found.append((pair.scale.data, Target.kernel_layout(f"{name}.{key}{_SCALE}", name, pair.run_scale, steps)))
     return found
 
 

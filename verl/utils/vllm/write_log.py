@@ -1,4 +1,4 @@
-"""Which parts of a model's parameters were written while weights were loaded into them."""
+"""Record which parts of a model's parameters are written while weights are loaded into them."""
 
 from __future__ import annotations
 
@@ -10,37 +10,39 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _QUANTIZED_DTYPES = (torch.float8_e4m3fn, torch.uint8)
+# Storage offset, shape and stride of a write.
+_Region = tuple[int, torch.Size, tuple[int, ...]]
 
 
 class WriteLog(TorchDispatchMode):
-    """Sees every copy into some parameters, whatever loader makes it; a context manager.
+    """Context manager that records every copy into some parameters, by any loader.
 
     Args:
-        parameters: to watch, by engine name; each has memory of its own.
+        parameters: the parameters to watch, by engine name. No two of them share memory.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]):
         super().__init__()
         self._sizes = {name: parameter.numel() for name, parameter in parameters.items()}
         self._names = {p.data.untyped_storage().data_ptr(): name for name, p in parameters.items() if p.numel()}
-        assert len(self._names) == sum(size > 0 for size in self._sizes.values()), "parameters that share memory"
-        self._regions: dict[str, dict[Any, int]] = {name: {} for name in parameters}
+        assert len(self._names) == sum(size > 0 for size in self._sizes.values()), "parameters share memory"
+        self._regions: dict[str, dict[_Region, int]] = {name: {} for name in parameters}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.copy_.default and not args[0].is_meta:
             name = self._names.get(args[0].untyped_storage().data_ptr())
             if name is not None:
-                self._note(name, args[0], args[1])
+                self._record(name, args[0], args[1])
         return func(*args, **(kwargs or {}))
 
-    def _note(self, name: str, target: torch.Tensor, source: torch.Tensor) -> None:
+    def _record(self, name: str, target: torch.Tensor, source: torch.Tensor) -> None:
         if target.dtype in _QUANTIZED_DTYPES and source.dtype != target.dtype:
-            # copy_ would convert: plain weights in e4m3 without a scale, or scales that are no E8M0 bytes.
-            raise ValueError(f"{name} holds {target.dtype}, and was sent {source.dtype}: it has to be quantized first")
+            # copy_ would convert: unquantized weights to e4m3 without a scale, or scales that are not E8M0 to bytes.
+            raise ValueError(f"{name} holds {target.dtype}, but was sent {source.dtype}: quantize it before sending")
         self._regions[name][target.storage_offset(), target.shape, target.stride()] = target.numel()
 
     def unwritten(self) -> list[str]:
-        """Names of the parameters that were not written in full."""
+        """Return the names of parameters that were not written completely; a partial write is marked."""
         names = []
         for name, size in self._sizes.items():
             written = sum(self._regions[name].values())

@@ -1,12 +1,11 @@
-"""A bucket: several tensors laid out one after the other in one block of bytes, and the table that finds them again."""
+"""A bucket: several tensors one after the other in one block of bytes, and the table of their positions."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 
 from verl.workers.weight_sync.manifest import TensorSpec, WeightUpdateError, dtype_from_name
+from verl.workers.weight_sync.messages import Bucket, TensorEntry
 from verl.workers.weight_sync.shm import SharedSegment
 
 # A multiple of every element size and of the widest vector load, so that any view of the bytes is aligned.
@@ -14,29 +13,34 @@ ALIGNMENT = 256
 
 
 def align(nbytes: int) -> int:
-    """`nbytes` rounded up to a multiple of `ALIGNMENT`."""
+    """Round `nbytes` up to a multiple of `ALIGNMENT`."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 class BucketWriter:
-    """Fills one shared segment with tensors, in order, until the next one would not fit.
+    """Fills a shared segment with tensors in order, until the next tensor would not fit.
 
     Args:
-        capacity: bytes a bucket should not exceed. A single tensor larger than that gets a bucket of its own.
+        capacity: size limit of a bucket in bytes. A single tensor larger than that gets its own bucket.
     """
 
     def __init__(self, capacity: int):
         self.capacity = align(capacity)
         self._segment: SharedSegment | None = None
-        self._entries: list[dict[str, Any]] = []
+        self._entries: list[TensorEntry] = []
         self._end = 0
+
+    @property
+    def empty(self) -> bool:
+        """Whether the bucket holds no bytes yet."""
+        return self._end == 0
 
     def reset(self) -> None:
         """Start an empty bucket in the same memory."""
         self._entries, self._end = [], 0
 
     def add(self, name: str, tensor: torch.Tensor) -> bool:
-        """Copy `tensor` in and return True, or return False (nothing copied) where it belongs in the next bucket."""
+        """Copy `tensor` into the bucket and return True, or return False if it belongs in the next bucket."""
         offset = self.add_bytes(tensor)
         if offset is None:
             return False
@@ -44,47 +48,54 @@ class BucketWriter:
         return True
 
     def add_bytes(self, tensor: torch.Tensor) -> int | None:
-        """As `add`, without an entry for it; where it lies, or None where it belongs in the next bucket."""
+        """Copy `tensor` into the bucket without an entry for it.
+
+        Returns:
+            Offset of its first byte; None if it belongs in the next bucket.
+        """
         if self._end and self._end + tensor.nbytes > self.capacity:
             return None
-        self._require(align(self._end + tensor.nbytes))
-        assert self._segment is not None
+        segment = self._require(align(self._end + tensor.nbytes))
         offset = self._end
-        target = self._segment.bytes[offset : offset + tensor.nbytes]
-        # Through a typed view the copy converts layout and device in one pass; an empty tensor has nothing to view.
+        target = segment.bytes[offset : offset + tensor.nbytes]
+        # Through a typed view the copy converts layout and device in one pass. An empty tensor has nothing to view.
         if tensor.numel():
             target.view(tensor.dtype).view(tensor.shape).copy_(tensor)
         self._end = align(offset + tensor.nbytes)
         return offset
 
-    def _require(self, nbytes: int) -> None:
+    def _require(self, nbytes: int) -> SharedSegment:
+        """Return the segment, grown to at least `nbytes`."""
         if self._segment is None:
             self._segment = SharedSegment(max(nbytes, ALIGNMENT))
         elif nbytes > self._segment.nbytes:
-            # Doubling keeps the number of remaps small while a small model never pays for a large bucket.
+            # Doubling keeps the number of remaps small, while a small model never pays for a large bucket.
             self._segment.reserve(max(nbytes, min(2 * self._segment.nbytes, self.capacity)))
+        return self._segment
 
-    def seal(self, *, version: int, index: int, last: bool) -> dict[str, Any]:
-        """The bucket's description, in plain strings and numbers: what `read_bucket` takes."""
-        segment = self._segment.handle if self._segment is not None else None
+    def seal(self, *, version: int, index: int, last: bool) -> Bucket:
+        """Return the description of the bucket, from which `read_bucket` reads it."""
         return {
             "version": version,
             "index": index,
             "last": last,
             "nbytes": self._end,
-            "segment": segment,
+            "segment": self._segment.handle if self._segment is not None else None,
             "entries": list(self._entries),
         }
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Release the memory."""
         if self._segment is not None:
             self._segment.close()
             self._segment = None
 
 
-def read_bucket(memory: torch.Tensor, bucket: dict[str, Any]) -> list[tuple[str, torch.Tensor]]:
-    """Views into `memory` (uint8 `[>= bucket["nbytes"]]`) for each entry of the bucket.
+def read_bucket(memory: torch.Tensor, bucket: Bucket) -> list[tuple[str, torch.Tensor]]:
+    """Return the name and the tensor of each entry of a bucket; the tensors are views into `memory`.
+
+    Args:
+        memory: uint8 [n], n >= `bucket["nbytes"]`.
 
     Raises:
         WeightUpdateError: an entry lies outside the bucket, is not aligned, or overlaps the one before it.

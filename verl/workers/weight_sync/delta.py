@@ -1,17 +1,17 @@
-"""What changed in a weight since it was sent last, in the fewest bytes: the wire format of a delta update.
+"""The wire format of a delta: the changed elements of each weight in the fewest bytes.
 
-A piece is a contiguous range of the flattened tensor (the rows that one trainer rank holds). Of its `length` elements
-`count` have changed; their new values follow one after the other, and where they belong is written in whichever way is
-smallest for that piece (`encode` compares the exact sizes):
+A chunk is a contiguous range of the flattened tensor (the rows that one trainer rank holds). `count` of its `length`
+elements have changed. Their new values follow one another; their indices are written in the smallest of four encodings
+(`smallest_encoding` compares the exact sizes):
 
-| encoding | places | bytes of the places |
+| encoding | bytes of the indices | indices |
 |---|---|---|
-| index16 | changes in each block of 65536, then each one's place in its block | 4 ceil(length / 65536) + 2 count |
-| index8 | the same with blocks of 256 | ceil(length / 256) + count |
-| bitmap | one bit an element, the first one highest | ceil(length / 8) |
-| whole | none: all elements follow | 0 |
+| index16 | 4 ceil(length / 65536) + 2 count | number in each block of 65536, then their 16-bit positions in it |
+| index8 | ceil(length / 256) + count | the same with blocks of 256 and 8-bit numbers and positions |
+| bitmap | ceil(length / 8) | one bit per element, the first element in the highest bit |
+| full | 0 | none: the values of all elements follow |
 
-Values are never differences: an element that is sent is right whatever stood there before.
+Values are never differences: a received element is right whatever its value was before.
 """
 
 from __future__ import annotations
@@ -21,26 +21,29 @@ from math import prod
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from verl.utils.tensor_diff import bits
 from verl.workers.weight_sync.manifest import WeightUpdateError, dtype_from_name, dtype_name
+from verl.workers.weight_sync.messages import DeltaChunkMessage
 
 # Values are aligned for every dtype.
 _ALIGNMENT = 8
-_ENCODINGS = ("index16", "index8", "bitmap", "whole")
-_BLOCKS = {"index8": 8, "index16": 16}
+_ENCODINGS = ("index16", "index8", "bitmap", "full")
+# log2 of the elements in a block.
+_BLOCK_BITS = {"index8": 8, "index16": 16}
 
 
 @dataclass(frozen=True)
 class DeltaChunk:
-    """What changed in one range of a tensor, and where its bytes are in the block they travel in.
+    """The changed elements in one range of a tensor, and the position of their bytes in a block.
 
     Attributes:
-        name, shape, dtype: of the whole tensor, under its checkpoint name.
+        name, shape, dtype: of the full tensor, under its checkpoint name.
         start, length: the range of the flattened tensor, in elements.
-        encoding: how the places are written.
-        count: elements that follow.
+        encoding: encoding of the indices.
+        count: number of values.
         indices_offset, values_offset: offsets in bytes.
     """
 
@@ -60,26 +63,48 @@ class DeltaChunk:
         return self.values_offset + self.count * dtype_from_name(self.dtype).itemsize
 
     def moved(self, by: int) -> DeltaChunk:
-        """The same piece in a block that begins `by` bytes earlier."""
+        """Return the same chunk for a block that begins `by` bytes earlier."""
         return replace(self, indices_offset=self.indices_offset + by, values_offset=self.values_offset + by)
 
-    def to_message(self) -> dict[str, Any]:
-        # Not asdict, which takes a tenth of a millisecond; a mixture of experts has tens of thousands of pieces.
-        return {**vars(self), "shape": list(self.shape)}
+    def to_message(self) -> DeltaChunkMessage:
+        return {
+            "name": self.name,
+            "shape": list(self.shape),
+            "dtype": self.dtype,
+            "start": self.start,
+            "length": self.length,
+            "encoding": self.encoding,
+            "count": self.count,
+            "indices_offset": self.indices_offset,
+            "values_offset": self.values_offset,
+        }
 
     @classmethod
-    def from_message(cls, plain: dict[str, Any]) -> DeltaChunk:
-        """Raises WeightUpdateError where the numbers contradict each other."""
-        numbers = {key: int(plain[key]) for key in ("start", "length", "count", "indices_offset", "values_offset")}
-        shape = tuple(int(size) for size in plain["shape"])
-        piece = cls(str(plain["name"]), shape, str(plain["dtype"]), encoding=str(plain["encoding"]), **numbers)
-        inside = min(piece.start, piece.length) >= 0 and piece.start + piece.length <= prod(shape)
-        if not inside or not 0 <= piece.count <= piece.length or min(piece.indices_offset, piece.values_offset) < 0:
+    def from_message(cls, message: DeltaChunkMessage) -> DeltaChunk:
+        """Return the chunk that a message describes.
+
+        Raises:
+            WeightUpdateError: the numbers contradict one another.
+        """
+        shape = tuple(int(size) for size in message["shape"])
+        chunk = cls(
+            name=str(message["name"]),
+            shape=shape,
+            dtype=str(message["dtype"]),
+            start=int(message["start"]),
+            length=int(message["length"]),
+            encoding=str(message["encoding"]),
+            count=int(message["count"]),
+            indices_offset=int(message["indices_offset"]),
+            values_offset=int(message["values_offset"]),
+        )
+        inside = min(chunk.start, chunk.length) >= 0 and chunk.start + chunk.length <= prod(shape)
+        if not inside or not 0 <= chunk.count <= chunk.length or min(chunk.indices_offset, chunk.values_offset) < 0:
             raise WeightUpdateError(
-                f"parameter {piece.name!r} {list(shape)}: a delta of {piece.count} values for elements {piece.start} "
-                f"to {piece.start + piece.length} does not lie inside it"
+                f"parameter {chunk.name!r} {list(shape)}: a delta of {chunk.count} values for elements {chunk.start} "
+                f"to {chunk.start + chunk.length} does not lie inside it"
             )
-        return piece
+        return chunk
 
 
 def _align(offset: int) -> int:
@@ -87,61 +112,64 @@ def _align(offset: int) -> int:
 
 
 def index_bytes(encoding: str, length: int, count: int) -> int:
-    """Bytes that the places of `count` of `length` elements take."""
+    """Return the bytes that the indices of `count` of `length` elements take."""
     return {
         "index16": 4 * -(-length // 65536) + 2 * count,
         "index8": -(-length // 256) + count,
         "bitmap": -(-length // 8),
-        "whole": 0,
+        "full": 0,
     }[encoding]
 
 
 def smallest_encoding(length: int, count: int, itemsize: int, fullest_block: int) -> str:
-    """The encoding of fewest bytes.
+    """Return the encoding that takes the fewest bytes.
 
     Args:
-        itemsize: bytes of an element.
-        fullest_block: changed elements in the block of 256 that has most of them; 256 do not fit index8's counts.
+        length: elements in the range.
+        count: changed elements.
+        itemsize: bytes per element.
+        fullest_block: largest number of changed elements in a block of 256. The counts of index8 are bytes, so a block
+            with 256 changed elements cannot be encoded by it.
     """
     sizes = {
         name: index_bytes(name, length, count) + count * itemsize
         for name in ("index16", "index8", "bitmap")
         if name != "index8" or fullest_block < 256
     }
-    sizes["whole"] = length * itemsize
+    sizes["full"] = length * itemsize
     return min(sizes, key=lambda name: sizes[name])
 
 
 class DeltaBlock:
-    """Collects pieces into one block of bytes."""
+    """Collects chunks into one block of bytes."""
 
     def __init__(self) -> None:
         self.chunks: list[DeltaChunk] = []
-        self._parts: list[tuple[int, np.ndarray]] = []
+        self._parts: list[tuple[int, npt.NDArray[np.uint8]]] = []
         self.nbytes = 0
 
     def add(
         self, name: str, shape: tuple[int, ...], start: int, new: torch.Tensor, changed: torch.Tensor
     ) -> torch.Tensor:
-        """Add what changed in a range; nothing where nothing did.
+        """Add the changed elements of a range, if there are any.
 
         Args:
-            name, shape: of the whole tensor.
+            name, shape: of the full tensor.
             start: of the range in the flattened tensor.
-            new: [length], its present elements.
-            changed: [count] int64, ascending: which of them differ from what was sent before.
+            new: [length], the present elements of the range.
+            changed: [count] int64, ascending: indices of the elements that differ from the last sent ones.
 
         Returns:
-            The values that are sent, on the CPU: of what changed, or where that is shorter of all.
+            The values that are sent, on the CPU: the changed elements, or all elements if that is shorter.
         """
         length, count = new.numel(), changed.numel()
         if not count:
             return new[:0]
-        places, encoding = _encode_places(changed.cpu().numpy(), length, new.element_size())
-        values = (new if encoding == "whole" else new[changed]).cpu().contiguous()
+        indices, encoding = _encode_indices(changed.cpu().numpy(), length, new.element_size())
+        values = (new if encoding == "full" else new[changed]).cpu().contiguous()
         indices_offset = _align(self.nbytes)
-        values_offset = _align(indices_offset + places.size)
-        piece = DeltaChunk(
+        values_offset = _align(indices_offset + indices.size)
+        chunk = DeltaChunk(
             name,
             tuple(shape),
             dtype_name(new.dtype),
@@ -152,25 +180,26 @@ class DeltaBlock:
             indices_offset,
             values_offset,
         )
-        self.chunks.append(piece)
-        self._parts += [(indices_offset, places), (values_offset, bits(values).view(torch.uint8).numpy())]
-        self.nbytes = piece.end
+        self.chunks.append(chunk)
+        self._parts += [(indices_offset, indices), (values_offset, bits(values).view(torch.uint8).numpy())]
+        self.nbytes = chunk.end
         return values
 
     def to_bytes(self) -> torch.Tensor:
-        """The block, uint8 [nbytes]."""
+        """Return the block, uint8 [nbytes]."""
         block = np.zeros(self.nbytes, dtype=np.uint8)
         for offset, part in self._parts:
             block[offset : offset + part.size] = part
         return torch.from_numpy(block)
 
 
-def _encode_places(changed: np.ndarray, length: int, itemsize: int) -> tuple[np.ndarray, str]:
-    # In numpy, whose calls cost a tenth of torch's: most pieces hold some hundred changes.
+def _encode_indices(changed: npt.NDArray[Any], length: int, itemsize: int) -> tuple[npt.NDArray[np.uint8], str]:
+    """Return the bytes of the indices in the smallest encoding, and its name."""
+    # In numpy, whose calls cost a tenth of torch's: most chunks hold some hundred changed elements.
     count = len(changed)
     counts = np.bincount(changed >> 8, minlength=-(-length // 256))
     encoding = smallest_encoding(length, count, itemsize, int(counts.max()))
-    if encoding == "whole":
+    if encoding == "full":
         return np.empty(0, dtype=np.uint8), encoding
     if encoding == "bitmap":
         marked = np.zeros(length, dtype=bool)
@@ -182,50 +211,54 @@ def _encode_places(changed: np.ndarray, length: int, itemsize: int) -> tuple[np.
     return np.concatenate([counts.view(np.uint8), changed.astype(np.uint16).view(np.uint8)]), encoding
 
 
-def decode(block: torch.Tensor, piece: DeltaChunk) -> tuple[torch.Tensor | None, torch.Tensor]:
-    """Places in the whole flattened tensor, int64 [count] ascending (None for all of the range), and values [count].
+def decode(block: torch.Tensor, chunk: DeltaChunk) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Read a chunk from its block, uint8 [n].
 
-    Values are a view of `block`.
+    Returns:
+        Indices in the full flattened tensor, int64 [count], ascending; None for all elements of the range. Values
+        [count], a view of `block`.
 
     Raises:
-        WeightUpdateError: the piece does not lie inside the block, or its places outside its range.
+        WeightUpdateError: the chunk does not lie inside the block, or its indices do not lie inside its range.
     """
-    size = index_bytes(piece.encoding, piece.length, piece.count) if piece.encoding in _ENCODINGS else -1
-    if size < 0 or piece.end > block.numel() or piece.indices_offset + size > block.numel():
+    size = index_bytes(chunk.encoding, chunk.length, chunk.count) if chunk.encoding in _ENCODINGS else -1
+    if size < 0 or chunk.end > block.numel() or chunk.indices_offset + size > block.numel():
         raise WeightUpdateError(
-            f"parameter {piece.name!r}: its delta ({piece.encoding}, up to byte {piece.end}) does not lie inside a "
+            f"parameter {chunk.name!r}: its delta ({chunk.encoding}, up to byte {chunk.end}) does not lie inside a "
             f"block of {block.numel()} bytes"
         )
-    dtype = dtype_from_name(piece.dtype)
+    dtype = dtype_from_name(chunk.dtype)
     try:
-        values = block[piece.values_offset : piece.end].view(dtype)
-        places = _decode_places(block[piece.indices_offset : piece.indices_offset + size], piece)
+        values = block[chunk.values_offset : chunk.end].view(dtype)
+        indices = _decode_indices(block[chunk.indices_offset : chunk.indices_offset + size], chunk)
     except RuntimeError as error:
-        raise WeightUpdateError(f"parameter {piece.name!r}: its delta is misaligned: {error}") from error
-    if places is None:
-        consistent = piece.count == piece.length
+        raise WeightUpdateError(f"parameter {chunk.name!r}: its delta is misaligned: {error}") from error
+    if indices is None:
+        consistent = chunk.count == chunk.length
     else:
-        consistent = places.numel() == piece.count and (
-            not piece.count or (int(places[-1]) < piece.length and bool((places.diff() > 0).all()))
+        consistent = indices.numel() == chunk.count and (
+            not chunk.count or (int(indices[-1]) < chunk.length and bool((indices.diff() > 0).all()))
         )
     if not consistent:
         raise WeightUpdateError(
-            f"parameter {piece.name!r} {list(piece.shape)}: the places of its delta are out of range or out of order"
+            f"parameter {chunk.name!r} {list(chunk.shape)}: the indices of its delta are out of range or out of order"
         )
-    return (None if places is None else places + piece.start), values
+    return (None if indices is None else indices + chunk.start), values
 
 
-def _decode_places(raw: torch.Tensor, piece: DeltaChunk) -> torch.Tensor | None:
-    if piece.encoding == "whole":
+def _decode_indices(raw: torch.Tensor, chunk: DeltaChunk) -> torch.Tensor | None:
+    """Return the indices in the range, int64; None for the encoding `full`; none at all if the counts are wrong."""
+    if chunk.encoding == "full":
         return None
-    if piece.encoding == "bitmap":
+    if chunk.encoding == "bitmap":
         return torch.from_numpy(np.flatnonzero(np.unpackbits(raw.numpy())))
-    shift, numbers = _BLOCKS[piece.encoding], raw.numpy()
-    blocks = -(-piece.length // (1 << shift))
+    shift, numbers = _BLOCK_BITS[chunk.encoding], raw.numpy()
+    blocks = -(-chunk.length // (1 << shift))
+    low: npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
     if shift == 8:
         counts, low = numbers[:blocks].astype(np.int64), numbers[blocks:]
     else:
         counts, low = numbers[: 4 * blocks].view(np.int32).astype(np.int64), numbers[4 * blocks :].view(np.uint16)
-    if counts.sum() != piece.count or (len(counts) and counts.min() < 0):
+    if counts.sum() != chunk.count or (len(counts) and counts.min() < 0):
         return torch.empty(0, dtype=torch.int64)
     return torch.from_numpy(np.repeat(np.arange(blocks) << shift, counts) + low)

@@ -1,47 +1,93 @@
-"""One weight update from start to commit, seen from the driver.
+"""One weight update, as the driver runs it: a transaction that brings every receiver to the new version, or none.
 
-    sender:    | begin | fill 0 | fill 1 | fill 2 |  ...  | manifest |
-    receivers: | begin |        | load 0 | load 1 |  ...  | load n   | finish, check, commit |
+    step     sender (the trainer)          receivers (one per engine)
+    -------  ----------------------------  ---------------------------------------------------------------------------
+    pause                                  begin_update: finish or cut the requests in flight, let new requests wait
+    begin    begin_export                  begin_update: bring the weights to the checkpoint layout, or prepare a delta
+    buckets  next_bucket 0 ... n           load_bucket 0 ... n
+    finish   finish_export -> manifest     finish_update(manifest)
+    check                                  finish_update: received = sent, and every engine parameter was written;
+                                           then bring the weights to the kernel layout
+    commit                                 finish_update: serve the version, reset the prefix cache, resume requests
 
-Neither side waits for the other but for memory: the sender fills buckets while as many as are allowed in flight wait or
-are being loaded, and it begins while the receivers still finish their last answers.
+    error    abort_export                  abort_update: refuse to serve until a full update succeeds
+
+The two sides overlap, and only memory makes one wait for the other: the sender fills buckets while at most
+`buckets_in_flight` of them are filled, queued or being loaded.
+
+    sender:    | begin | fill 0 | fill 1 | fill 2 |  ...  | finish |
+    receivers: | pause, begin   | load 0 | load 1 |  ...  | load n  | finish, check, commit |
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
-from verl.utils.quantization.encode_report import errors_by_depth, worst_error
+from verl.utils.asyncio_utils import gather_all, gather_or_cancel
+from verl.utils.quantization.encode_report import Errors, errors_by_depth, worst_error
 from verl.workers.weight_sync.manifest import WeightUpdateError
+from verl.workers.weight_sync.messages import Bucket, EngineReport, ExportReport, ManifestMessage
+
+Metrics = dict[str, float | str | dict[str, list[float | None]]]
 
 
 class Sender(Protocol):
+    """The trainer's end of the update."""
+
     async def begin_export(self, version: int, base: int | None) -> None:
-        """Start sending everything, or what changed since `base`; WeightUpdateError where that is not known."""
+        """Start to send `version`: a delta against the version `base`, or a full update if it is None.
 
-    async def next_bucket(self) -> dict[str, Any]: ...
+        Raises:
+            WeightUpdateError: a delta against `base` cannot be built.
+        """
 
-    async def finish_export(self) -> dict[str, Any]:
-        """`manifest`, `seconds` spent gathering, encoding and packing, of which `encode`; `errors` of what it encoded;
-        `full_bytes` that everything would take."""
+    async def next_bucket(self) -> Bucket:
+        """Fill and describe the next bucket."""
+
+    async def finish_export(self) -> ExportReport:
+        """Keep the sent weights as the base of later deltas."""
 
     async def abort_export(self) -> None:
-        """Give an export up that was begun, wherever it is: the next one may begin afterwards."""
+        """End the export at any point; the next export may begin afterwards."""
 
 
 class Receiver(Protocol):
-    async def begin_update(self, version: int, base: int | None) -> None: ...
+    """The end of the update in one engine."""
 
-    async def load_bucket(self, bucket: dict[str, Any]) -> None: ...
+    async def begin_update(self, version: int, base: int | None) -> None:
+        """Stop serving and prepare to load `version`: a delta against `base`, or a full update if it is None."""
 
-    async def finish_update(self, manifest: dict[str, Any]) -> dict[str, Any]: ...
+    async def load_bucket(self, bucket: Bucket) -> None:
+        """Load a bucket."""
 
-    async def abort_update(self, reason: str) -> None: ...
+    async def finish_update(self, manifest: ManifestMessage) -> EngineReport:
+        """Check the update, bring the weights to the kernel layout, commit the version and serve it."""
 
-    async def parameter_hashes(self) -> list[dict[str, str]]: ...
+    async def abort_update(self, reason: str) -> None:
+        """Refuse to serve until a full update succeeds."""
+
+    async def parameter_hashes(self) -> list[dict[str, str]]:
+        """Return the SHA-256 of every parameter, by engine name, for each worker."""
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """The result of a weight update.
+
+    Attributes:
+        metrics: see `update_weights`.
+        accepts_delta: every receiver can take a delta against this version.
+        sent_bytes, full_bytes: bytes that were sent, and bytes of a full update.
+    """
+
+    metrics: Metrics
+    accepts_delta: bool
+    sent_bytes: float
+    full_bytes: float
 
 
 async def update_weights(
@@ -51,28 +97,28 @@ async def update_weights(
     *,
     base: int | None = None,
     buckets_in_flight: int = 2,
-) -> tuple[dict[str, Any], bool]:
+) -> UpdateResult:
     """Bring every receiver to `version`, or none: after an error all of them refuse to serve.
 
     Args:
-        base: the version that all of them serve, to send only what changed since; None to send everything.
-        buckets_in_flight: buckets that are filled, waiting or being loaded at a time.
+        base: send a delta against this version, which all receivers serve; None for a full update.
+        buckets_in_flight: largest number of buckets that are filled, queued or being loaded at the same time.
 
     Returns:
-        Metrics `weight_update/`: seconds `begin_s` (to the load layout), `encode_s` (quantizing), `send_s` (gathering
-        and packing), `load_s`, `finish_s` (to the run-time layout) and `total_s`; `MiB`, of `full_MiB` that everything
-        takes, in `buckets`; `delta`; where something was quantized `max_quantization_error`, the largest relative
-        error of a weight, `max_quantization_error_layer`, and `quantization_errors`, as `errors_by_depth`. And whether
-        all can take changes to this version.
+        Metrics `weight_update/`: seconds `begin_s` (to the checkpoint layout), `encode_s` (quantizing), `send_s`
+        (gathering and packing), `load_s`, `finish_s` (to the kernel layout) and `total_s`; `MiB` sent, `full_MiB` of a
+        full update, number of `buckets`; `delta` (1 or 0). If weights were quantized also `max_quantization_error`, the
+        largest relative error of a weight, `max_quantization_error_layer`, the name of that weight, and
+        `quantization_errors`, the result of `errors_by_depth`.
 
     Raises:
-        WeightUpdateError: anything went wrong, with the cause's own words.
+        WeightUpdateError: any error of the sender or a receiver; the message contains its text.
     """
     started = time.perf_counter()
-    filled: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+    filled: asyncio.Queue[Bucket] = asyncio.Queue()
     free = asyncio.Semaphore(buckets_in_flight)
 
-    async def fill() -> dict[str, Any]:
+    async def fill() -> ExportReport:
         await sender.begin_export(version, base)
         while True:
             await free.acquire()
@@ -82,18 +128,18 @@ async def update_weights(
                 return await sender.finish_export()
 
     async def load() -> float:
-        await _all([receiver.begin_update(version, base) for receiver in receivers])
-        begun = time.perf_counter() - started
+        await gather_all(*(receiver.begin_update(version, base) for receiver in receivers))
+        begin_s = time.perf_counter() - started
         while True:
             bucket = await filled.get()
-            await _all([receiver.load_bucket(bucket) for receiver in receivers])
+            await gather_all(*(receiver.load_bucket(bucket) for receiver in receivers))
             free.release()
             if bucket["last"]:
-                return begun
+                return begin_s
 
     try:
-        export, begun = await _both(fill(), load())
-        received = await _all([receiver.finish_update(export["manifest"]) for receiver in receivers])
+        export, begin_s = await gather_or_cancel(fill(), load(), wait_for_cancelled=True)
+        reports = await gather_all(*(receiver.finish_update(export["manifest"]) for receiver in receivers))
     except BaseException as error:
         reason = f"the update to version {version} failed: {error}"
         aborts = [sender.abort_export(), *(receiver.abort_update(reason) for receiver in receivers)]
@@ -101,53 +147,40 @@ async def update_weights(
         if isinstance(error, Exception):
             raise WeightUpdateError(reason) from error
         raise
-    metrics = _metrics(export, received, begun, time.perf_counter() - started)
+    metrics = _metrics(export, reports, begin_s, time.perf_counter() - started)
     metrics["weight_update/delta"] = float(base is not None)
-    return metrics, all(r["accepts_delta"] for r in received)
+    return UpdateResult(
+        metrics,
+        all(report["accepts_delta"] for report in reports),
+        max(report["bytes"] for report in reports),
+        export["full_bytes"],
+    )
 
 
-def _metrics(
-    export: dict[str, Any], received: Sequence[dict[str, Any]], begun: float, seconds: float
-) -> dict[str, Any]:
-    metrics = {
-        "weight_update/begin_s": begun,
-        "weight_update/encode_s": export["encode"] + max(r["encode"] for r in received),
+def _metrics(export: ExportReport, reports: Sequence[EngineReport], begin_s: float, total_s: float) -> Metrics:
+    metrics: Metrics = {
+        "weight_update/begin_s": begin_s,
+        "weight_update/encode_s": export["encode"] + max(report["encode"] for report in reports),
         "weight_update/send_s": export["seconds"] - export["encode"],
-        "weight_update/load_s": max(r["load"] - r["encode"] for r in received),
-        "weight_update/finish_s": max(r["finish"] for r in received),
-        "weight_update/total_s": seconds,
-        "weight_update/MiB": max(r["bytes"] for r in received) / 2**20,
+        "weight_update/load_s": max(report["load"] - report["encode"] for report in reports),
+        "weight_update/finish_s": max(report["finish"] for report in reports),
+        "weight_update/total_s": total_s,
+        "weight_update/MiB": max(report["bytes"] for report in reports) / 2**20,
         "weight_update/full_MiB": export["full_bytes"] / 2**20,
         "weight_update/buckets": float(export["manifest"]["num_buckets"]),
     }
-    # Replicas that encode all encode the same.
-    errors = next((part["errors"] for part in (export, *received) if part["errors"]), {})
+    # All replicas that quantize do so with the same weights, so the first report with errors stands for all.
+    errors = next((found for found in (export["errors"], *(report["errors"] for report in reports)) if found), {})
+    return metrics | _error_metrics(errors)
+
+
+def _error_metrics(errors: Errors) -> Metrics:
     worst = worst_error(errors)
-    if worst is not None:
-        error, layer = worst
-        metrics |= {
-            "weight_update/quantization_errors": errors_by_depth(errors),
-            "weight_update/max_quantization_error": error,
-            "weight_update/max_quantization_error_layer": layer,
-        }
-    return metrics
-
-
-async def _both(first: Coroutine[Any, Any, Any], second: Coroutine[Any, Any, Any]) -> tuple[Any, Any]:
-    """Wait for two at the same time; where one fails the other is cancelled."""
-    tasks = [asyncio.ensure_future(first), asyncio.ensure_future(second)]
-    try:
-        return tuple(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _all(calls: Sequence[Any]) -> list[Any]:
-    """Wait for every call, then raise the first error: none is left running in the background."""
-    outcomes = await asyncio.gather(*calls, return_exceptions=True)
-    for outcome in outcomes:
-        if isinstance(outcome, BaseException):
-            raise outcome
-    return outcomes
+    if worst is None:
+        return {}
+    error, layer = worst
+    return {
+        "weight_update/quantization_errors": errors_by_depth(errors),
+        "weight_update/max_quantization_error": error,
+        "weight_update/max_quantization_error_layer": layer,
+    }

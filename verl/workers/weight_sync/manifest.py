@@ -1,29 +1,31 @@
-"""What a weight update consists of, and the check that all of it arrived.
-
-A manifest travels as plain strings and numbers (no pickled objects), so it can cross any transport.
-"""
+"""The tensors that a full update consists of, and the check that all of them were received."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
 
 import torch
 
+from verl.workers.weight_sync.messages import FullManifest, ManifestMessage, TensorSpecMessage
+
 
 class WeightUpdateError(RuntimeError):
-    """A weight update was refused, naming the parameter; the replica serves nothing until a whole one succeeds."""
+    """A weight update was refused. The replica serves nothing until a full update succeeds."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """`torch.bfloat16` -> `"bfloat16"`."""
+    """Return the name of a dtype: `torch.bfloat16` -> `"bfloat16"`."""
     return str(dtype).removeprefix("torch.")
 
 
 def dtype_from_name(name: str) -> torch.dtype:
-    """`"bfloat16"` -> `torch.bfloat16`; anything that is not a torch dtype raises `WeightUpdateError`."""
+    """Return the dtype of a name: `"bfloat16"` -> `torch.bfloat16`.
+
+    Raises:
+        WeightUpdateError: torch has no such dtype.
+    """
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
         raise WeightUpdateError(f"dtype={name!r} in a weight bucket is not a torch dtype")
@@ -32,7 +34,7 @@ def dtype_from_name(name: str) -> torch.dtype:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of an update: its checkpoint name, shape and dtype name."""
+    """Checkpoint name, shape and dtype name of a tensor."""
 
     name: str
     shape: tuple[int, ...]
@@ -46,17 +48,17 @@ class TensorSpec:
     def nbytes(self) -> int:
         return prod(self.shape) * dtype_from_name(self.dtype).itemsize
 
-    def to_message(self) -> dict[str, Any]:
+    def to_message(self) -> TensorSpecMessage:
         return {"name": self.name, "shape": list(self.shape), "dtype": self.dtype}
 
     @classmethod
-    def from_message(cls, plain: dict[str, Any]) -> TensorSpec:
-        return cls(str(plain["name"]), tuple(int(n) for n in plain["shape"]), str(plain["dtype"]))
+    def from_message(cls, message: TensorSpecMessage) -> TensorSpec:
+        return cls(str(message["name"]), tuple(int(n) for n in message["shape"]), str(message["dtype"]))
 
 
 @dataclass
 class Manifest:
-    """Every tensor that an update of `version` consists of, and in how many buckets it was sent."""
+    """The tensors of a full update to `version`, and the number of buckets that carried them."""
 
     version: int
     num_buckets: int = 0
@@ -67,12 +69,16 @@ class Manifest:
         return sum(spec.nbytes for spec in self.specs.values())
 
     def add(self, spec: TensorSpec) -> None:
-        """Record one tensor; a name that occurs twice is refused."""
+        """Record a tensor.
+
+        Raises:
+            WeightUpdateError: duplicate name.
+        """
         if spec.name in self.specs:
-            raise WeightUpdateError(f"parameter {spec.name!r} occurs twice in the update to version {self.version}")
+            raise WeightUpdateError(f"duplicate name {spec.name!r} in the update to version {self.version}")
         self.specs[spec.name] = spec
 
-    def to_message(self) -> dict[str, Any]:
+    def to_message(self) -> FullManifest:
         return {
             "version": self.version,
             "num_buckets": self.num_buckets,
@@ -80,44 +86,60 @@ class Manifest:
         }
 
     @classmethod
-    def from_message(cls, plain: dict[str, Any]) -> Manifest:
-        manifest = cls(int(plain["version"]), int(plain["num_buckets"]))
-        for spec in plain["specs"]:
+    def from_message(cls, message: ManifestMessage) -> Manifest:
+        """Return the manifest that a message describes.
+
+        Raises:
+            WeightUpdateError: it is the manifest of a delta, or has a duplicate name.
+        """
+        if "specs" not in message:
+            raise WeightUpdateError(
+                f"received the manifest of a delta, expected that of a full update to version {message['version']}"
+            )
+        manifest = cls(int(message["version"]), int(message["num_buckets"]))
+        for spec in message["specs"]:
             manifest.add(TensorSpec.from_message(spec))
         return manifest
 
 
-def check_received(sent: Manifest, arrived: Manifest) -> None:
-    """Raise `WeightUpdateError` naming the first parameter in which what arrived differs from what was sent."""
-    if sent.version != arrived.version:
-        raise WeightUpdateError(f"the sender finished version {sent.version}, the engine was loading {arrived.version}")
-    if sent.num_buckets != arrived.num_buckets:
+def check_received(sent: Manifest, received: Manifest) -> None:
+    """Compare the sender's manifest with the tensors that were received.
+
+    Raises:
+        WeightUpdateError: they differ; the message names the first parameter that does.
+    """
+    if sent.version != received.version:
         raise WeightUpdateError(
-            f"version {sent.version}: {arrived.num_buckets} of {sent.num_buckets} buckets arrived"
-            + _first(", first missing parameter", sent.specs.keys() - arrived.specs.keys(), sent.specs)
+            f"the sender finished version {sent.version}, but the engine was loading version {received.version}"
         )
-    missing = sent.specs.keys() - arrived.specs.keys()
+    missing = sent.specs.keys() - received.specs.keys()
+    if sent.num_buckets != received.num_buckets:
+        raise WeightUpdateError(
+            f"version {sent.version}: received {received.num_buckets} of {sent.num_buckets} buckets"
+            + _first(", first missing parameter", missing, sent.specs)
+        )
     if missing:
         raise WeightUpdateError(
-            f"version {sent.version}: {len(missing)} parameters did not arrive"
+            f"version {sent.version}: {len(missing)} parameters are missing"
             + _first(", the first is", missing, sent.specs)
         )
-    extra = arrived.specs.keys() - sent.specs.keys()
+    extra = received.specs.keys() - sent.specs.keys()
     if extra:
         raise WeightUpdateError(
-            f"version {sent.version}: {len(extra)} parameters arrived that the sender does not list"
-            + _first(", the first is", extra, arrived.specs)
+            f"version {sent.version}: received {len(extra)} parameters that are not in the sender's manifest"
+            + _first(", the first is", extra, received.specs)
         )
     for name, spec in sent.specs.items():
-        got = arrived.specs[name]
+        got = received.specs[name]
         if got != spec:
             raise WeightUpdateError(
                 f"parameter {name!r}: sent as {spec.dtype}{list(spec.shape)} ({spec.nbytes} bytes), "
-                f"arrived as {got.dtype}{list(got.shape)} ({got.nbytes} bytes)"
+                f"received as {got.dtype}{list(got.shape)} ({got.nbytes} bytes)"
             )
 
 
 def _first(words: str, names: Iterable[str], order: Iterable[str]) -> str:
+    """Return `words` and the first of `names` in `order`; an empty string if there are no names."""
     names = set(names)
     first = next((name for name in order if name in names), None)
     return f"{words} {first!r}" if first is not None else ""

@@ -9,11 +9,11 @@ from __future__ import annotations
 import mmap
 import os
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from verl.workers.weight_sync.manifest import WeightUpdateError
+from verl.workers.weight_sync.messages import SegmentHandle
 
 
 class SharedSegment:
@@ -21,6 +21,9 @@ class SharedSegment:
 
     Args:
         nbytes: initial size in bytes.
+
+    Attributes:
+        bytes: uint8 [nbytes], the whole segment.
     """
 
     def __init__(self, nbytes: int):
@@ -30,7 +33,7 @@ class SharedSegment:
         self.reserve(nbytes)
 
     def reserve(self, nbytes: int) -> None:
-        """Grow to at least `nbytes`; what was written before is kept."""
+        """Grow to at least `nbytes`. The present content is kept."""
         if nbytes <= self.nbytes:
             return
         # posix_fallocate takes the pages now, so that a full memory is an OSError here and not a SIGBUS while copying.
@@ -41,12 +44,12 @@ class SharedSegment:
         self.nbytes = nbytes
 
     @property
-    def handle(self) -> dict[str, int]:
-        """What another process needs to open this segment: plain numbers."""
+    def handle(self) -> SegmentHandle:
+        """The numbers that another process needs to open this segment."""
         return {"pid": os.getpid(), "fd": self._fd, "nbytes": self.nbytes}
 
     def close(self) -> None:
-        """Give the memory back. Tensors that were handed out keep their mapping until they are freed."""
+        """Release the memory. Tensors that were handed out keep their mapping until they are freed."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -62,13 +65,17 @@ class _Key:
 
 
 class SegmentReader:
-    """Maps segments of other processes, each once: a segment is reused for every update of a run."""
+    """Maps segments of other processes, each once: a run reuses its segments in every update."""
 
     def __init__(self) -> None:
         self._maps: dict[tuple[int, int], tuple[_Key, torch.Tensor]] = {}
 
-    def open(self, handle: dict[str, Any]) -> torch.Tensor:
-        """The segment's bytes as a uint8 tensor `[nbytes]`, shared, not to be written to."""
+    def open(self, handle: SegmentHandle) -> torch.Tensor:
+        """Return the shared bytes of a segment, uint8 [nbytes]. They must not be written to.
+
+        Raises:
+            WeightUpdateError: the segment cannot be opened here, or is smaller than the handle says.
+        """
         key = _Key(int(handle["pid"]), int(handle["fd"]), int(handle["nbytes"]))
         known = self._maps.get((key.pid, key.fd))
         if known is not None and known[0] == key:
@@ -84,17 +91,19 @@ class SegmentReader:
         try:
             size = os.fstat(fd).st_size
             if size < key.nbytes:
-                raise WeightUpdateError(f"the weight bucket in process {key.pid} holds {size} of {key.nbytes} bytes")
+                raise WeightUpdateError(
+                    f"the weight bucket in process {key.pid} has {size} bytes, expected {key.nbytes}"
+                )
             memory = mmap.mmap(fd, key.nbytes)
         finally:
             os.close(fd)
         tensor = torch.frombuffer(memory, dtype=torch.uint8)
         if known is None:
-            # A mapping keeps the memory of a process that ended.
+            # A mapping keeps the memory of a process that has ended, so drop the mappings of such processes.
             self._maps = {name: entry for name, entry in self._maps.items() if os.path.exists(f"/proc/{name[0]}")}
         self._maps[key.pid, key.fd] = (key, tensor)
         return tensor
 
     def close(self) -> None:
-        """Forget every mapping."""
+        """Drop every mapping."""
         self._maps.clear()

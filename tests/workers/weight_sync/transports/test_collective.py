@@ -1,4 +1,4 @@
-"""Weight updates across nodes: relays as processes of their own, over gloo; a node is a name here."""
+"""Tests of weight updates across nodes: broadcast proxies in separate processes, over gloo; a node is only a name."""
 
 import asyncio
 import hashlib
@@ -11,44 +11,43 @@ import time
 import pytest
 import torch
 
+from verl.single_controller.actor import ActorDied
 from verl.workers.weight_sync.driver import update_weights
 from verl.workers.weight_sync.manifest import WeightUpdateError
 from verl.workers.weight_sync.shm import SegmentReader, SharedSegment
 from verl.workers.weight_sync.transports import broadcast_proxy, collective
 from verl.workers.weight_sync.transports.base import Node
 from verl.workers.weight_sync.transports.broadcast_proxy import BroadcastProxy
-from verl.workers.weight_sync.transports.collective import BroadcastProxyDied, CollectiveTransport
-from verl.workers.weight_sync.transports.create import backend_on
-from verl.workers.weight_sync.transports.shared_memory import SharedMemoryTransport
+from verl.workers.weight_sync.transports.collective import CollectiveTransport
 
 HOME, *REMOTE = (Node(name, "10.0.0.1") for name in ("home", "left", "right"))
-PIECE = 1000  # bytes; far below what is sent, so that pieces and their tail are tried
+SLICE = 1000  # bytes; far below the sizes that are sent, so that slices and their remainder are tested
 DEATH_S = 60  # a bound that only a hang exceeds
-# Each relay is forked from a process that has imported torch and done nothing with it.
+# Each proxy is forked from a process that has imported torch and done nothing with it.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([broadcast_proxy.__name__, __name__])
 
 
 def serve(pipe, segments, staged):
-    """A relay's process: methods by name through a pipe, each in a thread."""
-    broadcast_proxy.SLICE_BYTES = PIECE
-    relay, answering = BroadcastProxy("gloo", segments), threading.Lock()
-    relay._staged = staged
+    """Run a proxy: read method names from a pipe and run each in a thread."""
+    broadcast_proxy.SLICE_BYTES = SLICE
+    proxy, sending = BroadcastProxy("gloo", segments), threading.Lock()
+    proxy._staged = staged
 
-    def answer(number, method, arguments):
+    def respond(number, method, arguments):
         try:
-            reply = (number, True, getattr(relay, method)(*arguments))
+            reply = (number, True, getattr(proxy, method)(*arguments))
         except (WeightUpdateError, RuntimeError, OSError) as error:
             reply = (number, False, error if isinstance(error, WeightUpdateError) else RuntimeError(str(error)))
-        with answering:
+        with sending:
             pipe.send(reply)
 
     while True:
-        threading.Thread(target=answer, args=pipe.recv(), daemon=True).start()
+        threading.Thread(target=respond, args=pipe.recv(), daemon=True).start()
 
 
-class ProcessRelay:
-    """A relay in a process of this host."""
+class ProcessProxy:
+    """A `ProxyHandle`: a proxy in a process of this host."""
 
     def __init__(self, segments=2, staged=False):
         self.calls, self.done, self.replies = [], [], {}
@@ -58,8 +57,8 @@ class ProcessRelay:
         self.process.start()
         theirs.close()
 
-    async def call(self, method, *arguments):
-        number = len(self.calls)
+    async def call(self, function, *arguments):
+        method, number = function.__name__, len(self.calls)
         self.calls.append(method)
         if self.before is not None:
             self.before(method)
@@ -67,33 +66,33 @@ class ProcessRelay:
             self.pipe.send((number, method, arguments))
             while number not in self.replies:
                 if self.pipe.poll():
-                    answered, worked, result = self.pipe.recv()
-                    self.replies[answered] = worked, result
+                    replied, worked, result = self.pipe.recv()
+                    self.replies[replied] = worked, result
                 else:
                     await asyncio.sleep(0.001)
         except (EOFError, OSError) as error:
             if self.before_death is not None:
                 await self.before_death()
-            raise BroadcastProxyDied(f"process {self.process.pid} ended") from error
+            raise ActorDied(f"process {self.process.pid} ended") from error
         self.done.append(method)
         worked, result = self.replies.pop(number)
         if not worked:
             raise result
         return result
 
-    def end(self):
+    def kill(self):
         self.process.kill()
         self.process.join()
 
 
-class Relays(dict):
-    """Starts them, by node, and keeps all that were ever started."""
+class Proxies(dict):
+    """Starts proxies, keeps the last one by node, and the nodes of all that were started."""
 
     def __init__(self):
         self.started, self.staged = [], False
 
     def __call__(self, node):
-        self[node] = ProcessRelay(staged=self.staged)
+        self[node] = ProcessProxy(staged=self.staged)
         self.started.append(node)
         return self[node]
 
@@ -103,7 +102,7 @@ def payload(index, nbytes):
 
 
 class BytesSender:
-    """Buckets of given sizes in two alternating segments, with keys that only the receiver understands."""
+    """Sends buckets of given sizes in two alternating segments, with fields that only the receiver uses."""
 
     def __init__(self, sizes):
         self.sizes, self.aborts = sizes, 0
@@ -136,7 +135,7 @@ class BytesSender:
 
 
 class HashReceiver:
-    """Hashes what it loads out of shared memory."""
+    """Hashes the bytes that it loads from shared memory."""
 
     def __init__(self):
         self.reader, self.committed, self.reason = SegmentReader(), None, None
@@ -172,15 +171,15 @@ def expected(sizes, version):
     ]
 
 
-SIZES = [5 * PIECE, 3 * PIECE + 1, 1, 0, 7 * PIECE - 1, PIECE]
+SIZES = [5 * SLICE, 3 * SLICE + 1, 1, 0, 7 * SLICE - 1, SLICE]
 
 
 @pytest.fixture
-def relays():
-    started = Relays()
+def proxies():
+    started = Proxies()
     yield started
-    for relay in started.values():
-        relay.end()
+    for proxy in started.values():
+        proxy.kill()
 
 
 def receivers_on(nodes):
@@ -193,24 +192,24 @@ async def run(transport, sizes, placed, version, base=None):
 
 
 @pytest.mark.parametrize("staged", [False, True])
-async def test_every_byte_arrives_once_on_each_node_and_again_at_the_next_update(relays, staged):
-    """Staged as on an accelerator: through two buffers at either end."""
-    relays.staged = staged
-    transport = CollectiveTransport(relays, timeout_s=DEATH_S)
+async def test_every_byte_arrives_once_on_each_node_in_every_update(proxies, staged):
+    """`staged` uses two buffers at either end, as on an accelerator."""
+    proxies.staged = staged
+    transport = CollectiveTransport(proxies, timeout_s=DEATH_S)
     placed = receivers_on([HOME, *REMOTE, REMOTE[0]])
     for version, base in ((1, None), (2, 1)):
         await run(transport, SIZES, placed, version, base)
         for receiver, _ in placed:
             assert receiver.hashes == expected(SIZES, version)
             assert receiver.committed == version
-    assert sorted(map(str, relays.started)) == sorted(map(str, [HOME, *REMOTE]))
+    assert sorted(map(str, proxies.started)) == sorted(map(str, [HOME, *REMOTE]))
     sent = sum(size > 0 for size in SIZES) * 2
-    assert [relays[node].calls.count("receive") for node in REMOTE] == [sent, sent]
-    assert relays[HOME].calls.count("send") == sent
+    assert [proxies[node].calls.count("receive") for node in REMOTE] == [sent, sent]
+    assert proxies[HOME].calls.count("send") == sent
 
 
-async def test_all_but_the_segment_is_passed_through(relays):
-    transport = CollectiveTransport(relays, timeout_s=DEATH_S)
+async def test_all_fields_except_the_segment_pass_through(proxies):
+    transport = CollectiveTransport(proxies, timeout_s=DEATH_S)
     at_home, away = receivers_on([HOME, REMOTE[0]])
     await run(transport, SIZES, [at_home, away], 3, base=2)
     for sent, received in zip(at_home[0].buckets, away[0].buckets, strict=True):
@@ -218,39 +217,39 @@ async def test_all_but_the_segment_is_passed_through(relays):
         assert received["base"] == 2 and received["chunks"] == [{"name": "w", "count": received["index"]}]
         if sent["nbytes"]:
             assert sent["segment"]["pid"] == os.getpid()
-            assert received["segment"]["pid"] == relays[REMOTE[0]].process.pid
+            assert received["segment"]["pid"] == proxies[REMOTE[0]].process.pid
 
 
-async def test_the_next_bucket_travels_while_one_is_loaded(relays):
-    transport = CollectiveTransport(relays, timeout_s=DEATH_S)
+async def test_next_bucket_is_broadcast_while_one_is_loaded(proxies):
+    transport = CollectiveTransport(proxies, timeout_s=DEATH_S)
     [(receiver, node)] = placed = receivers_on([REMOTE[0]])
 
-    async def until_the_next_travelled(bucket):
-        while bucket["index"] == 0 and relays[node].done.count("receive") < 2:
+    async def wait_for_the_next_broadcast(bucket):
+        while bucket["index"] == 0 and proxies[node].done.count("receive") < 2:
             await asyncio.sleep(0.001)
 
-    receiver.before_load = until_the_next_travelled
-    await asyncio.wait_for(run(transport, [PIECE] * 3, placed, 1), DEATH_S)
-    assert receiver.hashes == expected([PIECE] * 3, 1)
+    receiver.before_load = wait_for_the_next_broadcast
+    await asyncio.wait_for(run(transport, [SLICE] * 3, placed, 1), DEATH_S)
+    assert receiver.hashes == expected([SLICE] * 3, 1)
 
 
-async def test_replicas_at_home_need_no_relay(relays):
-    transport = CollectiveTransport(relays, timeout_s=DEATH_S)
+async def test_replicas_on_the_trainer_node_need_no_proxy(proxies):
+    transport = CollectiveTransport(proxies, timeout_s=DEATH_S)
     [(receiver, _)] = placed = receivers_on([HOME])
     await run(transport, SIZES, placed, 1)
     assert receiver.hashes == expected(SIZES, 1)
-    assert not relays
+    assert not proxies
 
 
 @pytest.mark.parametrize("how", ["killed", "stopped"])
 @pytest.mark.parametrize("when", ["receive", "ready"])
-async def test_a_lost_peer_is_named_and_replaced(relays, monkeypatch, how, when):
-    """In the middle of a broadcast, or between two updates."""
-    transport = CollectiveTransport(relays, timeout_s=DEATH_S)
+async def test_lost_proxy_is_named_and_replaced(proxies, monkeypatch, how, when):
+    """It is lost during a broadcast, or between two updates."""
+    transport = CollectiveTransport(proxies, timeout_s=DEATH_S)
     placed = receivers_on([HOME, *REMOTE])
     await run(transport, SIZES, placed, 1)
-    victim = relays[REMOTE[1]].process
-    first = dict(relays)
+    victim = proxies[REMOTE[1]].process
+    first = dict(proxies)
     transport._timeout_s = DEATH_S if how == "killed" else 2
 
     def lose(method):
@@ -259,12 +258,12 @@ async def test_a_lost_peer_is_named_and_replaced(relays, monkeypatch, how, when)
             if how == "killed":
                 victim.join()
 
-    async def until_a_survivor_failed():
+    async def wait_until_a_survivor_failed():
         while first[HOME].calls.count("send") > first[HOME].done.count("send"):
             await asyncio.sleep(0.001)
 
-    relays[REMOTE[1]].before = lose
-    relays[REMOTE[1]].before_death = until_a_survivor_failed
+    proxies[REMOTE[1]].before = lose
+    proxies[REMOTE[1]].before_death = wait_until_a_survivor_failed
     if when == "ready":
         monkeypatch.setattr(collective, "_GRACE_S", 1.0)
     started = time.monotonic()
@@ -277,29 +276,29 @@ async def test_a_lost_peer_is_named_and_replaced(relays, monkeypatch, how, when)
     await run(transport, SIZES, placed, 3)
     assert time.monotonic() - started < DEATH_S
     assert all(receiver.hashes == expected(SIZES, 3) and receiver.committed == 3 for receiver, _ in placed)
-    assert all(not relay.process.is_alive() for relay in first.values())
+    assert all(not proxy.process.is_alive() for proxy in first.values())
 
 
-async def test_a_node_that_takes_no_relay_is_named(relays):
+async def test_node_without_a_running_proxy_is_named(proxies):
     def start(node):
-        relay = relays(node)
+        proxy = proxies(node)
         if node == REMOTE[0]:
-            relay.end()
-        return relay
+            proxy.kill()
+        return proxy
 
     transport = CollectiveTransport(start, timeout_s=DEATH_S)
     with pytest.raises(WeightUpdateError, match=r"node 10\.0\.0\.1 \(left\): process \d+ ended"):
         await run(transport, SIZES, receivers_on(REMOTE), 1)
-    assert all(not relay.process.is_alive() for relay in relays.values())
+    assert all(not proxy.process.is_alive() for proxy in proxies.values())
 
 
-async def test_an_update_that_fails_while_the_relays_meet(relays):
-    transport = CollectiveTransport(relays, timeout_s=DEATH_S)
+async def test_update_that_fails_while_the_proxies_join_leaves_a_working_transport(proxies):
+    transport = CollectiveTransport(proxies, timeout_s=DEATH_S)
     [(receiver, node)] = placed = receivers_on([REMOTE[0]])
     begin = receiver.begin_update
 
     async def refuse(version, base):
-        while node not in relays or "join" not in relays[node].calls:
+        while node not in proxies or "join" not in proxies[node].calls:
             await asyncio.sleep(0.001)
         raise WeightUpdateError("out of memory")
 
@@ -311,8 +310,8 @@ async def test_an_update_that_fails_while_the_relays_meet(relays):
     assert receiver.hashes == expected(SIZES, 2)
 
 
-async def test_an_error_of_one_replica_leaves_the_relays(relays):
-    transport = CollectiveTransport(relays, timeout_s=DEATH_S)
+async def test_error_of_a_replica_keeps_the_proxies(proxies):
+    transport = CollectiveTransport(proxies, timeout_s=DEATH_S)
     [(receiver, _)] = placed = receivers_on([REMOTE[0]])
 
     async def refuse(bucket):
@@ -325,7 +324,7 @@ async def test_an_error_of_one_replica_leaves_the_relays(relays):
     receiver.before_load = None
     await run(transport, SIZES, placed, 2)
     assert receiver.hashes == expected(SIZES, 2)
-    assert len(relays.started) == 2
+    assert len(proxies.started) == 2
 
 
 class LostSender(BytesSender):
@@ -334,34 +333,19 @@ class LostSender(BytesSender):
         return {**bucket, "segment": {**bucket["segment"], "fd": 1 << 20}}
 
 
-async def test_a_segment_that_is_gone_is_the_home_relay_s_error(relays, monkeypatch):
+async def test_missing_segment_is_an_error_of_the_home_proxy(proxies, monkeypatch):
     monkeypatch.setattr(collective, "_GRACE_S", 1.0)
-    transport = CollectiveTransport(relays, timeout_s=DEATH_S)
-    sender, receivers = transport.connect(LostSender([PIECE]), HOME, receivers_on([REMOTE[0]]))
+    transport = CollectiveTransport(proxies, timeout_s=DEATH_S)
+    sender, receivers = transport.connect(LostSender([SLICE]), HOME, receivers_on([REMOTE[0]]))
     with pytest.raises(WeightUpdateError, match=r"\(home\): WeightUpdateError: .* process \d+ cannot be opened"):
         await update_weights(sender, receivers, 1)
 
 
-async def test_replicas_on_other_nodes_join_and_leave(relays):
-    transport = CollectiveTransport(relays, timeout_s=DEATH_S)
+async def test_transport_follows_the_nodes_of_the_replicas(proxies):
+    transport = CollectiveTransport(proxies, timeout_s=DEATH_S)
     for version, nodes in enumerate(([REMOTE[0]], REMOTE, [REMOTE[1]], [HOME]), start=1):
         placed = receivers_on(nodes)
         await run(transport, SIZES, placed, version)
         assert all(receiver.hashes == expected(SIZES, version) for receiver, _ in placed)
-        running = {node for node, relay in relays.items() if relay.process.is_alive()}
+        running = {node for node, proxy in proxies.items() if proxy.process.is_alive()}
         assert running == (set() if nodes == [HOME] else {HOME, *nodes})
-
-
-async def test_without_a_transport_a_remote_replica_is_refused():
-    sender, (local, remote) = BytesSender(SIZES), receivers_on([HOME, REMOTE[0]])
-    assert SharedMemoryTransport().connect(sender, HOME, [local]) == (sender, [local[0]])
-    with pytest.raises(WeightUpdateError, match=r"backend=naive.*\(home\).*\(left\).*use nccl, hccl or gloo"):
-        SharedMemoryTransport().connect(sender, HOME, [local, remote])
-
-
-@pytest.mark.parametrize(
-    ("device", "backend", "meant"),
-    [("npu", "nccl", "hccl"), ("npu", "hccl", "hccl"), ("npu", "gloo", "gloo"), ("cuda", "nccl", "nccl")],
-)
-def test_what_a_backend_means_on_a_device(device, backend, meant):
-    assert backend_on(device, backend) == meant

@@ -18,8 +18,8 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from verl.config import ModelConfig, RolloutConfig
 from verl.utils.heap import freeze_heap
@@ -32,9 +32,15 @@ from verl.workers.rollout.quantization import worker_settings
 from verl.workers.rollout.request_channel import Request, RequestDesk, Response
 from verl.workers.rollout.types import ReplicaUnavailable, TokenOutput
 from verl.workers.rollout.vllm_rollout.engine_args import engine_args
+from verl.workers.rollout.vllm_rollout.worker_calls import call_workers, merge_reports, results
+from verl.workers.rollout.vllm_rollout.worker_extension import WeightUpdateExtension
 from verl.workers.weight_sync.manifest import WeightUpdateError
+from verl.workers.weight_sync.messages import Bucket, EngineReport, ManifestMessage, WorkerReply
 
 logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _SUPPORTED_QUANTIZATION = list(SCHEME_NAMES)
 
@@ -113,7 +119,9 @@ class vLLMHttpServer:
             raise ValueError(f"vLLM refuses what its engine should be started with: {error}") from None
         self._engine = AsyncLLM.from_vllm_config(config, disable_log_stats=self._rollout.disable_log_stats)
         if self._timeline is not None:
-            await self._engine.collective_rpc("verl_join_timeline", args=(self._timeline, f"replica {self._rank}"))
+            await call_workers(
+                self._engine, WeightUpdateExtension.verl_join_timeline, self._timeline, f"replica {self._rank}"
+            )
         self._max_len = config.model_config.max_model_len
         if self._rollout.load_format != "dummy":
             self._commit(0)
@@ -220,7 +228,11 @@ class vLLMHttpServer:
 
     @spanned("update: drain or cut, begin")
     async def begin_update(self, version: int, base: int | None = None) -> None:
-        """Drain or cut what is in flight; bring the engine to its load layout, or with `base` get ready for changes."""
+        """Drain or cut the requests in flight, and bring the engine to the checkpoint layout or prepare it for a delta.
+
+        Args:
+            base: the version that a delta is relative to; None for a full update.
+        """
         self._serving.clear()
         self._refusal = None
         try:
@@ -228,7 +240,8 @@ class vLLMHttpServer:
                 await self._cut()
             # What came over HTTP has no client that would go on with it.
             await drain(self._engine)
-            await self._workers("verl_begin_update", version, worker_settings(self._rollout), base)
+            settings = worker_settings(self._rollout)
+            await self._workers(WeightUpdateExtension.verl_begin_update, version, settings, base)
         except BaseException as error:
             self._refuse(str(error))
             raise
@@ -241,23 +254,23 @@ class vLLMHttpServer:
             await asyncio.sleep(0.001)
 
     @spanned("update: load a bucket")
-    async def load_bucket(self, bucket: dict[str, Any]) -> None:
+    async def load_bucket(self, bucket: Bucket) -> None:
         """Load one bucket in every worker of this replica."""
         try:
-            await self._workers("verl_load_bucket", bucket)
+            await self._workers(WeightUpdateExtension.verl_load_bucket, bucket)
         except BaseException as error:
             self._refuse(str(error))
             raise
 
     @spanned("update: finish")
-    async def finish_update(self, manifest: dict[str, Any]) -> dict[str, Any]:
-        """Check what arrived, bring the engine to its run-time layout, commit the version, and serve again.
+    async def finish_update(self, manifest: ManifestMessage) -> EngineReport:
+        """Check the update, bring the engine to the kernel layout, commit the version, and serve again.
 
         Returns:
-            As `WeightReceiver.finish`, the largest numbers of all workers; `accepts_delta` where all of them are.
+            The merged report of all workers; see `merge_reports`.
         """
         try:
-            statistics = await self._workers("verl_finish_update", manifest)
+            reports = await self._workers(WeightUpdateExtension.verl_finish_update, manifest)
             # Keys and values under the old weights must not answer prompts under the new ones.
             if not await self._engine.reset_prefix_cache():
                 raise WeightUpdateError("the engine kept its prefix cache: requests are still in flight")
@@ -266,34 +279,27 @@ class vLLMHttpServer:
             self._refuse(str(error))
             raise
         self._commit(int(manifest["version"]))
-        columns = _columns(statistics)
-        accepts_delta = all(columns.pop("accepts_delta"))
-        # Where the workers quantize, each does so with all weights.
-        errors = columns.pop("errors")[0]
-        return {
-            **{key: max(values) for key, values in columns.items()},
-            "errors": errors,
-            "accepts_delta": accepts_delta,
-        }
+        return merge_reports(reports)
 
     async def abort_update(self, reason: str) -> None:
-        """Give an update up. The replica refuses every request until a whole update succeeds."""
+        """Abort an update. The replica refuses every request until a full update succeeds."""
         self._refuse(reason)
 
     async def parameter_hashes(self) -> list[dict[str, str]]:
         """SHA-256 of every parameter, by engine name, for each worker."""
-        return await self._engine.collective_rpc("verl_parameter_hashes")
+        return await call_workers(self._engine, WeightUpdateExtension.verl_parameter_hashes)
 
     async def parameter_addresses(self) -> list[dict[str, int]]:
         """Address of every parameter, by engine name, for each worker."""
-        return await self._engine.collective_rpc("verl_parameter_addresses")
+        return await call_workers(self._engine, WeightUpdateExtension.verl_parameter_addresses)
 
-    async def _workers(self, method: str, *arguments: Any) -> list[Any]:
-        outcomes = await self._engine.collective_rpc(method, args=arguments)
-        for rank, outcome in enumerate(outcomes):
-            if outcome["error"] is not None:
-                raise WeightUpdateError(f"replica {self._rank}, worker {rank}: {outcome['error']}")
-        return [outcome["result"] for outcome in outcomes]
+    async def _workers(
+        self,
+        method: Callable[Concatenate[WeightUpdateExtension, P], WorkerReply[R]],
+        *arguments: P.args,
+        **keywords: P.kwargs,
+    ) -> list[R]:
+        return results(await call_workers(self._engine, method, *arguments, **keywords), self._rank)
 
     def _refuse(self, reason: str) -> None:
         self._serving.clear()
@@ -333,10 +339,6 @@ class vLLMHttpServer:
         if self._engine is not None:
             engine, self._engine = self._engine, None
             await asyncio.to_thread(engine.shutdown)
-
-
-def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    return {key: [row[key] for row in rows] for key in rows[0]}
 
 
 def _sampled_log_probs(output: Any) -> list[float]:

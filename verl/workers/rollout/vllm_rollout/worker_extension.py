@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -17,7 +17,11 @@ from verl.utils.timeline import join_timeline, spanned
 from verl.utils.vllm.reload import load_session
 from verl.workers.rollout.quantization import worker_scheme
 from verl.workers.weight_sync.manifest import WeightUpdateError
+from verl.workers.weight_sync.messages import Bucket, EngineReport, ManifestMessage, WorkerReply
 from verl.workers.weight_sync.receiver import WeightReceiver
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class WeightUpdateExtension:
@@ -34,12 +38,13 @@ class WeightUpdateExtension:
     @spanned("update: begin")
     def verl_begin_update(
         self, version: int, quantization: dict[str, Any] | None = None, base: int | None = None
-    ) -> dict[str, Any]:
-        """Put the model into its load layout, or with `base` get ready for what changed since that version.
+    ) -> WorkerReply[None]:
+        """Bring the model to the checkpoint layout, or prepare it for a delta against the version `base`.
 
-        `quantization` is what `worker_settings` made of the rollout's config.
+        Args:
+            quantization: the result of `worker_settings`.
         """
-        return _reported(self._verl_begin, version, quantization or {}, base)
+        return _reply(self._verl_begin, version, quantization or {}, base)
 
     def _verl_begin(self, version: int, quantization: dict[str, Any], base: int | None) -> None:
         if self._verl_receiver is None:
@@ -50,16 +55,16 @@ class WeightUpdateExtension:
         self._verl_receiver.begin(version, base)
 
     @spanned("update: load a bucket")
-    def verl_load_bucket(self, bucket: dict[str, Any]) -> dict[str, Any]:
-        """Load one bucket out of shared memory."""
-        assert self._verl_receiver is not None, "verl_begin_update first"
-        return _reported(self._verl_receiver.load_bucket, bucket)
+    def verl_load_bucket(self, bucket: Bucket) -> WorkerReply[None]:
+        """Load one bucket from shared memory."""
+        assert self._verl_receiver is not None, "call verl_begin_update first"
+        return _reply(self._verl_receiver.load_bucket, bucket)
 
     @spanned("update: finish")
-    def verl_finish_update(self, manifest: dict[str, Any]) -> dict[str, Any]:
-        """Check, bring the model to its run-time layout, commit; the result holds the receiver's statistics."""
-        assert self._verl_receiver is not None, "verl_begin_update first"
-        return _reported(self._verl_receiver.finish, manifest)
+    def verl_finish_update(self, manifest: ManifestMessage) -> WorkerReply[EngineReport]:
+        """Check the update, bring the model to the kernel layout, and commit."""
+        assert self._verl_receiver is not None, "call verl_begin_update first"
+        return _reply(self._verl_receiver.finish, manifest)
 
     def verl_parameter_hashes(self) -> dict[str, str]:
         """SHA-256 of every parameter's bytes on this worker, by engine name."""
@@ -84,9 +89,10 @@ def _plain_parts(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.T
         yield from _plain_parts(f"{name}.{attribute}", getattr(tensor, attribute))
 
 
-def _reported(call: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
+def _reply(call: Callable[P, R], *arguments: P.args, **keywords: P.kwargs) -> WorkerReply[R]:
+    """Return the result of a call, or the text of its error."""
     try:
-        return {"error": None, "result": call(*arguments)}
+        return {"error": None, "result": call(*arguments, **keywords)}
     except (
         WeightUpdateError,
         ValueError,

@@ -1,4 +1,4 @@
-"""The interface of a transport: how a bucket gets from the trainer's node to each replica."""
+"""The interface of a transport, which brings each bucket from the trainer's node to every replica."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from verl.workers.weight_sync.driver import Receiver, Sender
 
 @dataclass(frozen=True)
 class Node:
-    """Where a process runs.
+    """The node on which a process runs. Two nodes are equal if their ids are.
 
     Attributes:
-        id: of the node, unique in the cluster.
-        address: of the node in the cluster's network.
-        device: of those that the process sees, the first; None where that is not restricted.
+        id: unique in the cluster.
+        address: in the cluster's network.
+        device: first device that the process sees; None if it sees all devices of the node.
     """
 
     id: str
@@ -28,12 +28,12 @@ class Node:
 
 
 class Transport(Protocol):
-    """Wraps the sender and the receivers of an update so that each bucket reaches every receiver's node."""
+    """Wraps the sender and the receivers of an update so that each bucket reaches the node of every receiver."""
 
     def connect(
         self, sender: Sender, home: Node, receivers: Sequence[tuple[Receiver, Node]]
     ) -> tuple[Sender, list[Receiver]]:
-        """Return the sender and the receivers to update with.
+        """Return a sender and receivers for `update_weights` that use this transport.
 
         Args:
             sender: runs on the node `home`.

@@ -10,15 +10,15 @@ from verl.workers.weight_sync.transports.base import Node
 
 
 class SharedMemoryTransport:
-    """The way to replicas on the trainer's node, which needs nothing."""
+    """Leaves sender and receivers as they are: all of them run on one node."""
 
     def connect(
         self, sender: Sender, home: Node, receivers: Sequence[tuple[Receiver, Node]]
     ) -> tuple[Sender, list[Receiver]]:
-        """See `CollectiveTransport.connect`.
+        """Return the arguments; see `Transport.connect`.
 
         Raises:
-            WeightUpdateError: a receiver on another node.
+            WeightUpdateError: a receiver runs on another node.
         """
         for _, node in receivers:
             if node != home:
@@ -29,4 +29,4 @@ class SharedMemoryTransport:
         return sender, [receiver for receiver, _ in receivers]
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Do nothing: this transport has no processes."""

@@ -1,0 +1,147 @@
+"""vLLM's layer-wise reload: the functions of it that verl uses, their differences between releases, and repairs.
+
+The reload brings each layer back to the checkpoint layout, runs its post-processing again once all its weights have
+been loaded, and copies the result into the tensors that the engine runs on, so that their addresses never change.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class LayerSubset:
+    """Some layers of a model, in the form that vLLM's reload walks: it keeps a flag on the model itself."""
+
+    def __init__(self, model: nn.Module, layers: Iterable[nn.Module]):
+        self._model = model
+        self._layers = list(layers)
+
+    def modules(self) -> Iterator[nn.Module]:
+        return iter(self._layers)
+
+    @property
+    def _do_torchao_reload(self) -> bool:
+        return getattr(self._model, "_do_torchao_reload", False)
+
+    @_do_torchao_reload.setter
+    def _do_torchao_reload(self, value: bool) -> None:
+        self._model._do_torchao_reload = value
+
+
+def begin_reload(layers: LayerSubset) -> None:
+    """Bring layers to the checkpoint layout."""
+    from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+    _forget_packed_experts(layers)
+    initialize_layerwise_reload(layers)
+
+
+def finish_reload(layers: LayerSubset, model_config: Any) -> None:
+    """Bring layers to the kernel layout."""
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+    finalize_layerwise_reload(layers, model_config)
+
+
+def abandon_reload(model: nn.Module) -> None:
+    """Close an unfinished reload: give layers their kernel tensors back, and drop the weights that they buffer."""
+    from vllm.model_executor.model_loader.reload.layerwise import _place_kernel_tensors
+
+    for layer in model.modules():
+        info = layer_info(layer)
+        if awaits_weights(info):
+            if info.kernel_tensors is not None:
+                _place_kernel_tensors(layer, info)
+            info.reset()
+
+
+def load_weights(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Load checkpoint tensors through the model's own loaders.
+
+    Raises:
+        ValueError: a loader failed; the message names the parameter.
+    """
+    drawn: list[str] = []
+
+    def stream() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in tensors:
+            drawn.append(f"{name!r} {list(tensor.shape)}")
+            yield name, tensor
+
+    try:
+        model.load_weights(stream())
+    except (AssertionError, RuntimeError, ValueError, KeyError) as error:
+        # Loaders draw one tensor after the other, and most of their assertions have no text.
+        raise ValueError(f"parameter {drawn[-1]}: {type(error).__name__}: {error}") from error
+
+
+def layer_info(layer: nn.Module) -> Any:
+    """Return vLLM's reload state of a layer."""
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    return get_layerwise_info(layer)
+
+
+def awaits_weights(info: Any) -> bool:
+    """Return whether a layer waits for weights; vLLM 0.18 names the method `can_process`."""
+    return info.can_load() if hasattr(info, "can_load") else info.can_process()
+
+
+def never_loaded() -> set[str]:
+    """Return the names of parameters that no checkpoint fills."""
+    from vllm.model_executor.model_loader.reload import meta
+
+    # Before vLLM 0.32 the same set also names what never leaves the device.
+    return getattr(meta, "SKIP_LOAD_TENSORS", meta.SKIP_TENSORS)
+
+
+def expected_numel(layer: nn.Module) -> int:
+    """Return the elements that a checkpoint writes into the layer's own parameters, without padding and buffers."""
+    total = 0
+    for key, parameter in layer._parameters.items():
+        if parameter is None or key in never_loaded():
+            continue
+        rows = getattr(getattr(layer, "shard_indices", None), "num_org_elements", None)
+        if rows is not None and parameter.ndim:
+            # A vocabulary is padded to a multiple of 64 rows, which no checkpoint fills.
+            total += rows * parameter[0].numel()
+        else:
+            total += getattr(parameter, "weight_loader_numel", parameter.numel())
+    return total
+
+
+def post_processing(layer: nn.Module) -> Callable[[], None] | None:
+    """Return the function that computes what a layer keeps beside its parameters; None if there is none."""
+    quant_method = getattr(layer, "quant_method", None)
+    if quant_method is None or all(parameter is None for parameter in layer._parameters.values()):
+        return None
+    return functools.partial(quant_method.process_weights_after_loading, layer)
+
+
+def uses_packed_copy(model: nn.Module, layer: nn.Module) -> bool:
+    """Return whether a layer multiplies with a packed copy of its weight. An embedding table is only looked up."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+
+    heads = {id(head) for module in model.modules() if (head := getattr(module, "lm_head", None)) is not None}
+    table = isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead)
+    return hasattr(layer, "cpu_linear") and (not table or id(layer) in heads)
+
+
+def _forget_packed_experts(layers: LayerSubset) -> None:
+    """Make unquantized experts on a CPU pack their weights again.
+
+    Their method takes an existing kernel as a sign that copying the weights is enough (vLLM 0.32). That holds for
+    layouts that a copy preserves, not for the CPU's packed one.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    for layer in layers.modules():
+        if getattr(getattr(layer, "quant_method", None), "moe_kernel", None) is not None:
+            layer.quant_method.moe_kernel = None
