@@ -11,10 +11,10 @@ from typing import Any
 
 from verl.config.ppo import PPOConfig
 from verl.preflight.findings import Findings
+from verl.preflight.light_tokenizer import LightTokenizer
 from verl.preflight.plan import PromptLengths
 from verl.utils.dataset.files import JsonRows, ParquetRows, data_paths, read_rows, row_name
 from verl.utils.dataset.prompts import Messages, check_messages, check_template_kwargs, prompt_token_ids
-from verl.utils.light_tokenizer import LightTokenizer
 from verl.utils.reward_score import require_scorer
 
 # Rows of each file that are checked.

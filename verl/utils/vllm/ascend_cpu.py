@@ -195,8 +195,8 @@ class AscendCpuLinearMethod(_Dequantizing, LinearMethodBase):
         n, k = sum(output_partition_sizes), input_size_per_partition
         if k != input_size and k % MX_BLOCK_SIZE:
             raise ValueError(
-                f"quantization=ascend: {input_size} inputs give {k} per rank, which is not a multiple of {MX_BLOCK_SIZE}; "
-                "use a smaller tensor_model_parallel_size or leave the layer out"
+                f"quantization=ascend: {input_size} inputs give {k} per rank, which is not a multiple of "
+                f"{MX_BLOCK_SIZE}; use a smaller tensor_model_parallel_size or leave the layer out"
             )
         layer._mxfp8_compute_dtype = params_dtype
         attributes = {"input_dim": 1, "output_dim": 0} | extra_weight_attrs

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from tensordict import NonTensorData, NonTensorStack, TensorDict
 
-from verl.utils import proto_io
+from verl.protocol import io as proto_io
 from verl.utils.proto_columns import (
     cat_column,
     concat_meta_info,

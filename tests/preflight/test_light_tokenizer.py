@@ -6,8 +6,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
+from verl.preflight.light_tokenizer import LightTokenizer
 from verl.utils.dataset.prompts import prompt_token_ids
-from verl.utils.light_tokenizer import LightTokenizer
 
 MESSAGES = [
     {"role": "system", "content": 'Answer "briefly".'},

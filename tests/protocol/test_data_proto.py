@@ -402,7 +402,7 @@ def test_load_rejects_damaged_and_foreign_files(tmp_path):
 
 
 def test_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
-    from verl.utils import proto_io
+    from verl.protocol import io as proto_io
 
     path = tmp_path / "batch.safetensors"
     make(3).save_to_disk(path)
