@@ -18,8 +18,10 @@ from pathlib import Path
 
 GUARD = Path(__file__).with_name("guard.bash")
 # Programs that only read and print, with any arguments.
-TOOLS = ("basename", "cat", "cut", "dirname", "expr", "head", "id", "nproc", "readlink", "realpath", "seq", "tail")
-TOOLS += ("tr", "uname", "wc")
+TOOLS = (
+    *("basename", "cat", "cut", "dirname", "expr", "head", "id", "nproc", "readlink", "realpath", "seq", "tail"),
+    *("tr", "uname", "wc"),
+)
 # Time limit of a script.
 SECONDS = 20.0
 # Environment variables of a program that are recorded.

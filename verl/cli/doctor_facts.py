@@ -126,7 +126,7 @@ def gather(environment: Mapping[str, str], *, root: Path = Path("/")) -> Facts:
     cluster = ray_cluster(environment, root=root)
     return Facts(
         python=platform.python_version(),
-        requires_python=metadata.metadata("verl").get("Requires-Python") or "",
+        requires_python=str(metadata.metadata("verl").json.get("requires_python", "")),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         requirements=requirements,
         packages=packages,
@@ -186,8 +186,8 @@ def try_imports(distributions: list[str]) -> dict[str, tuple[str | None, str | N
     Returns:
         distribution -> reason of the failure, or None; and its output behind the mark, or None.
     """
-    codes = {name: _IMPORTS.get("vllm" if name in _SAME else name) for name in distributions}
-    codes = {name: code for name, code in codes.items() if code} | {"kernels": _KERNELS}
+    keys = {name: "vllm" if name in _SAME else name for name in distributions}
+    codes = {name: _IMPORTS[key] for name, key in keys.items() if key in _IMPORTS} | {"kernels": _KERNELS}
     with ThreadPoolExecutor(max_workers=host.cpu_cores()) as pool:
         return dict(zip(codes, pool.map(_run, codes.values()), strict=True))
 

@@ -238,7 +238,7 @@ class Plan:
         memory = self.device_memory
         if memory is None:
             return []
-        rows = []
+        rows: list[Row] = []
         for stage in memory.stages:
             shown = stage.parts.items()
             parts = ", ".join(f"{name} {part / GB:.1f}" for name, part in shown if part >= MIN_SHOWN_BYTES)

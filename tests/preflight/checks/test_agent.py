@@ -26,7 +26,7 @@ def test_a_tool_agent_with_tools_has_no_warning(plan_of, tools):
 
 def test_an_unknown_agent_loop_is_an_error(problem_of):
     problem = problem_of(**{LOOP: "tool_agnet"})
-    assert problem.startswith("actor_rollout_ref.rollout.agent.default_agent_loop=tool_agnet: unknown agent loop")
+    assert problem.startswith("actor_rollout_ref.rollout.agent.default_agent_loop=tool_agnet: tool_agnet is unknown")
     assert "single_turn_agent, tool_agent" in problem
 
 

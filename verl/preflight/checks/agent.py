@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 
 from verl.config import names
 from verl.config.agent_loops_file import AGENT_LOOPS_KEY, AgentLoopFileError, read_agent_loops
+from verl.config.errors import unknown_value
 from verl.config.ppo import PPOConfig
 from verl.preflight.checks.data import column_names
 from verl.preflight.findings import Findings
@@ -29,11 +29,9 @@ def check_agent(config: PPOConfig, found: Findings) -> None:
             return
     default = agent.default_agent_loop
     if default not in known:
-        similar = difflib.get_close_matches(default, known, n=1)
-        hint = f" (did you mean {similar[0]}?)" if similar else ""
         found.errors.append(
-            f"{_DEFAULT_KEY}={default}: unknown agent loop{hint}; use one of {', '.join(sorted(known))}, or give the "
-            f"file of your agent loop in {AGENT_LOOPS_KEY}"
+            f"{_DEFAULT_KEY}={default}: {unknown_value(default, sorted(known))}, or give the file of your agent loop "
+            f"in {AGENT_LOOPS_KEY}"
         )
     _check_multi_turn(config, found)
 

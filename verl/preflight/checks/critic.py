@@ -104,7 +104,7 @@ def check_critic_model(
             f"{_PATH}={path}: has {positions} positions, but a sample can have {longest} tokens "
             "(data.max_prompt_length + data.max_response_length); use another model, or lower one of the two"
         )
-    tokens, policy_tokens = files.number("vocab_size"), policy and policy.number("vocab_size")
+    tokens, policy_tokens = files.number("vocab_size"), None if policy is None else policy.number("vocab_size")
     if tokens is not None and policy_tokens is not None and tokens < policy_tokens:
         found.errors.append(
             f"{_PATH}={path}: has {tokens} tokens in its vocabulary, but the policy has {policy_tokens}; the critic "

@@ -122,7 +122,8 @@ def _measure(config: PPOConfig, sample: list[_Prompt], found: Findings) -> Promp
         found.errors.append(f"data.train_files: cannot tokenize prompts: {error}")
         return None
     lengths = [len(prompt) for prompt in prompts]
-    unknown = sum(prompt.count(tokenizer.unk_token_id) for prompt in prompts) / max(1, sum(lengths))
+    unknown_id = tokenizer.unk_token_id
+    unknown = 0 if unknown_id is None else sum(prompt.count(unknown_id) for prompt in prompts) / max(1, sum(lengths))
     if unknown > _MAX_UNKNOWN:
         found.warnings.append(
             f"data.train_files: the tokenizer in {folder} does not know {unknown:.0%} of the tokens in {len(prompts)} "
