@@ -80,7 +80,7 @@ def convert(value: Any, hint: Any) -> Any:
         raise _WrongType(f"{describe(hint)}, not null")
     options = [option for option in options if option is not type(None)]
     # The exact type comes first, so that `float | str` keeps text as text.
-    for option in sorted(options, key=lambda option: (typing.get_origin(option) or option) is not type(value)):
+    for option in sorted(options, key=lambda option: _origin(option) is not type(value)):
         try:
             return _convert_one(value, option)
         except _WrongType:
@@ -90,9 +90,9 @@ def convert(value: Any, hint: Any) -> Any:
 
 
 def _convert_one(value: Any, hint: Any) -> Any:
-    origin: Any = typing.get_origin(hint) or hint
-    if origin is Any:
+    if hint is Any:
         return value
+    origin = _origin(hint)
     if origin is list:
         item = typing.get_args(hint)[0]
         if item is str and isinstance(value, str):
@@ -156,7 +156,7 @@ def describe(hint: Any) -> str:
     """Return a type hint in words."""
     parts = []
     for option in _union(hint):
-        origin = typing.get_origin(option) or option
+        origin = _origin(option)
         if origin is type(None):
             parts.append("null")
         elif origin is list:
@@ -225,6 +225,11 @@ def _resolve_path(known: Key, value: Any) -> Any:
     if not known.path or not value:
         return value
     return (known.hub and cached_model(value)) or os.path.abspath(os.path.expanduser(value))
+
+
+def _origin(hint: Any) -> Any:
+    """Return the class of a generic type hint, such as list for list[str], or the hint itself."""
+    return typing.get_origin(hint) or hint
 
 
 def _union(hint: Any) -> list[Any]:
