@@ -26,15 +26,8 @@ def derive_plan(
     data: DataInfo,
     quantization: WeightFormat | None,
 ) -> Plan:
-    """Return sizes, dtypes, processes and memory of the run.
-
-    Args:
-        device: `cpu`, `cuda` or `npu`.
-        critic: the critic's files; None without a critic.
-        quantization: the engine's format of quantized weights; None without quantization.
-    """
-    roles, trainer = config.actor_rollout_ref, config.trainer
-    actor, rollout = roles.actor, roles.rollout
+    """Return sizes, dtypes, processes and memory of the run; None stands for no critic or no quantization."""
+    actor, rollout, trainer = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout, config.trainer
     ranks, replicas, samples = trainer_ranks(config), replica_count(config), config.data.train_batch_size * rollout.n
     mini = actor.ppo_mini_batch_size * rollout.n
     micro = None if actor.use_dynamic_bsz else mini // ranks // (actor.ppo_micro_batch_size_per_gpu or 1)
