@@ -1,8 +1,8 @@
-"""What only an Ascend 950 can prove: that its kernels compute what everything else here is tested against.
+"""Tests that need an Ascend 950: its kernels compute the same as the references of all other tests.
 
     python -m pytest -m npu tests/npu tests/utils/quantization      # on a machine with torch_npu and vllm-ascend
 
-Elsewhere each test is skipped with the reason. docs/ascend.md lists them.
+On other machines each test is skipped with the reason. docs/ascend.md lists them.
 """
 
 import importlib.util
@@ -25,7 +25,7 @@ pytestmark = [
     pytest.mark.npu,
     pytest.mark.skipif(
         importlib.util.find_spec("torch_npu") is None,
-        reason="needs an Ascend 950 with torch_npu and vllm-ascend; there is no torch_npu here",
+        reason="needs an Ascend 950 with torch_npu and vllm-ascend; torch_npu is not installed",
     ),
 ]
 
@@ -34,7 +34,7 @@ E8M0 = 293  # torch_npu.float8_e8m0fnu
 
 
 def moved(tensor):
-    """To the NPU; under the stand-in for torch_npu, which runs what it can of these tests, the CPU stands for it."""
+    """Move a tensor to the NPU; it stays on the CPU with the stand-in for torch_npu, which runs some of these tests."""
     import torch_npu
 
     return tensor if torch_npu.__version__.endswith("+standin") else tensor.to("npu")
@@ -45,18 +45,18 @@ def randn(*shape, seed=0):
 
 
 def paired(scales):
-    """[.., G] as an operator takes them: [.., ceil(G / 2), 2]."""
+    """Reshape scales [.., G] to the layout of an operator, [.., ceil(G / 2), 2]."""
     return torch.nn.functional.pad(scales, (0, scales.shape[-1] % 2)).unflatten(-1, (-1, 2))
 
 
-def test_the_machine_is_an_ascend_950_with_a_vllm_ascend_built_for_it():
+def test_machine_is_an_ascend_950_with_a_matching_vllm_ascend():
     assert torch.npu.get_soc_version() == 260
     check_vllm_ascend()
 
 
 @pytest.mark.parametrize("k", [4096, 96, 80])
-def test_quantized_product(k):
-    """`npu_quant_matmul` in the layouts that the hooks leave weights in, odd and partial groups included."""
+def test_quantized_product_equals_the_reference(k):
+    """`npu_quant_matmul` with weights in the kernel layout of the hooks, odd and partial groups included."""
     import torch_npu
 
     x, weight = randn(33, k), randn(64, k, seed=1)
@@ -75,18 +75,18 @@ def test_quantized_product(k):
     )
     expected = mxfp8_round_trip(x).double() @ mxfp8_round_trip(weight).double().T
     error = (output.cpu().double() - expected).abs().max() / expected.abs().max()
-    assert error < 2**-8  # the output's own rounding
+    assert error < 2**-8  # rounding of the output
 
 
-def test_a_block_too_small_for_its_scale():
-    """Where our quantizer and the operator's published source differ: every magnitude below 2^-118."""
+def test_block_below_the_smallest_scale_becomes_zero():
+    """The only difference of `mxfp8_quantize` from the operator's published source: magnitudes below 2^-118."""
     x = torch.full((1, 32), 2.0**-124).bfloat16()
     values, scales = npu_mxfp8_quantize(moved(x))
     assert int(scales[0, 0]) == 0
     assert not values.cpu().view(torch.uint8).any()
 
 
-def test_what_the_trainer_sends_from_an_npu_is_what_it_sends_from_a_cpu(tmp_path):
+def test_trainer_sends_the_same_bytes_from_npu_and_cpu(tmp_path):
     model = write_tiny_model(tmp_path, kind="qwen3_moe", dtype="bfloat16", hidden_size=96)
     weights = weights_of(model)
     here = dict(get_scheme(ROLLOUT, str(model)).encode(weights.items()))
@@ -112,19 +112,23 @@ def start(monkeypatch):
         each.close()
 
 
-def is_near(engine, source, stale):
-    """In bfloat16 rounding hides a part of what quantization does: emulated on a CPU, 0.004 against 0.007 and 0.17."""
-    answers, log_probs = engine.sample()
+def assert_close(engine, source, stale):
+    """Check that the engine is close to the fake-quantized model.
+
+    Rounding to bfloat16 hides a part of the effect of quantization: emulated on a CPU, the differences are 0.004 from
+    the fake-quantized model, 0.007 from the unquantized and 0.17 from a stale one.
+    """
+    responses, log_probs = engine.sample()
     plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    difference = (log_probs - log_probs_of(fake_quantized(source), answers)).abs().mean()
-    assert difference < (log_probs - log_probs_of(plain, answers)).abs().mean()
-    assert difference < 0.1 * (log_probs - log_probs_of(fake_quantized(stale), answers)).abs().mean()
+    difference = (log_probs - log_probs_of(fake_quantized(source), responses)).abs().mean()
+    assert difference < (log_probs - log_probs_of(plain, responses)).abs().mean()
+    assert difference < 0.1 * (log_probs - log_probs_of(fake_quantized(stale), responses)).abs().mean()
 
 
 @pytest.mark.parametrize("enforce_eager", [True, False], ids=["eager", "graphs"])
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
-def test_engine_after_four_updates(tmp_path, start, kind, enforce_eager):
-    """Captured graphs must read the new weights: their addresses are those of the capture."""
+def test_engine_after_four_updates_equals_the_last_checkpoint(tmp_path, start, kind, enforce_eager):
+    """Captured graphs must read the new weights, so addresses must not change."""
     options = dict(kind=kind, tied=False, std=0.02, dtype="bfloat16", hidden_size=128, moe_intermediate_size=64)
     if kind == "qwen3":
         del options["moe_intermediate_size"]
@@ -135,11 +139,11 @@ def test_engine_after_four_updates(tmp_path, start, kind, enforce_eager):
         source, stale = models[version % 4], models[version - 1]
         engine.update(((name, moved(t)) for name, t in scheme.encode(weights_of(source).items())), version)
         assert engine.rpc("verl_parameter_addresses") == addresses
-        is_near(engine, source, stale)
+        assert_close(engine, source, stale)
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
-def test_sleep_and_wake_between_updates(tmp_path, start, kind):
+def test_updates_between_sleeps(tmp_path, start, kind):
     models = [
         write_tiny_model(tmp_path / str(seed), kind=kind, seed=seed, std=0.02, dtype="bfloat16") for seed in range(3)
     ]
@@ -150,4 +154,4 @@ def test_sleep_and_wake_between_updates(tmp_path, start, kind):
         source, stale = models[version % 3], models[version - 1]
         engine.update(scheme.encode(weights_of(source).items()), version)
         engine.llm.wake_up(tags=["kv_cache"])
-        is_near(engine, source, stale)
+        assert_close(engine, source, stale)

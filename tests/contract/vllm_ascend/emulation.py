@@ -1,8 +1,8 @@
-"""What vLLM's CPU emulation of MXFP8 holds, for comparison with the releases.
+"""Parameters of the CPU emulation of MXFP8, for comparison with the releases.
 
     .venv/bin/python tests/contract/vllm_ascend/emulation.py OUTPUT.json   # in the main environment
 
-The same weights are made in every environment: from the names and shapes of a tiny checkpoint and a seed.
+The weights are the same in every environment: they depend on the names and shapes of a tiny checkpoint and on a seed.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from contract.vllm_ascend.reference import held
+from contract.vllm_ascend.reference import parameters_of
 
 from fixtures.tiny import write_tiny_model
 
@@ -30,12 +30,12 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def checkpoint(directory: Path, case: str) -> Path:
-    """A checkpoint of the case's shapes; its values are not the same in every release of transformers."""
+    """Write a checkpoint with the shapes of a case. Its values differ between releases of transformers."""
     return write_tiny_model(directory, dtype="bfloat16", **CASES[case])
 
 
 def numbered_weights(weights: Mapping[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
-    """Values that depend on names, shapes and the seed alone, of sizes that differ by row."""
+    """Return values that depend only on names, shapes and the seed; their magnitude differs by row."""
     made = {}
     for number, name in enumerate(sorted(weights)):
         generator = torch.Generator().manual_seed(1000 * seed + number)
@@ -46,10 +46,10 @@ def numbered_weights(weights: Mapping[str, torch.Tensor], seed: int) -> dict[str
 
 
 def digests(model: torch.nn.Module) -> dict[str, list]:
-    """Of each quantized parameter: its shape, and the SHA-256 of its bytes, in the run-time layout."""
+    """Return the shape and the SHA-256 of each quantized parameter in the kernel layout."""
     return {
         name: [list(value.shape), hashlib.sha256(value.tobytes()).hexdigest()]
-        for name, value in held(model).items()
+        for name, value in parameters_of(model).items()
         if value.dtype == np.uint8
     }
 

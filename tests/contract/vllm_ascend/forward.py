@@ -1,6 +1,6 @@
-"""A whole forward pass of a release's model on the CPU, where its attention kernels do not run.
+"""Forward passes of a release's model on the CPU, without its attention kernels.
 
-To be imported inside an environment of `build_env.py` only.
+Import it only in an environment of `build_env.py`.
 """
 
 import inspect
@@ -16,7 +16,7 @@ from vllm.model_executor.layers.attention import Attention
 
 
 def _causal(self, query, key, value, output_shape=None):
-    """Scaled dot products over one sequence that starts with the first token: no cache, no batches."""
+    """Compute causal attention over one sequence from its first token: no cache, no batches."""
     heads, kv_heads, size = self.num_heads, self.num_kv_heads, self.head_size
     q, k, v = (
         tensor.view(-1, count, size).transpose(0, 1)
@@ -29,16 +29,16 @@ def _causal(self, query, key, value, output_shape=None):
 
 @contextmanager
 def plain_attention() -> Iterator[None]:
-    """vLLM's attention layers, computed plainly."""
+    """Replace the forward pass of vLLM's attention layers by scaled dot products."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Attention, "forward", _causal)
         yield
 
 
 def in_float32(model: nn.Module) -> nn.Module:
-    """What is not quantized, and so all activations, in float32: bfloat16 would round between any two layers.
+    """Convert unquantized parameters, and so all activations, to float32: bfloat16 would round between layers.
 
-    The release refuses to be configured so, its layers take it; the operators' stand-ins do too.
+    The release rejects such a configuration, but its layers and the operators' stand-ins support float32.
     """
     for parameter in model.parameters():
         if parameter.dtype == torch.bfloat16:
@@ -51,15 +51,15 @@ def in_float32(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def log_probs(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities [tokens, vocabulary] after each token of one sequence."""
+    """Return log-probabilities [tokens, vocabulary] after each token of one sequence."""
     with plain_attention():
         hidden = model(ids, torch.arange(len(ids)))
-    # The head's method asks for an operator of vLLM's compiled code; its product is this.
+    # The head's method needs an operator of vLLM's compiled code, which computes this product.
     return torch.log_softmax(nn.functional.linear(hidden, model.lm_head.weight).double(), -1)
 
 
 def expert_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that hold experts' parameters, by the name of the module that they belong to."""
+    """Return the layers that hold the parameters of experts, by the name of their module."""
     return {
         name.removesuffix(".routed_experts"): layer
         for name, layer in model.named_modules()
@@ -71,7 +71,7 @@ def expert_layers(model: nn.Module) -> dict[str, nn.Module]:
 def experts_output(
     config: VllmConfig, layer: nn.Module, x: torch.Tensor, router_logits: torch.Tensor, top_k: int
 ) -> torch.Tensor:
-    """What the release's scheme makes of tokens x [M, H]: choice of experts, dispatch, both products, combination."""
+    """Run the release's scheme on tokens x [M, H]: choice of experts, dispatch, both products, combination."""
     from vllm_ascend import utils
     from vllm_ascend.ascend_config import get_ascend_config
     from vllm_ascend.ascend_forward_context import MoECommType
@@ -80,7 +80,7 @@ def experts_output(
     if hasattr(utils, "set_weight_prefetch_method"):  # before 0.26; the release's model runner does it
         utils.set_weight_prefetch_method(get_ascend_config().weight_prefetch_config)
     if getattr(layer, "swiglu_limit", None) is None:
-        layer.swiglu_limit = 0  # as the release's own layer class sets it
+        layer.swiglu_limit = 0  # as in the release's own layer class
     method = layer.quant_method
     count = next(
         name for name in ("num_experts", "global_num_experts") if name in inspect.signature(method.apply).parameters
@@ -88,7 +88,7 @@ def experts_output(
     with set_forward_context(None, config):
         context = get_forward_context()
         context.moe_comm_type, context.moe_comm_method = MoECommType.ALLGATHER, AllGatherCommImpl(layer.moe_config)
-        # Its input is disposed of.
+        # The method frees its input.
         output = method.apply(
             layer, x.clone(), router_logits, top_k=top_k, renormalize=True, **{count: router_logits.shape[1]}
         )

@@ -1,6 +1,6 @@
-"""Builds a model in a release's environment: vLLM's CPU platform, vllm-ascend's quantization, the stand-in's operators.
+"""Builds a model in the environment of a release: vLLM's CPU platform, vllm-ascend's quantization, stand-in operators.
 
-To be imported inside an environment of `build_env.py` only.
+Import it only in an environment of `build_env.py`.
 """
 
 import os
@@ -29,7 +29,7 @@ AscendModelSlimConfig = modelslim_config.AscendModelSlimConfig
 
 
 def make_vllm_config(model_dir: Path, description: Mapping[str, Any] | None, **over: Any) -> VllmConfig:
-    """vLLM's configuration as an engine would make it, with `description` where the rollout puts it."""
+    """Create vLLM's configuration as an engine does, with `description` in the place that the rollout uses."""
     supported = current_platform.supported_quantization
     if supported and "ascend" not in supported:
         supported.append("ascend")
@@ -41,7 +41,7 @@ def make_vllm_config(model_dir: Path, description: Mapping[str, Any] | None, **o
         "load_format": "auto",
         "enforce_eager": True,
         "max_model_len": 128,
-        # The wheel's compiled operators are of another torch: every layer takes its form in Python.
+        # The wheel's compiled operators are for another torch, so every layer uses its Python implementation.
         "compilation_config": {"custom_ops": ["none"]},
         **over,
     }
@@ -50,14 +50,14 @@ def make_vllm_config(model_dir: Path, description: Mapping[str, Any] | None, **o
 
 @contextmanager
 def engine(config: VllmConfig, rank: int = 0, ranks: int = 1) -> Iterator[None]:
-    """Tensor-parallel ranks over gloo, and vllm-ascend's own configuration, while a model is built and run.
+    """Set up tensor-parallel ranks over gloo and vllm-ascend's own configuration while a model is built and run.
 
-    Of several ranks the default process group has to be there already, and stays.
+    With several ranks the default process group must exist already, and is kept.
     """
     import vllm_ascend.ascend_config as ascend_config
     from vllm.model_executor.layers import rotary_embedding
 
-    _stand_in_for_compiled_operators()
+    _define_compiled_operators()
     with tempfile.TemporaryDirectory() as directory, set_current_vllm_config(config):
         init_distributed_environment(ranks, rank, f"file://{directory}/rendezvous", rank, "gloo")
         initialize_model_parallel(ranks, 1)
@@ -66,7 +66,7 @@ def engine(config: VllmConfig, rank: int = 0, ranks: int = 1) -> Iterator[None]:
             yield
         finally:
             ascend_config._ASCEND_CONFIG = None
-            # Models of one process share these, and an update that failed leaves them without memory.
+            # All models of one process share these; a failed update leaves them without memory.
             rotary_embedding._ROPE_DICT.clear()
             destroy_model_parallel()
             if ranks == 1:
@@ -74,19 +74,19 @@ def engine(config: VllmConfig, rank: int = 0, ranks: int = 1) -> Iterator[None]:
 
 
 def build_model(config: VllmConfig) -> nn.Module:
-    """vLLM's own `get_model`: construction, loading as `load_format` says, processing after loading."""
+    """Run vLLM's `get_model`: construction, loading by `load_format`, processing after loading."""
     from vllm.model_executor.model_loader import get_model
 
     before = torch.get_default_dtype()
     try:
         return get_model(vllm_config=config)
     finally:
-        # Where building fails vLLM leaves the model's dtype behind as the default.
+        # If building fails, vLLM leaves the dtype of the model as the default.
         torch.set_default_dtype(before)
 
 
 def schemes(model: nn.Module) -> dict[str, str]:
-    """Layer name -> the class of its vllm-ascend scheme, or of its method where it is not quantized."""
+    """Return layer name -> class name of its vllm-ascend scheme, or of its method if it is not quantized."""
     found = {}
     for name, layer in model.named_modules():
         method = getattr(layer, "quant_method", None)
@@ -95,12 +95,12 @@ def schemes(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def _stand_in_for_compiled_operators() -> None:
-    """Layers that look an operator up while they are built, whether or not they will call it."""
+def _define_compiled_operators() -> None:
+    """Define operators that layers look up while they are built, even if they never call them."""
     if not hasattr(torch.ops._C, "silu_and_mul"):
         library = torch.library.Library("_C", "FRAGMENT")
         library.define("silu_and_mul(Tensor! result, Tensor input) -> ()")
-        _kept.append(library)
+        _libraries.append(library)
 
 
-_kept: list[torch.library.Library] = []
+_libraries: list[torch.library.Library] = []

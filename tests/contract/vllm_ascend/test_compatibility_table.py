@@ -1,4 +1,4 @@
-"""The compatibility table of `verl doctor` against what the releases' own wheels ask for."""
+"""The compatibility table of `verl doctor` compared with the requirements of the releases' wheels."""
 
 import pytest
 from contract.vllm_ascend.build_env import RELEASES, build
@@ -11,15 +11,15 @@ pytestmark = pytest.mark.contract
 
 
 @pytest.mark.parametrize("release", RELEASES)
-def test_the_table_says_what_the_wheel_asks_for(release):
+def test_table_equals_the_requirements_of_the_wheel(release):
     root, stack = build(release).root, stack_of(release)
     lines = next((root / "ascend-entry-points").glob("*/METADATA")).read_text().splitlines()
     needs = [Requirement(line.partition(": ")[2]) for line in lines if line.startswith("Requires-Dist: ")]
     by_name = {need.name.lower(): need.specifier for need in needs}
     assert by_name["torch"] == SpecifierSet(stack.torch)
-    # An upper bound is vLLM's.
+    # The upper bound comes from vLLM.
     assert set(by_name["transformers"]) <= set(SpecifierSet(stack.transformers))
-    # The matrix may name a later build of the same version.
+    # The table may name a later build of the same version.
     (pinned,) = by_name["torch-npu"]
     assert SpecifierSet(stack.torch_npu).contains(pinned.version)
     assert stack.too_old_for_verl == (stack.transformers.endswith("<5"))

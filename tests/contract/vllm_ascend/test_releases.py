@@ -1,4 +1,4 @@
-"""The tests below `inside/`, each release's in its own environment and process."""
+"""Runs the tests below `inside/` for each release, in its own environment and process."""
 
 import json
 import os
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.contract
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
-    """The file that says what the CPU emulation holds, made in a process of its own."""
+    """Write the file with the parameters of the CPU emulation, in a separate process."""
     output = tmp_path_factory.mktemp("emulation") / "digests.json"
     paths = os.pathsep.join(str(path) for path in (REPOSITORY, REPOSITORY / "tests"))
     variables = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
@@ -30,7 +30,7 @@ def emulated(tmp_path_factory):
 
 
 @pytest.mark.parametrize("release", RELEASES)
-def test_release(release, emulated):
+def test_release_passes_its_tests(release, emulated):
     environment = build(release)
     inside = "tests/contract/vllm_ascend/inside"
     arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", inside]
@@ -46,8 +46,8 @@ def test_release(release, emulated):
 
 
 @pytest.mark.parametrize("release", RELEASES)
-def test_the_servers_arguments_on_the_releases_own_platform(release, tmp_path):
-    """With vllm-ascend's entry points, as it is installed: platform, configuration, and verl's plugin."""
+def test_engine_configuration_on_the_platform_of_the_release(release, tmp_path):
+    """With the entry points of vllm-ascend, as in an installation: platform, configuration, and verl's plugin."""
     directory = write_tiny_model(tmp_path)
     done = build(release).run(
         [str(NPU_PLATFORM), str(directory)],
@@ -70,8 +70,8 @@ def test_the_servers_arguments_on_the_releases_own_platform(release, tmp_path):
 
 
 @pytest.mark.parametrize("release", RELEASES)
-def test_the_tests_for_an_npu_run_as_far_as_the_stand_in_goes(release):
-    """Those of operators and of the sender: at least they call what there is, with what it takes."""
+def test_npu_tests_of_operators_and_trainer_run_on_the_stand_in(release):
+    """They call existing operators with valid arguments."""
     environment = build(release)
     arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/npu", "-k", "product or trainer"]
     done = environment.run(arguments, timeout=300, capture_output=True, text=True, cwd=environment.repository)

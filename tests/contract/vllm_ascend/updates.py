@@ -1,6 +1,6 @@
-"""Weight updates into a release's model through the framework's own stream, hooks and checks.
+"""Weight updates into a release's model, through verl's encoding, hooks and checks.
 
-To be imported inside an environment of `build_env.py` only.
+Import it only in an environment of `build_env.py`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from contract.vllm_ascend.harness import build_model, engine, make_vllm_config
-from contract.vllm_ascend.reference import assert_same, engine_parameters, held
+from contract.vllm_ascend.reference import assert_same, engine_parameters, parameters_of
 from safetensors.torch import load_file
 from torch import nn
 from vllm.config import VllmConfig
@@ -16,63 +16,65 @@ from vllm.config import VllmConfig
 from fixtures.deltas import OneBucketDelta
 from fixtures.tiny import write_tiny_model
 from verl.config import RolloutConfig
+from verl.utils.quantization_scheme import QuantizationScheme
 from verl.utils.vllm.npu_vllm_patch import apply_patches
 from verl.utils.vllm.reload import load_session
-from verl.workers.rollout.quantization.ascend import AscendScheme
+from verl.workers.rollout.quantization import get_scheme
 from verl.workers.weight_sync.receiver import WeightReceiver
 from verl.workers.weight_sync.sender import WeightSender
 
-# What verl's plugin does in every process of an engine on an NPU, before the model is built.
+# verl's plugin does this in every process of an engine on an NPU, before the model is built.
 apply_patches()
 
-BUCKET = 20_000  # bytes: every update takes several, and some tensors one of their own
+BUCKET = 20_000  # bytes: every update needs several buckets, and some tensors fill one alone
 
 
 def checkpoints(directory: Path, kind: str, count: int = 5, **over) -> list[Path]:
-    """Tiny bfloat16 checkpoints of the same shapes and different weights."""
+    """Write tiny bfloat16 checkpoints with the same shapes and different weights."""
     return [
         write_tiny_model(directory / str(seed), kind=kind, seed=seed, dtype="bfloat16", **over) for seed in range(count)
     ]
 
 
 def weights_of(directory: Path) -> dict[str, torch.Tensor]:
-    """A checkpoint's tensors by name."""
+    """Return the tensors of a checkpoint by name."""
     return load_file(directory / "model.safetensors")
 
 
-def scheme_of(directory: Path, **rollout) -> AscendScheme:
-    """The scheme that trainer and engine share for a checkpoint."""
-    return AscendScheme(
-        RolloutConfig(quantization="ascend", **{"tensor_model_parallel_size": 1} | rollout), str(directory)
-    )
+def scheme_of(directory: Path, **rollout) -> QuantizationScheme:
+    """Return the scheme that trainer and engine share for a checkpoint."""
+    section = RolloutConfig(quantization="ascend", **{"tensor_model_parallel_size": 1} | rollout)
+    return get_scheme(section, str(directory))
 
 
 def config_of(directory: Path, **rollout) -> VllmConfig:
-    """vLLM's configuration for that scheme, with random weights until the first update."""
-    return make_vllm_config(directory, scheme_of(directory, **rollout).description.to_json_dict(), load_format="dummy")
+    """Create vLLM's configuration for that scheme, with random weights until the first update."""
+    return make_vllm_config(
+        directory, scheme_of(directory, **rollout).format.description.to_json_dict(), load_format="dummy"
+    )
 
 
 class Updates:
-    """The engine's end and the trainer's end of weight updates, in one process.
+    """Sender and receiver of weight updates in one process.
 
     Args:
-        model: of the release, loaded once.
-        scheme: of the checkpoint that trainer and engine start from.
+        model: model of the release, loaded once.
+        scheme: scheme of the checkpoint that trainer and engine start from.
     """
 
-    def __init__(self, model: nn.Module, config: VllmConfig, scheme: AscendScheme):
-        session = load_session(model, config, torch.device("cpu"), AscendScheme)
+    def __init__(self, model: nn.Module, config: VllmConfig, scheme: QuantizationScheme):
+        session = load_session(model, config, torch.device("cpu"), scheme)
         self._receiver = WeightReceiver(session, scheme)
         self._sender = WeightSender(BUCKET)
         self._scheme = scheme
         self._version = 0
 
     def send(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """A whole update."""
+        """Send a full update."""
         self.stream(self._scheme.encode(weights.items()))
 
     def stream(self, encoded: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """An update of tensors that are encoded already."""
+        """Send a full update of encoded tensors."""
         self._version += 1
         self._receiver.begin(self._version)
         self._sender.begin(self._version, encoded)
@@ -84,8 +86,8 @@ class Updates:
         self.accepts_delta = self._receiver.finish(self._sender.manifest())["accepts_delta"]
         assert self._receiver.version == self._version
 
-    def send_changes(self, old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor]) -> None:
-        """What changed since `old`, which the engine has, written in place."""
+    def send_delta(self, old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor]) -> None:
+        """Send a delta from `old`, the weights of the engine; it is written in place."""
         self._version += 1
         changes = OneBucketDelta(dict(self.encoded(old)), dict(self.encoded(new)), self._version)
         self._receiver.begin(self._version, self._version - 1)
@@ -94,12 +96,12 @@ class Updates:
         assert self._receiver.version == self._version
 
     def encoded(self, weights: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
-        """What `send` would stream."""
+        """Return the tensors that `send` streams."""
         return list(self._scheme.encode(weights.items()))
 
 
 def assert_every_update_lands(sources: list[Path]) -> None:
-    """A model with random weights takes each of `sources`: the right bytes, always where the first ones were."""
+    """Send each of `sources` to a model with random weights; check its bytes, and that no address changes."""
     first, *others = sources
     config = config_of(first)
     with engine(config):
@@ -107,10 +109,10 @@ def assert_every_update_lands(sources: list[Path]) -> None:
         updates, before = Updates(model, config, scheme_of(first)), addresses(model)
         for source in [*others, first, others[0]]:
             updates.send(weights_of(source))
-            assert_same(held(model), engine_parameters(weights_of(source)))
+            assert_same(parameters_of(model), engine_parameters(weights_of(source)))
             assert addresses(model) == before
 
 
 def addresses(model: nn.Module) -> dict[str, tuple]:
-    """Where each parameter is and how it lies there: what a captured graph would replay."""
+    """Return address, shape and strides of each parameter, on which captured graphs rely."""
     return {name: (p.data_ptr(), tuple(p.shape), p.stride()) for name, p in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""`rollout.quantization` against checkpoint and machine, before any process starts."""
+"""Checks of `rollout.quantization` against checkpoint and machine, before any process starts."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ SIZES = {"hidden": 64, "inner": 96}
 
 @pytest.fixture
 def decoder(run_files):
-    """The checkpoint of the run becomes a decoder of two layers; called again with other tensors or config keys."""
+    """Write a decoder of two layers as the checkpoint of the run; call it for more tensors or config keys."""
 
     def write(extra=(), **config):
         hidden, inner = SIZES["hidden"], SIZES["inner"]
@@ -35,7 +35,7 @@ def decoder(run_files):
     return write
 
 
-def test_the_plan_says_what_the_engine_holds(decoder, plan_of):
+def test_plan_shows_the_weights_of_the_engine(decoder, plan_of):
     plain, quantized = plan_of(), plan_of(**{FIELD: "ascend"})
     assert plain.rollout_weights is None
     assert quantized.rollout_weights.startswith("MXFP8: 14 of 17 weights")
@@ -45,7 +45,7 @@ def test_the_plan_says_what_the_engine_holds(decoder, plan_of):
     assert received.update_bytes == plain.update_bytes
 
 
-def test_layers_left_out(decoder, plan_of, tmp_path):
+def test_ignored_layers_are_not_counted(decoder, plan_of, tmp_path):
     ignore = tmp_path / "ignore.json"
     ignore.write_text('{"ignore": ["re:.*o_proj"]}')
     assert plan_of(**{FIELD: "ascend", FILE: ignore}).rollout_weights.startswith("MXFP8: 12 of 17 weights")
@@ -61,7 +61,7 @@ def test_layers_left_out(decoder, plan_of, tmp_path):
         ('{"model.layers.0.mlp.up_proj.weight": "W8A8_DYNAMIC"}', "only W8A8_MXFP8 and FLOAT"),
     ],
 )
-def test_a_description_that_does_not_fit(decoder, problem_of, tmp_path, content, words):
+def test_description_that_does_not_fit_is_rejected(decoder, problem_of, tmp_path, content, words):
     file = tmp_path / "description.json"
     if content is not None:
         file.write_text(content)
@@ -70,18 +70,18 @@ def test_a_description_that_does_not_fit(decoder, problem_of, tmp_path, content,
     assert words in problem and problem.startswith("actor_rollout_ref.rollout.quantization")
 
 
-def test_a_checkpoint_that_is_quantized_already(decoder, problem_of):
+def test_quantized_checkpoint_is_rejected(decoder, problem_of):
     decoder(quantization_config={"quant_method": "fp8"})
     assert "already quantized" in problem_of(**{FIELD: "ascend"})
 
 
-def test_inputs_that_tensor_parallelism_cuts_inside_a_block(decoder, problem_of):
+def test_tensor_parallel_cut_inside_a_block_is_rejected(decoder, problem_of):
     changes = {"actor_rollout_ref__rollout__tensor_model_parallel_size": 2, "trainer__n_gpus_per_node": 2}
     problem = problem_of(**{FIELD: "ascend", **changes})
     assert "model.layers.0.mlp.down_proj [64, 96]" in problem and "tensor_model_parallel_size=1" in problem
 
 
-def test_a_file_that_is_not_used(decoder, plan_of, tmp_path):
+def test_unused_file_and_side_are_noted(decoder, plan_of, tmp_path):
     notes = plan_of(**{FILE: tmp_path / "x.json", f"{FIELD}_side": "receiver"}).notes
     note = next(note for note in notes if "rollout.quantization=null" in note)
     assert "quantization_config_file" in note and "quantization_side" in note
@@ -95,8 +95,8 @@ def problems_on(device, run_files, value="ascend"):
     return found.errors
 
 
-def test_a_description_that_would_quantize_against_the_users_wish(decoder, run_files):
-    """vllm-ascend detects it by itself where nothing else is named."""
+def test_description_in_an_unquantized_model_is_rejected_on_npu(decoder, run_files):
+    """vllm-ascend detects it by itself if no quantization is set."""
     assert problems_on("npu", run_files, "null") == []
     (run_files.model / "quant_model_description.json").write_text("{}")
     [problem] = problems_on("npu", run_files, "null")
@@ -104,12 +104,12 @@ def test_a_description_that_would_quantize_against_the_users_wish(decoder, run_f
     assert problems_on("cpu", run_files, "null") == []
 
 
-def test_ascend_on_cuda(decoder, run_files):
+def test_ascend_on_cuda_is_rejected(decoder, run_files):
     [problem] = problems_on("cuda", run_files)
     assert "quantization=ascend" in problem and "use fp8 there" in problem
 
 
-def test_ascend_on_an_npu_without_vllm_ascend(decoder, run_files):
+def test_ascend_on_an_npu_needs_vllm_ascend(decoder, run_files):
     [problem] = problems_on("npu", run_files)
     assert "vllm-ascend is not installed" in problem and "0.18.0 or newer" in problem
 
@@ -118,7 +118,7 @@ def test_ascend_on_an_npu_without_vllm_ascend(decoder, run_files):
     ("version", "built_for", "words"),
     [("0.17.0", "A5", "0.17.0 is too old; install 0.18.0"), ("0.23.0", "A2", "built for device type A2")],
 )
-def test_ascend_on_an_npu_with_a_vllm_ascend_that_cannot(
+def test_ascend_on_an_npu_needs_a_matching_vllm_ascend(
     decoder, run_files, monkeypatch, tmp_path, version, built_for, words
 ):
     package = tmp_path / "site" / "vllm_ascend"
@@ -137,7 +137,7 @@ def test_ascend_on_an_npu_with_a_vllm_ascend_that_cannot(
 
 
 @pytest.mark.parametrize("value", ["mxfp8", "Ascend", "int4"])
-def test_the_command_line_ends_before_anything_starts(decoder, run_files, value):
+def test_command_line_rejects_unknown_values_before_a_process_starts(decoder, run_files, value):
     overrides = run_files.overrides(**{FIELD: value})
     command = [sys.executable, "-m", "verl.trainer.main_ppo", *overrides]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

@@ -1,4 +1,4 @@
-"""The release's own config class reads our description and builds a model from it. Runs in a release's environment."""
+"""The release's config class reads verl's description and builds a model. Runs in the environment of a release."""
 
 import importlib.machinery
 import sys
@@ -33,7 +33,7 @@ def make(tmp_path, kind, ignore=(), **over):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_dense(tmp_path, tied):
+def test_every_projection_of_a_dense_model_is_quantized(tmp_path, tied):
     config = make(tmp_path, "qwen3", tied=tied)
     assert isinstance(config.quant_config, AscendModelSlimConfig)
     assert config.quant_config.quant_description["quant_method"] == "ascend"
@@ -47,7 +47,7 @@ def test_dense(tmp_path, tied):
         assert found["lm_head"] == "UnquantizedEmbeddingMethod"
 
 
-def test_layers_left_out(tmp_path):
+def test_ignored_layers_stay_unquantized(tmp_path):
     ignore = [r"re:model\.layers\.0\.self_attn\.[qkv]_proj", "model.layers.1.mlp.down_proj"]
     config = make(tmp_path, "qwen3", ignore)
     with engine(config):
@@ -57,7 +57,7 @@ def test_layers_left_out(tmp_path):
     assert found["model.layers.1.self_attn.qkv_proj"] == found["model.layers.0.mlp.down_proj"] == LINEAR
 
 
-def test_mixture_of_experts(tmp_path):
+def test_experts_are_quantized(tmp_path):
     config = make(tmp_path, "qwen3_moe")
     with engine(config):
         model = build_model(config)
@@ -80,13 +80,13 @@ def test_mixture_of_experts(tmp_path):
 
 
 def kind(config, prefix, mapping):
-    """What the release finds for a layer of vLLM's name."""
+    """Return the type that the release finds for a layer of vLLM's name."""
     if config.is_layer_skipped_ascend(prefix, mapping):
         return "FLOAT"
     return modelslim_config.get_linear_quant_type(config.quant_description, prefix, mapping)
 
 
-def test_latent_attention_with_experts_as_the_release_reads_it(tmp_path):
+def test_latent_attention_with_experts_is_read_by_the_release(tmp_path):
     sizes = {"hidden_size": 128, "intermediate_size": 256, "moe_intermediate_size": 64, "num_hidden_layers": 2}
     ranks = {"q_lora_rank": 64, "kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32}
     config = DeepseekV3Config(**sizes, **ranks, n_routed_experts=4, first_k_dense_replace=1, num_attention_heads=4)
@@ -108,7 +108,7 @@ def test_latent_attention_with_experts_as_the_release_reads_it(tmp_path):
     assert kind(release, "model.embed_tokens", mapping) == kind(release, "lm_head", mapping) == "FLOAT"
 
 
-def test_experts_of_a_model_that_the_release_has_no_packing_table_for(tmp_path):
+def test_experts_of_a_model_without_a_packing_table_in_the_release(tmp_path):
     config, tensors = small_decoder(experts=4)
     release = AscendModelSlimConfig(
         build_description(write_header_checkpoint(tmp_path, config, tensors)).to_json_dict()
@@ -118,7 +118,7 @@ def test_experts_of_a_model_that_the_release_has_no_packing_table_for(tmp_path):
 
 
 class _Placeholder(types.ModuleType):
-    """A module of which any name can be imported."""
+    """A module from which any name can be imported."""
 
     def __getattr__(self, name):
         if name.startswith("__"):
@@ -128,7 +128,7 @@ class _Placeholder(types.ModuleType):
 
 @pytest.fixture
 def torchvision(monkeypatch):
-    """transformers' image processors import it; there is none for this torch on a CPU, and none is called."""
+    """Provide torchvision, which transformers' image processors import but never call; no build fits this torch."""
     names = ("", ".io", ".transforms", ".transforms.functional", ".transforms.v2", ".transforms.v2.functional")
     for name in (f"torchvision{name}" for name in names):
         module = _Placeholder(name)
@@ -141,7 +141,7 @@ def torchvision(monkeypatch):
 
 
 @pytest.mark.usefixtures("torchvision")
-def test_vision_model_through_its_own_name_mapper(tmp_path):
+def test_vision_model_with_its_name_mapper(tmp_path):
     from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration
 
     config, decoder = small_decoder()
@@ -168,7 +168,7 @@ def test_vision_model_through_its_own_name_mapper(tmp_path):
 
 
 def blocks_of(x):
-    """The float64 reference: each block of 32 along the last axis scaled to a power of two and rounded to e4m3."""
+    """Scale each block of 32 along the last axis to a power of two and round it to e4m3, in float64."""
     x = x.to(torch.float64).numpy()
     result = np.zeros_like(x)
     for row in range(x.shape[0]):
@@ -185,8 +185,8 @@ def blocks_of(x):
     return result
 
 
-def test_a_linear_layer_computes_the_product_of_quantized_matrices(tmp_path):
-    """Loaded through the layer's own weight_loader, processed and applied by the release's scheme."""
+def test_linear_layer_computes_the_product_of_quantized_matrices(tmp_path):
+    """The layer's weight_loader loads the weights; the release's scheme processes and applies them."""
     config = make(tmp_path, "qwen3")
     generator = torch.Generator().manual_seed(0)
     shards = {name: torch.randn(64, 64, generator=generator, dtype=torch.bfloat16) for name in "kv"}
@@ -194,7 +194,7 @@ def test_a_linear_layer_computes_the_product_of_quantized_matrices(tmp_path):
     x = torch.randn(5, 64, generator=generator, dtype=torch.bfloat16)
     from vllm.model_executor.layers.linear import QKVParallelLinear
 
-    # vLLM hands over the packing table of the model's class when it builds the model.
+    # vLLM sets the packing table of the model's class when it builds the model.
     config.quant_config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
     with engine(config):
         layer = QKVParallelLinear(
@@ -211,4 +211,4 @@ def test_a_linear_layer_computes_the_product_of_quantized_matrices(tmp_path):
     expected = blocks_of(x) @ weight.T
     assert output.dtype == torch.bfloat16
     error = np.abs(output.to(torch.float64).numpy() - expected).max() / np.abs(expected).max()
-    assert error < 2**-8  # the output's own rounding
+    assert error < 2**-8  # rounding of the output

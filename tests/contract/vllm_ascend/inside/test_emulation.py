@@ -1,4 +1,4 @@
-"""The CPU emulation (ascend_cpu, in the main environment's vLLM) and the release hold the same bytes."""
+"""The CPU emulation (ascend_cpu, in the main environment's vLLM) and the release have equal parameters."""
 
 import json
 import os
@@ -12,15 +12,15 @@ from contract.vllm_ascend.updates import Updates, scheme_of, weights_of
 EMULATED = os.environ.get("CONTRACT_EMULATION")
 
 
-@pytest.mark.skipif(EMULATED is None, reason="CONTRACT_EMULATION names the file of emulation.py; test_releases sets it")
+@pytest.mark.skipif(EMULATED is None, reason="CONTRACT_EMULATION is not set: the output file of emulation.py")
 @pytest.mark.parametrize("case", CASES)
-def test_the_emulation_holds_what_the_release_holds(tmp_path, case):
+def test_emulation_and_release_have_equal_parameters(tmp_path, case):
     if RELEASE == "0.18.0" and "groups" in case:
-        pytest.skip("0.18.0 takes multiples of 64 inputs only: test_groups.py")
+        pytest.skip("0.18.0 supports only multiples of 64 inputs: test_groups.py")
     expected = json.loads(Path(EMULATED).read_text())[case]
     source = checkpoint(tmp_path, case)
     scheme = scheme_of(source)
-    config = make_vllm_config(source, scheme.description.to_json_dict(), load_format="dummy")
+    config = make_vllm_config(source, scheme.format.description.to_json_dict(), load_format="dummy")
     with engine(config):
         model = build_model(config)
         updates = Updates(model, config, scheme)

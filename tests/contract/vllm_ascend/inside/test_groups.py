@@ -1,11 +1,11 @@
-"""Inputs that are no multiple of 64: an odd number of groups, or a last one that is not full."""
+"""Numbers of inputs that are not a multiple of 64: an odd number of groups, or a partial last group."""
 
 import itertools
 
 import pytest
 import torch
 from contract.vllm_ascend.harness import RELEASE, build_model, engine
-from contract.vllm_ascend.reference import assert_same, engine_parameters, held
+from contract.vllm_ascend.reference import assert_same, engine_parameters, parameters_of
 from contract.vllm_ascend.updates import (
     Updates,
     assert_every_update_lands,
@@ -25,16 +25,16 @@ SIZES = {
 }
 
 
-@pytest.mark.skipif(RELEASE == "0.18.0", reason="0.18.0 takes multiples of 64 only: see below")
+@pytest.mark.skipif(RELEASE == "0.18.0", reason="0.18.0 supports only multiples of 64: see below")
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_linear_layers(tmp_path, sizes):
+def test_updates_of_linear_layers(tmp_path, sizes):
     assert_every_update_lands(checkpoints(tmp_path, "qwen3", **sizes))
 
 
-@pytest.mark.skipif(RELEASE != "0.18.0", reason="later releases have ceil(K / 32) scales, and pad them to pairs")
+@pytest.mark.skipif(RELEASE != "0.18.0", reason="later releases have ceil(K / 32) scales and pad them to pairs")
 @pytest.mark.parametrize(("k", "scales"), [(96, 3), (80, 2), (4304, 134)])
-def test_a_release_that_would_drop_a_group_is_refused_by_name_when_the_engine_starts(tmp_path, k, scales):
-    """With 80 and 4304 inputs 0.18.0 itself says nothing: the last group's scales are left out of what is loaded."""
+def test_release_that_drops_a_group_is_rejected_when_the_engine_starts(tmp_path, k, scales):
+    """With 80 and 4304 inputs 0.18.0 itself raises no error and does not load the scales of the last group."""
     (first,) = checkpoints(tmp_path, "qwen3", 1, intermediate_size=k)
     config = config_of(first)
     message = rf"model\.layers\.0\.mlp\.down_proj\.weight has {k} inputs .* {scales} scales .*multiples of 64"
@@ -43,8 +43,8 @@ def test_a_release_that_would_drop_a_group_is_refused_by_name_when_the_engine_st
 
 
 @pytest.mark.parametrize("k", [96, 80, 4304])
-def test_the_releases_own_restore_fails(tmp_path, k):
-    """Why `_release_restores` asks for an even number of groups."""
+def test_restore_of_the_release_fails(tmp_path, k):
+    """The reason why `_release_restores` requires an even number of groups."""
     if RELEASE == "0.18.0":
         from vllm_ascend.quantization.methods.w8a8_mxfp8 import AscendW8A8MXFP8DynamicLinearMethod
 
@@ -62,11 +62,11 @@ EXPERTS = {"H = 96": (96, 64), "I = 96": (64, 96), "I = 48": (64, 48)}
 
 
 @pytest.mark.parametrize(("hidden", "inner"), EXPERTS.values(), ids=EXPERTS)
-def test_no_release_takes_experts_with_an_odd_number_of_groups(tmp_path, hidden, inner):
-    """None pads their scales to pairs. 0.18.0 is refused before it tries."""
+def test_no_release_supports_experts_with_an_odd_number_of_groups(tmp_path, hidden, inner):
+    """No release pads their scales to pairs. verl rejects 0.18.0 before it tries."""
     (first,) = checkpoints(tmp_path, "qwen3_moe", 1, hidden_size=hidden, moe_intermediate_size=inner)
     ignore = tmp_path / "ignore.json"
-    # Only the experts are asked about: 0.18.0 would fail at linear layers before.
+    # Attention is ignored: 0.18.0 would fail at linear layers first.
     ignore.write_text('{"ignore": ["re:.*self_attn.*"]}')
     config = config_of(first, quantization_config_file=str(ignore))
     kind, message = RuntimeError, r"shape '.*' is invalid for input"
@@ -76,10 +76,10 @@ def test_no_release_takes_experts_with_an_odd_number_of_groups(tmp_path, hidden,
         build_model(config)
 
 
-def test_a_group_that_is_padding_is_zero_whatever_was_there(tmp_path):
-    """The operators read it; stray bytes there would be scales of nothing."""
+def test_padding_group_is_zero_after_an_update(tmp_path):
+    """The operators read the padding, so it must not contain other bytes."""
     if RELEASE == "0.18.0":
-        pytest.skip("0.18.0 takes no odd number of groups")
+        pytest.skip("0.18.0 supports no odd number of groups")
     first, second = checkpoints(tmp_path, "qwen3", 2, **ODD)
     config = config_of(first)
     with engine(config):
@@ -89,7 +89,7 @@ def test_a_group_that_is_padding_is_zero_whatever_was_there(tmp_path):
             for layer in mxfp8_layers(model).values():
                 layer.weight_scale.data.fill_(stray)
             updates.send(weights_of(source))
-            assert_same(held(model), engine_parameters(weights_of(source)))
+            assert_same(parameters_of(model), engine_parameters(weights_of(source)))
             assert all(torch.all(layer.weight_scale[-1, :, 1] == 0) for layer in odd(model))
 
 

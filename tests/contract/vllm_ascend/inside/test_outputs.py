@@ -1,4 +1,4 @@
-"""What updated layers compute, against products of matrices that were rounded to MXFP8 by hand."""
+"""Outputs of updated layers compared with products of matrices that the reference rounded to MXFP8."""
 
 import numpy as np
 import pytest
@@ -14,12 +14,12 @@ from verl.utils.vllm.vllm_fp8_utils import mxfp8_layers
 
 
 def assert_rounded(output, expected):
-    """Equal to float64 `expected` up to the rounding to bfloat16, and float32 sums."""
+    """Check equality with float64 `expected` up to rounding to bfloat16 and float32 sums."""
     error = np.abs(output.double().numpy() - expected)
     assert (error <= 2.0**-8 * np.abs(expected) + 1e-6 * np.abs(expected).max()).all(), error.max()
 
 
-def test_every_linear_layer_after_every_update(tmp_path):
+def test_linear_layers_after_every_update(tmp_path):
     first, *others = checkpoints(tmp_path, "qwen3")
     config = config_of(first)
     generator = torch.Generator().manual_seed(0)
@@ -41,8 +41,8 @@ def test_every_linear_layer_after_every_update(tmp_path):
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("kind", ["qwen3", "llama"])
-def test_a_dense_model_is_a_fake_quantized_one(tmp_path, kind, tied):
-    # transformers' own deviation: a value that falls on the other side of a rounding boundary moves little.
+def test_dense_model_equals_a_fake_quantized_one(tmp_path, kind, tied):
+    # The default std of transformers: a value on the other side of a rounding boundary changes little.
     first, *others = checkpoints(tmp_path, kind, tied=tied, std=0.02)
     config = config_of(first)
     ids = torch.randint(4, 100, (60,), generator=torch.Generator().manual_seed(0))
@@ -63,7 +63,7 @@ def test_a_dense_model_is_a_fake_quantized_one(tmp_path, kind, tied):
 
 
 def experts_by_hand(x, logits, w13, w2, top_k):
-    """Every token with each of its experts on its own, in float64 but for the roundings that the operators make."""
+    """Compute every token with each of its experts, in float64 except for the operators' roundings."""
     scores = np.exp(logits.double().numpy())
     scores /= scores.sum(-1, keepdims=True)
     x, w13, w2 = rounded(x), rounded(w13), rounded(w2)
@@ -80,7 +80,7 @@ def experts_by_hand(x, logits, w13, w2, top_k):
     return total, largest
 
 
-def test_the_experts_after_every_update(tmp_path):
+def test_experts_after_every_update(tmp_path):
     first, *others = checkpoints(tmp_path, "qwen3_moe")
     config = config_of(first)
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Two tensor-parallel ranks, each a process: what the release's loaders cut for it, after every update."""
+"""Two tensor-parallel ranks, each a process: the shares that the release's loaders cut, after every update."""
 
 import re
 
@@ -8,7 +8,7 @@ from contract.vllm_ascend.updates import checkpoints
 
 from fixtures.ranks import run_ranks
 
-# 64 inputs for each rank of a row-parallel layer: every release pairs its groups.
+# 64 inputs for each rank of a row-parallel layer: its groups form pairs in every release.
 SIZES = {"hidden_size": 128, "intermediate_size": 256}
 O_PROJ, DOWN = "model.layers.1.self_attn.o_proj.weight_scale", "model.layers.0.mlp.experts.3.down_proj.weight_scale"
 
@@ -20,5 +20,5 @@ O_PROJ, DOWN = "model.layers.1.self_attn.o_proj.weight_scale", "model.layers.0.m
 )
 def test_each_rank_holds_its_share(tmp_path, kind, over, padded):
     sources = checkpoints(tmp_path, kind, 4, **SIZES, **over)
-    for refusal in run_ranks(2, ranks.update, 2, sources, padded):
-        assert re.search(rf"{re.escape(padded)}.*left padded", refusal)
+    for message in run_ranks(2, ranks.update, 2, sources, padded):
+        assert re.search(rf"{re.escape(padded)}.*not padded", message)

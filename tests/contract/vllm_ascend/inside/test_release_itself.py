@@ -1,4 +1,4 @@
-"""What the release does without our hooks, and which of our patches it gets: the reasons for what the hooks do."""
+"""Behavior of the release without verl's hooks, which explains the hooks, and the patches that verl applies to it."""
 
 from importlib import import_module
 
@@ -18,13 +18,13 @@ def built(directory):
 
 
 @pytest.mark.skipif(RELEASE == "0.18.0", reason="0.18.0 has no restore")
-def test_its_own_restore_moves_scales_before_0_26(tmp_path):
+def test_restore_of_the_release_moves_scales_before_0_26(tmp_path):
     first, second = checkpoints(tmp_path, "qwen3", 2)
     config, scheme = built(first)
     with engine(config):
         model = build_model(config)
         layer = model.get_submodule("model.layers.0.mlp.down_proj")
-        # Kept alive, so that the allocator cannot hand the same memory out again.
+        # Kept alive, so that the allocator cannot return the same memory again.
         weight, scale = layer.weight.data, layer.weight_scale.data
         for each in [module for module in model.modules() if hasattr(module, "_mxfp8_transformed")]:
             each.quant_method.quant_method.restore_weights_for_rl_loading(each)
@@ -36,7 +36,7 @@ def test_its_own_restore_moves_scales_before_0_26(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
-def test_loading_into_the_run_time_layout_fails(tmp_path, kind):
+def test_loading_into_the_kernel_layout_fails(tmp_path, kind):
     first, second = checkpoints(tmp_path, kind, 2)
     config, scheme = built(first)
     with engine(config):
@@ -45,7 +45,7 @@ def test_loading_into_the_run_time_layout_fails(tmp_path, kind):
             model.load_weights(scheme.encode(weights_of(second).items()))
 
 
-def test_the_patches_that_it_gets():
+def test_patches_applied_to_the_release():
     def patched(owner, name):
         return getattr(getattr(owner, name), "_verl_patched", False)
 
@@ -54,7 +54,7 @@ def test_the_patches_that_it_gets():
     is_class = isinstance(getattr(fused_moe, "FusedMoE", None), type)
     assert is_class == (RELEASE != "0.26.0rc1")
     assert not is_class or patched(fused_moe.FusedMoE, "weight_loader")
-    # Where there is no class to patch, the other half of the patch is left out too.
+    # Without a class to patch, the other half of the patch is left out too.
     experts = import_module("vllm_ascend.ops.fused_moe.fused_moe").AscendUnquantizedFusedMoEMethod
     assert patched(experts, "process_weights_after_loading") == is_class
     assert apply_patches() == []

@@ -1,4 +1,4 @@
-"""What the server asks of vLLM is there in the release's vLLM: fields, methods, arguments, names."""
+"""The vLLM of the release has everything that the server uses: fields, methods, arguments, names."""
 
 import dataclasses
 import inspect
@@ -17,7 +17,7 @@ from verl.workers.rollout.vllm_rollout.engine_args import engine_args
 
 
 @pytest.mark.parametrize("device", ["npu", "cpu"])
-def test_every_engine_argument(tmp_path, device):
+def test_every_engine_argument_exists(tmp_path, device):
     directory = write_tiny_model(tmp_path)
     description = build_description(directory).to_json_dict()
     rollout = replace(RolloutConfig(), quantization="ascend", cudagraph_capture_sizes=[1, 2])
@@ -51,7 +51,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_every_method_of_the_engine(name):
+def test_every_engine_method_accepts_the_arguments(name):
     positional, named = CALLS[name]
     inspect.signature(getattr(AsyncLLM, name)).bind(*positional, **named)
     coroutine = inspect.iscoroutinefunction(getattr(AsyncLLM, name))
@@ -59,11 +59,11 @@ def test_every_method_of_the_engine(name):
     assert coroutine == (name not in ("from_vllm_config", "generate", "shutdown")) and stream == (name == "generate")
 
 
-def test_resetting_the_prefix_cache_says_whether_it_did():
+def test_resetting_the_prefix_cache_returns_success():
     assert inspect.signature(AsyncLLM.reset_prefix_cache).return_annotation in (bool, "bool")
 
 
-def test_names_that_the_server_imports():
+def test_imported_names_exist():
     from vllm.inputs import TokensPrompt
     from vllm.sampling_params import RequestOutputKind
     from vllm.v1.engine.exceptions import EngineDeadError
@@ -79,8 +79,8 @@ def test_names_that_the_server_imports():
         SamplingParams(no_such_parameter=1)
 
 
-def test_the_http_endpoint(tmp_path):
-    """Built by the release's vLLM, up to the engine behind it."""
+def test_http_endpoint_requires_the_key(tmp_path):
+    """The application of the release's vLLM, without an engine behind it."""
     directory = str(write_tiny_model(tmp_path))
     config = EngineArgs(model=directory).create_model_config()
     app, arguments = build_openai_app(directory, ("generate",), config, api_key="secret")

@@ -1,4 +1,4 @@
-"""The release's own `sleep` and `wake_up` between updates; only the memory pool below them is a stand-in."""
+"""The release's own `sleep` and `wake_up` between updates; only the memory pool is a stand-in."""
 
 import ast
 import importlib.util
@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 from contract.vllm_ascend.harness import RELEASE, build_model, engine, make_vllm_config
-from contract.vllm_ascend.reference import assert_same, engine_parameters, held
+from contract.vllm_ascend.reference import assert_same, engine_parameters, parameters_of
 from contract.vllm_ascend.updates import Updates, addresses, checkpoints, scheme_of, weights_of
 
 from fixtures.deltas import nudged
 
 
 class Pool:
-    """Memory as CaMemAllocator keeps it: parts with a tag lose their content while asleep, never their address."""
+    """Memory that behaves like CaMemAllocator: tagged parts lose their content while asleep, but keep their address."""
 
     def __init__(self, model):
         self._weights = [p.data for p in model.parameters()]
@@ -37,7 +37,7 @@ class Pool:
 
 
 def release_worker(pool, model, config):
-    """A worker with the release's `sleep` and `wake_up`; the rest of its module needs an NPU's graphs and kernels."""
+    """Build a worker with the release's `sleep` and `wake_up`; the rest of its module needs an NPU."""
     path = Path(importlib.util.find_spec("vllm_ascend").origin).parent / "worker" / "worker.py"
     worker = next(node for node in ast.parse(path.read_text()).body if getattr(node, "name", "") == "NPUWorker")
     worker.bases = []
@@ -68,11 +68,11 @@ def loaders(model):
 @pytest.mark.parametrize("tags", [(["weights"], ["kv_cache"]), (None,)], ids=["weights, kv_cache", "all at once"])
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
 def test_updates_between_sleeps(tmp_path, worker, kind, tags):
-    # 2I is not H and I is H in the tiny model's experts: 0.18.0 finds by shape what it thinks it has to transpose.
+    # In the tiny model's experts 2I differs from H and I equals H: 0.18.0 decides by shape which tensors it transposes.
     first, *others = checkpoints(tmp_path, kind)
     scheme = scheme_of(first)
     config = make_vllm_config(
-        first, scheme.description.to_json_dict(), load_format="dummy", additional_config={"weight_nz_mode": 0}
+        first, scheme.format.description.to_json_dict(), load_format="dummy", additional_config={"weight_nz_mode": 0}
     )
     with engine(config):
         model = build_model(config)
@@ -84,30 +84,30 @@ def test_updates_between_sleeps(tmp_path, worker, kind, tags):
             updates.send(weights_of(source))
             for rest in tags[1:]:
                 sleeper.wake_up(rest)
-            assert_same(held(model), engine_parameters(weights_of(source)))
+            assert_same(parameters_of(model), engine_parameters(weights_of(source)))
             assert addresses(model) == before
             assert loaders(model) == with_loader
         weights = weights_of(others[0])
-        updates.send(weights)  # of what a layer is made from, the second whole update at the latest keeps a copy
+        updates.send(weights)  # after the second full update at the latest, the sources of derived tensors are kept
         for step in range(3):
             old, weights = weights, nudged(weights, step, 1e-2)
             sleeper.sleep(level=1)
             sleeper.wake_up(tags[0])
-            updates.send_changes(old, weights)
+            updates.send_delta(old, weights)
             for rest in tags[1:]:
                 sleeper.wake_up(rest)
-            assert_same(held(model), engine_parameters(weights))
+            assert_same(parameters_of(model), engine_parameters(weights))
             assert addresses(model) == before
 
 
-def test_experts_that_are_not_quantized(tmp_path, worker):
-    """0.18.0 makes new parameters of these too; it is the layer-wise reload that has to find the old ones."""
+def test_updates_of_unquantized_experts_between_sleeps(tmp_path, worker):
+    """0.18.0 replaces their parameters too; the layer-wise reload must find the old ones."""
     first, *others = checkpoints(tmp_path, "qwen3_moe", 3)
     ignore = tmp_path / "ignore.json"
     ignore.write_text(json.dumps({"ignore": [r"re:.*\.experts\..*"]}))
     scheme = scheme_of(first, quantization_config_file=str(ignore))
     config = make_vllm_config(
-        first, scheme.description.to_json_dict(), load_format="dummy", additional_config={"weight_nz_mode": 0}
+        first, scheme.format.description.to_json_dict(), load_format="dummy", additional_config={"weight_nz_mode": 0}
     )
     with engine(config):
         model = build_model(config)
@@ -122,16 +122,16 @@ def test_experts_that_are_not_quantized(tmp_path, worker):
             expected = engine_parameters(weights_of(source), left_out=(".experts.",))
             for name in [name for name in expected if ".experts." in name]:
                 expected[name] = np.swapaxes(expected[name], 1, 2)
-            assert_same(held(model), expected)
+            assert_same(parameters_of(model), expected)
             assert addresses(model) == before
 
 
-@pytest.mark.skipif(RELEASE != "0.18.0", reason="later releases leave quantized experts alone when they wake up")
-def test_a_plain_wake_up_turns_experts_round_and_an_update_mends_it(tmp_path, worker):
-    """0.18.0 makes new, transposed parameters without a loader out of quantized experts."""
+@pytest.mark.skipif(RELEASE != "0.18.0", reason="later releases do not change quantized experts when they wake up")
+def test_update_restores_experts_that_a_wake_up_transposed(tmp_path, worker):
+    """0.18.0 replaces quantized experts by transposed parameters without a loader."""
     first, second = checkpoints(tmp_path, "qwen3_moe", 2)
     scheme = scheme_of(first)
-    config = make_vllm_config(first, scheme.description.to_json_dict(), load_format="dummy")
+    config = make_vllm_config(first, scheme.format.description.to_json_dict(), load_format="dummy")
     with engine(config):
         model = build_model(config)
         updates, before = Updates(model, config, scheme), addresses(model)
@@ -143,15 +143,15 @@ def test_a_plain_wake_up_turns_experts_round_and_an_update_mends_it(tmp_path, wo
         assert not hasattr(experts.w2_weight, "weight_loader")
         assert addresses(model) != before
         updates.send(weights_of(first))
-        assert_same(held(model), engine_parameters(weights_of(first)))
+        assert_same(parameters_of(model), engine_parameters(weights_of(first)))
         assert addresses(model) == before and hasattr(experts.w2_weight, "weight_loader")
 
 
-def test_the_fixture_loses_what_is_asleep(tmp_path, worker):
+def test_stand_in_pool_loses_sleeping_weights(tmp_path, worker):
     first, second = checkpoints(tmp_path, "qwen3", 2)
     scheme = scheme_of(first)
     config = make_vllm_config(
-        first, scheme.description.to_json_dict(), load_format="dummy", additional_config={"weight_nz_mode": 0}
+        first, scheme.format.description.to_json_dict(), load_format="dummy", additional_config={"weight_nz_mode": 0}
     )
     with engine(config):
         model = build_model(config)
@@ -160,4 +160,4 @@ def test_the_fixture_loses_what_is_asleep(tmp_path, worker):
         sleeper.sleep(level=1)
         assert all(torch.all(parameter.view(torch.uint8) == 0x5A) for parameter in model.parameters())
         sleeper.wake_up(["weights"])
-        assert_same(held(model), engine_parameters(weights_of(second)))
+        assert_same(parameters_of(model), engine_parameters(weights_of(second)))

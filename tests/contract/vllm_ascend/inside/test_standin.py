@@ -1,4 +1,4 @@
-"""The stand-in's operators against loops over single tokens and experts."""
+"""The stand-in's operators compared with loops over single tokens and experts."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ E8M0 = torch_npu.float8_e8m0fnu
 
 
 def dequantize(values, scales):
-    """By hand: value times two to the power of its block's byte minus 127."""
+    """Multiply each value by two to the power of its block's byte minus 127."""
     flat = scales.flatten(-2)
     result = torch.empty(values.shape, dtype=torch.float64)
     for row in range(values.shape[0]):
@@ -18,7 +18,7 @@ def dequantize(values, scales):
 
 
 @pytest.mark.parametrize("k", [64, 96, 80, 32])
-def test_quantized_product(k):
+def test_quantized_product_equals_a_loop(k):
     torch.manual_seed(k)
     x, weight = torch.randn(3, k, dtype=torch.bfloat16), torch.randn(5, k, dtype=torch.bfloat16)
     xq, xs = torch_npu.npu_dynamic_mx_quant(x, dst_type=torch.float8_e4m3fn)
@@ -31,7 +31,7 @@ def test_quantized_product(k):
     torch.testing.assert_close(output.double(), dequantize(xq, xs) @ dequantize(wq, ws).T + 1, rtol=1e-5, atol=1e-5)
 
 
-def test_quantizing_along_another_axis():
+def test_quantizing_along_another_axis_equals_transposing():
     x = torch.randn(96, 4)
     values, scales = torch_npu.npu_dynamic_mx_quant(x, axis=0, dst_type=torch.float8_e4m3fn)
     rows, row_scales = torch_npu.npu_dynamic_mx_quant(x.T.contiguous(), dst_type=torch.float8_e4m3fn)
@@ -39,7 +39,7 @@ def test_quantizing_along_another_axis():
     assert scales.shape == (2, 4, 2) and torch.equal(scales.transpose(0, 1), row_scales)
 
 
-def test_what_is_refused():
+def test_unsupported_arguments_are_rejected():
     x = torch.randn(2, 64)
     with pytest.raises(NotImplementedError, match="dst_type=296"):
         torch_npu.npu_dynamic_mx_quant(x)
@@ -47,12 +47,12 @@ def test_what_is_refused():
     options = {"pertoken_scale": scales, "pertoken_scale_dtype": E8M0, "output_dtype": torch.float32}
     with pytest.raises(NotImplementedError, match="scale_dtype=None"):
         torch_npu.npu_quant_matmul(values, values.T, scales.transpose(0, 1), group_sizes=[1, 1, 32], **options)
-    with pytest.raises(RuntimeError, match="need scales"):  # not in the run-time layout
+    with pytest.raises(RuntimeError, match="need scales"):  # not in the kernel layout
         torch_npu.npu_quant_matmul(values, values.T, scales, scale_dtype=E8M0, group_sizes=[1, 1, 32], **options)
     assert not hasattr(torch_npu, "npu_rms_norm_dynamic_mx_quant")
 
 
-def test_routing_that_quantizes_is_routing_and_then_quantizing():
+def test_quantizing_routing_equals_routing_then_quantizing():
     torch.manual_seed(0)
     x, chosen = torch.randn(6, 80, dtype=torch.bfloat16), torch.randint(0, 4, (6, 2))
     options = {"active_num": 12, "expert_num": 4, "expert_tokens_num_type": 1, "expert_tokens_num_flag": True}
@@ -65,8 +65,8 @@ def test_routing_that_quantizes_is_routing_and_then_quantizing():
 
 @pytest.mark.parametrize("group_list_type", [0, 1])
 @pytest.mark.parametrize("quantized", [False, True])
-def test_mixture_of_experts(group_list_type, quantized):
-    """Route, gate and up, down, bring back: as every token with each of its experts on its own."""
+def test_mixture_of_experts_equals_a_loop(group_list_type, quantized):
+    """Routing, gate and up, down, unpermuting give the same as each token with each of its experts."""
     torch.manual_seed(0)
     tokens, experts, h, i, k = 6, 4, 64, 32, 2
     x = torch.randn(tokens, h)

@@ -1,4 +1,4 @@
-"""Updates through our stream and hooks into models that vLLM and the release built, loaded and processed themselves."""
+"""Updates through verl's encoding and hooks into models that vLLM and the release built, loaded and processed."""
 
 import json
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from contract.vllm_ascend.harness import build_model, engine
-from contract.vllm_ascend.reference import assert_same, engine_parameters, held
+from contract.vllm_ascend.reference import assert_same, engine_parameters, parameters_of
 from contract.vllm_ascend.updates import (
     Updates,
     addresses,
@@ -23,12 +23,12 @@ from verl.workers.weight_sync.manifest import WeightUpdateError
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe", "llama"])
-def test_every_update_leaves_the_right_bytes_at_the_same_addresses(tmp_path, kind, tied):
+def test_every_update_writes_the_expected_bytes_at_the_same_addresses(tmp_path, kind, tied):
     assert_every_update_lands(checkpoints(tmp_path, kind, tied=tied))
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
-def test_changes_written_in_place_leave_the_bytes_of_a_whole_update(tmp_path, kind):
+def test_delta_leaves_the_bytes_of_a_full_update(tmp_path, kind):
     (source,) = checkpoints(tmp_path, kind, 1, tied=kind == "qwen3")
     config, scheme = config_of(source), scheme_of(source)
     weights = weights_of(source)
@@ -36,18 +36,18 @@ def test_changes_written_in_place_leave_the_bytes_of_a_whole_update(tmp_path, ki
         model = build_model(config)
         updates, before = Updates(model, config, scheme), addresses(model)
         updates.send(weights)
-        if not updates.accepts_delta:  # what a layer is made from is kept by the next whole update
+        if not updates.accepts_delta:  # the next full update keeps the sources of derived tensors
             updates.send(weights)
         assert updates.accepts_delta
         for step in range(5):
             old, weights = weights, nudged(weights, step, 10 ** (step - 5))
-            updates.send_changes(old, weights)
-            assert_same(held(model), engine_parameters(weights))
+            updates.send_delta(old, weights)
+            assert_same(parameters_of(model), engine_parameters(weights))
             assert addresses(model) == before
 
 
-def test_layers_left_out_are_updated_as_they_are(tmp_path):
-    """Unquantized experts too, which the release keeps transposed."""
+def test_ignored_layers_are_updated_unquantized(tmp_path):
+    """This includes unquantized experts, which the release keeps transposed."""
     first, *others = checkpoints(tmp_path, "qwen3_moe", 3)
     ignore = tmp_path / "ignore.json"
     ignore.write_text(json.dumps({"ignore": [r"re:.*\.layers\.0\.mlp\.experts\..*", r"re:.*\.layers\.1\..*o_proj"]}))
@@ -62,12 +62,12 @@ def test_layers_left_out_are_updated_as_they_are(tmp_path):
             for name in ("w13_weight", "w2_weight"):
                 key = f"model.layers.0.mlp.experts.{name}"
                 expected[key] = np.swapaxes(expected[key], 1, 2)
-            assert_same(held(model), expected)
+            assert_same(parameters_of(model), expected)
             assert addresses(model) == before
 
 
 def damaged(encoded, name, change):
-    """The stream with `change(tensor)` in place of one tensor, or without it where that is None."""
+    """Return the stream with one tensor replaced by `change(tensor)`, or removed if that is None."""
     changed = [(key, change(tensor) if key == name else tensor) for key, tensor in encoded]
     return [(key, tensor) for key, tensor in changed if tensor is not None]
 
@@ -77,29 +77,34 @@ Q_PROJ, NORM = "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"
 EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
 
 
-def left_padded(scales):
-    """As npu_dynamic_mx_quant returns them: an even number of groups."""
+def padded_to_pairs(scales):
+    """Pad scales to an even number of groups, as npu_dynamic_mx_quant returns them."""
     return torch.nn.functional.pad(scales, (0, 2 - scales.shape[-1] % 2))
 
 
 FAULTS = {
-    "padded scales of a row-parallel layer": ("qwen3", f"{O_PROJ}_scale", left_padded, rf"{O_PROJ}_scale.*left padded"),
-    "padded scales of a column-parallel one": (
+    "padded scales of a row-parallel layer": (
+        "qwen3",
+        f"{O_PROJ}_scale",
+        padded_to_pairs,
+        rf"{O_PROJ}_scale.*not padded",
+    ),
+    "padded scales of a column-parallel layer": (
         "qwen3",
         f"{Q_PROJ}_scale",
-        left_padded,
-        rf"{Q_PROJ}_scale.*left padded",
+        padded_to_pairs,
+        rf"{Q_PROJ}_scale.*not padded",
     ),
-    "padded scales of an expert": ("qwen3_moe", f"{EXPERT}_scale", left_padded, rf"{EXPERT}_scale.*left padded"),
+    "padded scales of an expert": ("qwen3_moe", f"{EXPERT}_scale", padded_to_pairs, rf"{EXPERT}_scale.*not padded"),
     "no scales": ("qwen3", f"{DOWN}_scale", lambda _: None, rf"{DOWN}.*scales.*did not arrive"),
-    "a weight that was not quantized": ("qwen3", O_PROJ, lambda w: w.to(torch.bfloat16), rf"{O_PROJ}.*bfloat16"),
-    "a cut weight": ("qwen3", DOWN, lambda w: w[:-1], DOWN),
+    "an unquantized weight": ("qwen3", O_PROJ, lambda w: w.to(torch.bfloat16), rf"{O_PROJ}.*bfloat16"),
+    "a truncated weight": ("qwen3", DOWN, lambda w: w[:-1], DOWN),
     "a missing norm": ("qwen3", NORM, lambda _: None, NORM),
 }
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
-def test_what_does_not_fit_is_refused_by_name_and_a_whole_update_heals(tmp_path, kind):
+def test_faults_are_rejected_by_name_and_a_full_update_recovers(tmp_path, kind):
     first, second = checkpoints(tmp_path, kind, 2)
     config = config_of(first)
     weights = weights_of(second)
@@ -108,7 +113,7 @@ def test_what_does_not_fit_is_refused_by_name_and_a_whole_update_heals(tmp_path,
         updates, before = Updates(model, config, scheme_of(first)), addresses(model)
         for fault_kind, name, change, message in FAULTS.values():
             if fault_kind == kind:
-                # The tensors are gone before anything complains: errors come where the manifests still agree.
+                # Sender and receiver get the same tensors, so only the checks of the scheme and the loaders can fail.
                 with pytest.raises((WeightUpdateError, ValueError), match=message):
                     updates.stream(damaged(updates.encoded(weights), name, change))
         for left_out in {O_PROJ, DOWN, EXPERT} & weights.keys():
@@ -117,5 +122,5 @@ def test_what_does_not_fit_is_refused_by_name_and_a_whole_update_heals(tmp_path,
             with pytest.raises(WeightUpdateError, match=rf"not written, the first is 'model\.layers\.{layer}\."):
                 updates.send(rest)
         updates.send(weights)
-        assert_same(held(model), engine_parameters(weights))
+        assert_same(parameters_of(model), engine_parameters(weights))
         assert addresses(model) == before

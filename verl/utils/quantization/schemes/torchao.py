@@ -13,7 +13,7 @@ _FILE = f"{FIELD}_config_file"
 
 
 class TorchAOFormat(WeightFormat):
-    """The config file determines the number format. The engine quantizes, whatever `quantization_side` is."""
+    """The config file determines the number format. The engine quantizes with both values of `quantization_side`."""
 
     name = "torchao"
     devices = ("cpu", "cuda")

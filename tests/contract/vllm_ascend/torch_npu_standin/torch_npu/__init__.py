@@ -1,8 +1,8 @@
-"""A stand-in for torch_npu on a machine without an NPU: what vllm-ascend's MXFP8 path needs, computed on the CPU.
+"""A stand-in for torch_npu on a machine without an NPU: the parts that vllm-ascend's MXFP8 path needs, on the CPU.
 
-A name that is not here raises AttributeError, as in a torch_npu that lacks it: callers ask with `hasattr`. An operator
-takes only the arguments whose meaning is known and refuses the others, so that nothing passes here for a reason that an
-NPU does not share. Nothing in it was compared with an NPU.
+A missing name raises AttributeError, as in a torch_npu that lacks it: callers check with `hasattr`. An operator accepts
+only arguments with a known meaning and rejects the others, so that no test passes for a reason that does not hold on an
+NPU. Nothing here was compared with an NPU.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Operators without quantization, and names that must exist but that nothing here calls."""
+"""Operators without quantization, and names that must exist but are never called."""
 
 import torch
 import torch.nn.functional as F
@@ -7,23 +7,23 @@ _ND = 2  # ACL_FORMAT_ND: plain strided memory
 
 
 def npu_format_cast(tensor: torch.Tensor, format: int, *_, **__) -> torch.Tensor:
-    """Memory formats are a matter of NPUs: the tensor as it is."""
+    """Return the tensor unchanged: only NPUs have memory formats."""
     return tensor
 
 
 def get_npu_format(tensor: torch.Tensor) -> int:
-    """Always plain."""
+    """Return the plain format."""
     return _ND
 
 
 def npu_swiglu(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
-    """silu of the first half times the second."""
+    """Return silu of the first half times the second half."""
     gate, up = x.chunk(2, dim=dim)
     return F.silu(gate) * up
 
 
 def npu_rms_norm(x: torch.Tensor, gamma: torch.Tensor, epsilon: float = 1e-6) -> tuple[torch.Tensor, torch.Tensor]:
-    """(normalised, reciprocal root mean square)."""
+    """Return (normalized, reciprocal root mean square)."""
     wide = x.float()
     reciprocal = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
     return (wide * reciprocal).to(x.dtype) * gamma, reciprocal
@@ -32,16 +32,16 @@ def npu_rms_norm(x: torch.Tensor, gamma: torch.Tensor, epsilon: float = 1e-6) ->
 def npu_add_rms_norm(
     x1: torch.Tensor, x2: torch.Tensor, gamma: torch.Tensor, epsilon: float = 1e-6
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(normalised sum, reciprocal root mean square, sum)."""
+    """Return (normalized sum, reciprocal root mean square, sum)."""
     total = x1 + x2
     return *npu_rms_norm(total, gamma, epsilon), total
 
 
 def npu_fusion_attention(*_, **__):
-    """transformers imports it."""
+    """Not supported; transformers imports it."""
     raise NotImplementedError("npu_fusion_attention: the stand-in has no attention")
 
 
 def npu_rotary_mul(*_, **__):
-    """transformers imports it."""
+    """Not supported; transformers imports it."""
     raise NotImplementedError("npu_rotary_mul: the stand-in has no rotary embedding")

@@ -1,4 +1,4 @@
-"""Numbers by which torch_npu 2.10 names dtypes that torch lacks, and how an operator reads a dtype argument."""
+"""Numbers that torch_npu 2.10 uses for dtypes that torch lacks, and checks of dtype arguments."""
 
 import torch
 
@@ -15,19 +15,19 @@ _E8M0 = (torch.float8_e8m0fnu, float8_e8m0fnu)
 
 
 def require_e4m3(name: str, dtype) -> None:
-    """Only MXFP8 with e4m3 values is computed here."""
+    """Check that a dtype is e4m3, the only one that the stand-in computes."""
     if dtype not in _E4M3:
-        raise NotImplementedError(f"{name}={dtype}: the stand-in computes float8_e4m3fn only")
+        raise NotImplementedError(f"{name}={dtype}: the stand-in supports only float8_e4m3fn")
 
 
 def require_e8m0(name: str, dtype) -> None:
-    """Scales of MXFP8 are E8M0, and an operator that is not told so reads the bytes as something else."""
+    """Check that a scale dtype is E8M0: with another dtype an operator would read the bytes differently."""
     if dtype not in _E8M0:
-        raise NotImplementedError(f"{name}={dtype}: the stand-in reads scales as float8_e8m0fnu only")
+        raise NotImplementedError(f"{name}={dtype}: the stand-in supports only scales of float8_e8m0fnu")
 
 
-def refuse(operator: str, **arguments) -> None:
-    """Refuse arguments that the stand-in gives no meaning to."""
+def reject(operator: str, **arguments) -> None:
+    """Reject arguments that the stand-in does not support."""
     for name, value in arguments.items():
         if value is not None:
-            raise NotImplementedError(f"{operator}: {name}={value!r} has no meaning in the stand-in")
+            raise NotImplementedError(f"{operator}: {name}={value!r} is not supported by the stand-in")

@@ -1,18 +1,18 @@
-"""Operators of a mixture of experts: routing, grouped products, and bringing tokens back.
+"""Operators of a mixture of experts: routing, grouped products, and unpermuting.
 
-Tokens are sorted by expert; `group_list` says how many belong to each, as counts (group_list_type 1) or summed up (0).
+Tokens are sorted by expert; `group_list` holds the tokens per expert as counts (group_list_type 1) or cumulative (0).
 """
 
 import torch
 
 from torch_npu._dense import npu_swiglu
-from torch_npu._dtypes import refuse, require_e4m3, require_e8m0
+from torch_npu._dtypes import reject, require_e4m3, require_e8m0
 from torch_npu._mx import dequantize_rows, dequantize_weight, npu_dynamic_mx_quant
 
 
 def _counts(group_list: torch.Tensor, group_list_type: int) -> list[int]:
     if group_list_type not in (0, 1):
-        raise NotImplementedError(f"{group_list_type=}: 0 (cumulative) or 1 (counts)")
+        raise NotImplementedError(f"{group_list_type=}: must be 0 (cumulative) or 1 (counts)")
     counts = group_list if group_list_type == 1 else torch.diff(group_list, prepend=group_list.new_zeros(1))
     return counts.tolist()
 
@@ -20,12 +20,12 @@ def _counts(group_list: torch.Tensor, group_list_type: int) -> list[int]:
 def _one(argument, name: str) -> torch.Tensor:
     tensors = argument if isinstance(argument, list | tuple) else [argument]
     if len(tensors) != 1:
-        raise NotImplementedError(f"{name}: {len(tensors)} tensors; the stand-in takes one that holds all experts")
+        raise NotImplementedError(f"{name}: {len(tensors)} tensors; the stand-in supports one tensor with all experts")
     return tensors[0]
 
 
 def _grouped(x: torch.Tensor, weight: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    """Rows of x [M, K], `counts` of them times each of weight [E, K, N]; rows beyond the last group stay zero."""
+    """Multiply `counts` rows of x [M, K] by each of weight [E, K, N]; rows after the last group stay zero."""
     if len(counts) != weight.shape[0] or sum(counts) > x.shape[0]:
         raise RuntimeError(f"group_list {counts}: {weight.shape[0]} experts and {x.shape[0]} rows")
     result = x.new_zeros(x.shape[0], weight.shape[-1])
@@ -54,12 +54,14 @@ def npu_grouped_matmul(
     weight_dtype=None,
     **others,
 ) -> list[torch.Tensor]:
-    """[rows of x times their expert's weight [E, K, N]]; MXFP8 where scales are given, in float32."""
-    refuse("npu_grouped_matmul", x_dtype=x_dtype, weight_dtype=weight_dtype, **others)
+    """Return [rows of x times their expert's weight [E, K, N]]; with scales in MXFP8, computed in float32."""
+    reject("npu_grouped_matmul", x_dtype=x_dtype, weight_dtype=weight_dtype, **others)
     if split_item not in (2, 3) or group_type != 0:
-        raise NotImplementedError(f"npu_grouped_matmul: {split_item=}, {group_type=}: only one x, grouped by rows")
+        raise NotImplementedError(
+            f"npu_grouped_matmul: {split_item=}, {group_type=}: only one x grouped by rows is supported"
+        )
     if bias is not None and any(b is not None for b in (bias if isinstance(bias, list | tuple) else [bias])):
-        raise NotImplementedError("npu_grouped_matmul: bias has no meaning in the stand-in")
+        raise NotImplementedError("npu_grouped_matmul: bias is not supported by the stand-in")
     x, weight = _one(x, "x"), _one(weight, "weight")
     counts = _counts(group_list, group_list_type)
     if scale is None:
@@ -92,10 +94,10 @@ def npu_grouped_matmul_swiglu_quant_v2(
     x_scale_dtype=None,
     **others,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Grouped product, silu of the first half times the second, and that quantized again; mode 2 is MXFP8."""
-    refuse("npu_grouped_matmul_swiglu_quant_v2", smooth_scale=smooth_scale, bias=bias, **others)
-    refuse("npu_grouped_matmul_swiglu_quant_v2", weight_assist_matrix=weight_assist_matrix)
-    refuse("npu_grouped_matmul_swiglu_quant_v2", x_dtype=x_dtype, weight_dtype=weight_dtype)
+    """Compute a grouped product, then silu of the first half times the second, and quantize it; mode 2 is MXFP8."""
+    reject("npu_grouped_matmul_swiglu_quant_v2", smooth_scale=smooth_scale, bias=bias, **others)
+    reject("npu_grouped_matmul_swiglu_quant_v2", weight_assist_matrix=weight_assist_matrix)
+    reject("npu_grouped_matmul_swiglu_quant_v2", x_dtype=x_dtype, weight_dtype=weight_dtype)
     if dequant_mode != 2 or quant_mode != 2 or dequant_dtype != torch.float32:
         raise NotImplementedError(
             f"npu_grouped_matmul_swiglu_quant_v2: {dequant_mode=}, {quant_mode=}, {dequant_dtype=}"
@@ -112,8 +114,8 @@ def npu_grouped_matmul_swiglu_quant_v2(
 def npu_moe_gating_top_k_softmax(
     x: torch.Tensor, finished: torch.Tensor | None = None, k: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(the k largest probabilities, their experts int32, row numbers int32 as the routing wants them)."""
-    refuse("npu_moe_gating_top_k_softmax", finished=finished)
+    """Return (the k largest probabilities, their experts int32, row numbers int32 in the order of the routing)."""
+    reject("npu_moe_gating_top_k_softmax", finished=finished)
     weights, experts = x.float().softmax(-1).topk(k, dim=-1)
     rows = torch.arange(x.shape[0] * k, dtype=torch.int32).view(k, -1).T.contiguous()
     return weights.to(x.dtype), experts.to(torch.int32), rows
@@ -133,7 +135,7 @@ def npu_moe_gating_top_k(
     routed_scaling_factor: float = 1.0,
     eps: float = 1e-20,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As above, softmax (norm_type 0) or sigmoid (1), without groups of experts; sigmoid's weights sum to one."""
+    """Do the same with softmax (norm_type 0) or sigmoid (1), without expert groups; sigmoid's weights sum to one."""
     if k_group != 1 or group_count != 1 or renorm != 0 or norm_type not in (0, 1):
         raise NotImplementedError(f"npu_moe_gating_top_k: {k_group=}, {group_count=}, {renorm=}, {norm_type=}")
     scores = x.float().softmax(-1) if norm_type == 0 else x.float().sigmoid()
@@ -162,13 +164,13 @@ def npu_moe_init_routing_v2(
     row_idx_type: int = 0,
     x_dtype=None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Rows of x [M, H] once for each of their experts [M, k], sorted by expert.
+    """Copy the rows of x [M, H] once for each of their experts [M, k], sorted by expert.
 
-    Returns the rows, where each (row, choice) went (row_idx_type 0: [M * k]) or came from (1), tokens of each expert
-    (counts for type 1, summed up for 0), and the rows' scales. With quant_mode 3 the rows are quantized to MXFP8, -1 is
-    none.
+    Returns the rows; the target (row_idx_type 0: [M * k]) or the source (1) of each (row, choice); the tokens of each
+    expert (counts for type 1, cumulative for 0); and the scales of the rows. quant_mode 3 quantizes the rows to MXFP8,
+    -1 does not quantize.
     """
-    refuse("npu_moe_init_routing_v2", offset=offset, x_dtype=x_dtype)
+    reject("npu_moe_init_routing_v2", offset=offset, x_dtype=x_dtype)
     if (
         drop_pad_mode != 0
         or quant_mode not in (-1, 3)
@@ -181,14 +183,14 @@ def npu_moe_init_routing_v2(
     first, last = (*active_expert_range, 0, expert_num)[:2] if active_expert_range else (0, expert_num)
     choices = expert_idx.flatten().long()
     active = (choices >= first) & (choices < last)
-    # Experts of other ranks go behind the last of this one's.
+    # Experts of other ranks are sorted behind those of this rank.
     order = torch.where(active, choices, choices.max() + last + 1).argsort(stable=True)
     source = order // expert_idx.shape[1]
     counts = torch.bincount(choices[active] - first, minlength=last - first)
     tokens = counts if expert_tokens_num_type == 1 else counts.cumsum(0)
     where = order if row_idx_type == 1 else torch.argsort(order)
     if quant_mode == 3:
-        refuse("npu_moe_init_routing_v2 with quant_mode=3", scale=scale)
+        reject("npu_moe_init_routing_v2 with quant_mode=3", scale=scale)
         rows, scales = npu_dynamic_mx_quant(x[source], dst_type=torch.float8_e4m3fn)
     else:
         rows, scales = x[source], scale[source] if scale is not None else None
@@ -202,8 +204,8 @@ def npu_moe_token_unpermute(
     padded_mode: bool = False,
     restore_shape=None,
 ) -> torch.Tensor:
-    """Rows back to their tokens, the k of each weighted by probs [M, k] and summed."""
-    refuse("npu_moe_token_unpermute", restore_shape=restore_shape)
+    """Return the rows to their tokens: weight the k rows of each by probs [M, k] and sum them."""
+    reject("npu_moe_token_unpermute", restore_shape=restore_shape)
     if padded_mode or probs is None:
         raise NotImplementedError(f"npu_moe_token_unpermute: {padded_mode=}, probs={probs}")
     rows = permuted_tokens[sorted_indices.abs().long()].view(*probs.shape, -1)

@@ -1,12 +1,12 @@
 """MXFP8 operators: quantization of activations, and the product of quantized matrices.
 
-Scales come in pairs of groups: the quantized axis has ceil(ceil(K / 32) / 2) entries and a trailing axis of 2. The
-second of an odd number of groups is padding (byte 0), and no operator here reads it.
+Scales are pairs of groups: the quantized axis has ceil(ceil(K / 32) / 2) entries, and a trailing axis has 2. With an
+odd number of groups the last byte is padding (0), which no operator here reads.
 """
 
 import torch
 
-from torch_npu._dtypes import float4_e2m1fn_x2, refuse, require_e4m3, require_e8m0
+from torch_npu._dtypes import float4_e2m1fn_x2, reject, require_e4m3, require_e8m0
 from verl.utils.quantization.mx import MX_BLOCK_SIZE, mxfp8_dequantize, mxfp8_quantize
 
 
@@ -20,13 +20,13 @@ def npu_dynamic_mx_quant(
     scale_alg: int = 0,
     dst_type_max: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values of input's shape; uint8 scales with `axis` of length ceil(ceil(K / 32) / 2) and a trailing axis of 2.
+    """Return values of input's shape, and uint8 scales: `axis` has ceil(ceil(K / 32) / 2) entries, a new last axis 2.
 
-    The default `dst_type` is FP4, as in torch_npu, which is refused here.
+    The default `dst_type` is FP4, as in torch_npu, and is not supported.
     """
     require_e4m3("npu_dynamic_mx_quant: dst_type", dst_type)
     if input.dtype not in (torch.float16, torch.bfloat16):
-        # The tests of numerics run in float32, which the NPU's operator does not take.
+        # Tests of numerics use float32, which the NPU's operator does not support.
         assert input.dtype == torch.float32, f"npu_dynamic_mx_quant: input is {input.dtype}"
     if round_mode != "rint" or block_size != MX_BLOCK_SIZE or dst_type_max != 0.0:
         raise NotImplementedError(f"npu_dynamic_mx_quant: {round_mode=}, {block_size=}, {dst_type_max=}")
@@ -38,13 +38,13 @@ def npu_dynamic_mx_quant(
 
 
 def pair_groups(scales: torch.Tensor) -> torch.Tensor:
-    """[..., G] -> [..., ceil(G / 2), 2], a zero byte behind an odd number of groups."""
+    """Reshape [..., G] to [..., ceil(G / 2), 2], with a zero byte after an odd number of groups."""
     padded = torch.nn.functional.pad(scales, (0, scales.shape[-1] % 2))
     return padded.unflatten(-1, (-1, 2))
 
 
 def dequantize_rows(values: torch.Tensor, scales: torch.Tensor, what: str) -> torch.Tensor:
-    """Activations [M, K] with scales [M, ceil(G / 2), 2] to float32."""
+    """Dequantize activations [M, K] with scales [M, ceil(G / 2), 2] to float32."""
     k = values.shape[-1]
     groups = -(-k // MX_BLOCK_SIZE)
     expected = (*values.shape[:-1], -(-groups // 2), 2)
@@ -57,7 +57,7 @@ def dequantize_rows(values: torch.Tensor, scales: torch.Tensor, what: str) -> to
 
 
 def dequantize_weight(weight: torch.Tensor, scale: torch.Tensor, what: str) -> torch.Tensor:
-    """A weight as run, [..., K, N] with scales [..., ceil(G / 2), N, 2], to float32 [..., K, N]."""
+    """Dequantize a weight in the kernel layout, [..., K, N] with scales [..., ceil(G / 2), N, 2], to float32."""
     rows = weight.transpose(-1, -2)
     return dequantize_rows(rows, scale.transpose(-2, -3), what).transpose(-1, -2)
 
@@ -78,11 +78,11 @@ def npu_quant_matmul(
     group_sizes=None,
     y_scale=None,
 ) -> torch.Tensor:
-    """x1 [M, K] with pertoken_scale [M, ceil(K / 64), 2] times x2 [K, N] with scale [ceil(K / 64), N, 2].
+    """Multiply x1 [M, K] with pertoken_scale [M, ceil(K / 64), 2] by x2 [K, N] with scale [ceil(K / 64), N, 2].
 
-    Summed in float32, as on an NPU, whose order of summing is not known.
+    Sums are in float32, as on an NPU, whose order of summation is unknown.
     """
-    refuse("npu_quant_matmul", offset=offset, x1_dtype=x1_dtype, x2_dtype=x2_dtype, y_scale=y_scale)
+    reject("npu_quant_matmul", offset=offset, x1_dtype=x1_dtype, x2_dtype=x2_dtype, y_scale=y_scale)
     require_e8m0("npu_quant_matmul: scale_dtype", scale_dtype)
     require_e8m0("npu_quant_matmul: pertoken_scale_dtype", pertoken_scale_dtype)
     if list(group_sizes or ()) != [1, 1, MX_BLOCK_SIZE]:

@@ -1,4 +1,4 @@
-"""What Python code imports of the compiled module."""
+"""The names of the compiled module that Python code imports."""
 
 from torch_npu._C import _distributed_c10d
 

@@ -1,11 +1,11 @@
-"""HCCL's process group, by name only: collectives run on gloo here."""
+"""HCCL's process group as a name only: collectives use gloo."""
 
 
 class ProcessGroupHCCL:
-    """Cannot be made."""
+    """A class that cannot be instantiated."""
 
     class Options:
-        """Its options, which may be made and filled in."""
+        """Its options, which can be created and set."""
 
         def __init__(self):
             self.hccl_config = {}

@@ -1,4 +1,4 @@
-"""`torch.npu`: one device of type Ascend 950 that is really the CPU."""
+"""`torch.npu`: one device that claims to be an Ascend 950 and is the CPU."""
 
 import contextlib
 import types
@@ -21,7 +21,7 @@ def current_device() -> int:
 
 
 def set_device(device) -> None:
-    """There is one."""
+    """Do nothing: there is only one."""
 
 
 def get_soc_version() -> int:
@@ -39,16 +39,16 @@ def get_device_properties(device=None):
 
 
 def mem_get_info(device=None) -> tuple[int, int]:
-    """Free and total bytes."""
+    """Return free and total bytes."""
     return 8 * 2**30, 8 * 2**30
 
 
 def empty_cache() -> None:
-    """Nothing is cached."""
+    """Do nothing: there is no cache."""
 
 
 def synchronize(device=None) -> None:
-    """Everything is done when its call returns."""
+    """Do nothing: every operation is complete when its call returns."""
 
 
 def memory_allocated(device=None) -> int:
@@ -68,7 +68,7 @@ def memory_stats(device=None) -> dict:
 
 
 def reset_peak_memory_stats(device=None) -> None:
-    """Nothing is counted."""
+    """Do nothing: no statistics are kept."""
 
 
 def manual_seed(seed: int) -> None:
@@ -80,7 +80,7 @@ def manual_seed_all(seed: int) -> None:
 
 
 def set_compile_mode(**_) -> None:
-    """Nothing is compiled."""
+    """Do nothing: nothing is compiled."""
 
 
 def is_current_stream_capturing() -> bool:
@@ -88,7 +88,7 @@ def is_current_stream_capturing() -> bool:
 
 
 class Stream:
-    """Work runs where it is called."""
+    """A stream without effect: operations run at once."""
 
     def __init__(self, *_, **__):
         pass
@@ -107,7 +107,7 @@ class Stream:
 
 
 class Event:
-    """Has always happened."""
+    """An event that has always occurred."""
 
     def __init__(self, *_, **__):
         pass
@@ -129,10 +129,10 @@ ExternalEvent = Event
 
 
 class NPUGraph:
-    """Graphs are not captured here."""
+    """Not supported."""
 
     def __init__(self):
-        raise NotImplementedError("the stand-in captures no graphs")
+        raise NotImplementedError("the stand-in does not support graphs")
 
 
 _stream = Stream()
@@ -147,7 +147,7 @@ def default_stream(device=None) -> Stream:
 
 
 def set_stream(stream) -> None:
-    """There is one."""
+    """Do nothing: there is only one."""
 
 
 def stream(stream=None):

@@ -1,4 +1,4 @@
-"""Nothing is profiled; only names that are imported."""
+"""Names that are imported; nothing is profiled."""
 
 from torch_npu.profiler import dynamic_profile
 

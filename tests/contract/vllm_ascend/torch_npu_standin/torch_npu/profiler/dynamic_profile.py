@@ -2,8 +2,8 @@
 
 
 def init(*_, **__) -> None:
-    """Called when a worker starts."""
+    """Do nothing; called when a worker starts."""
 
 
 def step() -> None:
-    """Called after each step."""
+    """Do nothing; called after each step."""

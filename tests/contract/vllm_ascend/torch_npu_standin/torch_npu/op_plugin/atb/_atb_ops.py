@@ -1,5 +1,5 @@
-"""Registers nothing: there are no such operators here."""
+"""Registers nothing: the stand-in has no such operators."""
 
 
 def _register_atb_extensions() -> None:
-    """Called by vllm-ascend while it starts."""
+    """Do nothing; vllm-ascend calls it while it starts."""
