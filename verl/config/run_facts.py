@@ -31,7 +31,7 @@ class RunFacts:
         """Return the value of a key by its dotted name, or of an attribute by `run.<name>`.
 
         Raises:
-            AttributeError: there is no such key or attribute.
+            AttributeError: no key or attribute has this name.
         """
         owner: Any = self.config
         if name.startswith("run."):
