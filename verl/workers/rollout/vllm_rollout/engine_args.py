@@ -1,4 +1,4 @@
-"""From `actor_rollout_ref.rollout.*` to what vLLM's engine is started with."""
+"""Engine arguments and environment of vLLM, derived from `actor_rollout_ref.rollout.*`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _WORKER_EXTENSION = "verl.workers.rollout.vllm_rollout.worker_extension.WeightUp
 
 
 def max_model_len(rollout: RolloutConfig, prompt_length: int, response_length: int) -> int:
-    """Tokens a request may have: `rollout.max_model_len`, or prompt and response caps together."""
+    """Return the token limit of a request: `rollout.max_model_len`, or the sum of prompt and response limits."""
     return rollout.max_model_len or prompt_length + response_length
 
 
@@ -32,12 +32,12 @@ def engine_args(
     seed: int,
     quantization: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Keyword arguments for vLLM's `AsyncEngineArgs`; `rollout.engine_kwargs.vllm` has the last word.
+    """Return keyword arguments for vLLM's `AsyncEngineArgs`; `rollout.engine_kwargs.vllm` overrides them.
 
     Args:
-        dtype: torch dtype name the engine computes in.
-        prompt_length, response_length: caps in tokens.
-        quantization: what the quantization needs; of its dictionaries single entries can be overridden.
+        dtype: name of the torch dtype in which the engine computes.
+        prompt_length, response_length: limits in tokens.
+        quantization: arguments that the quantization needs; single entries of its dictionaries can be overridden.
 
     Raises:
         ValueError: `engine_kwargs.vllm` overrides the quantization.
@@ -60,12 +60,12 @@ def engine_args(
         "logprobs_mode": rollout.logprobs_mode,
         "seed": seed,
         "worker_extension_cls": _WORKER_EXTENSION,
-        # In-process workers save a process and a hop per step; vLLM allows them for a single worker only. Left to
-        # itself it would take Ray for several, and wait for ever for the devices that the trainer's ranks reserve.
+        # An in-process worker saves a process and a hop per step; vLLM allows it for a single worker only. By default
+        # vLLM would use Ray for several, and wait forever for the devices that the trainer's ranks reserve.
         "distributed_executor_backend": "uni" if rollout.tensor_model_parallel_size == 1 else "mp",
     }
     if device == "cpu":
-        # On a CPU vLLM would reserve a share of the whole machine's memory, which replicas and trainers share.
+        # By default vLLM would reserve a share of the machine's memory, which replicas and trainers share.
         arguments["kv_cache_memory_bytes"] = cpu_kv_cache_bytes(
             read_model(model.path), itemsize_of(dtype), length, rollout.max_num_seqs
         )
@@ -100,10 +100,10 @@ def _merged(arguments: dict[str, Any], quantization: Mapping[str, Any], user: Ma
 
 
 def engine_environment(*, device: str, threads: int, tensor_parallel_size: int) -> dict[str, str]:
-    """Environment variables a replica's process is started with.
+    """Return the environment variables of a replica's process.
 
     Args:
-        threads: CPU cores this replica may use in total.
+        threads: CPU cores for this replica in total.
     """
     environment = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "TOKENIZERS_PARALLELISM": "false"}
     if device == "cpu":

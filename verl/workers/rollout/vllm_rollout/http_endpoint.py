@@ -13,10 +13,10 @@ from verl.config import ServerConfig
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one.
+    """Return a bound socket; port 0 selects a free one.
 
     Raises:
-        OSError: the port is in use or not ours to bind, saying which key to change.
+        OSError: the port is in use or not permitted; names the config key.
     """
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -33,7 +33,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 class RefuseWithoutWeights:
-    """ASGI middleware: requests for answers get status 503 while `refusal` gives a reason."""
+    """ASGI middleware: requests for responses get status 503 while `refusal` returns a reason."""
 
     def __init__(self, app: Any, refusal: Callable[[], str | None]):
         self._app, self._refusal = app, refusal
@@ -54,9 +54,9 @@ class HttpEndpoint:
     """Serves an engine over HTTP on the actor's event loop.
 
     Args:
-        config: `actor_rollout_ref.rollout.server`; without `api_key` a random one is made.
-        replica_rank: added to a fixed port, so that replicas of one host do not collide.
-        refusal: says why requests are refused now, or None.
+        config: `actor_rollout_ref.rollout.server`; without `api_key` a random key is generated.
+        replica_rank: added to a fixed port, so that replicas on one host do not collide.
+        refusal: returns the reason why requests are refused now, or None.
     """
 
     def __init__(self, config: ServerConfig, replica_rank: int, *, refusal: Callable[[], str | None]):
@@ -67,7 +67,7 @@ class HttpEndpoint:
         self._task: asyncio.Task[None] | None = None
 
     async def start(self, engine: Any, engine_arguments: Any) -> str:
-        """Start serving; the base address, such as `http://127.0.0.1:34567`."""
+        """Start serving, and return the base address, for example `http://127.0.0.1:34567`."""
         import uvicorn
 
         from verl.utils.vllm.server import openai_app
@@ -75,7 +75,7 @@ class HttpEndpoint:
         app = await openai_app(engine, engine_arguments.model, api_key=self.api_key)
         guarded = RefuseWithoutWeights(app, self._refusal)
         self._server = uvicorn.Server(uvicorn.Config(guarded, log_level="warning", lifespan="off"))
-        # The actor owns the process's signals.
+        # The actor handles the process's signals.
         self._server.install_signal_handlers = lambda: None
         self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]))
         host, port = self._socket.getsockname()[:2]

@@ -1,15 +1,15 @@
-"""The rollout server: one actor that hosts a vLLM engine, tokens in and tokens out.
+"""Rollout server: one actor that hosts a vLLM engine, with tokens as input and output.
 
-State of a replica, as far as weights go:
+States of a replica's weights:
 
     starting --(weights from the checkpoint)--> serving(v)
     starting --(load_format=dummy)------------> waiting for the first update
     serving(v) --begin_update--> updating --finish_update--> serving(v + 1)
-    updating --any error--> refusing, until a whole update succeeds
+    updating --any error--> refusing, until a full update succeeds
 
-Requests that come while it is updating wait; requests that come while it is refusing get `ReplicaUnavailable`. An
-update lets the requests in flight finish first, or with `rollout.partial_rollout` cuts them: they return what tokens
-they have (`stop_reason` "abort"), and the client asks for the rest.
+Requests that arrive during an update wait; requests that arrive while it refuses get `ReplicaUnavailable`. An update
+first completes the requests in flight or, with `rollout.partial_rollout`, cuts them: they return their current tokens
+(`stop_reason` "abort"), and the client requests the rest.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from verl.utils.vllm.server import drain
 from verl.workers.rollout.continuation import after_cut, check_continuable
 from verl.workers.rollout.quantization import worker_settings
 from verl.workers.rollout.request_channel import Request, RequestDesk, Response
-from verl.workers.rollout.types import ReplicaUnavailable, TokenOutput
+from verl.workers.rollout.types import ReplicaHealth, ReplicaReport, ReplicaUnavailable, TokenOutput
 from verl.workers.rollout.vllm_rollout.engine_args import engine_args
 from verl.workers.rollout.vllm_rollout.worker_calls import call_workers, merge_reports, results
 from verl.workers.rollout.vllm_rollout.worker_extension import WeightUpdateExtension
@@ -46,16 +46,16 @@ _SUPPORTED_QUANTIZATION = list(SCHEME_NAMES)
 
 
 class vLLMHttpServer:
-    """Hosts vLLM's `AsyncLLM`; becomes a Ray actor through `vLLMReplica`.
+    """Hosts vLLM's `AsyncLLM`; `vLLMReplica` starts it as a Ray actor.
 
     Args:
         rollout, model: the config sections `actor_rollout_ref.rollout` and `.model`.
         replica_rank: index of this replica, from 0.
         device: `cpu`, `cuda` or `npu`.
-        dtype: torch dtype name the engine computes in.
-        prompt_length, response_length: caps in tokens.
-        seed: of the engine's sampler; each replica adds its rank.
-        timeline: for `join_timeline`.
+        dtype: name of the torch dtype in which the engine computes.
+        prompt_length, response_length: limits in tokens.
+        seed: seed of the engine's sampler; each replica adds its rank.
+        timeline: argument of `join_timeline`.
     """
 
     def __init__(
@@ -100,23 +100,23 @@ class vLLMHttpServer:
         self._http: Any = None
         self._desk = RequestDesk(self.generate, (ReplicaUnavailable, ValueError))
 
-    async def start(self) -> dict[str, Any]:
-        """Start the engine, and the HTTP endpoint where it is enabled.
+    async def start(self) -> ReplicaReport:
+        """Start the engine, and the HTTP endpoint if it is enabled.
 
-        Returns:
-            `seconds` it took, `pid`; `http` and `api_key`: the endpoint's base address and key, or None.
+        Raises:
+            ValueError: vLLM refuses the arguments of the engine.
         """
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
         started = time.perf_counter()
         arguments = AsyncEngineArgs(**self._args)
-        # Starting blocks for many seconds; the actor must answer health checks meanwhile.
+        # This blocks for many seconds, during which the actor must respond to health checks.
         try:
             config = await asyncio.to_thread(arguments.create_engine_config)
         except ValueError as error:
-            # Pydantic's own do not survive pickling.
-            raise ValueError(f"vLLM refuses what its engine should be started with: {error}") from None
+            # Pydantic's exceptions cannot be pickled.
+            raise ValueError(f"vLLM refuses the arguments of its engine: {error}") from None
         self._engine = AsyncLLM.from_vllm_config(config, disable_log_stats=self._rollout.disable_log_stats)
         if self._timeline is not None:
             await call_workers(
@@ -139,7 +139,7 @@ class vLLMHttpServer:
     def _http_refusal(self) -> str | None:
         if self._serving.is_set():
             return None
-        return self._refusal or "the engine is taking new weights"
+        return self._refusal or "a weight update is in progress"
 
     async def submit_requests(self, requests: Sequence[Request]) -> None:
         """Start `generate` for each request."""
@@ -151,30 +151,30 @@ class vLLMHttpServer:
 
     @spanned("request", "request", overlaps=True)
     async def generate(
-        self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str, answered: list[int]
+        self, prompt_ids: list[int], sampling_params: dict[str, Any], request_id: str, generated: list[int]
     ) -> TokenOutput:
-        """Generate one answer, or what comes after the first `answered` tokens of one.
+        """Generate one response, or its continuation after the tokens `generated`.
 
         Args:
             prompt_ids: prompt tokens.
-            sampling_params: vLLM's sampling parameters by name, of the whole answer; `max_tokens` defaults to the
-                response cap.
+            sampling_params: vLLM's sampling parameters by name, for the full response; `max_tokens` defaults to the
+                response limit.
             request_id: unique among the requests in flight.
-            answered: tokens that the answer has already.
+            generated: tokens of the response so far.
 
         Returns:
-            What was generated now. `stop_reason` is "abort" where an update or `sleep` cut it.
+            the new tokens. `stop_reason` is "abort" if an update or `sleep` cut the request.
 
         Raises:
             ReplicaUnavailable: the replica refuses to serve, or its engine died.
-            ValueError: a prompt that leaves no room for an answer, an unknown sampling parameter, or with
-                `partial_rollout` one that an answer in parts cannot have.
+            ValueError: the prompt leaves no room for a response, a sampling parameter is unknown, or, with
+                `partial_rollout`, does not support a cut.
         """
         from vllm.inputs import TokensPrompt
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        parameters = self._sampling_params(len(prompt_ids), sampling_params, len(answered))
-        prompt = TokensPrompt(prompt_token_ids=[*prompt_ids, *answered])
+        parameters = self._sampling_params(len(prompt_ids), sampling_params, len(generated))
+        prompt = TokensPrompt(prompt_token_ids=[*prompt_ids, *generated])
         await self._wait_until_serving()
         version, final = self._version, None
         self._in_flight.add(request_id)
@@ -187,7 +187,7 @@ class vLLMHttpServer:
         finally:
             self._in_flight.discard(request_id)
         assert final is not None and version is not None
-        # An update drains or cuts what is in flight before it begins, so one request never sees two versions.
+        # An update completes or cuts the requests in flight before it begins, so a request sees one version.
         assert version == self._version
         return TokenOutput(
             token_ids=list(final.token_ids),
@@ -196,7 +196,7 @@ class vLLMHttpServer:
             weight_versions=[version] * len(final.token_ids),
         )
 
-    def _sampling_params(self, prompt_length: int, given: dict[str, Any], answered: int) -> Any:
+    def _sampling_params(self, prompt_length: int, given: dict[str, Any], num_generated: int) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -211,7 +211,7 @@ class vLLMHttpServer:
         merged = {"max_tokens": self._response_length} | given
         merged["max_tokens"] = min(merged["max_tokens"], room)
         try:
-            rest = after_cut(merged, answered)
+            rest = after_cut(merged, num_generated)
             return SamplingParams(**rest, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
         except TypeError as error:
             raise ValueError(f"sampling parameters {sorted(given)}: {error}") from error
@@ -238,7 +238,7 @@ class vLLMHttpServer:
         try:
             if self._rollout.partial_rollout:
                 await self._cut()
-            # What came over HTTP has no client that would go on with it.
+            # HTTP requests cannot be resumed after a cut, so complete them.
             await drain(self._engine)
             settings = worker_settings(self._rollout)
             await self._workers(WeightUpdateExtension.verl_begin_update, version, settings, base)
@@ -247,10 +247,10 @@ class vLLMHttpServer:
             raise
 
     async def _cut(self) -> None:
-        """End every answer at the token that it has reached."""
+        """End every response at its current token."""
         while self._in_flight:
             await self._engine.abort(list(self._in_flight))
-            # Again for one that was still on its way into the engine.
+            # Repeat for a request that had not reached the engine yet.
             await asyncio.sleep(0.001)
 
     @spanned("update: load a bucket")
@@ -271,7 +271,7 @@ class vLLMHttpServer:
         """
         try:
             reports = await self._workers(WeightUpdateExtension.verl_finish_update, manifest)
-            # Keys and values under the old weights must not answer prompts under the new ones.
+            # Cached keys and values of the old weights must not be used under the new ones.
             if not await self._engine.reset_prefix_cache():
                 raise WeightUpdateError("the engine kept its prefix cache: requests are still in flight")
             await self._engine.resume_generation()
@@ -311,14 +311,14 @@ class vLLMHttpServer:
 
     # ---- life ----
 
-    async def health(self) -> dict[str, Any]:
-        """`version` being served, `refusal` (why none is served), each None or set. Raises where the engine is dead."""
+    async def health(self) -> ReplicaHealth:
+        """Return the served version, or the reason for a refusal. Raise if the engine is dead."""
         await self._engine.check_health()
         return {"version": self._version, "refusal": self._refusal}
 
     @spanned("sleep")
     async def sleep(self) -> None:
-        """Free the key-value cache and set the weights aside (level 1 on an NPU, 2 elsewhere); nothing on a CPU."""
+        """Free the key-value cache and offload the weights (level 1 on an NPU, 2 elsewhere). No effect on a CPU."""
         if self._device != "cpu" and self._rollout.free_cache_engine:
             self._serving.clear()
             if self._rollout.partial_rollout:
@@ -327,12 +327,12 @@ class vLLMHttpServer:
 
     @spanned("wake up")
     async def wake_up(self, tags: list[str]) -> None:
-        """Take memory back: `["weights"]` before an update, `["kv_cache"]` after it; nothing on a CPU."""
+        """Allocate memory again: `["weights"]` before an update, `["kv_cache"]` after it. No effect on a CPU."""
         if self._device != "cpu" and self._rollout.free_cache_engine:
             await self._engine.wake_up(tags=tags)
 
     async def stop(self) -> None:
-        """End the endpoint and the engine with all its processes."""
+        """Stop the endpoint and the engine with all its processes."""
         self._refuse("it was stopped")
         if self._http is not None:
             await self._http.stop()
