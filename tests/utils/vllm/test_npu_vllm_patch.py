@@ -15,8 +15,8 @@ from verl.utils.vllm.npu_vllm_patch import (
     loading_transposed,
     recording_layout,
     recording_transposition,
+    restore_expert_parameters,
     rotary_init,
-    run_time_parameters_back,
 )
 
 
@@ -197,7 +197,7 @@ def test_experts_replaced_by_wake_up_are_restored(monkeypatch):
     layer._parameters.update(first)
     layer.w2_weight = torch.nn.Parameter(layer.w2_weight.transpose(1, 2), requires_grad=False)
     model = torch.nn.Sequential(layer, torch.nn.Linear(2, 2))
-    run_time_parameters_back(model)
+    restore_expert_parameters(model)
     assert all(layer._parameters[name] is first[name] for name in first)
 
 

@@ -162,7 +162,7 @@ def load(layer, seed):
 
 
 def assembled(weight, scale):
-    """The run-time layout, element by element."""
+    """The kernel layout, element by element."""
     *lead, n, k = weight.shape
     count = scale.shape[-1]
     run_weight = np.zeros((*lead, k, n), np.uint8)
@@ -199,7 +199,7 @@ CASES += [pytest.param(lambda r=r, h=h, i=i: experts(r, h, i), id=f"{r}-experts-
 
 
 @pytest.mark.parametrize("make", CASES)
-def test_every_update_lands_where_the_first_weights_did(make):
+def test_every_update_keeps_the_addresses_of_the_first_weights(make):
     layer = make()
     model = nn.Sequential(nn.Linear(2, 2), layer)
     load_layout = {name: (p.shape, id(p), p.weight_loader) for name, p in layer.named_parameters()}
@@ -217,7 +217,7 @@ def test_every_update_lands_where_the_first_weights_did(make):
 
 
 @pytest.mark.parametrize("make", CASES)
-def test_both_are_idempotent_and_undo_each_other(make):
+def test_both_hooks_are_idempotent_and_inverse(make):
     layer = make()
     sent = load(layer, 0)
     layer.quant_method.process_weights_after_loading(layer)
@@ -232,7 +232,7 @@ def test_both_are_idempotent_and_undo_each_other(make):
     assert addresses(layer) == first
 
 
-def test_shapes_decide_nothing():
+def test_no_decision_depends_on_shapes():
     """Square weights, and experts whose sizes are alike, look the same in both layouts."""
     for layer in (linear("0.23", 64, 64), experts("0.23", 64, 32 * 2), experts("cpu", 64, 32)):
         load(layer, 0)
@@ -244,14 +244,14 @@ def test_shapes_decide_nothing():
 
 
 @pytest.mark.parametrize(("k", "used"), [(64, True), (96, False)])
-def test_a_release_restores_for_itself_where_it_does_so_rightly(k, used):
+def test_a_releases_own_restore_is_used_if_it_is_correct(k, used):
     layer = linear("0.26", 6, k)
     layer.quant_method.process_weights_after_loading(layer)
     restore_mxfp8_weights_for_loading(layer)
     assert layer.quant_method.quant_method.restored == used
 
 
-def test_experts_woken_up_as_new_parameters_get_their_loaders_back():
+def test_experts_replaced_by_wake_up_get_their_loaders_back():
     layer = experts("0.18", 64, 128)
     load(layer, 0)
     layer.quant_method.process_weights_after_loading(layer)
@@ -276,12 +276,12 @@ def test_memory_replaced_between_updates_is_refused():
         restore_mxfp8_weights_for_loading(model)
 
 
-def test_a_layout_that_is_not_known_is_refused():
+def test_an_unknown_layout_is_refused():
     model = nn.ModuleDict({"down_proj": linear("0.23", 6, 64)})
     layer = model["down_proj"]
     layer.quant_method.process_weights_after_loading(layer)
     layer.weight_scale.data = layer.weight_scale.data.flatten(1)
-    with pytest.raises(RuntimeError, match=r"down_proj\.weight.*not known"):
+    with pytest.raises(RuntimeError, match=r"down_proj\.weight.*not supported"):
         restore_mxfp8_weights_for_loading(model)
 
 
@@ -295,7 +295,7 @@ def test_a_release_without_marks_needs_the_plugin():
         restore_mxfp8_weights_for_loading(nn.Sequential(layer))
 
 
-def test_layers_that_are_not_quantized_are_left_alone():
+def test_unquantized_layers_are_not_changed():
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
     before = {name: p.data_ptr() for name, p in model.named_parameters()}
     restore_mxfp8_weights_for_loading(model)

@@ -25,7 +25,7 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from verl.utils.quantization.formats import FLOAT, MX_BLOCK_SIZE, W8A8_MXFP8
 from verl.utils.quantization.mx import mxfp8_dequantize, mxfp8_quantize
-from verl.utils.vllm.vllm_fp8_utils import record_run_time_layout, scales_as_loaded
+from verl.utils.vllm.vllm_fp8_utils import record_kernel_layout, scales_in_checkpoint_layout
 
 # Names that checkpoints give an expert's projections: gate, up, down.
 _EXPERT_PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
@@ -119,13 +119,13 @@ def _to_kernel_layout(layer: nn.Module, keys: tuple[str, ...]) -> None:
         scale.data = padded.unflatten(-1, (-1, 2)).transpose(-2, -3).contiguous()
         # A view: new weights are loaded and dequantized row by row in the underlying memory.
         weight.data = weight.data.transpose(-1, -2)
-    record_run_time_layout(layer, shapes)
+    record_kernel_layout(layer, shapes)
 
 
 def _dequantized(layer: nn.Module, key: str, dtype: torch.dtype, out: torch.Tensor | None) -> torch.Tensor:
     """Return a weight [.., N, K] in its compute dtype, from its kernel layout."""
     values = getattr(layer, key).data.transpose(-1, -2).contiguous()
-    scales = scales_as_loaded(getattr(layer, f"{key}_scale").data, _groups(values.shape[-1]))
+    scales = scales_in_checkpoint_layout(getattr(layer, f"{key}_scale").data, _groups(values.shape[-1]))
     return mxfp8_dequantize(values, scales.contiguous(), dtype, out=out)
 
 
@@ -150,19 +150,19 @@ class _Dequantizing:
             # Bypasses nn.Module.__setattr__: this tensor is derived from the parameters and must not become one.
             layer.__dict__[name] = made
 
-    def refresh_after_patch(self, layer: nn.Module, places: Mapping[str, torch.Tensor]) -> None:
-        """Dequantize again the blocks in which something changed.
+    def refresh_after_delta(self, layer: nn.Module, indices: Mapping[str, torch.Tensor]) -> None:
+        """Dequantize the blocks with changed elements.
 
         Args:
-            places: by parameter, int64 places in the flattened parameter as it is loaded.
+            indices: by parameter, int64 indices into the flattened parameter in checkpoint layout.
         """
         for key in self.keys:
             shape = layer._mxfp8_original_shapes[key]
             k, groups = shape[-1], _groups(shape[-1])
-            blocks = [places[f"{key}_scale"]] if f"{key}_scale" in places else []
-            if key in places:
-                row = torch.div(places[key], k, rounding_mode="floor")
-                blocks.append(row * groups + torch.div(places[key] - row * k, MX_BLOCK_SIZE, rounding_mode="floor"))
+            blocks = [indices[f"{key}_scale"]] if f"{key}_scale" in indices else []
+            if key in indices:
+                row = torch.div(indices[key], k, rounding_mode="floor")
+                blocks.append(row * groups + torch.div(indices[key] - row * k, MX_BLOCK_SIZE, rounding_mode="floor"))
             if not blocks:
                 continue
             changed = torch.cat(blocks).unique()
@@ -172,7 +172,7 @@ class _Dequantizing:
                 continue
             weight, scale = getattr(layer, key).data, getattr(layer, f"{key}_scale").data
             values = weight.transpose(-1, -2).contiguous().view(torch.uint8).view(-1, MX_BLOCK_SIZE)[changed]
-            scales = scales_as_loaded(scale, groups).flatten()[changed]
+            scales = scales_in_checkpoint_layout(scale, groups).flatten()[changed]
             fresh = mxfp8_dequantize(values.view(torch.float8_e4m3fn), scales[:, None], made.dtype)
             made.view(-1, MX_BLOCK_SIZE)[changed] = fresh
 

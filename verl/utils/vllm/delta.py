@@ -20,7 +20,7 @@ from verl.utils.vllm.layerwise import (
     uses_packed_copy,
 )
 from verl.utils.vllm.layout_map import LayoutMap
-from verl.utils.vllm.npu_vllm_patch import run_time_parameters_back
+from verl.utils.vllm.npu_vllm_patch import restore_expert_parameters
 
 
 class EngineDelta:
@@ -105,7 +105,7 @@ class EngineDelta:
         Raises:
             RuntimeError: no load was recorded, or a parameter was moved in memory: a full update is needed.
         """
-        run_time_parameters_back(self._model)
+        restore_expert_parameters(self._model)
         if self._hooks is not None:
             self._hooks.begin_delta(self._model)
         if not self.accepted:

@@ -16,12 +16,12 @@ from importlib import import_module
 from typing import Any
 
 from verl.utils.quantization.formats import MX_BLOCK_SIZE
-from verl.utils.vllm.vllm_fp8_utils import record_run_time_layout
+from verl.utils.vllm.vllm_fp8_utils import record_kernel_layout
 
 logger = logging.getLogger(__name__)
 
 _MARK = "_verl_patched"
-_TRANSPOSED, _RUN_TIME = "_verl_transposed", "_verl_run_time_parameters"
+_TRANSPOSED, _KERNEL_PARAMETERS = "_verl_transposed", "_verl_kernel_parameters"
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def recording_transposition(process: Callable) -> Callable:
     """Wrap `process_weights_after_loading` of vllm-ascend's unquantized experts, which transposes their weights.
 
     The method creates new parameters. The wrapper copies vLLM's attributes to them, above all `weight_loader`, and
-    marks them. The layer also keeps a reference, because waking up replaces them again (`run_time_parameters_back`).
+    marks them. The layer also keeps a reference, because waking up replaces them again (`restore_expert_parameters`).
     """
 
     @functools.wraps(process)
@@ -125,20 +125,20 @@ def recording_transposition(process: Callable) -> Callable:
                     setattr(new, key, value)
             setattr(new, _TRANSPOSED, True)
         # During a reload the layer's parameters are temporary.
-        if _RUN_TIME not in layer.__dict__:
-            layer.__dict__[_RUN_TIME] = {name: layer._parameters[name] for name in before}
+        if _KERNEL_PARAMETERS not in layer.__dict__:
+            layer.__dict__[_KERNEL_PARAMETERS] = {name: layer._parameters[name] for name in before}
 
     return wrapper
 
 
-def run_time_parameters_back(model: Any) -> None:
+def restore_expert_parameters(model: Any) -> None:
     """Undo the effect of `wake_up` on unquantized experts (vllm-ascend 0.18, and 0.23 without quantization).
 
     `wake_up` creates new parameters, transposed and without loaders. The original ones, which the engine uses, have the
     same memory.
     """
     for layer in model.modules():
-        for name, parameter in layer.__dict__.get(_RUN_TIME, {}).items():
+        for name, parameter in layer.__dict__.get(_KERNEL_PARAMETERS, {}).items():
             if layer._parameters.get(name) is not parameter:
                 layer._parameters[name] = parameter
 
@@ -184,7 +184,7 @@ def recording_layout(process: Callable, keys: tuple[str, ...]) -> Callable:
         for key in keys:
             _check_no_group_is_lost(_name(layer), key, shapes)
         process(self, layer)
-        record_run_time_layout(layer, shapes)
+        record_kernel_layout(layer, shapes)
 
     return wrapper
 

@@ -28,7 +28,7 @@ from verl.utils.vllm.layerwise import (
     post_processing,
 )
 from verl.utils.vllm.layout_map import LoadTrace, parameters_by_storage, storage_of
-from verl.utils.vllm.npu_vllm_patch import run_time_parameters_back
+from verl.utils.vllm.npu_vllm_patch import restore_expert_parameters
 from verl.utils.vllm.write_log import WriteLog
 
 
@@ -64,7 +64,7 @@ class LayerwiseLoadSession:
     def begin(self) -> None:
         """Bring every layer to the checkpoint layout."""
         abandon_reload(self._model)
-        run_time_parameters_back(self._model)
+        restore_expert_parameters(self._model)
         in_place = self._hooks.begin(self._model) if self._hooks is not None else {}
         self._log = WriteLog(
             {

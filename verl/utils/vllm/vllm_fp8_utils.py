@@ -1,24 +1,23 @@
-"""New weights for layers in MXFP8: back to the layout that weights are loaded in, and on to the run-time one.
+"""Layout changes of MXFP8 layers around a weight update: back to the checkpoint layout, and on to the kernel layout.
 
-The layers are vllm-ascend's, or those of `ascend_cpu`; both carry the same two marks, and nothing is ever decided by
-the shape of a tensor:
+The layers are vllm-ascend's or those of `ascend_cpu`. Both carry the same two marks, and no decision depends on the
+shape of a tensor:
 
-- `layer._mxfp8_transformed`: whether it is in its run-time layout now;
-- `layer._mxfp8_original_shapes`: the shape of each parameter as it is loaded.
+- `layer._mxfp8_transformed`: True in the kernel layout;
+- `layer._mxfp8_original_shapes`: the shape of each parameter in the checkpoint layout.
 
-| parameter | as loaded | as run |
+| parameter | checkpoint layout | kernel layout |
 |---|---|---|
 | weight | [N, K] float8_e4m3fn | [K, N] |
 | weight_scale | [N, ceil(K/32)] uint8 | [ceil(K/64), N, 2], an odd number of groups padded with a zero |
 | w13_weight, w2_weight and their scales | the same with the number of experts in front | |
 
-Between updates a layer runs on the very tensors it had after the first load, so their addresses never change and a
-captured graph stays valid. A weight is loaded straight into that memory, through a transposed view; only scales, one
-byte for 32 weights, take a detour where padding or order leave no view. Parameters stay the objects they were: vLLM
-keeps their `weight_loader` on them.
+Between updates a layer uses the tensors of the first load, so their addresses never change and captured graphs stay
+valid. A weight is loaded directly into that memory, through a transposed view. Scales (one byte per 32 weights) are
+copied if padding or order allow no view. Parameter objects are kept, because vLLM stores `weight_loader` on them.
 
-vllm-ascend's own hooks, where a release has any (0.19.1rc1 and later), are used where they hold: linear layers with
-buffers of their own (0.26) and an even number of groups. Earlier ones move the scales, odd numbers of groups raise.
+vllm-ascend's own hooks (0.19.1rc1 and later) are used if they are correct: for linear layers with separate buffers
+(0.26) and an even number of groups. Earlier hooks move the scales, and odd numbers of groups raise.
 """
 
 from __future__ import annotations
@@ -41,9 +40,9 @@ _ASCEND_SCHEMES = {"AscendW8A8MXFP8DynamicLinearMethod", "AscendW8A8MXFP8Dynamic
 
 
 def is_mxfp8_vllm_ascend(quant_config: Any) -> bool:
-    """Whether a vLLM quantization config is vllm-ascend's (or its CPU emulation's) and describes MXFP8 layers.
+    """Return True if a vLLM quantization config is vllm-ascend's or its CPU emulation's and describes MXFP8 layers.
 
-    Nothing is imported: a config of vllm-ascend's class can only exist where its module has been.
+    Nothing is imported: a config of vllm-ascend's class exists only after its module was imported.
     """
     classes = {(cls.__module__.partition(".")[0], cls.__name__) for cls in type(quant_config).__mro__}
     if classes.isdisjoint(_ASCEND_CONFIGS):
@@ -56,34 +55,34 @@ def is_mxfp8_vllm_ascend(quant_config: Any) -> bool:
 
 @dataclass
 class _Pair:
-    """A weight with its scales: the parameters as vLLM knows them, and the tensors that the engine runs on."""
+    """A weight with its scales: vLLM's parameters, and the tensors in kernel layout."""
 
     weight: nn.Parameter
     scale: nn.Parameter
-    run_weight: torch.Tensor
-    run_scale: torch.Tensor
+    kernel_weight: torch.Tensor
+    kernel_scale: torch.Tensor
     groups: int
 
-    def load_scale(self) -> torch.Tensor:
-        """The scales as they are loaded: a copy, but for a single pair of groups, whose order is the same."""
-        return scales_as_loaded(self.run_scale, self.groups)
+    def checkpoint_scale(self) -> torch.Tensor:
+        """Return the scales in checkpoint layout: a copy, or a view if there is only one pair of groups."""
+        return scales_in_checkpoint_layout(self.kernel_scale, self.groups)
 
 
-def scales_as_loaded(run_scale: torch.Tensor, groups: int) -> torch.Tensor:
-    """Scales [ceil(groups / 2), N, 2] as [N, groups], experts in front; uint8."""
-    if run_scale.device.type == "cpu" and run_scale.is_contiguous():
+def scales_in_checkpoint_layout(kernel_scale: torch.Tensor, groups: int) -> torch.Tensor:
+    """Convert uint8 scales [..., ceil(groups / 2), N, 2] in kernel layout to [..., N, groups]."""
+    if kernel_scale.device.type == "cpu" and kernel_scale.is_contiguous():
         # Pairs of bytes are moved as one, which halves the work of a transposing copy.
-        pairs = run_scale.view(torch.int16).squeeze(-1).transpose(-1, -2).contiguous()
+        pairs = kernel_scale.view(torch.int16).squeeze(-1).transpose(-1, -2).contiguous()
         return pairs.view(torch.uint8)[..., :groups]
-    return run_scale.transpose(-2, -3).flatten(-2)[..., :groups]
+    return kernel_scale.transpose(-2, -3).flatten(-2)[..., :groups]
 
 
 def mxfp8_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers whose weights the two functions below take care of, by name.
+    """Return the MXFP8 layers of a model by name.
 
     Raises:
-        RuntimeError: a layer of vllm-ascend that carries no mark: its release has none (0.18.0) and the patch that adds
-            them was not applied before the model was loaded.
+        RuntimeError: a layer of vllm-ascend has no mark: the release sets none (0.18.0), and the patch that adds them
+            was not applied before the model was loaded.
     """
     found = {}
     for name, layer in model.named_modules():
@@ -91,62 +90,64 @@ def mxfp8_layers(model: nn.Module) -> dict[str, nn.Module]:
             found[name] = layer
         elif type(_scheme(layer)).__name__ in _ASCEND_SCHEMES:
             raise RuntimeError(
-                f"{name}: this release of vllm-ascend does not record how it laid the layer's weights out, and verl's "
+                f"{name}: this release of vllm-ascend does not record the layout of the layer's weights, and verl's "
                 "plugin, which records it, was not loaded before the model: VLLM_PLUGINS must be unset or include verl"
             )
     return found
 
 
 def restore_mxfp8_weights_for_loading(model: nn.Module) -> None:
-    """Bring every MXFP8 layer into the layout that its weights are loaded in; nothing where it already is."""
+    """Bring every MXFP8 layer into the checkpoint layout. No effect on a layer that already has it."""
     for name, layer in mxfp8_layers(model).items():
         if layer._mxfp8_transformed:
             _restore(name, layer)
 
 
 def apply_mxfp8_transformation_after_loading(model: nn.Module) -> None:
-    """Bring every MXFP8 layer into its run-time layout, at the addresses it had before; nothing where it already is."""
+    """Bring every MXFP8 layer into the kernel layout, at its previous addresses. No effect if it already has it."""
     for name, layer in mxfp8_layers(model).items():
         if not layer._mxfp8_transformed:
             _apply(name, layer)
 
 
-def run_time_targets(model: nn.Module) -> list[tuple[torch.Tensor, Target]]:
-    """For each weight and scale of the MXFP8 layers: what loaders write to, and where it is run from.
+def kernel_layout_targets(model: nn.Module) -> list[tuple[torch.Tensor, Target]]:
+    """Return, for each weight and scale of the MXFP8 layers, the tensor that loaders write and its kernel location.
 
-    Only while the layers are in their load layout.
+    The layers must be in the checkpoint layout.
     """
     found = []
     for name, layer in mxfp8_layers(model).items():
         for key, pair in _record(name, layer).items():
             shape = layer._mxfp8_original_shapes[key]
-            strides = pair.run_weight.transpose(-1, -2).stride()
+            strides = pair.kernel_weight.transpose(-1, -2).stride()
             steps = zip(_flat(shape), shape, strides, strict=True)
-            found.append((pair.weight.data, Target.kernel_layout(f"{name}.{key}", name, pair.run_weight, steps)))
+            found.append((pair.weight.data, Target.kernel_layout(f"{name}.{key}", name, pair.kernel_weight, steps)))
             *rows, groups = shape = layer._mxfp8_original_shapes[key + _SCALE]
-            *lead, pairs, row, parity = pair.run_scale.stride()
+            *lead, pairs, row, parity = pair.kernel_scale.stride()
             row_steps = zip(_flat(shape)[:-1], rows, (*lead, row), strict=True)
             steps = (*row_steps, (2, -(-groups // 2), pairs), (1, 2, parity))
-            found.append((pair.scale.data, Target.kernel_layout(f"{name}.{key}{_SCALE}", name, pair.run_scale, steps)))
+            found.append(
+                (pair.scale.data, Target.kernel_layout(f"{name}.{key}{_SCALE}", name, pair.kernel_scale, steps))
+            )
     return found
 
 
-def run_time_layout_back(model: nn.Module) -> None:
-    """Give MXFP8 layers the parameters that they run on, where waking up replaced them."""
+def restore_kernel_parameters(model: nn.Module) -> None:
+    """Restore the parameters in kernel layout of MXFP8 layers, if waking up replaced them."""
     for name, layer in mxfp8_layers(model).items():
         if layer._mxfp8_transformed:
             _own_parameters_back(layer, _record(name, layer))
 
 
-def refresh_patched(model: nn.Module, places: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-    """Tell layers that keep something derived from their weights what was changed in place.
+def refresh_after_delta(model: nn.Module, indices: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    """Notify layers that keep data derived from their weights about the changed elements.
 
     Args:
-        places: by layer and parameter, int64 places in the flattened parameter as it is loaded.
+        indices: by layer and parameter, int64 indices into the flattened parameter in checkpoint layout.
     """
-    for name, changed in places.items():
+    for name, changed in indices.items():
         layer = model.get_submodule(name)
-        refresh = getattr(getattr(layer, "quant_method", None), "refresh_after_patch", None)
+        refresh = getattr(getattr(layer, "quant_method", None), "refresh_after_delta", None)
         if refresh is not None:
             refresh(layer, changed)
 
@@ -155,11 +156,11 @@ def _flat(shape: tuple[int, ...]) -> tuple[int, ...]:
     return torch.empty(shape, device="meta").stride()
 
 
-def record_run_time_layout(layer: nn.Module, load_shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Mark a layer that has just been brought into its run-time layout for the first time.
+def record_kernel_layout(layer: nn.Module, load_shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Mark a layer after its first transformation to the kernel layout.
 
     Args:
-        load_shapes: shapes of its weights and scales as they are loaded, by parameter name.
+        load_shapes: shapes of its weights and scales in checkpoint layout, by parameter name.
     """
     layer._mxfp8_original_shapes = {name: tuple(shape) for name, shape in load_shapes.items()}
     layer._mxfp8_transformed = True
@@ -167,19 +168,19 @@ def record_run_time_layout(layer: nn.Module, load_shapes: Mapping[str, tuple[int
 
 
 def _scheme(layer: nn.Module) -> Any:
-    """What vllm-ascend hangs under a layer's quantization method."""
+    """Return the scheme that vllm-ascend stores in a layer's quantization method."""
     return getattr(getattr(layer, "quant_method", None), "quant_method", None)
 
 
 def _record(name: str, layer: nn.Module) -> dict[str, _Pair]:
-    """The record of a layer, made where it has none: only while the layer is in its run-time layout."""
+    """Return the record of a layer. Create it if missing, which requires the kernel layout."""
     record = layer.__dict__.get(_RECORD)
     if record is None:
         shapes = getattr(layer, "_mxfp8_original_shapes", None)
         if shapes is None:
-            raise RuntimeError(f"{name}: marked as MXFP8, but the shapes of its weights were not recorded")
+            raise RuntimeError(f"{name} is marked as MXFP8, but the shapes of its weights were not recorded")
         record = {key: _pair(name, layer, key, shapes) for key in shapes if not key.endswith(_SCALE)}
-        # Past nn.Module.__setattr__: a dictionary of parameters is bookkeeping, not a part of the model.
+        # Bypasses nn.Module.__setattr__: a dictionary of parameters is bookkeeping, not a part of the model.
         layer.__dict__[_RECORD] = record
     return record
 
@@ -192,15 +193,15 @@ def _pair(name: str, layer: nn.Module, key: str, shapes: Mapping[str, tuple[int,
     expected = ((*lead, k, n), (*lead, -(-groups // 2), n, 2))
     if (tuple(weight.shape), tuple(scale.shape)) != expected:
         raise RuntimeError(
-            f"{name}.{key}: loaded as {list(shapes[key])} with scales {list(shapes[key + _SCALE])}, it runs as "
-            f"{list(weight.shape)} and {list(scale.shape)}, where {expected} was expected: this release of vllm-ascend "
-            "lays weights out in a way that is not known here"
+            f"{name}.{key}: the checkpoint shapes {list(shapes[key])} and {list(shapes[key + _SCALE])} became "
+            f"{list(weight.shape)} and {list(scale.shape)} in kernel layout, expected {expected}: the layout of this "
+            "release of vllm-ascend is not supported"
         )
     return pair
 
 
 def _release_restores(layer: nn.Module) -> bool:
-    """Whether the release's own hooks leave a layer's addresses alone and its scales right."""
+    """Return True if the release's own hooks keep a layer's addresses and its scales correct."""
     scheme = _scheme(layer)
     own_buffers = hasattr(layer, "_mxfp8_weight_buf") and hasattr(layer, "_mxfp8_scale_buf")
     if not own_buffers or not hasattr(scheme, "restore_weights_for_rl_loading"):
@@ -212,19 +213,22 @@ def _restore(name: str, layer: nn.Module) -> None:
     record = _record(name, layer)
     _own_parameters_back(layer, record)
     for key, pair in record.items():
-        if (pair.weight.data_ptr(), pair.scale.data_ptr()) != (pair.run_weight.data_ptr(), pair.run_scale.data_ptr()):
-            raise RuntimeError(f"{name}.{key}: its memory was replaced since it was loaded, which graphs do not notice")
+        current = (pair.weight.data_ptr(), pair.scale.data_ptr())
+        if current != (pair.kernel_weight.data_ptr(), pair.kernel_scale.data_ptr()):
+            raise RuntimeError(
+                f"{name}.{key}: its memory was replaced after the load; captured graphs would use the old memory"
+            )
     if _release_restores(layer):
         _scheme(layer).restore_weights_for_rl_loading(layer)
         return
     for pair in record.values():
-        pair.weight.data = pair.run_weight.transpose(-1, -2)
-        pair.scale.data = pair.load_scale()
+        pair.weight.data = pair.kernel_weight.transpose(-1, -2)
+        pair.scale.data = pair.checkpoint_scale()
     layer._mxfp8_transformed = False
 
 
 def _own_parameters_back(layer: nn.Module, record: Mapping[str, _Pair]) -> None:
-    """vllm-ascend 0.18.0 wakes experts up as new parameters, without loaders: the old ones still hold the memory."""
+    """Restore the parameters: vllm-ascend 0.18.0 wakes experts up as new ones without loaders, in the same memory."""
     for key, pair in record.items():
         for name, parameter in ((key, pair.weight), (key + _SCALE, pair.scale)):
             if layer._parameters[name] is not parameter:
@@ -234,18 +238,18 @@ def _own_parameters_back(layer: nn.Module, record: Mapping[str, _Pair]) -> None:
 def _apply(name: str, layer: nn.Module) -> None:
     record = layer.__dict__.get(_RECORD)
     if record is None:
-        # Its first weights: the release knows how.
+        # The first transformation: the release does it.
         layer.quant_method.process_weights_after_loading(layer)
         _record(name, layer)
     elif _release_restores(layer):
         _scheme(layer).process_weights_after_loading(layer)
     else:
         for pair in record.values():
-            loaded, run = pair.scale.data, pair.run_scale
+            loaded, run = pair.scale.data, pair.kernel_scale
             if loaded.untyped_storage().data_ptr() != run.untyped_storage().data_ptr():
                 padded = nn.functional.pad(loaded, (0, 2 * run.shape[-3] - pair.groups))
                 run.transpose(-2, -3).copy_(padded.unflatten(-1, (-1, 2)))
-            pair.weight.data, pair.scale.data = pair.run_weight, run
+            pair.weight.data, pair.scale.data = pair.kernel_weight, run
         layer._mxfp8_transformed = True
     refresh = getattr(layer.quant_method, "refresh_after_loading", None)
     if refresh is not None:

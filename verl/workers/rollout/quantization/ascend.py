@@ -13,11 +13,11 @@ from verl.utils.quantization.schemes.ascend import AscendFormat
 from verl.utils.vllm.layout_map import Target
 from verl.utils.vllm.vllm_fp8_utils import (
     apply_mxfp8_transformation_after_loading,
+    kernel_layout_targets,
     mxfp8_layers,
-    refresh_patched,
+    refresh_after_delta,
+    restore_kernel_parameters,
     restore_mxfp8_weights_for_loading,
-    run_time_layout_back,
-    run_time_targets,
 )
 from verl.workers.rollout.quantization.scaled import ScaledScheme, ScaledWeights
 
@@ -62,12 +62,12 @@ class AscendScheme(ScaledScheme):
 
     @staticmethod
     def targets(model: nn.Module) -> list[tuple[torch.Tensor, Target]]:
-        return run_time_targets(model)
+        return kernel_layout_targets(model)
 
     @staticmethod
     def begin_delta(model: nn.Module) -> None:
-        run_time_layout_back(model)
+        restore_kernel_parameters(model)
 
     @staticmethod
     def refresh(model: nn.Module, indices: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-        refresh_patched(model, indices)
+        refresh_after_delta(model, indices)
