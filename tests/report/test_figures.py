@@ -155,7 +155,7 @@ def test_a_timeline_has_a_lane_for_each_process(one):
 def test_a_file_without_a_finished_step_is_an_error(tmp_path, text):
     path = tmp_path / "timeline.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"holds no finished step yet|is no timeline of a run"):
+    with pytest.raises(ValueError, match=r"contains no finished step yet|is not a timeline of a run"):
         draw_timeline(path, "")
 
 

@@ -112,7 +112,7 @@ def test_the_command_prints_the_path(make_run, capsys, tmp_path):
 
 def test_a_missing_run_ends_with_status_1_and_names_the_directory(tmp_path, capsys):
     assert command.run(parse(tmp_path / "nowhere")) == 1
-    assert "nowhere is no directory" in capsys.readouterr().err
+    assert "nowhere is not a directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("missing", [["metrics.jsonl"], ["config.yaml", "config_changes.yaml", "timeline.json"]])

@@ -38,7 +38,7 @@ def test_an_incomplete_last_line_is_left_out_with_a_note(make_run):
         file.write('{"step": 6, "da')
     run = read(directory)
     assert max(run.records) == 5
-    assert run.notes == ["One line is damaged in metrics.jsonl and left out: the run was writing, or was killed."]
+    assert run.notes == ["One line is damaged in metrics.jsonl and skipped: the run was writing, or was killed."]
 
 
 @pytest.mark.parametrize(("age", "says"), [(0, "running or just stopped"), (7200, "ended, or stopped")])
@@ -143,9 +143,9 @@ def test_names_are_long_enough_to_be_unique(make_run):
 
 
 def test_a_directory_without_a_run_is_an_error_that_names_it(tmp_path):
-    with pytest.raises(ValueError, match=r"holds neither .*; give trainer\.default_local_dir"):
+    with pytest.raises(ValueError, match=r"contains neither .*; give trainer\.default_local_dir"):
         read_runs([tmp_path])
-    with pytest.raises(ValueError, match="missing is no directory"):
+    with pytest.raises(ValueError, match="missing is not a directory"):
         read_runs([tmp_path / "missing"])
 
 
@@ -154,7 +154,7 @@ def test_facts_of_two_runs_are_shown_together(make_run):
     values = {fact.label: fact.values for fact in facts(runs)}
     assert values["Reward in training"] == ["0.29 → 0.74", "0.39 → 0.84"]
     assert values["Validation: acc, spell"] == ["0.4 → 0.8", "0.4 → 0.8"]
-    assert values["A step takes"] == ["3.5 s", "3.5 s"]
+    assert values["Time of a step"] == ["3.5 s", "3.5 s"]
     assert values["Throughput"] == ["4,321 tokens/s", "4,321 tokens/s"]
     assert values["Quantization error"] == ["3.4 %", "3.4 %"]
 

@@ -1,4 +1,4 @@
-"""`verl report`: one HTML file about one or more runs, from what they left in their directories.
+"""`verl report`: one HTML file about one or more runs, from the files in their directories.
 
     run.py       reads a run, in whatever state it is
     panels.py    which curves are shown, and how they are read; curves.py draws them

@@ -1,4 +1,4 @@
-"""Draws a `Panel`: one line for each curve and run."""
+"""Drawing of a `Panel`: one line per curve and run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from verl.report.style import DASHES, SERIES, SOFT, Drawn, figure, legend, short
 
 
 def draw_curves(panel: Panel, runs: Sequence[Run]) -> Drawn | None:
-    """The figure, or None if no run has a number for it.
+    """Return the figure, or None if no run has a number for it.
 
     One run has a colour for each curve; several have a colour each, and the curves differ by their dashes.
     """
@@ -43,7 +43,7 @@ def draw_curves(panel: Panel, runs: Sequence[Run]) -> Drawn | None:
 
 
 def _curves(panel: Panel, runs: Sequence[Run]) -> list[tuple[Run, str, Curve]]:
-    """One that is the same as an earlier one in every run is said already: a score as `acc` and as `reward`."""
+    """Drop a curve that equals an earlier one in every run: for example a score as `acc` and as `reward`."""
     found: list[tuple[Run, str, Curve]] = []
     seen: list[str] = []
     for metric, label in panel.curves.items():
@@ -74,13 +74,13 @@ def _entries(runs: Sequence[Run], labels: Sequence[str]) -> list[tuple[object, s
 
 
 def _limit(panel: Panel, runs: Sequence[Run]) -> float | None:
-    """Of all runs that know one, if it is the same."""
+    """Return the limit if all runs that have one agree."""
     values = {run.config.get(panel.limit) for run in runs if is_number(run.config.get(panel.limit))}
     return float(values.pop()) if panel.limit and len(values) == 1 else None
 
 
 def _range(axes: object, values: Sequence[float], panel: Panel) -> None:
-    """From 0 where that is near; a little room where all values are one."""
+    """Start the axis at 0 if that is near, and add some room if all values are equal."""
     low, high = min(values), max(values)
     room = (high - low) * 0.08 or abs(high) * 0.1 or (0.01 if panel.share else 1.0)
     near = panel.from_zero or low <= 0.5 * high or low == high

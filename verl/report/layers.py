@@ -1,4 +1,4 @@
-"""What quantizing lost: the worst weight of each update, and every layer in the last one."""
+"""Quantization error: the worst weight of each update, and every layer in the last update."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NAMED = 6
 
 @dataclass(frozen=True)
 class LayerError:
-    """A weight that was the worst of some update.
+    """A weight with the largest error of some update.
 
     Attributes:
         layer: its name.
@@ -37,7 +37,7 @@ class LayerError:
 
 
 def worst_layers(run: Run) -> list[LayerError]:
-    """Largest error first."""
+    """Return the weights, largest error first."""
     found: dict[str, list[tuple[int, float]]] = {}
     for step, error in zip(*run.curve(ERROR), strict=True):
         found.setdefault(str(run.records[step].get(LAYER, "not recorded")), []).append((step, error))
@@ -49,7 +49,7 @@ def worst_layers(run: Run) -> list[LayerError]:
 
 
 def draw_layers(runs: Sequence[Run]) -> Drawn | None:
-    """The worst error over the steps, None if nothing was quantized; of one run each point in its layer's colour."""
+    """Draw the largest error over the steps; None without quantization. A single run has one color per layer."""
     quantized = [run for run in runs if any(math.isfinite(error) for error in run.curve(ERROR)[1])]
     if not quantized:
         return None
@@ -66,7 +66,7 @@ def draw_layers(runs: Sequence[Run]) -> Drawn | None:
             entries = _points(axes, runs[0])
         step_axis(axes, min(steps), max(steps))
         low, high = axes.get_ylim()
-        # Noise in the fourth digit must not fill the figure.
+        # Noise in the fourth digit must not fill the axis.
         axes.set_ylim(min(low, 0.9 * high), high + 0.02 * high)
         value_axis(axes, "error, relative to the weight", share=True)
         legend(axes, entries)
@@ -92,8 +92,10 @@ def _points(axes: object, run: Run) -> list[tuple[object, str]]:
 
 
 def draw_depths(runs: Sequence[Run]) -> Drawn | None:
-    """The error of every decoder layer in the last update, None where no run has it: of one run a line for each kind of
-    weight, of several the kind that loses most in each layer."""
+    """Draw the error of every decoder layer in the last update; None if no run has it.
+
+    A single run has one line per kind of weight; several runs show the largest error of each layer.
+    """
     shown = [(run, errors) for run in runs if (errors := _last_errors(run))]
     if not shown:
         return None
@@ -121,7 +123,7 @@ def draw_depths(runs: Sequence[Run]) -> Drawn | None:
 
 
 def _last_errors(run: Run) -> dict[str, list[float]]:
-    """By kind of weight, those that are in decoder layers; NaN where a layer has none."""
+    """Return the errors in decoder layers by kind of weight; NaN if a layer has none."""
     for step in sorted(run.records, reverse=True):
         if isinstance(found := run.records[step].get(BY_DEPTH), dict):
             return {

@@ -1,4 +1,4 @@
-"""Puts the parts of a report together and writes them as one file that needs no other."""
+"""Assembly of a report into one self-contained file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TEMPLATE = Path(__file__).with_name("page.html.j2")
 
 @dataclass(frozen=True)
 class Shown:
-    """A figure in the page."""
+    """A figure on the page."""
 
     key: str
     title: str
@@ -36,7 +36,7 @@ class Shown:
 
 @dataclass
 class Section:
-    """A heading with its figures, and what is not shown under it and why."""
+    """A heading with its figures, and the missing figures with their reasons."""
 
     title: str
     figures: list[Shown] = field(default_factory=list)
@@ -44,7 +44,7 @@ class Section:
 
 
 def write_report(directories: Sequence[str | Path], output: str | Path, pngs: str | Path | None = None) -> Path:
-    """Write the report of the runs in `directories` to `output`, and each figure as PNG into `pngs` if that is given.
+    """Write the report of the runs in `directories` to `output`, and each figure as PNG into `pngs` if given.
 
     Returns:
         the path of the report, absolute.
@@ -64,12 +64,12 @@ def write_report(directories: Sequence[str | Path], output: str | Path, pngs: st
 
 
 def make_sections(runs: Sequence[Run]) -> list[Section]:
-    """All figures. What a run lacks for one is noted in it."""
+    """Return all figures. Data that a run lacks become a note of the run."""
     if not any(run.records for run in runs):
         return [Section("Curves", absent=[("Every curve", _NOTHING)]), _time(runs)]
     learning = _curves("Learning", (*panels.LEARNING, *panels.validation(runs)), runs)
     if not any(shown.key.startswith("validation") for shown in learning.figures):
-        learning.absent.append(("Validation", "nothing was validated yet: see data.val_files and trainer.test_freq"))
+        learning.absent.append(("Validation", "no validation yet: see data.val_files and trainer.test_freq"))
     return [
         learning,
         _curves("Responses", panels.RESPONSES, runs),
@@ -96,19 +96,19 @@ def _quantization(runs: Sequence[Run]) -> Section:
     title = "Largest quantization error of a weight"
     if drawn := layers.draw_layers(runs):
         says = (
-            "What MXFP8 or fp8 loses of a weight, in the layer that loses most: the length of the error over that of "
-            "the weight. About 3 % is normal for MXFP8; a layer that rises has outliers."
+            "Relative error of the worst weight in MXFP8 or fp8: norm of the error divided by the norm of the weight. "
+            "About 3 % is normal for MXFP8; a rising layer has outliers."
         )
         section.figures.append(Shown("quantization_error", title, says, drawn))
     else:
         section.absent.append((title, "actor_rollout_ref.rollout.quantization is null, or the engine quantizes"))
     if drawn := layers.draw_depths(runs):
         says = (
-            "The same of every layer, after the last update. Layers of one kind lose alike; one that stands out holds "
-            "outliers, and may be left out of quantization (rollout.quantization_config_file)."
+            "The same error for every layer, after the last update. Layers of one kind have similar errors; a layer "
+            "with a larger one has outliers and may be left out (rollout.quantization_config_file)."
         )
         if len(runs) > 1:
-            says = f"Of each layer the weight that loses most. {says}"
+            says = f"The worst weight of each layer. {says}"
         section.figures.append(Shown("quantization_by_layer", "Quantization error by layer", says, drawn))
     return section
 
@@ -116,10 +116,10 @@ def _quantization(runs: Sequence[Run]) -> Section:
 def _time(runs: Sequence[Run]) -> Section:
     section = _curves("Time and memory", panels.SPEED, runs)
     if drawn := stages.draw_stages(runs):
-        says = "Generation may go on beside other stages (trainer.rollout_lag=1), so the parts can add up to more."
-        section.figures.insert(0, Shown("stages", "Where the seconds of a step go", says, drawn))
+        says = "Generation may overlap other stages (trainer.rollout_lag=1), so the parts may exceed the step."
+        section.figures.insert(0, Shown("stages", "Seconds of a step by stage", says, drawn))
     else:
-        section.absent.append(("Where the seconds of a step go", _NOTHING))
+        section.absent.append(("Seconds of a step by stage", _NOTHING))
     for number, run in enumerate(runs):
         title = "Timeline of a step" if len(runs) == 1 else f"Timeline of a step, {run.name}"
         if run.timeline is None:
@@ -137,20 +137,20 @@ def _time(runs: Sequence[Run]) -> Section:
 
 def _says(timeline: StepTimeline) -> str:
     text = (
-        f"{timeline.seconds:.3g} s, in {timeline.engine:.0%} of which an engine computed and in {timeline.train:.0%} a "
-        f"trainer rank; nobody did in {timeline.overhead:.0%}."
+        f"{timeline.seconds:.3g} s: an engine computed in {timeline.engine:.0%} of them, a trainer rank in "
+        f"{timeline.train:.0%}, no process in {timeline.overhead:.0%}."
     )
     if timeline.left_out:
-        text += f" {timeline.left_out} more processes are like these and not shown."
+        text += f" {timeline.left_out} further processes of these kinds are not shown."
     return text
 
 
 def render(runs: Sequence[Run], sections: Sequence[Section]) -> str:
-    """The page. Every text from a run is escaped."""
+    """Render the page. Every text from a run is escaped."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    # Samples first: what they find missing is among the notes.
+    # Samples first, because they add notes about missing files.
     of_runs = [_run_context(run) for run in runs]
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=" and ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs",

@@ -1,4 +1,4 @@
-"""Which curves the report shows: one `Panel` for each figure, as data."""
+"""Curves of the report: one `Panel` per figure, as data."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ LEARNING = (
         "reward",
         "Reward in training",
         "reward of a sample",
-        {"critic/score/mean": "mean", "critic/rewards/mean": "mean, less the KL penalty"},
-        "What the reward function gave to the samples of each step. It should rise, and then level off.",
+        {"critic/score/mean": "mean", "critic/rewards/mean": "mean, minus the KL penalty"},
+        "Reward of the samples of each step. It should rise, and then level off.",
     ),
 )
 RESPONSES = (
@@ -56,15 +56,15 @@ RESPONSES = (
         "Length of a response",
         "tokens",
         {"response_length/mean": "mean", "response_length/max": "longest"},
-        "A length that runs away, or falls to nothing, is often a reward that pays for length.",
+        "A length that grows without limit, or falls to zero, often means that the reward depends on length.",
         limit="data.max_response_length",
     ),
     Panel(
         "cut_off",
         "Cut off at the length limit",
-        "share of the samples",
+        "share of samples",
         {"response_length/clip_ratio": "cut off"},
-        "Responses that reached the limit. Where many do, data.max_response_length is too small or the policy rambles.",
+        "Responses that reached the limit. Many of them: data.max_response_length is too small, or the policy rambles.",
         share=True,
     ),
 )
@@ -72,35 +72,35 @@ POLICY = (
     Panel(
         "entropy",
         "Entropy",
-        "nats a token",
+        "nats per token",
         {"actor/entropy": "entropy"},
-        "How undecided the policy is about a token. It falls while the policy learns; near 0 nothing new is tried.",
+        "Uncertainty of the policy about a token. It falls during learning; near 0 the policy no longer explores.",
     ),
     Panel(
         "kl",
         "KL divergence",
-        "nats a token",
+        "nats per token",
         {
             "actor/ppo_kl": "from the policy before the step",
             "actor/kl_loss": "from the reference (loss)",
             "actor/reward_kl_penalty": "from the reference (reward)",
         },
-        "How far an update moves the policy and, where a KL term is on, how far it has moved from the reference model.",
+        "Distance that an update moves the policy and, with a KL term, its distance from the reference model.",
     ),
     Panel(
         "grad_norm",
         "Gradient norm",
         "norm before clipping",
         {"actor/grad_norm": "policy", "critic/grad_norm": "critic"},
-        "Peaks that come again and again are a sign of too high a learning rate.",
+        "Repeated peaks indicate a learning rate that is too high.",
         log=True,
     ),
     Panel(
         "clip_fraction",
         "Clipped by the loss",
-        "share of the tokens",
+        "share of tokens",
         {"actor/pg_clipfrac": "clipped", "actor/pg_clipfrac_lower": "clipped from below"},
-        "Tokens whose probability ratio left the trust region and that no longer push the policy.",
+        "Tokens whose probability ratio left the trust region; they no longer change the policy.",
         share=True,
     ),
     Panel(
@@ -108,19 +108,19 @@ POLICY = (
         "Learning rate",
         "learning rate",
         {"actor/lr": "policy", "critic/lr": "critic"},
-        "As the schedule sets it.",
+        "Set by the schedule.",
     ),
     Panel(
         "critic_loss",
         "Loss of the critic",
         "value loss",
         {"critic/vf_loss": "value loss"},
-        "It should fall while the critic learns what to expect.",
+        "It should fall while the critic learns.",
         "algorithm.adv_estimator has no critic",
     ),
     Panel(
         "critic_explained",
-        "What the critic explains",
+        "Variance explained by the critic",
         "share of the returns' variance",
         {"critic/vf_explained_var": "explained"},
         "1 for a critic that foresees every return, 0 for one that knows their mean only.",
@@ -135,34 +135,34 @@ MISMATCH = (
         "Probabilities: rollout against trainer",
         "|p rollout - p trainer| of a token",
         {"training/rollout_probs_diff_mean": "mean", "training/rollout_probs_diff_max": "largest"},
-        "The engine and the trainer give the same token different probabilities: number formats, kernels, quantized "
-        "weights. The mean should stay low and level; a steady rise can end a run.",
+        "Engine and trainer compute different probabilities of the same token: number formats, kernels, quantized "
+        "weights. The mean should stay low and constant; a steady rise can destroy a run.",
         _NO_LOG_PROBS,
         log=True,
     ),
     Panel(
         "rollout_kl",
         "KL divergence of rollout and trainer",
-        "nats a token",
+        "nats per token",
         {"rollout_corr/k3_kl": "k3 estimate"},
-        "The same distance as one number a step. Where it grows, algorithm.rollout_correction makes up for it.",
+        "The same difference as one number per step. If it grows, use algorithm.rollout_correction.",
         _NO_LOG_PROBS,
         log=True,
     ),
     Panel(
         "importance_weights",
         "Correction: importance weights",
-        "weight of a token",
+        "weight per token",
         {"rollout_corr/rollout_is_mean": "mean", "rollout_corr/rollout_is_max": "largest"},
-        "What each token's loss is multiplied by. A mean far from 1 says that the two policies have parted.",
+        "Factor of each token's loss. A mean far from 1 means that the two policies differ much.",
         f"{_NO_CORRECTION}: rollout_is is null",
     ),
     Panel(
         "effective_samples",
         "Correction: effective sample size",
-        "share of the tokens",
+        "share of tokens",
         {"rollout_corr/rollout_is_eff_sample_size": "effective"},
-        "How much of the batch is left once some tokens weigh more than others. Near 100 % nothing is lost.",
+        "Effective share of the batch after weighting. Near 100 % nothing is lost.",
         f"{_NO_CORRECTION}: rollout_is is null",
         share=True,
     ),
@@ -174,13 +174,13 @@ MISMATCH = (
             "rollout_corr/rollout_rs_masked_fraction": "tokens",
             "rollout_corr/rollout_rs_seq_masked_fraction": "samples with a rejected token",
         },
-        "What is left out of the update since the two policies are too far apart on it.",
+        "Tokens and samples excluded from the update because the two policies differ too much on them.",
         f"{_NO_CORRECTION}: rollout_rs is null",
         share=True,
     ),
     Panel(
         "staleness",
-        "Age of the weights that generated",
+        "Age of the generating weights",
         "weight updates behind",
         {"training/versions_behind/max": "oldest token", "training/versions_behind/min": "newest token"},
         "0 where each batch is generated by the newest weights, 1 with trainer.rollout_lag=1.",
@@ -194,21 +194,21 @@ SPEED = (
         "Time of a step",
         "seconds",
         {"timing_s/step": "step"},
-        "Steps with a validation in them take longer.",
+        "Steps with a validation take longer.",
     ),
     Panel(
         "throughput",
         "Throughput",
-        "tokens a second and device",
-        {"perf/throughput": "tokens a second"},
-        "Tokens of prompts and responses, over the whole step.",
+        "tokens per second and device",
+        {"perf/throughput": "tokens per second"},
+        "Tokens of prompts and responses, over the full step.",
     ),
     Panel(
         "memory",
         "Memory of the trainer",
         "GiB, peak of a rank",
         {"actor/perf/max_memory_allocated_gb": "policy", "critic/perf/max_memory_allocated_gb": "critic"},
-        "The most that any rank has used so far. A curve that never levels off is a leak.",
+        "Largest use of any rank so far. A curve that never levels off indicates a leak.",
         from_zero=True,
     ),
 )
@@ -216,7 +216,7 @@ MAX_SOURCES = 6
 
 
 def validation(runs: Sequence[Run]) -> tuple[Panel, ...]:
-    """A panel for each of the first `MAX_SOURCES` data sources: mean and best of the variables that count."""
+    """Return a panel for each of the first `MAX_SOURCES` data sources: mean and best of the main variables."""
     curves: dict[str, dict[str, str]] = {}
     names = dict.fromkeys(name for run in runs for name in run.names())
     for name in sorted(names, key=lambda name: (not name.startswith("val-core/"), "/mean@" not in name)):
@@ -240,7 +240,7 @@ def validation(runs: Sequence[Run]) -> tuple[Panel, ...]:
             f"Validation: {source}",
             "mean over the prompts",
             of_source,
-            "On prompts that are not trained on. Trust this curve rather than the reward in training.",
+            "On prompts that are not trained on. Trust this curve more than the reward in training.",
             markers=True,
         )
         for number, (source, of_source) in enumerate(sorted(curves.items())[:MAX_SOURCES])

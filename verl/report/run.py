@@ -1,4 +1,4 @@
-"""What a run left in its directory, read whatever state it is in; what is missing becomes a note that says why."""
+"""Reader of a run's directory in any state. Missing files become notes with the reason."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from verl.config.record import CHANGES_FILE, CONFIG_FILE, flat
 from verl.utils.tracking import read_steps
 
 METRICS_FILE = "metrics.jsonl"
-# Kind of dump to the key that names its directory, and its name where the key is not known.
+# By kind of dump: the key that names its directory, and the default name.
 DUMPS = {"validation": "trainer.validation_data_dir", "rollouts": "trainer.rollout_data_dir"}
 
 Curve = tuple[list[int], list[float]]
@@ -48,7 +48,7 @@ class Run:
     notes: list[str] = field(default_factory=list)
 
     def curve(self, metric: str) -> Curve:
-        """Steps and values of a metric, NaN where the run recorded that it was no finite number."""
+        """Steps and values of a metric; NaN for values that the run recorded as not finite."""
         steps, values = [], []
         for step, data in self.records.items():
             if metric in data and (data[metric] is None or is_number(data[metric])):
@@ -57,7 +57,7 @@ class Run:
         return steps, values
 
     def names(self) -> list[str]:
-        """All metrics, in the order in which they first came."""
+        """All metrics, in the order of their first record."""
         return list(dict.fromkeys(name for data in self.records.values() for name in data))
 
 
@@ -66,7 +66,7 @@ def is_number(value: Any) -> bool:
 
 
 def read_runs(directories: Sequence[str | Path]) -> list[Run]:
-    """The runs in these directories; one that is given twice counts once.
+    """Read the runs in these directories. A repeated directory counts once.
 
     Raises:
         ValueError: a directory does not exist, or holds nothing of a run.
@@ -76,7 +76,7 @@ def read_runs(directories: Sequence[str | Path]) -> list[Run]:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """The ends of the paths, as long as it takes to tell them apart."""
+    """Return the shortest distinct endings of the paths."""
     longest = max(len(path.parts) for path in paths)
     for length in range(1, longest + 1):
         names = ["/".join(path.parts[-length:]).replace("//", "/") for path in paths]
@@ -92,7 +92,7 @@ def read_run(directory: Path, name: str) -> Run:
         ValueError: as `read_runs`.
     """
     if not directory.is_dir():
-        raise ValueError(f"{directory} is no directory; give trainer.default_local_dir of a run")
+        raise ValueError(f"{directory} is not a directory; give trainer.default_local_dir of a run")
     run = Run(name, directory)
     _read_config(run)
     _read_metrics(run)
@@ -100,7 +100,7 @@ def read_run(directory: Path, name: str) -> Run:
     _find_timeline(run)
     if not (run.records or run.config or any(run.dumps.values()) or (directory / METRICS_FILE).exists()):
         raise ValueError(
-            f"{directory} holds neither {METRICS_FILE} nor {CONFIG_FILE}; give trainer.default_local_dir of a run"
+            f"{directory} contains neither {METRICS_FILE} nor {CONFIG_FILE}; give trainer.default_local_dir of a run"
         )
     return run
 
@@ -112,7 +112,7 @@ def _read_metrics(run: Run) -> None:
         if isinstance(logger, list) and "file" not in logger:
             why = "trainer.logger does not list 'file'"
         else:
-            why = "the run has not come to its first record, or failed before it: see what it printed"
+            why = "the run has no record yet, or failed before the first one: see its output"
         run.notes.append(f"No {METRICS_FILE}, so there are no curves: {why}.")
         return
     records = read_steps(path)
@@ -124,14 +124,14 @@ def _read_metrics(run: Run) -> None:
     damaged = sum(1 for line in path.read_bytes().split(b"\n") if line.strip()) - len(records)
     if damaged:
         lines = "One line is" if damaged == 1 else f"{damaged} lines are"
-        run.notes.append(f"{lines} damaged in {METRICS_FILE} and left out: the run was writing, or was killed.")
+        run.notes.append(f"{lines} damaged in {METRICS_FILE} and skipped: the run was writing, or was killed.")
     if not records:
-        run.notes.append(f"{METRICS_FILE} holds no record yet: the first step, or the validation before it, goes on.")
+        run.notes.append(f"{METRICS_FILE} has no record yet: the first step, or the validation before it, is running.")
     _note_bad_numbers(run)
 
 
 def _note_bad_numbers(run: Run) -> None:
-    """What a reader must not overlook: numbers that are none, and scorers that failed."""
+    """Add notes about values that are not finite, and about failed scorers."""
     bad: dict[str, int] = {}
     for step, data in run.records.items():
         for name in (name for name, value in data.items() if value is None):
@@ -154,7 +154,7 @@ def _read_config(run: Run) -> None:
 def _yaml(run: Run, name: str) -> dict[str, Any] | None:
     path = run.directory / name
     if not path.exists():
-        run.notes.append(f"No {name}: the run was made by a version that wrote none, or the file was not copied along.")
+        run.notes.append(f"No {name}: an older version wrote the run, or the file was not copied.")
         return None
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
@@ -175,9 +175,9 @@ def _find_dumps(run: Run) -> None:
         if kept:
             continue
         if run.config and run.config.get(key) is None:
-            why = f"{key} is null; with {key}=DIRECTORY the run keeps them"
+            why = f"{key} is null; with {key}=DIRECTORY the run stores them"
         else:
-            why = f"{directory} has no file of a step that was logged"
+            why = f"{directory} has no file of a logged step"
         run.notes.append(f"No samples of {'the validation' if kind == 'validation' else 'the training'}: {why}.")
 
 
@@ -192,7 +192,7 @@ def _find_timeline(run: Run) -> None:
 
 
 def _place(run: Run, key: str, usual: str) -> Path:
-    """What the config names; what lies in the run's directory is looked for there: the run may have moved."""
+    """Return the configured path; inside the run's directory it is relative to it, because the run may have moved."""
     named, home = run.config.get(key), run.config.get("trainer.default_local_dir")
     if not isinstance(named, str):
         return run.directory / usual

@@ -1,4 +1,4 @@
-"""The best and the worst samples of the newest dump."""
+"""Best and worst samples of the newest dump."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CHARACTERS = 4000
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample as the page shows it; `more` are further numbers and texts that the scorer gave."""
+    """One sample on the page. `more` holds further numbers and texts of the scorer."""
 
     score: str
     prompt: str
@@ -30,7 +30,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Samples:
-    """Of one step.
+    """Samples of one step.
 
     Attributes:
         title: validation or training.
@@ -49,7 +49,7 @@ class Samples:
 
 
 def read_samples(run: Run) -> list[Samples]:
-    """Of the newest dump of each kind; one that holds no sample is noted in the run."""
+    """Return samples of the newest dump of each kind. A dump without samples becomes a note of the run."""
     found = []
     for kind, title in TITLES.items():
         if not run.dumps.get(kind):
@@ -58,7 +58,7 @@ def read_samples(run: Run) -> list[Samples]:
         rows = scored_rows(path)
         if not rows:
             run.notes.append(
-                f"{path.name} of the {title.lower()} samples holds none with a score: the run was writing?"
+                f"{path.name} of the {title.lower()} samples has no sample with a score: is the run writing it?"
             )
             continue
         mean = number(sum(row["score"] for row in rows) / len(rows))
@@ -68,12 +68,12 @@ def read_samples(run: Run) -> list[Samples]:
 
 
 def scored_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a dump whose score is a number, in order."""
+    """Return the rows of a dump with a numeric score, in order."""
     return [row for row in read_steps(path) if is_number(row.get("score"))]
 
 
 def _first(rows: list[dict[str, Any]]) -> list[Sample]:
-    """The first of each prompt, `_EACH` of them."""
+    """Return the first sample of each prompt, at most `_EACH`."""
     of_prompt: dict[str, dict[str, Any]] = {}
     for row in rows:
         of_prompt.setdefault(str(row.get("input")), row)
@@ -96,7 +96,7 @@ def _sample(row: Mapping[str, Any]) -> Sample:
 
 
 def visible(text: str, characters: int = _CHARACTERS) -> str:
-    """Text that can stand in a page: cut where it is long, control characters as pictures, no half characters."""
+    """Return text for the page: truncated, control characters as symbols, no broken characters."""
     rest = len(text) - characters
     text = text if rest <= 0 else f"{text[:characters]} … {rest:,} more characters"
     text = "".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else c for c in text)

@@ -1,4 +1,4 @@
-"""Tables of what runs were set to: what differs from the defaults, and from each other."""
+"""Tables of settings: differences from the defaults, and between runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NOT_KNOWN = "not known"
 
 @dataclass(frozen=True)
 class Row:
-    """A key, its default, its value in each run, and whether these differ."""
+    """A key, its default, its value in each run, and whether the values differ."""
 
     key: str
     default: str
@@ -25,7 +25,7 @@ class Row:
 
 
 def rows(runs: Sequence[Run]) -> list[Row]:
-    """Every key that some run changed or that differs between runs; those that differ first."""
+    """Return every key that a run changed or that differs between runs; different ones first."""
     known = [run for run in runs if run.config]
     keys = dict.fromkeys(key for run in known for key in run.changes or {})
     keys |= dict.fromkeys(key for run in known for key in run.config if _differs(key, known))
@@ -34,7 +34,7 @@ def rows(runs: Sequence[Run]) -> list[Row]:
 
 
 def whole(run: Run) -> str:
-    """Every key as YAML, by dotted names."""
+    """Return every key as YAML, with dotted names."""
     return visible(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True, width=120), 200_000)
 
 
@@ -44,14 +44,14 @@ def _differs(key: str, known: Sequence[Run]) -> bool:
 
 def _row(key: str, runs: Sequence[Run], known: Sequence[Run]) -> Row:
     entry: dict[str, Any] | None = next((run.changes[key] for run in runs if run.changes and key in run.changes), None)
-    # A key that no run changed has its default everywhere that it exists.
+    # A key that no run changed has its default in every run.
     default = show(entry.get("default")) if entry else NOT_KNOWN
     values = [show(run.config.get(key)) if run.config else NOT_KNOWN for run in runs]
     return Row(visible(key, 200), default, values, _differs(key, known))
 
 
 def show(value: Any) -> str:
-    """As it is written on the command line."""
+    """Return a value as written on the command line."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "True", False: "False"}[value]
     if isinstance(value, float):

@@ -1,6 +1,6 @@
-"""The stages of a step, in words."""
+"""Display names of the stages of a step."""
 
-# Parts of timing_s/step, in the order in which they happen. Generation and scoring overlap: gen covers both.
+# Parts of timing_s/step, in their order of execution. Generation and scoring overlap: gen covers both.
 STAGES = {
     "gen": "generation (and rewards)",
     "old_log_prob": "log-probabilities",
@@ -9,7 +9,7 @@ STAGES = {
     "adv": "advantages",
     "update_critic": "critic update",
     "update_actor": "actor update",
-    "update_weights": "weights into the engine",
+    "update_weights": "weight update",
     "step": "whole step",
     "testing": "validation (when it runs)",
     "save_checkpoint": "checkpoint (when written)",

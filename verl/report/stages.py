@@ -1,4 +1,4 @@
-"""Draws where the seconds of a step go."""
+"""Drawing of the seconds of a step by stage."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from verl.report.run import Run
 from verl.report.stage_names import STAGES
 from verl.report.style import GRID, INK, SERIES, Drawn, figure, legend, number, short
 
-# A stage below this share of a step is left out.
+# Stages below this share of a step are omitted.
 _SMALL = 0.002
 
 
 def median_seconds(run: Run) -> dict[str, float]:
-    """Stage to the median of its seconds, over the steps that have it."""
+    """Return the median seconds by stage, over the steps that have it."""
     found = {}
     for stage in STAGES:
         values = [value for value in run.curve(f"timing_s/{stage}")[1] if math.isfinite(value)]
@@ -28,14 +28,14 @@ def median_seconds(run: Run) -> dict[str, float]:
 
 
 def draw_stages(runs: Sequence[Run]) -> Drawn | None:
-    """A bar for each stage and run, None if no run has any."""
+    """Draw a bar for each stage and run; None if no run has any."""
     seconds = {run.name: median_seconds(run) for run in runs}
     longest = max((max(of.values()) for of in seconds.values() if of), default=0.0)
     stages = [stage for stage in STAGES if any(of.get(stage, 0) > _SMALL * longest for of in seconds.values())]
     if not stages:
         return None
     height = 0.55 + len(stages) * (0.12 + 0.19 * len(runs)) + (0.25 if len(runs) > 1 else 0)
-    with figure("Where the seconds of a step go", height=max(2.0, height)) as (made, drawn):
+    with figure("Seconds of a step by stage", height=max(2.0, height)) as (made, drawn):
         axes = made.add_subplot()
         thick = 0.78 / len(runs)
         for place, run in enumerate(runs):

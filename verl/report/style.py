@@ -1,4 +1,4 @@
-"""How figures look: colours that the page can turn dark, text that stays text, one way to SVG and PNG."""
+"""Style of figures: colors that the page can switch to dark mode, text as text, output as SVG and PNG."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 INK, SOFT, GRID = "#1f2430", "#667085", "#e4e7ec"
-# In light and in dark mode: 4.5 : 1 and more against the page, and told apart by people who see no red or green.
+# Contrast of at least 4.5 : 1 against the page in light and dark mode; distinguishable without seeing red or green.
 SERIES = ("#1f6fd6", "#c2500a", "#0f7f5f", "#9a3fb5", "#c0255f", "#0b7d96", "#7d6608", "#59636f")
 SERIES_DARK = ("#6aa9ff", "#ff9d5c", "#4fd1a5", "#d191ea", "#ff86ae", "#5cc9e0", "#d9bd45", "#aab4c2")
 DASHES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (5, 1.5, 1, 1.5)))
@@ -25,7 +25,7 @@ RC = {
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 8.5,
     "svg.fonttype": "none",
-    # A name from a run may hold dollars.
+    # A name from a run may contain dollar signs.
     "text.parse_math": False,
     "axes.edgecolor": SOFT,
     "axes.labelcolor": SOFT,
@@ -66,7 +66,7 @@ class Drawn:
         self.svg = _svg(made)
 
     def png(self) -> bytes:
-        """The same on white, under its title."""
+        """Return the figure as PNG, on white, with its title."""
         out = io.BytesIO()
         with matplotlib.rc_context(RC):
             self._made.suptitle(self._title, fontsize=10, color=INK, x=0.02, ha="left")
@@ -76,7 +76,7 @@ class Drawn:
 
 @contextmanager
 def figure(title: str, width: float = 5.6, height: float = 2.9) -> Iterator[tuple[Figure, list[Drawn]]]:
-    """A figure to draw into, inches at 72 points; when the block ends the list holds what became of it."""
+    """Provide a figure to draw into, in inches at 72 points. At the end of the block the list holds the result."""
     drawn: list[Drawn] = []
     with matplotlib.rc_context(RC):
         made = Figure(figsize=(width, height), layout="constrained")
@@ -85,7 +85,7 @@ def figure(title: str, width: float = 5.6, height: float = 2.9) -> Iterator[tupl
 
 
 def _svg(made: Figure) -> str:
-    # The same figure has the same names inside, so that two reports can be compared.
+    # Equal figures contain equal names, so that two reports can be compared.
     with matplotlib.rc_context({"svg.hashsalt": "verl"}):
         out = io.StringIO()
         made.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -98,13 +98,13 @@ def _svg(made: Figure) -> str:
 
 
 def _of_page(style: str) -> str:
-    """With the page's colours and font."""
+    """Replace colors and font by the page's."""
     style = style.replace("'DejaVu Sans', sans-serif", "var(--font)").replace("'DejaVu Sans'", "var(--font)")
     return re.sub(r"#[0-9a-f]{6}", lambda c: f"var({_VARIABLES[c[0]]})" if c[0] in _VARIABLES else c[0], style)
 
 
 def number(value: float, _position: object = None) -> str:
-    """`0.0007`, `3,449`, `1e-06`: short, never with an offset elsewhere."""
+    """Return a short number: `0.0007`, `3,449`, `1e-06`."""
     if value == 0:
         return "0"
     if 1e-4 <= abs(value) < 1e7:
@@ -113,12 +113,12 @@ def number(value: float, _position: object = None) -> str:
 
 
 def percent(value: float, _position: object = None) -> str:
-    """Of a share: `12 %`, `0.3 %`."""
+    """Return a share as `12 %`, `0.3 %`."""
     return f"{number(round(100 * value, 6))} %"
 
 
 def step_axis(axes: Axes, first: float, last: float) -> None:
-    """Training steps from left to right, whole ones."""
+    """Label the x axis with training steps, as integers."""
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(number))
     axes.set_xlabel("training step")
@@ -127,11 +127,11 @@ def step_axis(axes: Axes, first: float, last: float) -> None:
 
 
 def value_axis(axes: Axes, unit: str, *, log: bool = False, share: bool = False) -> None:
-    """What the curves are in."""
+    """Label the y axis with the unit."""
     if log:
         axes.set_yscale("log")
         low, high = axes.get_ylim()
-        # Powers of ten alone would leave a short axis with one tick or none.
+        # With powers of ten alone a short axis would have at most one tick.
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,), numticks=8))
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
@@ -141,7 +141,7 @@ def value_axis(axes: Axes, unit: str, *, log: bool = False, share: bool = False)
 
 
 def short(text: str, length: int) -> str:
-    """With an ellipsis in the middle if it is longer."""
+    """Return text with an ellipsis in the middle if it is too long."""
     if len(text) <= length:
         return text
     half = (length - 1) // 2
@@ -149,11 +149,11 @@ def short(text: str, length: int) -> str:
 
 
 def legend(axes: Axes, entries: list[tuple[object, str]], columns_of: int = 66) -> None:
-    """Above the axes, in as many columns as fit a line of `columns_of` characters."""
+    """Place the legend above the axes, in as many columns as fit a line of `columns_of` characters."""
     names = [name for _, name in entries]
     widest = max(len(name) for name in names) + 6
     columns = max(1, min(len(names), columns_of // widest))
-    # What it takes beyond two lines it must not take from the curves.
+    # Lines beyond the second must not reduce the height of the curves.
     extra = max(0, -(-len(names) // columns) - 2)
     axes.figure.set_figheight(axes.figure.get_figheight() + 0.18 * extra)
     axes.legend(
@@ -169,7 +169,7 @@ def legend(axes: Axes, entries: list[tuple[object, str]], columns_of: int = 66) 
 
 
 def write_pngs(figures: dict[str, Drawn], directory: Path) -> list[Path]:
-    """DIRECTORY/NAME.png for each figure."""
+    """Write DIRECTORY/NAME.png for each figure."""
     directory.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, drawn in figures.items():

@@ -1,4 +1,4 @@
-"""The numbers at the top of the report: how far a run is, and how it went."""
+"""Numbers at the top of the report: progress and results of a run."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from verl.report.run import Curve, Run, is_number
 from verl.report.style import number, percent
 from verl.utils.tracking.progress import duration
 
-# Steps that an end of a noisy curve is the mean of, at most; half of a short one.
+# An end of a noisy curve is the mean of at most this number of steps, or of half of a short curve.
 _ENDS = 5
-# A run that has been silent for longer than so many of its steps, and a minute, is not called running.
+# A run that was silent for longer than this number of steps, and for a minute, counts as ended.
 _SILENT_STEPS, _SILENT_SECONDS = 10, 60.0
 
 
 @dataclass(frozen=True)
 class Fact:
-    """A number for each run: what it is, its value by run ("-" where there is none), and a word on how it is taken."""
+    """A number per run: its name, its value by run ("-" if missing), and how it is computed."""
 
     label: str
     values: list[str]
@@ -28,7 +28,7 @@ class Fact:
 
 
 def state(run: Run) -> str:
-    """`finished, 50 steps`, `at step 12 of 50, ...`."""
+    """Return the progress: `finished, 50 steps`, `at step 12 of 50, ...`."""
     if not run.records:
         return "no step is recorded"
     last, total = max(run.records), run.config.get("trainer.total_training_steps")
@@ -43,7 +43,7 @@ def state(run: Run) -> str:
 
 
 def about(run: Run) -> str:
-    """Model, algorithm and quantization, as far as the config is known."""
+    """Return model, algorithm and quantization, if the config is known."""
     config = run.config
     model = config.get("actor_rollout_ref.model.path")
     quantization = config.get("actor_rollout_ref.rollout.quantization")
@@ -57,19 +57,19 @@ def about(run: Run) -> str:
 
 
 def facts(runs: Sequence[Run]) -> list[Fact]:
-    """Those that at least one run has."""
+    """Return the facts that at least one run has."""
     core = list(dict.fromkeys(name for run in runs for name in run.names() if name.startswith("val-core/")))
     means = [name for name in core if "/mean@" in name][:2]
     found = [
         _fact("Reward in training", runs, "critic/score/mean", _ends, f"mean of up to {_ENDS} steps at either end"),
         *(_fact(_variable(name), runs, name, _first_last, "first and last validation") for name in means),
         _fact("Length of a response", runs, "response_length/mean", _ends, "tokens, first and last steps"),
-        _fact("Entropy", runs, "actor/entropy", _ends, "nats a token, first and last steps"),
+        _fact("Entropy", runs, "actor/entropy", _ends, "nats per token, first and last steps"),
         _fact("Rollout against trainer", runs, "training/rollout_probs_diff_mean", _median,
               "mean difference of a token's probability, median of the steps"),
         _fact("Quantization error", runs, "weight_update/max_quantization_error", _largest, "of the worst weight"),
-        _fact("A step takes", runs, "timing_s/step", _seconds, "median of the steps"),
-        _fact("Throughput", runs, "perf/throughput", _speed, "a device, median of the steps"),
+        _fact("Time of a step", runs, "timing_s/step", _seconds, "median of the steps"),
+        _fact("Throughput", runs, "perf/throughput", _speed, "per device, median of the steps"),
         _fact("Memory of the trainer", runs, "actor/perf/max_memory_allocated_gb", _memory, "peak of a rank"),
     ]  # fmt: skip
     return [fact for fact in found if any(value != "-" for value in fact.values)]

@@ -1,4 +1,4 @@
-"""Draws what every process did in one step, from the run's timeline."""
+"""Drawing of the activity of every process in one step, from the run's timeline."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from verl.report.style import GRID, INK, SERIES, SOFT, Drawn, figure, legend, number
 from verl.utils.timeline_reader import read_events, spans, stage_seconds, step_shares, step_windows
 
-# Of a longer run the last steps are enough.
+# For a long run the last steps are sufficient.
 READ_BYTES = 32 * 2**20
-# Processes of a kind that are drawn.
+# Number of drawn processes per kind.
 SHOWN_OF_A_KIND = 4
 
 Interval = tuple[float, float]
@@ -26,14 +26,14 @@ LEGEND = {
     "engine generates": ENGINE,
     "trainer: forward": FORWARD,
     "trainer: backward, optimizer": BACKWARD,
-    "weights on their way": WEIGHTS,
+    "weight update": WEIGHTS,
     "rewards": SCORE,
 }
 
 
 @dataclass
 class Lane:
-    """One line of the figure.
+    """One row of the figure.
 
     Attributes:
         label: the process.
@@ -48,7 +48,7 @@ class Lane:
 
 @dataclass(frozen=True)
 class StepTimeline:
-    """A step that was drawn, and in which shares of it engines and trainer computed."""
+    """A drawn step, and the shares in which engines and trainer computed."""
 
     drawn: Drawn
     step: int
@@ -60,7 +60,7 @@ class StepTimeline:
 
 
 def draw_timeline(path: Path, title: str) -> StepTimeline:
-    """The last step without a validation, or the last one where all have one.
+    """Draw the last step without a validation, or the last step if all have one.
 
     Raises:
         ValueError: the file holds no finished step, or is no timeline.
@@ -69,12 +69,12 @@ def draw_timeline(path: Path, title: str) -> StepTimeline:
         events = read_events(path, READ_BYTES)
         windows, stages = step_windows(events), stage_seconds(events)
         if not windows:
-            raise ValueError(f"{path} holds no finished step yet")
+            raise ValueError(f"{path} contains no finished step yet")
         step = max(windows, key=lambda step: ("testing" not in stages[step], step))
         lanes, left_out = _lanes(events, windows[step])
         shares = step_shares(events)[step]
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no timeline of a run: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{path} is not a timeline of a run: {type(error).__name__}: {error}") from error
     seconds = (windows[step][1] - windows[step][0]) / 1e6
     with figure(f"{title}: step {step}", width=11.45, height=0.95 + 0.3 * len(lanes)) as (made, drawn):
         axes = made.add_subplot()
@@ -94,7 +94,7 @@ def draw_timeline(path: Path, title: str) -> StepTimeline:
 
 
 def _lanes(events: Sequence[dict[str, Any]], window: Interval) -> tuple[list[Lane], int]:
-    """The lanes, driver first, and how many processes are left out."""
+    """Return the lanes, driver first, and the number of omitted processes."""
     names = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
     order = sorted(names, key=lambda pid: (_kind(names[pid]), names[pid]))
     drawn: dict[int, int] = {}
@@ -114,7 +114,7 @@ def _lanes(events: Sequence[dict[str, Any]], window: Interval) -> tuple[list[Lan
 
 
 def _kind(name: str) -> int:
-    """Order of the processes: driver, replicas, their workers, trainer ranks, reward workers."""
+    """Return the sort key of a process: driver, replicas, their workers, trainer ranks, reward workers."""
     if name.startswith("replica"):
         return 2 if "worker" in name else 1
     return {"driver": 0, "trainer": 3, "reward": 4}.get(name.split()[0], 5)
@@ -139,7 +139,7 @@ def _of_process(name: str, events: Sequence[dict[str, Any]], window: Interval) -
 
 
 def _cut(marked: Iterable[tuple[dict[str, Any], str, str]], window: Interval) -> list[tuple[str, float, float, str]]:
-    """What lies in the window, in seconds since it began."""
+    """Return the events within the window, in seconds since its start."""
     bars = []
     for event, color, text in marked:
         begin, end = max(event["ts"], window[0]), min(event["ts"] + event["dur"], window[1])
@@ -149,7 +149,7 @@ def _cut(marked: Iterable[tuple[dict[str, Any], str, str]], window: Interval) ->
 
 
 def _rows(bars: Sequence[tuple[str, float, float, str]]) -> list[list[tuple[str, float, float, str]]]:
-    """As few rows as it takes for no two to overlap."""
+    """Distribute events over the smallest number of rows without overlaps."""
     rows: list[list[tuple[str, float, float, str]]] = []
     for bar in bars:
         row = next((row for row in rows if row[-1][2] <= bar[1] + 1e-9), None)
@@ -161,7 +161,7 @@ def _rows(bars: Sequence[tuple[str, float, float, str]]) -> list[list[tuple[str,
 
 
 def _merged(bars: Sequence[tuple[str, float, float, str]], gap: float) -> list[tuple[str, float, float, str]]:
-    """Bars of a colour that lie less than `gap` seconds apart as one: nobody could tell them apart."""
+    """Merge bars of one color that are less than `gap` seconds apart, because they look like one bar."""
     merged: list[tuple[str, float, float, str]] = []
     last: dict[str, int] = {}
     for color, begin, end, text in bars:
@@ -175,7 +175,7 @@ def _merged(bars: Sequence[tuple[str, float, float, str]], gap: float) -> list[t
 
 
 def _in_flight(requests: Iterable[dict[str, Any]], window: Interval) -> list[tuple[float, int]]:
-    """How many requests are open, at each second at which that changes."""
+    """Return the number of open requests at each time at which it changes."""
     changes: dict[float, int] = {}
     for _, begin, end, _ in _cut([(request, "", "") for request in requests], window):
         changes[begin] = changes.get(begin, 0) + 1
