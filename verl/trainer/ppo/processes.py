@@ -11,7 +11,6 @@ import time
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
 
 from verl.config import CriticConfig, PPOConfig
 from verl.config.rollout_correction import Correction
@@ -24,6 +23,7 @@ from verl.utils.host import cpu_cores, cpu_environment
 from verl.utils.timeline import current_timeline
 from verl.utils.vllm.npu_settings import hccl_environment
 from verl.workers.rollout.replica import ReplicaSet, vLLMReplica
+from verl.workers.rollout.types import ReplicaReport
 from verl.workers.rollout.vllm_rollout.engine_args import engine_environment
 from verl.workers.train_worker import TrainWorker
 from verl.workers.weight_sync.transports.base import Node
@@ -140,11 +140,11 @@ class Processes:
             tensor_parallel_size=rollout.tensor_model_parallel_size,
         )
         replicas = [
-            vLLMReplica(rank, arguments, options, dict(environment)) for rank, options in enumerate(placement.replicas)
+            vLLMReplica(rank, arguments, options, environment) for rank, options in enumerate(placement.replicas)
         ]
         return ReplicaSet(replicas, on_start=self._on_replica_start)
 
-    def _on_replica_start(self, rank: int, report: dict[str, Any]) -> None:
+    def _on_replica_start(self, rank: int, report: ReplicaReport) -> None:
         logger.info("replica %d is up after %.1f s (pid %d)", rank, report["seconds"], report["pid"])
         if report["http"] is None:
             return
