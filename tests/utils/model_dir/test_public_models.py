@@ -22,7 +22,7 @@ def test_public_models_equal_those_of_transformers(tmp_path, name):
     assert {name: info.shape for name, info in index_of_config(tmp_path, config).tensors.items()} == built(config)
 
 
-# As the models' pages give them, in billions.
+# Parameters in billions, from the pages of the models.
 @pytest.mark.parametrize(
     ("name", "billions"),
     [

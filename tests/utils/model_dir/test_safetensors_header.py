@@ -1,4 +1,4 @@
-"""Headers of safetensors files against the library, and damaged files."""
+"""Headers of safetensors files compared with the library, and damaged files."""
 
 import struct
 

@@ -73,7 +73,7 @@ def test_config_without_the_needed_fields_is_rejected(tmp_path, config, words):
 
 
 def test_description_from_the_config_alone(tmp_path, capsys):
-    """The same as from the weights' headers."""
+    """It equals the description from the headers of the weights."""
     config = CONFIGS["qwen3_moe"] | {"hidden_size": 128}
     whole = write_header_checkpoint(tmp_path / "whole", config, tensors_of_config(AutoConfig.for_model(**config)))
     alone = tmp_path / "alone"

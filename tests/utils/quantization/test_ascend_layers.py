@@ -24,7 +24,7 @@ def test_model_without_a_known_decoder_is_rejected(tmp_path):
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(("h", "i"), [(64, 96), (64, 32), (64, 64)])
 def test_layout_of_fused_experts_is_found(tmp_path, h, i, transposed):
-    """Square ones too, where one of the two tensors fits both ways."""
+    """This includes square tensors: one of the two then fits both layouts."""
     config, tensors = small_decoder(experts=4, hidden_size=h)
     config |= {"intermediate_size": 128, "moe_intermediate_size": i}
     tensors = {name: value for name, value in tensors.items() if ".experts." not in name}

@@ -214,14 +214,14 @@ def _layer(index: CheckpointIndex, name: str, info: TensorInfo, number: int | No
 def _reason(module: str, info: TensorInfo, number: int | None, count: int, fused: bool) -> str:
     """Return why a weight stays unquantized, or an empty string."""
     last = module.rpartition(".")[2]
-    inside = number is not None
+    in_layer = number is not None
     tests = (
         (len(info.shape) < 2, VECTOR),
         (last in _EMBEDDINGS, EMBEDDING),
         (not _HEADS.isdisjoint(module.split(".")), HEAD),
-        (not inside and _TOWERS.search(module) is not None, TOWER),
-        (not inside, OUTSIDE),
-        (inside and number >= count, PREDICTION),
+        (not in_layer and _TOWERS.search(module) is not None, TOWER),
+        (not in_layer, OUTSIDE),
+        (number is not None and number >= count, PREDICTION),
         (last in _ROUTERS, ROUTER),
         (len(info.shape) != 2 and not fused, NOT_MATRIX),
         (last == "kv_b_proj", ABSORBED),

@@ -22,7 +22,7 @@ def test_every_layer_of_vllm_ascend_has_an_entry(model_dir, name):
         "model_quant_type": MX,
         "group_size": 32,
     }
-    assert layers["lm_head.weight"] == FLOAT  # in the tied model too, where the checkpoint does not have it
+    assert layers["lm_head.weight"] == FLOAT  # also in the tied model, whose checkpoint does not have it
     stem = "model.language_model" if "VL" in name else "model"
     for key in (f"{stem}.embed_tokens", f"{stem}.norm", f"{stem}.layers.0.input_layernorm"):
         assert layers[f"{key}.weight"] == FLOAT

@@ -12,14 +12,14 @@ MX, FLOAT = "W8A8_MXFP8", "FLOAT"
 
 
 def modelslim(directory):
-    """As ModelSlim writes it: every tensor listed, all experts, no quant_method."""
+    """Return a description like ModelSlim's: every tensor, all experts, no quant_method."""
     index = build_description(directory)
     entries = {name: MX if index.is_quantized(name) else FLOAT for name in index.parameters}
     return {"model_quant_type": MX, "version": "1.0.0", "group_size": 32, **entries}
 
 
 def given_file(directory, change):
-    """`modelslim` with entries replaced; None removes one."""
+    """Write `modelslim` with some entries replaced; None removes an entry."""
     entries = {key: value for key, value in (modelslim(directory) | change).items() if value is not None}
     path = directory / "given.json"
     path.write_text(json.dumps(entries))

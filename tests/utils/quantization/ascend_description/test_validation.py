@@ -12,7 +12,7 @@ MX, FLOAT = "W8A8_MXFP8", "FLOAT"
 
 
 def test_attention_output_projection_is_cut_along_its_inputs(tmp_path):
-    """o_proj has 64 inputs, down_proj 128: four ranks have 16 and 32."""
+    """o_proj has 64 inputs and down_proj 128, so each of four ranks has 16 and 32."""
     directory = write_header_checkpoint(tmp_path, *small_decoder())
     with pytest.raises(
         ValueError, match=r"self_attn.o_proj \[64, 64\] \(2 such\) has 64 inputs, 16 per rank"
@@ -22,7 +22,7 @@ def test_attention_output_projection_is_cut_along_its_inputs(tmp_path):
 
 
 def test_column_parallel_inputs_may_end_inside_a_block(tmp_path):
-    """Only down_proj is cut along its inputs, here 128 / 2; hidden_size 80 is no multiple of 32."""
+    """Only down_proj is cut along its inputs, here 128 / 2; hidden_size 80 is not a multiple of 32."""
     directory = write_header_checkpoint(tmp_path, *small_decoder(hidden_size=80))
     assert len(build_description(directory, tp_size=2).quantized_layers) == 14
 
@@ -51,7 +51,7 @@ def test_ignoring_every_layer_is_rejected(dense):
 
 
 def test_name_with_a_quantized_name_as_prefix_is_rejected(tmp_path):
-    """A FLOAT `o_proj_extra` would switch `o_proj` off in vllm-ascend, which compares with startswith."""
+    """A FLOAT `o_proj_extra` would leave `o_proj` unquantized in vllm-ascend, which compares with startswith."""
     config, tensors = small_decoder()
     tensors["model.layers.1.self_attn.o_proj_extra.weight"] = ((64, 64), "BF16")
     directory = write_header_checkpoint(tmp_path, config, tensors)

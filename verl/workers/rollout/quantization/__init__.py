@@ -13,8 +13,8 @@ from verl.utils.quantization.schemes import registered_scheme, weight_format
 from verl.utils.quantization_scheme import QuantizationScheme
 
 
-class WorkerSettings(TypedDict):
-    """The keys of `rollout` that an engine's worker needs to build its scheme."""
+class WorkerSettings(TypedDict, total=False):
+    """The keys of `rollout` that an engine's worker needs to build its scheme. A missing key has its default."""
 
     quantization: str | None
     quantization_config_file: str | None

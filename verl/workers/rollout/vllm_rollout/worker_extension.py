@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from verl.utils.timeline import join_timeline, spanned
 from verl.utils.vllm.reload import load_session
-from verl.workers.rollout.quantization import worker_scheme
+from verl.workers.rollout.quantization import WorkerSettings, worker_scheme
 from verl.workers.weight_sync.manifest import WeightUpdateError
 from verl.workers.weight_sync.messages import Bucket, EngineReport, ManifestMessage, WorkerReply
 from verl.workers.weight_sync.receiver import WeightReceiver
@@ -37,7 +37,7 @@ class WeightUpdateExtension:
 
     @spanned("update: begin")
     def verl_begin_update(
-        self, version: int, quantization: dict[str, Any] | None = None, base: int | None = None
+        self, version: int, quantization: WorkerSettings | None = None, base: int | None = None
     ) -> WorkerReply[None]:
         """Bring the model to the checkpoint layout, or prepare it for a delta against the version `base`.
 
@@ -46,7 +46,7 @@ class WeightUpdateExtension:
         """
         return _reply(self._verl_begin, version, quantization or {}, base)
 
-    def _verl_begin(self, version: int, quantization: dict[str, Any], base: int | None) -> None:
+    def _verl_begin(self, version: int, quantization: WorkerSettings, base: int | None) -> None:
         if self._verl_receiver is None:
             scheme = worker_scheme(quantization, self.vllm_config.model_config.model)
             session = load_session(self.model_runner.model, self.vllm_config, torch.device(self.device), scheme)
