@@ -608,12 +608,12 @@ def test_a_missing_file_is_an_error(tmp_path):
         (
             {"manager": "dapo", "reward_kwargs": {"overlong_buffer_cfg": {"enable": 1}}},
             ValueError,
-            "enable=1: give True",
+            "enable=1: must be True",
         ),
         (
             {"reward_kwargs": {"a": 1}, "own_kwargs": {"a": 2}},
             ValueError,
-            "reward_kwargs.a=2: is 1 in reward.reward_kw",
+            "reward_kwargs.a=2: reward.reward_kwargs.a is 1",
         ),
         ({"timeout": 0}, ValueError, "reward.timeout=0"),
         ({"timeout": math.inf}, ValueError, "reward.timeout=inf"),
