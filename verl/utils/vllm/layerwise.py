@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -30,7 +30,7 @@ class LayerSubset:
 
     @_do_torchao_reload.setter
     def _do_torchao_reload(self, value: bool) -> None:
-        self._model._do_torchao_reload = value
+        self._model._do_torchao_reload = value  # type: ignore[assignment]  # nn.Module declares tensors and modules
 
 
 def begin_reload(layers: LayerSubset) -> None:
@@ -38,7 +38,7 @@ def begin_reload(layers: LayerSubset) -> None:
     from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
     _forget_packed_experts(layers)
-    initialize_layerwise_reload(layers)
+    initialize_layerwise_reload(layers)  # type: ignore[arg-type]  # a subset is enough: it walks modules()
 
 
 def finish_reload(layers: LayerSubset, model_config: Any) -> None:
@@ -74,7 +74,7 @@ def load_weights(model: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) 
             yield name, tensor
 
     try:
-        model.load_weights(stream())
+        cast(Any, model).load_weights(stream())
     except (AssertionError, RuntimeError, ValueError, KeyError) as error:
         # Loaders draw one tensor after the other, and most of their assertions have no text.
         raise ValueError(f"parameter {drawn[-1]}: {type(error).__name__}: {error}") from error
@@ -143,5 +143,6 @@ def _forget_packed_experts(layers: LayerSubset) -> None:
     if not current_platform.is_cpu():
         return
     for layer in layers.modules():
-        if getattr(getattr(layer, "quant_method", None), "moe_kernel", None) is not None:
-            layer.quant_method.moe_kernel = None
+        quant_method: Any = getattr(layer, "quant_method", None)
+        if getattr(quant_method, "moe_kernel", None) is not None:
+            quant_method.moe_kernel = None

@@ -89,14 +89,14 @@ class Target:
         offsets, rest = None, indices
         for source, _, target in self.steps:
             if source == 1:
-                position, rest = rest, None
+                position = rest
             else:
                 position = torch.div(rest, source, rounding_mode="floor")
                 rest = rest - position * source
             part = position * target if target != 1 else position
             offsets = part if offsets is None else offsets + part
         assert offsets is not None
-        return offsets + self.kernel_tensor.storage_offset()
+        return offsets + int(self.kernel_tensor.storage_offset())
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,7 @@ class LoadTrace(TorchDispatchMode):
             if source.shape != target.shape or source.stride() != target.stride():
                 self.map.opaque.add(write.name)
                 continue
-            start = target.storage_offset() + write.written.storage_offset() - source.storage_offset()
+            start = int(target.storage_offset() + write.written.storage_offset() - source.storage_offset())
             memory = parameter.memory().view(target.dtype)
             fits = start >= 0 and start + _extent(write.written) <= memory.numel()
             if fits and _equal_bytes(
@@ -317,7 +317,7 @@ def _equal_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
 def _checkpoint_position(view: torch.Tensor, parameter: torch.Tensor) -> tuple[int, tuple[int, ...]] | None:
     """Return start and strides of a view in the flattened parameter; None if the view is not a box of it."""
     flat = torch.empty(parameter.size(), device="meta").stride()
-    distance = view.storage_offset() - parameter.storage_offset()
+    distance = int(view.storage_offset() - parameter.storage_offset())
     if parameter.stride() == flat:
         return distance, view.stride()
     flat_stride_of = {

@@ -13,7 +13,7 @@ async def drain(engine: Any) -> None:
     `pause_generation(mode="wait")` does this and then sleeps for 20 ms, so that the responses reach their clients. An
     update does not need that: the responses are tokens already.
     """
-    core = getattr(engine, "engine_core", None)
+    core: Any = getattr(engine, "engine_core", None)
     if hasattr(core, "pause_scheduler_async"):
         await core.pause_scheduler_async(mode="wait", clear_cache=False)
     else:
@@ -26,9 +26,9 @@ def openai_functions() -> tuple[Callable, Callable, Callable]:
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
         from vllm.entrypoints.launchers.app import build_app
         from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    except ImportError:  # before 0.31
+    except ImportError:  # modules of vLLM before 0.31, which the installed release does not have
         from vllm.entrypoints.openai.api_server import build_app, init_app_state
-        from vllm.entrypoints.openai.cli_args import make_arg_parser
+        from vllm.entrypoints.openai.cli_args import make_arg_parser  # type: ignore[import-not-found, no-redef]
     return build_app, init_app_state, make_arg_parser
 
 

@@ -39,7 +39,7 @@ class WriteLog(TorchDispatchMode):
         if target.dtype in _QUANTIZED_DTYPES and source.dtype != target.dtype:
             # copy_ would convert: unquantized weights to e4m3 without a scale, or scales that are not E8M0 to bytes.
             raise ValueError(f"{name} holds {target.dtype}, but was sent {source.dtype}: quantize it before sending")
-        self._regions[name][target.storage_offset(), target.shape, target.stride()] = target.numel()
+        self._regions[name][int(target.storage_offset()), target.shape, target.stride()] = target.numel()
 
     def unwritten(self) -> list[str]:
         """Return the names of parameters that were not written completely; a partial write is marked."""

@@ -54,7 +54,7 @@ def gather_blocks(block: DeltaBlock, device: torch.device, error: Exception | No
         input_split_sizes=[sent.numel(), *[0] * (len(sizes) - 1)],
     )
     if is_rank0:
-        for part, (table_bytes, _, _) in zip(received.cpu().split(incoming), sizes, strict=True):
+        for part, (table_bytes, _, _) in zip(torch.split(received.cpu(), incoming), sizes, strict=True):
             if part.numel():
                 messages = json.loads(part[:table_bytes].numpy().tobytes())
                 chunks = [DeltaChunk.from_message(message) for message in messages]

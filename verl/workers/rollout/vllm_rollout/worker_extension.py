@@ -1,7 +1,7 @@
-"""Methods that vLLM mixes into each of its workers (`worker_extension_cls`): the engine's end of a weight update.
+"""Methods that vLLM adds to each of its workers (`worker_extension_cls`): the engine's end of a weight update.
 
-They are called by name through `collective_rpc`, so their arguments and results are plain strings and numbers. Errors
-are returned, not raised: an exception inside a worker would take the whole engine down, and a refused update must not.
+`worker_calls` calls them by name through `collective_rpc`, so their arguments and results are plain strings and numbers.
+Errors are returned, not raised: an exception in a worker ends the whole engine, and a refused update must not.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from verl.config import RolloutConfig
 from verl.utils.timeline import join_timeline, spanned
 from verl.utils.vllm.reload import load_session
-from verl.workers.rollout.quantization import WorkerSettings, worker_scheme
+from verl.workers.rollout.quantization import WorkerSettings, worker_scheme, worker_settings
 from verl.workers.weight_sync.manifest import WeightUpdateError
 from verl.workers.weight_sync.messages import Bucket, EngineReport, ManifestMessage, WorkerReply
 from verl.workers.weight_sync.receiver import WeightReceiver
@@ -25,7 +26,12 @@ R = TypeVar("R")
 
 
 class WeightUpdateExtension:
-    """Mixed into vLLM's worker class, which brings `model_runner`, `vllm_config`, `device` and `rank`."""
+    """A mixin of vLLM's worker class, which has the four attributes."""
+
+    model_runner: Any
+    vllm_config: Any
+    device: torch.device
+    rank: int
 
     _verl_receiver: WeightReceiver | None = None
 
@@ -37,20 +43,20 @@ class WeightUpdateExtension:
 
     @spanned("update: begin")
     def verl_begin_update(
-        self, version: int, quantization: WorkerSettings | None = None, base: int | None = None
+        self, version: int, settings: WorkerSettings | None = None, base: int | None = None
     ) -> WorkerReply[None]:
         """Bring the model to the checkpoint layout, or prepare it for a delta against the version `base`.
 
         Args:
-            quantization: the result of `worker_settings`.
+            settings: the result of `worker_settings`; None for those of the default config.
         """
-        return _reply(self._verl_begin, version, quantization or {}, base)
+        return _reply(self._verl_begin, version, settings or worker_settings(RolloutConfig()), base)
 
-    def _verl_begin(self, version: int, quantization: WorkerSettings, base: int | None) -> None:
+    def _verl_begin(self, version: int, settings: WorkerSettings, base: int | None) -> None:
         if self._verl_receiver is None:
-            scheme = worker_scheme(quantization, self.vllm_config.model_config.model)
+            scheme = worker_scheme(settings, self.vllm_config.model_config.model)
             session = load_session(self.model_runner.model, self.vllm_config, torch.device(self.device), scheme)
-            encodes = quantization.get("quantization_side") == "receiver"
+            encodes = settings["quantization_side"] == "receiver"
             self._verl_receiver = WeightReceiver(session, scheme, encodes=encodes)
         self._verl_receiver.begin(version, base)
 
@@ -67,7 +73,7 @@ class WeightUpdateExtension:
         return _reply(self._verl_receiver.finish, manifest)
 
     def verl_parameter_hashes(self) -> dict[str, str]:
-        """SHA-256 of every parameter's bytes on this worker, by engine name."""
+        """Return the SHA-256 of every parameter's bytes on this worker, by engine name."""
         hashes = {}
         for name, parameter in self.model_runner.model.named_parameters():
             for part, tensor in _plain_parts(name, parameter.detach()):
@@ -76,12 +82,12 @@ class WeightUpdateExtension:
         return hashes
 
     def verl_parameter_addresses(self) -> dict[str, int]:
-        """Address of every parameter on this worker, by engine name: captured graphs rely on these never changing."""
+        """Return the address of every parameter on this worker, by engine name. Captured graphs need them to stay."""
         return {name: parameter.data_ptr() for name, parameter in self.model_runner.model.named_parameters()}
 
 
 def _plain_parts(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensor itself, or those that it is made of, as torchao's are."""
+    """Return the tensor itself, or the tensors that it is made of, such as torchao's."""
     if not is_traceable_wrapper_subclass(tensor):
         yield name, tensor
         return

@@ -99,7 +99,7 @@ class BroadcastProxy:
     def _broadcast(self, memory: torch.Tensor, *, sends: bool) -> None:
         """Broadcast `memory` (uint8 [nbytes]) in slices, two of them at the same time."""
         pending: deque[tuple[dist.Work, torch.Tensor, torch.Tensor]] = deque()
-        for index, part in enumerate(memory.split(SLICE_BYTES)):
+        for index, part in enumerate(torch.split(memory, SLICE_BYTES)):
             if len(pending) == 2:
                 self._complete(*pending.popleft(), sends=sends)
             stage = self._stage(index % 2, part)

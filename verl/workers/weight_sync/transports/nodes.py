@@ -11,7 +11,8 @@ from verl.workers.weight_sync.transports.base import Node
 def node_of(_actor: object, device: str) -> Node:
     """Return the node of an actor. To be evaluated in the actor's process: `await actor.run(node_of, device)`."""
     visible = None if device == "cpu" else visible_devices(device)
-    return Node(current_node_id(), ray.util.get_node_ip_address(), visible[0] if visible else None)
+    address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]  # no types in Ray
+    return Node(current_node_id(), address, visible[0] if visible else None)
 
 
 def current_node_id() -> str:
@@ -21,4 +22,5 @@ def current_node_id() -> str:
 
 def is_multi_node() -> bool:
     """Return whether the cluster has more than one node."""
-    return sum(node["Alive"] for node in ray.nodes()) > 1
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]  # no types in Ray
+    return sum(node["Alive"] for node in nodes) > 1
