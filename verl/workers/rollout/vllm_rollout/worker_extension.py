@@ -1,6 +1,6 @@
 """Methods that vLLM adds to each of its workers (`worker_extension_cls`): the engine's end of a weight update.
 
-`worker_calls` calls them by name through `collective_rpc`, so their arguments and results are plain strings and numbers.
+`worker_calls` calls them by name through `collective_rpc`: arguments and results are plain strings and numbers.
 Errors are returned, not raised: an exception in a worker ends the whole engine, and a refused update must not.
 """
 
