@@ -228,7 +228,7 @@ FAULTS = [
     ),
     planted(
         "quantization of another device",
-        ["quantization=fp8", "not on an Ascend NPU"],
+        ["quantization=fp8", "not on npu"],
         "use ascend there",
         keys={f"{ROLLOUT}.quantization": "fp8"},
     ),
