@@ -24,7 +24,7 @@ unit: setup ## unit tests: those that start no vLLM engine
 
 # An engine changes the process that starts it (vLLM silences loggers): engines never run in the process of unit tests.
 # Start-up takes most of an end-to-end test and keeps one core busy, so two tests run at a time.
-end_to_end := $(python) -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder tests/e2e
+end_to_end := $(python) -m pytest -q -n 2 tests/e2e
 
 e2e: setup ## end-to-end tests: Ray and a real vLLM engine
 	$(end_to_end) $(ARGS)

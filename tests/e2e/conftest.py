@@ -10,30 +10,37 @@ from ray.cluster_utils import Cluster
 
 from fixtures.engine import SharedEngines
 from fixtures.tiny import write_tiny_model
-from fixtures.training import TEN_STEPS, TinyRun
 from verl.utils.host import thread_environment
 
 HERE = Path(__file__).parent
 
-# Tests that kill processes, or that check which processes and files in /dev/shm a run leaves. They run one after
-# another in one worker of pytest-xdist, as each could see what another leaves.
+# Modules that kill processes, or check which processes and files in /dev/shm a run leaves. They run one after another
+# in one worker, as each could see what another leaves.
 PROCESSES = ("test_start_and_stop", "test_rollout_lag", "test_replicas")
-# The order in which the workers take the modules, the longest first; the rest follows.
+# The next modules, the longest first; the others follow.
 LONGEST = ("test_benchmarks", "test_algorithms", "test_engine_delta", "test_training", "test_partial_rollouts")
 
 
 def pytest_collection_modifyitems(items):
-    """Keep each module in one worker, so that its tests share what they start, and put the longest modules first."""
-    ours = [item for item in items if item.path.parent == HERE]
-    for item in ours:
-        module = item.path.stem
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group("processes" if module in PROCESSES else module))
-    first = (*PROCESSES, *LONGEST)
-    place = {module: number for number, module in enumerate(first)}
-    ours.sort(key=lambda item: place.get(item.path.stem, len(first)))
-    rest = [item for item in items if item.path.parent != HERE]
-    items[:] = rest + ours
+    """Put the longest modules first, so that the workers of pytest-xdist end at about the same time."""
+    order = {module: number for number, module in enumerate((*PROCESSES, *LONGEST))}
+    ours = sorted(
+        (item for item in items if item.path.parent == HERE), key=lambda item: order.get(item.path.stem, len(order))
+    )
+    items[:] = [item for item in items if item.path.parent != HERE] + ours
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """Give each worker of pytest-xdist whole modules, whose tests share what they start."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ModuleScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            module = Path(nodeid.partition("::")[0]).stem
+            return "processes" if module in PROCESSES else module
+
+    config.option.loadscopereorder = False  # it would put modules with many tests first
+    return ModuleScheduling(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -88,11 +95,3 @@ def ray_session(ray_address):
     ray.init(address=ray_address, log_to_driver=False)
     yield
     ray.shutdown()
-
-
-@pytest.fixture(scope="session")
-def reference(tmp_path_factory, ray_address):
-    """A run of ten steps with one rank and one replica, seeded, which nothing interrupts."""
-    run = TinyRun(tmp_path_factory.mktemp("reference"), ray_address)
-    run.run(**TEN_STEPS, **run.seeded(), trainer__rollout_data_dir=run.root / "dumps")
-    return run

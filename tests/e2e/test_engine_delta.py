@@ -80,10 +80,10 @@ ODD = {"hidden_size": 96, "intermediate_size": 192, "moe_intermediate_size": 192
 PARTIAL = {"hidden_size": 96, "intermediate_size": 80, "vocab_size": 100}
 RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 CASES = {
+    "experts, packed by the engine": (None, "qwen3_moe", True, {}, {"dtype": "bfloat16"}),
     "dense, tied, in MXFP8": ("ascend", "qwen3", True, PARTIAL, {}),
     "experts, in MXFP8, on two ranks": ("ascend", "qwen3_moe", False, ODD, RANKS),
     "dense, packed by the engine": (None, "llama", False, {}, {}),
-    "experts, packed by the engine": (None, "qwen3_moe", True, {}, {"dtype": "bfloat16"}),
 }
 
 

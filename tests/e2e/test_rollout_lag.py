@@ -3,26 +3,13 @@
 import os
 import signal
 
-import pyarrow.parquet as pq
 import pytest
 
 from fixtures.training import TinyRun, alive, descendants, prompts_of
-from verl.utils.dataset.loader import EpochSampler
 
 pytestmark = pytest.mark.e2e
 
-STEPS, BATCH, ROWS, SAMPLES = 20, 8, 64, 4
-
-
-def expected_prompts(run):
-    """Texts of the prompts by step, one entry for each sample: the data in the order of seed 0."""
-    words = [row["prompt"][0]["content"] for row in pq.read_table(run.train).to_pylist()]
-    sampler = EpochSampler(ROWS, shuffle=True, seed=0)
-    order = [row for epoch in range(STEPS * BATCH // ROWS + 1) for row in sampler.order(epoch)]
-    return {
-        step: [f"<s>{words[row]}=" for row in order[(step - 1) * BATCH : step * BATCH] for _ in range(SAMPLES)]
-        for step in range(1, STEPS + 1)
-    }
+STEPS = 20
 
 
 @pytest.mark.smoke
@@ -57,7 +44,7 @@ def test_a_run_learns_one_version_behind_and_resumes_with_the_next_prompts_when_
     assert behind == {step: {0.0 if step in (1, saved + 1) else 1.0} for step in range(1, STEPS + 1)}
     mismatch = {step: metrics[step]["training/rollout_probs_diff_max"] for step in metrics}
     assert all((value > 1e-4) == (behind[step] == {1.0}) for step, value in mismatch.items()), mismatch
-    assert prompts_of(tmp_path / "dumps") == expected_prompts(run)
+    assert prompts_of(tmp_path / "dumps") == run.expected_prompts(STEPS)
 
     scores = [metrics[step]["critic/score/mean"] for step in range(1, STEPS + 1)]
     assert sum(scores[-4:]) > 2 * sum(scores[:4]), scores
