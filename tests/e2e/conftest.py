@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 # in one worker, as each could see what another leaves.
 PROCESSES = ("test_start_and_stop", "test_rollout_lag", "test_replicas")
 # The next modules, the longest first; the others follow.
-LONGEST = ("test_benchmarks", "test_algorithms", "test_engine_delta", "test_training", "test_partial_rollouts")
+LONGEST = ("test_training", "test_benchmarks", "test_algorithms", "test_two_nodes", "test_engine_two_ranks")
 
 
 def pytest_collection_modifyitems(items):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fixtures.engine import Engine, log_probs_of, weights_of
-from fixtures.fake_quant import fake_quantized
+from fixtures.engine import log_probs_of, weights_of
+from fixtures.fake_quant import check_equal_up_to_rounding, fake_quantized
 from verl.config import RolloutConfig
 from verl.utils.quantization.encode_report import merged_errors
 from verl.workers.rollout.quantization import get_scheme
@@ -16,8 +16,7 @@ from verl.workers.weight_sync.manifest import WeightUpdateError
 
 pytestmark = pytest.mark.e2e
 
-# The default of transformers. vLLM and transformers sum in different orders, so that some values fall on the other side
-# of a rounding boundary; with small weights that moves later log-probabilities by thousandths, not by hundredths.
+# The default of transformers; see `check_equal_up_to_rounding`.
 STD = 0.02
 ROLLOUT = RolloutConfig(quantization="ascend", tensor_model_parallel_size=1)
 EVEN = {}
@@ -56,31 +55,10 @@ def test_log_probs_after_four_updates_equal_those_of_a_fake_quantized_model(mode
     for number, source in enumerate([*others, first]):
         engine.update(scheme.encode(weights_of(source).items()), bucket_bytes=20_000 if number % 2 else 1 << 24)
         responses, log_probs = engine.sample()
-        difference = (log_probs - log_probs_of(fake_quantized(source), responses)).abs()
-        assert difference.mean() <= 5e-5
-        assert difference.median() <= 1e-6
+        check_equal_up_to_rounding(log_probs, log_probs_of(fake_quantized(source), responses))
         assert engine.rpc("verl_parameter_addresses") == addresses
         plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
         assert (log_probs - log_probs_of(plain, responses)).abs().mean() > 1e-3, "nothing was quantized"
-
-
-@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
-def test_two_ranks_hold_their_shares(models, kind):
-    """Two worker processes find the method "ascend" through the entry point vllm.general_plugins."""
-    first, second = models(kind, False)
-    rollout = replace(ROLLOUT, tensor_model_parallel_size=2)
-    scheme = get_scheme(rollout, str(first))
-    ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    engine = Engine(first, rollout, **scheme.format.engine_overrides("cpu"), **ranks)
-    try:
-        addresses = engine.rpc("verl_parameter_addresses")
-        for source in (second, first, second):
-            engine.update(scheme.encode(weights_of(source).items()), bucket_bytes=20_000)
-            responses, log_probs = engine.sample()
-            assert (log_probs - log_probs_of(fake_quantized(source), responses)).abs().mean() <= 5e-5
-            assert engine.rpc("verl_parameter_addresses") == addresses
-    finally:
-        engine.close()
 
 
 def damaged(name, change):
@@ -141,7 +119,7 @@ def test_a_damaged_weight_is_named_and_a_full_update_repairs_the_engine(models, 
                 engine.update(scheme.encode(rest.items()))
     engine.update(scheme.encode(weights.items()))
     responses, log_probs = engine.sample()
-    assert (log_probs - log_probs_of(fake_quantized(second), responses)).abs().mean() <= 5e-5
+    check_equal_up_to_rounding(log_probs, log_probs_of(fake_quantized(second), responses))
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
@@ -175,7 +153,7 @@ def test_ignored_layers_are_not_quantized(tmp_path, models, engines):
     engine.update(scheme.encode(weights_of(second).items()))
     responses, log_probs = engine.sample()
     expected = fake_quantized(second, left_out=("lm_head", "o_proj", "down_proj"))
-    assert (log_probs - log_probs_of(expected, responses)).abs().mean() <= 5e-5
+    check_equal_up_to_rounding(log_probs, log_probs_of(expected, responses))
 
 
 @pytest.mark.parametrize("name", [Q_PROJ, "model.embed_tokens.weight"])

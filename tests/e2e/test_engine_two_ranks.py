@@ -1,0 +1,47 @@
+"""MXFP8 in a real vLLM engine whose weights are split between two worker processes."""
+
+import pytest
+import torch
+
+from fixtures.delta_steps import check_delta_steps
+from fixtures.engine import log_probs_of, weights_of
+from fixtures.fake_quant import check_equal_up_to_rounding, fake_quantized
+from verl.config import RolloutConfig
+
+pytestmark = pytest.mark.e2e
+
+ROLLOUT = RolloutConfig(quantization="ascend", tensor_model_parallel_size=2)
+# Each rank has an odd number of groups of every weight that is split.
+SIZES = {
+    "qwen3": {},
+    "qwen3_moe": {"hidden_size": 96, "intermediate_size": 192, "moe_intermediate_size": 192},
+}
+
+
+@pytest.fixture
+def start(tiny_models, engines):
+    """`start(kind)`: directories of two models, an engine on two ranks, and its quantization scheme."""
+
+    def start(kind):
+        directories = tiny_models(2, kind=kind, tied=False, std=0.02, **SIZES[kind])
+        ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+        return directories, *engines.get(directories[0], ROLLOUT, **ranks)
+
+    return start
+
+
+def test_twenty_delta_updates_equal_full_updates_on_two_ranks(start):
+    (first, _), engine, scheme = start("qwen3_moe")
+    check_delta_steps(engine, scheme, weights_of(first), torch.float32, steps=20)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
+def test_two_ranks_hold_their_shares(start, kind):
+    """The worker processes find the method "ascend" through the entry point vllm.general_plugins."""
+    (first, second), engine, scheme = start(kind)
+    addresses = engine.rpc("verl_parameter_addresses")
+    for source in (second, first, second):
+        engine.update(scheme.encode(weights_of(source).items()), bucket_bytes=20_000)
+        responses, log_probs = engine.sample()
+        check_equal_up_to_rounding(log_probs, log_probs_of(fake_quantized(source), responses))
+        assert engine.rpc("verl_parameter_addresses") == addresses
