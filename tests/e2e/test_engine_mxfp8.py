@@ -94,7 +94,12 @@ FAULTS = {
     "a group too few": ("qwen3", f"{Q_PROJ}_scale", lambda s: s[:, :-1], rf"{Q_PROJ}_scale.*of shape"),
     "a weight of another shape": ("qwen3", Q_PROJ, lambda w: w[:-1], rf"{Q_PROJ}"),
     "a NaN scale": ("qwen3", f"{O_PROJ}_scale", with_nan, rf"{O_PROJ}_scale.*NaN"),
-    "scales of another dtype": ("qwen3", f"{O_PROJ}_scale", lambda s: s.float(), rf"{O_PROJ}_scale.*uint8.*float32"),
+    "scales of another dtype": (
+        "qwen3",
+        f"{O_PROJ}_scale",
+        lambda s: s.float(),
+        rf"{O_PROJ}_scale.*float32.*expected uint8",
+    ),
     "a weight that was not quantized": ("qwen3", O_PROJ, lambda w: w.float(), rf"{O_PROJ}.*float32"),
     "a scale of an expert": ("qwen3_moe", f"{EXPERT}_scale", lambda _: None, rf"{EXPERT}.*scales.*did not arrive"),
     "a NaN scale of an expert": ("qwen3_moe", f"{EXPERT}_scale", with_nan, rf"{EXPERT}_scale.*NaN"),
