@@ -15,10 +15,10 @@ from verl.utils.host import thread_environment
 HERE = Path(__file__).parent
 
 # Modules that kill processes, or check which processes and files in /dev/shm a run leaves. They run one after another
-# in one worker, as each could see what another leaves.
-PROCESSES = ("test_start_and_stop", "test_rollout_lag", "test_replicas")
+# in one worker, as each could see what another leaves: vLLM with tensor parallelism (test_training) may leave a file.
+PROCESSES = ("test_start_and_stop", "test_rollout_lag", "test_replicas", "test_training")
 # The next modules, the longest first; the others follow.
-LONGEST = ("test_training", "test_benchmarks", "test_algorithms", "test_two_nodes", "test_engine_two_ranks")
+LONGEST = ("test_benchmarks", "test_algorithms", "test_two_nodes", "test_engine_two_ranks")
 
 
 def pytest_collection_modifyitems(items):
