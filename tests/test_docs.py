@@ -78,6 +78,7 @@ def overrides(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_keys_in_the_pages_exist_and_take_their_values(page):
+    """Does not raise."""
     for override in overrides(page):
         load_config([re.sub(r"\$\{?\w+\}?", "1", override)])
     for block in blocks(page, "python"):

@@ -84,6 +84,7 @@ def test_invalid_value_is_reported_with_a_replacement(problems_of, key, value, w
 
 
 def test_values_that_turn_unsupported_features_off_are_accepted(plan_of):
+    """Does not raise."""
     plan_of(
         actor_rollout_ref__actor__fsdp_config__param_offload="False",
         actor_rollout_ref__model__lora_rank=0,

@@ -36,7 +36,7 @@ def test_two_ranks_and_two_replicas_train_like_one(tmp_path, ray_address):
     assert sorted(data) == sorted(expected) == [1, 2]
     assert all(data[step]["training/rollout_probs_diff_max"] < 1e-4 for step in data)
     assert responses_of(two.root / "dumps", 1) == responses_of(one.root / "dumps", 1)
-    # Two ranks add the same gradients in another order, which changes the last digits in float32: by 6e-5 when measured.
+    # Two ranks add the same gradients in another order, which changes the last digits of float32: 6e-5 was measured.
     for name in SAME_IN_FIRST_STEP:
         assert data[1][name] == pytest.approx(expected[1][name], rel=1e-3, abs=1e-5), name
 

@@ -120,5 +120,6 @@ def test_an_unknown_platform_ends_a_script_with_what_to_use():
 
 
 def test_sourcing_changes_no_shell_option_and_starts_nothing():
+    """Does not raise."""
     command = f"before=$-; source {SCRIPT}; [ $before = $- ]"
     subprocess.run(["bash", "-c", command], check=True, timeout=30)

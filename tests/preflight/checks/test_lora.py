@@ -99,10 +99,12 @@ def test_invalid_keys_are_errors(problem_of, changes, text):
     ],
 )
 def test_valid_keys_have_a_plan(plan_of, changes):
+    """Does not raise."""
     plan_of(**{M + name: value for name, value in changes.items()})
 
 
 def test_layer_names_of_a_model_with_experts_are_not_checked(plan_of, run_files):
+    """Does not raise."""
     run_files.write_safetensors(run_files.weights, {"model.layers.0.mlp.experts.0.w1.weight": (8, 16)})
     plan_of(**{M + "lora_rank": 4, M + "target_modules": "[q_proj]"})
 

@@ -55,6 +55,7 @@ def test_a_syntax_error_is_an_error(problem_of, run_files):
     ],
 )
 def test_every_kind_of_definition_is_found(plan_of, run_files, source):
+    """Does not raise."""
     run_files.reward.write_text(source)
     plan_of()
 
@@ -65,11 +66,13 @@ def test_a_nested_function_is_not_found(problem_of, run_files):
 
 
 def test_the_file_is_not_run(plan_of, run_files):
+    """Does not raise."""
     run_files.reward.write_text("raise SystemExit(3)\ndef compute_score(**sample): ...\n")
     plan_of()
 
 
 def test_built_in_scorers_need_no_file(plan_of):
+    """Does not raise."""
     plan_of(reward__custom_reward_function__path=None)
 
 
@@ -122,6 +125,7 @@ def test_an_invalid_overlong_buffer_is_an_error(problem_of, buffer, kwargs, star
     ],
 )
 def test_a_valid_overlong_buffer_has_a_plan(plan_of, buffer):
+    """Does not raise."""
     plan_of(**dapo(buffer))
 
 

@@ -43,6 +43,7 @@ def test_a_correction_without_log_probs_is_an_error(problem_of, changes, asked):
 
 
 def test_no_correction_needs_no_log_probs(plan_of):
+    """Does not raise."""
     plan_of(**{R + "calculate_log_probs": False, C + "preset": "disabled"})
 
 
@@ -73,6 +74,7 @@ def test_processed_log_probs_of_a_part_of_the_tokens_are_a_warning(plan_of):
 
 @pytest.mark.parametrize("loss_mode", ["vanilla", "bypass_mode"])
 def test_bypass_mode_accepts_the_default_loss_and_its_own(plan_of, loss_mode):
+    """Does not raise."""
     plan_of(**{C + "bypass_mode": True, LOSS: loss_mode})
 
 

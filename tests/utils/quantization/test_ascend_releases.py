@@ -22,6 +22,7 @@ def layers(tmp_path_factory):
 
 @pytest.mark.parametrize("release", ["0.18.0", "0.18.1rc1", "0.23.0", "0.26.0rc1", "0.30.0"])
 def test_even_numbers_of_groups_fit_every_release(layers, release):
+    """Does not raise."""
     validate_paired_groups(layers("qwen3_moe"), 1, release)
     validate_paired_groups(layers("qwen3"), 1, release)
 
