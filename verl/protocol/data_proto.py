@@ -324,7 +324,11 @@ class DataProto:
         return self.batch is not None or bool(self.non_tensor_batch)
 
     def _require(self, *keys: Sequence[str] | None) -> None:
-        kinds = ("batch", self._tensors()), ("non_tensor_batch", self.non_tensor_batch), ("meta_info", self.meta_info)
+        kinds: tuple[tuple[str, Mapping[str, Any]], ...] = (
+            ("batch", self._tensors()),
+            ("non_tensor_batch", self.non_tensor_batch),
+            ("meta_info", self.meta_info),
+        )
         for (kind, have), wanted in zip(kinds, keys, strict=True):
             missing = [key for key in wanted or () if key not in have]
             if missing:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from matplotlib.artist import Artist
 from matplotlib.lines import Line2D
 
 from verl.report.panels import Panel
@@ -58,10 +59,10 @@ def _curves(panel: Panel, runs: Sequence[Run]) -> list[tuple[Run, str, Curve]]:
     return found
 
 
-def _entries(runs: Sequence[Run], labels: Sequence[str]) -> list[tuple[object, str]]:
+def _entries(runs: Sequence[Run], labels: Sequence[str]) -> list[tuple[Artist, str]]:
     if len(runs) == 1:
         return [(Line2D([], [], color=SERIES[place % len(SERIES)]), label) for place, label in enumerate(labels)]
-    entries: list[tuple[object, str]] = [
+    entries: list[tuple[Artist, str]] = [
         (Line2D([], [], color=SERIES[place % len(SERIES)], linewidth=2.5), short(run.name, 26))
         for place, run in enumerate(runs)
     ]
@@ -75,8 +76,11 @@ def _entries(runs: Sequence[Run], labels: Sequence[str]) -> list[tuple[object, s
 
 def _limit(panel: Panel, runs: Sequence[Run]) -> float | None:
     """Return the limit if all runs that have one agree."""
-    values = {run.config.get(panel.limit) for run in runs if is_number(run.config.get(panel.limit))}
-    return float(values.pop()) if panel.limit and len(values) == 1 else None
+    if not panel.limit:
+        return None
+    found = [run.config.get(panel.limit) for run in runs]
+    values = {float(value) for value in found if value is not None and is_number(value)}
+    return values.pop() if len(values) == 1 else None
 
 
 def _range(axes: object, values: Sequence[float], panel: Panel) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
+from matplotlib.artist import Artist
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
@@ -57,7 +58,7 @@ def draw_layers(runs: Sequence[Run]) -> Drawn | None:
     with figure("Largest quantization error of a weight") as (made, drawn):
         axes = made.add_subplot()
         if len(runs) > 1:
-            entries = []
+            entries: list[tuple[Artist, str]] = []
             for run in quantized:
                 color = SERIES[runs.index(run) % len(SERIES)]
                 axes.plot(*run.curve(ERROR), color=color)
@@ -73,11 +74,11 @@ def draw_layers(runs: Sequence[Run]) -> Drawn | None:
     return drawn[0]
 
 
-def _points(axes: object, run: Run) -> list[tuple[object, str]]:
+def _points(axes: object, run: Run) -> list[tuple[Artist, str]]:
     named = [row.layer for row in sorted(worst_layers(run), key=lambda row: -row.steps)[:_NAMED]]
     steps, errors = run.curve(ERROR)
     axes.plot(steps, errors, color=GRID, linewidth=1)  # type: ignore[attr-defined]
-    entries: list[tuple[object, str]] = []
+    entries: list[tuple[Artist, str]] = []
     colors = dict(zip(named, SERIES, strict=False))
     groups = {**colors, **({"other layers": SOFT} if len(worst_layers(run)) > _NAMED else {})}
     for layer, color in groups.items():

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import matplotlib
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -17,10 +19,10 @@ INK, SOFT, GRID = "#1f2430", "#667085", "#e4e7ec"
 # Contrast of at least 4.5 : 1 against the page in light and dark mode; distinguishable without seeing red or green.
 SERIES = ("#1f6fd6", "#c2500a", "#0f7f5f", "#9a3fb5", "#c0255f", "#0b7d96", "#7d6608", "#59636f")
 SERIES_DARK = ("#6aa9ff", "#ff9d5c", "#4fd1a5", "#d191ea", "#ff86ae", "#5cc9e0", "#d9bd45", "#aab4c2")
-DASHES = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (5, 1.5, 1, 1.5)))
+DASHES: tuple[Any, ...] = ("solid", (0, (5, 2)), (0, (1.5, 1.5)), (0, (5, 1.5, 1, 1.5)))
 _VARIABLES = {INK: "--ink", SOFT: "--soft", GRID: "--grid", **{c: f"--c{i}" for i, c in enumerate(SERIES)}}
 
-RC = {
+RC: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 8.5,
@@ -148,14 +150,16 @@ def short(text: str, length: int) -> str:
     return f"{text[: length - 1 - half]}…{text[-half:]}"
 
 
-def legend(axes: Axes, entries: list[tuple[object, str]], columns_of: int = 66) -> None:
+def legend(axes: Axes, entries: Sequence[tuple[Artist, str]], columns_of: int = 66) -> None:
     """Place the legend above the axes, in as many columns as fit a line of `columns_of` characters."""
     names = [name for _, name in entries]
     widest = max(len(name) for name in names) + 6
     columns = max(1, min(len(names), columns_of // widest))
     # Lines beyond the second must not reduce the height of the curves.
     extra = max(0, -(-len(names) // columns) - 2)
-    axes.figure.set_figheight(axes.figure.get_figheight() + 0.18 * extra)
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    figure.set_figheight(figure.get_figheight() + 0.18 * extra)
     axes.legend(
         [handle for handle, _ in entries],
         names,

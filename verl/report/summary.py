@@ -32,7 +32,7 @@ def state(run: Run) -> str:
     if not run.records:
         return "no step is recorded"
     last, total = max(run.records), run.config.get("trainer.total_training_steps")
-    if is_number(total) and last >= total:
+    if total is not None and is_number(total) and last >= total:
         return f"finished, {last:,} steps"
     assert run.silent_seconds is not None
     pace = [seconds for seconds in run.curve("timing_s/step")[1] if math.isfinite(seconds)]

@@ -25,7 +25,7 @@ def marked_timer(name: str, timings: MutableMapping[str, float], **args: int) ->
         try:
             yield
         finally:
-            add_stage(name, timings, start, time.monotonic_ns(), **args)
+            add_stage(name, timings, start, time.monotonic_ns(), overlaps=False, **args)
 
 
 def add_stage(

@@ -25,7 +25,7 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from verl.utils.quantization.formats import FLOAT, MX_BLOCK_SIZE, W8A8_MXFP8
 from verl.utils.quantization.mx import mxfp8_dequantize, mxfp8_quantize
-from verl.utils.vllm.vllm_fp8_utils import record_kernel_layout, scales_in_checkpoint_layout
+from verl.utils.vllm.vllm_fp8_utils import MXFP8Layer, record_kernel_layout, scales_in_checkpoint_layout
 
 # Names that checkpoints give an expert's projections: gate, up, down.
 _EXPERT_PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
@@ -43,7 +43,7 @@ class AscendCpuConfig(QuantizationConfig):
         self.quant_description = dict(description)
 
     @classmethod
-    def get_name(cls) -> str:
+    def get_name(cls) -> str:  # type: ignore[override]  # vLLM's Literal has its own methods only
         return "ascend"
 
     @classmethod
@@ -107,11 +107,11 @@ def _groups(k: int) -> int:
     return -(-k // MX_BLOCK_SIZE)
 
 
-def _to_kernel_layout(layer: nn.Module, keys: tuple[str, ...]) -> None:
+def _to_kernel_layout(layer: MXFP8Layer, keys: tuple[str, ...]) -> None:
     """Transform a layer for the first time. `apply_mxfp8_transformation_after_loading` does it later."""
     if getattr(layer, "_mxfp8_transformed", False):
         return
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for key in keys:
         weight, scale = getattr(layer, key), getattr(layer, f"{key}_scale")
         shapes |= {key: tuple(weight.shape), f"{key}_scale": tuple(scale.shape)}
@@ -135,22 +135,25 @@ def _as_quantized(x: torch.Tensor) -> torch.Tensor:
 
 
 class _Dequantizing:
-    """Keeps the dequantized weights of a layer and recomputes them after each update."""
+    """Keeps the dequantized weights of a layer and recomputes them after each update.
+
+    Layers are `Any`: the methods below set and read attributes that no class declares.
+    """
 
     keys: tuple[str, ...]
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         _to_kernel_layout(layer, self.keys)
         self.refresh_after_loading(layer)
 
-    def refresh_after_loading(self, layer: nn.Module) -> None:
+    def refresh_after_loading(self, layer: Any) -> None:
         for key in self.keys:
             name = f"_dequantized_{key}"
             made = _dequantized(layer, key, layer._mxfp8_compute_dtype, layer.__dict__.get(name))
             # Bypasses nn.Module.__setattr__: this tensor is derived from the parameters and must not become one.
             layer.__dict__[name] = made
 
-    def refresh_after_delta(self, layer: nn.Module, indices: Mapping[str, torch.Tensor]) -> None:
+    def refresh_after_delta(self, layer: Any, indices: Mapping[str, torch.Tensor]) -> None:
         """Dequantize the blocks with changed elements.
 
         Args:
@@ -184,7 +187,7 @@ class AscendCpuLinearMethod(_Dequantizing, LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -203,7 +206,7 @@ class AscendCpuLinearMethod(_Dequantizing, LinearMethodBase):
         _parameter(layer, "weight", (n, k), torch.float8_e4m3fn, **attributes)
         _parameter(layer, "weight_scale", (n, _groups(k)), torch.uint8, **attributes)
 
-    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return F.linear(_as_quantized(x), layer._dequantized_weight, bias)
 
 
@@ -214,7 +217,7 @@ class AscendCpuMoEMethod(_Dequantizing, FusedMoEMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         num_experts: int,
         hidden_size: int,
         intermediate_size_per_partition: int,
@@ -233,12 +236,12 @@ class AscendCpuMoEMethod(_Dequantizing, FusedMoEMethodBase):
             _parameter(layer, name, (num_experts, n, k), torch.float8_e4m3fn, **extra_weight_attrs)
             _parameter(layer, f"{name}_scale", (num_experts, n, _groups(k)), torch.uint8, **attributes)
 
-    def get_fused_moe_quant_config(self, layer: nn.Module) -> None:
+    def get_fused_moe_quant_config(self, layer: Any) -> None:
         return None
 
     def apply(
         self,
-        layer: nn.Module,
+        layer: Any,
         x: torch.Tensor,
         topk_weights: torch.Tensor,
         topk_ids: torch.Tensor,

@@ -33,7 +33,7 @@ class DequantizingFp8BlockKernel(Fp8BlockScaledMMLinearKernel):
         )
 
     def apply_weights(
-        self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None, **kwargs: Any
+        self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None, **kwargs: Any
     ) -> torch.Tensor:
         block = (1, self.weight_group_shape.col)
         rows = x.reshape(-1, x.shape[-1])

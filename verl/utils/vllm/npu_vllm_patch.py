@@ -83,7 +83,7 @@ def rotary_init(apply_rotary_emb: type) -> Callable[..., None]:
     def __init__(
         self: Any, enforce_enable: bool = False, is_neox_style: bool = True, enable_fp32_compute: bool = False
     ) -> None:
-        base_init = super(apply_rotary_emb, self).__init__
+        base_init = super(apply_rotary_emb, self).__init__  # type: ignore[arg-type]  # `self` is one, set as __init__ later
         parameters = inspect.signature(base_init).parameters.values()
         accepts = any(p.name == "enforce_enable" or p.kind is p.VAR_KEYWORD for p in parameters)
         base_init(**({"enforce_enable": enforce_enable} if accepts else {}))

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -53,6 +53,20 @@ def is_mxfp8_vllm_ascend(quant_config: Any) -> bool:
     return W8A8_MXFP8 in description.values()
 
 
+class MXFP8Layer(nn.Module):
+    """Type of a layer with the two marks. vLLM's own classes carry them; this class is never instantiated.
+
+    Attributes:
+        _mxfp8_transformed: True in the kernel layout.
+        _mxfp8_original_shapes: shapes of weights and scales in the checkpoint layout, by parameter name.
+        quant_method: vLLM's quantization method of the layer.
+    """
+
+    _mxfp8_transformed: bool
+    _mxfp8_original_shapes: dict[str, tuple[int, ...]]
+    quant_method: Any
+
+
 @dataclass
 class _Pair:
     """A weight with its scales: vLLM's parameters, and the tensors in kernel layout."""
@@ -77,17 +91,17 @@ def scales_in_checkpoint_layout(kernel_scale: torch.Tensor, groups: int) -> torc
     return kernel_scale.transpose(-2, -3).flatten(-2)[..., :groups]
 
 
-def mxfp8_layers(model: nn.Module) -> dict[str, nn.Module]:
+def mxfp8_layers(model: nn.Module) -> dict[str, MXFP8Layer]:
     """Return the MXFP8 layers of a model by name.
 
     Raises:
         RuntimeError: a layer of vllm-ascend has no mark: the release sets none (0.18.0), and the patch that adds them
             was not applied before the model was loaded.
     """
-    found = {}
+    found: dict[str, MXFP8Layer] = {}
     for name, layer in model.named_modules():
         if hasattr(layer, "_mxfp8_transformed"):
-            found[name] = layer
+            found[name] = cast(MXFP8Layer, layer)
         elif type(_scheme(layer)).__name__ in _ASCEND_SCHEMES:
             raise RuntimeError(
                 f"{name}: this release of vllm-ascend does not record the layout of the layer's weights, and verl's "
@@ -120,8 +134,9 @@ def kernel_layout_targets(model: nn.Module) -> list[tuple[torch.Tensor, Target]]
         for key, pair in _record(name, layer).items():
             shape = layer._mxfp8_original_shapes[key]
             strides = pair.kernel_weight.transpose(-1, -2).stride()
-            steps = zip(_flat(shape), shape, strides, strict=True)
-            found.append((pair.weight.data, Target.kernel_layout(f"{name}.{key}", name, pair.kernel_weight, steps)))
+            weight_steps = zip(_flat(shape), shape, strides, strict=True)
+            target = Target.kernel_layout(f"{name}.{key}", name, pair.kernel_weight, weight_steps)
+            found.append((pair.weight.data, target))
             *rows, groups = shape = layer._mxfp8_original_shapes[key + _SCALE]
             *lead, pairs, row, parity = pair.kernel_scale.stride()
             row_steps = zip(_flat(shape)[:-1], rows, (*lead, row), strict=True)
@@ -156,7 +171,7 @@ def _flat(shape: tuple[int, ...]) -> tuple[int, ...]:
     return torch.empty(shape, device="meta").stride()
 
 
-def record_kernel_layout(layer: nn.Module, load_shapes: Mapping[str, tuple[int, ...]]) -> None:
+def record_kernel_layout(layer: MXFP8Layer, load_shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Mark a layer after its first transformation to the kernel layout.
 
     Args:
@@ -172,7 +187,7 @@ def _scheme(layer: nn.Module) -> Any:
     return getattr(getattr(layer, "quant_method", None), "quant_method", None)
 
 
-def _record(name: str, layer: nn.Module) -> dict[str, _Pair]:
+def _record(name: str, layer: MXFP8Layer) -> dict[str, _Pair]:
     """Return the record of a layer. Create it if missing, which requires the kernel layout."""
     record = layer.__dict__.get(_RECORD)
     if record is None:
@@ -185,7 +200,7 @@ def _record(name: str, layer: nn.Module) -> dict[str, _Pair]:
     return record
 
 
-def _pair(name: str, layer: nn.Module, key: str, shapes: Mapping[str, tuple[int, ...]]) -> _Pair:
+def _pair(name: str, layer: MXFP8Layer, key: str, shapes: Mapping[str, tuple[int, ...]]) -> _Pair:
     weight, scale = getattr(layer, key), getattr(layer, key + _SCALE)
     *lead, n, k = shapes[key]
     groups = shapes[key + _SCALE][-1]
@@ -200,7 +215,7 @@ def _pair(name: str, layer: nn.Module, key: str, shapes: Mapping[str, tuple[int,
     return pair
 
 
-def _release_restores(layer: nn.Module) -> bool:
+def _release_restores(layer: MXFP8Layer) -> bool:
     """Return True if the release's own hooks keep a layer's addresses and its scales correct."""
     scheme = _scheme(layer)
     own_buffers = hasattr(layer, "_mxfp8_weight_buf") and hasattr(layer, "_mxfp8_scale_buf")
@@ -209,7 +224,7 @@ def _release_restores(layer: nn.Module) -> bool:
     return all(shape[-1] % 2 == 0 for key, shape in layer._mxfp8_original_shapes.items() if key.endswith(_SCALE))
 
 
-def _restore(name: str, layer: nn.Module) -> None:
+def _restore(name: str, layer: MXFP8Layer) -> None:
     record = _record(name, layer)
     _own_parameters_back(layer, record)
     for key, pair in record.items():
@@ -227,7 +242,7 @@ def _restore(name: str, layer: nn.Module) -> None:
     layer._mxfp8_transformed = False
 
 
-def _own_parameters_back(layer: nn.Module, record: Mapping[str, _Pair]) -> None:
+def _own_parameters_back(layer: MXFP8Layer, record: Mapping[str, _Pair]) -> None:
     """Restore the parameters: vllm-ascend 0.18.0 wakes experts up as new ones without loaders, in the same memory."""
     for key, pair in record.items():
         for name, parameter in ((key, pair.weight), (key + _SCALE, pair.scale)):
@@ -235,7 +250,7 @@ def _own_parameters_back(layer: nn.Module, record: Mapping[str, _Pair]) -> None:
                 layer._parameters[name] = parameter
 
 
-def _apply(name: str, layer: nn.Module) -> None:
+def _apply(name: str, layer: MXFP8Layer) -> None:
     record = layer.__dict__.get(_RECORD)
     if record is None:
         # The first transformation: the release does it.

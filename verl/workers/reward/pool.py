@@ -230,7 +230,7 @@ class WorkerPool:
         return max(1, min(_GROUP_SAMPLES, int(_GROUP_SECONDS / max(self._mean_seconds, 1e-9))))
 
     def _send(self, worker: _Worker, size: int) -> None:
-        batch = []
+        batch: list[tuple[int, _Job]] = []
         while self._waiting and len(batch) < size:
             job = self._waiting.popleft()
             if not job.cancelled:

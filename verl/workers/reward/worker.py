@@ -22,7 +22,7 @@ import threading
 import time
 import traceback
 import types
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Generator, Iterable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -235,7 +235,7 @@ class _AsyncServer:
 
 
 @types.coroutine
-def _stepwise(awaitable: Awaitable[Any], mark: Callable[[bool], None]) -> Iterator[Any]:
+def _stepwise(awaitable: Awaitable[Any], mark: Callable[[bool], None]) -> Generator[Any, Any, Any]:
     """Await `awaitable`, and call `mark(True)` while its code holds the event loop, `mark(False)` otherwise.
 
     If this process becomes silent, the driver reads the mark to find the sample that blocks the loop.

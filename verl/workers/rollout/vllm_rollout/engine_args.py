@@ -42,6 +42,7 @@ def engine_args(
     Raises:
         ValueError: `engine_kwargs.vllm` overrides the quantization.
     """
+    assert model.path is not None, "preflight checks that it is set"
     length = max_model_len(rollout, prompt_length, response_length)
     arguments: dict[str, Any] = {
         "model": model.path,

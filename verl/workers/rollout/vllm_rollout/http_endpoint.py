@@ -76,7 +76,8 @@ class HttpEndpoint:
         guarded = RefuseWithoutWeights(app, self._refusal)
         self._server = uvicorn.Server(uvicorn.Config(guarded, log_level="warning", lifespan="off"))
         # The actor handles the process's signals.
-        self._server.install_signal_handlers = lambda: None
+        # Older uvicorn calls this method; newer ones have none.
+        vars(self._server)["install_signal_handlers"] = lambda: None
         self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]))
         host, port = self._socket.getsockname()[:2]
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"

@@ -82,6 +82,7 @@ class vLLMHttpServer:
         self._rank = replica_rank
         self._device = device
         self._response_length = response_length
+        assert model.path is not None, "preflight checks that it is set"
         self._args = engine_args(
             rollout,
             model,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import ray
 
 from verl.utils.devices import visible_devices
@@ -22,5 +24,5 @@ def current_node_id() -> str:
 
 def is_multi_node() -> bool:
     """Return whether the cluster has more than one node."""
-    nodes = ray.nodes()  # type: ignore[no-untyped-call]  # no types in Ray
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]  # no types in Ray
     return sum(node["Alive"] for node in nodes) > 1
