@@ -2,6 +2,8 @@
 SHELL := bash
 .DEFAULT_GOAL := help
 python := .venv/bin/python
+# Files whose wording `make lint` checks.
+prose = $(filter-out CHANGELOG.md LICENSE scripts/wordlist.txt scripts/phrases.txt %.png %.svg %.lock,$(shell git ls-files))
 
 .PHONY: help setup quickstart test test-all unit e2e e2e-short e2e-rest browser contract lint format reference docs \
 	sweep study lock bench bench-update bench-step bench-overhead bench-growth bench-scale
@@ -41,12 +43,14 @@ browser: ## install the Chromium in which tests open `verl report`; on Debian, a
 contract: setup ## run the code of three vllm-ascend releases with a stand-in for torch_npu; downloads them once
 	$(python) -m pytest -q -m contract tests/contract $(ARGS)
 
-lint: setup ## ruff, import contracts, import circles and mypy
+lint: setup ## ruff, import contracts, import circles, mypy and the word list
 	$(python) -m ruff check .
 	$(python) -m ruff format --check .
 	.venv/bin/lint-imports --no-cache
 	$(python) scripts/import_graph.py --check
 	.venv/bin/mypy
+	.venv/bin/codespell --builtin clear,en-GB_to_en-US --dictionary scripts/wordlist.txt $(prose)
+	! git grep -nIEif scripts/phrases.txt -- $(prose)
 
 format: setup ## apply the fixes of ruff
 	$(python) -m ruff check --fix .

@@ -29,6 +29,6 @@ def power_law(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
 
 
 def local_exponents(x: Sequence[float], y: Sequence[float]) -> list[float]:
-    """The exponent between each two neighbours, where a fixed cost at the small end would bend the whole fit."""
+    """The exponent between each two neighbors, where a fixed cost at the small end would bend the whole fit."""
     pairs = list(zip(x, y, strict=True))
     return [math.log(y1 / y0) / math.log(x1 / x0) for (x0, y0), (x1, y1) in itertools.pairwise(pairs)]

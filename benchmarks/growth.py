@@ -3,7 +3,7 @@
     python benchmarks/growth.py [--parts size samples processes] [--steps 5] [--write DOCUMENT]
 
 Every line is a run of `python3 -m verl.trainer.main_ppo` with random weights: medians of its steps after two to warm
-up. The exponent is the slope of a least-squares line through the logarithms, next to it those between neighbours; 1
+up. The exponent is the slope of a least-squares line through the logarithms, next to it those between neighbors; 1
 means proportional, less that something fixed has a share. High-water marks are VmHWM of each process of the run, read
 until it ends; shared pages (libraries, buckets of the weight update) count in every process that maps them. Next to
 them stands what the run's plan had estimated of a rank, and of a replica with its engine.
@@ -95,7 +95,7 @@ def exponents(what: str, x: Sequence[float], y: Sequence[float]) -> str:
         return ""
     exponent, _ = fit.power_law(x, y)
     local = ", ".join(f"{value:.2f}" for value in fit.local_exponents(x, y))
-    return f"{what}: exponent **{exponent:.2f}** (between neighbours {local})."
+    return f"{what}: exponent **{exponent:.2f}** (between neighbors {local})."
 
 
 def by_size(options: argparse.Namespace) -> str:

@@ -1,11 +1,11 @@
-"""What a GRPO step costs besides computing: the share of it that no engine and no trainer rank computes in.
+"""Overhead of a GRPO step: the share in which no engine and no trainer rank computes.
 
     python benchmarks/overhead.py [--sizes 135M 0.8M] [--lengths equal ragged] [--steps 6] [--write DOCUMENT]
 
-Runs of `python3 -m verl.trainer.main_ppo` on the loads of `grpo_step.py`, with `trainer.timeline`. Overhead is what is
-left of a step without the engine's forward passes and the trainer's forward, backward and optimizer (whoever computes
-at the same time counts once): requests, sampling's bookkeeping, rewards, batches, advantages, weight update, logs. The
-table says in which of the driver's stages it lies. Two steps warm up.
+Runs `python3 -m verl.trainer.main_ppo` on the loads of `grpo_step.py`, with `trainer.timeline`. Overhead is the part of a
+step outside the engine's forward passes and the trainer's forward, backward and optimizer (concurrent processes count
+once): requests, bookkeeping of the sampling, rewards, batches, advantages, weight update, logs. The table shows it by
+stage of the driver. Two steps warm up.
 """
 
 from __future__ import annotations

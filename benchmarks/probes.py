@@ -92,7 +92,7 @@ def _packed(weight: torch.Tensor) -> torch.Tensor:
 
 
 def train_flops(config: PretrainedConfig, samples: int, prompt: int, answer: int, at_least: float) -> float:
-    """FLOP/s of the model forward and backward, at a micro-batch of `samples` prompts and answers of so many tokens.
+    """FLOP/s of the model forward and backward, for a micro-batch of `samples` prompts and responses.
 
     The head works at the answers alone, where it is followed by a pass over its logits that no FLOPs count.
     """

@@ -29,7 +29,7 @@ class Load:
     Attributes:
         prompts: a step.
         n: samples a prompt.
-        shortest, longest: tokens of an answer; the prompts' lengths lie between them at even distances.
+        shortest, longest: tokens of a response; the lengths of the prompts are evenly spaced between them.
         updates: optimizer steps.
         micro_batch: samples of the longest length that a forward and backward pass takes at once.
         prompt: tokens of a prompt.

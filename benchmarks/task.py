@@ -15,7 +15,7 @@ _BASE = 100
 
 
 def spread(count: int, shortest: int, longest: int) -> list[int]:
-    """`count` lengths from `shortest` to `longest` tokens at even distances."""
+    """Return `count` evenly spaced lengths from `shortest` to `longest` tokens."""
     if count == 1:
         return [longest]
     return [shortest + round(i * (longest - shortest) / (count - 1)) for i in range(count)]

@@ -57,7 +57,7 @@ def folder_of(module: str, known: dict[str, Path]) -> str:
 
 
 def folder_graph(graph: dict[str, set[str]], depth: int | None = None) -> dict[str, set[str]]:
-    """The same between folders; with `depth`, between the first so many parts of their names.
+    """The same between folders; `depth` limits the parts of their names.
 
     A package's own `__init__.py` is its face to the outside: imports that go through it are edges to its folder.
     """

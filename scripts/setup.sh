@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv from requirements/cpu.lock. Safe to run again: it does nothing where .venv already fits the lock, and starts
-# over where an earlier run was interrupted. PYTHON chooses the interpreter (3.11 or 3.12).
+# Creates .venv from requirements/cpu.lock. Repeated runs do nothing if .venv matches the lock, and start over if an earlier
+# run was interrupted. PYTHON selects the interpreter (3.11 or 3.12).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -19,11 +19,11 @@ for candidate in python3.12 python3.11 python3; do
     if [ -z "$python" ] && suitable "$candidate"; then python="$candidate"; fi
 done
 if [ -z "$python" ] || ! suitable "$python"; then
-    echo "no Python 3.11 or 3.12 found${PYTHON:+ (PYTHON=$PYTHON is another version)}: install one, or name it, as in: PYTHON=/path/to/python3.11 make test" >&2
+    echo "no Python 3.11 or 3.12 found${PYTHON:+ (PYTHON=$PYTHON is another version)}: install one, or set PYTHON, for example: PYTHON=/path/to/python3.11 make test" >&2
     exit 1
 fi
 
-# The interpreter behind a virtual environment, lest an active .venv be asked to make itself anew.
+# The interpreter behind a virtual environment: an active .venv cannot recreate itself.
 python="$("$python" -c 'import sys; print(sys._base_executable)')"
 
 if [ -f "$stamp" ] && suitable .venv/bin/python; then
@@ -37,19 +37,19 @@ fi
 python=.venv/bin/python
 "$python" -m pip install --quiet --disable-pip-version-check "uv==$(sed -n 's/^uv==//p' "$lock")"
 
-# The CPU build of torch is not everywhere where the rest is: what pip is set up with comes first, then PyTorch's own
-# index, which uv knows by name.
+# The CPU build of torch is not on every index. Try pip's configured indexes first, then PyTorch's own index, which uv
+# knows by name.
 torch="$(grep '^torch==' "$lock" | cut -d' ' -f1)"
 if ! "$python" -c "import torch, sys; sys.exit('${torch#torch==}'.split('+')[0] != torch.__version__.split('+')[0])" 2>/dev/null; then
     say "installing $torch for the CPU"
     public="${torch%%+*}"
     "$python" -m pip install --quiet --disable-pip-version-check --no-deps --no-compile "$public+cpu" 2>/dev/null ||
         "$python" -m uv pip install --python "$python" --torch-backend cpu --no-deps "$public" ||
-        { echo "$public for the CPU cannot be installed: neither pip's indexes nor PyTorch's CPU index answer" >&2; exit 1; }
+        { echo "$public for the CPU cannot be installed: neither pip's indexes nor PyTorch's CPU index has it" >&2; exit 1; }
 fi
 
 say "installing $(grep -c == "$lock") locked packages"
-# --no-deps: the lock is complete, and asking for dependencies would bring the CUDA build of torchvision.
+# --no-deps: the lock is complete, and dependency resolution would add the CUDA build of torchvision.
 rest="$(mktemp)"
 trap 'rm -f "$rest"' EXIT
 grep -v '^torch==' "$lock" > "$rest"

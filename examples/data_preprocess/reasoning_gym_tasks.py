@@ -3,8 +3,8 @@
     python3 examples/data_preprocess/reasoning_gym_tasks.py --tasks chain_sum,spell_backward --train_size 2000
     python3 examples/data_preprocess/reasoning_gym_tasks.py --tasks chain_sum --task_config '{"min_digits": 2}'
 
-No question of test.parquet is in train.parquet. The same options give the same rows. (The file is not called
-reasoning_gym.py, because Python would then find it in the place of the library.)
+No question of test.parquet is in train.parquet. The same options give the same rows. (The name
+reasoning_gym.py would hide the library.)
 """
 
 import argparse

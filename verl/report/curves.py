@@ -16,7 +16,7 @@ from verl.report.style import DASHES, SERIES, SOFT, Drawn, figure, legend, short
 def draw_curves(panel: Panel, runs: Sequence[Run]) -> Drawn | None:
     """Return the figure, or None if no run has a number for it.
 
-    One run has a colour for each curve; several have a colour each, and the curves differ by their dashes.
+    One run has a color for each curve; several have a color each, and the curves differ by their dashes.
     """
     curves = _curves(panel, runs)
     if not curves or (panel.unless_zero and all(value == 0 for *_, (_, values) in curves for value in values)):

@@ -37,7 +37,7 @@ class Lane:
 
     Attributes:
         label: the process.
-        bars: (colour, begin, end, text), seconds since the step began.
+        bars: (color, begin, end, text), seconds since the step began.
         level: (second, requests in flight), for the lane of a replica's requests.
     """
 

@@ -25,4 +25,4 @@ def current_node_id() -> str:
 def is_multi_node() -> bool:
     """Return whether the cluster has more than one node."""
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]  # no types in Ray
-    return sum(node["Alive"] for node in nodes) > 1
+    return sum(bool(node["Alive"]) for node in nodes) > 1
