@@ -2,8 +2,8 @@
 
     python benchmarks/overhead.py [--sizes 135M 0.8M] [--lengths equal ragged] [--steps 6] [--write DOCUMENT]
 
-Runs `python3 -m verl.trainer.main_ppo` on the loads of `grpo_step.py`, with `trainer.timeline`. Overhead is the part of a
-step outside the engine's forward passes and the trainer's forward, backward and optimizer (concurrent processes count
+Runs `python3 -m verl.trainer.main_ppo` on the loads of `grpo_step.py`, with `trainer.timeline`. Overhead is the part of
+a step outside the engine's forward passes and the trainer's forward, backward and optimizer (concurrent processes count
 once): requests, bookkeeping of the sampling, rewards, batches, advantages, weight update, logs. The table shows it by
 stage of the driver. Two steps warm up.
 """

@@ -81,7 +81,7 @@ STEP = Work(
     updates=1,
     recomputes=True,
 )
-# Of the bytes of a whole update, what changes alone may take: the target at a learning rate of 1e-6.
+# Share of the bytes of a full update that a delta may take: the target at a learning rate of 1e-6.
 CHANGED = 0.01
 CHECKED = runs.Load(prompts=8, n=4, shortest=32, longest=32, updates=2, micro_batch=8)
 TOLERANCE = 0.25
@@ -147,7 +147,7 @@ def ascend_table(chip: str) -> str:
                 ]
             )
     head = ["model", "devices", "tp", "generation", "old log-probs", "updates", "weight update", "step, s"]
-    head += ["tokens/s/device", "update at 5.3 GB/s", "BF16 at 5.3 GB/s", "changes at 5.3 GB/s"]
+    head += ["tokens/s/device", "update at 5.3 GB/s", "BF16 at 5.3 GB/s", "delta at 5.3 GB/s"]
     return tables.markdown(head, rows)
 
 

@@ -1,4 +1,4 @@
-"""A whole weight update, from the trainer's memory to an engine that serves it, against copying the bytes it sends.
+"""A full weight update, from the trainer's memory to an engine that serves it, against copying the bytes it sends.
 
     python benchmarks/weight_update.py [--sizes 0.8M 135M] [--rounds 9] [--dtype auto]
 
@@ -207,7 +207,7 @@ async def measure(size: str, dtype: str, rounds: int, std: float, work: Path) ->
     calls |= {name: pair.update for name, pair in pairs.items()}
     calls["through safetensors files"] = through_files
     records: dict[str, list[tuple[float, dict[str, Any]]]] = {name: [] for name in calls}
-    rates = {f"changes alone, lr {rate:g}": rate for rate in LEARNING_RATES}
+    rates = {f"delta, lr {rate:g}": rate for rate in LEARNING_RATES}
     records |= {name: [] for name in rates}
     for number in range(rounds + 1):
         for name, call in calls.items():
@@ -256,8 +256,8 @@ async def run(sizes: list[str], dtype: str, rounds: int, std: float) -> dict[str
     return found
 
 
-def of_whole(records: dict[str, list[tuple[float, dict[str, Any]]]], name: str) -> tuple[float, float]:
-    """Bytes and seconds of changes alone as shares of a whole update's, medians over the rounds."""
+def of_full(records: dict[str, list[tuple[float, dict[str, Any]]]], name: str) -> tuple[float, float]:
+    """Return bytes and seconds of a delta as shares of a full update, medians over the rounds."""
     pairs = list(zip(records[name], records[SENDER], strict=True))
     sent = (a["weight_update/MiB"] / b["weight_update/MiB"] for (_, a), (_, b) in pairs)
     return statistics.median(sent), statistics.median(a / b for (a, _), (b, _) in pairs)
@@ -270,7 +270,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         for name, record in records.items():
             whole = statistics.median(seconds for seconds, _ in record)
             sent = [metrics["weight_update/MiB"] for _, metrics in record if metrics]
-            shares = [f"{share:.2%}" for share in of_whole(records, name)] if sent else ["", ""]
+            shares = [f"{share:.2%}" for share in of_full(records, name)] if sent else ["", ""]
             mebibytes = f"{statistics.median(sent):.2f}" if sent else ""
             rows.append([size, name, f"{whole * 1e3:.0f}", f"{ratio(records, name):.1f}", mebibytes, *shares])
     head = ["model", "what", "ms", "x copying", "MiB", "of the first update's bytes", "of its time"]
@@ -295,10 +295,10 @@ def main() -> None:
     print(f"\n{machine.kind()}: the update, times copying its bytes twice (target for 135M: {TARGET:.0f})")
     for size, records in found.items():
         print(f"  {size:<6}{ratio(records, SENDER):>7.2f}")
-    print("changes alone, of a whole update's bytes and time (target for 135M at 1e-6: 1 %, 0.5)")
+    print("delta, relative to a full update's bytes and time (target for 135M at 1e-6: 1 %, 0.5)")
     for size, records in found.items():
         for name in (name for name in records if name.startswith("changes")):
-            sent, seconds = of_whole(records, name)
+            sent, seconds = of_full(records, name)
             print(f"  {size:<6}{name.split()[-1]:>7}{sent:>9.2%}{seconds:>7.2f}")
     if arguments.write:
         command = f"benchmarks/weight_update.py --sizes {' '.join(arguments.sizes)} --rounds {arguments.rounds}"

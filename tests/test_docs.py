@@ -89,6 +89,18 @@ def test_there_are_keys_in_the_pages():
     assert sum(len(list(overrides(page))) for page in PAGES) > 40
 
 
+def test_the_figures_of_the_readme_are_those_of_the_performance_page():
+    readme, page = (ROOT / "README.md").read_text(), (ROOT / "docs/performance.md").read_text()
+
+    def row(start):
+        return next(line for line in page.splitlines() if line.startswith(start))
+
+    assert "0.262 -> 0.963" in readme and "0.262 -> 0.963" in row("| mean reward on held-out words")
+    assert "0.47%" in readme and "0.47%" in row("| 135M  | delta, lr 1e-06")
+    assert "1.45 times" in readme and "**1.45**" in row("| 135M  | equal   | 32 x 32 ")
+    assert "4.2%" in readme and "**4.2%**" in row("| 135M  | equal   | 32 samples, 1024 tokens")
+
+
 def test_the_readme_s_own_data_and_reward(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data, reward = blocks(ROOT / "README.md", "python")[:2]
