@@ -121,7 +121,10 @@ def _bash() -> str:
 
 
 def _run(bash: str, tools: str, words: Sequence[str], npu: bool, seconds: float) -> tuple[int | None, bytes, str]:
-    """Run bash with the guard; return its exit status (None at the time limit), its reports and its output."""
+    """Run bash with guard.bash, which blocks programs and reports each command instead.
+
+    Returns:
+        exit status (None at the time limit), reported commands, and output."""
     read, write = os.pipe()
     # Exported functions of the environment would replace programs.
     kept = {name: value for name, value in os.environ.items() if not name.startswith("BASH_FUNC_")}

@@ -113,7 +113,7 @@ def _target(options: argparse.Namespace) -> Target:
 
 
 def _capture(words: Sequence[str], hardware: Hardware | None) -> Capture:
-    """Return the training commands of a script, or one command made of overrides."""
+    """Return the training commands of a script, or one command built from overrides if there is no script."""
     first = Path(words[0]).expanduser()
     if "=" in words[0] and not first.is_file():
         return Capture((Command(tuple(words), Path.cwd(), dict(os.environ)),), (), "")

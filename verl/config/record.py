@@ -21,7 +21,7 @@ CONFIG_FILE, CHANGES_FILE = "config.yaml", "config_changes.yaml"
 
 
 def write_record(config: PPOConfig, directory: str | Path) -> None:
-    """Write both files; files of an earlier run are overwritten.
+    """Write config.yaml and config_changes.yaml, and overwrite those of an earlier run.
 
     Args:
         config: config of the run.

@@ -125,7 +125,7 @@ def weighted_loss(
     config: ActorConfig | None,
     rollout_is_weights: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Aggregate a loss per token [B, T], times the importance weights, with the denominators of the mini-batch."""
+    """Aggregate a loss per token [B, T] times the importance weights, divided by the counts of the full mini-batch."""
     if rollout_is_weights is not None:
         per_token = per_token * rollout_is_weights.detach()
     return agg_loss(per_token, response_mask, loss_agg_mode, **denominators(config))

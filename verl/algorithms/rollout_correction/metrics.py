@@ -13,12 +13,12 @@ from verl.config.rollout_correction import Correction, Rejection
 
 
 def weight_metrics(raw: torch.Tensor, mask: torch.Tensor, correction: Correction) -> dict[str, torch.Tensor]:
-    """Return the metrics of rollout_is, by name without `rollout_corr/`.
+    """Return the metrics of rollout_is; their names lack the prefix `rollout_corr/`.
 
     Args:
         raw: `weights.raw_weights`, [B, T].
         mask: [B, T] bool.
-        correction: with `rollout_is` set.
+        correction: its `rollout_is` must not be None.
     """
     level, band = correction.rollout_is, correction.rollout_is_band
     assert level is not None

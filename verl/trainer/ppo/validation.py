@@ -60,7 +60,7 @@ def subset_sizes(n: int) -> list[int]:
 
 
 def _draws(n: int, k: int, seed: int) -> np.ndarray:
-    """Draw indices [N_BOOTSTRAP, k] below n with replacement, equal to N_BOOTSTRAP successive draws of k."""
+    """Draw indices [N_BOOTSTRAP, k] in 0..n-1 with replacement: the same numbers as N_BOOTSTRAP calls for k each."""
     return np.random.RandomState(seed).choice(n, size=(N_BOOTSTRAP, k), replace=True)
 
 

@@ -115,7 +115,7 @@ class Layer:
 
     @property
     def packed_with(self) -> str:
-        """A name that all shards of one packed layer share; empty if the engine does not pack this layer."""
+        """The common name of the layers that the engine packs into one, for example q, k and v; else ""."""
         if self.experts:
             return self.experts
         parent, _, last = self.name.rpartition(".")

@@ -337,7 +337,7 @@ def _checkpoint_position(view: torch.Tensor, parameter: torch.Tensor) -> tuple[i
 
 
 def parameters_by_storage(layers: Mapping[str, nn.Module]) -> dict[int, Target]:
-    """Return, by storage, the parameters of layers whose checkpoint layout is their kernel layout."""
+    """Return storage address -> parameters, for layers that are not transformed after loading."""
     found: dict[int, Target] = {}
     for layer_name, layer in layers.items():
         for key, parameter in layer._parameters.items():

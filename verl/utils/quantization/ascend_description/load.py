@@ -116,7 +116,7 @@ def _load(
 
 
 def _described_types(path: Path, raw: Mapping[str, Any]) -> dict[str, str]:
-    """Return module name -> type; check all other fields."""
+    """Return module name -> quantization type. Raise if another field of the file is invalid."""
     types: dict[str, str] = {}
     for key, value in raw.items():
         if key in _METADATA:
