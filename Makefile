@@ -2,8 +2,6 @@
 SHELL := bash
 .DEFAULT_GOAL := help
 python := .venv/bin/python
-# Files whose wording `make lint` checks.
-prose = $(filter-out CHANGELOG.md LICENSE scripts/wordlist.txt scripts/phrases.txt %.png %.svg %.lock,$(shell git ls-files))
 
 .PHONY: help setup quickstart test test-all unit e2e e2e-short e2e-rest browser contract lint format reference docs \
 	sweep study lock bench bench-update bench-step bench-overhead bench-growth bench-scale
@@ -44,13 +42,12 @@ contract: setup ## run the code of three vllm-ascend releases with a stand-in fo
 	$(python) -m pytest -q -m contract tests/contract $(ARGS)
 
 lint: setup ## ruff, import contracts, import circles, mypy and the word list
-	$(python) -m ruff check .
-	$(python) -m ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
 	.venv/bin/lint-imports --no-cache
-	$(python) scripts/import_graph.py --check
+	.venv/bin/python scripts/import_graph.py --check
 	.venv/bin/mypy
-	.venv/bin/codespell --builtin clear,en-GB_to_en-US --dictionary scripts/wordlist.txt $(prose)
-	! git grep -nIEif scripts/phrases.txt -- $(prose)
+	scripts/lint_words.sh
 
 format: setup ## apply the fixes of ruff
 	$(python) -m ruff check --fix .

@@ -7,7 +7,7 @@ python3 examples/data_preprocess/gsm8k.py --local_dataset_path ~/raw/gsm8k    # 
 import sys
 from typing import Any
 
-from verl.utils.dataset.prepare import convert, make_parser, make_row, published_files, required_text, write_splits
+from verl.utils.dataset.prepare import convert, make_parser, make_row, published_files, text_of, write_splits
 from verl.utils.reward_score.gsm8k import extract_answer
 
 SOURCE = "openai/gsm8k"
@@ -18,7 +18,7 @@ SPLITS = {"train": ("train",), "test": ("test",)}
 
 def row(example: dict[str, Any], split: str, index: int) -> dict[str, Any]:
     """A published row {question, answer}, whose answer ends in `#### <number>`, in verl's columns."""
-    question, solution = required_text(example, "question"), required_text(example, "answer")
+    question, solution = text_of(example, "question"), text_of(example, "answer")
     answer = extract_answer(solution)
     if answer is None:
         raise ValueError(f"'answer' does not end in #### and a number: ...{solution[-60:]!r}")

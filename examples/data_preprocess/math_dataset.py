@@ -8,7 +8,7 @@ import re
 import sys
 from typing import Any
 
-from verl.utils.dataset.prepare import convert, make_parser, make_row, published_files, required_text, write_splits
+from verl.utils.dataset.prepare import convert, make_parser, make_row, published_files, text_of, write_splits
 from verl.utils.reward_score.text import last_boxed
 
 SOURCE = "DigitalLearningGmbH/MATH-lighteval"
@@ -27,7 +27,7 @@ def answer_of(solution: str) -> str | None:
 
 def row(example: dict[str, Any], split: str, index: int) -> dict[str, Any]:
     """A published row {problem, solution, level, type} in verl's columns."""
-    problem, solution = required_text(example, "problem"), required_text(example, "solution")
+    problem, solution = text_of(example, "problem"), text_of(example, "solution")
     answer = answer_of(solution)
     if answer is None:
         raise ValueError(f"'solution' has no \\boxed{{...}}: ...{solution[-60:]!r}")

@@ -67,10 +67,10 @@ def test_two_runs_have_a_color_each_and_their_names_in_the_legend(two):
 
 def test_two_equal_curves_are_drawn_once(one):
     """Without a KL penalty the reward is the score."""
-    assert "mean, less the KL penalty" not in texts(draw_curves(BY_KEY["reward"], one))
+    assert "mean, minus the KL penalty" not in texts(draw_curves(BY_KEY["reward"], one))
     for data in one[0].records.values():
         data["critic/rewards/mean"] -= 0.1
-    assert "mean, less the KL penalty" in texts(draw_curves(BY_KEY["reward"], one))
+    assert "mean, minus the KL penalty" in texts(draw_curves(BY_KEY["reward"], one))
 
 
 def test_a_validation_panel_for_each_source(one):

@@ -83,9 +83,9 @@ def test_a_run_that_failed_before_its_first_step(make_run):
     run = read(directory)
     assert state(run) == "no step is recorded"
     assert facts([run]) == []
-    assert any("failed before it" in note for note in run.notes)
+    assert any("failed before the first one" in note for note in run.notes)
     (directory / "metrics.jsonl").write_text("")
-    assert any("holds no record yet" in note for note in read(directory).notes)
+    assert any("has no record yet" in note for note in read(directory).notes)
 
 
 def test_a_value_that_is_not_finite_is_a_gap_with_a_note(make_run):

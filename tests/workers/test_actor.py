@@ -28,7 +28,7 @@ from verl.config.rollout_correction import Band, Correction
 from verl.protocol import DataProto
 from verl.trainer.ppo.batching import split_even, split_mini_batches
 from verl.trainer.rollouts.batch_padding import pad_and_concat
-from verl.trainer.rollouts.forward_passes import joined
+from verl.trainer.rollouts.forward_passes import join_parts
 from verl.workers.actor import ActorWorker, log_prob_limits, micro_batching
 from verl.workers.engine import MicroBatching
 
@@ -178,7 +178,7 @@ def test_columns_of_pieces_equal_those_of_the_full_batch(model_dir, ranks):
     expected, *columns = (DataProto.concat(list(of_ranks)) for of_ranks in zip(*outcomes, strict=True))
     expected = expected[inverse]
     in_order = [column[order] for column, (_, order) in zip(columns, split, strict=True)]
-    found = joined(list(zip(pieces, in_order, strict=True)), data.batch["responses"].shape[1])
+    found = join_parts(list(zip(pieces, in_order, strict=True)), data.batch["responses"].shape[1])
     assert sorted(found.batch.keys()) == ["entropys", "old_log_probs", "ref_log_prob"]
     for name, column in found.batch.items():
         torch.testing.assert_close(column, expected.batch[name], msg=name)

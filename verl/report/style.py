@@ -60,7 +60,7 @@ class Drawn:
         title: what it shows.
 
     Attributes:
-        svg: to stand in a page, whose style gives the colours.
+        svg: to stand in a page, whose style gives the colors.
     """
 
     def __init__(self, made: Figure, title: str):

@@ -53,7 +53,7 @@ def check_row(row: Row) -> None:
         raise ValueError(f"'reward_model.ground_truth' is {truth!r}; every row needs the correct response")
 
 
-def required_text(example: Row, column: str) -> str:
+def text_of(example: Row, column: str) -> str:
     """Return a column of a published row that must hold text.
 
     Raises:
