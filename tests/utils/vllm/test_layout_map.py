@@ -119,6 +119,11 @@ def test_transposed_parameter_that_is_loaded_in_place_is_written_in_its_kernel_l
     assert sorted(seen[0]["a"]["weight"].tolist()) == list(range(30))
 
 
+def test_a_kernel_layout_with_two_dimensions_of_the_same_stride_is_refused():
+    with pytest.raises(ValueError, match=r"a\.scale: two dimensions .* have the same stride"):
+        Target.kernel_layout("a.scale", "a", torch.zeros(2, 4), [(1, 4, 2), (1, 2, 1)])
+
+
 @settings(deadline=None, max_examples=80)
 @given(
     shape=st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 6)),

@@ -16,6 +16,7 @@ from verl.utils.vllm.vllm_fp8_utils import (
     MXFP8_BLOCK_QUANT_KWARGS,
     apply_mxfp8_transformation_after_loading,
     is_mxfp8_vllm_ascend,
+    kernel_layout_targets,
     mxfp8_layers,
     restore_mxfp8_weights_for_loading,
 )
@@ -189,11 +190,11 @@ def addresses(layer):
 
 LINEAR = [
     (release, k)
-    for release, k in itertools.product(METHODS, (64, 96, 80, 144, 4304))
+    for release, k in itertools.product(METHODS, (32, 64, 96, 80, 144, 4304))
     if release != "0.18" or k in (64,)
 ]
 # The first transformation is the release's own: 0.23 and 0.26 fail there where an expert has an odd number of groups.
-EXPERTS = [("0.18", 64, 128), ("0.23", 64, 128), ("0.26", 128, 64), ("cpu", 64, 64), ("cpu", 96, 80), ("cpu", 96, 48)]
+EXPERTS = [("0.18", 64, 128), ("0.23", 64, 128), ("0.26", 128, 64), ("cpu", 64, 64), ("cpu", 96, 80), ("cpu", 96, 48), ("cpu", 64, 32)]
 CASES = [pytest.param(lambda r=r, k=k: linear(r, 3, k), id=f"{r}-linear-{k}") for r, k in LINEAR]
 CASES += [pytest.param(lambda r=r, h=h, i=i: experts(r, h, i), id=f"{r}-experts-{h}-{i}") for r, h, i in EXPERTS]
 
@@ -214,6 +215,25 @@ def test_every_update_keeps_the_addresses_of_the_first_weights(make):
         apply_mxfp8_transformation_after_loading(model)
         same(layer, sent)
         assert addresses(layer) == first
+
+
+@pytest.mark.parametrize("make", CASES)
+def test_every_element_can_be_written_through_its_kernel_layout_target(make):
+    layer = make()
+    model = nn.Sequential(nn.Linear(2, 2), layer)
+    load(layer, 0)
+    layer.quant_method.process_weights_after_loading(layer)
+    restore_mxfp8_weights_for_loading(model)
+    sent = load(layer, 1)
+    targets = {target.name: target for _, target in kernel_layout_targets(model)}
+    load(layer, 2)
+    apply_mxfp8_transformation_after_loading(model)
+    assert targets.keys() == {f"1.{name}" for name in sent}
+    for name, values in sent.items():
+        target = targets[f"1.{name}"]
+        raw = values.view(torch.uint8).flatten()
+        target.memory().view(torch.uint8)[target.offsets(torch.arange(len(raw)))] = raw
+    same(layer, sent)
 
 
 @pytest.mark.parametrize("make", CASES)

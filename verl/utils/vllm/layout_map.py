@@ -74,8 +74,14 @@ class Target:
 
         Args:
             steps: (stride in the checkpoint layout, size, stride in `kernel_tensor`) of each dimension.
+
+        Raises:
+            ValueError: two dimensions have the same stride, so an index does not determine a position.
         """
-        return cls(name, layer, kernel_tensor, _merge(steps))
+        merged = _merge(steps)
+        if len({source for source, _, _ in merged}) < len(merged):
+            raise ValueError(f"{name}: two dimensions of the checkpoint layout have the same stride: {merged}")
+        return cls(name, layer, kernel_tensor, merged)
 
     def memory(self) -> torch.Tensor:
         """Return the whole storage behind `kernel_tensor`, flat, as integers of the element size."""

@@ -140,7 +140,8 @@ def kernel_layout_targets(model: nn.Module) -> list[tuple[torch.Tensor, Target]]
             *rows, groups = shape = layer._mxfp8_original_shapes[key + _SCALE]
             *lead, pairs, row, parity = pair.kernel_scale.stride()
             row_steps = zip(_flat(shape)[:-1], rows, (*lead, row), strict=True)
-            steps = (*row_steps, (2, -(-groups // 2), pairs), (1, 2, parity))
+            # A single group has no parity: with a step for it, two dimensions would share the stride 1.
+            steps = (*row_steps, (2, -(-groups // 2), pairs), (1, min(groups, 2), parity))
             found.append(
                 (pair.scale.data, Target.kernel_layout(f"{name}.{key}{_SCALE}", name, pair.kernel_scale, steps))
             )

@@ -7,6 +7,7 @@ Errors are returned, not raised: an exception in a worker ends the whole engine,
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
@@ -20,6 +21,8 @@ from verl.workers.rollout.quantization import WorkerSettings, worker_scheme, wor
 from verl.workers.weight_sync.manifest import WeightUpdateError
 from verl.workers.weight_sync.messages import Bucket, EngineReport, ManifestMessage, WorkerReply
 from verl.workers.weight_sync.receiver import WeightReceiver
+
+_logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -99,14 +102,8 @@ def _reply(call: Callable[P, R], *arguments: P.args, **keywords: P.kwargs) -> Wo
     """Return the result of a call, or the text of its error."""
     try:
         return {"error": None, "result": call(*arguments, **keywords)}
-    except (
-        WeightUpdateError,
-        ValueError,
-        KeyError,
-        RuntimeError,
-        AssertionError,
-        AttributeError,
-        OSError,
-        TypeError,
-    ) as error:
+    except WeightUpdateError as error:
+        return {"error": f"{type(error).__name__}: {error}", "result": None}
+    except Exception as error:  # whatever it is, raised here it would end the engine
+        _logger.warning("a part of a weight update failed", exc_info=True)
         return {"error": f"{type(error).__name__}: {error}", "result": None}
