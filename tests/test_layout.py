@@ -3,7 +3,7 @@
 import importlib.util
 import pkgutil
 import re
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 
@@ -11,6 +11,28 @@ ROOT = Path(__file__).resolve().parents[1]
 SPEC = importlib.util.spec_from_file_location("import_graph", ROOT / "scripts/import_graph.py")
 import_graph = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(import_graph)
+
+# Subjects of the test files and folders that mirror no module; paths below tests/.
+OTHER_SUBJECTS = {
+    "agent_loop/test_docs.py": "docs/agent_loops.md",
+    "algorithms/advantages/test_every_estimator.py": "properties of all estimators",
+    "algorithms/losses/test_adding_a_loss.py": "docs/extending.md",
+    "algorithms/losses/test_every_loss.py": "properties of all losses",
+    "contract": "releases of vllm-ascend",
+    "e2e": "complete runs",
+    "examples": "examples/, which has scripts in several languages",
+    "npu": "an Ascend 950",
+    "preflight/test_upstream_scripts.py": "docs/migrating.md, with scripts of upstream verl",
+    "report/test_browser.py": "a complete report in a browser",
+    "report/test_figures.py": "the modules that draw figures, through the text in their SVG",
+    "test_check_run.py": ".github/check_run.py",
+    "test_docs.py": "README.md and docs/",
+    "test_fixtures.py": "tests/fixtures/",
+    "test_layout.py": "the repository",
+    "test_packaging.py": "the wheel",
+    "test_workflows.py": ".github/workflows/",
+    "workers/rollout/quantization/test_adding_a_scheme.py": "docs/extending.md",
+}
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +76,36 @@ def test_the_contract_lists_every_package():
 
 def test_the_contract_ignores_no_import():
     assert "ignore_imports" not in (ROOT / "pyproject.toml").read_text()
+
+
+def mirrors_a_module(test):
+    """True if tests/a/test_b.py has verl/a/b.py or the package verl/a/b/; tests/benchmarks mirrors benchmarks/."""
+    folder = ROOT if test.parts[0] == "benchmarks" else ROOT / "verl"
+    module = folder / test.parent / test.stem.removeprefix("test_")
+    return module.with_suffix(".py").is_file() or any(module.glob("*.py"))
+
+
+def without_a_subject(tests):
+    """The tests, paths below tests/, that mirror no module and are not in `OTHER_SUBJECTS`."""
+    return [
+        str(test)
+        for test in tests
+        if not mirrors_a_module(test) and OTHER_SUBJECTS.keys().isdisjoint(map(str, (test, *test.parents)))
+    ]
+
+
+def test_every_test_file_is_named_after_its_module():
+    tests = sorted(path.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("test_*.py"))
+    assert without_a_subject(tests) == [], "name it after the module that it tests, or add it to OTHER_SUBJECTS"
+    others = [test for test in tests if not mirrors_a_module(test)]
+    needed = {name for name in OTHER_SUBJECTS if any(test.is_relative_to(name) for test in others)}
+    assert needed == OTHER_SUBJECTS.keys(), "remove the other names from OTHER_SUBJECTS"
+
+
+def test_a_misnamed_test_file_is_found():
+    good = ["protocol/test_data_proto.py", "utils/test_reward_score.py", "benchmarks/test_fit.py", "e2e/test_x.py"]
+    bad = ["test_fit.py", "protocol/test_data_protocol.py", "workers/test_data_proto.py", "benchmarks/test_x.py"]
+    assert without_a_subject(map(PurePosixPath, good + bad)) == bad
 
 
 def public_names():

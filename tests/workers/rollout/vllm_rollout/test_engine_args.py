@@ -1,4 +1,4 @@
-"""What an engine is started with."""
+"""Arguments with which an engine starts."""
 
 import pytest
 
