@@ -1,5 +1,7 @@
 """Control flow of the loop with a scripted client: tokens, masks, limits, turns, tools."""
 
+import string
+
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ from verl.agent_loop.generation import ScoredSample, to_batch
 from verl.agent_loop.metrics import FAILURES, compute_agent_metrics
 from verl.agent_loop.tool_session import truncate
 from verl.config import PPOConfig
+from verl.utils.dataset.prompts import truncate_prompt
 from verl.workers.reward import RewardResult
 from verl.workers.rollout.types import TokenOutput
 
@@ -125,6 +128,29 @@ async def test_the_prompt_contains_the_tools(bench):
 async def test_without_log_probs_the_column_is_empty(bench):
     output = await bench.run(tool_call("echo", text="a"), "b", log_probs=False)
     assert output.response_logprobs == [] and 0 in output.response_mask
+
+
+# ---- reasoning ----
+
+
+async def test_a_call_in_the_reasoning_is_not_executed(bench):
+    output = await bench.run(f"<think>{tool_call('raises')}</think>" + tool_call("echo", text="a"), "done")
+    assert output.extra_fields["tool_call_counts"] == 1 and output.extra_fields["tool_failures"] == {}
+    output = await bench.run(f"<think>{tool_call('echo', text='a')}</think>done")
+    assert output.extra_fields["tool_call_counts"] == 0 and output.stop_reason == "stop"
+
+
+async def test_a_reasoning_that_the_template_opens_is_recognized_in_every_turn(tmp_path):
+    start = "{%- if add_generation_prompt %}<|im_start|>assistant\n"
+    template = HERMES.replace(start, start + "<think>\n")
+    assert template != HERMES
+    bench = Bench(tmp_path, template)
+    call = tool_call("echo", text="a")
+    output = await bench.run(f"first {call}</think>{call}", f"then {call}</think>done")
+    assert output.extra_fields["tool_call_counts"] == 1
+    assert bench.tokenizer.decode(output.prompt_ids).endswith("<think>\n") and "<think>\n" in bench.shown(output)
+    output = await bench.run(f"unfinished {call}")
+    assert output.extra_fields["tool_call_counts"] == 0
 
 
 # ---- the end ----
@@ -275,8 +301,8 @@ async def test_instances_are_released_if_the_engine_fails(bench):
 @pytest.mark.parametrize(
     ("side", "expected"),
     [
-        ("left", "bxxxxxxxxx...(truncated)"),
-        ("right", "(truncated)...xxxxxxxxxe"),
+        ("left", "(truncated)...xxxxxxxxxe"),
+        ("right", "bxxxxxxxxx...(truncated)"),
         ("middle", "bxxxx...(truncated)...xxxxe"),
     ],
 )
@@ -284,6 +310,13 @@ async def test_a_huge_tool_response_is_truncated(bench, side, expected):
     bench.limits.max_tool_response_length, bench.limits.tool_response_truncate_side = 10, side
     output = await bench.run(tool_call("huge"), "done")
     assert f"<tool_response>\n{expected}\n</tool_response>" in bench.shown(output)
+
+
+@pytest.mark.parametrize("side", ["left", "right", "middle"])
+def test_a_side_means_the_same_for_tool_responses_and_for_prompts(side):
+    text = string.ascii_letters
+    kept = truncate(text, 10, side).replace("...(truncated)...", "").replace("(truncated)...", "")
+    assert kept.replace("...(truncated)", "") == "".join(truncate_prompt(list(text), 10, side))
 
 
 async def test_a_long_error_is_truncated(bench):

@@ -9,7 +9,7 @@ from typing import Any
 from verl.agent_loop.agent_data import AgentData
 from verl.agent_loop.agent_loop import AgentLoopBase, AgentLoopOutput, register
 from verl.agent_loop.chat_template import ChatRenderer
-from verl.agent_loop.tool_parser import PARSERS, ToolCall
+from verl.agent_loop.tool_parser import PARSERS, ToolCall, opens_reasoning
 from verl.agent_loop.tool_session import Toolbox, ToolSession
 from verl.config import PPOConfig
 from verl.tools.utils.tool_registry import initialize_tools_from_config
@@ -18,6 +18,9 @@ from verl.workers.reward.function import BadReturnError, plain
 from verl.workers.rollout.client import LLMServerClient
 
 logger = logging.getLogger(__name__)
+
+# Tokens before a response that may hold the start of the reasoning: a tag of at most 7 characters, and line breaks.
+_OPENING_TOKENS = 16
 
 
 @register("tool_agent")
@@ -39,7 +42,7 @@ class ToolAgentLoop(AgentLoopBase):
         *,
         toolbox: Toolbox,
         renderer: ChatRenderer,
-        parse: Callable[[str], list[ToolCall]],
+        parse: Callable[[str, bool], list[ToolCall]],
     ):
         super().__init__(client, tokenizer, config)
         self.toolbox, self.renderer, self.parse = toolbox, renderer, parse
@@ -99,8 +102,9 @@ class ToolAgentLoop(AgentLoopBase):
         max_tokens = self._max_response_tokens(len(data.prompt_ids))
         while True:
             left = max_tokens - len(data.response_ids)
+            context = data.prompt_ids + data.response_ids
             response = await self.client.generate(
-                data.prompt_ids + data.response_ids,
+                context,
                 {**sampling_params, "max_tokens": min(left, sampling_params.get("max_tokens", left))},
                 session=data.request_id,
             )
@@ -108,7 +112,8 @@ class ToolAgentLoop(AgentLoopBase):
             if response.stop_reason != "stop":
                 return response.stop_reason
             text = self.tokenizer.decode(response.token_ids, skip_special_tokens=False)
-            calls = self.parse(text)
+            opening = self.tokenizer.decode(context[-_OPENING_TOKENS:], skip_special_tokens=False)
+            calls = self.parse(text, opens_reasoning(opening))
             if not calls:
                 return "stop"
             if _reached(data.assistant_turns, limits.max_assistant_turns):

@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-_HERMES = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+# The text of a call has no further start tag: an unfinished call must not swallow the next one.
+_TAGS = re.compile(r"<think>|</think>|<tool_call>((?:(?!<tool_call>).)*?)</tool_call>", re.DOTALL)
+THINK_START, THINK_END = "<think>", "</think>"
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,38 @@ class ToolCall:
     problem: str | None = None
 
 
-def parse_hermes(text: str) -> list[ToolCall]:
+def parse_hermes(text: str, in_reasoning: bool = False) -> list[ToolCall]:
     """Return every `<tool_call>{"name": ..., "arguments": {...}}</tool_call>` in order. The end tag is required.
 
-    `arguments` may also be a string with the JSON of the object, as in OpenAI's format.
+    `arguments` may also be a string with the JSON of the object, as in OpenAI's format. Calls in the reasoning are not
+    returned: those between `<think>` and `</think>`, those after a `<think>` that is never closed, and those before a
+    `</think>` that was opened before the response.
+
+    Args:
+        text: one response of the model.
+        in_reasoning: True if the prompt ends inside the reasoning, see `opens_reasoning`.
     """
-    return [_call(match) for match in _HERMES.findall(text)]
+    calls: list[ToolCall] = []
+    position = _end_of_reasoning(text, 0) if in_reasoning else 0
+    while match := _TAGS.search(text, position):
+        position = match.end()
+        if match.group() == THINK_START:
+            position = _end_of_reasoning(text, position)
+        elif match.group() == THINK_END:
+            calls.clear()
+        else:
+            calls.append(_call(match.group(1)))
+    return calls
+
+
+def opens_reasoning(prompt: str) -> bool:
+    """Return True if the text before a response ends with the start of the reasoning, which some templates add."""
+    return prompt.rstrip().endswith(THINK_START)
+
+
+def _end_of_reasoning(text: str, start: int) -> int:
+    end = text.find(THINK_END, start)
+    return len(text) if end < 0 else end + len(THINK_END)
 
 
 def _call(text: str) -> ToolCall:
@@ -51,4 +79,4 @@ def _call(text: str) -> ToolCall:
 
 
 # Parsers by the value of `rollout.multi_turn.format`.
-PARSERS: dict[str, Callable[[str], list[ToolCall]]] = {"hermes": parse_hermes}
+PARSERS: dict[str, Callable[[str, bool], list[ToolCall]]] = {"hermes": parse_hermes}

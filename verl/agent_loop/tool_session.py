@@ -74,14 +74,15 @@ def truncate(text: str, length: int, side: str) -> str:
     Args:
         text: the text.
         length: in characters, without the mark.
-        side: `left` keeps the beginning, `right` the end, `middle` half of each, as in upstream verl.
+        side: the side that is removed, as in `data.truncation` and in upstream verl: `left` keeps the end, `right` the
+            beginning, `middle` half of each.
     """
     if len(text) <= length:
         return text
     if side == "left":
-        return text[:length] + "...(truncated)"
-    if side == "right":
         return "(truncated)..." + text[-length:]
+    if side == "right":
+        return text[:length] + "...(truncated)"
     return text[: length - length // 2] + "...(truncated)..." + text[len(text) - length // 2 :]
 
 
