@@ -9,6 +9,7 @@ import pytest
 from verl.trainer.ppo.validation import (
     flatten_validation_metrics,
     process_validation_metrics,
+    repeated_prompts_note,
     samples_table,
     subset_sizes,
     validation_variables,
@@ -112,12 +113,16 @@ def test_subset_sizes_are_powers_of_two_and_n():
     assert {n: subset_sizes(n) for n in sizes} == sizes
 
 
-def test_text_is_ignored_none_excludes_its_sample_and_lists_can_vote():
-    infos = {"acc": [1, None, 0, 1], "note": list("wxyz"), "gone": [None] * 4, "pred": [["x"], None, ["x"], ["y"]]}
-    result = process_validation_metrics(["d"] * 4, ["u", "u", "u", "v"], infos)
-    assert set(result["d"]) == {"acc"}
-    assert result["d"]["acc"]["mean@2"] == 0.5 and result["d"]["acc"]["mean@1"] == 1.0
-    assert "maj@2/mean" in result["d"]["acc"]
+def test_text_is_ignored_by_data_source_and_lists_can_vote():
+    infos = {"note": list("wxyz"), "mixed": [1, 2, "a", "b"], "gone": [None] * 4, "pred": [["x"], None, ["x"], ["y"]]}
+    result = process_validation_metrics(["d", "d", "e", "e"], ["u", "u", "v", "v"], infos)
+    assert set(result["d"]) == {"mixed"} and not result["e"]
+    assert result["d"]["mixed"]["mean@2"] == 1.5 and "maj@2/mean" in result["d"]["mixed"]
+
+
+def test_a_value_that_some_samples_lack_is_rejected():
+    with pytest.raises(ValueError, match="acc: None for 1 of 2 samples of data source 'd'"):
+        process_validation_metrics(["d", "d"], ["u", "u"], {"acc": [1, None]})
 
 
 def test_an_empty_set_gives_no_metrics_and_a_short_column_is_rejected():
@@ -142,20 +147,48 @@ def test_reward_is_the_core_variable_without_acc():
     assert core == {"val-core/d/reward/mean@16", "val-core/d/reward/best@16/mean"}
 
 
-def test_validation_variables_fill_acc_from_plain_scores():
-    # a: plain numbers, one failed score; b: dicts with acc, one failed; c: dicts without acc, one failed.
+def test_validation_variables_fill_missing_values_by_data_source():
+    # a: only failures and bare scores; b: dicts with acc, one failed; c: dicts without acc, one failed.
     sources = ["a", "a", "b", "b", "c", "c"]
     extras = [{}, {}, {"acc": True, "pred": "7"}, {}, {"format": 1.0}, {}]
-    variables = validation_variables(sources, [0.5, 0.0, 1.0, 0.0, 0.25, 0.0], extras)
+    failed = [False, True, False, True, False, True]
+    variables, notes = validation_variables(sources, [0.5, 0.0, 1.0, 0.0, 0.25, 0.0], extras, failed)
     assert variables == {
         "reward": [0.5, 0.0, 1.0, 0.0, 0.25, 0.0],
         "acc": [0.5, 0.0, True, 0.0, None, None],
         "pred": [None, None, "7", None, None, None],
-        "format": [None, None, None, None, 1.0, None],
+        "format": [None, None, None, None, 1.0, 0.0],
     }
-    assert "acc" not in validation_variables(["c"], [1.0], [{"format": 1.0}])
+    assert notes == []
+    assert "acc" not in validation_variables(["c"], [1.0], [{"format": 1.0}], [False])[0]
     with pytest.raises(ValueError, match="1 entries for 2 scores"):
-        validation_variables(["a", "a"], [1.0, 2.0], [{}])
+        validation_variables(["a", "a"], [1.0, 2.0], [{}], [False, False])
+
+
+@pytest.mark.parametrize("absent", [{}, {"acc": None}, {"other": 3}])
+def test_a_mean_counts_the_samples_for_which_the_reward_function_left_a_value_out(absent):
+    # 10 prompts of 4 samples; acc only for the right ones: all 4 of the first prompt.
+    extras = [{"acc": 1.0} if index < 4 else absent for index in range(40)]
+    sources, uids = ["d"] * 40, [f"0.{index // 4}" for index in range(40)]
+    scores = [float(index < 4) for index in range(40)]
+    variables, notes = validation_variables(sources, scores, extras, [False] * 40)
+    flat = flatten_validation_metrics(process_validation_metrics(sources, uids, variables))
+    assert flat["val-core/d/acc/mean@4"] == flat["val-aux/d/reward/mean@4"] == pytest.approx(0.1)
+    assert {name for name in flat if "acc/mean@" in name} == {"val-core/d/acc/mean@4"}
+    assert "returned no acc for some samples of data_source=d; they count as 0" in notes[0]
+
+
+def test_a_value_that_is_a_number_or_text_is_left_out_with_a_note():
+    variables, notes = validation_variables(["d"] * 2, [0.0, 1.0], [{"acc": 1.0}, {"acc": "no"}], [False] * 2)
+    assert process_validation_metrics(["d"] * 2, ["u", "v"], variables)["d"].keys() == {"reward"}
+    assert len(notes) == 1 and "a number as acc for some samples of data_source=d" in notes[0]
+
+
+def test_repeated_prompts_are_noted_by_data_source():
+    prompts = {f"0.{index}": ("aime", f"problem {index % 30}") for index in range(960)}
+    prompts |= {"1.0": ("gsm8k", "problem 0")}
+    (note,) = repeated_prompts_note(prompts)
+    assert "960 rows of data_source=aime have 30 different prompts" in note and "val_kwargs.n=N" in note
 
 
 def test_the_samples_table_does_not_depend_on_the_order_of_the_samples():

@@ -5,51 +5,109 @@ data source, so that every prompt has the same weight.
 """
 
 import numbers
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 N_BOOTSTRAP = 1000
-SAMPLE_COLUMNS = ("input", "output", "gts", "score")
-
 Nested = dict[str, dict[str, dict[str, float]]]
 
 
 def validation_variables(
-    data_sources: Sequence[str], scores: Sequence[float], extras: Sequence[Mapping[str, Any]]
-) -> dict[str, list[Any]]:
+    data_sources: Sequence[str],
+    scores: Sequence[float],
+    extras: Sequence[Mapping[str, Any]],
+    failed: Sequence[bool],
+) -> tuple[dict[str, list[Any]], list[str]]:
     """Build the columns for `process_validation_metrics` from the scores and the extra values of the samples.
 
-    `reward` is the score. Extra values keep their names; a sample without a value gets None. A sample without any extra
-    value (its scorer returned a plain number, or failed) gets the score as `acc`, unless other samples of its data
-    source have extra values without `acc`: then `acc` would describe only the failures.
+    `reward` is the score. Extra values keep their names. In a data source where a name has numbers, a sample without
+    the name, or with None, counts as 0.0: a mean over the other samples only would be too good if, for example, the
+    name is left out for wrong answers. In other data sources the name is None for every sample.
+
+    A data source without any extra values (its scorer returned dicts with nothing but `score`, or every sample failed)
+    gets the score as `acc`.
 
     Args:
         data_sources: [S] data source of each sample.
         scores: [S] score of each sample.
         extras: [S] extra values that the scorer returned, possibly empty.
+        failed: [S] True if the scoring of the sample failed, so that it has no extra values.
+
+    Returns:
+        the columns [S] by name, and notes for the user on values that are missing or not all numbers.
 
     Raises:
         ValueError: the arguments have different lengths.
     """
-    if not len(scores) == len(extras) == len(data_sources):
+    if not len(scores) == len(extras) == len(data_sources) == len(failed):
         raise ValueError(
-            f"extras: {len(extras)} entries for {len(scores)} scores and {len(data_sources)} data sources; "
-            "pass one of each per sample"
+            f"extras: {len(extras)} entries for {len(scores)} scores, {len(data_sources)} data sources and "
+            f"{len(failed)} failures; pass one of each per sample"
         )
-    names = dict.fromkeys(name for extra in extras for name in extra)
-    variables: dict[str, list[Any]] = {"reward": [float(score) for score in scores]}
-    variables |= {name: [extra.get(name) for extra in extras] for name in names if name != "reward"}
-    without_acc = {source for source, extra in zip(data_sources, extras, strict=True) if extra and "acc" not in extra}
-    accuracy = [
-        float(score) if not extra and source not in without_acc else extra.get("acc")
-        for source, score, extra in zip(data_sources, scores, extras, strict=True)
+    with_extras = {source for source, extra in zip(data_sources, extras, strict=True) if extra}
+    complete = [
+        extra if source in with_extras else {"acc": float(score)}
+        for source, extra, score in zip(data_sources, extras, scores, strict=True)
     ]
-    if any(value is not None for value in accuracy):
-        variables["acc"] = accuracy
-    return variables
+    names = dict.fromkeys(name for extra in complete for name in extra)
+    variables: dict[str, list[Any]] = {"reward": [float(score) for score in scores]}
+    variables |= {name: [extra.get(name) for extra in complete] for name in names if name != "reward"}
+    notes = []
+    for source in dict.fromkeys(data_sources):
+        samples = [index for index, other in enumerate(data_sources) if other == source]
+        for name, column in variables.items():
+            notes += _fill_missing(column, samples, failed, f"{name} for some samples of data_source={source}", name)
+    return variables, notes
+
+
+def _fill_missing(column: list[Any], samples: Sequence[int], failed: Sequence[bool], some: str, name: str) -> list[str]:
+    """Set the missing numbers of one data source to 0.0 in place; return at most one note for the user.
+
+    Args:
+        column: [S], modified.
+        samples: indices of the data source.
+        failed: [S] True if the scoring of the sample failed.
+        some: name and data source, for the note.
+        name: name of the variable.
+    """
+    numeric = [_is_number(column[index]) for index in samples if column[index] is not None]
+    if not any(numeric):
+        return []
+    if not all(numeric):
+        return [
+            f"validation: the reward function returned a number as {some} and another type for others; {name} is left "
+            "out of the metrics. Return a number with every sample"
+        ]
+    missing = [index for index in samples if column[index] is None]
+    for index in missing:
+        column[index] = 0.0
+    if all(failed[index] for index in missing):
+        return []
+    return [
+        f"validation: the reward function returned no {some}; they count as 0 in the metrics of {name}. Return {name} "
+        "with every sample"
+    ]
+
+
+def repeated_prompts_note(prompts: Mapping[str, tuple[str, str]]) -> list[str]:
+    """Return a note for the user on each data source in which several rows have the same prompt.
+
+    Args:
+        prompts: the data source and the prompt of each row, by the row's uid.
+    """
+    notes = []
+    rows, different = Counter(source for source, _ in prompts.values()), Counter(s for s, _ in set(prompts.values()))
+    for source, count in rows.items():
+        if different[source] < count:
+            notes.append(
+                f"validation: {count} rows of data_source={source} have {different[source]} different prompts. Each "
+                "row counts as a prompt of its own. For best@N and maj@N over the samples of a problem, keep one row "
+                "of it and set actor_rollout_ref.rollout.val_kwargs.n=N"
+            )
+    return notes
 
 
 def subset_sizes(n: int) -> list[int]:
@@ -120,12 +178,12 @@ def process_validation_metrics(
       drawn. Ties go to the prediction drawn first; its first drawn sample gives the value.
 
     All prompts with the same number of samples use the same draws. They come from numpy's legacy generator, so the
-    results equal those of upstream verl. Only columns of numbers or booleans are used: a column with text is ignored,
-    and a None excludes its sample from that variable.
+    results equal those of upstream verl. A variable is used in the data sources where all of its values are
+    numbers or booleans.
 
     Args:
         data_sources: [S] data source of each sample.
-        sample_uids: [S] prompt (uid or text) of each sample.
+        sample_uids: [S] uid of the prompt of each sample; not its text, which several prompts may share.
         infos_dict: values [S] by variable name.
         seed: seed of the draws.
 
@@ -133,7 +191,8 @@ def process_validation_metrics(
         {data source: {variable: {statistic: mean over prompts}}}.
 
     Raises:
-        ValueError: a column and `data_sources` have different lengths.
+        ValueError: a column and `data_sources` have different lengths; or a variable is None for some samples of a
+            data source and a number for others, so that its mean would not be over all samples.
     """
     for name, column in {"sample_uids": sample_uids, **infos_dict}.items():
         if len(column) != len(data_sources):
@@ -141,15 +200,15 @@ def process_validation_metrics(
     prompts: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for index, (source, uid) in enumerate(zip(data_sources, sample_uids, strict=True)):
         prompts[source][uid].append(index)
-    numeric = {name: column for name, column in infos_dict.items() if _numeric_column(column)}
     draws: dict[int, dict[int, np.ndarray]] = {}
     result: Nested = {}
     for source, samples_of in prompts.items():
         result[source] = {}
-        for name, column in numeric.items():
-            statistics = _mean_over_prompts(samples_of.values(), column, infos_dict.get("pred"), draws, seed)
-            if statistics:
-                result[source][name] = statistics
+        for name, column in infos_dict.items():
+            if _is_numeric(name, [column[i] for samples in samples_of.values() for i in samples], source):
+                result[source][name] = _mean_over_prompts(
+                    samples_of.values(), column, infos_dict.get("pred"), draws, seed
+                )
     return result
 
 
@@ -163,21 +222,25 @@ def _mean_over_prompts(
     """Average each statistic over the prompts that have it; `draws`, by number of samples, is filled as needed."""
     collected: dict[str, list[float]] = defaultdict(list)
     for samples in prompts:
-        present = [i for i in samples if column[i] is not None]
-        if not present:
-            continue
-        n = len(present)
+        n = len(samples)
         if n not in draws:
             draws[n] = {k: _draws(n, k, seed) for k in subset_sizes(n)}
-        votes = None if predictions is None else [predictions[i] for i in present]
-        for statistic, value in _prompt_statistics([column[i] for i in present], votes, draws[n]).items():
+        votes = None if predictions is None else [predictions[i] for i in samples]
+        for statistic, value in _prompt_statistics([column[i] for i in samples], votes, draws[n]).items():
             collected[statistic].append(value)
     return {statistic: float(np.mean(values)) for statistic, values in collected.items()}
 
 
-def _numeric_column(column: Sequence[Any]) -> bool:
-    present = [value for value in column if value is not None]
-    return bool(present) and all(_is_number(value) for value in present)
+def _is_numeric(name: str, values: Sequence[Any], source: str) -> bool:
+    present = [value for value in values if value is not None]
+    if not present or not all(_is_number(value) for value in present):
+        return False
+    if len(present) < len(values):
+        raise ValueError(
+            f"{name}: None for {len(values) - len(present)} of {len(values)} samples of data source {source!r}; pass a "
+            "number for each, as validation_variables does"
+        )
+    return True
 
 
 def flatten_validation_metrics(nested: Nested) -> dict[str, float]:

@@ -58,12 +58,12 @@ class Draw(NamedTuple):
     state: LoaderState
 
 
-def to_rows(batch: Mapping[str, Sequence[Any]], number: int) -> list[dict[str, Any]]:
+def to_rows(batch: Mapping[str, Sequence[Any]], number: int | str) -> list[dict[str, Any]]:
     """Turn a collated batch into one dict per prompt, with `uid` = "<number>.<index in the batch>".
 
     Args:
         batch: columns of equal length.
-        number: number of the draw.
+        number: number of the draw, or another name of the batch that no other batch has.
     """
     size = len(next(iter(batch.values())))
     return [{**{key: column[i] for key, column in batch.items()}, "uid": f"{number}.{i}"} for i in range(size)]
