@@ -120,7 +120,7 @@ class MultiTurnConfig:
     )
     tool_response_truncate_side: str = key(
         "middle",
-        "part of a long tool response that is cut off, as in data.truncation: its beginning (left), end (right) or middle",
+        "part of a long tool response to cut off, as in data.truncation: its beginning (left), end (right) or middle",
         choices=("left", "right", "middle"),
     )
 
