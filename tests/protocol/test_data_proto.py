@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
 
-from verl.protocol import DataProto, DataProtoItem, pad_dataproto_to_divisor, unpad_dataproto
+from verl.protocol import DataProto, DataProtoConfig, DataProtoItem, pad_dataproto_to_divisor, unpad_dataproto
 
 
 def make(rows: int = 6, seed: int = 0) -> DataProto:
@@ -157,6 +157,41 @@ def test_pop_removes_and_returns_columns():
     assert data.pop(non_tensor_batch_keys=["chat"]).batch is None
 
 
+def test_pop_of_none_removes_nothing_of_that_kind():
+    data = make()
+    popped = data.pop(["ids"], None, None)
+    assert set(popped.batch.keys()) == {"ids"} and not popped.non_tensor_batch and not popped.meta_info
+    assert "ids" not in data.batch and set(data.non_tensor_batch) == {"uid", "chat"} and data.meta_info
+    assert set(data.pop(None, ["uid", "uid"]).non_tensor_batch) == {"uid"}
+
+
+IN_PLACE_FAILURES = {
+    "pop: unknown array": lambda d: d.pop(["ids"], ["absent"]),
+    "pop: unknown meta value": lambda d: d.pop(["ids"], ["uid"], ["absent"]),
+    "pop: one str": lambda d: d.pop(["ids"], "uid"),
+    "pop: no name": lambda d: d.pop(["ids"], 3),
+    "rename: unknown": lambda d: d.rename(["ids", "absent"], ["a", "b"]),
+    "rename: duplicate new": lambda d: d.rename(["ids", "uid"], ["a", "a"]),
+    "rename: duplicate old": lambda d: d.rename(["ids", "ids"], ["a", "b"]),
+    "union: other rows": lambda d: d.union(make(3)),
+    "union: other values": lambda d: d.union(DataProto.from_dict({"new": torch.zeros(6), "scores": torch.ones(6, 2)})),
+    "union: other meta value": lambda d: d.union(
+        DataProto.from_dict({"new": torch.zeros(6)}, {}, {"temperature": 2.0})
+    ),
+    "reorder: no permutation": lambda d: d.reorder([0, 0, 1, 2, 3, 4]),
+    "padding: candidate": lambda d: d.padding(2, "middle"),
+    "padding: negative": lambda d: d.padding(-1),
+}
+
+
+@pytest.mark.parametrize("call", IN_PLACE_FAILURES.values(), ids=IN_PLACE_FAILURES.keys())
+def test_a_method_that_fails_leaves_the_table_unchanged(call):
+    data = make()
+    with pytest.raises((KeyError, ValueError, TypeError, IndexError)):
+        call(data)
+    assert_same(data, make())
+
+
 def test_rename_is_in_place():
     data = make(3)
     ids = data.batch["ids"]
@@ -262,6 +297,92 @@ def test_padding_repeats_from_the_first_row_and_unpadding_removes_it(rows, divis
     assert_same(unpad_dataproto(padded, pad), data)
 
 
+@settings(max_examples=30, deadline=None)
+@given(rows=ROWS, chunks=st.integers(1, 9))
+def test_auto_padding_cuts_any_number_of_rows(rows, chunks):
+    data = DataProto.from_dict({"a": torch.arange(rows)}, {"b": list(range(rows))}, auto_padding=True)
+    parts = data.chunk(chunks)
+    assert [len(part) for part in parts][: -(-rows // -(-rows // chunks))] == [
+        len(x) for x in torch.arange(rows).chunk(chunks)
+    ]
+    assert len(parts) == chunks
+    assert torch.cat([part.batch["a"] for part in parts]).tolist() == list(range(rows))
+
+
+def test_auto_padding_of_the_process(monkeypatch):
+    with pytest.raises(ValueError, match="7 rows"):
+        make(7).chunk(2)
+    monkeypatch.setattr(DataProtoConfig, "auto_padding", True)
+    assert [len(part) for part in make(7).chunk(2)] == [4, 3]
+
+
+def test_slice_and_select_idxs_are_the_index():
+    data = make()
+    assert_same(data.slice(1, 5, 2), data[1:5:2])
+    assert_same(data.slice(), data)
+    mask = torch.tensor([True, False, True, False, False, True])
+    for rows in ([0, 2, 5], np.array([0, 2, 5]), torch.tensor([0, 2, 5]), mask, mask.numpy(), mask.tolist()):
+        assert_same(data.select_idxs(rows), data[[0, 2, 5]])
+
+
+@pytest.mark.parametrize(("candidate", "row"), [("first", 0), ("last", 5), ("", 5)])
+def test_padding_appends_copies_of_one_row(candidate, row):
+    data = make()
+    data.padding(2, candidate)
+    assert rows_of(data) == rows_of(make()) + rows_of(make())[row : row + 1] * 2
+    data.padding(0)
+    assert len(data) == 8
+
+
+def test_make_iterator_visits_every_row_once_per_epoch():
+    data = make()
+    batches = list(data.make_iterator(2, epochs=2))
+    assert [rows_of(batch) for batch in batches] == [rows_of(data)[i : i + 2] for i in (0, 2, 4)] * 2
+    assert batches[0].meta_info == {"temperature": 1.0}
+    uids = [
+        [
+            uid
+            for batch in data.make_iterator(3, 2, seed=seed, dataloader_kwargs={"shuffle": True})
+            for uid in batch.non_tensor_batch["uid"]
+        ]
+        for seed in (1, 1, 2)
+    ]
+    assert uids[0] == uids[1] != uids[2]
+    for epoch in (uids[0][:6], uids[0][6:]):
+        assert sorted(epoch) == sorted(data.non_tensor_batch["uid"]) and epoch != list(data.non_tensor_batch["uid"])
+    with pytest.raises(ValueError, match="mini_batch_size=4 must divide the 6 rows"):
+        data.make_iterator(4, 1)
+
+
+def test_unfold_column_chunks_cuts_the_named_columns_and_repeats_the_others():
+    pairs = np.array([["a", "b"], ["c", "d"]], dtype=object)
+    data = DataProto.from_dict(
+        {"x": torch.arange(8).reshape(2, 4), "y": torch.tensor([1, 2])}, {"z": pairs, "u": ["p", "q"]}
+    )
+    unfolded = data.unfold_column_chunks(2, ["x", "z"])
+    assert unfolded.batch["x"].tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]] and unfolded.batch["y"].tolist() == [
+        1,
+        1,
+        2,
+        2,
+    ]
+    assert unfolded.non_tensor_batch["z"].tolist() == [["a"], ["b"], ["c"], ["d"]]
+    assert unfolded.non_tensor_batch["u"].tolist() == ["p", "p", "q", "q"]
+    with pytest.raises(ValueError, match="column 'x'"):
+        data.unfold_column_chunks(3, ["x"])
+    with pytest.raises(KeyError, match="absent"):
+        data.unfold_column_chunks(2, ["absent"])
+
+
+def test_sizes_are_described(capsys):
+    make().print_size("batch")
+    assert capsys.readouterr().out.startswith("batch, size of batch: 0.0000")
+    assert (
+        "batch.ids: (6, 3) torch.int64" in make().get_data_info()
+        and "meta_info.temperature: float" in make().get_data_info()
+    )
+
+
 def test_row_operations_reject_invalid_arguments():
     data = make(6)
     with pytest.raises(ValueError, match=r"6 rows cannot be cut into 4.*pad_dataproto_to_divisor"):
@@ -312,6 +433,13 @@ def test_tensordict_round_trip():
         data.union(DataProto(meta_info={"uid": 1})).to_tensordict()
     with pytest.raises(ValueError, match="exactly one batch dimension"):
         DataProto.from_tensordict(TensorDict({}, batch_size=[2, 2]))
+
+
+def test_from_tensordict_takes_meta_values():
+    table = make().select([], []).to_tensordict()
+    assert DataProto.from_tensordict(table, {"step": 3}).meta_info == {"temperature": 1.0, "step": 3}
+    with pytest.raises(ValueError, match="temperature"):
+        DataProto.from_tensordict(table, {"temperature": 2.0})
 
 
 @pytest.mark.parametrize("protocol", [2, 5])

@@ -7,225 +7,59 @@ Methods that modify the table, and methods that return a new one:
 
 | in place, returns self | new table, columns are views | new table, columns are copies |
 |---|---|---|
-| `union`, `rename`, `reorder`, `to`; `pop` removes from self and returns the removed part | `select`, slices, `chunk`, `split` | a list, array or mask index, `concat`, `repeat`, `sample_level_repeat`, `select(deepcopy=True)` |
+| `union`, `rename`, `reorder`, `to`; `padding`; `pop` removes from self and returns the removed part | `select`, slices, `slice`, `chunk`, `split` | a list, array or mask index, `select_idxs`, `concat`, `repeat`, `sample_level_repeat`, `unfold_column_chunks`, `make_iterator`, `select(deepcopy=True)` |
 
 A new table has its own `meta_info` dict; the values in it are shared.
 """  # noqa: E501
 
 import copy
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Self, cast, overload
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from tensordict import NonTensorData, NonTensorStack, TensorDict
+from tensordict import TensorDict
+from torch.utils.data import DataLoader
 
-from verl.protocol import io as proto_io
+from verl.protocol.table import AUTO_PADDING_KEY, DataProtoItem, Table
 from verl.utils.proto_columns import (
     cat_column,
     concat_meta_info,
     merge_columns,
-    object_array,
     require_same_columns,
-    require_same_lengths,
     row_indices,
     select_keys,
+    unfold_column,
 )
 
-__all__ = ["DataProto", "DataProtoItem", "pad_dataproto_to_divisor", "unpad_dataproto"]
+__all__ = ["DataProto", "DataProtoConfig", "DataProtoItem", "pad_dataproto_to_divisor", "unpad_dataproto"]
+
+
+class DataProtoConfig:
+    """Settings of all tables of this process.
+
+    Attributes:
+        auto_padding: `chunk` also cuts tables whose number of rows is not divisible, like tables with the meta value
+            `auto_padding_key`.
+    """
+
+    auto_padding: ClassVar[bool] = False
+    auto_padding_key: ClassVar[str] = AUTO_PADDING_KEY
 
 
 @dataclass(eq=False)
-class DataProtoItem:
-    """One row of a DataProto: `batch` has batch size [], `non_tensor_batch` holds one object per column."""
-
-    batch: TensorDict | Any = None
-    non_tensor_batch: dict[str, Any] = field(default_factory=dict)
-    meta_info: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(eq=False)
-class DataProto:
+class DataProto(Table):
     """A table of B samples; the docstring of this file lists the methods that modify it in place.
+
+    A method that modifies the table checks its arguments first: after an error, the table is unchanged.
 
     Attributes:
         batch: dense tensors [B, ...] by name, or None without a tensor column.
         non_tensor_batch: numpy arrays [B, ...], usually of dtype object.
         meta_info: values of the whole table.
-
-    Raises:
-        ValueError: a column is not a tensor or array, or its length differs from the others; the message names it.
     """
-
-    # None without a tensor column. `Any` instead of None, because code that reads a tensor column knows that it exists.
-    batch: TensorDict | Any = None
-    non_tensor_batch: dict[str, np.ndarray] = field(default_factory=dict)
-    meta_info: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.check_consistency()
-
-    # ---- construction -----------------------------------------------------------------------------------------------
-
-    @classmethod
-    def from_dict(
-        cls,
-        tensors: Mapping[str, torch.Tensor] | None = None,
-        non_tensors: Mapping[str, Any] | None = None,
-        meta_info: Mapping[str, Any] | None = None,
-    ) -> Self:
-        """Build a table from columns. A non-tensor column that is a list or tuple becomes a 1-D object array.
-
-        Raises:
-            ValueError: a column has the wrong type, or its length differs from the others.
-        """
-        batch = None
-        if tensors:
-            for key, value in tensors.items():
-                if not isinstance(value, torch.Tensor) or value.dim() == 0:
-                    given = f"a {type(value).__name__}" if not isinstance(value, torch.Tensor) else "a 0-d tensor"
-                    raise ValueError(f"tensors[{key!r}] is {given}: pass a tensor whose first dimension is the batch")
-            require_same_lengths({key: len(value) for key, value in tensors.items()})
-            batch = TensorDict(dict(tensors), batch_size=[len(next(iter(tensors.values())))])
-        columns = {
-            key: object_array(value) if isinstance(value, list | tuple) else value
-            for key, value in (non_tensors or {}).items()
-        }
-        return cls(batch=batch, non_tensor_batch=columns, meta_info=dict(meta_info or {}))
-
-    @classmethod
-    def from_single_dict(cls, data: Mapping[str, Any], meta_info: Mapping[str, Any] | None = None) -> Self:
-        """Build a table from one dict of columns: tensors go to `batch`, numpy arrays to `non_tensor_batch`.
-
-        Raises:
-            ValueError: a value is neither a tensor nor an array, or the lengths differ.
-        """
-        for key, value in data.items():
-            if not isinstance(value, torch.Tensor | np.ndarray):
-                raise ValueError(f"data[{key!r}] is a {type(value).__name__}: pass a torch tensor or a numpy array")
-        tensors = {key: value for key, value in data.items() if isinstance(value, torch.Tensor)}
-        arrays = {key: value for key, value in data.items() if isinstance(value, np.ndarray)}
-        return cls.from_dict(tensors, arrays, meta_info)
-
-    @classmethod
-    def from_tensordict(cls, data: TensorDict) -> Self:
-        """Build a table from the result of `to_tensordict`.
-
-        A stack of non-tensors becomes a column, a single non-tensor becomes a value of `meta_info`.
-
-        Raises:
-            ValueError: the TensorDict does not have exactly one batch dimension, or it holds a nested TensorDict.
-        """
-        if len(data.batch_size) != 1:
-            raise ValueError(f"batch_size={list(data.batch_size)}: a DataProto has exactly one batch dimension")
-        tensors: dict[str, Any] = {}
-        columns: dict[str, np.ndarray] = {}
-        meta_info: dict[str, Any] = {}
-        for key, value in data.items():
-            if isinstance(value, NonTensorStack):
-                columns[key] = object_array(value.tolist())
-            elif isinstance(value, NonTensorData):
-                meta_info[key] = value.data
-            else:
-                tensors[key] = value
-        batch = TensorDict(tensors, batch_size=data.batch_size) if tensors or not columns else None
-        return cls(batch=batch, non_tensor_batch=columns, meta_info=meta_info)
-
-    def to_tensordict(self) -> TensorDict:
-        """Return one TensorDict with all columns and meta values; array columns are restored with dtype object.
-
-        Raises:
-            ValueError: duplicate name among tensors, non-tensors and meta_info.
-        """
-        names = [*self._tensors(), *self.non_tensor_batch, *self.meta_info]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"to_tensordict: duplicate name {twice} among columns and meta values; rename one")
-        result = TensorDict(self._tensors(), batch_size=[len(self)])
-        for key, column in self.non_tensor_batch.items():
-            result.set(key, NonTensorStack(*(NonTensorData(value) for value in column)))
-        for key, value in self.meta_info.items():
-            result.set_non_tensor(key, value)
-        return result
-
-    # ---- access -----------------------------------------------------------------------------------------------------
-
-    def __len__(self) -> int:
-        if self.batch is not None:
-            return self.batch.batch_size[0]
-        return next((len(column) for column in self.non_tensor_batch.values()), 0)
-
-    def __iter__(self) -> Iterator[DataProtoItem]:
-        return (self[i] for i in range(len(self)))
-
-    @overload
-    def __getitem__(self, index: int | np.integer) -> DataProtoItem: ...
-
-    @overload
-    def __getitem__(self, index: slice | Sequence[int] | np.ndarray | torch.Tensor) -> Self: ...
-
-    def __getitem__(self, index: Any) -> Self | DataProtoItem:
-        """Return a `DataProtoItem` for an int, and a DataProto for all other kinds of index.
-
-        The columns are views for a slice, and copies for a list, an array or a bool mask.
-
-        Raises:
-            IndexError: a row is out of range, or a mask does not have the length of the table.
-            TypeError: any other kind of index.
-        """
-        if isinstance(index, int | np.integer) and not isinstance(index, bool | np.bool_):
-            row = int(index)
-            if not -len(self) <= row < len(self):
-                raise IndexError(f"row {row} is out of range for a DataProto with {len(self)} rows")
-            batch = None if self.batch is None else self.batch[row]
-            return DataProtoItem(batch, {k: v[row] for k, v in self.non_tensor_batch.items()}, dict(self.meta_info))
-        if isinstance(index, slice):
-            start, stop, step = index.indices(len(self))
-            if step > 0:
-                return self._rows(index, index)
-            index = list(range(start, stop, step))
-        rows = row_indices(index, len(self))
-        return self._rows(torch.from_numpy(rows), rows)
-
-    def _rows(self, tensor_index: Any, array_index: Any) -> Self:
-        batch = None if self.batch is None else self.batch[tensor_index]
-        columns = {key: column[array_index] for key, column in self.non_tensor_batch.items()}
-        return type(self)(batch, columns, dict(self.meta_info))
-
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        # `check_consistency` rejects nested TensorDicts.
-        return {} if self.batch is None else cast(dict[str, torch.Tensor], dict(self.batch.items()))
-
-    def check_consistency(self) -> None:
-        """Check that every column is a dense tensor or an array, and that all have the same length.
-
-        Pickling and saving run this check too. It finds columns that were assigned directly
-        (`data.non_tensor_batch["x"] = ...`).
-
-        Raises:
-            ValueError: names the column, its type or length, and the length of the others.
-        """
-        lengths = {}
-        if self.batch is not None:
-            if not isinstance(self.batch, TensorDict):
-                raise ValueError(f"batch is a {type(self.batch).__name__}: use DataProto.from_dict(tensors=...)")
-            if len(self.batch.batch_size) != 1:
-                raise ValueError(f"batch.batch_size={list(self.batch.batch_size)}: must have exactly one dimension")
-            for key, value in self.batch.items():
-                if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_nested:
-                    raise ValueError(f"batch[{key!r}] is a {type(value).__name__}: only dense tensors are supported")
-                lengths[key] = len(value)
-            lengths.setdefault("batch.batch_size", self.batch.batch_size[0])
-        for key, column in self.non_tensor_batch.items():
-            if not isinstance(column, np.ndarray) or column.ndim == 0:
-                raise ValueError(
-                    f"non_tensor_batch[{key!r}] is a {type(column).__name__}: use a numpy array, one row per sample "
-                    "(dtype=object for values that are not numbers)"
-                )
-            lengths[key] = len(column)
-        require_same_lengths(lengths)
 
     # ---- columns ----------------------------------------------------------------------------------------------------
 
@@ -254,24 +88,27 @@ class DataProto:
 
     def pop(
         self,
-        batch_keys: Sequence[str] = (),
-        non_tensor_batch_keys: Sequence[str] = (),
-        meta_info_keys: Sequence[str] = (),
+        batch_keys: Sequence[str] | None = None,
+        non_tensor_batch_keys: Sequence[str] | None = None,
+        meta_info_keys: Sequence[str] | None = None,
     ) -> Self:
-        """Remove the named columns from self and return them as a new table.
+        """Remove the named columns from self and return them as a new table; None removes nothing of that kind.
 
         Raises:
             KeyError: unknown name; nothing is removed.
         """
-        self._require(batch_keys, non_tensor_batch_keys, meta_info_keys)
+        batch_keys, non_tensor_batch_keys, meta_info_keys = (
+            () if keys is None else keys for keys in (batch_keys, non_tensor_batch_keys, meta_info_keys)
+        )
         popped = self.select(batch_keys, non_tensor_batch_keys, meta_info_keys)
         if not batch_keys and non_tensor_batch_keys:
             popped.batch = None
-        for key in batch_keys:
+        # A name that is given twice is removed once.
+        for key in dict.fromkeys(batch_keys):
             self.batch.pop(key)
-        for key in non_tensor_batch_keys:
+        for key in dict.fromkeys(non_tensor_batch_keys):
             del self.non_tensor_batch[key]
-        for key in meta_info_keys:
+        for key in dict.fromkeys(meta_info_keys):
             del self.meta_info[key]
         return popped
 
@@ -280,7 +117,7 @@ class DataProto:
 
         Raises:
             KeyError: an old name is not a column.
-            ValueError: the numbers of names differ, or duplicate name.
+            ValueError: the numbers of names differ, or duplicate name; nothing is renamed.
         """
         old = [old_keys] if isinstance(old_keys, str) else list(old_keys)
         new = [new_keys] if isinstance(new_keys, str) else list(new_keys)
@@ -291,6 +128,8 @@ class DataProto:
         if missing:
             raise KeyError(f"rename: unknown column {missing}; the columns are {sorted([*tensors, *columns])}")
         target = dict(zip(old, new, strict=True))
+        if len(target) != len(old):
+            raise ValueError(f"rename: duplicate name in {old}; give each column one new name")
         after = [target.get(key, key) for key in (*tensors, *columns)]
         if len(set(after)) != len(after):
             raise ValueError(f"rename: duplicate name in {new}; the columns are {sorted([*tensors, *columns])}")
@@ -330,6 +169,8 @@ class DataProto:
             ("meta_info", self.meta_info),
         )
         for (kind, have), wanted in zip(kinds, keys, strict=True):
+            if isinstance(wanted, str):
+                raise TypeError(f"{kind}: {wanted!r} is one str; pass a list of names")
             missing = [key for key in wanted or () if key not in have]
             if missing:
                 raise KeyError(f"unknown name {missing}: {kind} has {sorted(have)}")
@@ -359,18 +200,26 @@ class DataProto:
         columns = {key: np.concatenate([part.non_tensor_batch[key] for part in data]) for key in first.non_tensor_batch}
         return cls(batch, columns, concat_meta_info([part.meta_info for part in data]))
 
+    def is_padding_enabled(self) -> bool:
+        """Return True if `chunk` also cuts this table when the number of rows is not divisible."""
+        return bool(self.meta_info.get(AUTO_PADDING_KEY) or DataProtoConfig.auto_padding)
+
     def chunk(self, chunks: int) -> list[Self]:
         """Cut into `chunks` tables of equal length, in order.
 
+        With auto padding, the parts have ceil(B / chunks) rows as long as there are rows; the last ones may be shorter
+        or empty.
+
         Raises:
-            ValueError: the number of rows is not divisible by `chunks`; pad with `pad_dataproto_to_divisor` first.
+            ValueError: the number of rows is not divisible by `chunks` and auto padding is off; pad with
+                `pad_dataproto_to_divisor` first.
         """
-        if chunks < 1 or len(self) % chunks:
+        if chunks < 1 or (len(self) % chunks and not self.is_padding_enabled()):
             raise ValueError(
                 f"chunk: {len(self)} rows cannot be cut into {chunks} equal parts; "
                 "call pad_dataproto_to_divisor(data, chunks) before and unpad_dataproto after"
             )
-        size = len(self) // chunks
+        size = -(-len(self) // chunks)
         return [self[i * size : (i + 1) * size] for i in range(chunks)]
 
     def split(self, split_size: int) -> list[Self]:
@@ -382,6 +231,66 @@ class DataProto:
         if split_size < 1:
             raise ValueError(f"split_size={split_size}: must be at least 1 row")
         return [self[i : i + split_size] for i in range(0, len(self), split_size)]
+
+    def slice(self, start: int | None = None, end: int | None = None, step: int | None = None) -> Self:
+        """Return the rows `start:end:step` as a new table, like `self[start:end:step]`."""
+        return self[start:end:step]
+
+    def select_idxs(self, idxs: Sequence[int] | np.ndarray | torch.Tensor) -> Self:
+        """Return the rows of a list or array of row numbers, or of a mask, as a new table; see `self[idxs]`."""
+        return self[idxs]
+
+    def padding(self, padding_size: int, padding_candidate: str = "last") -> None:
+        """Append `padding_size` copies of one row, in place.
+
+        Args:
+            padding_size: number of rows to append.
+            padding_candidate: "first" or "last", the row to copy; "" means "last".
+
+        Raises:
+            ValueError: `padding_size` is negative, another candidate, or the table is empty.
+        """
+        if padding_size < 0 or padding_candidate not in ("first", "last", ""):
+            raise ValueError(
+                f"padding: padding_size={padding_size}, padding_candidate={padding_candidate!r}: use a size of at "
+                "least 0, and first or last"
+            )
+        if padding_size == 0:
+            return
+        if not len(self):
+            raise ValueError("padding: the table is empty, so there is no row to copy")
+        copied = 0 if padding_candidate == "first" else len(self) - 1
+        padded = self[[*range(len(self)), *[copied] * padding_size]]
+        self.batch, self.non_tensor_batch = padded.batch, padded.non_tensor_batch
+
+    def make_iterator(
+        self,
+        mini_batch_size: int,
+        epochs: int,
+        seed: int | None = None,
+        dataloader_kwargs: Mapping[str, Any] | None = None,
+    ) -> Iterator[Self]:
+        """Return an iterator over mini-batches of `mini_batch_size` rows, `epochs` times over the table.
+
+        Args:
+            mini_batch_size: rows per mini-batch; must divide the number of rows.
+            epochs: passes over the table.
+            seed: seed of the order, for `dataloader_kwargs={"shuffle": True}`; None: torch's global generator.
+            dataloader_kwargs: further keywords of torch's `DataLoader`.
+
+        Raises:
+            ValueError: `mini_batch_size` does not divide the number of rows.
+        """
+        if mini_batch_size < 1 or len(self) % mini_batch_size:
+            raise ValueError(f"make_iterator: mini_batch_size={mini_batch_size} must divide the {len(self)} rows")
+        loader = DataLoader(
+            range(len(self)),  # type: ignore[arg-type]  # a sequence of row numbers is a map-style dataset
+            batch_size=mini_batch_size,
+            collate_fn=self.select_idxs,
+            generator=None if seed is None else torch.Generator().manual_seed(seed),
+            **(dataloader_kwargs or {}),
+        )
+        return (batch for _ in range(epochs) for batch in loader)
 
     def repeat(self, repeat_times: int = 2, interleave: bool = True) -> Self:
         """Return `repeat_times` copies of every row: a a b b if `interleave`, else a b a b.
@@ -407,6 +316,27 @@ class DataProto:
             )
         return self[np.repeat(np.arange(len(self)), counts.astype(np.int64))]
 
+    def unfold_column_chunks(self, n_split: int, split_keys: Sequence[str] | None = None) -> Self:
+        """Return a table of B * n_split rows: the named columns are cut along their second dimension, others repeated.
+
+        Args:
+            n_split: number of parts of a row; must divide the second dimension of each named column.
+            split_keys: names of the columns to cut, [B, n_split * K, ...] -> [B * n_split, K, ...]; None: none.
+
+        Raises:
+            KeyError: unknown column.
+            ValueError: a column cannot be cut into `n_split` parts.
+        """
+        wanted = list(split_keys or ())
+        if missing := [key for key in wanted if key not in self._tensors() and key not in self.non_tensor_batch]:
+            raise KeyError(f"unfold_column_chunks: unknown column {missing}")
+        unfolded = self.repeat(n_split)
+        for columns, target in ((self._tensors(), unfolded.batch), (self.non_tensor_batch, unfolded.non_tensor_batch)):
+            for key in wanted:
+                if key in columns:
+                    target[key] = unfold_column(key, columns[key], n_split)
+        return unfolded
+
     def reorder(self, indices: Sequence[int] | np.ndarray | torch.Tensor) -> Self:
         """Move row `indices[i]` to row i, in place; returns self.
 
@@ -422,61 +352,21 @@ class DataProto:
         self.batch, self.non_tensor_batch = ordered.batch, ordered.non_tensor_batch
         return self
 
-    # ---- devices, pickle, disk --------------------------------------------------------------------------------------
+    # ---- sizes ------------------------------------------------------------------------------------------------------
 
-    def to(self, device: str | torch.device) -> Self:
-        """Move the tensors to `device`, in place; returns self."""
-        if self.batch is not None:
-            self.batch = self.batch.to(device)
-        return self
+    def print_size(self, prefix: str = "") -> None:
+        """Print the bytes of the tensors and of the arrays in GiB; objects in an array count as pointers."""
+        tensors = sum(value.element_size() * value.numel() for value in self._tensors().values())
+        arrays = sum(column.nbytes for column in self.non_tensor_batch.values())
+        text = f"size of batch: {tensors / 2**30:.6f} GiB, size of non_tensor_batch: {arrays / 2**30:.6f} GiB"
+        sys.stdout.write(f"{prefix}, {text}\n" if prefix else f"{text}\n")
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return the state for pickle, with tensors as numpy arrays.
-
-        Pickle protocol 5, and therefore Ray, transfers them without a copy. A view transfers only its own rows.
-        Gradients and devices are not kept: the restored tensors are on the CPU.
-        """
-        self.check_consistency()
-        return {
-            "rows": None if self.batch is None else len(self),
-            "tensors": {key: proto_io.pack_tensor(value) for key, value in self._tensors().items()},
-            "non_tensor_batch": self.non_tensor_batch,
-            "meta_info": self.meta_info,
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.batch = None
-        if state["rows"] is not None:
-            tensors = {key: proto_io.unpack_tensor(*packed) for key, packed in state["tensors"].items()}
-            self.batch = TensorDict(tensors, batch_size=[state["rows"]])
-        self.non_tensor_batch = {
-            key: column if column.flags.writeable else column.copy()
-            for key, column in state["non_tensor_batch"].items()
-        }
-        self.meta_info = state["meta_info"]
-
-    def save_to_disk(self, filepath: str | Path) -> None:
-        """Write one safetensors file atomically, without pickle; missing directories are created.
-
-        Raises:
-            ValueError: JSON cannot restore an object column or meta value exactly (tuple, numpy scalar, ...).
-            OSError: for example, the disk is full; an existing file of that name is unchanged.
-        """
-        self.check_consistency()
-        rows = None if self.batch is None else len(self)
-        proto_io.save(Path(filepath), rows, self._tensors(), self.non_tensor_batch, self.meta_info)
-
-    @classmethod
-    def load_from_disk(cls, filepath: str | Path) -> Self:
-        """Read a file of `save_to_disk`; the tensors are on the CPU. No code from the file is run.
-
-        Raises:
-            FileNotFoundError: the file does not exist.
-            ValueError: the file is damaged, or `save_to_disk` did not write it.
-        """
-        rows, tensors, columns, meta_info = proto_io.load(Path(filepath))
-        batch = None if rows is None else TensorDict(tensors, batch_size=[rows])
-        return cls(batch, columns, meta_info)
+    def get_data_info(self) -> str:
+        """Return one line per column and meta value: name, shape and dtype, or the type."""
+        lines = [f"batch.{key}: {tuple(value.shape)} {value.dtype}" for key, value in self._tensors().items()]
+        lines += [f"non_tensor_batch.{key}: {v.shape} {v.dtype}" for key, v in self.non_tensor_batch.items()]
+        lines += [f"meta_info.{key}: {type(value).__name__}" for key, value in self.meta_info.items()]
+        return "\n".join(lines)
 
 
 def pad_dataproto_to_divisor(data: DataProto, size_divisor: int) -> tuple[DataProto, int]:

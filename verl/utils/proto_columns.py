@@ -156,3 +156,14 @@ def concat_meta_info(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if any("metrics" in part for part in parts):
         merged["metrics"] = metrics
     return merged
+
+
+def unfold_column(key: str, column: Any, n_split: int) -> Any:
+    """Cut a tensor or array [B, n_split * K, ...] along its second dimension: [B * n_split, K, ...].
+
+    Raises:
+        ValueError: it has no second dimension, or this is not divisible; the message names the column.
+    """
+    if n_split < 1 or column.ndim < 2 or column.shape[1] % n_split:
+        raise ValueError(f"column {key!r} has the shape {tuple(column.shape)}: cannot cut dimension 1 into {n_split}")
+    return column.reshape(column.shape[0] * n_split, column.shape[1] // n_split, *column.shape[2:])
