@@ -30,6 +30,7 @@ OTHER_SUBJECTS = {
     "test_fixtures.py": "tests/fixtures/",
     "test_layout.py": "the repository",
     "test_packaging.py": "the wheel",
+    "test_public_imports.py": "imports of upstream verl that user code has",
     "test_workflows.py": ".github/workflows/",
     "workers/rollout/quantization/test_adding_a_scheme.py": "docs/extending.md",
 }

@@ -50,12 +50,29 @@ def test_agg_loss_equals_the_loop(batch, mode):
 def test_parts_add_up_to_the_whole(batch, mode, part):
     loss, mask = batch
     denominators = {
-        "global_tokens": int(mask.sum()),
-        "global_sequences": int((mask.sum(1) > 0).sum()),
+        "batch_num_tokens": int(mask.sum()),
+        "global_batch_size": int((mask.sum(1) > 0).sum()),
         "loss_scale_factor": 5,
     }
     parts = [agg_loss(a, m, mode, **denominators) for a, m in zip(loss.split(part), mask.split(part), strict=True)]
     assert sum(parts).item() == pytest.approx(agg_loss(loss, mask, mode).item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("mode", LOSS_AGG_MODES)
+def test_arguments_have_the_order_and_the_names_of_upstream(batch, mode):
+    loss, mask = batch
+    expected = 2 * agg_loss(loss, mask, mode, batch_num_tokens=7, global_batch_size=3, loss_scale_factor=5)
+    assert agg_loss(loss, mask, mode, 2, 7, 3, 5).item() == pytest.approx(expected.item(), rel=1e-12)
+    named = agg_loss(
+        loss_mat=loss,
+        loss_mask=mask,
+        loss_agg_mode=mode,
+        dp_size=2,
+        batch_num_tokens=7,
+        global_batch_size=3,
+        loss_scale_factor=5,
+    )
+    assert named.item() == pytest.approx(expected.item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("mode", LOSS_AGG_MODES)
@@ -72,7 +89,7 @@ def test_padding_is_ignored(batch, mode):
 @pytest.mark.parametrize("mode", LOSS_AGG_MODES)
 def test_loss_without_a_token_is_0(mode):
     loss = torch.randn(3, 4, requires_grad=True)
-    for denominators in ({}, {"global_tokens": 0, "global_sequences": 0, "loss_scale_factor": 4}):
+    for denominators in ({}, {"batch_num_tokens": 0, "global_batch_size": 0, "loss_scale_factor": 4}):
         value = agg_loss(loss, torch.zeros(3, 4), mode, **denominators)
         assert value.item() == 0
         value.backward()

@@ -12,7 +12,12 @@ from verl.workers.policy_objective import PolicyObjective
 def case():
     data = make_batch(8)
     mask = data.batch["response_mask"]
-    info = {"global_tokens": int(mask.sum()) * 2, "global_sequences": 14, "loss_scale_factor": 7, "temperature": 1.0}
+    info = {
+        "batch_num_tokens": int(mask.sum()) * 2,
+        "global_batch_size": 14,
+        "loss_scale_factor": 7,
+        "temperature": 1.0,
+    }
     generator = torch.Generator().manual_seed(0)
     log_probs = torch.randn(mask.shape, generator=generator) - 3
     entropy = torch.rand(mask.shape, generator=generator)
@@ -25,7 +30,7 @@ def test_the_loss_is_the_sum_of_its_parts(case, mode):
     mask = columns["response_mask"]
     actor = actor_config(loss_agg_mode=mode, entropy_coeff=0.3, kl_loss_coef=0.2, kl_loss_type="mse")
     loss, metrics = PolicyObjective(compute_policy_loss_vanilla, actor, info)(log_probs, entropy, columns)
-    denominators = {k: info[k] for k in ("global_tokens", "global_sequences", "loss_scale_factor")}
+    denominators = {k: info[k] for k in ("batch_num_tokens", "global_batch_size", "loss_scale_factor")}
     kl = agg_loss(kl_penalty(log_probs, columns["ref_log_prob"], "mse"), mask, mode, **denominators)
     bonus = agg_loss(entropy, mask, mode, **denominators)
     expected = metrics["actor/pg_loss"] - 0.3 * bonus + 0.2 * kl
@@ -57,7 +62,7 @@ def test_arguments_of_a_registered_policy_loss(case):
         "rollout_is_weights",
     }
     assert seen["config"].clip_ratio_high == 0.28
-    assert seen["config"].global_batch_info == {k: info[k] for k in info if k != "temperature"}
+    assert seen["config"].global_batch_info == {"dp_size": 1} | {k: info[k] for k in info if k != "temperature"}
     assert loss == metrics["actor/custom"] == metrics["actor/pg_loss"]
 
 

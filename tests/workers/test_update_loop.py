@@ -40,5 +40,5 @@ def test_each_mini_batch_takes_one_step_per_epoch_and_metrics_are_averaged():
 
 
 def test_loss_denominators_are_those_of_the_meta_info():
-    counts = {"global_tokens": 30, "global_sequences": 4, "loss_scale_factor": 7}
-    assert loss_denominators({**counts, "temperature": 1.0}) == counts
+    counts = {"batch_num_tokens": 30, "global_batch_size": 4, "loss_scale_factor": 7}
+    assert loss_denominators({**counts, "temperature": 1.0}) == {"dp_size": 1, **counts}

@@ -9,9 +9,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 from verl.config import PPOConfig
+from verl.utils.registry import registered_name
 from verl.workers.rollout.client import LLMServerClient
 
 
@@ -90,7 +92,7 @@ class RegisteredLoop:
 _LOOPS: dict[str, RegisteredLoop] = {}
 
 
-def register(name: str, **kwargs: Any) -> Callable[[type[AgentLoopBase]], type[AgentLoopBase]]:
+def register(name: str | Enum, **kwargs: Any) -> Callable[[type[AgentLoopBase]], type[AgentLoopBase]]:
     """Register a loop class (decorator) for `rollout.agent.default_agent_loop` and the column `agent_name`.
 
     Args:
@@ -98,8 +100,10 @@ def register(name: str, **kwargs: Any) -> Callable[[type[AgentLoopBase]], type[A
         kwargs: further keywords for its `__init__`.
 
     Raises:
+        TypeError: the name is neither text nor a member of an enum of texts.
         ValueError: another class has the name.
     """
+    name = registered_name(name, "agent loop")
 
     def add(loop: type[AgentLoopBase]) -> type[AgentLoopBase]:
         known = _LOOPS.get(name)

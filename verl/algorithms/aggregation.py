@@ -34,9 +34,9 @@ def agg_loss(
     loss_mat: torch.Tensor,
     loss_mask: torch.Tensor,
     loss_agg_mode: str,
-    *,
-    global_tokens: float | None = None,
-    global_sequences: float | None = None,
+    dp_size: float = 1,
+    batch_num_tokens: float | None = None,
+    global_batch_size: float | None = None,
     loss_scale_factor: float | None = None,
 ) -> torch.Tensor:
     """Aggregate a loss [B, T] over the tokens where `loss_mask` [B, T] is not 0.
@@ -54,8 +54,10 @@ def agg_loss(
         loss_mat: [B, T] float.
         loss_mask: [B, T], not 0 for a token that counts.
         loss_agg_mode: one of `LOSS_AGG_MODES`.
-        global_tokens: number of tokens in the whole mini-batch; default: the tokens of `loss_mask`.
-        global_sequences: number of sequences with a token in the whole mini-batch; default: those of `loss_mask`.
+        dp_size: factor of the result. Here losses are added up over ranks, so it is 1; upstream verl averages over this
+            many ranks.
+        batch_num_tokens: number of tokens in the whole mini-batch; default: the tokens of `loss_mask`.
+        global_batch_size: number of sequences with a token in the whole mini-batch; default: those of `loss_mask`.
         loss_scale_factor: divisor of `seq-mean-token-sum-norm`, in tokens; default: the padded width T.
 
     Returns:
@@ -67,18 +69,18 @@ def agg_loss(
     if loss_agg_mode not in LOSS_AGG_MODES:
         raise ValueError(f"unknown loss_agg_mode={loss_agg_mode!r}: use one of {', '.join(LOSS_AGG_MODES)}")
     if loss_agg_mode == "token-sum":
-        return masked_sum(loss_mat, loss_mask)
+        return dp_size * masked_sum(loss_mat, loss_mask)
     tokens_per_sequence = loss_mask.bool().sum(dim=-1)
     if loss_agg_mode == "token-mean":
-        tokens = tokens_per_sequence.sum() if global_tokens is None else global_tokens
-        return masked_sum(loss_mat, loss_mask) / _at_least_one(tokens)
+        tokens = tokens_per_sequence.sum() if batch_num_tokens is None else batch_num_tokens
+        return dp_size * masked_sum(loss_mat, loss_mask) / _at_least_one(tokens)
     per_sequence = masked_sum(loss_mat, loss_mask, dim=-1)
     if loss_agg_mode == "seq-mean-token-mean":
         per_sequence = per_sequence / tokens_per_sequence.clamp(min=1)
     if loss_agg_mode == "seq-mean-token-sum-norm":
         per_sequence = per_sequence / (loss_mat.shape[-1] if loss_scale_factor is None else loss_scale_factor)
-    sequences = (tokens_per_sequence > 0).sum() if global_sequences is None else global_sequences
-    return per_sequence.sum() / _at_least_one(sequences)
+    sequences = (tokens_per_sequence > 0).sum() if global_batch_size is None else global_batch_size
+    return dp_size * per_sequence.sum() / _at_least_one(sequences)
 
 
 def _at_least_one(count: torch.Tensor | float) -> torch.Tensor | float:

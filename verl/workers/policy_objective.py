@@ -19,7 +19,7 @@ class PolicyObjective:
     Args:
         policy_loss: an entry of the policy-loss registry.
         actor: the `actor` section.
-        meta_info: meta_info of the mini-batch: `global_tokens`, `global_sequences`, `loss_scale_factor`.
+        meta_info: meta_info of the mini-batch: `batch_num_tokens`, `global_batch_size`, `loss_scale_factor`.
         rollout_correction: correction that the policy loss applies itself and reads as `config.rollout_correction`;
             None for a policy loss without one.
 

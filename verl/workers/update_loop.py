@@ -10,24 +10,27 @@ from verl.workers.engine.base import TrainEngine
 
 
 class LossDenominators(TypedDict):
-    """Counts of a whole mini-batch over all ranks, by which `agg_loss` divides.
+    """Counts of a whole mini-batch over all ranks, by which `agg_loss` divides; the names are upstream verl's.
 
     Attributes:
-        global_tokens: response tokens.
-        global_sequences: sequences with at least one response token.
+        dp_size: 1, because losses are added up over the ranks.
+        batch_num_tokens: response tokens.
+        global_batch_size: sequences with at least one response token.
         loss_scale_factor: divisor of `seq-mean-token-sum-norm`, in tokens.
     """
 
-    global_tokens: float
-    global_sequences: float
+    dp_size: int
+    batch_num_tokens: float
+    global_batch_size: float
     loss_scale_factor: float
 
 
 def loss_denominators(meta_info: dict[str, Any]) -> LossDenominators:
     """Return the denominators in the meta_info of a mini-batch."""
     return {
-        "global_tokens": meta_info["global_tokens"],
-        "global_sequences": meta_info["global_sequences"],
+        "dp_size": 1,
+        "batch_num_tokens": meta_info["batch_num_tokens"],
+        "global_batch_size": meta_info["global_batch_size"],
         "loss_scale_factor": meta_info["loss_scale_factor"],
     }
 

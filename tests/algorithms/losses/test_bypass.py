@@ -189,7 +189,11 @@ def _geometric(row):
 def test_parts_of_a_mini_batch_add_up_to_it(batch, mode, preset):
     log_mu, log_pi, advantages, mask = batch
     correction = resolve(RolloutCorrectionConfig(preset=preset))
-    info = {"global_tokens": int(mask.sum()), "global_sequences": int((mask.sum(1) > 0).sum()), "loss_scale_factor": 5}
+    info = {
+        "batch_num_tokens": int(mask.sum()),
+        "global_batch_size": int((mask.sum(1) > 0).sum()),
+        "loss_scale_factor": 5,
+    }
     whole, of_whole = compute_policy_loss_bypass_mode(log_mu, log_pi, advantages, mask, mode, config_of(correction))
     config = config_of(correction, global_batch_info=info)
     parts = [

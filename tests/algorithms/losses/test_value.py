@@ -66,7 +66,11 @@ def test_value_loss_equals_the_loop(mode, scale, clip):
 def test_parts_of_a_mini_batch_add_up_to_it():
     vpreds, returns, values, mask = make_case()
     tokens = mask.sum(1)
-    whole = {"global_tokens": int(tokens.sum()), "global_sequences": int((tokens > 0).sum()), "loss_scale_factor": 5.0}
+    whole = {
+        "batch_num_tokens": int(tokens.sum()),
+        "global_batch_size": int((tokens > 0).sum()),
+        "loss_scale_factor": 5.0,
+    }
     for mode in LOSS_AGG_MODES:
         expected = compute_value_loss(vpreds, returns, values, mask, 0.5, mode, loss_scale_factor=5.0)
         parts = [

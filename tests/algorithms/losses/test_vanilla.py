@@ -96,7 +96,11 @@ def test_importance_weights_scale_tokens_and_get_no_gradient(batch):
 
 def test_parts_of_a_mini_batch_add_up_to_it(batch):
     old, new, advantages, mask = batch
-    info = {"global_tokens": int(mask.sum()), "global_sequences": int((mask.sum(1) > 0).sum()), "loss_scale_factor": 6}
+    info = {
+        "batch_num_tokens": int(mask.sum()),
+        "global_batch_size": int((mask.sum(1) > 0).sum()),
+        "loss_scale_factor": 6,
+    }
     config = SimpleNamespace(**vars(CONFIG), global_batch_info=info)
     whole, of_whole = compute_policy_loss_vanilla(old, new, advantages, mask, "seq-mean-token-mean", CONFIG)
     cuts = [slice(0, 3), slice(3, 4), slice(4, 8)]

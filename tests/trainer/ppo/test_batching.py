@@ -25,8 +25,8 @@ def test_mini_batches_do_not_depend_on_the_ranks(dp_size, balance):
         assert max(sizes) - min(sizes) <= 1
         mask = data.batch["response_mask"][list(expected)]
         for shard in shards:
-            assert shard.meta_info["global_tokens"] == int(mask.sum())
-            assert shard.meta_info["global_sequences"] == sum(1 for row in mask.tolist() if any(row))
+            assert shard.meta_info["batch_num_tokens"] == int(mask.sum())
+            assert shard.meta_info["global_batch_size"] == sum(1 for row in mask.tolist() if any(row))
             assert shard.meta_info["loss_scale_factor"] == 7
             assert shard.meta_info["temperature"] == 0.8
             assert shard.meta_info["global_step"] == 7

@@ -151,8 +151,8 @@ def test_three_steps_equal_those_of_an_unsharded_model(models, kind):
     for mini_batch in (data[:5], data[5:10], data[10:]):
         tokens = mini_batch.batch["response_mask"].sum(1)
         info = {
-            "global_tokens": int(tokens.sum()),
-            "global_sequences": int((tokens > 0).sum()),
+            "batch_num_tokens": int(tokens.sum()),
+            "global_batch_size": int((tokens > 0).sum()),
             "loss_scale_factor": 7,
         }
         log_probs, entropy = plain_log_probs(model, mini_batch)

@@ -5,7 +5,7 @@ imported, so a new estimator needs no line here.
 """
 
 from verl.algorithms.advantages.arguments import estimator_arguments, required_columns
-from verl.algorithms.advantages.common import get_adv_estimator_fn, register_adv_est
+from verl.algorithms.advantages.common import AdvantageEstimator, get_adv_estimator_fn, register_adv_est
 from verl.algorithms.advantages.gae import compute_gae_advantage_return
 from verl.algorithms.advantages.gdpo import compute_gdpo_outcome_advantage
 from verl.algorithms.advantages.gpg import compute_gpg_outcome_advantage
@@ -25,9 +25,10 @@ from verl.algorithms.advantages.reinforce_plus_plus import (
 )
 from verl.algorithms.advantages.remax import compute_remax_outcome_advantage
 from verl.algorithms.advantages.rloo import compute_rloo_outcome_advantage, compute_rloo_vectorized_outcome_advantage
-from verl.algorithms.registry import import_all
+from verl.utils.registry import import_all
 
 __all__ = [
+    "AdvantageEstimator",
     "compute_gae_advantage_return",
     "compute_gdpo_outcome_advantage",
     "compute_gpg_outcome_advantage",

@@ -13,19 +13,41 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum, StrEnum
 from typing import Any
 
 import numpy as np
 import torch
 
-from verl.algorithms.registry import F, Registry
+from verl.utils.registry import F, Registry
 
 ADV_ESTIMATORS = Registry("advantage estimator", "algorithm.adv_estimator")
 _WHITENING_EPSILON = 1e-8
 
 
-def register_adv_est(name: str) -> Callable[[F], F]:
+class AdvantageEstimator(StrEnum):
+    """The built-in estimators; a member equals its name, the value of `algorithm.adv_estimator`."""
+
+    GAE = "gae"
+    GDPO = "gdpo"
+    GPG = "gpg"
+    GRPO = "grpo"
+    GRPO_PASSK = "grpo_passk"
+    GRPO_VECTORIZED = "grpo_vectorized"
+    OPO = "opo"
+    OPTIMAL_TOKEN_BASELINE = "optimal_token_baseline"
+    REINFORCE_PLUS_PLUS = "reinforce_plus_plus"
+    REINFORCE_PLUS_PLUS_BASELINE = "reinforce_plus_plus_baseline"
+    REMAX = "remax"
+    RLOO = "rloo"
+    RLOO_VECTORIZED = "rloo_vectorized"
+    TIR_OPTIMAL_TOKEN_BASELINE = "tir_optimal_token_baseline"
+
+
+def register_adv_est(name: str | Enum) -> Callable[[F], F]:
     """Return a decorator that registers a function as `algorithm.adv_estimator=<name>`.
+
+    A member of an enum registers its value.
 
     The function is called with keywords, one for each of its parameters that is
 
@@ -40,7 +62,7 @@ def register_adv_est(name: str) -> Callable[[F], F]:
     return ADV_ESTIMATORS.register(name)
 
 
-def get_adv_estimator_fn(name: str) -> Callable[..., Any]:
+def get_adv_estimator_fn(name: str | Enum) -> Callable[..., Any]:
     """Return the estimator registered under `name`.
 
     Raises:

@@ -16,13 +16,14 @@ Notation in the docstrings of the losses, for one token of a response:
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import Enum
 from typing import Any
 
 import torch
 
 from verl.algorithms.aggregation import LOG_RATIO_BOUND, agg_loss
-from verl.algorithms.registry import F, Registry
 from verl.config import ActorConfig
+from verl.utils.registry import F, Registry
 
 LossOutput = tuple[torch.Tensor, dict[str, torch.Tensor]]
 """The loss, a scalar with gradient, and metrics by name, scalars without gradient.
@@ -34,7 +35,7 @@ POLICY_LOSSES = Registry("policy loss", "actor_rollout_ref.actor.policy_loss.los
 _TOKEN_SELECTORS: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
-def register_policy_loss(name: str, *, select_tokens: Callable[..., Any] | None = None) -> Callable[[F], F]:
+def register_policy_loss(name: str | Enum, *, select_tokens: Callable[..., Any] | None = None) -> Callable[[F], F]:
     """Return a decorator that registers a loss as `actor_rollout_ref.actor.policy_loss.loss_mode=<name>`.
 
     The loss is called once per micro-batch, with keywords:
@@ -65,7 +66,7 @@ def register_policy_loss(name: str, *, select_tokens: Callable[..., Any] | None 
     return add
 
 
-def get_policy_loss_fn(name: str) -> Callable[..., Any]:
+def get_policy_loss_fn(name: str | Enum) -> Callable[..., Any]:
     """Return the loss registered under `name`.
 
     Raises:

@@ -40,8 +40,8 @@ def split_mini_batches(
 
     Returns:
         By rank, the shard of each mini-batch, with the column `sample_index` [b] int64: index of each sample in `data`.
-        `meta_info` holds, for the whole mini-batch, `global_tokens` (response tokens), `global_sequences` (sequences
-        with a response token) and `loss_scale_factor`.
+        `meta_info` holds, for the whole mini-batch, `batch_num_tokens` (response tokens), `global_batch_size`
+        (sequences with a response token) and `loss_scale_factor`.
 
     Raises:
         ValueError: `mini_batch_size_samples` is below 1.
@@ -56,8 +56,8 @@ def split_mini_batches(
         tokens = mini_batch.batch["response_mask"].bool().sum(dim=-1)
         width = mini_batch.batch["response_mask"].shape[-1]
         denominators = {
-            "global_tokens": int(tokens.sum()),
-            "global_sequences": int((tokens > 0).sum()),
+            "batch_num_tokens": int(tokens.sum()),
+            "global_batch_size": int((tokens > 0).sum()),
             "loss_scale_factor": width if loss_scale_factor is None else loss_scale_factor,
         }
         for rank, part in enumerate(partition(mini_batch, dp_size, balance)):

@@ -1,17 +1,34 @@
-"""Registry of functions by name, which users extend with a decorator."""
+"""Registry of functions or classes by name, which users extend with a decorator."""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable
+from enum import Enum
 from typing import Any, TypeVar
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+def registered_name(name: str | Enum, kind: str) -> str:
+    """Return the text of a name, because a config can select an entry only by text.
+
+    Args:
+        name: text, or a member of an enum whose value is text.
+        kind: noun for an entry in error messages, for example "policy loss".
+
+    Raises:
+        TypeError: the name is neither.
+    """
+    text = name.value if isinstance(name, Enum) else name
+    if not isinstance(text, str) or not text:
+        raise TypeError(f"{kind} name {name!r}: must be text, or a member of an enum whose value is text")
+    return str(text)
+
+
 class Registry:
-    """Functions by name.
+    """Functions or classes by name.
 
     Args:
         kind: noun for an entry in error messages, for example "policy loss".
@@ -25,12 +42,14 @@ class Registry:
         self._unsupported = frozenset(unsupported)
         self._functions: dict[str, Callable[..., Any]] = {}
 
-    def register(self, name: str) -> Callable[[F], F]:
+    def register(self, name: str | Enum) -> Callable[[F], F]:
         """Return a decorator that adds a function under `name`; the same function may be registered again.
 
         Raises:
+            TypeError: the name is neither text nor a member of an enum of texts.
             ValueError: another function already has that name.
         """
+        name = registered_name(name, self._kind)
 
         def add(function: F) -> F:
             known = self._functions.get(name)
@@ -44,12 +63,14 @@ class Registry:
 
         return add
 
-    def get(self, name: str) -> Callable[..., Any]:
+    def get(self, name: str | Enum) -> Callable[..., Any]:
         """Return the function registered under `name`.
 
         Raises:
+            TypeError: the name is neither text nor a member of an enum of texts.
             ValueError: no function has that name; the message lists the registered names.
         """
+        name = registered_name(name, self._kind)
         if name in self._functions:
             return self._functions[name]
         reason = "is not supported yet" if name in self._unsupported else "is not registered"
