@@ -4,10 +4,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fixtures.engine_cases import export_program, make_engine
+from fixtures.architectures import architecture_config, train_mode_fields, write_architecture
+from fixtures.critic_cases import critic_batch, critic_config, make_value_engine, set_head
+from fixtures.engine_cases import export_program, make_batch, make_engine
 from fixtures.ranks import run_ranks
 from fixtures.tiny import write_tiny_model
+from verl.workers.engine import MicroBatching
 from verl.workers.engine.loading import parse_dtype
+
+LIMITS = MicroBatching(size=5)
 
 
 def make_engine_with(rank, model_dir, override_config):
@@ -57,3 +62,109 @@ def test_parse_dtype_accepts_known_names_only():
     assert parse_dtype("bf16", "x") is torch.bfloat16
     with pytest.raises(ValueError, match=r"fsdp_config\.model_dtype='fp8'.*bf16"):
         parse_dtype("fp8", "fsdp_config.model_dtype")
+
+
+def update_and_forward(engine, data):
+    """Return [B, T] log-probabilities of a training forward and of one without gradients, and the gradient norm."""
+    trained = []
+
+    def loss_fn(log_probs, entropy, columns):
+        trained.append((columns["sample"], log_probs.detach()))
+        return log_probs.sum(), {}
+
+    engine.forward_backward(with_sample(data), loss_fn, LIMITS)
+    frozen = engine.log_probs(data, LIMITS, calculate_entropy=False).log_probs
+    return in_order(trained, frozen), frozen, engine.optimizer_step()["grad_norm"]
+
+
+def with_sample(data):
+    data.batch["sample"] = torch.arange(len(data))
+    return data
+
+
+def in_order(parts, like):
+    joined = torch.zeros_like(like)
+    for index, values in parts:
+        joined[index] = values
+    return joined
+
+
+# Dropout of attention, residuals, embeddings; skipped layers; noise on a router; experts that are drawn in train mode.
+TRAIN_MODE = [
+    *("Llama", "Granite", "Gemma2", "Phi3", "Qwen3Moe", "Mixtral", "Phimoe", "GPT2", "OPT", "Bloom"),
+    *("Falcon", "Starcoder2", "StableLm", "GPTNeoX", "GptOss", "Cohere"),
+]
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize("architecture", TRAIN_MODE)
+def test_an_update_computes_the_log_probs_of_a_forward_pass(tmp_path, architecture, gradient_checkpointing):
+    fields = train_mode_fields(architecture_config(architecture))
+    assert fields
+    path = write_architecture(tmp_path, architecture, **dict.fromkeys(fields, 0.3))
+
+    def program(rank):
+        engine = make_engine(path, enable_gradient_checkpointing=gradient_checkpointing)
+        return update_and_forward(engine, make_batch())
+
+    [(trained, frozen, norm)] = run_ranks(1, program)
+    assert torch.equal(trained, frozen)
+    assert frozen.abs().max() > 1
+    assert 0 < norm < float("inf")
+
+
+def test_the_dropout_of_adapters_is_off(tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    path = write_architecture(tmp_path / "model", "Llama")
+    adapter = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.5, init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(path), adapter).save_pretrained(tmp_path / "adapter")
+
+    def program(rank):
+        engine = make_engine(path, lora_adapter_path=str(tmp_path / "adapter"), enable_gradient_checkpointing=True)
+        return update_and_forward(engine, make_batch())
+
+    [(trained, frozen, norm)] = run_ranks(1, program)
+    assert torch.equal(trained, frozen)
+    assert 0 < norm < float("inf")
+
+
+@pytest.mark.parametrize("architecture", ["Granite", "GPT2", "Phimoe"])
+def test_an_update_of_the_critic_computes_the_values_of_a_forward_pass(tmp_path, architecture):
+    fields = train_mode_fields(architecture_config(architecture))
+    path = write_architecture(tmp_path, architecture, **dict.fromkeys(fields, 0.3))
+    data = with_sample(critic_batch())
+
+    def program(rank):
+        engine = make_value_engine(critic_config(path, {"enable_gradient_checkpointing": True}))
+        set_head(engine.model)
+        trained = []
+
+        def loss_fn(values, columns):
+            trained.append((columns["sample"], values.detach()))
+            return values.sum(), {}
+
+        engine.forward_backward(data, loss_fn, LIMITS)
+        frozen = engine.values(data, LIMITS)
+        return in_order(trained, frozen), frozen, engine.optimizer_step()["grad_norm"]
+
+    [(trained, frozen, norm)] = run_ranks(1, program)
+    assert torch.equal(trained, frozen)
+    assert frozen.abs().max() > 0.1
+    assert 0 < norm < float("inf")
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_gradient_checkpointing_computes_each_layer_twice(model_dir, gradient_checkpointing):
+    def program(rank):
+        engine = make_engine(model_dir, enable_gradient_checkpointing=gradient_checkpointing)
+        calls = []
+        for layer in engine.model.model.layers:
+            layer.mlp.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+        *_, norm = update_and_forward(engine, make_batch(5))
+        return len(engine.model.model.layers), calls, norm
+
+    [(layers, calls, norm)] = run_ranks(1, program)
+    assert calls == [True] * layers * (1 + gradient_checkpointing) + [False] * layers
+    assert norm > 0

@@ -179,7 +179,6 @@ class FSDPTrainEngine(TrainEngine):
             loss and metrics, summed over micro-batches and ranks, and `padding_fraction`, the share of padding among
             the positions that the model processed.
         """
-        self.model.train()
         self._mini_batch = mini_batch
         aligned = AlignedBatch(mini_batch, self._device, self._layout)
         totals: dict[str, torch.Tensor] = {}
@@ -212,7 +211,6 @@ class FSDPTrainEngine(TrainEngine):
         Args:
             forward: returns `count` tensors [b, T] of a micro-batch.
         """
-        self.model.eval()
         if self._offloads:
             move_model(self.model, self._device)
         aligned = AlignedBatch(data, self._device, self._layout)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from accelerate import init_empty_weights
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from verl.config import LoraOptions
@@ -54,6 +56,9 @@ def load_sharded_model(
 ) -> PreTrainedModel:
     """Read a model and shard it: one FSDP unit per decoder layer, and one for the rest.
 
+    The model stays in eval mode, also for updates: train mode turns on dropout, noise on a router and random selection
+    of experts, so that an update would compute other log-probabilities than `old_log_probs` and the engine.
+
     Args:
         path: Hugging Face directory, or name on the hub.
         mesh: one-dimensional mesh of all ranks.
@@ -68,7 +73,8 @@ def load_sharded_model(
         lora: add adapters and train only these, see `verl.workers.engine.lora`.
 
     Raises:
-        ValueError: the checkpoint lacks weights of the model, or their shapes differ.
+        ValueError: the checkpoint lacks weights of the model, or their shapes differ; gradient checkpointing of a model
+            without layers that transformers knows.
     """
     override = dict(override_config or {})
     attention = override.pop("attn_implementation", None)  # None: transformers chooses the backend
@@ -89,9 +95,10 @@ def load_sharded_model(
         move_model(model, device)
     else:
         model = _model_without_storage(options, value_head, lora)
-    if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.eval()
     names = decoder_layer_names(model)
+    if gradient_checkpointing:
+        _checkpoint_layers(model, names, section)
     _shard(model, names, mesh, dtype, compute_dtype, reshard_after_forward, value_head)
     if not single_rank:
         model.to_empty(device=device)
@@ -169,6 +176,22 @@ def decoder_layer_names(model: PreTrainedModel) -> list[str]:
         if kind in classes and not any(name.startswith(f"{outer}.") for outer in names):
             names.append(name)
     return names
+
+
+def _checkpoint_layers(model: PreTrainedModel, names: list[str], section: str) -> None:
+    """Recompute the activations of each layer in the backward pass.
+
+    transformers' own switch has no effect in eval mode. The forward is set on the instance, inside FSDP's hooks, so a
+    recomputation finds the gathered parameters.
+    """
+    if not names:
+        raise ValueError(
+            f"{section}.enable_gradient_checkpointing=True: {type(model).__name__} does not name its layers "
+            "(_no_split_modules); set it to False"
+        )
+    for name in names:
+        layer = model.get_submodule(name)
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def _shard(
