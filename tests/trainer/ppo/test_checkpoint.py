@@ -17,15 +17,11 @@ import torch
 from torch.utils.data import TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from verl.trainer.ppo.checkpoint import (
-    TRACKER,
-    CheckpointError,
-    CheckpointStore,
-    find_damage,
-    load_driver_state,
-    save_driver_state,
-    step_of,
-)
+from fixtures.engine_cases import save_program
+from fixtures.ranks import run_ranks
+from fixtures.tiny import write_tiny_model
+from verl.trainer.ppo.checkpoint import CheckpointError, CheckpointStore, load_driver_state, save_driver_state
+from verl.utils.checkpoint_files import TRACKER, find_damage, step_of
 
 DEAD_PID = 2**22 + 1  # above Linux' largest process id
 
@@ -65,7 +61,8 @@ def test_a_save_is_published_and_found(tmp_path):
     assert content(store.latest()) == (3, "")
     assert names(store.root) == ["global_step_3", TRACKER]
     assert (store.root / TRACKER).read_text() == "3"
-    assert json.loads((store.latest() / "manifest.json").read_text()) == {
+    files = json.loads((store.latest() / "manifest.json").read_text())["files"]
+    assert {name: entry["bytes"] for name, entry in files.items()} == {
         "actor/huggingface/config.json": 22,
         "actor/model.pt": 100,
     }
@@ -179,7 +176,7 @@ def test_an_invalid_tracker_falls_back_to_the_newest_checkpoint(tmp_path, caplog
     (tmp_path / f"global_step_11.tmp-{os.getppid()}").mkdir()
     (tmp_path / "global_step_12").write_text("a file")
     assert content(store.latest()) == (10, "")
-    assert "does not name a complete checkpoint" in caplog.text
+    assert "using the newest complete checkpoint" in caplog.text
 
 
 def test_the_tracker_wins_over_a_later_checkpoint(tmp_path):
@@ -208,6 +205,68 @@ def test_a_damaged_checkpoint_is_skipped_and_logged(tmp_path, caplog, harm):
     assert content(store.latest()) == (1, "")
     with pytest.raises(CheckpointError, match=r"resume_from_path=.*; choose another checkpoint"):
         store.resolve("resume_path", tmp_path / "global_step_2")
+
+
+def flip_byte(file: Path, position: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[position] ^= 0x10
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_a_flipped_byte_in_any_file_is_named_and_the_older_checkpoint_is_used(tmp_path, caplog, lora_rank):
+    """The checkpoint is a real one of two ranks, with a Hugging Face directory and the driver's state."""
+    source = str(write_tiny_model(tmp_path / "source"))
+    root = tmp_path / "run"
+    store = CheckpointStore(root)
+    save(store, 1)
+    with store.writing(2) as directory:
+        contents = ["model", "optimizer", "extra", "hf_model"]
+        run_ranks(2, save_program, source, str(directory / "actor"), contents, {"lora_rank": lora_rank})
+        save_driver_state(directory, {"step": 2, "train_loader": {"samples": 6}})
+    checkpoint = root / "global_step_2"
+    assert store.latest() == checkpoint
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    assert len(files) >= 14 and checkpoint / "data.pt" in files
+    rng = random.Random(7)
+    for file in files:
+        original = file.read_bytes()
+        if not original:
+            continue
+        positions = {0, len(original) - 1, *(rng.randrange(len(original)) for _ in range(3))}
+        for position in sorted(positions):
+            caplog.clear()
+            flip_byte(file, position)
+            found = store.latest()
+            if file.name == "manifest.json" and found == checkpoint:
+                assert json.loads(file.read_bytes()) == json.loads(original), "only white space changed"
+            else:
+                assert content(found) == (1, "") and f"{checkpoint} is skipped" in caplog.text
+                assert str(file) in caplog.text or file.name == "manifest.json"
+                with pytest.raises(CheckpointError, match=r"resume_from_path=.*choose another checkpoint"):
+                    store.resolve("resume_path", checkpoint)
+            file.write_bytes(original)
+    assert store.latest() == checkpoint
+
+
+def test_a_damaged_checkpoint_is_not_replaced_by_a_later_one_of_another_branch(tmp_path):
+    store = CheckpointStore(tmp_path)
+    for step in (1, 8, 3):
+        save(store, step)
+    flip_byte(tmp_path / "global_step_3" / "actor" / "model.pt", 20)
+    assert content(store.latest()) == (1, "")
+
+
+def test_a_run_does_not_start_over_if_every_checkpoint_is_damaged(tmp_path):
+    store = CheckpointStore(tmp_path)
+    for step in (1, 2):
+        save(store, step)
+        flip_byte(tmp_path / f"global_step_{step}" / "actor" / "model.pt", 20)
+    with pytest.raises(CheckpointError, match=r"global_step_2/actor/model\.pt is damaged.*global_step_1/.*=disable"):
+        store.resolve("auto")
+    assert store.resolve("disable") is None
+    with pytest.raises(CheckpointError, match="global_step_2 stays usable"), store.writing(3):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_resolve_follows_the_resume_mode(tmp_path, monkeypatch):

@@ -3,14 +3,13 @@
     ROOT/global_step_N.tmp-PID      being written (or being deleted) by process PID
     ROOT/global_step_N.old-PID      exists briefly while the same step is replaced
     ROOT/global_step_N              published: flushed to the disk, then renamed
-    ROOT/global_step_N/manifest.json        relative path and size in bytes of each file in it
+    ROOT/global_step_N/manifest.json        relative path, size in bytes and checksums of each file in it
     ROOT/latest_checkpointed_iteration.txt  the step to resume from; written last
 
 After a SIGKILL or a power failure between any two system calls, `CheckpointStore.latest` still finds a complete
 checkpoint. Only one run at a time may write to a root. This module imports no Ray, and torch only to store tensors.
 """
 
-import json
 import logging
 import os
 import re
@@ -21,14 +20,19 @@ from pathlib import Path
 from typing import Any
 
 from verl.utils.atomic_io import atomic_write_text, fsync_path
+from verl.utils.checkpoint_files import (
+    TRACKER,
+    find_damage,
+    list_checkpoints,
+    step_of,
+    tracked_checkpoint,
+    write_manifest,
+)
 
 logger = logging.getLogger(__name__)
 
-TRACKER = "latest_checkpointed_iteration.txt"
-MANIFEST = "manifest.json"
 DRIVER_STATE = "data.pt"
 RESUME_MODES = ("auto", "disable", "resume_path")
-_PUBLISHED = re.compile(r"global_step_(\d+)")
 _UNFINISHED = re.compile(rf"(?P<name>global_step_\d+|\.{re.escape(TRACKER)})\.(?P<kind>tmp|old)-(?P<pid>\d+)")
 
 # Temporary directories of this process, which a second store on the same root must not remove.
@@ -37,40 +41,6 @@ _BEING_WRITTEN: set[Path] = set()
 
 class CheckpointError(OSError):
     """A checkpoint could not be written or read; the message has the path, the cause and the last usable checkpoint."""
-
-
-def step_of(path: str | Path) -> int:
-    """Return the step of a `global_step_N` directory.
-
-    Raises:
-        ValueError: the directory has another name.
-    """
-    match = _PUBLISHED.fullmatch(Path(path).name)
-    if match is None:
-        raise ValueError(f"{path}: not a checkpoint; use a directory named global_step_N")
-    return int(match[1])
-
-
-def find_damage(checkpoint: Path) -> str | None:
-    """Describe the first file that is missing or has another size than in the manifest; None if there is none.
-
-    A checkpoint without a manifest, written by another program, counts as complete.
-    """
-    if not checkpoint.is_dir():
-        return f"{checkpoint} is not a directory"
-    try:
-        sizes = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")).items()
-    except FileNotFoundError:
-        return None
-    except (ValueError, AttributeError):
-        return f"{checkpoint / MANIFEST} is invalid"
-    for name, size in sizes:
-        file = checkpoint / name
-        if not file.is_file():
-            return f"{file} is missing"
-        if file.stat().st_size != size:
-            return f"{file} has {file.stat().st_size} bytes instead of {size}"
-    return None
 
 
 class CheckpointStore:
@@ -138,34 +108,52 @@ class CheckpointStore:
         self._prune(step)
 
     def latest(self) -> Path | None:
-        """Return the checkpoint that the tracker file names; if it is missing or damaged, the newest complete one.
+        """Return the checkpoint that the tracker file names, or the newest complete one if the file names none.
 
-        The second case is logged as a warning.
+        If the named checkpoint is damaged, the newest complete one before it is returned: later ones belong to another
+        branch. Every file is read and compared with its checksum. Damage is logged as a warning.
 
         Returns:
-            An absolute path, or None without a complete checkpoint.
+            An absolute path, or None if there is no checkpoint.
+
+        Raises:
+            CheckpointError: every candidate is damaged.
         """
-        named = self._tracked()
-        if named is not None:
-            if (damage := find_damage(named)) is None:
-                return named.absolute()
-            logger.warning("%s names %s, but %s", self.root / TRACKER, named.name, damage)
-        for checkpoint in reversed(self.checkpoints()):
-            if checkpoint == named:
-                continue
-            if (damage := find_damage(checkpoint)) is not None:
-                logger.warning("%s is skipped: %s", checkpoint, damage)
-                continue
-            logger.warning("%s does not name a complete checkpoint; using %s", self.root / TRACKER, checkpoint)
-            return checkpoint.absolute()
-        return None
+        found, damages = self._find_complete(contents=True)
+        if found is None and damages:
+            raise CheckpointError(
+                f"{self.root} has no complete checkpoint to resume from: {'; '.join(damages)}. Restore the files, "
+                "choose a checkpoint with trainer.resume_mode=resume_path and trainer.resume_from_path, or start a new "
+                "run with trainer.resume_mode=disable"
+            )
+        return found
+
+    def _find_complete(self, *, contents: bool) -> tuple[Path | None, list[str]]:
+        """Return the checkpoint to resume from, or None, and the damage of the candidates before it.
+
+        Args:
+            contents: compare checksums, which reads every file.
+        """
+        named, problem = tracked_checkpoint(self.root)
+        candidates = self.checkpoints()
+        if named is not None and named in candidates:
+            candidates = candidates[: candidates.index(named) + 1]
+        elif candidates:
+            problem = problem or f"{self.root / TRACKER} does not name a complete checkpoint"
+            logger.warning("%s; using the newest complete checkpoint", problem)
+        damages = []
+        for checkpoint in reversed(candidates):
+            if (damage := find_damage(checkpoint, contents=contents)) is None:
+                if damages:
+                    logger.warning("falling back to %s", checkpoint)
+                return checkpoint.absolute(), damages
+            logger.warning("%s is skipped: %s", checkpoint, damage)
+            damages.append(damage)
+        return None, damages
 
     def checkpoints(self) -> list[Path]:
         """Return the published checkpoints in order of their steps."""
-        if not self.root.is_dir():
-            return []
-        found = [path for path in self.root.iterdir() if _PUBLISHED.fullmatch(path.name) and path.is_dir()]
-        return sorted(found, key=step_of)
+        return list_checkpoints(self.root)
 
     def resolve(self, resume_mode: str, resume_from_path: str | Path | None = None) -> Path | None:
         """Return the checkpoint to resume from, or None to start a new run.
@@ -200,17 +188,6 @@ class CheckpointStore:
         if (damage := find_damage(path)) is not None:
             raise CheckpointError(f"trainer.resume_from_path={resume_from_path}: {damage}; choose another checkpoint")
         return path
-
-    def _tracked(self) -> Path | None:
-        """Return the directory that the tracker file names, which may not exist."""
-        try:
-            text = (self.root / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        if not text.isascii() or not text.isdigit():
-            logger.warning("%s contains %r instead of a step", self.root / TRACKER, text[:80])
-            return None
-        return self.root / f"global_step_{int(text)}"
 
     def _publish(self, temporary: Path, published: Path) -> None:
         aside = None
@@ -275,7 +252,7 @@ class CheckpointStore:
             logger.warning("%s cannot be removed (%s); delete it manually", path, error)
 
     def _failure(self, published: Path, error: Exception) -> CheckpointError:
-        usable = self.latest()
+        usable, _ = self._find_complete(contents=False)
         rest = f"{usable} stays usable" if usable is not None else "there is no earlier checkpoint"
         existing = next(path for path in (self.root.absolute(), *self.root.absolute().parents) if path.exists())
         free = shutil.disk_usage(existing).free
@@ -289,9 +266,7 @@ class CheckpointStore:
 
 def _flush(directory: Path) -> None:
     """Write the manifest, then flush every file and directory below `directory` to the disk."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    sizes = {path.relative_to(directory).as_posix(): path.stat().st_size for path in files}
-    (directory / MANIFEST).write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
+    write_manifest(directory)
     for parent, _, names in os.walk(directory, topdown=False):
         for name in names:
             fsync_path(Path(parent, name))

@@ -1,0 +1,72 @@
+"""Manifests and checksums of checkpoints."""
+
+import json
+import zlib
+
+import pytest
+
+from verl.utils import checkpoint_files
+from verl.utils.checkpoint_files import MANIFEST, find_damage, write_manifest
+
+
+@pytest.fixture
+def checkpoint(tmp_path, monkeypatch):
+    """A checkpoint whose large file has three chunks, the last one shorter."""
+    monkeypatch.setattr(checkpoint_files, "CHUNK_BYTES", 1000)
+    (tmp_path / "actor").mkdir()
+    (tmp_path / "actor" / "large").write_bytes(bytes(range(250)) * 10)
+    (tmp_path / "empty").write_bytes(b"")
+    write_manifest(tmp_path)
+    return tmp_path
+
+
+def test_the_manifest_has_sizes_and_a_checksum_per_chunk(checkpoint):
+    data = bytes(range(250)) * 10
+    assert json.loads((checkpoint / MANIFEST).read_text()) == {
+        "chunk_bytes": 1000,
+        "files": {
+            "actor/large": {"bytes": 2500, "crc32": [zlib.crc32(data[i : i + 1000]) for i in (0, 1000, 2000)]},
+            "empty": {"bytes": 0, "crc32": []},
+        },
+    }
+    assert find_damage(checkpoint) is None
+
+
+@pytest.mark.parametrize(("position", "chunk"), [(0, "0 to 1000"), (999, "0 to 1000"), (2499, "2000 to 2500")])
+def test_the_damaged_bytes_are_named(checkpoint, position, chunk):
+    file = checkpoint / "actor" / "large"
+    data = bytearray(file.read_bytes())
+    data[position] ^= 1
+    file.write_bytes(data)
+    assert find_damage(checkpoint) == f"{file} is damaged: its bytes {chunk} do not match their checksum"
+    assert find_damage(checkpoint, contents=False) is None
+
+
+def test_an_unreadable_file_is_damage(checkpoint, monkeypatch):
+    def fail(*args):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(checkpoint_files.os, "pread", fail)
+    assert find_damage(checkpoint) == f"{checkpoint / 'actor' / 'large'} cannot be read (Input/output error)"
+
+
+def test_a_manifest_with_sizes_only_is_compared_by_size(checkpoint):
+    (checkpoint / MANIFEST).write_text(json.dumps({"actor/large": 2500, "empty": 0}))
+    assert find_damage(checkpoint) is None
+    (checkpoint / MANIFEST).write_text(json.dumps({"actor/large": 2501}))
+    assert find_damage(checkpoint) == f"{checkpoint / 'actor' / 'large'} has 2500 bytes instead of 2501"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{}", "[]", "{", '{"chunk_bytes": 1000, "files": [1]}', '{"a": "1"}']
+    + [f'{{"chunk_bytes": 1000, "files": {{"empty": {entry}}}}}' for entry in ("3", "{}", '{"bytes":0,"crc32":[1]}')],
+)
+def test_an_invalid_manifest_is_damage(checkpoint, text):
+    (checkpoint / MANIFEST).write_text(text)
+    assert find_damage(checkpoint) == f"{checkpoint / MANIFEST} is damaged"
+
+
+def test_a_checkpoint_of_another_program_has_no_manifest(tmp_path):
+    assert find_damage(tmp_path) is None
+    assert find_damage(tmp_path / "missing") == f"{tmp_path / 'missing'} is not a directory"
