@@ -3,10 +3,10 @@
     python benchmarks/correction_study.py [--steps 50] [--seeds 1 2 3] [--picture docs/rollout_correction.png]
                                           [--write docs/rollout_correction.md]
 
-The rollout computes in float32; in MXFP8 without correction; in MXFP8 with truncated importance weights on each token
-(preset decoupled_token_is). Nothing else differs within a seed. Prints a table and draws two curves for each: reward in
-training and the KL between rollout and trainer, lines for the mean and bands from the lowest to the highest seed.
-About 20 minutes on two cores.
+The three rollouts: float32; MXFP8 without correction; MXFP8 with truncated importance weights per token (preset
+decoupled_token_is). Nothing else differs within a seed. Prints a table and draws two charts: the reward in training,
+and the KL between rollout and trainer. Lines are means over the seeds; bands range from the lowest to the highest seed.
+Takes about 20 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Steps = dict[int, dict[str, Any]]
 
 
 def table(runs: dict[str, list[Steps]], options: argparse.Namespace) -> str:
-    """The end of each variant in Markdown, seeds apart, with the machine that they belong to."""
+    """Markdown table of the final rewards of each variant, per seed, below a line that describes the machine."""
     described = machine.describe()
     lines = [
         f"`make study`, {options.steps} steps, seeds {', '.join(map(str, options.seeds))}; {described['date']}, "
@@ -59,7 +59,7 @@ def table(runs: dict[str, list[Steps]], options: argparse.Namespace) -> str:
 
 
 def draw(runs: dict[str, list[Steps]], path: Path) -> None:
-    """Reward and mismatch over the steps."""
+    """Draw reward and mismatch over the steps."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -88,8 +88,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--picture", type=Path, help="where to draw the curves")
-    parser.add_argument("--write", type=Path, help="a document to put the table into")
+    parser.add_argument("--picture", type=Path, help="file for the curves")
+    parser.add_argument("--write", type=Path, help="document to write the table into")
     options = parser.parse_args()
     print(machine.header(), flush=True)
     runs: dict[str, list[Steps]] = {name: [] for name in VARIANTS}

@@ -1,10 +1,10 @@
-"""Generation with MXFP8 emulated on a CPU against generation without quantization: tokens a second, and memory.
+"""Compare generation in MXFP8, emulated on a CPU, with generation without quantization: tokens/s and memory.
 
     python benchmarks/generation.py [--sizes 0.8M 135M] [--rounds 5] [--dtype auto]
 
-The emulation is there to show what an Ascend 950 computes, not to be fast: on a CPU it costs time and memory, and this
-says how much. Both engines live in processes of their own at the same time, and every round generates the same number
-of tokens in each of them, one after the other.
+The emulation shows the values that an Ascend 950 computes. It costs time and memory on a CPU; this benchmark measures
+how much. Both engines run at the same time, each in its own process. In every round, first one and then the other
+generates the same number of tokens.
 """
 
 import argparse
@@ -24,13 +24,16 @@ from verl.utils.dtypes import choose_dtype
 from verl.utils.host import cpu_cores, cpu_environment
 
 KINDS = {"not quantized": None, "MXFP8, emulated": "ascend"}
-# Requests at a time, tokens of each.
+# By model: number of concurrent requests, tokens per request.
 LOADS = {"0.8M": (256, 16), "135M": (32, 16)}
 PROMPT = 16
 
 
 def serve(model_dir: Path, quantization: str | None, dtype: str, requests: int, tokens: int) -> None:
-    """One engine: a line of JSON when it is up, and one for each line on standard input."""
+    """Run one engine: print a line of JSON when it is ready, then generate once per line of standard input.
+
+    Each generation prints a line of JSON with its seconds.
+    """
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
 
@@ -54,19 +57,19 @@ def serve(model_dir: Path, quantization: str | None, dtype: str, requests: int, 
     )
     prompts = [TokensPrompt(prompt_token_ids=[3 + (i + j) % 100 for j in range(PROMPT)]) for i in range(requests)]
     parameters = SamplingParams(temperature=1.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-    say({"resident": resident_bytes()})
+    reply({"resident": resident_bytes()})
     for _ in sys.stdin:
         started = time.perf_counter()
         engine.generate(prompts, parameters, use_tqdm=False)
-        say({"seconds": time.perf_counter() - started})
+        reply({"seconds": time.perf_counter() - started})
 
 
-def say(record: dict) -> None:
-    os.write(_answers, (json.dumps(record) + "\n").encode())
+def reply(record: dict) -> None:
+    os.write(_replies, (json.dumps(record) + "\n").encode())
 
 
 def resident_bytes() -> int:
-    """Of this process, now."""
+    """Return the resident memory of this process in bytes."""
     fields = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in fields if line.startswith("VmRSS:")).split()[1]) * 1024
 
@@ -85,7 +88,7 @@ class Engine:
             **cpu_environment(cpu_cores()),
         }
         command = [sys.executable, __file__, "--serve", str(model_dir), quantization or "", dtype]
-        # What it says is of interest only where it fails.
+        # The log is shown only if the process fails.
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (open as long as the process)
         self._process = subprocess.Popen(
             [*command, str(requests), str(tokens)],
@@ -95,21 +98,21 @@ class Engine:
             text=True,
             env=environment,
         )
-        self.resident = self._answer()["resident"]
+        self.resident = self._reply()["resident"]
 
-    def _answer(self) -> dict:
+    def _reply(self) -> dict:
         line = self._process.stdout.readline()
         if not line:
             status = self._process.wait()
             self._log.seek(0)
-            raise SystemExit(f"{self._log.read()[-3000:]}\nan engine ended with status {status}")
+            raise SystemExit(f"{self._log.read()[-3000:]}\nthe engine process ended with status {status}")
         return json.loads(line)
 
     def generate(self) -> float:
-        """Seconds of one load."""
+        """Generate once for all requests and return the seconds."""
         self._process.stdin.write("\n")
         self._process.stdin.flush()
-        return self._answer()["seconds"]
+        return self._reply()["seconds"]
 
     def close(self) -> None:
         self._process.stdin.close()
@@ -130,19 +133,19 @@ def measure(size: str, dtype: str, rounds: int, work: Path) -> None:
         engine.close()
     requests, tokens = LOADS[size]
     print(f"\n{size} parameters in {dtype}, {requests} requests x {tokens} tokens, median of {rounds} rounds")
-    print(f"{'':20}{'tokens/s':>10}{'x plain':>10}{'resident MiB':>14}")
-    plain = seconds[next(iter(KINDS))]
+    print(f"{'':20}{'tokens/s':>10}{'speed':>10}{'resident MiB':>14}")
+    unquantized = seconds[next(iter(KINDS))]
     for kind, values in seconds.items():
         speed = requests * tokens / statistics.median(values)
-        ratio = statistics.median(b / a for a, b in zip(values, plain, strict=True))
+        ratio = statistics.median(b / a for a, b in zip(values, unquantized, strict=True))
         print(f"{kind:<20}{speed:>10.0f}{ratio:>10.2f}{engines[kind].resident / 2**20:>14.0f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--sizes", nargs="+", default=list(models.CONFIGS), choices=list(models.CONFIGS))
-    parser.add_argument("--rounds", type=int, default=5, help="measured rounds, after one to warm up")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the engine")
+    parser.add_argument("--rounds", type=int, default=5, help="measured rounds, after one warm-up round")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="dtype of the engine")
     arguments = parser.parse_args()
     print(machine.header())
     dtype = choose_dtype("cpu", arguments.dtype).name
@@ -153,8 +156,8 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--serve"]:
-        # vLLM prints to standard output: answers go where nothing else does.
-        _answers = os.dup(1)
+        # vLLM prints to standard output, so replies go to a copy of it and the descriptor itself goes to stderr.
+        _replies = os.dup(1)
         os.dup2(2, 1)
         directory, name, engine_dtype, count, length = sys.argv[2:]
         serve(Path(directory), name or None, engine_dtype, int(count), int(length))

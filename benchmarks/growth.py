@@ -1,17 +1,18 @@
-"""How update and step times grow: with the model, with the samples of a step, with ranks and replicas; and memory.
+"""Measure how update time, step time and memory grow with model size, samples per step, ranks and replicas.
 
     python benchmarks/growth.py [--parts size samples processes] [--steps 5] [--write DOCUMENT]
 
-Every line is a run of `python3 -m verl.trainer.main_ppo` with random weights: medians of its steps after two to warm
-up. The exponent is the slope of a least-squares line through the logarithms, next to it those between neighbors; 1
-means proportional, less that something fixed has a share. High-water marks are VmHWM of each process of the run, read
-until it ends; shared pages (libraries, buckets of the weight update) count in every process that maps them. Next to
-them stands what the run's plan had estimated of a rank, and of a replica with its engine.
+Every table row is a run of `python3 -m verl.trainer.main_ppo` with random weights: medians over its steps after two
+warm-up steps. The exponent is the slope of a least-squares line through the logarithms; the exponents between neighbors
+stand beside it. 1 means proportional; less than 1 means that a fixed cost has a share. Memory is the high-water mark
+(VmHWM) of each process of the run, read until the process ends; shared pages (libraries, buckets of the weight update)
+count in every process that maps them. The last column is the estimate of preflight for a rank, and for a replica with
+its engine.
 
-- size: the whole weight update (delta=off), unquantized and in MXFP8, one rank to one replica, 1M to 500M parameters.
-- samples: the step of the 0.8M model, 6 tokens a sample, four optimizer steps, micro-batches of 256 samples.
-- processes: the step and the update of a 21M model over trainer ranks and replicas. On a machine with two cores both
-  share them: what is to be seen is what a second process costs, not what it brings.
+- size: full weight updates (delta=off), unquantized and in MXFP8, one rank to one replica, 1M to 500M parameters.
+- samples: a step of the 0.8M model, 6 tokens per sample, four optimizer steps, micro-batches of 256 samples.
+- processes: a step and an update of a 21M model over trainer ranks and replicas. On a machine with two cores all of
+  them share the cores, so the table shows the cost of a second process, not its benefit.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ from verl.preflight.estimate import MemoryEstimate
 
 WARM_UP = 2
 QUANTIZATION = "actor_rollout_ref.rollout.quantization"
-WHOLE = {"actor_rollout_ref.rollout.checkpoint_engine.delta": "off"}
+FULL_UPDATES = {"actor_rollout_ref.rollout.checkpoint_engine.delta": "off"}
 SIZES = tuple(models.GROWTH)
 SAMPLES = (64, 256, 1024, 4096)
-# Trainer ranks, replicas.
+# (trainer ranks, replicas)
 PROCESSES = ((1, 1), (2, 1), (1, 2), (2, 2))
 TINY = runs.Load(prompts=2, n=2, shortest=4, longest=4, updates=1, micro_batch=4)
 SHARED = runs.Load(prompts=8, n=8, shortest=16, longest=16, updates=2, micro_batch=32)
@@ -47,7 +48,13 @@ SHARED = runs.Load(prompts=8, n=8, shortest=16, longest=16, updates=2, micro_bat
 
 @dataclass
 class Measured:
-    """A run: its steps after the warm-up, the high-water marks of its processes in MiB, by role, and their estimate."""
+    """Results of a run.
+
+    Attributes:
+        steps: metrics of each step after the warm-up.
+        peaks: memory high-water marks of its processes in MiB, by role.
+        estimate: the estimate of preflight.
+    """
 
     steps: list[dict[str, float]]
     peaks: dict[str, list[int]]
@@ -57,7 +64,7 @@ class Measured:
         return runs.median(self.steps, name)
 
     def memory(self) -> list[str]:
-        """Cells: driver, each trainer rank, each replica, the process of each one's engine; and the estimate."""
+        """Table cells in MiB: one for each of `MEMORY_ROLES`, its processes joined by "+", and one for the estimate."""
         measured = ["+".join(map(str, self.peaks.get(role, []))) for role in MEMORY_ROLES]
         estimated = (self.estimate.trainer_bytes, self.estimate.replica_bytes)
         return [*measured, ", ".join(f"{part >> 20}" for part in estimated)]
@@ -74,7 +81,7 @@ MEMORY_HEAD = [
 
 
 def measure(size: str, load: runs.Load, steps: int, overrides: Mapping[str, Any]) -> Measured:
-    """Run and watch."""
+    """Run a load and record metrics and memory."""
     with tempfile.TemporaryDirectory() as work:
         model_dir = models.write_model(size, Path(work) / "model")
         config = runs.keys(load, model_dir, Path(work) / "run", WARM_UP + steps, overrides)
@@ -89,21 +96,21 @@ def measure(size: str, load: runs.Load, steps: int, overrides: Mapping[str, Any]
     return Measured(recorded[WARM_UP:], peaks, estimate)
 
 
-def exponents(what: str, x: Sequence[float], y: Sequence[float]) -> str:
-    """A sentence on how `y` grows with `x`; empty for fewer than two points."""
+def exponents(name: str, x: Sequence[float], y: Sequence[float]) -> str:
+    """Sentence on the growth of `y` with `x`; empty for fewer than two points."""
     if len(x) < 2:
         return ""
     exponent, _ = fit.power_law(x, y)
     local = ", ".join(f"{value:.2f}" for value in fit.local_exponents(x, y))
-    return f"{what}: exponent **{exponent:.2f}** (between neighbors {local})."
+    return f"{name}: exponent **{exponent:.2f}** (between neighbors {local})."
 
 
 def by_size(options: argparse.Namespace) -> str:
-    """Update time over model size."""
+    """Section on update time over model size."""
     rows, parameters = [], []
     seconds: dict[str, list[float]] = {"null": [], "ascend": []}
     for size in options.sizes:
-        results = {name: measure(size, TINY, options.steps, {**WHOLE, QUANTIZATION: name}) for name in seconds}
+        results = {name: measure(size, TINY, options.steps, {**FULL_UPDATES, QUANTIZATION: name}) for name in seconds}
         for name, result in results.items():
             seconds[name].append(result.median("weight_update/total_s"))
         parameters.append(models.parameters(size))
@@ -114,11 +121,11 @@ def by_size(options: argparse.Namespace) -> str:
         print(*rows[-1], sep="  ", flush=True)
     head = ["parameters", "float32, MiB", "s", "MXFP8, MiB", "s", *MEMORY_HEAD]
     sentences = [exponents(name, parameters, y) for name, y in zip(("float32", "MXFP8"), seconds.values(), strict=True)]
-    return _section("Whole weight update over model size; memory of the MXFP8 runs.", head, rows, sentences)
+    return _section("Full weight update over model size; memory of the MXFP8 runs.", head, rows, sentences)
 
 
 def by_samples(options: argparse.Namespace) -> str:
-    """Step time over samples."""
+    """Section on step time over samples per step."""
     rows, seconds = [], []
     for samples in options.samples:
         load = runs.Load(prompts=samples // 16, n=16, shortest=6, longest=6, updates=4, micro_batch=256)
@@ -133,12 +140,12 @@ def by_samples(options: argparse.Namespace) -> str:
 
 
 def by_processes(options: argparse.Namespace) -> str:
-    """Step and update time over ranks and replicas."""
+    """Section on step and update time over ranks and replicas."""
     rows = []
     steps: dict[tuple[int, int], float] = {}
     for ranks, replicas in PROCESSES:
-        apart = {"actor_rollout_ref.rollout.nnodes": 1, "actor_rollout_ref.rollout.n_gpus_per_node": replicas}
-        keys = {"trainer.n_gpus_per_node": ranks, **WHOLE, **apart}
+        standalone = {"actor_rollout_ref.rollout.nnodes": 1, "actor_rollout_ref.rollout.n_gpus_per_node": replicas}
+        keys = {"trainer.n_gpus_per_node": ranks, **FULL_UPDATES, **standalone}
         result = measure(options.size, SHARED, options.steps, keys)
         steps[ranks, replicas] = result.median("timing_s/step")
         names = ("timing_s/step", "timing_s/gen", "timing_s/update_actor", "weight_update/total_s")
@@ -171,10 +178,16 @@ PARTS: dict[str, Callable[[argparse.Namespace], str]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
-    parser.add_argument("--sizes", nargs="+", default=SIZES, choices=SIZES, help="of the part `size`")
-    parser.add_argument("--samples", nargs="+", type=int, default=SAMPLES, help="of that part; multiples of 64")
-    parser.add_argument("--size", default="21M", choices=SIZES, help="of the part `processes`")
-    parser.add_argument("--steps", type=int, default=5, help=f"measured steps, after {WARM_UP} to warm up")
+    parser.add_argument("--sizes", nargs="+", default=SIZES, choices=SIZES, help="model sizes of the part `size`")
+    parser.add_argument(
+        "--samples",
+        nargs="+",
+        type=int,
+        default=SAMPLES,
+        help="of the part `samples`; multiples of 64",
+    )
+    parser.add_argument("--size", default="21M", choices=SIZES, help="model size of the part `processes`")
+    parser.add_argument("--steps", type=int, default=5, help=f"measured steps, after {WARM_UP} warm-up steps")
     tables.add_write_option(parser)
     options = parser.parse_args()
     print(machine.header(), flush=True)

@@ -1,21 +1,22 @@
-"""A GRPO step of this project against TRL's `GRPOTrainer`: same model, prompts, lengths, samples and optimizer steps.
+"""Compare a GRPO step of verl with one of TRL's `GRPOTrainer`: same model, prompts, lengths, samples, optimizer steps.
 
     python benchmarks/grpo_step.py [--sizes 0.8M 135M] [--lengths equal ragged] [--rounds 5] [--write DOCUMENT]
 
-Both sides run at the same time in processes of their own and take turns: each stops at a gate before each step, and
-one step of ours is followed by one of TRL's, so that each ratio compares figures of the same moments. A step lasts from
-the gate to the gate: generation, rewards, old log-probabilities, updates, and in ours the weight update and logging.
+Both sides run at the same time, in separate processes, and alternate: each waits at a gate before every step, and a
+step of verl is followed by a step of TRL. Each ratio thus compares two consecutive steps on the same machine. A step
+lasts from one gate to the next: generation, rewards, old log-probabilities, optimizer steps and, on verl's side, the
+weight update and logging.
 
-What is the same: weights in float32 on both sides, sampling at temperature 1, no KL term, learning rate 1e-6 with AdamW
-and clipping, no gradient checkpointing, samples of a micro-batch, two optimizer steps a generation (so that both sides
-compute old log-probabilities; with one TRL would skip them), and the tokens of every answer: a prompt says how long its
-answer is (`task.py`), and both sides generate that many tokens; the benchmark fails where the counts differ.
+These are the same on both sides: weights in float32, sampling at temperature 1, no KL term, learning rate 1e-6 with
+AdamW and clipping, no gradient checkpointing, samples per micro-batch, and two optimizer steps per generation (so that
+both sides compute old log-probabilities; with one, TRL would skip them). The tokens of every response are also the
+same: a prompt encodes the length of its response (`task.py`), and the benchmark fails if the token counts differ.
 
-What is not: ours is `python3 -m verl.trainer.main_ppo` with a vLLM engine and a metrics file, and its processes keep
-the memory that they free. TRL generates with transformers' `generate`, its default, logs nothing, and keeps freed
-memory only with --trl-keeps-memory. Its other ways are no use on a CPU: vLLM in the same process, because
-`load_weights` on an engine whose CPU kernels have packed their weights fails at the first step; and
-`use_transformers_continuous_batching`, which is more than ten times slower there (docs/performance.md).
+These differ: verl's side is `python3 -m verl.trainer.main_ppo` with a vLLM engine and a metrics file, and its processes
+keep freed memory. TRL generates with transformers' `generate`, its default, logs nothing, and keeps freed memory only
+with --trl-keeps-memory. Its alternatives are not usable on a CPU: vLLM in the same process fails at the first step,
+because `load_weights` does not work on an engine whose CPU kernels have packed their weights; and
+`use_transformers_continuous_batching` is more than ten times slower (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -49,19 +50,19 @@ STAGES = ("old_log_prob", "adv", "update_actor", "update_weights")
 
 @dataclass
 class Outcome:
-    """Seconds a step, by round; and what ours spent in its stages (`timing_s`, medians)."""
+    """Seconds per step, by round, of both sides; and median seconds of the stages on our side (`timing_s`)."""
 
     ours: list[float]
     trl: list[float]
     stages: dict[str, float]
 
     def ratio(self) -> float:
-        """TRL's step in steps of ours, the median over the rounds; above 1 ours is faster."""
+        """Median over the rounds of TRL's seconds divided by ours; above 1, ours is faster."""
         return statistics.median(theirs / ours for ours, theirs in zip(self.ours, self.trl, strict=True))
 
 
 def trl_process(load: Load, model_dir: Path, work: Path, keeps_memory: bool) -> PacedProcess:
-    """TRL's side, in its own environment."""
+    """Start TRL's side in its own environment."""
     specification = work / "load.json"
     specification.write_text(load.to_json())
     command = [".cache/trl/bin/python", runs.HERE / "trl_side.py", specification, model_dir, work / "trl"]
@@ -71,7 +72,11 @@ def trl_process(load: Load, model_dir: Path, work: Path, keeps_memory: bool) -> 
 
 
 def measure(load: Load, model_dir: Path, work: Path, options: argparse.Namespace) -> Outcome:
-    """Both sides in turn."""
+    """Run the steps of both sides alternately.
+
+    Raises:
+        RuntimeError: a side generated another number of tokens than the load requests.
+    """
     config = runs.keys(load, model_dir, work / "ours", steps=1000)
     sides = {"ours": PacedProcess(runs.command(config), runs.environment(), runs.HERE.parent, work / "ours.log")}
     if not options.without_trl:
@@ -79,12 +84,12 @@ def measure(load: Load, model_dir: Path, work: Path, options: argparse.Namespace
     seconds: dict[str, list[float]] = {"ours": [], "trl": []}
     try:
         for side in sides.values():
-            side.arrived()
+            side.wait_for_arrival()
         for number in range(WARM_UP + options.rounds):
             for name, side in sides.items():
                 elapsed, tokens = side.step()
                 if tokens != load.tokens:
-                    raise RuntimeError(f"{name} generated {tokens} tokens instead of {load.tokens}")
+                    raise RuntimeError(f"{name} generated {tokens} tokens in a step, expected {load.tokens}")
                 if number >= WARM_UP:
                     seconds[name].append(elapsed)
         recorded = runs.metrics(config)[WARM_UP : WARM_UP + options.rounds]
@@ -95,7 +100,7 @@ def measure(load: Load, model_dir: Path, work: Path, options: argparse.Namespace
 
 
 def row(size: str, lengths: str, load: Load, outcome: Outcome) -> list[str]:
-    """A line of the table."""
+    """Row of the table."""
     ours = statistics.median(outcome.ours)
     spread = f"{load.shortest} to {load.longest}" if load.shortest < load.longest else str(load.longest)
     rest = ours - sum(outcome.stages.values())
@@ -119,10 +124,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", default=["0.8M", "135M"], choices=["0.8M", "135M"])
     parser.add_argument("--lengths", nargs="+", default=list(TARGETS), choices=list(TARGETS))
-    parser.add_argument("--rounds", type=int, default=5, help=f"measured steps of each side, after {WARM_UP}")
-    parser.add_argument("--prompts", type=int, help="a step, instead of the load's own number")
-    parser.add_argument("--without-trl", action="store_true", help="ours alone")
-    parser.add_argument("--trl-keeps-memory", action="store_true", help="what it frees, as ours does by itself")
+    parser.add_argument("--rounds", type=int, default=5, help=f"measured steps, after {WARM_UP} warm-up steps")
+    parser.add_argument("--prompts", type=int, help="prompts per step; default: those of the load")
+    parser.add_argument("--without-trl", action="store_true", help="run only our side")
+    parser.add_argument("--trl-keeps-memory", action="store_true", help="TRL keeps freed memory, as ours does")
     tables.add_write_option(parser)
     options = parser.parse_args()
     print(machine.header(), flush=True)

@@ -1,6 +1,6 @@
-"""What machine, and what state of it, a benchmark's figures belong to: printed above every table of this directory.
+"""Description of the machine and its load, which every benchmark prints above its tables.
 
-`python benchmarks/machine.py` prints it alone.
+`python benchmarks/machine.py` prints only the description.
 """
 
 import datetime
@@ -18,7 +18,7 @@ _ARM_FLAGS = ("asimd", "sve", "bf16", "i8mm")
 
 
 def describe() -> dict[str, str]:
-    """Name to text: processor, cores, the vector features that decide speed, memory, accelerator, versions, load."""
+    """Return name to text: date, processor, cores, vector features, memory, accelerator, versions, load averages."""
     info = _cpuinfo()
     features = set((info.get("flags") or info.get("Features") or "").split())
     known = _X86_FLAGS if "x86" in platform.machine() else _ARM_FLAGS
@@ -32,12 +32,12 @@ def describe() -> dict[str, str]:
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB",
         "accelerator": _accelerator(),
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, {_compiler()}",
-        "load before": f"{load} (1, 5, 15 minutes): another's work on these cores inflates every figure",
+        "load before": f"{load} (1, 5, 15 minutes): other work on these cores inflates every figure",
     }
 
 
 def kind() -> str:
-    """The word by which tables of several machines are told apart."""
+    """Name of the processor's class, which distinguishes tables of several machines."""
     features = set((_cpuinfo().get("flags") or "").split())
     if "avx512_bf16" in features:
         return "AVX-512 with bf16"
@@ -49,7 +49,7 @@ def kind() -> str:
 
 
 def header() -> str:
-    """`describe()` as the lines above a table."""
+    """Return `describe()` as aligned lines of text."""
     described = describe()
     width = max(map(len, described))
     return "\n".join(f"{name:<{width}}  {text}" for name, text in described.items())

@@ -1,4 +1,4 @@
-"""Model directories of known size with random weights: a benchmark of speed does not need what they say."""
+"""Model directories of known size with random weights; benchmarks of speed do not depend on the values."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast, Qwen3Config
 
 _COMMON = {"tie_word_embeddings": True, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-# The quickstart's model, and the shape of SmolLM2-135M.
+# The model of the quickstart, and the shapes of SmolLM2-135M.
 CONFIGS = {
     "0.8M": Qwen3Config(
         vocab_size=128,
@@ -48,7 +48,7 @@ def _scaled(hidden: int, layers: int, vocabulary: int) -> LlamaConfig:
     )
 
 
-# For how things grow: the shape stays alike, so that the size is all that differs.
+# Models for growth.py: proportions are similar, so that mainly the size differs.
 GROWTH = {
     "1M": _scaled(128, 4, 2048),
     "5M": _scaled(256, 6, 2048),
@@ -57,24 +57,24 @@ GROWTH = {
     "190M": _scaled(1024, 16, 8192),
     "500M": _scaled(1408, 22, 16384),
 }
-# So small that next to nothing is computed or moved, whatever the depth; and one of few layers that are large.
+# Models for probes.py: two with almost no computation and transfers, of different depth; one with few, large layers.
 PROBES = {"shallow": GROWTH["1M"], "deep": _scaled(128, 24, 2048), "wide": _scaled(896, 6, 8192)}
 
 
 def config(size: str) -> PretrainedConfig:
-    """The config of a model of `CONFIGS`, `GROWTH` or `PROBES`."""
+    """Config of a model in `CONFIGS`, `GROWTH` or `PROBES`."""
     return (CONFIGS | GROWTH | PROBES)[size]
 
 
 def parameters(size: str) -> int:
-    """Of a model, tied ones once."""
+    """Number of parameters of a model; tied ones count once."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config(size))
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def write_model(size: str, directory: Path) -> Path:
-    """A model in bfloat16, with a tokenizer of one word a token; returns its directory."""
+    """Write a model in bfloat16 and a tokenizer with one token per word; return the directory."""
     torch.manual_seed(0)
     shape = config(size)
     AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16).save_pretrained(directory)

@@ -1,11 +1,11 @@
-"""Overhead of a GRPO step: the share in which no engine and no trainer rank computes.
+"""Measure the overhead of a GRPO step: the share of its time in which no engine and no trainer rank computes.
 
     python benchmarks/overhead.py [--sizes 135M 0.8M] [--lengths equal ragged] [--steps 6] [--write DOCUMENT]
 
 Runs `python3 -m verl.trainer.main_ppo` on the loads of `grpo_step.py`, with `trainer.timeline`. Overhead is the part of
-a step outside the engine's forward passes and the trainer's forward, backward and optimizer (concurrent processes count
-once): requests, bookkeeping of the sampling, rewards, batches, advantages, weight update, logs. The table shows it by
-stage of the driver. Two steps warm up.
+a step outside the engine's forward passes and the trainer's forward, backward and optimizer passes (concurrent
+processes count once): requests, bookkeeping of the sampling, rewards, batches, advantages, weight update, logs. The
+table shows the overhead by stage of the driver. The first two steps warm up and do not count.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _COMPUTING = ("engine", "train")
 
 
 def overhead_by_stage(events: Sequence[Event]) -> dict[int, dict[str, float]]:
-    """By step, the share of it that each of the driver's stages lasts without anybody computing.
+    """Return, by step, the share of the step's time in which each stage of the driver runs and no process computes.
 
-    `between` is what lies in no stage. Stages that contain others, the step itself, are left out.
+    `between` is the time outside all stages. The stage `step`, which contains the others, is left out.
     """
     spans = [event for event in events if event["ph"] == "X"]
     busy = [_interval(event) for event in spans if event["cat"] in _COMPUTING]
@@ -46,8 +46,8 @@ def overhead_by_stage(events: Sequence[Event]) -> dict[int, dict[str, float]]:
             start, stop = _interval(event)
             idle = (stop - start - covered(busy, start, stop)) / (end - begin)
             found[event["name"]] = found.get(event["name"], 0.0) + idle
-        somewhere = [*busy, *map(_interval, inside)]
-        found["between"] = (end - begin - covered(somewhere, begin, end)) / (end - begin)
+        accounted = [*busy, *map(_interval, inside)]
+        found["between"] = (end - begin - covered(accounted, begin, end)) / (end - begin)
     return shares
 
 
@@ -56,7 +56,7 @@ def _interval(event: Event) -> tuple[float, float]:
 
 
 def measure(size: str, load: runs.Load, steps: int, work: Path) -> tuple[list[StepShares], dict[str, float]]:
-    """Shares of each step after the warm-up, and the medians of the overhead by stage."""
+    """Run a load; return the shares of each step after the warm-up, and the median overhead by stage."""
     trace = work / "timeline.json"
     config = runs.keys(
         load, models.write_model(size, work / "model"), work / "run", WARM_UP + steps, {"trainer.timeline": trace}
@@ -71,26 +71,26 @@ def measure(size: str, load: runs.Load, steps: int, work: Path) -> tuple[list[St
 
 
 def span_seconds(count: int = 20_000) -> tuple[float, float]:
-    """Of a span that is recorded, and of one in a run without a timeline."""
+    """Return the seconds of a recorded span, and of a span in a run without a timeline."""
 
-    def each() -> float:
+    def seconds_per_span() -> float:
         started = time.perf_counter()
         for _ in range(count):
-            with span("nothing"):
+            with span("empty"):
                 pass
         return (time.perf_counter() - started) / count
 
-    without = each()
+    unrecorded = seconds_per_span()
     with tempfile.TemporaryDirectory() as work:
         open_timeline(Path(work) / "timeline.json")
         try:
-            return each(), without
+            return seconds_per_span(), unrecorded
         finally:
             close_timeline()
 
 
 def row(size: str, lengths: str, load: runs.Load, shares: list[StepShares], stages: dict[str, float]) -> list[str]:
-    """A line of the table."""
+    """Row of the table."""
     overheads = [share.overhead for share in shares]
     largest = sorted(stages.items(), key=lambda item: -item[1])
     return [
@@ -109,8 +109,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", default=["135M", "0.8M"], choices=["135M", "0.8M"])
     parser.add_argument("--lengths", nargs="+", default=["equal", "ragged"], choices=["equal", "ragged"])
-    parser.add_argument("--steps", type=int, default=6, help=f"measured steps, after {WARM_UP} to warm up")
-    parser.add_argument("--prompts", type=int, help="a step, instead of the load's own number")
+    parser.add_argument("--steps", type=int, default=6, help=f"measured steps, after {WARM_UP} warm-up steps")
+    parser.add_argument("--prompts", type=int, help="prompts per step; default: those of the load")
     tables.add_write_option(parser)
     options = parser.parse_args()
     print(machine.header(), flush=True)
@@ -121,7 +121,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as work:
                 rows.append(row(size, lengths, load, *measure(size, load, options.steps, Path(work))))
             print(*rows[-1], sep="  ", flush=True)
-    head = ["model", "lengths", "a step", "s", "engine", "trainer", "overhead", "of which in"]
+    head = ["model", "lengths", "work per step", "s", "engine", "trainer", "overhead", "overhead by stage"]
     recorded, unrecorded = (1e6 * seconds for seconds in span_seconds())
     text = (
         f"{tables.caption('make bench-overhead')} Median of {options.steps} steps; target for 135M: at most "

@@ -1,7 +1,7 @@
-"""Steps of another process on command: it stops at a gate before each step, and the benchmark lets it through.
+"""Processes that run one step per command: each waits at a gate before a step until the benchmark opens it.
 
-What two processes take for a step can then be measured in turn, each while the other one stands still. Standard library
-only, and nothing of this project: the peer's environment imports it too.
+The benchmark can thus time the steps of two processes alternately, each while the other one waits. Imports only the
+standard library, because the environment of TRL imports this file too.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ _REPORT = struct.Struct("!q")
 
 
 class Gate:
-    """The child's end, from the environment variable `GATE`."""
+    """The gate in the paced process, from the file descriptor in the environment variable `GATE`."""
 
     def __init__(self) -> None:
         self._socket = socket.socket(fileno=int(os.environ[GATE]))
 
     def arrive(self, tokens: int) -> None:
-        """Report the tokens generated since the gate was last passed, and wait to be let through.
+        """Report the number of tokens generated since the last gate, and wait until the gate opens.
 
         Raises:
-            EOFError: the benchmark is over.
+            EOFError: the benchmark has closed its end.
         """
         self._socket.sendall(_REPORT.pack(tokens))
         if not self._socket.recv(1):
@@ -36,11 +36,13 @@ class Gate:
 
 
 class PacedProcess:
-    """A process that stops at gates.
+    """A process that waits at a gate before each step.
 
     Args:
-        command, environment, directory: what to start, variables to add, where.
-        log: a file for what it prints.
+        command: the command line.
+        environment: variables to add to those of this process.
+        directory: the working directory.
+        log: file for its output.
     """
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], directory: Path, log: Path):
@@ -57,11 +59,11 @@ class PacedProcess:
                 pass_fds=[theirs.fileno()],
             )
 
-    def arrived(self) -> int:
-        """Wait until it stands at the gate; the tokens it generated since it last stood there.
+    def wait_for_arrival(self) -> int:
+        """Wait until the process is at the gate; return the tokens that it generated since its last arrival.
 
         Raises:
-            RuntimeError: it ended; with the end of what it printed.
+            RuntimeError: the process ended; the text has the end of its output.
         """
         report = self._socket.recv(_REPORT.size, socket.MSG_WAITALL)
         if len(report) < _REPORT.size:
@@ -71,14 +73,14 @@ class PacedProcess:
         return _REPORT.unpack(report)[0]
 
     def step(self) -> tuple[float, int]:
-        """Let it through; seconds until it stands at the gate again, and the tokens it generated."""
+        """Open the gate; return the seconds until the next arrival, and the tokens generated until then."""
         started = time.perf_counter()
         self._socket.sendall(b"g")
-        tokens = self.arrived()
+        tokens = self.wait_for_arrival()
         return time.perf_counter() - started, tokens
 
     def close(self) -> None:
-        """End it; SIGTERM is a clean stop for both sides."""
+        """End the process with SIGTERM, which is a clean stop for verl and TRL; kill it after 60 seconds."""
         self.process.terminate()
         self._socket.close()
         try:

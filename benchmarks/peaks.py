@@ -1,4 +1,4 @@
-"""Memory high-water marks of a run's processes, by what they do."""
+"""Memory high-water marks of the processes of a run, by role."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 
 _MIB = 1 << 10  # /proc counts in KiB
-# Words of a command line; the first that occurs tells the role.
+# The first of these words that a command line contains determines the role.
 _ROLES = (
     ("ray::TrainWorker", "trainer rank"),
     ("ray::vLLMHttpServer", "replica"),
@@ -23,18 +23,18 @@ _ROLES = (
 
 
 def role_of(command_line: str) -> str:
-    """What a process of a run does; `other` where its command line does not tell, such as reward workers."""
+    """Return the role of a process; `other` if its command line does not show it, as for reward workers."""
     return next((role for word, role in _ROLES if word in command_line), "other")
 
 
 def peak_mib(status: str) -> int | None:
-    """VmHWM, the most memory that was ever resident, from the text of /proc/PID/status; None for a zombie."""
+    """Return VmHWM, the peak resident memory in MiB, from the text of /proc/PID/status; None for a zombie."""
     line = next((line for line in status.splitlines() if line.startswith("VmHWM:")), None)
     return None if line is None else int(line.split()[1]) // _MIB
 
 
 class PeakWatcher:
-    """Looks at a process and its descendants twice a second until it is stopped."""
+    """Thread that reads the memory peaks of a process and its descendants twice a second until `stop`."""
 
     def __init__(self, pid: int):
         self._root = psutil.Process(pid)
@@ -45,9 +45,9 @@ class PeakWatcher:
 
     def _watch(self) -> None:
         while not self._stopped.wait(0.5):
-            self._look()
+            self._read_peaks()
 
-    def _look(self) -> None:
+    def _read_peaks(self) -> None:
         try:
             processes = [self._root, *self._root.children(recursive=True)]
         except psutil.NoSuchProcess:
@@ -55,10 +55,10 @@ class PeakWatcher:
         for process in processes:
             try:
                 command_line = process.cmdline()
-                # Between fork and exec a process is its parent's copy.
+                # Between fork and exec a process is a copy of its parent.
                 if process != self._root and psutil.Process(process.ppid()).cmdline() == command_line:
                     continue
-                # A worker of Ray's is renamed once it knows what it does.
+                # Ray renames a worker after its actor starts, so the last role read is the right one.
                 role = role_of(" ".join(command_line))
                 peak = peak_mib(Path(f"/proc/{process.pid}/status").read_text())
             except (psutil.NoSuchProcess, psutil.ZombieProcess, OSError):
@@ -67,10 +67,10 @@ class PeakWatcher:
                 self._peaks[process.pid] = role, peak
 
     def stop(self) -> dict[str, list[int]]:
-        """Look once more; peaks in MiB by role, the highest first."""
+        """Read once more; return the peaks in MiB by role, highest first."""
         self._stopped.set()
         self._thread.join()
-        self._look()
+        self._read_peaks()
         by_role: dict[str, list[int]] = defaultdict(list)
         for role, peak in sorted(self._peaks.values(), key=lambda item: -item[1]):
             by_role[role].append(peak)

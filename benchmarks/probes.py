@@ -1,9 +1,9 @@
-"""This machine's parameters for `time_model.py`, by probes of some seconds each.
+"""Measure the parameters of this machine for `time_model.py` with probes of a few seconds each.
 
-Rates come from the model in question and its weights, copies and a collective. What no such probe shows comes from
-runs: overheads from models so small that they compute and move next to nothing (a shallow one, a deep one, the shallow
-one with more samples, the deep one with more buckets), and what an engine does with the weights that it loads from a
-model of few large layers.
+Rates are measured with the weights of the model in question, with copies, and with collectives. Parameters that no
+probe can show come from runs. Overheads come from models so small that computation and transfers take almost no time: a
+shallow one, a deep one, the shallow one with more samples, and the deep one with more buckets. The engine's work on
+loaded weights comes from a model with few, large layers.
 """
 
 from __future__ import annotations
@@ -28,40 +28,45 @@ from transformers import PretrainedConfig
 from verl.utils.host import cpu_cores, cpu_environment
 
 Parts = dict[str, float]
-# Runs that show what no probe does; the deep model is the shallow one with more layers, the wide one has large ones.
+# Models of the runs: the deep one is the shallow one with more layers, the wide one has large layers.
 SHALLOW, DEEP, WIDE = "shallow", "deep", "wide"
 FEW = runs.Load(prompts=4, n=4, shortest=32, longest=32, updates=2, micro_batch=8)
 MANY = replace(FEW, prompts=16, micro_batch=32)
-# Buckets so small that an update of the deep model takes many.
+# Size in MiB: an update of the deep model takes many buckets of this size.
 SMALL_BUCKETS = 1
-# Micro-batches of one pass over the step, of both loads.
-_PASSES = 2
-# Seconds of a probe without collectives, whose ranks need not agree on how often they call.
-_PROBED = 1.0
-_COPIED = 64 << 20
-_GATHERED = 32 << 20
+# Micro-batches in one pass over the step, for both loads.
+_MICRO_BATCHES = 2
+# Duration of a probe without collectives; such a probe may make a different number of calls on each rank.
+_PROBE_SECONDS = 1.0
+_COPY_BYTES = 64 << 20
+_GATHER_BYTES = 32 << 20
 
 
-def seconds(call: Callable[[], object], rounds: int = 7, at_least: float = 0.0) -> float:
-    """Of one call, the median of some rounds after one to warm up; of more, as long as `at_least` is not over."""
+def median_seconds(call: Callable[[], object], rounds: int = 7, at_least: float = 0.0) -> float:
+    """Return the median seconds of a call, after one warm-up call.
+
+    Args:
+        rounds: minimum number of calls.
+        at_least: minimum seconds of all calls together; more rounds fill the rest.
+    """
     call()
-    found: list[float] = []
+    durations: list[float] = []
     begun = time.perf_counter()
-    while len(found) < rounds or time.perf_counter() - begun < at_least:
+    while len(durations) < rounds or time.perf_counter() - begun < at_least:
         started = time.perf_counter()
         call()
-        found.append(time.perf_counter() - started)
-    return statistics.median(found)
+        durations.append(time.perf_counter() - started)
+    return statistics.median(durations)
 
 
 def copy_bandwidth(at_least: float) -> float:
-    """Bytes copied per second with all threads, measured for `at_least` seconds."""
-    source, target = torch.ones(_COPIED, dtype=torch.uint8), torch.empty(_COPIED, dtype=torch.uint8)
-    return _COPIED / seconds(lambda: target.copy_(source), at_least=at_least)
+    """Measure the bytes copied per second with all threads, for `at_least` seconds."""
+    source, target = torch.ones(_COPY_BYTES, dtype=torch.uint8), torch.empty(_COPY_BYTES, dtype=torch.uint8)
+    return _COPY_BYTES / median_seconds(lambda: target.copy_(source), at_least=at_least)
 
 
 def layer_weights(config: PretrainedConfig, copies: int) -> list[list[torch.Tensor]]:
-    """Float32 matrices [out, in] of some decoder layers, different memory each."""
+    """Return the float32 matrices [out, in] of `copies` decoder layers, each in its own memory."""
     attention = config.num_attention_heads * config.head_dim
     cached = config.num_key_value_heads * config.head_dim
     hidden, inner = config.hidden_size, config.intermediate_size
@@ -70,9 +75,10 @@ def layer_weights(config: PretrainedConfig, copies: int) -> list[list[torch.Tens
 
 
 def decode_rates(config: PretrainedConfig, active: int, at_least: float) -> tuple[float, float]:
-    """Bytes of weights read a second with one row, and FLOP/s with `active` rows, in layers that no cache holds.
+    """Measure bytes of weights read per second with one row, and FLOP/s with `active` rows.
 
-    Weights are packed for oneDNN, as vLLM packs them: with few rows that is several times faster than without.
+    All layers of the model take turns, so that no processor cache holds the weights. Weights are packed for oneDNN, as
+    in vLLM: with few rows this is several times faster than unpacked weights.
     """
     layers = layer_weights(config, copies=config.num_hidden_layers)
     weights = [(weight.shape[1], _packed(weight)) for layer in layers for weight in layer]
@@ -83,7 +89,7 @@ def decode_rates(config: PretrainedConfig, active: int, at_least: float) -> tupl
         for inputs, weight in weights:
             torch.ops.mkldnn._linear_pointwise(torch.ones(rows, inputs), weight, None, "none", [], "")
 
-    one, many = (seconds(lambda rows=rows: pass_over(rows), at_least=at_least) for rows in (1, active))
+    one, many = (median_seconds(lambda rows=rows: pass_over(rows), at_least=at_least) for rows in (1, active))
     return 4 * elements / one, 2 * active * elements / many
 
 
@@ -91,41 +97,44 @@ def _packed(weight: torch.Tensor) -> torch.Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight)
 
 
-def train_flops(config: PretrainedConfig, samples: int, prompt: int, answer: int, at_least: float) -> float:
-    """FLOP/s of the model forward and backward, for a micro-batch of `samples` prompts and responses.
+def train_flops(config: PretrainedConfig, samples: int, prompt: int, response: int, at_least: float) -> float:
+    """Measure the FLOP/s of a forward and backward pass over a micro-batch of `samples` prompts and responses.
 
-    The head works at the answers alone, where it is followed by a pass over its logits that no FLOPs count.
+    The head is computed for response tokens only. A reduction over its logits follows; it takes time, but no FLOPs are
+    counted for it.
     """
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     layers = sum(parameter.numel() for parameter in model.model.layers.parameters() if parameter.dim() == 2)
-    tokens = prompt + answer
+    tokens = prompt + response
     ids = torch.randint(3, config.vocab_size, (samples, tokens))
 
-    def both() -> None:
+    def forward_backward() -> None:
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, prompt:]
         model.lm_head(hidden).logsumexp(-1).sum().backward()
 
     attention = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * tokens
-    flops = 6 * samples * (tokens * (layers + attention) + answer * model.lm_head.weight.numel())
-    return flops / seconds(both, rounds=3, at_least=at_least)
+    flops = 6 * samples * (tokens * (layers + attention) + response * model.lm_head.weight.numel())
+    return flops / median_seconds(forward_backward, rounds=3, at_least=at_least)
 
 
-def this_machine(config: PretrainedConfig, load: runs.Load, ranks: int, at_least: float = _PROBED) -> Device:
-    """Measure one rank's share of this machine for a model and a load; without overheads.
+def this_machine(config: PretrainedConfig, load: runs.Load, ranks: int, at_least: float = _PROBE_SECONDS) -> Device:
+    """Measure one rank's share of this machine for a model and a load; the result has no overheads.
 
-    One process for each rank probes at the same time, with its share of the threads and the environment of a run.
+    One process per rank runs the probes, all at the same time, with its share of the threads and the environment of a
+    run.
 
     Args:
-        at_least: seconds that each probe without collectives takes.
+        at_least: seconds of each probe without collectives.
     """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
-    # Spawned processes get this one's environment, which the C library reads when they start; later runs do not.
+    # The C library reads the environment at process start, so it is set here for the spawned processes, and only for
+    # them.
     with mock.patch.dict(os.environ, cpu_environment(max(1, cpu_cores() // ranks))):
         multiprocessing.spawn(_probe, (ranks, port, config, load, at_least, results), nprocs=ranks)
     return results.get()
@@ -143,23 +152,23 @@ def _probe(
     torch.set_num_threads(max(1, cpu_cores() // ranks))
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
 
-    def together(probe: Callable[[], Any]) -> Any:
+    def synchronized(probe: Callable[[], Any]) -> Any:
         dist.barrier()
         return probe()
 
-    read, generate = together(lambda: decode_rates(config, max(1, load.samples // ranks), at_least))
-    alone = float("inf"), 0.0
-    bandwidth, latency = alone if ranks == 1 else together(lambda: link(ranks))
-    collected, call = alone if ranks == 1 else together(lambda: collect(rank, ranks))
+    read, generate = synchronized(lambda: decode_rates(config, max(1, load.samples // ranks), at_least))
+    no_link = float("inf"), 0.0
+    bandwidth, latency = no_link if ranks == 1 else synchronized(lambda: link(ranks))
+    collect_bandwidth, collect_latency = no_link if ranks == 1 else synchronized(lambda: collect(rank, ranks))
     device = Device(
-        train_flops=together(lambda: train_flops(config, load.micro_batch, load.prompt, load.longest, at_least)),
+        train_flops=synchronized(lambda: train_flops(config, load.micro_batch, load.prompt, load.longest, at_least)),
         generate_flops=generate,
         read_bandwidth=read,
-        copy_bandwidth=together(lambda: copy_bandwidth(at_least)),
+        copy_bandwidth=synchronized(lambda: copy_bandwidth(at_least)),
         link_bandwidth=bandwidth,
         link_latency=latency,
-        collect_bandwidth=collected,
-        collect_latency=call,
+        collect_bandwidth=collect_bandwidth,
+        collect_latency=collect_latency,
         overheads=Overheads(),
         itemsize=4,
         overlaps=False,
@@ -171,44 +180,47 @@ def _probe(
 
 
 def link(ranks: int) -> tuple[float, float]:
-    """Bytes into a rank a second, and seconds a call, of an all-gather between the ranks."""
+    """Measure an all-gather: bytes per second into each rank, and seconds per call."""
 
     def gather(size: int, rounds: int) -> float:
-        own = torch.ones(size // ranks, dtype=torch.uint8)
-        whole = torch.empty(len(own) * ranks, dtype=torch.uint8)
-        return seconds(lambda: dist.all_gather_into_tensor(whole, own), rounds)
+        shard = torch.ones(size // ranks, dtype=torch.uint8)
+        gathered = torch.empty(len(shard) * ranks, dtype=torch.uint8)
+        return median_seconds(lambda: dist.all_gather_into_tensor(gathered, shard), rounds)
 
     return _rate_and_latency(gather, ranks)
 
 
 def collect(rank: int, ranks: int) -> tuple[float, float]:
-    """The same of bringing every rank's bytes to rank 0 alone, as a weight update does."""
+    """Measure a gather to rank 0, as in a weight update: bytes per second into rank 0, and seconds per call."""
 
-    def to_first(size: int, rounds: int) -> float:
-        own = torch.ones(size // ranks, dtype=torch.uint8)
-        coming = [len(own) if rank == 0 else 0] * ranks
-        whole = torch.empty(sum(coming), dtype=torch.uint8)
-        going = [len(own), *[0] * (ranks - 1)]
-        return seconds(lambda: dist.all_to_all_single(whole, own, coming, going), rounds)
+    def gather_to_rank0(size: int, rounds: int) -> float:
+        shard = torch.ones(size // ranks, dtype=torch.uint8)
+        receive_sizes = [len(shard) if rank == 0 else 0] * ranks
+        send_sizes = [len(shard), *[0] * (ranks - 1)]
+        gathered = torch.empty(sum(receive_sizes), dtype=torch.uint8)
+        return median_seconds(lambda: dist.all_to_all_single(gathered, shard, receive_sizes, send_sizes), rounds)
 
-    return _rate_and_latency(to_first, ranks)
+    return _rate_and_latency(gather_to_rank0, ranks)
 
 
 def _rate_and_latency(collective: Callable[[int, int], float], ranks: int) -> tuple[float, float]:
-    small, large = collective(1 << 10, 101), collective(_GATHERED, 7)
-    return _GATHERED * (ranks - 1) / ranks / max(large - small, 1e-9), small
+    small, large = collective(1 << 10, 101), collective(_GATHER_BYTES, 7)
+    return _GATHER_BYTES * (ranks - 1) / ranks / max(large - small, 1e-9), small
 
 
 def calibrate(measure: Callable[..., Parts], predict: Callable[..., Parts]) -> tuple[Overheads, float]:
-    """What no probe shows, of this machine at one rank: overheads, and `Device.load_copies`.
+    """Determine the parameters that no probe can show, at one rank: overheads, and `Device.load_copies`.
 
-    Overheads are what the smallest models take beyond their computing; how often an engine copies what it loads is what
-    is left of a large model's weight update.
+    Overheads are the measured seconds of the smallest models minus the predicted seconds of their computation.
+    `load_copies` follows from the rest of the weight update of a model with large layers.
 
     Args:
-        measure: seconds of the parts of a run, and the number of `buckets` of an update; for a model, a load and, where
-            that is not the default, MiB of a bucket.
-        predict: seconds by the time model, for a model, a load, a device and ranks.
+        measure: runs (model, load[, MiB of a bucket]); returns the seconds of the parts, and the number of `buckets` of
+            an update.
+        predict: predicts the seconds of the parts by the time model from (model, load, device, ranks).
+
+    Returns:
+        (overheads, load_copies).
     """
     measured, devices = {}, {}
     for run in ((SHALLOW, FEW), (DEEP, FEW), (SHALLOW, MANY), (DEEP, FEW, SMALL_BUCKETS), (WIDE, FEW)):
@@ -219,18 +231,18 @@ def calibrate(measure: Callable[..., Parts], predict: Callable[..., Parts]) -> t
     *small, large = measured
     layers = [models.config(size).num_hidden_layers for size in (SHALLOW, DEEP)]
 
-    def bare(run: tuple[Any, ...], **known: Any) -> Parts:
-        return predict(*run[:2], replace(devices[run[:2]], **known), 1)
+    def predict_with(run: tuple[Any, ...], **parameters: Any) -> Parts:
+        return predict(*run[:2], replace(devices[run[:2]], **parameters), 1)
 
     overheads, copies = Overheads(), 1.0
-    # Each is found with the other one known; small models hardly copy, so that this settles at once.
+    # Each of the two is computed from the other. Small models copy almost nothing, so the iteration converges quickly.
     for _ in range(4):
-        beyond = []
+        excess = []
         for run in small:
-            expected = bare(run, load_copies=copies)
-            beyond.append({part: found - expected.get(part, 0.0) for part, found in measured[run].items()})
-        overheads = solve(*beyond, *layers)
-        none, one = (bare(large, overheads=overheads, load_copies=n)["weight_update"] for n in (0.0, 1.0))
+            expected = predict_with(run, load_copies=copies)
+            excess.append({part: found - expected.get(part, 0.0) for part, found in measured[run].items()})
+        overheads = solve(*excess, *layers)
+        none, one = (predict_with(large, overheads=overheads, load_copies=n)["weight_update"] for n in (0.0, 1.0))
         copies = max(0.0, (measured[large]["weight_update"] - none) / (one - none))
     return overheads, copies
 
@@ -238,23 +250,27 @@ def calibrate(measure: Callable[..., Parts], predict: Callable[..., Parts]) -> t
 def solve(
     shallow: Parts, deep: Parts, many: Parts, bucketed: Parts, shallow_layers: int, deep_layers: int
 ) -> Overheads:
-    """Overheads from four runs' seconds beyond computing, and their `buckets`.
+    """Compute overheads from the excess seconds of four runs, and from their `buckets`.
 
-    `FEW` on two depths, `MANY` on the shallow model, and `FEW` on the deep one with more buckets.
+    Args:
+        shallow, deep: load `FEW` on the models of the two depths.
+        many: load `MANY` on the shallow model.
+        bucketed: load `FEW` on the deep model with more buckets.
+        shallow_layers, deep_layers: decoder layers of the two models.
     """
 
-    def line(few: float, more: float) -> tuple[float, float]:
-        """Seconds of no layer, and of each; neither below nothing, whatever the noise."""
-        slope = max(0.0, (more - few) / (deep_layers - shallow_layers))
-        return max(0.0, few - shallow_layers * slope), slope
+    def line(shallow_seconds: float, deep_seconds: float) -> tuple[float, float]:
+        """Return the seconds without layers and per layer; noise makes neither negative."""
+        slope = max(0.0, (deep_seconds - shallow_seconds) / (deep_layers - shallow_layers))
+        return max(0.0, shallow_seconds - shallow_layers * slope), slope
 
-    def passes(parts: Parts) -> float:
-        """Of one forward pass over a micro-batch: old log-probabilities take one, an update three."""
-        return (parts["old_log_probs"] + parts["updates"]) / (4 * _PASSES)
+    def forward_pass(parts: Parts) -> float:
+        """Return the seconds of a forward pass over a micro-batch; old log-probabilities take one, an update three."""
+        return (parts["old_log_probs"] + parts["updates"]) / (4 * _MICRO_BATCHES)
 
     sample = max(0.0, (many["generation"] - shallow["generation"]) / (MANY.samples - FEW.samples))
     decode, decode_layer = line(*((run["generation"] - FEW.samples * sample) / FEW.longest for run in (shallow, deep)))
-    micro_batch, micro_batch_layer = line(passes(shallow), passes(deep))
+    micro_batch, micro_batch_layer = line(forward_pass(shallow), forward_pass(deep))
     more = bucketed["buckets"] - deep["buckets"]
     update_bucket = max(0.0, (bucketed["weight_update"] - deep["weight_update"]) / more)
     update, update_layer = line(*(run["weight_update"] - run["buckets"] * update_bucket for run in (shallow, deep)))

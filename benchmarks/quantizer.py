@@ -1,10 +1,11 @@
-"""The MXFP8 quantizer against a plain bf16 copy of the same tensor, and against the other ways to write it.
+"""Compare the MXFP8 quantizer with a bf16 copy of the same tensor and with other implementations of it.
 
     python benchmarks/quantizer.py [--size 4096] [--threads 2] [--runs 31]
 
-Every round times each candidate once, one after the other, so that a ratio compares figures of the same moments; the
-table has the median over the rounds and the median of the per-round ratios to the copy. The second table is processor
-time of one thread, which other work on the machine disturbs less. All candidates are first checked for the same bits.
+Every round times each candidate once, one after the other, so that each ratio compares two timings of the same round.
+The first table has medians over the rounds, and medians of the per-round ratios to the copy. The second table has the
+processor time of one thread, which other work on the machine disturbs less. Before the timing, all candidates must
+produce the same bits.
 """
 
 import argparse
@@ -26,7 +27,7 @@ TARGET = 3.0
 
 
 def torch_operators(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What one writes first: floating-point operators over the whole tensor."""
+    """Quantize with floating-point operators over the full tensor, the simplest implementation."""
     blocks = x.reshape(-1, mx.MX_BLOCK_SIZE).float()
     amax = blocks.abs().amax(-1, keepdim=True)
     exponent = (torch.floor(torch.log2(amax)) - 8).clamp(-127, 127)
@@ -35,7 +36,7 @@ def torch_operators(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def candidates(x: torch.Tensor) -> dict[str, Callable]:
-    """Name to a call that quantizes x, all to the same bits, and the copies they are measured against."""
+    """Return name to call: the copies for comparison, and calls that quantize, dequantize or check x."""
     half, copied = x.bfloat16(), torch.empty_like(x, dtype=torch.bfloat16)
     out = mx.mxfp8_quantize(x)
     values, scales = mx.mxfp8_quantize(x)
@@ -43,7 +44,7 @@ def candidates(x: torch.Tensor) -> dict[str, Callable]:
     compiled = torch.compile(mx._quantize_blocks, dynamic=True)
     blocks = x.reshape(-1, mx.MX_BLOCK_SIZE)
 
-    def pieces():
+    def without_kernels():
         kept, mx._native_library = mx._native_library, lambda device: None
         try:
             return mx.mxfp8_quantize(x)
@@ -56,7 +57,7 @@ def candidates(x: torch.Tensor) -> dict[str, Callable]:
         "quantize, C kernels, into `out`": lambda: mx.mxfp8_quantize(x, out=out),
         "quantize, C kernels": lambda: mx.mxfp8_quantize(x),
         "quantize, torch.compile": lambda: compiled(blocks, 0),
-        "quantize, no compiler": pieces,
+        "quantize, no compiler": without_kernels,
         "quantize, plain torch operators": lambda: torch_operators(x),
         "dequantize to bf16, into `out`": lambda: mx.mxfp8_dequantize(values, scales, torch.bfloat16, out=restored),
         "dequantize to float32, into `out`": lambda: mx.mxfp8_dequantize(values, scales, out=restored_float),
@@ -67,7 +68,7 @@ def candidates(x: torch.Tensor) -> dict[str, Callable]:
 
 
 def measure(calls: dict[str, Callable], runs: int, clock: Callable[[], float]) -> dict[str, tuple[float, float, float]]:
-    """Name to (median ms, fastest ms, median over rounds of the ratio to the first call)."""
+    """Return name to (median ms, fastest ms, median over the rounds of the ratio to the first call)."""
     for call in calls.values():
         call()
         call()
@@ -91,24 +92,28 @@ def measure(calls: dict[str, Callable], runs: int, clock: Callable[[], float]) -
 
 
 def check_bits(x: torch.Tensor, calls: dict[str, Callable]) -> None:
-    """All candidates quantize to the same bits, or the table would compare different things.
+    """Check that all candidates quantize to the same bits; otherwise the table would compare different results.
 
-    What is used on this device has to. Of what is only compared, one that does not is left out, and said so.
+    A wrong result of torch.compile, which is not used on a CPU, only removes this candidate from `calls`, with a
+    message.
+
+    Raises:
+        SystemExit: another candidate produces other bits.
     """
     codes, scales = (part.view(torch.uint8).reshape(-1) for part in calls["quantize, C kernels"]())
     for name, call in list(calls.items()):
         if name.startswith("quantize"):
             other = [part.view(torch.uint8).reshape(-1) for part in call()]
             if not (torch.equal(other[0], codes) and torch.equal(other[1], scales)):
-                message = f"{name}: other bits than the C kernels for {x.dtype}"
+                message = f"{name}: its bits differ from those of the C kernels for {x.dtype}"
                 if name != "quantize, torch.compile":
                     raise SystemExit(message)
-                print(f"\n{message}; it is left out")
+                print(f"\n{message}; it is not in the tables")
                 del calls[name]
 
 
 def first_call() -> tuple[float, float]:
-    """Seconds of a new process's first call: with nothing cached (it runs the C compiler), and afterwards."""
+    """Measure the seconds of a process's first call: with an empty cache (runs the C compiler), then a filled one."""
     code = (
         "import time, torch; from verl.utils.quantization import mx; x = torch.ones(64, 64); "
         "start = time.perf_counter(); mx.mxfp8_quantize(x); print(time.perf_counter() - start)"
@@ -121,7 +126,7 @@ def first_call() -> tuple[float, float]:
 
 
 def small_call(x: torch.Tensor, repeats: int = 2000) -> float:
-    """Microseconds of a call on a tensor so small that only the call itself costs."""
+    """Measure the microseconds of a call on a tensor so small that only the overhead of the call counts."""
     start = time.perf_counter()
     for _ in range(repeats):
         mx.mxfp8_quantize(x)
@@ -129,7 +134,7 @@ def small_call(x: torch.Tensor, repeats: int = 2000) -> float:
 
 
 def print_table(title: str, rows: dict[str, tuple[float, float, float]]) -> None:
-    print(f"\n{title}\n{'':36}{'median ms':>10}{'fastest':>10}{'x the copy':>12}")
+    print(f"\n{title}\n{'':36}{'median ms':>10}{'fastest':>10}{'x copy':>12}")
     for name, (median, fastest, ratio) in rows.items():
         print(f"{name:<36}{median:>10.2f}{fastest:>10.2f}{ratio:>12.2f}")
 
@@ -143,9 +148,9 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     print(machine.header())
     if native.kernels() is None:
-        raise SystemExit("no C compiler: nothing to compare")
+        raise SystemExit("the C kernels are not available: install a C compiler")
     cold, warm = first_call()
-    print(f"\nfirst call of a process: {cold:.2f} s with nothing cached, {warm * 1e3:.0f} ms afterwards")
+    print(f"\nfirst call of a process: {cold:.2f} s with an empty cache, {warm * 1e3:.0f} ms with a filled one")
     print(f"call on a 32 x 32 tensor: {small_call(torch.ones(32, 32)):.0f} us")
 
     verdict = []
@@ -166,7 +171,7 @@ def main() -> None:
         ours = "quantize, C kernels, into `out`"
         verdict.append((name, wall[ours][2], alone[ours][2]))
 
-    print(f"\n{machine.kind()}: quantizing, times a bf16 copy of the same tensor (target {TARGET:.0f})")
+    print(f"\n{machine.kind()}: quantization time relative to a bf16 copy of the same tensor (target {TARGET:.0f})")
     for name, ratio, ratio_alone in verdict:
         met = "met" if max(ratio, ratio_alone) <= TARGET else "missed"
         print(f"  {name:<10}{ratio:>6.2f} by wall clock, {ratio_alone:.2f} by processor time: {met}")

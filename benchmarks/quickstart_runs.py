@@ -1,4 +1,4 @@
-"""Runs of the quickstart with other keys, for the benchmarks that compare algorithms on it."""
+"""Runs of the quickstart with other keys, for benchmarks that compare algorithms."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _VALIDATION = "reasoning_gym/spell_backward/reward/mean@4"
 
 
 def run(directory: Path, overrides: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """Run `examples/quickstart/run.sh` into `directory`; the metrics by step. Its output is in `directory`/log.txt.
+    """Run `examples/quickstart/run.sh` into `directory` and return its metrics by step; log.txt there has its output.
 
     Raises:
-        RuntimeError: the run failed; with the end of its output.
+        RuntimeError: the run failed; the text has the end of its output.
     """
     directory.mkdir(parents=True, exist_ok=True)
     log = directory / "log.txt"
@@ -38,10 +38,10 @@ def run(directory: Path, overrides: dict[str, Any]) -> dict[int, dict[str, Any]]
 
 
 def validation(steps: dict[int, dict[str, Any]]) -> list[tuple[int, float]]:
-    """(step, mean reward on held-out words); which group it is in depends on what else the scorer returns."""
+    """Return (step, mean reward on held-out words); the scorer's other values determine the metric's prefix."""
     return series(steps, f"val-aux/{_VALIDATION}") or series(steps, f"val-core/{_VALIDATION}")
 
 
 def series(steps: dict[int, dict[str, Any]], name: str) -> list[tuple[int, float]]:
-    """(step, value) of a metric."""
+    """Return (step, value) of a metric."""
     return [(step, data[name]) for step, data in sorted(steps.items()) if name in data]

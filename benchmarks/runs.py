@@ -1,4 +1,4 @@
-"""Runs through the command line, as users start them, on models with random weights and the task of `task.py`."""
+"""Runs started from the command line, as users do, on models with random weights and the task of `task.py`."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ Keys = dict[str, Any]
 
 @dataclass(frozen=True)
 class Load:
-    """What one step does.
+    """Work of one step.
 
     Attributes:
-        prompts: a step.
-        n: samples a prompt.
-        shortest, longest: tokens of a response; the lengths of the prompts are evenly spaced between them.
+        prompts: prompts per step.
+        n: samples per prompt.
+        shortest, longest: tokens of a response; the response lengths of the prompts are evenly spaced between them.
         updates: optimizer steps.
-        micro_batch: samples of the longest length that a forward and backward pass takes at once.
-        prompt: tokens of a prompt.
+        micro_batch: samples of the longest length per forward and backward pass.
+        prompt: tokens per prompt.
     """
 
     prompts: int
@@ -49,29 +49,29 @@ class Load:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of the answers to each of a step's prompts."""
+        """Tokens of a response, for each prompt of a step."""
         return task.spread(self.prompts, self.shortest, self.longest)
 
     @property
     def tokens(self) -> int:
-        """Generated in a step."""
+        """Tokens generated in a step."""
         return sum(self.lengths) * self.n
 
     def texts(self, steps: int = 16) -> list[str]:
-        """Prompts of some steps."""
+        """Prompts of `steps` steps."""
         return task.make_prompts(steps, self.lengths, self.prompt)
 
     def scaled(self, prompts: int | None) -> Load:
-        """The load with another number of prompts; as it is for None."""
+        """Return the load with another number of prompts; unchanged for None."""
         return self if prompts is None else replace(self, prompts=prompts)
 
     def to_json(self) -> str:
-        """The load and its prompts, for a process that has no verl."""
+        """Return the load and its prompts as JSON, for a process without verl."""
         return json.dumps({**asdict(self), "texts": self.texts()})
 
 
 def write_rows(load: Load, path: Path) -> Path:
-    """The load's prompts as a parquet file."""
+    """Write the prompts of a load to a parquet file and return its path."""
     rows = [
         {
             "data_source": "benchmark",
@@ -85,9 +85,9 @@ def write_rows(load: Load, path: Path) -> Path:
 
 
 def keys(load: Load, model_dir: Path, directory: Path, steps: int, overrides: Mapping[str, Any] = {}) -> Keys:
-    """The run's config: float32, no gradient checkpointing, no validation, no checkpoint, metrics into a file.
+    """Return the config of a run: float32, no gradient checkpointing, no validation, no checkpoint, metrics in a file.
 
-    Writes data and the file of the agent loop into `directory`, where the metrics go too.
+    Writes the data and the agent loop's config file into `directory`; the run writes its metrics there.
     """
     directory.mkdir(parents=True, exist_ok=True)
     loops = directory / "loops.yaml"
@@ -132,23 +132,23 @@ def keys(load: Load, model_dir: Path, directory: Path, steps: int, overrides: Ma
 
 
 def overrides_of(config: Mapping[str, Any]) -> list[str]:
-    """The config as a command line gives it."""
+    """Return the config as command-line overrides."""
     return [f"{key}={value}" for key, value in config.items()]
 
 
 def command(config: Mapping[str, Any]) -> list[str]:
-    """The command line of a run."""
+    """Return the command line of a run."""
     return [sys.executable, "-m", "verl.trainer.main_ppo", *overrides_of(config)]
 
 
 def environment() -> dict[str, str]:
-    """Variables that a run needs to find this directory's modules."""
+    """Return the environment variables with which a run finds the modules of this directory."""
     paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
 
 
 def start(config: Mapping[str, Any]) -> subprocess.Popen:
-    """Start a run; what it prints goes into log.txt beside its metrics."""
+    """Start a run; its output goes to log.txt beside its metrics."""
     with log_of(config).open("w") as log:
         return subprocess.Popen(
             command(config),
@@ -161,15 +161,15 @@ def start(config: Mapping[str, Any]) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen, config: Mapping[str, Any]) -> list[dict[str, float]]:
-    """Wait for a run; the metrics of its steps.
+    """Wait for the end of a run and return the metrics of its steps.
 
     Raises:
-        RuntimeError: it failed; with the end of what it printed.
+        RuntimeError: the run failed; the text has the end of its output.
     """
     try:
         status = process.wait()
     finally:
-        # A benchmark that is interrupted leaves no run behind.
+        # If the benchmark is interrupted, end its run too.
         process.terminate()
         process.wait()
     if status:
@@ -183,11 +183,11 @@ def log_of(config: Mapping[str, Any]) -> Path:
 
 
 def metrics(config: Mapping[str, Any]) -> list[dict[str, float]]:
-    """What a run has recorded of its steps so far."""
+    """Return the metrics of the steps that a run has completed so far."""
     path = Path(config["trainer.default_local_dir"]) / "metrics.jsonl"
     return [record["data"] for record in read_steps(path) if record["step"] > 0]
 
 
 def median(steps: list[dict[str, float]], name: str) -> float:
-    """Of a metric over the steps that have it; 0 where none has."""
+    """Return the median of a metric over the steps that have it; 0 if none has it."""
     return statistics.median([step[name] for step in steps if name in step] or [0.0])

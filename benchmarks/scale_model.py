@@ -1,31 +1,33 @@
-"""Step and update times of Qwen3 models on 8 to 1024 Ascend 950, predicted; and the same model against this machine.
+"""Predict step and update times of Qwen3 models on 8 to 1024 Ascend 950, and check the time model on this machine.
 
     python benchmarks/scale_model.py [--no-check] [--sizes 21M 59M 135M] [--steps 5] [--write DOCUMENT]
 
-Nobody here has an Ascend 950. The predictions take the byte counts of the code that quantizes (`shapes.py`), the
-published figures below and the assumptions below, through the functions of `time_model.py`. The same functions, with
-parameters that small probes measure (`probes.py`), predict runs of this machine at one and two ranks; the table says
-how far off they are.
+No times were measured on an Ascend 950. The functions of `time_model.py` predict them from the byte counts of the
+quantization code (`shapes.py`) and from the published figures and assumptions below. The same functions, with
+parameters measured by small probes (`probes.py`), predict runs of this machine with one and two ranks; a table shows
+their errors.
 
-Published:
+Published figures:
 - BF16 432, MXFP8 865 TFLOP/s (server variant), 128 GB at 1.6 TB/s for the 950PR: the architecture white paper as quoted
-  in gitcode.com/cann/ops-transformer/issues/5487. "1 PFLOPS FP8" is the keynote's round figure.
+  in gitcode.com/cann/ops-transformer/issues/5487. "1 PFLOPS FP8" is the rounded figure of the keynote.
 - 144 GB at 4 TB/s for the 950DT, 2 TB/s of interconnect for both, 8192 of them in one Atlas 950 SuperPoD:
   huawei.com/en/news/2025/9/hc-xu-keynote-speech. The 2 TB/s count both directions.
-- 5.3 GB/s is what verl's HCCL weight transfer reached for Qwen3-30B-A3B between 2 x 16 Ascend 910C (11 s), says
-  verl/checkpoint_engine/README.md of verl-project/verl: software, not links (784 GB/s), was the limit.
+- 5.3 GB/s is the rate of upstream verl's HCCL weight transfer for Qwen3-30B-A3B between 2 x 16 Ascend 910C (11 s),
+  according to verl/checkpoint_engine/README.md of verl-project/verl: software, not the links (784 GB/s), was the limit.
 
-Assumed, because nothing measured was found:
-- reached of the published: 40 % of the FLOPs in training (BF16), 50 % in prefill and large decoding passes (MXFP8),
-  60 % of the memory bandwidth, 50 % of one direction of the link;
-- decoding runs as a graph: 1 ms a pass and 20 us a layer; a tensor-parallel reduction or other collective takes 20 us;
-- 0.2 ms of driver a sample, 0.5 s a step; 0.1 s, 2 ms a layer and 2 ms a bucket for an update; no gaps between a
-  trainer's layers;
-- the hybrid layout: every device holds a trainer shard (FSDP2 over all ranks, 16 bytes a parameter) and 1 / tp of a
-  replica; the smallest tp up to 16 that leaves half of the rest free, of which 80 % are cache in BF16; samples without
-  room in the cache wait;
-- gradient checkpointing, packed micro-batches of 16384 tokens, 1 optimizer step, weight traffic behind the computing;
-- lengths spread evenly, no sample cut, no wait for rewards; all devices in one SuperPoD.
+Assumptions, because no measurements were found:
+- efficiency, as shares of the published figures: 40 % of the FLOPs in training (BF16), 50 % in prefill and large
+  decoding passes (MXFP8), 60 % of the memory bandwidth, 50 % of one direction of the link;
+- decoding runs as a graph: 1 ms per pass and 20 us per layer; a tensor-parallel reduction or other collective takes
+  20 us;
+- the driver takes 0.2 ms per sample and 0.5 s per step; an update takes 0.1 s, 2 ms per layer and 2 ms per bucket; no
+  gaps between the layers of the trainer;
+- hybrid layout: every device holds a trainer shard (FSDP2 over all ranks, 16 bytes per parameter) and 1 / tp of a
+  replica; tp is the smallest value up to 16 that leaves half of the remaining memory free, of which 80 % is cache in
+  BF16; samples that do not fit into the cache wait;
+- gradient checkpointing, packed micro-batches of 16384 tokens, 1 optimizer step, weight traffic hidden behind
+  computation;
+- evenly spaced lengths, no sample is cut, no waiting for rewards; all devices in one SuperPoD.
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ ASCEND = {
     "950DT": _ASCEND,
     "950PR": replace(_ASCEND, read_bandwidth=0.6 * 1.6 * TB, copy_bandwidth=0.3 * 1.6 * TB, memory=128e9),
 }
-HCCL_AS_PUBLISHED = 5.3e9
+PUBLISHED_HCCL_BANDWIDTH = 5.3e9
 DEVICES = (8, 16, 64, 256, 1024)
 # 256 prompts, 16 samples each, 512 to 8192 tokens.
 STEP = Work(
@@ -81,8 +83,8 @@ STEP = Work(
     updates=1,
     recomputes=True,
 )
-# Share of the bytes of a full update that a delta may take: the target at a learning rate of 1e-6.
-CHANGED = 0.01
+# Bytes of a delta as a share of a full update's bytes: the target at a learning rate of 1e-6.
+DELTA_SHARE = 0.01
 CHECKED = runs.Load(prompts=8, n=4, shortest=32, longest=32, updates=2, micro_batch=8)
 TOLERANCE = 0.25
 PARTS = {
@@ -96,35 +98,42 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Prediction:
-    """A model on some devices: how they are laid out, the times, and the update alone under other assumptions."""
+    """Predictions for a model on a number of devices.
+
+    Attributes:
+        layout: ranks and replicas on the devices.
+        times: seconds of a step's parts.
+        update_hccl, update_bf16, update_delta: seconds of a weight update at the published HCCL bandwidth: full in
+            MXFP8, full in BF16, and as a delta in MXFP8.
+    """
 
     layout: Layout
     times: Times
     update_hccl: float
-    update_plain: float
+    update_bf16: float
     update_delta: float
 
 
 def on_ascend(counts: shapes.Counts, device: Device, devices: int) -> Prediction | None:
-    """None where the model does not fit."""
+    """Predict a model on a number of Ascend devices; None if it does not fit."""
     assert device.memory is not None
     sent = counts.mxfp8_bytes
     layout = time_model.hybrid_layout(counts, sent, device.memory, device.itemsize, devices)
     if layout is None:
         return None
-    slow = replace(device, link_bandwidth=HCCL_AS_PUBLISHED)
+    slow = replace(device, link_bandwidth=PUBLISHED_HCCL_BANDWIDTH)
     update = time_model.weight_update_seconds
     return Prediction(
         layout,
         time_model.predict(counts, STEP, device, layout, sent, sent),
         update_hccl=update(counts, slow, layout, sent),
-        update_plain=update(counts, slow, layout, counts.plain_bytes(2)),
-        update_delta=update(counts, slow, layout, sent, CHANGED),
+        update_bf16=update(counts, slow, layout, counts.unquantized_bytes(2)),
+        update_delta=update(counts, slow, layout, sent, DELTA_SHARE),
     )
 
 
 def ascend_table(chip: str) -> str:
-    """Predictions for every model and number of devices."""
+    """Table of the predictions for every model and number of devices."""
     rows = []
     for name, config in shapes.PUBLIC.items():
         counts = shapes.count(config)
@@ -135,7 +144,7 @@ def ascend_table(chip: str) -> str:
                 continue
             times, generated = found.times, STEP.samples * STEP.mean
             seconds = (times.generation, times.old_log_probs, times.updates, times.weight_update, times.step)
-            updates = (found.update_hccl, found.update_plain, found.update_delta)
+            updates = (found.update_hccl, found.update_bf16, found.update_delta)
             rows.append(
                 [
                     name,
@@ -152,18 +161,18 @@ def ascend_table(chip: str) -> str:
 
 
 def bytes_table() -> str:
-    """What an update sends."""
+    """Table of the bytes of a full update."""
     rows = []
     for name, config in shapes.PUBLIC.items():
         counts = shapes.count(config)
-        plain, quantized = counts.plain_bytes(2), counts.mxfp8_bytes
-        rows.append([name, f"{counts.parameters / 1e9:.2f}", f"{plain / 1e9:.1f}", f"{quantized / 1e9:.1f}"])
-        rows[-1].append(f"{quantized / plain:.1%}")
+        bf16, mxfp8 = counts.unquantized_bytes(2), counts.mxfp8_bytes
+        rows.append([name, f"{counts.parameters / 1e9:.2f}", f"{bf16 / 1e9:.1f}", f"{mxfp8 / 1e9:.1f}"])
+        rows[-1].append(f"{mxfp8 / bf16:.1%}")
     return tables.markdown(["model", "parameters, 1e9", "BF16, GB", "MXFP8, GB", "of BF16"], rows)
 
 
 def work_of(load: runs.Load) -> Work:
-    """A benchmark's load in the time model's words."""
+    """Convert the load of a benchmark to the time model's `Work`."""
     tokens = load.micro_batch * (load.prompt + load.longest)
     return Work(load.prompts, load.n, load.prompt, load.lengths, tokens, load.updates, recomputes=False)
 
@@ -171,7 +180,7 @@ def work_of(load: runs.Load) -> Work:
 def measure(
     size: str, load: runs.Load, ranks: int, steps: int, bucket_megabytes: int | None = None
 ) -> dict[str, float]:
-    """Seconds of the parts of a real run, and the `buckets` of an update: medians after two steps."""
+    """Run a load; return medians of the seconds of `PARTS` and of an update's `buckets`, after two warm-up steps."""
     engine = "actor_rollout_ref.rollout.checkpoint_engine"
     keys = {"trainer.n_gpus_per_node": ranks, f"{engine}.delta": "off"}
     if bucket_megabytes is not None:
@@ -185,21 +194,21 @@ def measure(
 
 
 def predicted(size: str, load: runs.Load, device: Device, ranks: int) -> dict[str, float]:
-    """The same by the time model."""
+    """Predict the seconds of `PARTS` by the time model."""
     counts = shapes.count(models.config(size))
-    plain = counts.plain_bytes(device.itemsize)
-    times = time_model.predict(counts, work_of(load), device, Layout(ranks, ranks), plain, plain)
+    sent = counts.unquantized_bytes(device.itemsize)
+    times = time_model.predict(counts, work_of(load), device, Layout(ranks, ranks), sent, sent)
     return {part: getattr(times, part) for part in PARTS}
 
 
 def check(sizes: list[str], steps: int) -> tuple[str, float]:
-    """Predictions against runs of this machine as a table; the largest error of a step or an update."""
+    """Compare predictions with runs of this machine; return a table and the largest error of a step or an update."""
     import probes
 
     rows, errors = [], []
     overheads, copies = probes.calibrate(lambda *run: measure(*run[:2], 1, steps, *run[2:]), predicted)
     named = ", ".join(f"{name} {1e3 * value:.2f}" for name, value in vars(overheads).items())
-    lines = [f"Overheads, ms: {named}. An engine copies what it loads {copies:.1f} times."]
+    lines = [f"Overheads, ms: {named}. Loading weights into an engine costs as much as {copies:.1f} copies."]
     for size in sizes:
         for ranks in (1, 2):
             device = probes.this_machine(models.config(size), CHECKED, ranks)
@@ -215,11 +224,11 @@ def check(sizes: list[str], steps: int) -> tuple[str, float]:
             rows.append(row)
             print(*lines[-1:], *row, sep="  ", flush=True)
     table = tables.markdown(["model", "ranks", *(part.replace("_", " ") for part in PARTS)], rows)
-    return "\n".join([table, "", "What the probes found:", *(f"- {line}" for line in lines)]), max(errors)
+    return "\n".join([table, "", "Results of the probes:", *(f"- {line}" for line in lines)]), max(errors)
 
 
 def rates(device: Device) -> str:
-    """What a rank and a replica reach, for people."""
+    """Sentence on the rates of a rank and a replica."""
     assert device.collect_bandwidth is not None and device.collect_latency is not None
     link = (
         f", link {device.link_bandwidth / 1e9:.2f} GB/s and {device.link_latency * 1e3:.2f} ms, to one rank "
@@ -234,13 +243,13 @@ def rates(device: Device) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--no-check", action="store_true", help="predictions alone: seconds instead of minutes")
+    parser.add_argument("--no-check", action="store_true", help="only predict for Ascend 950, in seconds")
     parser.add_argument("--sizes", nargs="+", default=["21M", "59M", "135M"], choices=[*models.GROWTH, *models.CONFIGS])
-    parser.add_argument("--steps", type=int, default=5, help="measured steps of each run, after two to warm up")
+    parser.add_argument("--steps", type=int, default=5, help="measured steps of each run, after two warm-up steps")
     tables.add_write_option(parser)
     options = parser.parse_args()
     print(machine.header(), flush=True)
-    sections = [f"What an update sends:\n\n{bytes_table()}"]
+    sections = [f"Bytes of a full update:\n\n{bytes_table()}"]
     for chip in ASCEND:
         sections.append(f"Ascend {chip}, seconds:\n\n{ascend_table(chip)}")
     if not options.no_check:
@@ -248,8 +257,8 @@ def main() -> None:
         verdict = "within" if worst <= TOLERANCE else "not within"
         sections.insert(
             0,
-            f"{tables.caption('make bench-scale')} Predicted / measured seconds; steps and weight updates are off by "
-            f"{worst:.0%} at most, {verdict} the {TOLERANCE:.0%} that was aimed at:\n\n{table}",
+            f"{tables.caption('make bench-scale')} Predicted / measured seconds; the largest error of a step or a "
+            f"weight update is {worst:.0%}, {verdict} the target of {TOLERANCE:.0%}:\n\n{table}",
         )
     text = "\n\n".join(sections)
     print(f"\n{text}")

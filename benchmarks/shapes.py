@@ -1,7 +1,7 @@
-"""Public shapes of models, and the counts that times follow from: parameters, bytes that are sent, FLOPs a token.
+"""Shapes of public models, and the counts that determine times: parameters, sent bytes, FLOPs per token.
 
-Bytes are counted by the code that quantizes: `read_layers` and `AscendDescription` on the names and shapes of a model
-on the meta device, which takes no memory.
+The quantization code counts the bytes: `read_layers` and `AscendDescription` get the names and shapes of a model on the
+meta device, which needs no memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from verl.utils.quantization.ascend_layers import read_layers
 
 _QWEN3 = {"vocab_size": 151936, "head_dim": 128, "tie_word_embeddings": False}
 _EXPERTS = {"num_experts": 128, "num_experts_per_tok": 8, "num_key_value_heads": 4}
-# As their config.json files say; `model_type` qwen3 and qwen3_moe.
+# Values of the models' config.json files; `model_type` qwen3 and qwen3_moe.
 PUBLIC: dict[str, PretrainedConfig] = {
     "Qwen3-8B": Qwen3Config(
         hidden_size=4096,
@@ -61,18 +61,19 @@ PUBLIC: dict[str, PretrainedConfig] = {
 
 @dataclass(frozen=True)
 class Counts:
-    """What of a model's shape its times depend on.
+    """Properties of a model's shape that determine its times.
 
     Attributes:
-        parameters: all of them, tied ones once.
-        body: weights that every token multiplies with; of the experts those that are chosen.
-        experts: weights of all experts, of which each token uses `chosen`, a share.
+        parameters: number of parameters; tied ones count once.
+        body: weights outside the head that each token multiplies with; of the experts, only the chosen ones.
+        experts: weights of all experts.
+        chosen: share of the experts that each token uses.
         head: weights of the output head.
-        layers: decoder layers.
-        attention: query heads times their size.
-        kv_elements: cached a token.
-        mxfp8_bytes: of a weight update in MXFP8, what is not quantized in BF16.
-        tensors: of a checkpoint with its experts packed.
+        layers: number of decoder layers.
+        attention: number of query heads times their size.
+        kv_elements: cached elements per token.
+        mxfp8_bytes: bytes of a full weight update in MXFP8, with unquantized parameters in BF16.
+        tensors: number of tensors in a checkpoint with packed experts.
     """
 
     parameters: int
@@ -86,13 +87,13 @@ class Counts:
     mxfp8_bytes: int
     tensors: int
 
-    def plain_bytes(self, itemsize: int) -> int:
-        """Of a weight update without quantization."""
+    def unquantized_bytes(self, itemsize: int) -> int:
+        """Return the bytes of a full weight update without quantization."""
         return self.parameters * itemsize
 
 
 def count(config: PretrainedConfig) -> Counts:
-    """Counts of a transformers config: a decoder with or without experts."""
+    """Count for a transformers config of a decoder, with or without experts."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())

@@ -1,10 +1,10 @@
-"""Every advantage estimator and every policy loss on the quickstart's task: reward before and after, seconds a step.
+"""Measure reward and seconds per step of every advantage estimator and policy loss on the task of the quickstart.
 
     python benchmarks/sweep.py [--steps 10] [--only gspo rloo ...] [--write docs/algorithms.md]
 
-Each is a run of its own, with the keys of `examples/quickstart/run.sh` (rollout in MXFP8, 8 samples a prompt) and those
-named in its row; the learning rate stays constant. Ten steps tell that an algorithm works and what it costs, not which
-one is best: their best learning rates differ, and one seed is one seed. About 25 minutes on two cores.
+Each row is a separate run with the keys of `examples/quickstart/run.sh` (rollout in MXFP8, 8 samples per prompt), its
+own keys and a constant learning rate. Ten steps show that an algorithm learns, and the cost of its step. They are not a
+ranking: the best learning rates differ, and there is only one seed. Takes about 25 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tables import write_section
 
 ESTIMATOR, LOSS = "algorithm.adv_estimator", "actor_rollout_ref.actor.policy_loss.loss_mode"
 CRITIC = {"critic.model.path": "outputs/quickstart/model", "critic.optim.lr": 1e-3, "algorithm.lam": 0.95}
-# Row: the keys it adds to the quickstart's, whose estimator is grpo and whose loss is vanilla.
+# Row name to the keys that it adds to those of the quickstart, which has the estimator grpo and the loss vanilla.
 ROWS: dict[str, dict[str, Any]] = {
     "grpo": {},
     "grpo, not divided (Dr. GRPO)": {
@@ -66,7 +66,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 
 def measure(name: str, steps: int, directory: Path) -> tuple[float, float, float]:
-    """Reward before, reward after, seconds a step (the median, without the steps that validate)."""
+    """Run a row; return reward before, reward after, and median seconds per step without validation."""
     keys = {
         "trainer.total_training_steps": steps,
         "trainer.test_freq": steps,
@@ -81,12 +81,12 @@ def measure(name: str, steps: int, directory: Path) -> tuple[float, float, float
 
 
 def table(results: dict[str, tuple[float, float, float]], steps: int) -> str:
-    """The results in Markdown, with the machine that they belong to."""
+    """Markdown table of the results, below a line that describes the machine."""
     described = machine.describe()
     lines = [
         f"`make sweep`, {steps} steps each; {described['date']}, {described['kind']}, {described['cores']}.",
         "",
-        "| | reward before | after | seconds a step |",
+        "| | reward before | after | seconds per step |",
         "|-|-|-|-|",
     ]
     lines += [
@@ -98,24 +98,26 @@ def table(results: dict[str, tuple[float, float, float]], steps: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--only", nargs="*", default=None, metavar="WORD", help="rows whose name contains a word")
-    parser.add_argument("--write", type=Path, help="a document to put the table into")
+    parser.add_argument(
+        "--only", nargs="*", default=None, metavar="WORD", help="only rows with such a word in their name"
+    )
+    parser.add_argument("--write", type=Path, help="document to write the table into")
     options = parser.parse_args()
     print(machine.header(), flush=True)
     names = [name for name in ROWS if options.only is None or any(word in name for word in options.only)]
     if not names:
-        sys.exit(f"--only {' '.join(options.only)}: no row has such a name; there are {', '.join(ROWS)}")
+        sys.exit(f"--only {' '.join(options.only)}: no row has this word in its name; use one of: {', '.join(ROWS)}")
     results, failed = {}, []
     with tempfile.TemporaryDirectory() as directory:
         for name in names:
             try:
                 results[name] = measure(name, options.steps, Path(directory))
-            except RuntimeError as error:  # the others are worth having all the same
+            except RuntimeError as error:  # a failed row does not stop the others
                 failed.append(name)
                 print(f"{name}: {error}", flush=True)
                 continue
             before, after, pace = results[name]
-            print(f"{name:<60} {before:.3f} -> {after:.3f}   {pace:.2f} s a step", flush=True)
+            print(f"{name:<60} {before:.3f} -> {after:.3f}   {pace:.2f} s per step", flush=True)
     text = table(results, options.steps)
     print(f"\n{text}")
     if options.write:

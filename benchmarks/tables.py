@@ -1,4 +1,4 @@
-"""Tables of the benchmarks: in Markdown, with the machine they belong to, put into the documents that quote them."""
+"""Markdown tables of the benchmarks, with a line on the machine, written into the documents that quote them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import machine
 
 
 def add_write_option(parser: argparse.ArgumentParser) -> None:
-    """`--write DOCUMENT`."""
-    parser.add_argument("--write", type=Path, metavar="DOCUMENT", help="a document to put the table into")
+    """Add the option `--write DOCUMENT`."""
+    parser.add_argument("--write", type=Path, metavar="DOCUMENT", help="document to write the table into")
 
 
 def caption(command: str) -> str:
-    """The line above a table: what made it, when, where."""
+    """Line above a table: command, date, machine, versions."""
     described = machine.describe()
     return (
         f"`{command}`; {described['date']}, {described['kind']} ({described['processor']}), {described['cores']}, "
@@ -24,7 +24,7 @@ def caption(command: str) -> str:
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown whose columns also line up as plain text."""
+    """Markdown table with aligned columns."""
     cells = [list(head), *map(list, rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     lines = [
@@ -34,14 +34,14 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def write_section(document: Path, name: str, text: str) -> None:
-    """Replace what stands between `<!-- NAME -->` and `<!-- /NAME -->` in a document.
+    """Replace the text between `<!-- NAME -->` and `<!-- /NAME -->` in a document.
 
     Raises:
-        ValueError: the document has no such place.
+        ValueError: the document does not have these two markers.
     """
     content = document.read_text(encoding="utf-8")
     begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
     if begin not in content or end not in content:
-        raise ValueError(f"{document}: lacks the lines {begin.strip()} and {end}: put them where the text belongs")
+        raise ValueError(f"{document}: the lines {begin.strip()} and {end} are missing: add them")
     head, rest = content.split(begin, 1)
     document.write_text(head + begin + text.strip() + "\n" + end + rest.split(end, 1)[1], encoding="utf-8")

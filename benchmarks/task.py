@@ -1,8 +1,9 @@
-"""The task of the benchmarks' runs: prompts that say how long their answers are, so that lengths are the same for all.
+"""Task of the benchmarks' runs: each prompt encodes the length of its response, so that all sides generate as much.
 
-A model with random weights ends its answers anywhere. Here the first two tokens of a prompt are a number in base 100,
-the length of its answer in tokens, and whatever generates keeps to it. Prompts and answers are words `w3`, `w4`, ...,
-one token each, the word's number being its token. Standard library only: the peer's environment imports it too.
+A model with random weights ends its responses anywhere. Here the first two tokens of a prompt are a number in base 100:
+the length of its response in tokens, which every generator follows. Prompts and responses consist of the words `w3`,
+`w4`, ...; each word is one token, whose id is the number of the word. Imports only the standard library, because the
+environment of TRL imports this file too.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def spread(count: int, shortest: int, longest: int) -> list[int]:
 
 
 def make_prompts(steps: int, lengths: Sequence[int], tokens: int, seed: int = 0) -> list[str]:
-    """For each step one prompt of `tokens` words for each length, in random order."""
+    """Return, for each step, one prompt of `tokens` words per length, in random order."""
     generator = random.Random(seed)
     prompts = []
     for _ in range(steps):
@@ -32,17 +33,17 @@ def make_prompts(steps: int, lengths: Sequence[int], tokens: int, seed: int = 0)
     return prompts
 
 
-def answer_length(prompt_ids: Sequence[int]) -> int:
-    """Tokens of the answer to a prompt."""
+def response_length(prompt_ids: Sequence[int]) -> int:
+    """Return the length in tokens of the response to a prompt."""
     return (prompt_ids[0] - FIRST_WORD) * _BASE + prompt_ids[1] - FIRST_WORD
 
 
-def score(answer: str) -> float:
-    """A reward that costs next to nothing and differs among samples: the share of even words."""
-    words = answer.split()
+def score(response: str) -> float:
+    """Return the share of words with even numbers: a cheap reward that differs between samples."""
+    words = response.split()
     return sum(word[-1] in "02468" for word in words) / max(1, len(words))
 
 
 def compute_score(data_source: str, solution_str: str, ground_truth: str, extra_info: dict | None = None) -> float:
-    """`score` as a reward function of verl's."""
+    """Score a response: `score` with the signature of a verl reward function."""
     return score(solution_str)

@@ -1,4 +1,4 @@
-"""The agent loop of the benchmarks' runs: one answer, as long as its prompt says; behind a gate where there is one."""
+"""Agent loop of the benchmarks' runs: one response of the length that its prompt encodes, behind an optional gate."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from verl.config import PPOConfig
 
 
 class StepGate:
-    """Holds the first samples of each step until the benchmark lets the step through."""
+    """Gate that holds the samples of each step until the benchmark opens it."""
 
     def __init__(self) -> None:
         self._gate = pace.Gate() if pace.GATE in os.environ else None
-        self._passed: dict[str, asyncio.Future] = {}
+        self._opened: dict[str, asyncio.Future] = {}
         self.tokens = 0
 
-    async def passed(self, step: str) -> None:
-        """Wait for the gate, once a step."""
+    async def wait(self, step: str) -> None:
+        """Wait until the gate has opened for this step; without a gate, return at once."""
         if self._gate is None:
             return
-        if step not in self._passed:
+        if step not in self._opened:
             tokens, self.tokens = self.tokens, 0
-            self._passed[step] = asyncio.ensure_future(asyncio.to_thread(self._gate.arrive, tokens))
-        await asyncio.shield(self._passed[step])
+            self._opened[step] = asyncio.ensure_future(asyncio.to_thread(self._gate.arrive, tokens))
+        await asyncio.shield(self._opened[step])
 
 
 class TaskLoop(SingleTurnAgentLoop):
-    """Asks for as many tokens as the prompt says."""
+    """Single-turn loop that requests exactly as many tokens as the prompt encodes."""
 
     def __init__(self, *arguments: Any, gate: StepGate):
         super().__init__(*arguments)
@@ -45,8 +45,8 @@ class TaskLoop(SingleTurnAgentLoop):
 
     async def run(self, sampling_params: dict[str, Any], **row: Any) -> AgentLoopOutput:
         step, _, _ = row["uid"].partition(".")
-        await self._gate.passed(step)
-        exactly = {"max_tokens": task.answer_length(row["prompt_token_ids"]), "ignore_eos": True}
-        output = await super().run({**sampling_params, **exactly}, **row)
+        await self._gate.wait(step)
+        exact_length = {"max_tokens": task.response_length(row["prompt_token_ids"]), "ignore_eos": True}
+        output = await super().run({**sampling_params, **exact_length}, **row)
         self._gate.tokens += len(output.response_ids)
         return output

@@ -1,15 +1,16 @@
-"""Times of a GRPO step and of a weight update as pure functions of counts, a load and a device's parameters.
+"""Times of a GRPO step and of a weight update as pure functions of counts, a load and the parameters of a device.
 
-One model for every machine: what differs is the numbers in `Device`. All times are seconds, rates per second.
+The same model serves every machine; only the numbers in `Device` differ. Times are seconds; rates are per second.
 
-- Generation: every replica decodes its share of the samples together, one token each a pass. A pass takes the longer of
-  reading the weights (of the experts those that are hit) and the cache, and of multiplying; plus overheads.
-- Passes of the trainer: 2 FLOPs a weight and token forward, twice that backward, the head at answers' tokens only;
-  attention over half the context; micro-batches one after the other. Weights are gathered for each pass and gradients
-  scattered (FSDP2), behind the computing where the device overlaps.
-- Weight update: encode, gather to one rank, send, load. A pipeline where the device overlaps: it takes its slowest
-  part, and one bucket's share of the others; the sum of them where one processor does it all, with more bookkeeping
-  the more ranks and replicas do theirs on it.
+- Generation: every replica decodes its share of the samples together, one token per sample and pass. A pass takes the
+  longer of two times, reading the weights (only experts that some token chooses) and the cache, or multiplying; plus
+  overheads.
+- Passes of the trainer: 2 FLOPs per weight and token forward, twice as many backward, the head for response tokens
+  only; attention over half the context; micro-batches one after the other. Weights are gathered for each pass and
+  gradients scattered (FSDP2); on a device that overlaps, computation hides this traffic.
+- Weight update: encode, gather to one rank, send, load. On a device that overlaps, this is a pipeline: it takes its
+  slowest part, plus one bucket's share of the other parts. On a shared processor it takes the sum of the parts, and the
+  overheads grow with the number of ranks and replicas.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ from verl.workers.weight_sync.sender import bucket_capacity
 
 @dataclass(frozen=True)
 class Overheads:
-    """Seconds of what is neither computing nor moving bytes.
+    """Seconds spent neither on computation nor on moving bytes.
 
     Attributes:
-        decode, decode_layer: of a decoding pass, and of each of its layers.
-        sample: of each sample of a step, in the driver and at the engine's door.
-        micro_batch, micro_batch_layer: of a forward pass over a micro-batch, and of each of its layers; with the
-            backward pass three times that.
-        update, update_layer, update_bucket: of a weight update, of each layer of the model, and of each bucket.
-        step: of a step besides.
+        decode, decode_layer: per decoding pass, and per layer in it.
+        sample: per sample, in the driver and in the engine's front end.
+        micro_batch, micro_batch_layer: per forward pass over a micro-batch, and per layer in it; a forward and backward
+            pass takes three times as long.
+        update, update_layer, update_bucket: per weight update, per layer of the model, and per bucket.
+        step: per step, in addition to all others.
     """
 
     decode: float = 0.0
@@ -50,20 +51,21 @@ class Overheads:
 
 @dataclass(frozen=True)
 class Device:
-    """A device, or the share of a processor that one rank and one replica take turns on.
+    """A device, or the share of a processor that one rank and one replica use alternately.
 
     Attributes:
-        train_flops, generate_flops: in the trainer's passes, in the engine's large ones; as reached, not as printed.
-        read_bandwidth: bytes, weights and cache in a decoding pass.
-        copy_bandwidth: bytes copied (each read once and written once).
-        link_bandwidth, link_latency: bytes into a device in a collective, and seconds of a call of one.
-        collect_bandwidth, collect_latency: bytes into one device of what the others send it, and seconds of a call;
-            None where they are the link's.
-        memory: bytes; None where it is not what limits.
-        itemsize: bytes of a trained, gathered or unquantized generated element.
-        load_copies: what the engine does with what it loads, in copies of it.
-        bucket_bytes: of a weight update, at most.
-        overlaps: whether computing, moving and copying go on at the same time.
+        train_flops, generate_flops: FLOP/s of the trainer's passes, and of the engine's large passes; measured or
+            expected rates, not peak rates.
+        read_bandwidth: bytes of weights and cache read per second in a decoding pass.
+        copy_bandwidth: bytes copied per second (each is read once and written once).
+        link_bandwidth, link_latency: bytes per second into a device in a collective, and seconds per call.
+        collect_bandwidth, collect_latency: bytes per second into one device that collects from all others, and seconds
+            per call; None: the same as the link's.
+        memory: bytes; None: no limit.
+        itemsize: bytes per element of weights in training, in a gather, and in an unquantized engine.
+        load_copies: the engine's work on loaded weights, as a number of copies of them.
+        bucket_bytes: largest size of a bucket in a weight update.
+        overlaps: computation, transfers and copies run at the same time.
     """
 
     train_flops: float
@@ -84,15 +86,15 @@ class Device:
 
 @dataclass(frozen=True)
 class Work:
-    """A step.
+    """Work of a step.
 
     Attributes:
-        prompts, n: prompts, and samples of each.
-        prompt: tokens of a prompt.
-        lengths: tokens of the answers, some that stand for all.
-        micro_batch_tokens: of a micro-batch, at most.
+        prompts, n: number of prompts, and samples per prompt.
+        prompt: tokens per prompt.
+        lengths: tokens of the responses; a selection that represents all of them.
+        micro_batch_tokens: largest number of tokens in a micro-batch.
         updates: optimizer steps.
-        recomputes: the backward pass runs the forward pass again (gradient checkpointing).
+        recomputes: the backward pass repeats the forward pass (gradient checkpointing).
     """
 
     prompts: int
@@ -109,13 +111,13 @@ class Work:
 
     @property
     def mean(self) -> float:
-        """Tokens of an answer."""
+        """Mean number of tokens of a response."""
         return sum(self.lengths) / len(self.lengths)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Trainer ranks, replicas on the same devices, devices of each replica, and tokens that its cache has room for."""
+    """Trainer ranks, replicas on the same devices, devices per replica, and capacity of its cache in tokens."""
 
     ranks: int
     replicas: int
@@ -125,7 +127,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of a step's parts."""
+    """Seconds of the parts of a step."""
 
     generation: float
     old_log_probs: float
@@ -139,7 +141,12 @@ class Times:
 
 
 def predict(counts: Counts, work: Work, device: Device, layout: Layout, sent_bytes: int, held_bytes: int) -> Times:
-    """A step. `sent_bytes`: of the weight update; `held_bytes`: of the weights as the engine holds them."""
+    """Predict the times of a step.
+
+    Args:
+        sent_bytes: bytes of the weight update.
+        held_bytes: bytes of the weights in the engine.
+    """
     forward = pass_seconds(counts, work, device, layout)
     backward = (3 if work.recomputes else 2) * forward
     return Times(
@@ -152,27 +159,27 @@ def predict(counts: Counts, work: Work, device: Device, layout: Layout, sent_byt
 
 
 def generation_seconds(counts: Counts, work: Work, device: Device, layout: Layout, held_bytes: int) -> float:
-    """Until the longest answer is there."""
+    """Predict the seconds until the longest response is complete."""
     over, tp = device.overheads, layout.tensor_parallel
     per_replica = work.samples / layout.replicas
     prompts = work.prompts / layout.replicas * work.prompt
     prefill = 2 * (counts.body * prompts) / (tp * device.generate_flops)
     total = prefill + per_replica * over.sample
-    reached = 0
+    generated = 0
     for length in sorted(set(work.lengths)):
         active = per_replica * sum(other >= length for other in work.lengths) / len(work.lengths)
-        context = work.prompt + (reached + length) / 2
-        # Samples that the cache has no room for wait for others to end.
-        together = min(active, layout.cache_tokens / context)
-        passes = (length - reached) * active / together
-        total += passes * _decode_pass(counts, device, tp, together, context, held_bytes)
-        reached = length
+        context = work.prompt + (generated + length) / 2
+        # Samples that do not fit into the cache wait until others end.
+        concurrent = min(active, layout.cache_tokens / context)
+        passes = (length - generated) * active / concurrent
+        total += passes * _decode_pass(counts, device, tp, concurrent, context, held_bytes)
+        generated = length
     return total
 
 
 def _decode_pass(counts: Counts, device: Device, tp: int, active: float, context: float, held_bytes: int) -> float:
     share = counts.experts / counts.parameters
-    # Of the experts those that some token chooses are read.
+    # Only experts that some token chooses are read.
     hit = 1 - (1 - counts.chosen) ** active if counts.experts else 1.0
     read = held_bytes * (1 - share + share * hit) + active * context * counts.kv_elements * device.itemsize
     multiply = 2 * active * (counts.body + counts.head + 2 * counts.layers * counts.attention * context)
@@ -182,15 +189,15 @@ def _decode_pass(counts: Counts, device: Device, tp: int, active: float, context
 
 
 def micro_batches(work: Work, layout: Layout) -> int:
-    """A rank's, in one pass over the whole step."""
+    """Return the number of micro-batches of a rank in one pass over the step."""
     tokens = work.samples / layout.ranks * (work.prompt + work.mean)
     return max(work.updates, math.ceil(tokens / work.micro_batch_tokens))
 
 
 def pass_seconds(counts: Counts, work: Work, device: Device, layout: Layout) -> float:
-    """One forward pass of the trainer over the step's samples."""
+    """Predict the seconds of one forward pass of the trainer over the samples of a step."""
     tokens = work.prompt + work.mean
-    attention = 2 * counts.layers * counts.attention * tokens  # half the context, two products
+    attention = 2 * counts.layers * counts.attention * tokens  # two products over half the context
     flops = 2 * (work.samples * (tokens * (counts.body + attention) + work.mean * counts.head))
     compute = flops / (layout.ranks * device.train_flops)
     number = micro_batches(work, layout)
@@ -203,33 +210,39 @@ def pass_seconds(counts: Counts, work: Work, device: Device, layout: Layout) -> 
 
 
 def optimizer_seconds(counts: Counts, device: Device, layout: Layout) -> float:
-    """AdamW and clipping on a rank's shard: weight, gradient and two moments in float32, read and written."""
+    """Predict the seconds of AdamW and clipping on a shard: traffic of weight, gradient and two moments in float32."""
     return 4 * 4 * counts.parameters / layout.ranks / device.copy_bandwidth
 
 
 def weight_update_seconds(
-    counts: Counts, device: Device, layout: Layout, sent_bytes: int, changed: float = 1.0
+    counts: Counts, device: Device, layout: Layout, sent_bytes: int, sent_share: float = 1.0
 ) -> float:
-    """From the trainer's shards to every replica. `changed`: the share of the bytes that is sent."""
+    """Predict the seconds of an update from the trainer's shards to every replica.
+
+    Args:
+        sent_bytes: bytes of a full update.
+        sent_share: share of these bytes that is sent; below 1 for a delta.
+    """
     source = counts.parameters * device.itemsize
+    moved = sent_bytes * sent_share
     parts = [
-        # Each rank encodes its own shard: reads it, and writes what is sent into a bucket.
+        # Each rank encodes its own shard: it reads the shard and writes the encoded bytes.
         max(source, sent_bytes) / layout.ranks / device.copy_bandwidth,
-        # One rank receives what the others hold.
-        sent_bytes * changed * (layout.ranks - 1) / layout.ranks / (device.collect_bandwidth or device.link_bandwidth),
-        sent_bytes * changed / layout.tensor_parallel / device.copy_bandwidth * device.load_copies,
+        # One rank receives the shards of all others.
+        moved * (layout.ranks - 1) / layout.ranks / (device.collect_bandwidth or device.link_bandwidth),
+        moved / layout.tensor_parallel / device.copy_bandwidth * device.load_copies,
     ]
     if device.overlaps:
-        # Over the link to the replicas; where everything is one memory, the bucket is already there.
-        parts.append(sent_bytes * changed / device.link_bandwidth)
+        # Over the link to the replicas; with one shared memory, the bucket is already there.
+        parts.append(moved / device.link_bandwidth)
     call = device.link_latency if device.collect_latency is None else device.collect_latency
     latency = min(counts.tensors, math.ceil(sent_bytes / GATHER_BATCH_BYTES)) * call if layout.ranks > 1 else 0.0
     buckets = math.ceil(sent_bytes / bucket_capacity(device.bucket_bytes, sent_bytes))
-    per = device.overheads
-    over = per.update + counts.layers * per.update_layer + buckets * per.update_bucket
+    overheads = device.overheads
+    over = overheads.update + counts.layers * overheads.update_layer + buckets * overheads.update_bucket
     if not device.overlaps:
-        # It is known of one sender and one engine, who do part of it at the same time. More of them on the same cores
-        # take as long if none of it was at the same time, and that many times as long if all of it was: halfway.
+        # The overheads are measured with one sender and one engine, which do part of this work at the same time. With n
+        # of each on the same cores the factor is between 1 (no overlap before) and n (full overlap): take the mean.
         over *= (1 + layout.ranks) / 2
     over += latency
     if device.overlaps:
@@ -238,10 +251,11 @@ def weight_update_seconds(
 
 
 def hybrid_layout(counts: Counts, held_bytes: int, memory: float, itemsize: int, devices: int) -> Layout | None:
-    """Trainer and replicas on the same devices; None where they do not fit.
+    """Choose the layout of trainer and replicas on the same devices; None if they do not fit.
 
-    A device holds its shard of 16 bytes a parameter (float32 weights, gradients, moments) and its part of a replica's
-    weights. The smallest replica that leaves half of the rest free is taken; 80 % of what is free is cache.
+    A device holds its shard of 16 bytes per parameter (float32 weights, gradients, moments) and its part of a replica's
+    weights. The replica has the fewest devices that leave half of the remaining memory free; 80 % of the free memory is
+    cache.
     """
     rest = memory - 16 * counts.parameters / devices
     for tp in (1, 2, 4, 8, 16):

@@ -1,9 +1,9 @@
-"""TRL's side of `grpo_step.py`; runs in `.cache/trl` (scripts/setup_trl.sh), which has no verl and no vLLM.
+"""TRL's side of `grpo_step.py`. Runs in the environment `.cache/trl` (scripts/setup_trl.sh), without verl and vLLM.
 
     .cache/trl/bin/python benchmarks/trl_side.py LOAD.json MODEL_DIR OUTPUT_DIR
 
-`GRPOTrainer` as it is. Two things are put on its outside: a callback that stops at the gate before each step, and a
-logits processor that ends every answer at the length that its prompt says.
+Uses an unmodified `GRPOTrainer` with two additions from outside: a callback that waits at the gate before each step,
+and a logits processor that ends every response at the length that its prompt encodes.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, L
 from trl import GRPOConfig, GRPOTrainer
 
 
-class EndsAt(LogitsProcessor):
-    """End of sequence at each sample's length, and nowhere before."""
+class EndAtLength(LogitsProcessor):
+    """Force the end of sequence at each sample's length, and forbid it before."""
 
     def __init__(self, prompts: torch.Tensor, eos: int):
-        self._lengths = torch.tensor([task.answer_length(row) for row in prompts.tolist()])
+        self._lengths = torch.tensor([task.response_length(row) for row in prompts.tolist()])
         self._prompt, self._eos = prompts.shape[1], eos
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -37,17 +37,17 @@ class EndsAt(LogitsProcessor):
         return scores
 
 
-def ending(generate: Callable, eos: int) -> Callable:
-    """`generate` with `EndsAt`."""
+def with_lengths(generate: Callable, eos: int) -> Callable:
+    """Wrap `generate` to add `EndAtLength`."""
 
     def generate_to_length(**arguments: Any) -> torch.Tensor:
-        return generate(**arguments, logits_processor=LogitsProcessorList([EndsAt(arguments["input_ids"], eos)]))
+        return generate(**arguments, logits_processor=LogitsProcessorList([EndAtLength(arguments["input_ids"], eos)]))
 
     return generate_to_length
 
 
-class StopsAtGate(TrainerCallback):
-    """Waits at the gate before the first optimizer step of each generation."""
+class WaitAtGate(TrainerCallback):
+    """Wait at the gate before the first optimizer step of each generation."""
 
     def __init__(self, gate: Gate, updates: int):
         self._gate, self._updates, self.tokens = gate, updates, 0
@@ -59,7 +59,7 @@ class StopsAtGate(TrainerCallback):
 
 
 def settings(load: dict[str, Any], output: str) -> GRPOConfig:
-    """The load in TRL's words. `load`: see `runs.Load`."""
+    """Convert a load (the fields of `runs.Load`) to TRL's config."""
     per_generation = load["prompts"] * load["n"] // load["micro_batch"]
     return GRPOConfig(
         output_dir=output,
@@ -91,11 +91,11 @@ def main(load_file: str, model_dir: str, output: str) -> None:
     load = json.loads(Path(load_file).read_text())
     tokenizer = AutoTokenizer.from_pretrained(model_dir, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    model.generate = ending(model.generate, tokenizer.eos_token_id)
-    stops = StopsAtGate(Gate(), load["updates"])
+    model.generate = with_lengths(model.generate, tokenizer.eos_token_id)
+    gate = WaitAtGate(Gate(), load["updates"])
 
     def reward(completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
-        stops.tokens += sum(map(len, completion_ids))
+        gate.tokens += sum(map(len, completion_ids))
         return [task.score(completion) for completion in completions]
 
     GRPOTrainer(
@@ -104,7 +104,7 @@ def main(load_file: str, model_dir: str, output: str) -> None:
         reward_funcs=reward,
         args=settings(load, output),
         train_dataset=Dataset.from_dict({"prompt": load["texts"]}),
-        callbacks=[stops],
+        callbacks=[gate],
     ).train()
 
 

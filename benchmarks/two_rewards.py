@@ -1,4 +1,4 @@
-"""The quickstart's reward in two parts, for an estimator that takes several."""
+"""Reward function of the quickstart with two components, for estimators that use several rewards."""
 
 
 def compute_score(data_source, solution_str, ground_truth, extra_info=None):

@@ -1,20 +1,19 @@
-"""A full weight update, from the trainer's memory to an engine that serves it, against copying the bytes it sends.
+"""Compare weight updates, from the trainer's memory to a serving engine, with copying the bytes of a full update.
 
     python benchmarks/weight_update.py [--sizes 0.8M 135M] [--rounds 9] [--dtype auto]
 
-Trainer and engines are processes of their own, as in a run (one rank, one replica on a CPU), on models with random
-weights. Every round does each of these once, one after the other, so that ratios compare figures of the same moments:
+Trainer and engines are separate processes, as in a run (one rank, one replica on a CPU), with random weights. Every
+round does each of these once, one after the other, so that each ratio compares two timings of the same round:
 
-- copying as many bytes as the MXFP8 update sends, twice: into a shared bucket and out of it, the least that two
-  processes can do;
-- the update with `rollout.quantization=ascend`, quantized by the sender, and by the receiver;
-- the update without quantization;
-- the way around: write the weights as safetensors, read them back, and send those;
-- what changed alone, after every weight moved by a learning rate up or down, as Adam's first step moves it.
+- copy the bytes of the MXFP8 update twice, into a shared bucket and out of it: the minimum that two processes need;
+- full update with `rollout.quantization=ascend`, quantized by the sender, and by the receiver;
+- full update without quantization;
+- full update through files: write the weights as safetensors, read them, and send them;
+- delta after a step that changes every weight by the learning rate, up or down, as Adam's first step does.
 
-The tables have medians over the rounds, and medians of the per-round ratios to the copy. Encoding and sending go on
-while the bucket before is loaded, so that the parts add up to more than the whole. How many bytes a step changes
-depends on how large the weights are: `--std` is that of the 135M model's linear layers by default, SmolLM2-135M's.
+The tables have medians over the rounds, and medians of the per-round ratios to the copy. The sender encodes and sends a
+bucket while the engine loads the one before, so the parts add up to more than the total. The number of bytes that a
+step changes depends on the size of the weights: the default of `--std` is that of SmolLM2-135M's linear layers.
 """
 
 import argparse
@@ -49,26 +48,27 @@ from verl.workers.weight_sync.driver import update_weights
 from verl.workers.weight_sync.sender import WeightSender
 
 TARGET = 2.0
-COPY = "copying its bytes twice"
+COPY = "copying the bytes twice"
 SENDER = "update, quantized by the sender"
 LEARNING_RATES = (1e-6, 1e-5, 1e-4)
-# Of transformers' random weights, and of SmolLM2-135M's linear layers (0.18 to 0.28, embeddings 0.14).
+# Standard deviations: of transformers' random weights, and of SmolLM2-135M's linear layers (0.18 to 0.28; embeddings:
+# 0.14).
 RANDOM_STD, SMOLLM2_STD = 0.02, 0.2
 PARTS = ("begin_s", "encode_s", "send_s", "load_s", "finish_s", "total_s")
 
 
 class MovingWorker(TrainWorker):
-    """A trainer rank whose weights can be moved without training."""
+    """Trainer rank whose weights can be changed without training."""
 
     def move(self, learning_rate: float, seed: int) -> None:
-        """Every weight up or down by `learning_rate`."""
+        """Change every weight by `learning_rate`, up or down at random."""
         generator = torch.Generator().manual_seed(seed)
         for weight in self._local_weights():
             up = torch.randint(0, 2, weight.shape, generator=generator, dtype=torch.int8)
             weight += learning_rate * (2 * up - 1)
 
     def scale(self, factor: float) -> None:
-        """Every matrix times `factor`, and off the grid of bfloat16, where trained weights are not."""
+        """Multiply every matrix by `factor`, with noise that moves weights off bfloat16 values, as training does."""
         generator = torch.Generator().manual_seed(0)
         for weight in self._local_weights():
             if weight.dim() > 1:
@@ -82,7 +82,7 @@ class MovingWorker(TrainWorker):
 
 @dataclass
 class Pair:
-    """A trainer and an engine that agree on how weights travel."""
+    """A trainer and an engine with the same settings of weight updates."""
 
     config: ActorRolloutRefConfig
     trainer: WorkerGroup[MovingWorker]
@@ -94,12 +94,12 @@ class Pair:
         sender = sender or TrainerSender(self.trainer)
         return (await update_weights(sender, [self.replica], self.version, base=base)).metrics
 
-    async def changes(self) -> dict[str, Any]:
+    async def delta(self) -> dict[str, Any]:
         return await self.update(base=self.version)
 
 
 async def start(model_dir: Path, rollout: RolloutConfig, dtype: str) -> Pair:
-    """Start both, and bring the engine to the trainer's weights."""
+    """Start trainer and engine, and send the first full update."""
     model = ModelConfig(path=str(model_dir), enable_gradient_checkpointing=False)
     actor = ActorConfig(use_dynamic_bsz=True, fsdp_config=FSDPConfig(dtype="float32"))
     config = ActorRolloutRefConfig(model=model, actor=actor, rollout=rollout)
@@ -133,7 +133,7 @@ async def start(model_dir: Path, rollout: RolloutConfig, dtype: str) -> Pair:
 
 
 class FileSender:
-    """Sends what lies in a directory."""
+    """Sender of the weights in a directory."""
 
     def __init__(self, directory: Path, config: ActorRolloutRefConfig, dtype: torch.dtype, bucket_bytes: int):
         self._sender = WeightSender(bucket_bytes)
@@ -160,7 +160,7 @@ class FileSender:
 
 
 class Copy:
-    """Copies `nbytes` from private memory to another place and on to a third."""
+    """Copy `nbytes` from private memory to a second buffer, and from there to a third."""
 
     def __init__(self, nbytes: int):
         self._buffers = [torch.zeros(nbytes, dtype=torch.uint8) for _ in range(3)]
@@ -178,7 +178,7 @@ async def timed(call: Callable[[], Awaitable[Any]]) -> tuple[float, Any]:
 
 
 async def measure(size: str, dtype: str, rounds: int, std: float, work: Path) -> dict[str, Any]:
-    """Print the table of one model size; the records of every row."""
+    """Measure one model size, print its table and return the records (seconds, metrics) of every row."""
     model_dir = models.write_model(size, work / size)
     base = RolloutConfig(
         quantization="ascend", tensor_model_parallel_size=1, dtype=dtype, enforce_eager=True, max_num_seqs=16
@@ -214,11 +214,11 @@ async def measure(size: str, dtype: str, rounds: int, std: float, work: Path) ->
             outcome = await timed(call)
             if number:  # the first round only warms up
                 records[name].append(outcome)
-        # What went through files is not what the trainer sent last.
+        # A delta needs a base that the trainer itself sent; the weights from files are not.
         await first.update()
         for name, rate in rates.items():
             await first.trainer.all(MovingWorker.move, rate, number)
-            outcome = await timed(first.changes)
+            outcome = await timed(first.delta)
             if number:
                 records[name].append(outcome)
     for pair in pairs.values():
@@ -229,7 +229,7 @@ async def measure(size: str, dtype: str, rounds: int, std: float, work: Path) ->
 
 
 def ratio(records: dict[str, list[tuple[float, dict[str, Any]]]], name: str) -> float:
-    """Median over the rounds of the ratio to the copy."""
+    """Return the median over the rounds of the ratio to the copy."""
     return statistics.median(a / b for (a, _), (b, _) in zip(records[name], records[COPY], strict=True))
 
 
@@ -237,10 +237,10 @@ def print_table(size: str, dtype: str, records: dict[str, list[tuple[float, dict
     rounds = len(records[COPY])
     print(f"\n{size} parameters, engine in {dtype}, median of {rounds} rounds, ms")
     heads = [part.removesuffix("_s") for part in PARTS[:-1]]
-    print(f"{'':34}{'whole':>9}{'x copy':>8}" + "".join(f"{head:>8}" for head in heads) + f"{'MiB':>8}")
+    print(f"{'':34}{'total':>9}{'x copy':>8}" + "".join(f"{head:>8}" for head in heads) + f"{'MiB':>8}")
     for name, record in records.items():
-        whole = statistics.median(seconds for seconds, _ in record)
-        line = f"{name:<34}{whole * 1e3:>9.1f}{ratio(records, name):>8.2f}"
+        total = statistics.median(seconds for seconds, _ in record)
+        line = f"{name:<34}{total * 1e3:>9.1f}{ratio(records, name):>8.2f}"
         for part in PARTS[:-1]:
             values = [metrics[f"weight_update/{part}"] for _, metrics in record if metrics]
             line += f"{statistics.median(values) * 1e3:>8.1f}" if values else " " * 8
@@ -264,25 +264,25 @@ def of_full(records: dict[str, list[tuple[float, dict[str, Any]]]], name: str) -
 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
-    """What every row took, in Markdown."""
+    """Markdown table of all rows."""
     rows = []
     for size, records in found.items():
         for name, record in records.items():
-            whole = statistics.median(seconds for seconds, _ in record)
+            total = statistics.median(seconds for seconds, _ in record)
             sent = [metrics["weight_update/MiB"] for _, metrics in record if metrics]
             shares = [f"{share:.2%}" for share in of_full(records, name)] if sent else ["", ""]
             mebibytes = f"{statistics.median(sent):.2f}" if sent else ""
-            rows.append([size, name, f"{whole * 1e3:.0f}", f"{ratio(records, name):.1f}", mebibytes, *shares])
-    head = ["model", "what", "ms", "x copying", "MiB", "of the first update's bytes", "of its time"]
+            rows.append([size, name, f"{total * 1e3:.0f}", f"{ratio(records, name):.1f}", mebibytes, *shares])
+    head = ["model", "case", "ms", "x copying", "MiB", "bytes / full update", "time / full update"]
     return tables.markdown(head, rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--sizes", nargs="+", default=list(models.CONFIGS), choices=list(models.CONFIGS))
-    parser.add_argument("--rounds", type=int, default=9, help="measured rounds, after one to warm up")
-    parser.add_argument("--std", type=float, default=SMOLLM2_STD, help="of the weights")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="of the engine")
+    parser.add_argument("--rounds", type=int, default=9, help="measured rounds, after one warm-up round")
+    parser.add_argument("--std", type=float, default=SMOLLM2_STD, help="standard deviation of the weights")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="dtype of the engine")
     tables.add_write_option(parser)
     arguments = parser.parse_args()
     print(machine.header())
@@ -292,12 +292,12 @@ def main() -> None:
         found = asyncio.run(run(arguments.sizes, dtype, arguments.rounds, arguments.std))
     finally:
         ray.shutdown()
-    print(f"\n{machine.kind()}: the update, times copying its bytes twice (target for 135M: {TARGET:.0f})")
+    print(f"\n{machine.kind()}: full update, relative to copying its bytes twice (target for 135M: {TARGET:.0f})")
     for size, records in found.items():
         print(f"  {size:<6}{ratio(records, SENDER):>7.2f}")
     print("delta, relative to a full update's bytes and time (target for 135M at 1e-6: 1 %, 0.5)")
     for size, records in found.items():
-        for name in (name for name in records if name.startswith("changes")):
+        for name in (name for name in records if name.startswith("delta")):
             sent, seconds = of_full(records, name)
             print(f"  {size:<6}{name.split()[-1]:>7}{sent:>9.2%}{seconds:>7.2f}")
     if arguments.write:

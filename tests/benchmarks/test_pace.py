@@ -24,7 +24,7 @@ def start(code: str, tmp_path: Path) -> pace.PacedProcess:
 def test_a_paced_process_steps_only_on_command(tmp_path):
     process = start(COUNTS, tmp_path)
     try:
-        assert process.arrived() == 0
+        assert process.wait_for_arrival() == 0
         seconds, tokens = process.step()
         assert tokens == 1
         assert seconds > 0
@@ -40,6 +40,6 @@ def test_a_process_that_ends_is_an_error_with_its_output(tmp_path):
     process = start("raise SystemExit('no model here')", tmp_path)
     try:
         with pytest.raises(RuntimeError, match=r"(?s)status 1.*no model here"):
-            process.arrived()
+            process.wait_for_arrival()
     finally:
         process.close()

@@ -16,7 +16,7 @@ KNOWN = Overheads(
 
 
 def parts(layers: int, samples: int, buckets: int = 1) -> dict[str, float]:
-    one_pass = probes._PASSES * (KNOWN.micro_batch + layers * KNOWN.micro_batch_layer)
+    one_pass = probes._MICRO_BATCHES * (KNOWN.micro_batch + layers * KNOWN.micro_batch_layer)
     found = {
         "generation": 32 * (KNOWN.decode + layers * KNOWN.decode_layer) + samples * KNOWN.sample,
         "old_log_probs": one_pass,
@@ -51,7 +51,7 @@ def test_calibration_finds_the_overheads_of_a_known_machine(monkeypatch):
     def measure(size, load, bucket_megabytes=2048):
         device = replace(known, bucket_bytes=bucket_megabytes << 20)
         counts = shapes.count(models.config(size))
-        sent = counts.plain_bytes(4)
+        sent = counts.unquantized_bytes(4)
         buckets = math.ceil(sent / bucket_capacity(device.bucket_bytes, sent))
         return scale_model.predicted(size, load, device, 1) | {"buckets": buckets}
 
@@ -63,7 +63,7 @@ def test_calibration_finds_the_overheads_of_a_known_machine(monkeypatch):
 
 def test_both_loads_make_the_same_number_of_passes():
     for load in (probes.FEW, probes.MANY):
-        assert load.samples // load.micro_batch == probes._PASSES
+        assert load.samples // load.micro_batch == probes._MICRO_BATCHES
         assert load.longest == probes.FEW.longest == 32
 
 

@@ -40,7 +40,7 @@ def test_parameter_counts_match_the_model_names(name, billions):
 def test_a_tied_head_counts_once():
     counts = shapes.count(models.config("0.8M"))
     assert counts.parameters == models.parameters("0.8M")
-    assert counts.plain_bytes(4) == 4 * counts.parameters
+    assert counts.unquantized_bytes(4) == 4 * counts.parameters
     assert counts.head == 128 * 128
 
 

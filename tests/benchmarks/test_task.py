@@ -16,7 +16,7 @@ def test_a_prompt_encodes_the_length_of_its_response():
     prompts = task.make_prompts(3, lengths, tokens=8)
     assert {len(ids(prompt)) for prompt in prompts} == {8}
     for step in range(3):
-        found = [task.answer_length(ids(prompt)) for prompt in prompts[4 * step : 4 * step + 4]]
+        found = [task.response_length(ids(prompt)) for prompt in prompts[4 * step : 4 * step + 4]]
         assert sorted(found) == lengths
 
 

@@ -74,8 +74,8 @@ def test_training_time_is_the_flops_of_its_passes():
     assert time_model.pass_seconds(DENSE, WORK, device, ONE) == pytest.approx(forward)
     assert time_model.pass_seconds(DENSE, WORK, device, Layout(4, 4)) == pytest.approx(forward / 4)
     assert time_model.predict(DENSE, WORK, device, ONE, 0, 0).updates == pytest.approx(3 * forward)
-    again = time_model.predict(DENSE, replace(WORK, recomputes=True), device, ONE, 0, 0)
-    assert again.updates == pytest.approx(4 * forward)
+    recomputed = time_model.predict(DENSE, replace(WORK, recomputes=True), device, ONE, 0, 0)
+    assert recomputed.updates == pytest.approx(4 * forward)
 
 
 def test_decoding_reads_all_weights_per_pass_and_multiplies_for_unfinished_samples():
@@ -120,7 +120,7 @@ def test_update_time_is_a_sum_on_one_processor_and_a_pipeline_if_parts_overlap()
 
 def test_a_delta_update_encodes_all_weights_and_sends_some():
     device = replace(FREE, copy_bandwidth=100.0)
-    assert time_model.weight_update_seconds(DENSE, device, ONE, 4000, changed=0.01) == pytest.approx(40 + 0.4)
+    assert time_model.weight_update_seconds(DENSE, device, ONE, 4000, sent_share=0.01) == pytest.approx(40 + 0.4)
 
 
 def test_the_layout_has_the_smallest_replica_that_fits():
