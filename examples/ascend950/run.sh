@@ -65,7 +65,7 @@ npu)
 cuda)
     : "${QUANTIZATION:=fp8}"
     collective=nccl
-    # The same reasons as on an NPU.
+    # For the same reasons as on an NPU.
     without_expandable_segments PYTORCH_CUDA_ALLOC_CONF
     unset VLLM_PLUGINS
     ;;

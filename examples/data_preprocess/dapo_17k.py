@@ -1,11 +1,11 @@
-"""Makes train.parquet of DAPO-Math-17k and test.parquet of AIME 2024, each question once.
+"""Write train.parquet from DAPO-Math-17k and test.parquet from AIME 2024, each question once.
 
     python3 examples/data_preprocess/dapo_17k.py                                    # downloads both from the hub
     python3 examples/data_preprocess/dapo_17k.py --local_dataset_path ~/raw/dapo    # files dapo*, train*; aime*, test*
 
-As published, the training file holds its questions about a hundred times over, and AIME 2024 each of 30 questions 32
-times. Here a pass over the data (`trainer.total_epochs`) is a pass over the questions, and validation samples each
-of them `actor_rollout_ref.rollout.val_kwargs.n` times.
+The published training file contains each question about a hundred times, and AIME 2024 contains each of its 30
+questions 32 times. Here one pass over the data (`trainer.total_epochs`) is one pass over the questions, and validation
+samples each question `actor_rollout_ref.rollout.val_kwargs.n` times.
 """
 
 import sys
@@ -19,7 +19,7 @@ STARTS = {"train": ("dapo", "train"), "test": ("aime", "test")}
 
 
 class Distinct:
-    """Rows whose question has not come before; the files have verl's columns already."""
+    """Row converter that skips repeated questions; the published files already have verl's columns."""
 
     def __init__(self, split: str) -> None:
         self.split = split
@@ -30,19 +30,19 @@ class Distinct:
         if question in self._seen:
             return None
         self._seen.add(question)
-        judge = example.get("reward_model")
+        reward_model = example.get("reward_model")
         return {
             "data_source": example.get("data_source"),
             "prompt": example.get("prompt"),
             "ability": example.get("ability") or "MATH",
-            # Published styles name other scorers; here the data source alone chooses it.
-            "reward_model": {**judge, "style": "rule"} if isinstance(judge, dict) else judge,
+            # Published styles name other scorers; here only the data source selects the scorer.
+            "reward_model": {**reward_model, "style": "rule"} if isinstance(reward_model, dict) else reward_model,
             "extra_info": {**(example.get("extra_info") or {}), "split": self.split},
         }
 
 
 def files_of(local: str | None) -> dict[str, list[Path]]:
-    """The files of both splits; of a local path, those that are there."""
+    """Find the files of both splits; in a local path, of the splits that it has."""
     if local is not None:
         return published_files(local, TRAIN, folder="data", splits=STARTS)
     return {

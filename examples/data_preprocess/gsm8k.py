@@ -1,4 +1,4 @@
-"""Makes train.parquet and test.parquet of GSM8K (openai/gsm8k): grade-school word problems whose answers are numbers.
+"""Write train.parquet and test.parquet from GSM8K (openai/gsm8k): grade-school word problems with numbers as answers.
 
 python3 examples/data_preprocess/gsm8k.py                                     # downloads from the hub
 python3 examples/data_preprocess/gsm8k.py --local_dataset_path ~/raw/gsm8k    # files train* and test*
@@ -11,17 +11,17 @@ from verl.utils.dataset.prepare import convert, make_parser, make_row, published
 from verl.utils.reward_score.gsm8k import extract_answer
 
 SOURCE = "openai/gsm8k"
-# The scorer takes the number behind the last ####.
+# The scorer reads the number after the last ####.
 INSTRUCTION = 'Let\'s think step by step and output the final answer after "####".'
 SPLITS = {"train": ("train",), "test": ("test",)}
 
 
 def row(example: dict[str, Any], split: str, index: int) -> dict[str, Any]:
-    """A published row {question, answer}, whose answer ends in `#### <number>`, in verl's columns."""
+    """Convert a published row {question, answer}, whose answer ends in `#### <number>`, to verl's columns."""
     question, solution = text_of(example, "question"), text_of(example, "answer")
     answer = extract_answer(solution)
     if answer is None:
-        raise ValueError(f"'answer' does not end in #### and a number: ...{solution[-60:]!r}")
+        raise ValueError(f"'answer' must end in #### and a number: ...{solution[-60:]!r}")
     return make_row(
         f"{question} {INSTRUCTION}",
         f"{answer:f}",

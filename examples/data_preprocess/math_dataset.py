@@ -1,4 +1,4 @@
-r"""Makes train.parquet and test.parquet of MATH (DigitalLearningGmbH/MATH-lighteval): problems answered in \boxed{}.
+r"""Write train.parquet and test.parquet from MATH (DigitalLearningGmbH/MATH-lighteval), with answers in \boxed{}.
 
 python3 examples/data_preprocess/math_dataset.py                                    # downloads from the hub
 python3 examples/data_preprocess/math_dataset.py --local_dataset_path ~/raw/math    # files train* and test*
@@ -19,14 +19,14 @@ _BARE = re.compile(r"\\boxed\s+([^${}]+?)\s*(?:\$|$)")
 
 
 def answer_of(solution: str) -> str | None:
-    r"""What the last `\boxed` (or `\fbox`) of a solution holds."""
+    r"""Return the content of the last `\boxed` (or `\fbox`) of a solution; None without one."""
     text = solution.replace("\\fbox", "\\boxed")
     bare = _BARE.findall(text)
     return last_boxed(text) or (bare[-1] if bare else None)
 
 
 def row(example: dict[str, Any], split: str, index: int) -> dict[str, Any]:
-    """A published row {problem, solution, level, type} in verl's columns."""
+    """Convert a published row {problem, solution, level, type} to verl's columns."""
     problem, solution = text_of(example, "problem"), text_of(example, "solution")
     answer = answer_of(solution)
     if answer is None:

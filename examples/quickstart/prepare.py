@@ -1,11 +1,11 @@
-"""Makes everything the quickstart trains on: a character tokenizer, a small Qwen3 model and two parquet files.
+"""Prepare the quickstart: write a character tokenizer, a small Qwen3 model and two parquet files.
 
-The task is reasoning-gym's `spell_backward`. The model is warm-started on demonstrations that are wrong on purpose more
-often than right (`--noise`), so that it knows what an answer looks like and seldom gets one right: the rest is left for
-reinforcement learning. Test words appear neither in the training rows nor in the demonstrations.
+The task is reasoning-gym's `spell_backward`. The model is warm-started on demonstrations, most of which are wrong on
+purpose (`--noise`): it learns the format of an answer but is seldom right, so that reinforcement learning has something
+to improve. Test words appear neither in the training rows nor in the demonstrations.
 
-Prepared files are used again if they are whole and were made with the same settings, by the same script and the same
-reasoning-gym; `--force` makes them again.
+Prepared files are used again if they are complete and were written with the same settings, script and version of
+reasoning-gym; `--force` writes new ones.
 """
 
 import argparse
@@ -42,7 +42,7 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class Settings:
-    """What the prepared files depend on."""
+    """Settings that determine the prepared files."""
 
     seed: int = 1
     min_word_len: int = 5
@@ -50,13 +50,13 @@ class Settings:
     train_rows: int = 4096
     test_rows: int = 128
     warm_steps: int = 160
-    warm_batch: int = 128  # demonstrations a step
+    warm_batch: int = 128  # demonstrations per step
     warm_lr: float = 2e-3
     noise: float = 0.65  # share of the demonstrations that show another word's answer
 
 
 def entries(settings: Settings, count: int, seed: int, taken: set[str]) -> list[dict[str, Any]]:
-    """`count` items of the task whose different words, of small letters, are not in `taken` and are added to it.
+    """Return `count` items with different lower-case words that are not in `taken`, and add these words to `taken`.
 
     Raises:
         ValueError: reasoning-gym has too few such words.
@@ -66,11 +66,11 @@ def entries(settings: Settings, count: int, seed: int, taken: set[str]) -> list[
     lengths = dict(min_word_len=settings.min_word_len, max_word_len=settings.max_word_len)
     dataset = reasoning_gym.create_dataset(TASK, size=sys.maxsize, seed=seed, **lengths)
     usable = {word for word in dataset.words if set(word) <= set(LETTERS)} - taken
-    # Items come at random, with repetition: the last tenth of the words would take long to turn up.
+    # The items are random and repeat, so finding the last tenth of the words would take long.
     if count > 0.9 * len(usable):
         raise ValueError(
             f"--train-rows, --test-rows: {count} words of {settings.min_word_len} to {settings.max_word_len} letters "
-            f"are asked for and at most {int(0.9 * len(usable))} can be had; ask for fewer rows or other lengths"
+            f"are needed, but only {int(0.9 * len(usable))} are available: use fewer rows or other lengths"
         )
     found: list[dict[str, Any]] = []
     for index in itertools.count():
@@ -86,24 +86,24 @@ def entries(settings: Settings, count: int, seed: int, taken: set[str]) -> list[
 
 
 def row(entry: dict[str, Any], split: str, index: int) -> dict[str, Any]:
-    """The item as a row in verl's columns. The model, which knows no English, gets the bare word for a prompt."""
+    """Convert an item to verl's columns. The prompt is only the word, because the model knows no English."""
     return {
         "data_source": DATA_SOURCE,
         "prompt": [{"role": "user", "content": entry["metadata"]["word"]}],
         "ability": "spelling",
         "reward_model": {"style": "rule", "ground_truth": entry["answer"]},
-        # As JSON: this is the item that the task's own scorer wants back.
+        # The scorer of the task needs the item, as JSON.
         "extra_info": {"index": index, "split": split, "entry": json.dumps(entry, sort_keys=True)},
     }
 
 
 def write_data(directory: Path, settings: Settings) -> list[str]:
-    """Write train.parquet and test.parquet; returns the words that demonstrations may use: the training words."""
+    """Write train.parquet and test.parquet; return the training words, which demonstrations may use."""
     import pyarrow
     import pyarrow.parquet
 
     taken: set[str] = set()
-    # The test words are drawn first, so that they stay the same when more training rows are asked for.
+    # The test words are drawn first, so that they do not depend on the number of training rows.
     test = entries(settings, settings.test_rows, settings.seed, taken)
     train = entries(settings, settings.train_rows, settings.seed + 10_000_000, taken)
     for split, items in (("train", train), ("test", test)):
@@ -113,7 +113,7 @@ def write_data(directory: Path, settings: Settings) -> list[str]:
 
 
 def make_tokenizer():
-    """A tokenizer with a token a small letter."""
+    """Create a tokenizer with one token per lower-case letter."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -129,7 +129,7 @@ def make_tokenizer():
 
 
 def make_model(seed: int):
-    """A Qwen3 model of 0.8 million parameters with random float32 weights."""
+    """Create a Qwen3 model with 0.8 million random float32 weights."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -155,12 +155,12 @@ def make_model(seed: int):
 
 
 def demonstration(word: str, words: list[str], noise: float, rng: random.Random) -> str:
-    """An answer to show for `word`: the word backwards or, with probability `noise`, any of `words` backwards."""
+    """Return an answer for `word`: the word backwards or, with probability `noise`, any of `words` backwards."""
     return (rng.choice(words) if rng.random() < noise else word)[::-1]
 
 
 def demonstration_batch(words: list[str], settings: Settings, rng: random.Random):
-    """Token ids and labels, int64 [warm_batch, longest], right-padded; only the answer's labels are not -100."""
+    """Return token ids and labels, int64 [warm_batch, longest], right-padded; labels outside the answer are -100."""
     import torch
 
     ids_of = {letter: len(SPECIAL) + i for i, letter in enumerate([*LETTERS, "="])}
@@ -212,7 +212,7 @@ def write_model(directory: Path, words: list[str], settings: Settings) -> None:
 
 
 def fingerprint(settings: Settings) -> dict[str, Any]:
-    """What has to be equal for prepared files to be used again."""
+    """Values that must be equal for a reuse of prepared files."""
     script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
     return {"settings": asdict(settings), "script": script, "reasoning-gym": version("reasoning-gym")}
 
@@ -223,7 +223,7 @@ def sha256(path: Path) -> str:
 
 
 def why_not_reusable(directory: Path, settings: Settings) -> str | None:
-    """The reason why the files in `directory` cannot be used again, or None if they can."""
+    """Return the reason why the files in `directory` cannot be used again; None if they can."""
     path = directory / MANIFEST
     if not path.exists():
         return "nothing is prepared yet"
@@ -233,7 +233,7 @@ def why_not_reusable(directory: Path, settings: Settings) -> str | None:
     except (ValueError, TypeError, KeyError):
         return f"{path} is damaged"
     if made_with != fingerprint(settings):
-        return "they were made with other settings, or by another version of the script or of reasoning-gym"
+        return "the files have other settings, or another version of the script or of reasoning-gym wrote them"
     for name, digest in files.items():
         if not (directory / name).is_file():
             return f"{directory / name} is missing"
@@ -243,13 +243,13 @@ def why_not_reusable(directory: Path, settings: Settings) -> str | None:
 
 
 def prepare(directory: str | Path, settings: Settings, force: bool = False) -> bool:
-    """Make sure that `directory` holds model/, train.parquet, test.parquet and a manifest of them.
+    """Write model/, train.parquet, test.parquet and their manifest to `directory`, unless it contains them already.
 
     Returns:
-        whether they were made; False if those that were there are used again.
+        True if the files were written, False if existing ones are used again.
 
     Raises:
-        ValueError: too few words of the length asked for.
+        ValueError: there are too few words of the requested lengths.
         OSError: the files cannot be written.
     """
     directory = Path(directory)
@@ -260,14 +260,14 @@ def prepare(directory: str | Path, settings: Settings, force: bool = False) -> b
     print(f"{directory}: preparing the model and the data ({reason})", flush=True)
     model_directory = directory / "model"
     model_directory.mkdir(parents=True, exist_ok=True)
-    # Without a manifest nothing counts as prepared, whatever stops this process from here on.
+    # Files without a manifest are not used again, so an interrupted preparation starts over.
     (directory / MANIFEST).unlink(missing_ok=True)
     words = write_data(directory, settings)
     write_model(model_directory, words, settings)
-    made = [directory / "train.parquet", directory / "test.parquet", *sorted(model_directory.iterdir())]
-    for path in made:
+    written = [directory / "train.parquet", directory / "test.parquet", *sorted(model_directory.iterdir())]
+    for path in written:
         fsync_path(path)
-    files = {str(path.relative_to(directory)): sha256(path) for path in made}
+    files = {str(path.relative_to(directory)): sha256(path) for path in written}
     atomic_write_text(
         directory / MANIFEST, json.dumps({"made_with": fingerprint(settings), "files": files}, indent=2) + "\n"
     )
@@ -277,14 +277,14 @@ def prepare(directory: str | Path, settings: Settings, force: bool = False) -> b
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--output", type=Path, default=Path("outputs/quickstart"), metavar="DIR")
-    parser.add_argument("--force", action="store_true", help="make the files again")
+    parser.add_argument("--force", action="store_true", help="write the files again")
     for name, value in asdict(Settings()).items():
         flag = "--" + name.replace("_", "-")
         parser.add_argument(flag, type=type(value), default=value, metavar=str(value))
     given = vars(parser.parse_args(arguments))
     output, force = given.pop("output"), given.pop("force")
-    # Read when torch is first imported. Threads that spin while they wait make a step 30 times slower on cores that are
-    # shared with other programs.
+    # OpenMP reads this variable when torch is first imported. On cores shared with other programs, idle threads that
+    # spin make a step 30 times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         prepare(output, Settings(**given), force)

@@ -1,7 +1,7 @@
-"""The quickstart's reward function, found through `reward.custom_reward_function.path`.
+"""Reward function of the quickstart, selected by `reward.custom_reward_function.path`.
 
-The reward is what reasoning-gym's own scorer gives: 1 for the right answer, else the share of letters in their
-place. `acc` goes along as a metric: 1 only if the whole answer is right.
+The reward is the score of reasoning-gym: 1 for the right answer, otherwise the share of letters at the right position.
+`acc` is a metric: 1 only if the full answer is right.
 """
 
 from typing import Any

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Trains a small language model with GRPO to spell words backwards: a few minutes on two CPU cores, no accelerator.
-# The rollout runs in MXFP8 (quantization=ascend), emulated on the CPU with the layouts and roundings of an Ascend 950.
+# Trains a small language model with GRPO to spell words backwards. Takes a few minutes on two CPU cores, without an
+# accelerator. The rollout runs in MXFP8 (quantization=ascend), emulated with the layouts and rounding of an Ascend 950.
 #
 #   examples/quickstart/run.sh [key=value ...]        # any key of verl.trainer.main_ppo, e.g. trainer.n_gpus_per_node=2
 #
-# The prepared model and data are used again by later runs. A run always starts at step 0: trainer.resume_mode=auto goes on
-# from the last checkpoint instead. The metrics of the run before are kept as metrics.jsonl.previous. It ends with a report,
-# one HTML file, which any browser opens.
+# Later runs use the prepared model and data again. A run starts at step 0; with trainer.resume_mode=auto it continues
+# from the last checkpoint. The metrics of the previous run are kept as metrics.jsonl.previous. At its end, a run writes
+# a report: one HTML file for a browser.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -74,4 +74,4 @@ report="$(python3 -m verl.cli report "$run")"
 python3 examples/quickstart/summary.py "$run" --wall-seconds $((SECONDS - started)) --report "$report" \
     --next 'make quickstart ARGS="actor_rollout_ref.rollout.quantization=null trainer.default_local_dir=outputs/plain"' \
     --next 'make quickstart ARGS="trainer.n_gpus_per_node=2 trainer.default_local_dir=outputs/two_ranks"' \
-    --next 'examples/grpo_trainer/run_smollm2_135m_cpu.sh        # a real pretrained model, for patient people'
+    --next 'examples/grpo_trainer/run_smollm2_135m_cpu.sh        # a real pretrained model, a minute per step'

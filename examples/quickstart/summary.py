@@ -1,4 +1,4 @@
-"""Prints what a run did, from its metrics.jsonl: reward before and after, mismatch, seconds, where things are."""
+"""Print a summary of a run from its metrics.jsonl: reward before and after, mismatch, seconds, output files."""
 
 import argparse
 import statistics
@@ -16,7 +16,7 @@ Row = tuple[str, str]
 
 
 def series(records: Sequence[Mapping[str, Any]], name: str) -> list[Point]:
-    """(step, value) of a metric, for each record that has it as a number."""
+    """Return (step, value) of a metric, for each record that has it as a number."""
     points = []
     for record in records:
         value = record.get("data", {}).get(name)
@@ -26,7 +26,7 @@ def series(records: Sequence[Mapping[str, Any]], name: str) -> list[Point]:
 
 
 def change(points: Sequence[Point]) -> str:
-    """`0.310 -> 0.962  (step 0 -> 50)`."""
+    """Format first and last value, such as `0.310 -> 0.962  (step 0 -> 50)`."""
     (first_step, first), (last_step, last) = points[0], points[-1]
     if first_step == last_step:
         return f"{first:.3f}  (step {first_step})"
@@ -34,9 +34,10 @@ def change(points: Sequence[Point]) -> str:
 
 
 def reward_rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """How the rewards changed: on held-out prompts where there was a validation, else in training.
+    """Rows on the rewards: on held-out prompts if the run validated, otherwise in training.
 
-    `acc`, the share of right answers, is left out where it equals the reward: the scorer gives a number only.
+    `acc`, the share of right answers, is left out if it equals the reward, because the scorer then returns only a
+    number.
     """
     means: dict[tuple[str, str], dict[str, list[Point]]] = {}
     for name in dict.fromkeys(name for record in records for name in record.get("data", {})):
@@ -50,17 +51,17 @@ def reward_rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
     for (source, statistic), points_of in means.items():
         if points_of.get("reward") == points_of.get("acc"):
             del points_of["acc"]
-        where = f"held-out {source} ({statistic.removeprefix('mean@')} samples each)"
+        prompts = f"held-out {source} ({statistic.removeprefix('mean@')} samples each)"
         for variable, label in (("reward", "mean reward"), ("acc", "right answers")):
             if variable in points_of:
-                rows.append((f"{label}, {where}", change(points_of[variable])))
+                rows.append((f"{label}, {prompts}", change(points_of[variable])))
     if not rows and (points := series(records, "critic/score/mean")):
-        rows.append(("mean reward in training (nothing was validated)", change(points)))
+        rows.append(("mean reward in training (no validation)", change(points)))
     return rows
 
 
 def mismatch_rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """How far the policy that generated is from the one that is trained: quantization, above all."""
+    """Rows on the difference between the rollout policy and the trained policy, mainly due to quantization."""
     rows = []
     if points := series(records, "training/rollout_probs_diff_mean"):
         rows.append(("mean |p_rollout - p_trainer| of a token", f"{_median(points):.1e}  (median of the steps)"))
@@ -92,9 +93,9 @@ def timing_rows(records: Sequence[Mapping[str, Any]], wall_seconds: float | None
     return [*rows, ("total", total)] if total else rows
 
 
-def place_rows(directory: Path, report: Path | None) -> list[Row]:
+def file_rows(directory: Path, report: Path | None) -> list[Row]:
     checkpoint = CheckpointStore(directory).latest()
-    written = "none was written" if checkpoint is None else str(directory / checkpoint.name)
+    written = "none" if checkpoint is None else str(directory / checkpoint.name)
     rows = [("log", str(directory / "metrics.jsonl")), ("checkpoint", written)]
     return rows if report is None else [*rows, ("report, for a browser", str(report))]
 
@@ -105,27 +106,27 @@ def render(
     next_commands: Sequence[str] = (),
     report: Path | None = None,
 ) -> str:
-    """The summary of the run in `directory` as text.
+    """Render the summary of the run in `directory` as text.
 
     Args:
         directory: the run's `trainer.default_local_dir`.
-        wall_seconds: how long everything took, start-up included; None leaves only what the metrics know.
-        next_commands: lines to show at the end.
-        report: what `verl report` wrote, if it did.
+        wall_seconds: duration of the run, including its start; None: only the sum of the steps is shown.
+        next_commands: commands to show at the end.
+        report: the file that `verl report` wrote, if any.
 
     Raises:
-        ValueError: there are no metrics.
+        ValueError: the run has no metrics.
     """
     path = directory / "metrics.jsonl"
     records = [record for record in read_steps(path) if isinstance(record.get("data"), dict)]
     if not records:
-        state = "holds no metrics" if path.exists() else "does not exist"
-        raise ValueError(f"{path} {state}; give the directory of a run whose trainer.logger has 'file'")
+        state = "has no metrics" if path.exists() else "does not exist"
+        raise ValueError(f"{path} {state}: use the directory of a run whose trainer.logger contains 'file'")
     sections = [
         ("Result", reward_rows(records)),
         ("Rollout against trainer", mismatch_rows(records)),
         ("Seconds (median of the steps)", timing_rows(records, wall_seconds)),
-        ("Where things are", place_rows(directory, report)),
+        ("Files", file_rows(directory, report)),
     ]
     width = max(len(label) for _, rows in sections for label, _ in rows)
     lines = []
@@ -140,11 +141,11 @@ def render(
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path, nargs="?", default=Path("outputs/quickstart"))
-    parser.add_argument("--wall-seconds", type=float, help="how long everything took")
+    parser.add_argument("--wall-seconds", type=float, help="duration of the run, including its start")
     parser.add_argument(
-        "--next", action="append", default=[], metavar="COMMAND", help="a line to end with; may be repeated"
+        "--next", action="append", default=[], metavar="COMMAND", help="a command to show at the end; may be repeated"
     )
-    parser.add_argument("--report", type=Path, metavar="FILE", help="the report of the run, to be named")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="the report of the run")
     given = parser.parse_args(arguments)
     try:
         print(render(given.directory, given.wall_seconds, given.next, given.report))

@@ -1,6 +1,6 @@
-"""A reward model behind an OpenAI-compatible endpoint, as an async reward function; see README.md beside it.
+"""Async reward function that asks a reward model behind an OpenAI-compatible endpoint; see README.md.
 
-The model is asked to grade the answer from 0 to 10; the reward is its grade divided by 10.
+The model grades the response from 0 to 10; the reward is the grade divided by 10.
 """
 
 import asyncio
@@ -25,12 +25,12 @@ Explain in one or two sentences, then end with a line of its own: Score: <number
 
 _GRADE = re.compile(r"^\W*score\W*?\s*(-?\d+(?:\.\d+)?)(?:\s*/\s*10)?\W*$", re.IGNORECASE | re.MULTILINE)
 _TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504}
-# One for each limit that is asked for, in each reward worker.
+# By value of `max_concurrency`; each reward worker has its own.
 _limits: dict[int, asyncio.Semaphore] = {}
 
 
 class RewardModelError(RuntimeError):
-    """The reward model gave no grade."""
+    """Error: the reward model gave no grade."""
 
 
 async def compute_score(
@@ -48,25 +48,26 @@ async def compute_score(
     request_timeout: float = 60.0,
     max_concurrency: int = 32,
 ) -> dict[str, Any]:
-    """Grade one answer.
+    """Grade one response.
 
     Args:
-        data_source, solution_str, ground_truth, extra_info: the sample; `extra_info["question"]` is shown to the
-            reward model as the task where it is there.
-        base_url: of the endpoint, up to and with `/v1`.
-        model: the name that the endpoint serves.
-        api_key_env: environment variable that holds the key; unset for an endpoint that wants none.
-        max_tokens: of the reward model's reply.
-        retries: further attempts after one that failed on the way or with a status such as 429 or 503.
-        backoff: seconds before the first of them, doubled each time, and up to as much again by chance.
-        request_timeout: seconds for one attempt.
-        max_concurrency: requests at a time in each reward worker.
+        data_source, solution_str, ground_truth, extra_info: the sample; the reward model sees
+            `extra_info["question"]`, if present, as the task.
+        base_url: URL of the endpoint, including `/v1`.
+        model: name of the model at the endpoint.
+        api_key_env: environment variable with the API key; unset for an endpoint without a key.
+        max_tokens: largest length of the reward model's reply.
+        retries: further attempts after a lost connection, a timeout or a status such as 429 or 503.
+        backoff: seconds before the first retry; doubled for each further one, plus a random part of up to the same
+            size.
+        request_timeout: seconds per attempt.
+        max_concurrency: concurrent requests of each reward worker.
 
     Returns:
-        `score` in [0, 1]. The caller counts a sample whose grading raises, and gives it 0.
+        `score` in [0, 1]. If grading raises, the caller counts the error and sets the score to 0.
 
     Raises:
-        RewardModelError: no reply after all attempts, the endpoint refuses, or the reply holds no grade.
+        RewardModelError: no reply after all attempts, the endpoint refuses the request, or the reply has no grade.
     """
     question = (extra_info or {}).get("question", "(not given)")
     content = PROMPT.format(question=question, reference=ground_truth, answer=solution_str)
@@ -84,22 +85,22 @@ async def compute_score(
 
 
 def parse_grade(reply: str) -> float:
-    """The last grade in a reply, as a share of 10.
+    """Return the last grade in a reply, divided by 10.
 
     Raises:
-        RewardModelError: there is none, or it is not between 0 and 10.
+        RewardModelError: the reply has no grade, or the grade is not between 0 and 10.
     """
     grades = _GRADE.findall(reply)
     if not grades:
         raise RewardModelError(f"the reward model's reply has no line 'Score: <number>': {reply[-200:]!r}")
     grade = float(grades[-1])
     if not 0 <= grade <= 10:
-        raise RewardModelError(f"the reward model gave {grade:g}, which is not between 0 and 10")
+        raise RewardModelError(f"the reward model's grade is {grade:g}, it must be between 0 and 10")
     return grade / 10
 
 
 async def _ask(url: str, body: dict, key: str, retries: int, backoff: float, seconds: float) -> str:
-    """The reply's text, after as many attempts as it takes."""
+    """Post a request up to `retries` + 1 times and return the text of the reply."""
     problem = ""
     for attempt in range(retries + 1):
         if attempt:
@@ -110,11 +111,12 @@ async def _ask(url: str, body: dict, key: str, retries: int, backoff: float, sec
         problem = f"HTTP {status}: {text[:200]!r}" if status else text
         if status and status not in _TRY_AGAIN:
             break
-    raise RewardModelError(f"{_shown(url)} gave no reply in {attempt + 1} attempts; the last: {_hidden(problem, key)}")
+    last = _without_key(problem, key)
+    raise RewardModelError(f"{_without_login(url)} gave no reply in {attempt + 1} attempts; the last: {last}")
 
 
 async def _post(url: str, body: dict, key: str, seconds: float) -> tuple[int, str]:
-    """Status and text of one attempt; status 0 with the reason where there was no answer."""
+    """Post once; return status and text, or status 0 and the reason if there was no response."""
     import aiohttp
 
     headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -126,9 +128,9 @@ async def _post(url: str, body: dict, key: str, seconds: float) -> tuple[int, st
         ):
             return response.status, await response.text(errors="replace")
     except TimeoutError:
-        return 0, f"no answer within {seconds:g} s"
+        return 0, f"no response within {seconds:g} s"
     except aiohttp.ClientError as error:
-        # Its text only: the full form of some of these holds the headers, and so the key.
+        # Only the text: the full form of some of these errors contains the headers, and so the key.
         return 0, f"{type(error).__name__}: {error}"
 
 
@@ -140,15 +142,17 @@ def _content(text: str, url: str) -> str:
     except (ValueError, LookupError, TypeError):
         content = None
     if not isinstance(content, str):
-        raise RewardModelError(f"{_shown(url)} did not answer as /chat/completions does: {text[:200]!r}")
+        raise RewardModelError(
+            f"{_without_login(url)} did not reply in the format of /chat/completions: {text[:200]!r}"
+        )
     return content
 
 
-def _shown(url: str) -> str:
-    """A URL without a user's name and password."""
+def _without_login(url: str) -> str:
+    """Remove user name and password from a URL."""
     parts = urlsplit(url)
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
-def _hidden(text: str, key: str) -> str:
+def _without_key(text: str, key: str) -> str:
     return text.replace(key, "***") if key else text

@@ -1,4 +1,4 @@
-"""A calculator as a tool. It reads arithmetic and nothing else: what a model writes is never run as Python."""
+"""Calculator tool: parses arithmetic only, and never runs text of the model as Python code."""
 
 import ast
 import math
@@ -9,7 +9,7 @@ from verl.tools.base_tool import BaseTool
 from verl.tools.schemas import OpenAIFunctionToolSchema, ToolResponse
 
 MAX_CHARACTERS = 200
-# Any number on the way to the result: 2 ** 512 has 155 digits. Without a bound "9**9**9" would take all memory.
+# Limit of every intermediate result: 2 ** 512 has 155 digits. Without a limit, "9**9**9" would use all memory.
 MAX_BITS = 512
 OPERATORS = {
     ast.Add: operator.add,
@@ -24,13 +24,13 @@ OPERATORS = {
 
 
 def evaluate(expression: str) -> int | float:
-    """The value of an expression of numbers, `+ - * / // % **` and brackets.
+    """Return the value of an expression of numbers, `+ - * / // % **` and parentheses.
 
     Raises:
-        ValueError: it is something else, it is too long, or a number on the way is too large.
+        ValueError: the text is not such an expression or is too long, or an intermediate result is too large.
     """
     if len(expression) > MAX_CHARACTERS:
-        raise ValueError(f"the expression has {len(expression)} characters, at most {MAX_CHARACTERS} are allowed")
+        raise ValueError(f"the expression has {len(expression)} characters, the limit is {MAX_CHARACTERS}")
     try:
         tree = ast.parse(expression.strip(), mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -50,11 +50,11 @@ def _value(node: ast.expr) -> int | float:
         return _power(_value(node.left), _value(node.right))
     if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
         return _bounded(OPERATORS[type(node.op)](_value(node.left), _value(node.right)))
-    raise ValueError("only numbers, + - * / // % ** and brackets are understood")
+    raise ValueError("only numbers, + - * / // % ** and parentheses are supported")
 
 
 def _power(base: int | float, exponent: int | float) -> int | float:
-    # Known before it is computed: the result of whole numbers has at least this many bits, and at most twice as many.
+    # Check before the computation: a power of integers has at least this many bits, and at most twice as many.
     if isinstance(base, int) and isinstance(exponent, int) and (base.bit_length() - 1) * abs(exponent) > MAX_BITS:
         raise ValueError(f"{base}**{exponent} is too large")
     result = base**exponent
@@ -73,20 +73,20 @@ def _bounded(number: int | float) -> int | float:
 
 
 def shown(number: int | float) -> str:
-    """`6/3` as 2, not as 2.0."""
+    """Format a number; integral floats without decimals, so that `6/3` gives 2 and not 2.0."""
     return str(int(number)) if number == int(number) and abs(number) < 1e15 else str(number)
 
 
 class CalculatorTool(BaseTool):
-    """`calculator(expression)`; an expression that it cannot read is an error that the model is told."""
+    """Tool `calculator(expression)`; the model receives the error text of an invalid expression."""
 
     def get_openai_tool_schema(self) -> OpenAIFunctionToolSchema:
-        expression = {"type": "string", "description": "numbers, + - * / // % ** and brackets, e.g. (3+4)*5"}
+        expression = {"type": "string", "description": "numbers, + - * / // % ** and parentheses, e.g. (3+4)*5"}
         parameters = {"type": "object", "properties": {"expression": expression}, "required": ["expression"]}
         function = {"name": "calculator", "description": "Calculates.", "parameters": parameters}
         return OpenAIFunctionToolSchema.model_validate({"type": "function", "function": function})
 
-    # No `async`: it only computes, and runs in a thread of its own.
+    # Not `async`, because it only computes; it runs in a separate thread.
     def execute(
         self, instance_id: str, parameters: dict[str, Any], **kwargs: Any
     ) -> tuple[ToolResponse, float | None, dict[str, Any]]:

@@ -1,10 +1,10 @@
-"""Makes everything the calculator example trains on: a tokenizer, a small Qwen3 model and two parquet files.
+"""Prepare the calculator example: write a tokenizer, a small Qwen3 model and two parquet files.
 
-The task is to add two numbers of three digits, which the model is too small to do by itself. It is warm-started on
-demonstrations of two kinds: half call the calculator and repeat what it says, the others guess. So it knows what
-a call looks like and not that it pays: that is left for reinforcement learning to find out.
+The task is to add two numbers of three digits; the model is too small to learn addition itself. It is warm-started on
+two kinds of demonstrations: half of them call the calculator and repeat its result, the others guess. The model then
+knows the format of a call, but not that a call increases the reward: it learns this by reinforcement learning.
 
-Prepared files are used again if they were made with the same settings by the same script; `--force` makes them again.
+Prepared files are used again if the same script wrote them with the same settings; `--force` writes new ones.
 """
 
 import argparse
@@ -22,11 +22,11 @@ from verl.utils.atomic_io import atomic_write_text
 DATA_SOURCE = "sums"
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 PAD, BOS, EOS = 0, 1, 2
-# The parts that every call has are one token each, so that a small model soon knows how to write one.
+# The fixed parts of a call are one token each, so that a small model learns the format quickly.
 CALL_BEGIN, CALL_END = '{"name": "calculator", "arguments": {"expression": "', '"}}'
 MARKERS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", CALL_BEGIN, CALL_END)
 CHARACTERS = "".join(chr(code) for code in range(32, 127))
-# "[calculator]<s>123+456=" is a prompt; what a tool says stands between its markers, and "=" opens every answer.
+# "[calculator]<s>123+456=" is a prompt. A tool response is between its markers; "=" starts every turn of the model.
 CHAT_TEMPLATE = (
     "{% if tools %}[{% for tool in tools %}{{ tool.function.name }}{% endfor %}]{% endif %}"
     "{% for message in messages %}"
@@ -38,32 +38,32 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '=' }}{% endif %}"
 )
 MANIFEST = "manifest.json"
-# 100 to 499, so that every sum has three digits too: what stands at the same place each time is learnt fast.
+# Numbers from 100 to 499: every sum also has three digits, so that positions are fixed and learning is fast.
 NUMBERS = 400
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the prepared files depend on."""
+    """Settings that determine the prepared files."""
 
     seed: int = 1
     train_rows: int = 2048
     test_rows: int = 64
     warm_steps: int = 300
-    warm_batch: int = 32  # demonstrations a step
+    warm_batch: int = 32  # demonstrations per step
     warm_lr: float = 2e-3
     calls: float = 0.5  # share of the demonstrations that call the calculator
 
 
 def pairs(settings: Settings) -> list[tuple[int, int]]:
-    """Different pairs of numbers, those of the test rows first."""
+    """Draw different pairs of numbers, those of the test rows first."""
     rng = random.Random(settings.seed)
     numbers = rng.sample(range(NUMBERS * NUMBERS), settings.test_rows + settings.train_rows)
     return [(100 + number // NUMBERS, 100 + number % NUMBERS) for number in numbers]
 
 
 def row(pair: tuple[int, int], split: str, index: int) -> dict[str, Any]:
-    """One sum in verl's columns."""
+    """Convert a sum to verl's columns."""
     a, b = pair
     return {
         "data_source": DATA_SOURCE,
@@ -86,7 +86,7 @@ def write_data(directory: Path, settings: Settings) -> None:
 
 
 def make_tokenizer():
-    """A tokenizer with a token a character, and one for each of `MARKERS`."""
+    """Create a tokenizer with one token per character and one for each of `MARKERS`."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -103,7 +103,7 @@ def make_tokenizer():
 
 
 def make_model(seed: int):
-    """A Qwen3 model of 0.8 million parameters with random float32 weights."""
+    """Create a Qwen3 model with 0.8 million random float32 weights."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -129,9 +129,10 @@ def make_model(seed: int):
 
 
 def demonstration(pair: tuple[int, int], calls: float, rng: random.Random) -> list[tuple[str, bool]]:
-    """What follows the prompt, in pieces: text, and whether the model is to learn it.
+    """Return the continuation of a prompt as pieces (text, whether the model learns it).
 
-    With probability `calls` a call, what the calculator says, and that as the answer; else some number for an answer.
+    With probability `calls`: a call, the calculator's response, and its result as the answer. Otherwise: a random
+    number as the answer.
     """
     a, b = pair
     if rng.random() >= calls:
@@ -141,7 +142,7 @@ def demonstration(pair: tuple[int, int], calls: float, rng: random.Random) -> li
 
 
 def demonstration_batch(tokenizer, settings: Settings, rng: random.Random):
-    """Token ids and labels, int64 [warm_batch, longest], right-padded; what is not the model's has the label -100."""
+    """Return token ids and labels, int64 [warm_batch, longest], right-padded; labels outside model text are -100."""
     import torch
 
     rows = []
@@ -149,10 +150,10 @@ def demonstration_batch(tokenizer, settings: Settings, rng: random.Random):
         pair = rng.randrange(100, 100 + NUMBERS), rng.randrange(100, 100 + NUMBERS)
         ids = tokenizer.encode(f"[calculator]<s>{pair[0]}+{pair[1]}=", add_special_tokens=False)
         labels = [-100] * len(ids)
-        for text, own in demonstration(pair, settings.calls, rng):
+        for text, learned in demonstration(pair, settings.calls, rng):
             piece = tokenizer.encode(text, add_special_tokens=False)
             ids += piece
-            labels += piece if own else [-100] * len(piece)
+            labels += piece if learned else [-100] * len(piece)
         rows.append((ids, labels))
     width = max(len(ids) for ids, _ in rows)
     tokens = torch.tensor([ids + [PAD] * (width - len(ids)) for ids, _ in rows])
@@ -181,12 +182,12 @@ def warm_start(model, tokenizer, settings: Settings) -> None:
 
 
 def fingerprint(settings: Settings) -> dict[str, Any]:
-    """What has to be equal for prepared files to be used again."""
+    """Values that must be equal for a reuse of prepared files."""
     return {"settings": asdict(settings), "script": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
 
 
 def is_prepared(directory: Path, settings: Settings) -> bool:
-    """Whether the files are there and were made in the same way."""
+    """Return whether the files exist and were written with the same settings and script."""
     try:
         made_with = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -196,10 +197,10 @@ def is_prepared(directory: Path, settings: Settings) -> bool:
 
 
 def prepare(directory: str | Path, settings: Settings, force: bool = False) -> bool:
-    """Make sure that `directory` holds model/, train.parquet and test.parquet.
+    """Write model/, train.parquet and test.parquet to `directory`, unless it contains them already.
 
     Returns:
-        whether they were made; False if those that were there are used again.
+        True if the files were written, False if existing ones are used again.
     """
     from transformers.utils import logging
 
@@ -209,7 +210,7 @@ def prepare(directory: str | Path, settings: Settings, force: bool = False) -> b
         return False
     print(f"{directory}: preparing the model and the data", flush=True)
     (directory / "model").mkdir(parents=True, exist_ok=True)
-    # Without a manifest nothing counts as prepared, whatever stops this process from here on.
+    # Files without a manifest are not used again, so an interrupted preparation starts over.
     (directory / MANIFEST).unlink(missing_ok=True)
     write_data(directory, settings)
     logging.disable_progress_bar()
@@ -224,12 +225,13 @@ def prepare(directory: str | Path, settings: Settings, force: bool = False) -> b
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--output", type=Path, default=Path("outputs/tool_agent"), metavar="DIR")
-    parser.add_argument("--force", action="store_true", help="make the files again")
+    parser.add_argument("--force", action="store_true", help="write the files again")
     for name, value in asdict(Settings()).items():
         parser.add_argument("--" + name.replace("_", "-"), type=type(value), default=value, metavar=str(value))
     given = vars(parser.parse_args(arguments))
     output, force = given.pop("output"), given.pop("force")
-    # Read when torch is first imported: threads that spin while they wait slow down other programs on the same cores.
+    # OpenMP reads this variable when torch is first imported: idle threads that spin slow down programs on the same
+    # cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         prepare(output, Settings(**given), force)

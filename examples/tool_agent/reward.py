@@ -1,14 +1,14 @@
-"""The reward: 1 for the right sum as the last answer.
+"""Reward function: 1 if the last answer is the right sum.
 
-The text has everything after the prompt, what the tools said included. So only what the model says last may count:
-otherwise a call would be rewarded though the model never gave an answer.
+The text contains everything after the prompt, including tool responses. Only the model's last answer counts; otherwise
+a call would be rewarded even if the model gave no answer.
 """
 
 from typing import Any
 
 
 def last_answer(solution_str: str) -> str:
-    """What stands after the last tool response."""
+    """Return the text after the last tool response."""
     return solution_str.rpartition("</tool_response>")[2].strip().removeprefix("=")
 
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Trains a small language model with GRPO to use a calculator: minutes on two CPU cores, no accelerator.
+# Trains a small language model with GRPO to use a calculator. Takes minutes on two CPU cores, without an accelerator.
 #
 #   examples/tool_agent/run_calculator_cpu.sh [key=value ...]        # any key of verl.trainer.main_ppo
 #
-# The prepared model and data are used again by later runs.
+# Later runs use the prepared model and data again.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 

@@ -106,9 +106,9 @@ def test_grades_retries_and_errors(endpoint, grade, caplog):
     reasons = {
         "always 503": "in 3 attempts; the last: HTTP 503",
         "refuse": "in 1 attempts; the last: HTTP 401: 'wrong key: Bearer ***'",
-        "garbage": "did not answer as /chat/completions does: '<html>hello</html>'",
+        "garbage": "did not reply in the format of /chat/completions: '<html>hello</html>'",
         "no grade": "no line 'Score: <number>': 'I would rather not say.'",
-        "too much 11": "gave 11, which is not between 0 and 10",
+        "too much 11": "grade is 11, it must be between 0 and 10",
     }
     for answer, reason in reasons.items():
         assert reason in results[answer].detail, results[answer].detail
@@ -132,7 +132,7 @@ def test_an_endpoint_that_is_down_and_one_that_does_not_respond(grade):
     assert f"http://127.0.0.1:{port}/v1/chat/completions gave no reply in 3 attempts" in dead.detail
     assert KEY not in dead.detail
     assert "the last: ClientConnectorError: Cannot connect" in dead.detail
-    assert "gave no reply in 2 attempts; the last: no answer within 0.1 s" in mute.detail
+    assert "gave no reply in 2 attempts; the last: no response within 0.1 s" in mute.detail
 
 
 def test_concurrent_requests_do_not_exceed_the_limit(endpoint, grade):
