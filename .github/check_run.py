@@ -1,15 +1,16 @@
-"""Compares a run with stored bounds: `python .github/check_run.py RUN_DIR NAME [--bounds FILE]`.
+"""Compare a run with stored bounds: `python .github/check_run.py RUN_DIR NAME [--bounds FILE]`.
 
-RUN_DIR is the run's `trainer.default_local_dir`, with `metrics.jsonl` in it; NAME is a section of the bounds, which say
-for each metric between what numbers a statistic of it must lie:
+RUN_DIR is the run's `trainer.default_local_dir`, which contains `metrics.jsonl`. NAME is a section of the bounds file,
+with limits for statistics of metrics:
 
     grpo-ascend:
-      steps: 20                                  # the last step that was logged
+      steps: 20                                  # the last logged step
       metrics:
         critic/score/mean:
           rise: {min: 0.1}                       # first, last, rise (last - first), median, min, max over the steps
 
-Exit status: 0, 1 where something is out of bounds or was not logged, 2 where the question makes no sense.
+Exit status: 0 if all bounds hold; 1 if a value is out of bounds or was not logged; 2 if the section is missing or
+invalid.
 """
 
 import argparse
@@ -36,17 +37,17 @@ STATISTICS = {
 
 
 def load_bounds(path: Path, name: str) -> Mapping[str, Any]:
-    """The section of a run.
+    """Read a section of a bounds file.
 
     Raises:
-        ValueError: there is none, or it has a key, a statistic or a bound that is not known.
+        ValueError: there is no such section, or it has an unknown key, statistic or bound.
     """
     sections = yaml.safe_load(path.read_text(encoding="utf-8"))
     if name not in sections:
         raise ValueError(f"{path} has no section {name}; it has {', '.join(sections)}")
     section = sections[name]
     if set(section) != {"steps", "metrics"}:
-        raise ValueError(f"{path}: {name} has the keys {sorted(section)}; it needs steps and metrics")
+        raise ValueError(f"{path}: {name} has the keys {sorted(section)}; they must be steps and metrics")
     for metric, wanted in section["metrics"].items():
         for statistic, bound in wanted.items():
             if statistic not in STATISTICS or not bound or not set(bound) <= {"min", "max"}:
@@ -56,7 +57,7 @@ def load_bounds(path: Path, name: str) -> Mapping[str, Any]:
 
 
 def compare(records: Sequence[Mapping[str, Any]], section: Mapping[str, Any]) -> list[tuple[str, bool]]:
-    """One line for each bound, and whether it holds."""
+    """Return a line of text for each bound, and whether the bound holds."""
     last = max((record["step"] for record in records), default=0)
     lines = [(f"steps: {last}, expected {section['steps']}", last == section["steps"])]
     for metric, wanted in section["metrics"].items():
@@ -65,7 +66,7 @@ def compare(records: Sequence[Mapping[str, Any]], section: Mapping[str, Any]) ->
             lines.append((f"{metric}: was not logged", False))
             continue
         for statistic, bound in wanted.items():
-            # min and max would pass over a NaN; it is in no bounds.
+            # min and max could skip a NaN; a NaN is always out of bounds.
             value = math.nan if any(map(math.isnan, values)) else STATISTICS[statistic](values)
             least, most = bound.get("min", float("-inf")), bound.get("max", float("inf"))
             lines.append((f"{metric}: {statistic} {value:.4g}, bounds {least:g} to {most:g}", least <= value <= most))
@@ -73,10 +74,10 @@ def compare(records: Sequence[Mapping[str, Any]], section: Mapping[str, Any]) ->
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; the exit status."""
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path, metavar="RUN_DIR")
-    parser.add_argument("name", metavar="NAME", help="a section of the bounds")
+    parser.add_argument("name", metavar="NAME", help="section of the bounds file")
     parser.add_argument("--bounds", type=Path, default=BOUNDS, metavar="FILE")
     options = parser.parse_args(arguments)
     try:

@@ -1,6 +1,6 @@
 """Draw the reward curve of a run as an SVG file: `python scripts/draw_reward.py RUN_DIR OUTPUT`.
 
-RUN_DIR holds `metrics.jsonl`. The picture of the README is drawn from `outputs/quickstart`.
+RUN_DIR contains `metrics.jsonl`. The figure in the README shows the run in `outputs/quickstart`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ REWARD = "val-aux/reasoning_gym/spell_backward/reward/mean@4"
 
 
 def series(rows: list[dict], name: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one metric."""
+    """Return the steps and values of a metric."""
     found = [(row["step"], row["data"][name]) for row in rows if name in row["data"]]
     return [step for step, _ in found], [value for _, value in found]
 

@@ -1,9 +1,9 @@
-"""Print the import graph of `verl`: packages by share of the lines, circles, and edges against the layers.
+"""Print the import graph of `verl`: size of the packages, circles, and upward imports.
 
 Usage: python scripts/import_graph.py [--check]
 
-The layers are those of the import contract in pyproject.toml. With `--check` the exit status is 1 where there is a
-circle, more than one upward edge, or a package with a quarter of the lines or more.
+The import contract in pyproject.toml defines the layers. With `--check` the exit status is 1 if there is a circle, more
+than one upward edge, or a package with at least a quarter of all lines.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ UPWARD_EDGES = 1
 
 
 def modules() -> dict[str, Path]:
-    """Every module of `verl` by its dotted name."""
+    """Return the file of every module of `verl`, by dotted name."""
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
@@ -30,9 +30,9 @@ def modules() -> dict[str, Path]:
 
 
 def imports(name: str, path: Path, known: dict[str, Path]) -> set[str]:
-    """Modules of `verl` that one module imports anywhere in its text, also under TYPE_CHECKING and in functions.
+    """Return the modules of `verl` that a module imports, also under TYPE_CHECKING and in functions.
 
-    `from package import name` counts as an import of the submodule `name` where there is one, else of the package.
+    `from package import name` counts as an import of the submodule `name` if it exists, otherwise of the package.
     """
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -46,20 +46,20 @@ def imports(name: str, path: Path, known: dict[str, Path]) -> set[str]:
 
 
 def module_graph() -> dict[str, set[str]]:
-    """By module, the modules that it imports."""
+    """Return, by module, the modules that it imports."""
     known = modules()
     return {name: imports(name, path, known) for name, path in known.items()}
 
 
 def folder_of(module: str, known: dict[str, Path]) -> str:
-    """The package that a module belongs to; a package belongs to itself."""
+    """Return the package that contains a module; a package contains itself."""
     return module if known[module].name == "__init__.py" else module.rpartition(".")[0]
 
 
 def folder_graph(graph: dict[str, set[str]], depth: int | None = None) -> dict[str, set[str]]:
-    """The same between folders; `depth` limits the parts of their names.
+    """Return the import graph of the folders; `depth` limits the number of parts in their names.
 
-    A package's own `__init__.py` is its face to the outside: imports that go through it are edges to its folder.
+    An import of a package's `__init__.py` is an edge to the folder of the package.
     """
     known = modules()
 
@@ -71,14 +71,14 @@ def folder_graph(graph: dict[str, set[str]], depth: int | None = None) -> dict[s
     for module, targets in graph.items():
         for target in targets:
             a, b = folder(module), folder(target)
-            # A package and its own subpackage are one house.
+            # Imports between a package and its subpackages do not count.
             if a != b and not a.startswith(f"{b}.") and not b.startswith(f"{a}."):
                 edges[a].add(b)
     return dict(edges)
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Strongly connected components of more than one node, sorted (Tarjan, 1972)."""
+    """Return the strongly connected components with more than one node, sorted (Tarjan, 1972)."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
@@ -107,14 +107,14 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
 
 
 def layers() -> list[list[str]]:
-    """The layers of the import contract, highest first; one list of packages a layer."""
+    """Return the layers of the import contract, highest first; each is a list of packages."""
     tool = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
     (contract,) = (c for c in tool["contracts"] if c["type"] == "layers")
     return [[part.strip() for part in layer.replace(":", "|").split("|")] for layer in contract["layers"]]
 
 
 def upward_edges(graph: dict[str, set[str]]) -> list[str]:
-    """Imports from a lower layer into a higher one, as `module -> module`."""
+    """Return the imports from a lower layer into a higher one, as `module -> module`."""
     height = {package: -level for level, row in enumerate(layers()) for package in row}
 
     def layer(module: str) -> int | None:
@@ -134,7 +134,7 @@ def upward_edges(graph: dict[str, set[str]]) -> list[str]:
 
 
 def lines_by_package() -> dict[str, int]:
-    """Lines of Python, by the first package below `verl`."""
+    """Return the lines of Python code, by top-level package of `verl`."""
     counted: dict[str, int] = defaultdict(int)
     for name, path in modules().items():
         counted[".".join(name.split(".")[:2])] += len(path.read_text(encoding="utf-8").splitlines())
@@ -143,7 +143,7 @@ def lines_by_package() -> dict[str, int]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="exit with 1 where a limit is passed")
+    parser.add_argument("--check", action="store_true", help="exit with status 1 if a limit is exceeded")
     options = parser.parse_args()
     graph = module_graph()
     counted = lines_by_package()
@@ -164,7 +164,7 @@ def main() -> int:
     for edge in upward:
         print(f"   {edge}")
     share = max(counted.values()) / total
-    print(f"{len(graph)} modules, {total} lines; the biggest package holds {share:.1%}")
+    print(f"{len(graph)} modules, {total} lines; the largest package has {share:.1%}")
     failed = between_modules or between_folders or between_packages or len(upward) > UPWARD_EDGES
     return int(options.check and bool(failed or share >= LARGEST_SHARE))
 

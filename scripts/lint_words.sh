@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Check the wording of all tracked texts: misspelled, British and archaic words, and phrases that are hard to read.
+# Checks the wording of all tracked texts: misspelled, British and archaic words, and phrases that are hard to read.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # Names (CANN), accepted spellings, and deliberate mistakes in tests.

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Re-resolves requirements/cpu.lock from pyproject.toml (extras cpu and dev). Run it after changing dependencies; what is
-# locked keeps its version where it can, or with --upgrade takes the newest.
-# The CPU build of torch comes from PIP_FIND_LINKS where that is set, and from PyTorch's CPU index otherwise.
+# Resolves requirements/cpu.lock again from pyproject.toml (extras cpu and dev). Run it after a change of dependencies.
+# Locked packages keep their versions if possible; with --upgrade they get the newest ones. The CPU build of torch comes
+# from PIP_FIND_LINKS if it is set, otherwise from PyTorch's CPU index.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=.venv/bin/python

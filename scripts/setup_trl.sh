@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes .cache/trl, the environment that benchmarks/grpo_step.py runs TRL in: the packages of requirements/trl.txt, and
-# links to what .venv has besides. Both sides of the comparison then compute with the same torch and transformers. Left
-# out are this project and vLLM, which TRL would import. Takes no time where the environment is there and fits.
+# Creates .cache/trl, the environment in which benchmarks/grpo_step.py runs TRL: the packages of requirements/trl.txt,
+# and links to the other packages of .venv. Both sides of the comparison thus use the same torch and transformers.
+# Excluded are this project and vLLM, which TRL would import. Does nothing if the environment exists and is up to date.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -9,7 +9,7 @@ wanted="$(cat requirements/trl.txt requirements/cpu.lock "$0" | sha256sum | cut 
 home=.cache/trl
 if [ -f "$home/.fits" ] && [ "$(cat "$home/.fits")" = "$wanted" ]; then exit 0; fi
 
-echo "==> making $home with $(sed -n 's/^trl==/TRL /p' requirements/trl.txt)"
+echo "==> creating $home with $(sed -n 's/^trl==/TRL /p' requirements/trl.txt)"
 rm -rf "$home"
 "$(.venv/bin/python -c 'import sys; print(sys._base_executable)')" -m venv --without-pip "$home"
 .venv/bin/python -m uv pip install --quiet --python "$home/bin/python" --no-deps -r requirements/trl.txt
@@ -21,7 +21,7 @@ for path in .venv/lib/python*/site-packages/*; do
         *) ln -s "$PWD/$path" "$home/shared/" ;;
     esac
 done
-# After the environment's own packages on sys.path, so that these win.
+# The links come after the environment's own packages on sys.path, so that its own packages take precedence.
 echo "$PWD/$home/shared" > "$(echo "$home"/lib/python*/site-packages)/shared.pth"
 
 "$home/bin/python" -c 'from trl import GRPOConfig, GRPOTrainer'
