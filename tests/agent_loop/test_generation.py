@@ -10,6 +10,7 @@ from verl.agent_loop.agent_loop import AgentLoopBase, AgentLoopOutput, register
 from verl.agent_loop.generation import SampleGenerator, ScoredSample, to_batch
 from verl.config import CustomRewardFunctionConfig, PPOConfig, RewardConfig, RewardManagerConfig
 from verl.workers.reward import RewardLoop, RewardResult
+from verl.workers.reward.loop import RESERVED_NAMES
 
 
 @register("echo_for_this_test")
@@ -93,3 +94,14 @@ def test_a_sample_without_score_is_zero_in_numeric_columns():
     assert columns["acc"].tolist() == [1.0, 0.0, None]
     assert columns["pred"].tolist() == ["4", None, "5"]
     assert all(columns[name].dtype == np.dtype(object) for name in ("acc", "pred", "uid"))
+
+
+def test_the_names_of_columns_are_reserved_and_a_loop_must_not_use_them():
+    row = {"uid": "0", "data_source": "d", "reward_model": {}, "raw_prompt": []}
+    output = AgentLoopOutput([7], [1], [1], [-1.0], [0])
+    sample = ScoredSample(row, output, RewardResult(1.0, {}, None, 0.0))
+    batch = to_batch([sample], pad_token_id=0, with_log_probs=True)
+    assert {*batch.batch.keys(), *batch.non_tensor_batch} <= RESERVED_NAMES
+    output.extra_fields["responses"] = "mine"
+    with pytest.raises(ValueError, match="the agent loop returns responses, which the batch already has"):
+        to_batch([sample], pad_token_id=0, with_log_probs=True)

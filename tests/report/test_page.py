@@ -81,6 +81,18 @@ def test_best_and_worst_show_each_prompt_once(make_run):
     assert validation.best[0].more == (("acc", "1"),)
 
 
+def test_prompts_with_the_same_text_are_different_prompts(make_run):
+    def samples(step):
+        common = {"input": "the same", "output": "", "step": step}
+        rows = [{**common, "gts": index // 2, "score": index / 10, "uid": f"0.{index // 2}"} for index in range(6)]
+        return rows if step == 20 else [{name: value for name, value in row.items() if name != "uid"} for row in rows]
+
+    (run,) = read_runs([make_run("run", samples=samples)])
+    for found in read_samples(run):
+        assert [(sample.score, sample.truth) for sample in found.best] == [("0.5", "2"), ("0.3", "1"), ("0.1", "0")]
+        assert all(sample.more == () for sample in found.best)
+
+
 def test_a_dump_without_a_score_is_a_note(make_run):
     (run,) = read_runs([make_run("run", samples=lambda step: [{"step": step, "score": None}])])
     assert read_samples(run) == []

@@ -1,5 +1,6 @@
 """The actor's objective: sum of its parts, and the arguments of a policy loss."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -82,3 +83,38 @@ def test_only_a_loss_with_a_token_selector_gets_selected_tokens(case):
     for function in (loss, selecting):
         PolicyObjective(function, actor_config(use_kl_loss=False), info)(log_probs, entropy, columns)
     assert seen[0] is None and seen[1] is columns["selected_tokens"]
+
+
+@pytest.mark.parametrize("parts", [[range(8)], [range(1), range(1, 4), range(4, 8)], [range(5), range(0), range(5, 8)]])
+def test_numbers_are_means_over_the_tokens_and_tensors_are_sums(case, parts):
+    log_probs, entropy, columns, info = case
+    mask = columns["response_mask"].bool()
+    info = {**info, "global_tokens": int(mask.sum())}
+
+    def loss(**arguments):
+        tokens = arguments["log_prob"][arguments["response_mask"].bool()]
+        share = agg_loss(arguments["log_prob"], arguments["response_mask"], "token-mean", **denominators)
+        # The mean of no tokens is NaN.
+        return share, {"number": tokens.mean().item(), "one": 1, "flag": True, "numpy": np.float32(2), "tensor": share}
+
+    denominators = {k: info[k] for k in ("global_tokens", "global_sequences", "loss_scale_factor")}
+    objective = PolicyObjective(loss, actor_config(use_kl_loss=False, entropy_coeff=0.0), info)
+    sums = {}
+    for part in parts:
+        rows = list(part)
+        _, metrics = objective(log_probs[rows], entropy[rows], {name: value[rows] for name, value in columns.items()})
+        sums = {name: sums.get(name, 0.0) + float(value) for name, value in metrics.items()}
+    mean = float(log_probs[mask].mean())
+    expected = {"number": mean, "tensor": mean, "actor/pg_loss": mean, "one": 1.0, "flag": 1.0, "numpy": 2.0}
+    assert {name: sums[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("value", ["text", [1.0], torch.ones(2)])
+def test_a_metric_that_is_no_number_is_rejected_by_name(case, value):
+    log_probs, entropy, columns, info = case
+
+    def loss(**arguments):
+        return agg_loss(arguments["log_prob"], arguments["response_mask"], "token-sum"), {"actor/mine": value}
+
+    with pytest.raises(ValueError, match="loss_mode=vanilla returned the metric actor/mine as"):
+        PolicyObjective(loss, actor_config(use_kl_loss=False), info)(log_probs, entropy, columns)

@@ -39,6 +39,20 @@ def test_each_mini_batch_takes_one_step_per_epoch_and_metrics_are_averaged():
     )
 
 
+def test_a_metric_that_some_steps_lack_is_averaged_over_the_others():
+    returned = iter([{"x": 1.0}, {"y": 3.0}, {"x": 2.0}])
+    engine = SimpleNamespace(optimizer_step=lambda: {"grad_norm": 1.0, "lr": 0.5}, schedule_step=lambda: None)
+    metrics = run_updates(
+        engine,
+        ["a", "b", "c"],
+        lambda *_: next(returned) | {"loss": 2.0, "padding_fraction": 0.25},
+        epochs=1,
+        prefix="actor",
+        loss_name="actor/loss",
+    )
+    assert (metrics["x"], metrics["y"], metrics["actor/loss"]) == (1.5, 3.0, 2.0)
+
+
 def test_loss_denominators_are_those_of_the_meta_info():
     counts = {"batch_num_tokens": 30, "global_batch_size": 4, "loss_scale_factor": 7}
     assert loss_denominators({**counts, "temperature": 1.0}) == {"dp_size": 1, **counts}

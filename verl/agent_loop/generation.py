@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -156,7 +156,7 @@ def to_batch(samples: Sequence[ScoredSample], *, pad_token_id: int, with_log_pro
         columns["rollout_log_probs"] = log_probs
     return DataProto.from_dict(
         tensors={name: torch.from_numpy(column) for name, column in columns.items()},
-        non_tensors=_object_columns(samples),
+        non_tensors=_object_columns(samples, reserved=columns),
     )
 
 
@@ -165,7 +165,7 @@ def _last_model_token(response_mask: Sequence[int]) -> int:
     return next((i for i in reversed(range(len(response_mask))) if response_mask[i]), 0)
 
 
-def _object_columns(samples: Sequence[ScoredSample]) -> dict[str, np.ndarray]:
+def _object_columns(samples: Sequence[ScoredSample], reserved: Container[str]) -> dict[str, np.ndarray]:
     columns: dict[str, list[Any]] = {
         "uid": [s.row["uid"] for s in samples],
         "data_source": [s.row["data_source"] for s in samples],
@@ -182,7 +182,7 @@ def _object_columns(samples: Sequence[ScoredSample]) -> dict[str, np.ndarray]:
     }
     reward_columns = extra_columns([s.reward for s in samples])
     for source, extra in (("the agent loop", loop_columns), ("the reward function", reward_columns)):
-        taken = sorted(columns.keys() & extra.keys())
+        taken = sorted(name for name in extra if name in columns or name in reserved)
         if taken:
             raise ValueError(
                 f"duplicate name: {source} returns {', '.join(taken)}, which the batch already has; choose another name"

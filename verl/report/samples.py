@@ -12,7 +12,7 @@ from verl.report.style import number
 from verl.utils.tracking import read_steps
 
 TITLES = {"validation": "Validation", "rollouts": "Training"}
-_COLUMNS = ("input", "output", "gts", "score", "step")
+_COLUMNS = ("input", "output", "gts", "score", "step", "uid")
 _EACH = 4
 _CHARACTERS = 4000
 
@@ -73,10 +73,13 @@ def scored_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _first(rows: list[dict[str, Any]]) -> list[Sample]:
-    """Return the first sample of each prompt, at most `_EACH`."""
+    """Return the first sample of each prompt, at most `_EACH`.
+
+    A prompt is a row of the data; files of older versions lack its `uid`.
+    """
     of_prompt: dict[str, dict[str, Any]] = {}
     for row in rows:
-        of_prompt.setdefault(str(row.get("input")), row)
+        of_prompt.setdefault(str(row["uid"] if "uid" in row else (row.get("input"), row.get("gts"))), row)
     return [_sample(row) for row in list(of_prompt.values())[:_EACH]]
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import numbers
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ class PolicyObjective:
             rollout_is_weights=columns.get("rollout_is_weights"),
             **{name: columns[name] for name in self._extra_columns},
         )
-        metrics = {"actor/pg_loss": loss.detach(), **metrics}
+        metrics = {"actor/pg_loss": loss.detach(), **self._shares(metrics, mask)}
         metrics["actor/entropy"] = agg_loss(entropy.detach(), mask, "token-mean", **self._denominators)
         if actor.entropy_coeff != 0:
             loss = loss - actor.entropy_coeff * agg_loss(entropy, mask, mode, **self._denominators)
@@ -70,6 +71,29 @@ class PolicyObjective:
             loss = loss + actor.kl_loss_coef * kl_loss
             metrics["actor/kl_loss"] = kl_loss.detach()
         return loss, metrics
+
+    def _shares(self, metrics: Mapping[str, Any], mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Turn the metrics of a policy loss into values that are summed over micro-batches and ranks.
+
+        A tensor is such a value already. A number is a mean over the micro-batch: weighted by its share of the tokens
+        of the mini-batch, the sum is the mean over all tokens.
+        """
+        tokens = mask.sum()
+        share = tokens / max(self._denominators["global_tokens"], 1.0)
+        shares = {}
+        for name, value in metrics.items():
+            if isinstance(value, torch.Tensor) and value.numel() == 1:
+                shares[name] = value.detach().reshape(())
+            elif isinstance(value, numbers.Real):
+                # Not multiplied without a token: the mean of no tokens may be NaN.
+                shares[name] = torch.where(tokens > 0, share * float(value), 0.0)
+            else:
+                raise ValueError(
+                    f"actor_rollout_ref.actor.policy_loss.loss_mode={self._actor.policy_loss.loss_mode} returned the "
+                    f"metric {name} as {type(value).__name__} {str(value)[:80]}; return a number or a tensor with one "
+                    "element"
+                )
+        return shares
 
 
 class _LossConfig:

@@ -53,7 +53,7 @@ def run_updates(
         loss_name: name of the engine's metric `loss`.
 
     Returns:
-        metrics, averaged over the optimizer steps.
+        metrics, averaged over the optimizer steps that have them.
 
     Raises:
         NonFiniteError: loss or gradient is NaN or infinite; raised on all ranks before the optimizer step.
@@ -68,4 +68,6 @@ def run_updates(
             metrics[f"{prefix}/grad_norm"], metrics[f"{prefix}/lr"] = step["grad_norm"], step["lr"]
             history.append(metrics)
     engine.schedule_step()
-    return {name: sum(metrics[name] for metrics in history) / len(history) for name in history[0]}
+    names = dict.fromkeys(name for metrics in history for name in metrics)
+    values = {name: [metrics[name] for metrics in history if name in metrics] for name in names}
+    return {name: sum(found) / len(found) for name, found in values.items()}

@@ -5,6 +5,11 @@ import pytest
 from verl.config import PPOConfig
 from verl.config.rollout_correction import resolve
 from verl.trainer.ppo import estimator_columns
+from verl.workers.reward.loop import RESERVED_NAMES
+
+
+def test_the_names_of_columns_are_reserved():
+    assert set(estimator_columns.COMMON_COLUMNS) <= RESERVED_NAMES
 
 
 def estimator(token_level_rewards, response_mask, values, entropys, **kwargs):

@@ -137,3 +137,20 @@ async def test_dynamic_sampling_returns_the_state_after_its_last_draw():
     assert made.loader_state.draws == 2 and made.metrics["train/num_gen_batches"] == 2
     assert made.batch.non_tensor_batch["uid"].tolist() == ["1.1"] * 3 + ["2.1"] * 3
     assert (await sampler.generate(2, {})).loader_state.draws == 4
+
+
+async def test_the_description_of_a_sample_keeps_the_text_and_the_reward():
+    sampler = make_sampler(Generator())
+    sampler._tokenizer = SimpleNamespace(decode=lambda ids, skip_special_tokens: f"text of {ids}")
+    row = {"uid": "3.1", "reward_model": {"ground_truth": "42"}}
+    reward = RewardResult(0.25, {"score": 1.0, "acc": True}, None, 0.0)
+    described = sampler.describe(ScoredSample(row, AgentLoopOutput([1], [2], [1]), reward))
+    assert described == {
+        "input": "text of [1]",
+        "output": "text of [2]",
+        "gts": "42",
+        "score": 0.25,
+        "uid": "3.1",
+        "extra_score": 1.0,
+        "acc": True,
+    }

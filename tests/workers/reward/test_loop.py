@@ -225,6 +225,7 @@ def test_an_async_function_runs_many_samples_at_once(start):
 def test_accepted_and_rejected_return_values(start, keyword):
     loop = start(
         f"""
+        import decimal, fractions
         import numpy as np
         {keyword} {SIGNATURE}:
             return eval(solution_str)
@@ -239,9 +240,12 @@ def test_accepted_and_rejected_return_values(start, keyword):
         "np.int64(3)": 3.0,
         "{'score': 4}": 4.0,
         "{'score': np.float64(5)}": 5.0,
+        "decimal.Decimal('0.5')": 0.5,
+        "{'score': fractions.Fraction(1, 4)}": 0.25,
+        "{'score': 1, 'x': object()}": 1.0,
     }
     bad = ["'1.0'", "None", "float('nan')", "float('inf')", "{'acc': 1}", "[1.0]", "1j", "10**400", "np.ones(2)"]
-    bad += ["{'score': '1'}", "{'score': 1, 'x': object()}", "np.array('1')"]
+    bad += ["{'score': '1'}", "np.array('1')", "decimal.Decimal('nan')", "decimal.Decimal('sNaN')"]
     results = score(loop, *good, *bad)
     for (source, expected), result in zip(good.items(), results, strict=False):
         assert (result.score, result.error) == (expected, None), source
@@ -269,6 +273,85 @@ def test_extra_values_become_built_in_types(start):
     (result,) = score(loop, "x")
     assert result.extra == {"a": 0.5, "b": [0, 1, 2], "c": [1, {"d": None}], "e": "t", "f": 3, "g": True}
     assert [type(result.extra[key]) for key in "abcefg"] == [float, list, list, str, int, bool]
+
+
+EXTRAS = {
+    # expression: stored value
+    "sympy.Integer(3)": 3,
+    "sympy.Rational(1, 4)": 0.25,
+    "sympy.Float(0.5)": 0.5,
+    "sympy.true": True,
+    "sympy.sqrt(2)": "sqrt(2)",
+    "[sympy.Symbol('x') + 1]": ["x + 1"],
+    "decimal.Decimal('1.5')": 1.5,
+    "fractions.Fraction(1, 2)": 0.5,
+    "enum.Enum('Level', {'HIGH': 'high'}).HIGH": "high",
+    "enum.IntEnum('Level', {'HIGH': 7}).HIGH": 7,
+    "datetime.date(2026, 1, 2)": "2026-01-02",
+    "datetime.datetime(2026, 1, 2, 3, 4)": "2026-01-02 03:04:00",
+    "datetime.timedelta(seconds=90)": "0:01:30",
+    "pathlib.Path('a/b')": "a/b",
+    "uuid.UUID(int=1)": "00000000-0000-0000-0000-000000000001",
+    "1j": "1j",
+    "b'\\xc3\\xbc \\xff'": "\u00fc \\xff",
+    "{'b', 'a'}": ["a", "b"],
+    "frozenset({3})": [3],
+    "np.float16(0.5)": 0.5,
+    "np.datetime64('2026-01-02')": "2026-01-02",
+    "np.array([[1, 2]])": [[1, 2]],
+    "torch.tensor(2)": 2,
+    "torch.tensor(0.5, dtype=torch.bfloat16)": 0.5,
+    "torch.tensor([1.0, 2.0], requires_grad=True)": [1.0, 2.0],
+    "{1: None, 'two': (1,)}": {"1": None, "two": [1]},
+    "type('Thing', (), {'__str__': lambda self: 'a thing'})()": "a thing",
+}
+UNREADABLE = {
+    "torch.empty(2, device='meta')": "NotImplementedError",
+    "type('Bad', (), {'__str__': lambda self: 1 / 0})()": "ZeroDivisionError",
+    "cyclic": "RecursionError",
+}
+
+
+def test_no_extra_value_costs_the_score(start, caplog):
+    loop = start(
+        f"""
+        import datetime, decimal, enum, fractions, pathlib, uuid
+        import numpy as np, sympy, torch
+        cyclic = []
+        cyclic.append(cyclic)
+        def {SIGNATURE}:
+            return {{"score": 1.0, "kept": 1, "value": eval(solution_str)}}
+        """,
+        num_workers=1,
+    )
+    with caplog.at_level(logging.WARNING):
+        results = score(loop, *EXTRAS, *UNREADABLE)
+    assert [(result.score, result.error, result.detail) for result in results] == [(1.0, None, "")] * len(results)
+    found = dict(zip(EXTRAS, results, strict=False))
+    assert {source: result.extra["value"] for source, result in found.items()} == EXTRAS
+    for source, result in found.items():
+        assert type(result.extra["value"]) is type(EXTRAS[source]), source
+    assert [result.extra for result in results[len(EXTRAS) :]] == [{"kept": 1}] * len(UNREADABLE)
+    messages = [record.getMessage() for record in caplog.records]
+    for name in ("Thing", "Pow", *UNREADABLE.values()):
+        assert [name in message and "'value'" in message for message in messages].count(True) == 1, (name, messages)
+
+
+def test_an_extra_value_with_a_reserved_name_is_renamed_with_a_warning(start, caplog):
+    loop = start(
+        f"""
+        def {SIGNATURE}:
+            return {{"score": 1.0, "output": "mine", "extra_output": 2, "gts": 3, "advantages": 4, "reward": 5, "n": 6}}
+        """
+    )
+    with caplog.at_level(logging.WARNING):
+        results = score(loop, "a", "b")
+    renamed = {"extra_extra_output": "mine", "extra_output": 2, "extra_gts": 3, "extra_advantages": 4}
+    assert [result.extra for result in results] == [renamed | {"extra_reward": 5, "n": 6}] * 2
+    assert len(caplog.records) == 4, "one warning for each name"
+    assert "'output', a name with another meaning; it is stored as 'extra_extra_output'" in caplog.text
+    with pytest.raises(ValueError, match="gdpo_reward_keys: values has another meaning"):
+        start(f"def {SIGNATURE}: return 1", manager="gdpo", components=["form", "values"])
 
 
 def test_a_plain_number_is_also_reported_as_acc(start):
@@ -424,18 +507,19 @@ def test_child_processes_of_a_hung_function_are_killed(start, tmp_path):
     assert not wait_until_gone([int(note.read_text())])
 
 
-def test_megabytes_of_extra_values_pass_and_too_many_are_refused(start):
+def test_megabytes_of_extra_values_pass_and_too_many_are_dropped(start, caplog):
     loop = start(
         f"""
         def {SIGNATURE}:
-            return {{"score": 1.0, "log": "x" * int(solution_str)}}
+            return {{"score": 1.0, "log": "x" * int(solution_str), "acc": 1}}
         """,
     )
-    small, large, huge = score(loop, "3", str(5 * 2**20), str(40 * 2**20))
+    with caplog.at_level(logging.WARNING):
+        small, large, huge = score(loop, "3", str(5 * 2**20), str(40 * 2**20))
     assert (small.score, large.score) == (1.0, 1.0)
     assert len(large.extra["log"]) == 5 * 2**20
-    assert (huge.score, huge.extra, huge.error) == (0.0, {}, "bad_return")
-    assert "40 MiB" in huge.detail
+    assert (huge.score, huge.extra, huge.error) == (1.0, {"acc": 1}, None)
+    assert "more than 16 MiB of extra values for a sample; dropped: log" in caplog.text
 
 
 def test_the_callers_event_loop_is_never_blocked(start, tmp_path):

@@ -19,7 +19,7 @@ from verl.trainer.rollouts.sample_files import dump_generations
 from verl.utils.asyncio_utils import gather_or_cancel
 from verl.utils.timeline import spanned
 from verl.utils.timing import add_stage, marked_timer
-from verl.workers.reward import RewardLoop, RewardResult
+from verl.workers.reward import RewardLoop, RewardResult, renamed_extra
 from verl.workers.reward.counts import check_scored, reward_metrics
 
 logger = logging.getLogger(__name__)
@@ -215,13 +215,18 @@ class RolloutSampler:
         return samples
 
     def describe(self, sample: ScoredSample) -> dict[str, Any]:
-        """Return one sample as text, for files and tables."""
+        """Return one sample as text, for files and tables.
+
+        `score` is the reward. The dapo manager's value of that name, the score without the penalty, is `extra_score`.
+        """
+        extra = sample.reward.extra
         return {
             "input": self._tokenizer.decode(sample.output.prompt_ids, skip_special_tokens=False),
             "output": self._tokenizer.decode(sample.output.response_ids, skip_special_tokens=True),
             "gts": sample.row["reward_model"].get("ground_truth"),
             "score": sample.reward.score,
-            **sample.reward.extra,
+            "uid": sample.row["uid"],
+            **{renamed_extra(name, extra) if name == "score" else name: value for name, value in extra.items()},
         }
 
     # ---- prompts that partial rollouts carry over ----

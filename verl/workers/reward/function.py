@@ -14,12 +14,18 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import date, time, timedelta
+from decimal import Decimal
+from enum import Enum
+from pathlib import PurePath
 from typing import Any
+from uuid import UUID
 
 ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
 PATH_KEY = "reward.custom_reward_function.path"
 NAME_KEY = "reward.custom_reward_function.name"
 KWARGS_KEY = "reward.reward_kwargs"
+_TEXT_TYPES = (date, time, timedelta, PurePath, UUID, complex)
 
 
 class RewardFunctionError(ValueError):
@@ -135,58 +141,110 @@ def _check_signature(function: Callable[..., Any], where: str, kwargs: Mapping[s
         ) from error
 
 
-def read_return(value: Any) -> tuple[float, dict[str, Any]]:
+def read_return(value: Any) -> tuple[float, dict[str, Any], str]:
     """Split the return value of a reward function into the score and plain extra values.
 
-    A plain number also becomes the extra value `acc`, which validation reports.
+    A plain number also becomes the extra value `acc`, which validation reports. An extra value that has no plain form
+    becomes text, so that it never costs the score.
 
     Returns:
-        the finite score, and a dict of None, bool, int, float, str, and lists and dicts of these.
+        the finite score; a dict of None, bool, int, float, str, and lists and dicts of these; and a note for the user
+        on values that became text or were dropped, or "".
 
     Raises:
-        BadReturnError: neither a number nor a dict with a `score`; NaN or infinite; an extra value of another type.
+        BadReturnError: neither a number nor a dict with a `score`; NaN or infinite.
     """
-    if isinstance(value, Mapping):
-        if "score" not in value:
-            keys = ", ".join(map(str, list(value)[:10]))
-            raise BadReturnError(f"the reward function returned a dict without 'score' (keys: {keys})")
-        extra = {str(key): plain(item, str(key)) for key, item in value.items() if key != "score"}
-        return _finite(value["score"]), extra
-    score = _finite(value)
-    return score, {"acc": score}
+    if not isinstance(value, Mapping):
+        score = _finite(value)
+        return score, {"acc": score}, ""
+    if "score" not in value:
+        keys = ", ".join(map(str, list(value)[:10]))
+        raise BadReturnError(f"the reward function returned a dict without 'score' (keys: {keys})")
+    score = _finite(value["score"])
+    extra, notes = {}, []
+    for name, item in value.items():
+        key = str(name)
+        if key == "score":
+            continue
+        try:
+            extra[key] = plain(item, key, lambda other, where: _as_text(other, where, notes))
+        except Exception as error:  # noqa: BLE001 - any method of the user's object may fail
+            notes.append(
+                f"the reward function returned the extra value '{key}', which is dropped because it cannot be read "
+                f"({type(error).__name__}); return numbers, text, lists or dicts"
+            )
+    return score, extra, "; ".join(dict.fromkeys(notes))
 
 
 def _finite(value: Any) -> float:
     shown = repr(value)[:80]
     number = value.item() if hasattr(value, "item") and getattr(value, "size", 1) != 0 else value
-    if not isinstance(number, numbers.Real):
+    if not isinstance(number, numbers.Real | Decimal):
         raise BadReturnError(
             f"the reward function returned {shown} ({type(value).__name__}) as the score; return a float, "
             "or a dict with a float 'score'"
         )
     try:
         score = float(number)
-    except OverflowError:
+    except (OverflowError, ValueError):  # ValueError: a signaling NaN of Decimal
         score = math.inf
     if not math.isfinite(score):
         raise BadReturnError(f"the reward function returned the score {shown}; a score must be finite")
     return score
 
 
-def plain(value: Any, key: str) -> Any:
-    """Convert `value` to built-in types, so that the reading process needs no class of the user's file."""
+def _refuse(value: Any, key: str) -> Any:
+    raise BadReturnError(
+        f"the value '{key}' is of type {type(value).__name__}; use numbers, strings, dates, paths, lists or dicts"
+    )
+
+
+def _as_text(value: Any, key: str, notes: list[str]) -> Any:
+    text = str(value)
+    if text in ("True", "False"):  # the booleans of sympy are no bool
+        return text == "True"
+    notes.append(
+        f"the reward function returned the extra value '{key}' of type {type(value).__name__}, which is stored as "
+        "text; return a number or text to choose its form"
+    )
+    return text
+
+
+def plain(value: Any, key: str, other: Callable[[Any, str], Any] = _refuse) -> Any:
+    """Convert `value` to built-in types, so that the reading process needs no class of the user's file.
+
+    The members of an Enum become their values; other kinds of numbers (Decimal, Fraction, sympy's) int or float; dates,
+    times, paths, UUIDs and complex numbers text; sets sorted lists; arrays and tensors lists or numbers.
+
+    Args:
+        value: the value.
+        key: its name, for messages.
+        other: converts a value of another type; its arguments are the value and its name.
+
+    Raises:
+        BadReturnError: `other` is not given, and a value is of another type.
+    """
     if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, Enum):
+        return plain(value.value, key, other)
     for kind in (int, float, str):
         if isinstance(value, kind):
             return kind(value)
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real | Decimal):
+        return float(value)
     if isinstance(value, Mapping):
-        return {str(name): plain(item, f"{key}.{name}") for name, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [plain(item, key) for item in value]
+        return {str(name): plain(item, f"{key}.{name}", other) for name, item in value.items()}
+    if isinstance(value, set | frozenset):
+        value = sorted(value, key=repr)  # the order of a set differs between processes
+    if isinstance(value, list | tuple):
+        return [plain(item, key, other) for item in value]
+    if isinstance(value, bytes | bytearray):
+        return bytes(value).decode("utf-8", "backslashreplace")
+    if isinstance(value, _TEXT_TYPES):
+        return str(value)
     if hasattr(value, "tolist"):  # NumPy and torch, scalars included
-        return plain(value.tolist(), key)
-    raise BadReturnError(
-        f"the reward function returned the extra value '{key}' of type {type(value).__name__}; "
-        "use numbers, strings, lists or dicts"
-    )
+        return plain(value.tolist(), key, other)
+    return other(value, key)

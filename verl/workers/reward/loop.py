@@ -10,7 +10,7 @@ import logging
 import pickle
 import threading
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,29 @@ if TYPE_CHECKING:
     from verl.config import RewardConfig
 
 _LOG = logging.getLogger(__name__)
+
+RESERVED_NAMES = frozenset(
+    (
+        # files of samples and tables
+        *("input", "output", "gts", "step", "uid"),
+        # the variable of the metrics that is the reward itself
+        "reward",
+        # columns of the batch: of the rows, of the samples, of the later stages, of agent loops
+        *("data_source", "reward_model", "extra_info", "raw_prompt", "stop_reason", "num_turns", "reward_error"),
+        *("prompts", "responses", "input_ids", "attention_mask", "position_ids", "response_mask", "weight_versions"),
+        *("token_level_scores", "rollout_log_probs", "reward_baselines", "old_log_probs", "entropys", "sum_pi_squared"),
+        *("ref_log_prob", "values", "rollout_is_weights", "accepted_mask", "token_level_rewards", "advantages"),
+        *("returns", "sample_index", "selected_tokens"),
+        *("tool_rewards", "rollout_reward_scores", "tool_call_counts", "tool_failures", "tool_seconds"),
+    )
+)
+"""Names that an extra value of a reward function must not have; such a value is renamed by `renamed_extra`."""
+
+
+def renamed_extra(name: str, taken: Container[str]) -> str:
+    """Return `extra_<name>`, with more of the prefix while that name is taken too."""
+    name = f"extra_{name}"
+    return renamed_extra(name, taken) if name in taken else name
 
 
 @dataclass(frozen=True)
@@ -78,6 +101,11 @@ class RewardLoop:
     ) -> None:
         from verl.config.reward_kwargs import kwargs_problems, scorer_kwargs
 
+        components = tuple(components)
+        if taken := sorted(RESERVED_NAMES & set(components)):
+            raise ValueError(
+                f"algorithm.gdpo_reward_keys: {', '.join(taken)} has another meaning in the batch; choose other names"
+            )
         self._manager = make_manager(config, components)
         if problems := kwargs_problems(config):
             raise ValueError("; ".join(problems))
@@ -98,6 +126,7 @@ class RewardLoop:
         )
         self._lock = threading.Lock()
         self._has_failed = False
+        self._notes: set[str] = set()
         try:
             pickle.dumps(self._setup)
         except (pickle.PicklingError, TypeError, AttributeError) as error:
@@ -153,10 +182,13 @@ class RewardLoop:
         if outcome.error is not None:
             self._report(outcome.error, detail, data_source)
         if outcome.error is None:
+            self._note(detail)
+            detail = ""
             try:
                 score, extra = self._manager.reward(score, extra, response_length)
             except ComponentError as error:
                 raise RewardError(f"data_source={data_source}: {error}") from error
+            extra = self._without_reserved(extra)
         return RewardResult(score, extra, outcome.error, outcome.seconds, detail)
 
     @property
@@ -171,6 +203,26 @@ class RewardLoop:
     def worker_pids(self) -> list[int]:
         """Process ids of the workers."""
         return self._pool.pids()
+
+    def _without_reserved(self, extra: dict[str, Any]) -> dict[str, Any]:
+        """Rename values whose names have another meaning in the batch, the files of samples or the metrics."""
+        if not (taken := sorted(RESERVED_NAMES & extra.keys())):
+            return extra
+        renamed = {name: renamed_extra(name, extra) for name in taken}
+        for name, other in renamed.items():
+            self._note(
+                f"the reward function returned the extra value '{name}', a name with another meaning; it is stored as "
+                f"'{other}'. Choose another name"
+            )
+        return {renamed.get(name, name): value for name, value in extra.items()}
+
+    def _note(self, text: str) -> None:
+        """Log a warning once."""
+        with self._lock:
+            new = bool(text) and text not in self._notes
+            self._notes.add(text)
+        if new:
+            _LOG.warning("reward: %s", text)
 
     def _report(self, error: str, detail: str, data_source: str) -> None:
         with self._lock:

@@ -50,7 +50,11 @@ class RewardError(RuntimeError):
 
 
 class Outcome(NamedTuple):
-    """One scored sample. `error` is None, "exception", "timeout" or "bad_return"; `detail` its traceback or reason."""
+    """One scored sample.
+
+    `error` is None, "exception", "timeout" or "bad_return"; `detail` its traceback or reason. Without an error,
+    `detail` is a note for the user on the extra values, or empty.
+    """
 
     score: float
     extra: dict[str, Any]

@@ -4,7 +4,8 @@
 can do to a process (hang, crash, exit, fill memory) happens here and not in the driver.
 
 Messages in: first `Setup`, then lists of (id, pickled sample). Messages out, as tuples: ("ready", is_async) or
-("failed", text) once; ("start",) when a list has been received; ("done", id, score, extra, error, detail, seconds).
+("failed", text) once; ("start",) when a list has been received; ("done", id, score, extra, error, detail, seconds),
+where `detail` is the reason of the error, or without an error a note on extra values.
 """
 
 from __future__ import annotations
@@ -124,9 +125,14 @@ def score_one(function: ScoreFunction, payload: bytes) -> Outcome:
         value = function.call(**_arguments(payload))
         if inspect.isawaitable(value):  # a plain function that returns a coroutine
             value = asyncio.run(_finish(value))
-        return *read_return(value), None, ""
+        return _scored(value)
     except BaseException as error:  # noqa: BLE001 - sys.exit() in a user's function is an error of the sample too
         return _failure(error)
+
+
+def _scored(value: Any) -> Outcome:
+    score, extra, note = read_return(value)
+    return score, extra, None, note
 
 
 async def _finish(value: Awaitable[Any]) -> Any:
@@ -149,13 +155,28 @@ def _failure(error: BaseException) -> Outcome:
 
 
 def send_done(connection: Connection, number: int, outcome: Outcome, seconds: float) -> None:
-    """Send one result. More than `MAX_EXTRA_BYTES` of extra values are an error, because all of them are kept."""
+    """Send one result. Of more than `MAX_EXTRA_BYTES` of extra values the largest are dropped, because all are kept."""
     message = pickle.dumps(("done", number, *outcome, seconds))
     if len(message) > MAX_EXTRA_BYTES:
-        size = len(message) / 2**20
-        text = f"the reward function returned {size:.0f} MiB; the limit is {MAX_EXTRA_BYTES // 2**20} MiB per sample"
-        message = pickle.dumps(("done", number, 0.0, {}, "bad_return", text, seconds))
+        message = pickle.dumps(("done", number, *_without_largest(outcome, len(message)), seconds))
     connection.send_bytes(message)
+
+
+def _without_largest(outcome: Outcome, size: int) -> Outcome:
+    score, extra, error, detail = outcome
+    sizes = {name: len(pickle.dumps(value)) for name, value in extra.items()}
+    dropped = []
+    for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
+        if size <= MAX_EXTRA_BYTES:
+            break
+        dropped.append(name)
+        size -= sizes[name]
+    note = (
+        f"the reward function returned more than {MAX_EXTRA_BYTES // 2**20} MiB of extra values for a sample; dropped: "
+        f"{', '.join(dropped)}"
+    )
+    kept = {name: value for name, value in extra.items() if name not in dropped}
+    return score, kept, error, "; ".join(filter(None, (detail, note)))
 
 
 class _AsyncServer:
@@ -219,7 +240,7 @@ class _AsyncServer:
         timer = loop.call_later(self._timeout, expire)
         try:
             value = await _stepwise(self._function.call(**_arguments(payload)), self._mark(number))
-            finish((*read_return(value), None, ""))
+            finish(_scored(value))
         except asyncio.CancelledError as error:
             finish(_failure(error))
         except BaseException as error:  # noqa: BLE001 - sys.exit() in a user's function is an error of the sample too
