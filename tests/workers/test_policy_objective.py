@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fixtures.engine_cases import actor_config, make_batch
+from verl.config import ActorConfig
 from verl.trainer.ppo.core_algos import agg_loss, compute_policy_loss_vanilla, kl_penalty, register_policy_loss
 from verl.workers.policy_objective import PolicyObjective
 
@@ -63,6 +64,9 @@ def test_arguments_of_a_registered_policy_loss(case):
         "rollout_is_weights",
     }
     assert seen["config"].clip_ratio_high == 0.28
+    assert seen["config"].get("clip_ratio", None) == actor_config().clip_ratio and "absent" not in seen["config"]
+    assert seen["config"]["global_batch_info"] is seen["config"].global_batch_info
+    assert isinstance(seen["config"], ActorConfig) and "global_batch_info" not in actor_config()
     assert seen["config"].global_batch_info == {"dp_size": 1} | {k: info[k] for k in info if k != "temperature"}
     assert loss == metrics["actor/custom"] == metrics["actor/pg_loss"]
 
@@ -89,7 +93,7 @@ def test_only_a_loss_with_a_token_selector_gets_selected_tokens(case):
 def test_numbers_are_means_over_the_tokens_and_tensors_are_sums(case, parts):
     log_probs, entropy, columns, info = case
     mask = columns["response_mask"].bool()
-    info = {**info, "global_tokens": int(mask.sum())}
+    info = {**info, "batch_num_tokens": int(mask.sum())}
 
     def loss(**arguments):
         tokens = arguments["log_prob"][arguments["response_mask"].bool()]
@@ -97,7 +101,7 @@ def test_numbers_are_means_over_the_tokens_and_tensors_are_sums(case, parts):
         # The mean of no tokens is NaN.
         return share, {"number": tokens.mean().item(), "one": 1, "flag": True, "numpy": np.float32(2), "tensor": share}
 
-    denominators = {k: info[k] for k in ("global_tokens", "global_sequences", "loss_scale_factor")}
+    denominators = {k: info[k] for k in ("batch_num_tokens", "global_batch_size", "loss_scale_factor")}
     objective = PolicyObjective(loss, actor_config(use_kl_loss=False, entropy_coeff=0.0), info)
     sums = {}
     for part in parts:

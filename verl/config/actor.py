@@ -8,13 +8,13 @@ from typing import Any
 
 from verl.config import names
 from verl.config.conditions import any_of, first_of, read_by_loss, unless, when
-from verl.config.schema import key, section, unsupported
+from verl.config.schema import ConfigSection, key, section, unsupported
 
 _FSDP = "use strategy=fsdp2, the only supported training engine"
 
 
 @dataclass
-class OptimConfig:
+class OptimConfig(ConfigSection):
     """AdamW and its learning rate schedule."""
 
     lr: float = key(1e-6, "learning rate after the warmup", at_least=0)
@@ -49,7 +49,7 @@ class OptimConfig:
 
 
 @dataclass
-class FSDPConfig:
+class FSDPConfig(ConfigSection):
     """Sharding of a model over the trainer's ranks with FSDP2."""
 
     model_dtype: str = key(
@@ -79,7 +79,7 @@ class FSDPConfig:
 
 
 @dataclass
-class MegatronConfig:
+class MegatronConfig(ConfigSection):
     """Keys of Megatron, which is not supported."""
 
     tensor_model_parallel_size: int = unsupported(1, "Megatron", _FSDP)
@@ -101,7 +101,7 @@ class MegatronConfig:
 
 
 @dataclass
-class CheckpointConfig:
+class CheckpointConfig(ConfigSection):
     """Parts of a checkpoint."""
 
     save_contents: list[str] = key(
@@ -117,7 +117,7 @@ class CheckpointConfig:
 
 
 @dataclass
-class PolicyLossConfig:
+class PolicyLossConfig(ConfigSection):
     """Choice of the policy loss, and its settings; docs/algorithms.md has the formulas."""
 
     loss_mode: str = key(
@@ -157,7 +157,7 @@ _AGGREGATES = any_of(
 
 
 @dataclass
-class ActorConfig:
+class ActorConfig(ConfigSection):
     """Loss, optimizer, batches and sharding of the policy."""
 
     strategy: str = key(

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from verl.config import names
 from verl.config.conditions import any_of, read_by_estimator, when
 from verl.config.rollout_correction import RolloutCorrectionConfig
-from verl.config.schema import key, section, unsupported
+from verl.config.schema import ConfigSection, key, section, unsupported
 
 __all__ = ["AlgorithmConfig", "FilterGroupsConfig", "KLCtrlConfig", "RolloutCorrectionConfig"]
 
 
 @dataclass
-class KLCtrlConfig:
+class KLCtrlConfig(ConfigSection):
     """Weight of the KL penalty in the reward."""
 
     type: str = key(
@@ -36,7 +36,7 @@ class KLCtrlConfig:
 
 
 @dataclass
-class FilterGroupsConfig:
+class FilterGroupsConfig(ConfigSection):
     """Dynamic sampling (DAPO): drop groups whose samples all have the same score, and generate other groups instead."""
 
     enable: bool = key(False, "drop such groups, and generate until the batch of the step is full of other groups")
@@ -49,7 +49,7 @@ class FilterGroupsConfig:
 
 
 @dataclass
-class AlgorithmConfig:
+class AlgorithmConfig(ConfigSection):
     """Computation of advantages from rewards."""
 
     adv_estimator: str = key(

@@ -9,7 +9,7 @@ from typing import Any
 from verl.config import names
 from verl.config.actor import CheckpointConfig, FSDPConfig, MegatronConfig, OptimConfig
 from verl.config.conditions import micro_batches, when
-from verl.config.schema import key, section, unsupported
+from verl.config.schema import ConfigSection, key, section, unsupported
 
 _LORA = "leave the key out: the whole critic is trained"
 _IN_SAMPLES = micro_batches("use_dynamic_bsz", in_tokens=False)
@@ -24,7 +24,7 @@ class CriticOptimConfig(OptimConfig):
 
 
 @dataclass
-class CriticModelConfig:
+class CriticModelConfig(ConfigSection):
     """The critic's model and how it is loaded."""
 
     path: str | None = key(
@@ -63,7 +63,7 @@ class CriticModelConfig:
 
 
 @dataclass
-class CriticConfig:
+class CriticConfig(ConfigSection):
     """Loss, optimizer, batches and sharding of the value model; most null values mean the actor's value."""
 
     enable: bool | None = key(None, "train a critic; null: if the estimator needs one")

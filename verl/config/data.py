@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from verl.config.conditions import any_of, when
-from verl.config.schema import key, section, unsupported
+from verl.config.schema import ConfigSection, key, section, unsupported
 
 
 @dataclass
-class CustomClassConfig:
+class CustomClassConfig(ConfigSection):
     """The user's own dataset class."""
 
     path: str | None = key(None, "Python file of your own dataset class; null: the built-in class")
@@ -19,7 +19,7 @@ class CustomClassConfig:
 
 
 @dataclass
-class DataConfig:
+class DataConfig(ConfigSection):
     """Files, columns, lengths and batches of prompts."""
 
     train_files: str | list[str] | None = key(

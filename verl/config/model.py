@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from verl.config.conditions import any_of, unless
-from verl.config.schema import key, section, unsupported
+from verl.config.schema import ConfigSection, key, section, unsupported
 
 
 @dataclass
-class LoraConfig:
+class LoraConfig(ConfigSection):
     """Transfer of LoRA adapters to the engine; the keys `lora_*` of the model define the adapters."""
 
     rank: int = key(
@@ -29,7 +29,7 @@ class LoraConfig:
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(ConfigSection):
     """The model and how it is loaded."""
 
     path: str | None = key(

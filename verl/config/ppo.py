@@ -15,12 +15,12 @@ from verl.config.model import ModelConfig
 from verl.config.ref import RefConfig
 from verl.config.reward import RewardConfig
 from verl.config.rollout import RolloutConfig
-from verl.config.schema import key, section, unsupported
+from verl.config.schema import ConfigSection, key, section, unsupported
 from verl.config.trainer import TrainerConfig
 
 
 @dataclass
-class ActorRolloutRefConfig:
+class ActorRolloutRefConfig(ConfigSection):
     """The model in its three roles: actor, reference model and rollout."""
 
     model: ModelConfig = section(ModelConfig, "the model and how it is loaded")
@@ -42,7 +42,7 @@ class ActorRolloutRefConfig:
 
 
 @dataclass
-class RayKwargs:
+class RayKwargs(ConfigSection):
     """Settings of Ray."""
 
     ray_init: dict[str, Any] = key({"num_cpus": None}, "arguments of ray.init; null arguments are left out")
@@ -50,7 +50,7 @@ class RayKwargs:
 
 
 @dataclass
-class PPOConfig:
+class PPOConfig(ConfigSection):
     """The whole config of a run."""
 
     data: DataConfig = section(DataConfig, "files, columns, lengths and batches of prompts")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from verl.config.actor import FSDPConfig, MegatronConfig
 from verl.config.conditions import micro_batches, unless
-from verl.config.schema import key, section, unsupported
+from verl.config.schema import ConfigSection, key, section, unsupported
 
 _IN_SAMPLES = micro_batches("log_prob_use_dynamic_bsz", in_tokens=False)
 _IN_TOKENS = micro_batches("log_prob_use_dynamic_bsz", in_tokens=True)
@@ -25,7 +25,7 @@ class RefFSDPConfig(FSDPConfig):
 
 
 @dataclass
-class RefConfig:
+class RefConfig(ConfigSection):
     """The reference model; a run holds it only for actor.use_kl_loss or algorithm.use_kl_in_reward."""
 
     strategy: str | None = key(

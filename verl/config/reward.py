@@ -8,7 +8,7 @@ from typing import Any
 
 from verl.config import names
 from verl.config.conditions import unless, when
-from verl.config.schema import key, section, unsupported
+from verl.config.schema import ConfigSection, key, section, unsupported
 from verl.utils.host import cpu_cores
 
 # Entries of reward_kwargs that the dapo manager reads; they are never passed to the scorer.
@@ -17,7 +17,7 @@ _MAX_WORKERS = 8
 
 
 @dataclass
-class CustomRewardFunctionConfig:
+class CustomRewardFunctionConfig(ConfigSection):
     """The user's own scorer."""
 
     path: str | None = key(
@@ -32,7 +32,7 @@ class CustomRewardFunctionConfig:
 
 
 @dataclass
-class RewardManagerConfig:
+class RewardManagerConfig(ConfigSection):
     """Computation of rewards from scores."""
 
     name: str = key(
@@ -46,7 +46,7 @@ class RewardManagerConfig:
 
 
 @dataclass
-class RewardModelConfig:
+class RewardModelConfig(ConfigSection):
     """Keys of a reward model, which is not supported."""
 
     enable: bool = unsupported(False, "a reward model", "use reward.custom_reward_function")
@@ -54,7 +54,7 @@ class RewardModelConfig:
 
 
 @dataclass
-class RewardConfig:
+class RewardConfig(ConfigSection):
     """Scoring of responses."""
 
     custom_reward_function: CustomRewardFunctionConfig = section(CustomRewardFunctionConfig, "your own scorer")

@@ -8,7 +8,7 @@ from typing import Any
 
 from verl.config import names
 from verl.config.conditions import any_of, first_of, micro_batches, on_accelerator, unless, when
-from verl.config.schema import key, section, unsupported
+from verl.config.schema import ConfigSection, key, section, unsupported
 
 _GREEDY = when("do_sample", reason="with greedy validation (val_kwargs.do_sample=False)")
 _BETWEEN_NODES = first_of(
@@ -27,7 +27,7 @@ _IN_TOKENS = micro_batches("log_prob_use_dynamic_bsz", in_tokens=True)
 
 
 @dataclass
-class ValKwargs:
+class ValKwargs(ConfigSection):
     """Sampling in validation."""
 
     n: int = key(1, "samples per validation prompt", unit="samples", at_least=1)
@@ -38,7 +38,7 @@ class ValKwargs:
 
 
 @dataclass
-class CheckpointEngineConfig:
+class CheckpointEngineConfig(ConfigSection):
     """Transfer of new weights from the trainer to the replicas."""
 
     backend: str = key(
@@ -83,7 +83,7 @@ class CheckpointEngineConfig:
 
 
 @dataclass
-class AgentConfig:
+class AgentConfig(ConfigSection):
     """Agent loops, which turn a prompt into a sample."""
 
     default_agent_loop: str = key(
@@ -97,7 +97,7 @@ class AgentConfig:
 
 
 @dataclass
-class MultiTurnConfig:
+class MultiTurnConfig(ConfigSection):
     """Samples with several turns and tools."""
 
     enable: bool = key(False, "allow several turns in a sample; the agent loop decides their number")
@@ -126,7 +126,7 @@ class MultiTurnConfig:
 
 
 @dataclass
-class ServerConfig:
+class ServerConfig(ConfigSection):
     """OpenAI-compatible HTTP endpoint of vLLM for each replica."""
 
     enable_http: bool = key(False, "serve the endpoint")
@@ -136,7 +136,7 @@ class ServerConfig:
 
 
 @dataclass
-class RolloutConfig:
+class RolloutConfig(ConfigSection):
     """vLLM replicas, sampling, agent loops, and weight updates."""
 
     name: str = key(

@@ -10,7 +10,7 @@ from typing import Any
 
 from verl.config.conditions import unless, when
 from verl.config.errors import ConfigError, unknown_value
-from verl.config.schema import key, show, unsupported
+from verl.config.schema import ConfigSection, key, show, unsupported
 
 PREFIX = "algorithm.rollout_correction."
 IS_LEVELS = ("token", "sequence")
@@ -27,7 +27,7 @@ _WITH_WEIGHTS = unless("run.correction.rollout_is", None, reason="with algorithm
 
 
 @dataclass
-class RolloutCorrectionConfig:
+class RolloutCorrectionConfig(ConfigSection):
     """Importance weights and rejection that correct differences of rollout and trainer."""
 
     preset: str | None = key(
@@ -97,7 +97,7 @@ class Rejection:
 
 
 @dataclass(frozen=True)
-class Correction:
+class Correction(ConfigSection):
     """A `RolloutCorrectionConfig` with its preset filled in and its thresholds parsed.
 
     Attributes:

@@ -17,6 +17,24 @@ from typing import Any, Protocol
 _METADATA = "key"
 
 
+class ConfigSection(Mapping[str, Any]):
+    """Base of the config dataclasses: a section is also a mapping, `config.get("name", default)`, `config["name"]`.
+
+    The names are the fields, and attributes that are added to an instance. `get` returns the default for other names.
+    """
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in vars(self):
+            raise KeyError(f"{type(self).__name__} has no key {name!r}; its keys are {', '.join(vars(self))}")
+        return vars(self)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(vars(self))
+
+    def __len__(self) -> int:
+        return len(vars(self))
+
+
 class Run(Protocol):
     """The values that conditions read; `verl.config.run_facts.RunFacts` implements it."""
 

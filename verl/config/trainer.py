@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from verl.config import names
 from verl.config.conditions import when
-from verl.config.schema import key, section, unsupported
+from verl.config.schema import ConfigSection, key, section, unsupported
 
 
 @dataclass
-class V1Config:
+class V1Config(ConfigSection):
     """Kind of training loop."""
 
     trainer_mode: str = key(
@@ -24,7 +24,7 @@ class V1Config:
 
 
 @dataclass
-class TrainerConfig:
+class TrainerConfig(ConfigSection):
     """Length of the run, devices, validation, checkpoints and logs."""
 
     project_name: str = key("verl_examples", "name of the project in logs and paths")

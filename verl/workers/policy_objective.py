@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -42,7 +43,7 @@ class PolicyObjective:
         self._denominators = loss_denominators(meta_info)
         self._keeps_log_probs = rollout_correction is not None
         self.training_log_probs: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._loss_config = _LossConfig(actor, self._denominators, rollout_correction)
+        self._loss_config = _loss_config(actor, self._denominators, rollout_correction)
 
     def __call__(
         self, log_probs: torch.Tensor, entropy: torch.Tensor, columns: dict[str, torch.Tensor]
@@ -79,7 +80,7 @@ class PolicyObjective:
         of the mini-batch, the sum is the mean over all tokens.
         """
         tokens = mask.sum()
-        share = tokens / max(self._denominators["global_tokens"], 1.0)
+        share = tokens / max(self._denominators["batch_num_tokens"], 1.0)
         shares = {}
         for name, value in metrics.items():
             if isinstance(value, torch.Tensor) and value.numel() == 1:
@@ -96,18 +97,15 @@ class PolicyObjective:
         return shares
 
 
-class _LossConfig:
-    """The actor section, extended by fields that only the policy loss reads.
+def _loss_config(
+    actor: ActorConfig, global_batch_info: LossDenominators, rollout_correction: Correction | None
+) -> ActorConfig:
+    """Return a copy of the actor section with two more attributes, which only the policy loss reads.
 
-    Attributes:
+    Args:
         global_batch_info: denominators of the mini-batch.
         rollout_correction: see `PolicyObjective`.
     """
-
-    def __init__(self, actor: ActorConfig, global_batch_info: LossDenominators, rollout_correction: Correction | None):
-        self._actor = actor
-        self.global_batch_info = global_batch_info
-        self.rollout_correction = rollout_correction
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._actor, name)
+    config = copy.copy(actor)
+    vars(config).update(global_batch_info=global_batch_info, rollout_correction=rollout_correction)
+    return config
