@@ -1,4 +1,4 @@
-"""The comparison of a run with stored bounds, on logs of real runs that are cut down to the metrics it reads."""
+"""Comparison of runs with stored bounds, on logs of real runs that contain only the compared metrics."""
 
 import importlib.util
 import json
@@ -30,7 +30,7 @@ def write(directory, lines):
     return str(directory)
 
 
-def test_there_is_a_run_for_each_section_that_needs_no_npu():
+def test_every_section_for_a_cpu_has_a_run():
     assert sorted(name for name in BOUNDS if not name.endswith("-npu")) == ON_A_CPU
     assert sorted(name for name in BOUNDS if name.endswith("-npu")) == ["grpo-ascend-npu", "ppo-ascend-npu"]
 
@@ -38,9 +38,9 @@ def test_there_is_a_run_for_each_section_that_needs_no_npu():
 @pytest.mark.parametrize("name", ON_A_CPU)
 def test_a_real_run_is_within_its_bounds(check_run, name, tmp_path, capsys):
     assert check_run.main([write(tmp_path, records(name)), name]) == 0
-    said = capsys.readouterr().out
-    assert said.startswith("ok    steps: 20, expected 20\n") and "FAIL" not in said
-    assert len(said.splitlines()) == 1 + sum(len(wanted) for wanted in BOUNDS[name]["metrics"].values())
+    output = capsys.readouterr().out
+    assert output.startswith("ok    steps: 20, expected 20\n") and "FAIL" not in output
+    assert len(output.splitlines()) == 1 + sum(len(wanted) for wanted in BOUNDS[name]["metrics"].values())
 
 
 def without(name, metric):
@@ -55,7 +55,7 @@ def with_value(name, metric, value, steps=range(21)):
 
 
 @pytest.mark.parametrize("name", ON_A_CPU)
-def test_a_run_that_learnt_nothing_lost_a_metric_or_ended_early_is_not(check_run, name, tmp_path, capsys):
+def test_a_run_without_progress_or_without_a_metric_or_with_fewer_steps_fails(check_run, name, tmp_path, capsys):
     reward = "val-aux/reasoning_gym/spell_backward/reward/mean@4"
     broken = {
         f"FAIL  {reward}: rise 0, ": with_value(name, reward, 0.5),
@@ -69,10 +69,10 @@ def test_a_run_that_learnt_nothing_lost_a_metric_or_ended_early_is_not(check_run
         assert expected in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("quantized", "plain"), [("grpo-ascend", "grpo-null"), ("ppo-ascend", "ppo-null")])
-def test_a_run_without_the_quantized_rollout_is_told_from_one_with_it(check_run, quantized, plain, tmp_path):
-    assert check_run.main([write(tmp_path, records(plain)), quantized]) == 1
-    assert check_run.main([write(tmp_path, records(quantized)), plain]) == 1
+@pytest.mark.parametrize(("quantized", "unquantized"), [("grpo-ascend", "grpo-null"), ("ppo-ascend", "ppo-null")])
+def test_quantized_and_unquantized_runs_fail_each_others_bounds(check_run, quantized, unquantized, tmp_path):
+    assert check_run.main([write(tmp_path, records(unquantized)), quantized]) == 1
+    assert check_run.main([write(tmp_path, records(quantized)), unquantized]) == 1
 
 
 def test_statistics(check_run):
@@ -97,7 +97,7 @@ def test_statistics(check_run):
         ({"steps": 1, "metrics": {"a": {"last": {}}}}, "a: last: "),
     ],
 )
-def test_bounds_that_make_no_sense(check_run, section, message, tmp_path, capsys):
+def test_invalid_bounds_are_an_error(check_run, section, message, tmp_path, capsys):
     path = tmp_path / "bounds.yaml"
     path.write_text(yaml.safe_dump({"mine": section}))
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""The documentation: it builds as a site, its keys exist, and what is written from the source is as written."""
+"""The documentation: it builds as a site, its keys exist, and its code blocks run."""
 
 import json
 import os
@@ -67,10 +67,10 @@ def blocks(page, *languages):
 
 
 def overrides(page):
-    """Every `key=value` of a config in the page's shell blocks."""
+    """Yield every config override `key=value` in the shell blocks of a page."""
     for block in blocks(page, "", "bash", "sh"):
         for line in block.splitlines():
-            # What is no shell, such as output, has quotes that do not end.
+            # Output is not shell syntax and may contain unbalanced quotes.
             open_ended = line.count("'") % 2 or line.count('"') % 2
             words = line.split() if open_ended else shlex.split(line.removesuffix("\\"), comments=True)
             yield from (word for word in words if OVERRIDE.match(word))
@@ -85,7 +85,7 @@ def test_keys_in_the_pages_exist_and_take_their_values(page):
         compile(block, page.name, "exec")
 
 
-def test_there_are_keys_in_the_pages():
+def test_the_pages_contain_many_keys():
     assert sum(len(list(overrides(page))) for page in PAGES) > 40
 
 
@@ -101,7 +101,7 @@ def test_the_figures_of_the_readme_are_those_of_the_performance_page():
     assert "4.2%" in readme and "**4.2%**" in row("| 135M  | equal   | 32 samples, 1024 tokens")
 
 
-def test_the_readme_s_own_data_and_reward(tmp_path, monkeypatch):
+def test_data_and_reward_of_the_readme_give_a_valid_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data, reward = blocks(ROOT / "README.md", "python")[:2]
     exec(compile(data, "make_data.py", "exec"), {})
@@ -119,7 +119,7 @@ def test_the_readme_s_own_data_and_reward(tmp_path, monkeypatch):
 
 
 def write_files(page, folder):
-    """Every Python block of a page that begins with a file's name, as that file."""
+    """Write every Python block of a page to the file that its first line names."""
     for block in blocks(page, "python"):
         name = re.match(r"# (\w+\.py)\n", block)
         assert name is not None, block
@@ -127,7 +127,7 @@ def write_files(page, folder):
 
 
 def words_after(command, page):
-    """The arguments of the first command of a page that begins with `command`."""
+    """Return the arguments of the first command of a page that begins with `command`."""
     text = next(block for block in blocks(page, "bash") if block.startswith(command)).replace("\\\n", " ")
     return shlex.split(text.removeprefix(command))
 

@@ -1,4 +1,4 @@
-"""The wheel: builds from what a clone holds, has every file in it, and runs where nothing of the clone is in reach."""
+"""The wheel: it can be built from a clone, contains every file, and runs without the clone."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def run(*command, **options):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Built from a copy: a build leaves directories behind, and takes up those that an earlier one left."""
+    """Build from a copy, because a build leaves directories behind and includes those of earlier builds."""
     source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("built")
     for name in PACKAGES:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -42,14 +42,14 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def environment(wheel, tmp_path_factory):
-    """A virtual environment with the wheel, and behind it the packages of the one that runs the tests."""
+    """Virtual environment with the wheel, followed on sys.path by the packages of the test environment."""
     home = tmp_path_factory.mktemp("environment")
     run(sys.executable, "-m", "venv", "--without-pip", str(home))
     python = home / "bin" / "python"
     offline = ("--no-deps", "--no-index", "--disable-pip-version-check")
     run(sys.executable, "-m", "pip", "--python", str(python), "install", *offline, str(wheel))
     (packages,) = home.glob("lib/python*/site-packages")
-    # Added as a plain directory: its own .pth files, an editable verl's among them, are not read.
+    # As a plain directory, its .pth files are not read, so an editable verl in it is not found.
     (packages / "rest.pth").write_text("\n".join(site.getsitepackages()) + "\n")
     return home
 
@@ -76,16 +76,16 @@ def test_every_file_of_the_packages_is_in_the_wheel(wheel):
 
 
 def test_the_wheel_runs_the_doctor_and_composes_a_config(environment, tmp_path):
-    """From a directory of its own: the command, the metadata, the C sources, the YAML files and Hydra's plugin."""
+    """Run in an empty directory: the command, metadata, C sources, YAML files and Hydra's plugin are found."""
     python = environment / "bin" / "python"
     where = in_environment(
         environment, python, "-c", "import verl; print(verl.__file__, verl.__version__)", cwd=tmp_path
     )
     assert where.startswith(str(environment)) and where.split()[1] == PROJECT["version"]
     verl_command = environment / "bin" / "verl"
-    whole = json.loads(in_environment(environment, verl_command, "doctor", "--json", cwd=tmp_path))
-    assert whole["verl"] == PROJECT["version"]
-    assert whole["facts"]["kernels"] is None and whole["facts"]["broken"] == {}
+    report = json.loads(in_environment(environment, verl_command, "doctor", "--json", cwd=tmp_path))
+    assert report["verl"] == PROJECT["version"]
+    assert report["facts"]["kernels"] is None and report["facts"]["broken"] == {}
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "run.yaml").write_text("defaults: [ppo_trainer, _self_]\ntrainer: {total_epochs: 7}\n")
     arguments = ("--config-path", "mine", "--config-name", "run", "--cfg", "job")
@@ -98,7 +98,7 @@ def test_the_version_comes_from_one_place():
     assert PROJECT["version"] not in (ROOT / "verl" / "__init__.py").read_text()
 
 
-def test_the_changelog_knows_the_version():
+def test_the_changelog_has_a_section_for_the_version():
     headings = [line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.startswith("## [")]
     assert headings[0] == "## [Unreleased]"
     assert any(line.startswith(f"## [{PROJECT['version']}]") for line in headings)

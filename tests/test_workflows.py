@@ -1,4 +1,4 @@
-"""The jobs in .github/workflows: every command that they name exists and takes what it is given."""
+"""The jobs in .github/workflows: every command exists and accepts its arguments."""
 
 import importlib.util
 import itertools
@@ -24,7 +24,7 @@ def load(name):
 
 
 def combinations(matrix):
-    """What GitHub makes of a matrix: the product of its lists, with each `include` added where it fits."""
+    """Yield the jobs that GitHub creates from a matrix: the product of its lists, plus every matching `include`."""
     axes = {key: values for key, values in matrix.items() if key != "include"}
     for values in itertools.product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
@@ -39,7 +39,7 @@ def filled(text, chosen):
 
 
 def commands():
-    """(workflow, the words of a command), matrices filled in."""
+    """Yield (workflow, words of a command) for every command, with the values of its matrix."""
     for name in WORKFLOWS:
         for job in load(name)["jobs"].values():
             for chosen in combinations(job.get("strategy", {}).get("matrix", {})):
@@ -89,7 +89,7 @@ def check_python(words, pytestconfig):
 
 def check_script(path, words):
     assert os.access(ROOT / path, os.X_OK), f"{path} is not an executable file"
-    # A key that the config does not know is an error here.
+    # `load_config` raises for an unknown key.
     assert load_config(list(words)).trainer.total_training_steps == 20
 
 
@@ -103,7 +103,7 @@ def import_check_run():
 @pytest.mark.parametrize(("workflow", "words"), COMMANDS, ids=[" ".join(words)[:60] for _, words in COMMANDS])
 def test_the_command_exists(workflow, words, pytestconfig):
     head, rest = words[0], words[1:]
-    assert not any("${{" in word for word in words), "an expression that this test does not fill in"
+    assert not any("${{" in word for word in words), "this test does not replace this expression"
     if head == "make":
         check_make(rest, pytestconfig)
     elif head in PYTHONS:
@@ -113,10 +113,10 @@ def test_the_command_exists(workflow, words, pytestconfig):
     elif head.endswith(".sh"):
         check_script(head, rest)
     else:
-        assert words[:2] == ("echo", "$PWD/.venv/bin"), f"a command that this test does not know: {words}"
+        assert words[:2] == ("echo", "$PWD/.venv/bin"), f"this test does not check such a command: {words}"
 
 
-def test_the_jobs_there_are():
+def test_required_workflows_exist_and_are_named_after_their_files():
     assert set(WORKFLOWS) >= {"cpu_unit", "cpu_e2e_rollout", "contract_vllm_ascend", "npu_e2e_rollout"}
     for name in WORKFLOWS:
         assert load(name)["name"] == name
@@ -124,9 +124,11 @@ def test_the_jobs_there_are():
         assert load(name)[True]
 
 
-def test_the_docs_are_built_by_a_job_where_they_can_be():
-    there = "docs" in make_targets()
-    assert ("docs" in WORKFLOWS) == there, "`make docs` and .github/workflows/docs.yml, which runs it, go together"
+def test_a_workflow_builds_the_docs_if_make_can():
+    has_target = "docs" in make_targets()
+    assert ("docs" in WORKFLOWS) == has_target, (
+        ".github/workflows/docs.yml needs the target `make docs`, and vice versa"
+    )
 
 
 def test_both_algorithms_run_with_and_without_a_quantized_rollout():
@@ -140,27 +142,27 @@ def test_there_is_a_contract_job_for_each_release():
     assert load("contract_vllm_ascend")["jobs"]["release"]["strategy"]["matrix"]["release"] == list(RELEASES)
 
 
-def test_what_needs_an_npu_runs_where_one_is_and_not_for_strangers():
+def test_npu_jobs_run_on_own_machines_and_not_for_pull_requests():
     workflow = load("npu_e2e_rollout")
     assert all("self-hosted" in job["runs-on"] for job in workflow["jobs"].values())
     assert "pull_request" not in workflow[True]
     assert any("npu" in words for name, words in COMMANDS if name == "npu_e2e_rollout")
 
 
-def test_triggers_by_path_name_paths_that_exist():
+def test_paths_of_triggers_exist():
     for name in WORKFLOWS:
         for event in load(name)[True].values():
             for pattern in (event or {}).get("paths", ()) if isinstance(event, dict) else ():
                 assert (ROOT / pattern.removesuffix("/**")).exists(), pattern
 
 
-def test_what_a_cache_is_made_of_exists():
+def test_files_hashed_for_a_cache_key_exist():
     for path in WORKFLOWS.values():
         for files in re.findall(r"hashFiles\(([^)]*)\)", path.read_text()):
             assert all((ROOT / file).is_file() for file in re.findall(r"'([^']+)'", files))
 
 
-def test_actions_have_versions_and_no_index_is_named():
+def test_actions_have_versions_and_files_name_no_package_index():
     files = [*WORKFLOWS.values(), ROOT / ".pre-commit-config.yaml"]
     for path in files:
         text = path.read_text()
@@ -169,7 +171,7 @@ def test_actions_have_versions_and_no_index_is_named():
             assert re.fullmatch(r"[\w-]+/[\w-]+@v\d+", action), action
 
 
-def test_hooks_before_a_commit_are_make_lint():
+def test_pre_commit_hooks_equal_make_lint():
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
     lint = (ROOT / "Makefile").read_text().partition("\nlint:")[2].partition("\n\n")[0]
     for hook in hooks:

@@ -40,7 +40,7 @@ def test_noise_makes_no_overhead_negative():
 
 
 def test_calibration_finds_the_overheads_of_a_known_machine(monkeypatch):
-    """The time model predicts the times of a known machine, and these take the place of measured runs."""
+    """Predictions of the time model for a known machine replace the measured runs."""
     import scale_model
 
     rates = dict(train_flops=1e11, generate_flops=1e11, read_bandwidth=1e10, copy_bandwidth=1e10, link_bandwidth=1e9)

@@ -15,7 +15,7 @@ from verl.utils.host import thread_environment
 HERE = Path(__file__).parent
 
 # Modules that kill processes, or check which processes and files in /dev/shm a run leaves. They run one after another
-# in one worker, as each could see what another leaves: vLLM with tensor parallelism (test_training) may leave a file.
+# in one worker, because each could see files of another: vLLM with tensor parallelism (test_training) may leave one.
 PROCESSES = ("test_start_and_stop", "test_rollout_lag", "test_replicas", "test_training")
 # The next modules, the longest first; the others follow.
 LONGEST = ("test_benchmarks", "test_algorithms", "test_two_nodes", "test_engine_two_ranks")
@@ -45,7 +45,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread_for_each_engine():
-    """Give engines in this process, and their workers, one thread each that no core is reserved for.
+    """Give engines in this process, and their workers, one thread each that is not bound to a core.
 
     Two tests run at a time on the same cores, and the models are too small for more threads to help.
     """

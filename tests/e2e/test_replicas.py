@@ -101,7 +101,7 @@ async def processor_share(pid, seconds):
     return (used() - begin) / seconds
 
 
-async def test_two_replicas_from_start_to_death(tmp_path, ray_session):
+async def test_life_cycle_of_two_replicas(tmp_path, ray_session):
     model_dir = write_tiny_model(tmp_path / "model")
     weights = load_file(model_dir / "model.safetensors")
     reports = {}

@@ -17,7 +17,7 @@ KEY = "not-for-anyone-s-eyes"
 
 
 class Endpoint(BaseHTTPRequestHandler):
-    """Behaves as the answer to grade, which is part of the prompt, requests."""
+    """Endpoint whose behavior depends on the answer to grade, which is part of the prompt."""
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -81,7 +81,7 @@ def test_demonstrations_equal_the_output_of_the_agent_loop(script, prepared):
     assert text.endswith("</tool_call><tool_response>579</tool_response>=579")
 
 
-def test_the_caps_of_the_run_leave_room_for_every_sample(script, prepared):
+def test_every_sample_fits_the_length_limits_of_the_run(script, prepared):
     tokenizer = hf_tokenizer(prepared / "model")
     pieces = script.demonstration((499, 499), 1.0, random.Random(0))
     assert sum(len(tokenizer.encode(text, add_special_tokens=False)) for text, _ in pieces) <= 48

@@ -1,4 +1,4 @@
-"""Detection of devices in a directory that stands for the machine's /dev."""
+"""Detection of devices in a directory that replaces /dev."""
 
 import pytest
 

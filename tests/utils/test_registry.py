@@ -94,7 +94,7 @@ def test_an_enum_member_registers_its_value(registry, name):
 
 
 @pytest.mark.parametrize("name", [Name.NUMBER, 3, None, "", len])
-def test_a_name_that_is_no_text_is_refused(registry, name):
+def test_a_name_that_is_not_a_string_is_refused(registry, name):
     register_name, _, names = registry
     before = names()
     with pytest.raises(TypeError, match="must be text"):

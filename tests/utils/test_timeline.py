@@ -1,4 +1,4 @@
-"""The recorder: what a file looks like, alone and with others writing to it."""
+"""The recorder of timelines: content of a file with one and with several writers."""
 
 import asyncio
 import os
@@ -31,7 +31,7 @@ def events_of(path, *phases):
 
 
 def child(code, timeline):
-    """A process of its own that has joined `timeline`; it says "ready" once `code` is to run."""
+    """Start a process that joins `timeline`; it prints "ready" before it runs `code`."""
     prologue = "import sys, os, time; from verl.utils.timeline import *; "
     prologue += f"join_timeline({timeline!r}, sys.argv[1])\n"
     return lambda name: subprocess.Popen([sys.executable, "-c", prologue + code, name], stdout=subprocess.PIPE)
@@ -162,10 +162,10 @@ def test_overlapping_spans_become_event_pairs(trace):
 def test_a_decorated_function_keeps_its_name_and_result(trace):
     @spanned("square", "train")
     def square(x):
-        """Of x."""
+        """Square x."""
         return x * x
 
-    assert square(3) == 9 and square.__name__ == "square" and square.__doc__ == "Of x."
+    assert square(3) == 9 and square.__name__ == "square" and square.__doc__ == "Square x."
     assert asyncio.iscoroutinefunction(spanned("a")(asyncio.sleep)) and not asyncio.iscoroutinefunction(square)
     assert [(event["name"], event["cat"]) for event in events_of(trace, "X")] == [("square", "train")]
 

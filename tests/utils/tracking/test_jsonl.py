@@ -23,7 +23,7 @@ def test_each_step_is_one_flushed_line(tmp_path):
     backend = FileBackend(path)
     for step in range(3):
         backend.log({"a": step / 4, "nan": float("nan")}, step)
-        # read while it is open: what was logged is there
+        # The open file already contains every logged line.
         lines = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
         assert lines == [{"step": s, "data": {"a": s / 4, "nan": None}} for s in range(step + 1)]
     backend.finish()

@@ -1,4 +1,4 @@
-"""Tracking: which backends, what they receive, what they must not see."""
+"""Tracking: selection of backends, logged values, and secrets that no backend receives."""
 
 import importlib.util
 import io

@@ -1,4 +1,4 @@
-"""The emulated layers by themselves: what they compute, what they refuse, and whom they make room for."""
+"""The emulated layers: their outputs, rejected cases, and a registration that keeps vllm-ascend's entries."""
 
 import math
 
@@ -15,7 +15,7 @@ from verl.utils.vllm.vllm_fp8_utils import (
 
 
 def encoded(x):
-    """x [N, K] as e4m3 codes uint8 and E8M0 bytes [N, ceil(K/32)], one number after the other in float64."""
+    """Quantize x [N, K] to e4m3 codes uint8 and E8M0 bytes [N, ceil(K/32)], one number at a time in float64."""
     numbers = [(code, _e4m3(code)) for code in range(127)]
     codes = torch.zeros(x.shape, dtype=torch.uint8)
     scales = torch.zeros(x.shape[0], math.ceil(x.shape[1] / 32), dtype=torch.uint8)
@@ -27,7 +27,7 @@ def encoded(x):
             scales[row, group] = byte
             for offset, value in enumerate(block):
                 wanted = min(abs(value) / 2.0 ** (byte - 127), 448.0)
-                # Nearest; of two that are as near, the one with an even code.
+                # The nearest value; ties go to the even code.
                 code = min(numbers, key=lambda pair: (abs(pair[1] - wanted), pair[0] % 2))[0]
                 codes[row, 32 * group + offset] = code + 128 * (math.copysign(1, value) < 0)
     return codes, scales
@@ -175,7 +175,7 @@ def test_the_hooks_recognize_the_config():
 
 @pytest.fixture
 def registry(monkeypatch):
-    """vLLM's registry as it is before anybody's plugin."""
+    """vLLM's registry without the entries of plugins."""
     from vllm.model_executor.layers import quantization
 
     names = [name for name in quantization.QUANTIZATION_METHODS if name != "ascend"]

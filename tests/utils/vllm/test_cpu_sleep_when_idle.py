@@ -7,7 +7,7 @@ from verl.utils.vllm.plugin import register
 
 
 def read_two(handle, connection):
-    """Of the second message's reader: the processor seconds that waiting for it took."""
+    """Return the processor seconds that a reader uses while it waits for the second message."""
     from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
 
     register()

@@ -70,7 +70,7 @@ def test_any_operation_other_than_a_copy_makes_a_name_opaque():
         model.a.weight.data.copy_(made)
         model.a.bias.data.copy_(tensors["b"] + 1)
         dropped = torch.zeros(3)
-        dropped.copy_(tensors["s"])  # packed by a kernel, say
+        dropped.copy_(tensors["s"])  # such as packed by a kernel
 
     layout = traced(model, {}, load, tensors)
     assert layout.opaque == {"w", "b", "s"} and layout.regions == {}

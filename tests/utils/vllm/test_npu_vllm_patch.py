@@ -39,7 +39,7 @@ class PlainBase(nn.Module):
 def rotary_class(base, patched=True):
     class ApplyRotaryEmb(base):
         def __init__(self, enforce_enable=False, is_neox_style=True, enable_fp32_compute=False):
-            # What was merged once: the argument by position.
+            # The faulty code passes the argument by position.
             super().__init__(enforce_enable)
 
     if patched:
@@ -129,7 +129,7 @@ def test_an_error_inside_a_patch_is_not_hidden():
 
 
 class FusedMoE:
-    """As vLLM before 0.24: its loader writes into [E, 2I, H] and [E, H, I]."""
+    """Experts of vLLM before 0.24: the loader writes into [E, 2I, H] and [E, H, I]."""
 
     hidden_size = 8
 

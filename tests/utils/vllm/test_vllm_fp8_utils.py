@@ -27,7 +27,7 @@ def groups(k):
 
 
 class Scheme018:
-    """Views of what was loaded; no marks, no restore; an even number of groups only."""
+    """vllm-ascend 0.18: the kernel layout is a view of the loaded tensors; no marks, no restore; even counts only."""
 
     def __init__(self, keys):
         self.keys = keys
@@ -41,7 +41,7 @@ class Scheme018:
 
 
 class Scheme023:
-    """Copies; marks; its restore reshapes scales, which moves them, and fails where their number is odd."""
+    """vllm-ascend 0.23: copies and marks; its restore reshapes scales, which moves them and fails for an odd number."""
 
     def __init__(self, keys):
         self.keys = keys
@@ -71,7 +71,7 @@ class Scheme023:
 
 
 class Scheme026(Scheme023):
-    """Buffers of its own for a linear layer's run-time tensors."""
+    """vllm-ascend 0.26: separate buffers for the kernel layout of a linear layer."""
 
     restored = 0
 
@@ -90,13 +90,13 @@ class Scheme026(Scheme023):
 
 
 class ExpertsScheme(Scheme023):
-    """Views of what was loaded, marks, and a restore: 0.23 and 0.26 alike."""
+    """Experts of vllm-ascend 0.23 and 0.26: views of the loaded tensors, marks, and a restore."""
 
     transform = Scheme018.process
 
 
 class Method:
-    """vllm-ascend's wrapper: the scheme hangs below it."""
+    """vllm-ascend's wrapper of a scheme."""
 
     def __init__(self, scheme):
         self.quant_method = scheme
@@ -151,7 +151,7 @@ def experts(release, hidden, inner):
 
 
 def load(layer, seed):
-    """Write new values through every parameter's own loader; returns them by name."""
+    """Write new values through the loader of every parameter; return them by name."""
     generator = torch.Generator().manual_seed(seed)
     sent = {}
     for name, param in layer.named_parameters():
@@ -254,7 +254,7 @@ def test_both_hooks_are_idempotent_and_inverse(make):
 
 
 def test_no_decision_depends_on_shapes():
-    """Square weights, and experts whose sizes are alike, look the same in both layouts."""
+    """Square weights, and experts with equal sizes, have the same shape in both layouts."""
     for layer in (linear("0.23", 64, 64), experts("0.23", 64, 32 * 2), experts("cpu", 64, 32)):
         load(layer, 0)
         layer.quant_method.process_weights_after_loading(layer)

@@ -1,4 +1,4 @@
-"""The reward loop with real worker processes: what a reward function may return, and every way in which it may fail."""
+"""The reward loop with real worker processes: valid return values, and every kind of failure."""
 
 import asyncio
 import logging
@@ -459,7 +459,7 @@ def test_a_blocked_event_loop_fails_the_blocking_sample_and_repeats_the_waiting_
 
 
 def test_time_in_the_queue_does_not_count(start):
-    for keyword in ("def", "async def"):  # an async function that never awaits is a queue as well
+    for keyword in ("def", "async def"):  # an async function without an await also blocks its queue
         loop = start(
             f"""
             import time
@@ -618,7 +618,7 @@ def test_seconds_measure_the_scoring(start):
     took = time.monotonic() - begin
     seconds = [result.seconds for result in results]
     assert all(result.extra["own"] <= result.seconds for result in results)
-    assert sum(seconds) <= took  # one after the other: the wait for the worker is in none of them
+    assert sum(seconds) <= took  # samples run one by one; no duration includes the wait
     metrics = reward_metrics(results)
     assert metrics["reward/seconds_max"] == max(seconds)
     assert metrics["reward/seconds_mean"] == pytest.approx(sum(seconds) / 3)
@@ -780,7 +780,7 @@ def test_512_trivial_samples_cost_well_below_half_a_second_of_processor_time(sta
 
 
 def processor_seconds(loop):
-    """What this process and the workers have used of the processors, whatever else runs beside them."""
+    """Processor seconds of this process and the workers; other programs do not affect them."""
     ticks = 0
     for pid in loop.worker_pids():
         ticks += sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))

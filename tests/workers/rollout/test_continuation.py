@@ -1,4 +1,4 @@
-"""An answer in parts: sampling parameters of the rest, and how the client puts the parts together."""
+"""Responses in parts: sampling parameters of the next part, and joining of the parts by the client."""
 
 import pytest
 
@@ -32,7 +32,7 @@ def test_parameters_with_state_are_refused(name):
 
 
 class Counting:
-    """A replica that answers with the position of each token, a few at a time, then is cut or dies."""
+    """Replica that returns the position of each token as the token, a few at a time, until it is cut or dies."""
 
     def __init__(self, rank, script):
         self.rank, self.script, self.alive, self.in_flight = rank, script, True, 0

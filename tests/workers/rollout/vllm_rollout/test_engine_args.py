@@ -1,4 +1,4 @@
-"""Arguments with which an engine starts."""
+"""Start arguments of an engine."""
 
 import pytest
 
