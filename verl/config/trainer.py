@@ -58,6 +58,11 @@ class TrainerConfig(ConfigSection):
         -1, "steps between validations; the last step also validates; -1: never", unit="training steps"
     )
     val_before_train: bool = key(True, "validate before the first step")
+    check_consistency: bool = key(
+        True,
+        "compare the log-probabilities of engine and trainer before the first step and after the first update; stop if "
+        "they differ by more than rounding explains",
+    )
     val_only: bool = key(False, "validate once and stop")
     save_freq: int = key(
         -1, "steps between checkpoints; the last step also writes one; -1: never", unit="training steps"

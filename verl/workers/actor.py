@@ -132,20 +132,22 @@ class ActorWorker:
             raise RuntimeError("ActorWorker: call init_model() first")
         return self._engine
 
-    def compute_log_prob(self, data: DataProto, extras: Sequence[str] = ()) -> DataProto:
+    def compute_log_prob(self, data: DataProto, extras: Sequence[str] = (), *, updating: bool = False) -> DataProto:
         """Return `old_log_probs` [B, T] float32 of the current policy, 0 where response_mask is 0.
 
         Args:
             data: input_ids, attention_mask [B, P+T], responses, response_mask [B, T]; meta_info `temperature`.
             extras: further columns [B, T] to return: `entropys`, and `sum_pi_squared`, the sum of the squared
                 probabilities over the vocabulary.
+            updating: use the model's mode and the micro-batches of an update.
         """
-        limits = log_prob_limits(self._config.rollout, self._config.actor)
+        limits = self._train_limits if updating else log_prob_limits(self._config.rollout, self._config.actor)
         log_probs, entropy, squares = self.engine.log_probs(
             data,
             limits,
             calculate_entropy="entropys" in extras,
             calculate_sum_pi_squared="sum_pi_squared" in extras,
+            updating=updating,
         )
         columns = {"old_log_probs": log_probs, "entropys": entropy, "sum_pi_squared": squares}
         return DataProto.from_dict(tensors={name: column for name, column in columns.items() if column is not None})

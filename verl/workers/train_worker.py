@@ -134,6 +134,11 @@ class TrainWorker:
         """Return `old_log_probs` and the `extras` of this rank's shard; see `ActorWorker.compute_log_prob`."""
         return self._actor.compute_log_prob(data, extras)
 
+    @spanned("compute_update_log_prob")
+    def compute_update_log_prob(self, data: DataProto) -> DataProto:
+        """Return `old_log_probs` of this rank's shard in the mode of an update."""
+        return self._actor.compute_log_prob(data, updating=True)
+
     @spanned("compute_ref_log_prob")
     def compute_ref_log_prob(self, data: DataProto) -> DataProto:
         """Return `ref_log_prob` of this rank's shard; see `ActorWorker.compute_ref_log_prob`."""

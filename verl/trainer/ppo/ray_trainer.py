@@ -56,6 +56,7 @@ from verl.preflight import Plan
 from verl.protocol import DataProto
 from verl.single_controller.session import RaySession
 from verl.trainer.ppo.checkpoint import CheckpointStore
+from verl.trainer.ppo.consistency import check_consistency
 from verl.trainer.ppo.metrics import (
     compute_data_metrics,
     compute_throughput_metrics,
@@ -96,6 +97,9 @@ class RayPPOTrainer:
         async with self.rollouts() as rollouts:
             with self.tracking() as tracking, self.progress() as progress:
                 await runtime.update_weights(self.step)
+                first_step = self.step + 1
+                if trainer.check_consistency:
+                    await check_consistency(runtime, self.step)
                 if trainer.val_only or (trainer.val_before_train and self.step == 0):
                     tracking.log(await self.validate(tracking), self.step)
                 if trainer.val_only:
@@ -117,6 +121,8 @@ class RayPPOTrainer:
                         await rollouts.wait_idle(timing)
                         with marked_timer("update_weights", timing):
                             metrics |= await runtime.update_weights(self.step)
+                        if trainer.check_consistency and self.step == first_step:
+                            await check_consistency(runtime, self.step)
                         if self.due(trainer.test_freq):
                             with marked_timer("testing", timing):
                                 metrics |= await self.validate(tracking)

@@ -174,6 +174,10 @@ class Runtime:
         extras = [name for name in ("entropys", "sum_pi_squared") if name in self._estimator_columns]
         return await self._forward(TrainWorker.compute_log_prob, batch, rank_rows, extras)
 
+    async def update_log_probs(self, batch: DataProto) -> DataProto:
+        """Compute `old_log_probs` [B, T] in the mode of an update, without an update; see `check_consistency`."""
+        return await self._forward(TrainWorker.compute_update_log_prob, batch, None)
+
     async def ref_log_prob(self, batch: DataProto, rank_rows: RankRows = None) -> DataProto:
         """Compute `ref_log_prob` [B, T]; arguments as for `old_log_probs`."""
         return await self._forward(TrainWorker.compute_ref_log_prob, batch, rank_rows)
@@ -236,6 +240,10 @@ class Runtime:
         home = self.processes.nodes[0]
         sender, connected = self._transport.connect(TrainerSender(self._trainers), home, receivers)
         return await self._weight_updater.update(sender, connected, version)
+
+    async def export_hf(self, path: str) -> None:
+        """Write the policy as a Hugging Face directory on the host of rank 0."""
+        await self._trainers.all(TrainWorker.export_hf, path)
 
     def seqlen_metrics(self, batch: DataProto) -> dict[str, float]:
         """Return how evenly a forward pass over the batch distributes its tokens over the ranks."""

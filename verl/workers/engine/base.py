@@ -153,11 +153,13 @@ class PolicyEngine(TrainEngine):
         *,
         calculate_entropy: bool,
         calculate_sum_pi_squared: bool = False,
+        updating: bool = False,
     ) -> LogProbs:
         """Return log-probabilities of the responses and the requested statistics, in the order of `data`.
 
         Args:
             data: columns and meta_info as in `forward_backward`.
+            updating: run the model as `forward_backward` does, with gradients and checkpointing.
         """
 
 

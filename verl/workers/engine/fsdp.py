@@ -198,18 +198,20 @@ class FSDPTrainEngine(TrainEngine):
         sums["padding_fraction"] = 1.0 - sums.pop(_TOKENS) / max(sums.pop(_POSITIONS), 1.0)
         return sums
 
-    @torch.no_grad()
     def _collect(
         self,
         data: DataProto,
         micro_batching: MicroBatching,
         count: int,
         forward: Callable[[MicroBatch, AlignedBatch], Sequence[torch.Tensor]],
+        *,
+        updating: bool = False,
     ) -> list[torch.Tensor]:
         """Return the `count` [B, T] float32 tensors that `forward` computes, in the order of `data`, on the CPU.
 
         Args:
             forward: returns `count` tensors [b, T] of a micro-batch.
+            updating: run the model as `_accumulate` does, with gradients and checkpointing.
         """
         if self._offloads:
             move_model(self.model, self._device)
@@ -218,11 +220,11 @@ class FSDPTrainEngine(TrainEngine):
         columns = [torch.zeros(shape, dtype=torch.float32, device=self._device) for _ in range(count)]
         for micro_batch in aligned.micro_batches(micro_batching, self._group):
             index = micro_batch.sample_indices
-            with span("forward", "train", samples=len(index)):
+            with span("forward", "train", samples=len(index)), torch.set_grad_enabled(updating):
                 parts = forward(micro_batch, aligned)
             if len(index):
                 for column, part in zip(columns, parts, strict=True):
-                    column[index] = part.to(column.dtype)
+                    column[index] = part.detach().to(column.dtype)
         self._reshard()
         self._offload()
         return [column.cpu() for column in columns]
@@ -304,13 +306,15 @@ class FSDPEngine(FSDPTrainEngine, PolicyEngine):
         *,
         calculate_entropy: bool,
         calculate_sum_pi_squared: bool = False,
+        updating: bool = False,
     ) -> LogProbs:
         temperature = _temperature(data)
 
         def forward(micro_batch: MicroBatch, aligned: AlignedBatch) -> tuple[torch.Tensor, ...]:
             return self._forward(micro_batch, aligned, temperature, sum_pi_squared=calculate_sum_pi_squared)
 
-        log_probs, entropy, *squares = self._collect(data, micro_batching, 2 + calculate_sum_pi_squared, forward)
+        count = 2 + calculate_sum_pi_squared
+        log_probs, entropy, *squares = self._collect(data, micro_batching, count, forward, updating=updating)
         return LogProbs(log_probs, entropy if calculate_entropy else None, squares[0] if squares else None)
 
     def _forward(

@@ -1,0 +1,55 @@
+"""The reference of the consistency check against transformers on the whole sequence, and what its formats explain."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from fixtures.tiny import write_tiny_model
+from verl.protocol import DataProto
+from verl.trainer.ppo.eager_reference import ReferenceUnavailable, reference_log_probs
+
+FORMATS = {"trainer_dtype": "float32", "engine_dtype": "float32", "quantized": False, "trust_remote_code": False}
+
+
+def batch_of(sequences, prompts, temperature):
+    """Columns of a forward pass: prompts padded on the left, responses on the right."""
+    left, right = max(prompts), max(len(s) - p for s, p in zip(sequences, prompts, strict=True))
+    ids, mask = torch.zeros(len(sequences), left + right, dtype=torch.int64), None
+    mask = torch.zeros_like(ids)
+    for row, (sequence, prompt) in enumerate(zip(sequences, prompts, strict=True)):
+        ids[row, left - prompt : left - prompt + len(sequence)] = torch.tensor(sequence)
+        mask[row, left - prompt : left - prompt + len(sequence)] = 1
+    columns = {"input_ids": ids, "attention_mask": mask, "response_mask": mask[:, left:]}
+    return DataProto.from_dict(tensors=columns, meta_info={"temperature": temperature})
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("reference") / "model")
+
+
+def test_log_probs_are_those_of_the_model_at_the_temperature(model_dir):
+    sequences, prompts = [[5, 9, 7, 40, 22], [31, 8, 12, 60, 61, 62, 63]], [3, 1]
+    result = reference_log_probs(model_dir, batch_of(sequences, prompts, 0.7), **FORMATS)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    for row, (sequence, prompt) in enumerate(zip(sequences, prompts, strict=True)):
+        with torch.no_grad():
+            logits = model(torch.tensor([sequence])).logits[0] / 0.7
+        expected = [logits[i - 1].log_softmax(-1)[sequence[i]].item() for i in range(prompt, len(sequence))]
+        torch.testing.assert_close(result.log_probs[row, : len(expected)], torch.tensor(expected))
+        assert not result.log_probs[row, len(expected) :].any()
+    assert torch.equal(result.as_trainer, result.log_probs) and torch.equal(result.as_engine, result.log_probs)
+
+
+def test_a_coarser_format_explains_a_larger_difference(model_dir):
+    batch = batch_of([list(range(4, 60))] * 2, [20, 20], 1.0)
+    result = reference_log_probs(model_dir, batch, **FORMATS | {"trainer_dtype": "bfloat16", "quantized": True})
+    by_bfloat16, by_quantization = (
+        (side - result.log_probs).abs().mean() for side in (result.as_trainer, result.as_engine)
+    )
+    assert 0 < 3 * by_bfloat16 < by_quantization
+
+
+def test_a_directory_that_cannot_be_loaded_gives_no_reference(tmp_path):
+    with pytest.raises(ReferenceUnavailable, match="transformers cannot compute it"):
+        reference_log_probs(tmp_path, batch_of([[4, 5]], [1], 1.0), **FORMATS)

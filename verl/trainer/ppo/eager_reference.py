@@ -1,0 +1,92 @@
+"""Log-probabilities of an eager float32 model, one sequence at a time: the reference of `consistency`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from verl.protocol import DataProto
+
+# Relative root mean square error of rounding to e4m3 (3 bits of mantissa): 2^-4 / sqrt(3) times the mean of a mantissa
+# relative to its upper bound, about 3/4.
+_E4M3_ERROR = 0.027
+
+
+class ReferenceUnavailable(RuntimeError):
+    """There is no reference; the message gives the reason."""
+
+
+@dataclass(frozen=True)
+class ReferenceLogProbs:
+    """Log-probabilities [B, T] float32 of the response tokens, 0 where response_mask is 0.
+
+    Attributes:
+        log_probs: of the float32 model.
+        as_trainer, as_engine: of the same model with an error as large as the rounding of trainer and engine: computed
+            in their dtype, and for quantized weights with noise of e4m3's relative error.
+    """
+
+    log_probs: torch.Tensor
+    as_trainer: torch.Tensor
+    as_engine: torch.Tensor
+
+
+def reference_log_probs(
+    directory: str | Path,
+    batch: DataProto,
+    *,
+    trainer_dtype: str,
+    engine_dtype: str,
+    quantized: bool,
+    trust_remote_code: bool,
+) -> ReferenceLogProbs:
+    """Load a model on the CPU and compute the log-probabilities of a batch.
+
+    Args:
+        directory: Hugging Face directory.
+        batch: columns of a forward pass; meta_info `temperature`.
+        trainer_dtype, engine_dtype: torch dtype names.
+        quantized: True if the engine's weights are quantized.
+
+    Raises:
+        ReferenceUnavailable: transformers cannot load or run the model.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, attn_implementation="eager", trust_remote_code=trust_remote_code
+        ).eval()
+        rounded = {"float32": _log_probs(model, batch)}
+        for dtype in sorted({trainer_dtype, engine_dtype} - rounded.keys()):
+            rounded[dtype] = _log_probs(model.to(getattr(torch, dtype)), batch)
+        as_engine = rounded[engine_dtype]
+        if quantized:
+            _add_noise(model)
+            as_engine = _log_probs(model.to(getattr(torch, engine_dtype)), batch)
+    except (ValueError, RuntimeError, OSError, ImportError, TypeError, KeyError, AttributeError) as error:
+        raise ReferenceUnavailable(f"transformers cannot compute it ({type(error).__name__}: {error})") from error
+    return ReferenceLogProbs(rounded["float32"], rounded[trainer_dtype], as_engine)
+
+
+@torch.no_grad()
+def _log_probs(model: PreTrainedModel, batch: DataProto) -> torch.Tensor:
+    columns = batch.batch
+    result = torch.zeros(columns["response_mask"].shape)
+    for row in range(len(batch)):
+        attended = columns["attention_mask"][row].bool()
+        ids, length = columns["input_ids"][row][attended], int(columns["response_mask"][row].sum())
+        logits = model(input_ids=ids[None]).logits[0, -length - 1 : -1].float() / batch.meta_info["temperature"]
+        result[row, :length] = torch.log_softmax(logits, -1).gather(1, ids[-length:, None])[:, 0]
+    return result
+
+
+def _add_noise(model: PreTrainedModel) -> None:
+    """Multiply every weight of the decoder layers by 1 + noise of the relative error of e4m3."""
+    generator = torch.Generator().manual_seed(0)
+    embeddings = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and id(parameter) not in embeddings:
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+            parameter.data.mul_(1 + _E4M3_ERROR * noise)
