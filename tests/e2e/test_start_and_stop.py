@@ -131,7 +131,7 @@ def test_a_killed_run_resumes_from_its_last_complete_checkpoint_with_the_same_pr
 
 @pytest.mark.parametrize(
     ("number", "status"),
-    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.smoke)],
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143)],
     ids=["Ctrl-C", "SIGTERM"],
 )
 def test_ctrl_c_and_sigterm_end_cleanly(tmp_path, number, status):

@@ -119,7 +119,8 @@ def test_all_devices_of_a_replica_are_on_one_node(nodes):
         placement.release()
 
 
-def test_a_failed_reservation_names_the_keys_and_reserves_nothing(nodes):
+def test_a_failed_reservation_names_the_keys_and_reserves_nothing(nodes, monkeypatch):
+    monkeypatch.setattr("verl.single_controller.placement._RESERVATION_TIMEOUT_S", 3)
     with pytest.raises(RuntimeError, match=r"rollout\.nnodes=4, .*n_gpus_per_node=2: there are not 4 node\(s\)"):
         place_processes(make_config(ranks=2, nnodes=4, replicas=2), "cuda")
     placement = place_processes(make_config(ranks=2, nnodes=0, trainer_nodes=3), "cuda")

@@ -20,6 +20,7 @@ from verl.config import PPOConfig
 from verl.utils.devices import devices_environment
 
 _RESOURCE = {"cuda": "GPU", "npu": "NPU"}
+_RESERVATION_TIMEOUT_S = 60  # other processes of a shared cluster may just be ending
 
 # Keyword arguments of `ray.remote` for one actor.
 RayOptions = dict[str, Any]
@@ -138,7 +139,7 @@ def _reserve(device: str, nodes: int, per_node: int, section: str) -> PlacementG
     """Reserve a bundle of `per_node` devices on each of `nodes` different nodes; `section` names the config keys."""
     resource = _RESOURCE[device]
     group = placement_group([{resource: per_node, "CPU": per_node}] * nodes, strategy="STRICT_SPREAD")
-    if not group.wait(timeout_seconds=60):
+    if not group.wait(timeout_seconds=_RESERVATION_TIMEOUT_S):
         available = ray.cluster_resources().get(resource, 0)
         alive = sum(node["Alive"] for node in ray.nodes())
         remove_placement_group(group)
