@@ -6,6 +6,7 @@ import ast
 import importlib
 import importlib.util
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from verl.utils.user_files import file_problem, import_file, top_level_names
@@ -74,7 +75,8 @@ def load_class(spec: str, folder: Path, base: type) -> type:
         base: required base class.
 
     Raises:
-        UserClassError: the class does not exist, its module does not import, or it is not a subclass of `base`.
+        UserClassError: the class does not exist, its module does not import, it is not a subclass of `base`, or it
+            overrides a method that is never called.
     """
     source, name = split_spec(spec, folder)
     if isinstance(source, Path):
@@ -87,7 +89,27 @@ def load_class(spec: str, folder: Path, base: type) -> type:
     if not (isinstance(found, type) and issubclass(found, base)):
         problem = "does not exist" if found is None else f"is not a subclass of {base.__module__}.{base.__name__}"
         raise UserClassError(f"{spec}: {name} {problem}")
+    refuse_uncalled(found, base)
     return found
+
+
+def refuse_uncalled(cls: type, base: type) -> None:
+    """Check that a user's class overrides no method that is called only in upstream verl.
+
+    Such a method would be ignored in silence. A base class lists these methods in `uncalled_methods`, a mapping from
+    the name of a method to the advice for the error message.
+
+    Raises:
+        UserClassError: names the methods.
+    """
+    advice: Mapping[str, str] = getattr(base, "uncalled_methods", {})
+    own = [parent for parent in cls.__mro__ if parent not in base.__mro__]
+    found = [name for name in advice if any(name in vars(parent) for parent in own)]
+    if found:
+        raise UserClassError(
+            f"{cls.__qualname__} overrides methods of upstream verl's {base.__name__} that are never called here: "
+            + "; ".join(f"{name}: {advice[name]}" for name in found)
+        )
 
 
 def _check_file(spec: str, path: Path) -> None:

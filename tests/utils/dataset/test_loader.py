@@ -190,11 +190,6 @@ def test_loader_does_not_change_the_global_random_state():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-class WithState(Numbers):
-    def state_dict(self) -> dict:
-        return {}
-
-
 def test_invalid_arguments_are_errors():
     with pytest.raises(
         ValueError, match=r"11 prompts, fewer than one batch of 12: set data\.train_batch_size to at most 11"
@@ -205,8 +200,6 @@ def test_invalid_arguments_are_errors():
         loader(batch_size=0)
     with pytest.raises(ValueError, match=r"data\.seed=-1"):
         loader(seed=-1)
-    with pytest.raises(NotImplementedError, match="WithState"):
-        build_dataloader(WithState(4), batch_size=2, shuffle=True, seed=0, drop_last=True)
 
 
 def test_read_returns_an_earlier_prompt_and_keeps_the_state():

@@ -2,8 +2,10 @@
 
 import json
 import pickle
+import textwrap
 
 import pytest
+import torch
 
 from fixtures.data_files import WRITERS, data_config, ids_of, jsonl, parquet, row, user
 from verl.config import CustomClassConfig
@@ -95,6 +97,16 @@ def test_collate_keeps_one_cell_per_item(tmp_path, tokenizer):
     assert batch["prompt_token_ids"][1] == ids_of("cd") and batch["raw_prompt"][0] == user("ab")
     with pytest.raises(ValueError, match=r"differ in their keys \['extra'\]"):
         collate_fn([data[0], data[1] | {"extra": 1}])
+
+
+def test_collate_stacks_tensors():
+    items = [{"a": torch.tensor([1, 2]), "b": torch.tensor(0.5), "c": [1], "d": torch.zeros(2)} for _ in range(3)]
+    items[1] |= {"d": None}
+    batch = collate_fn(items)
+    assert torch.equal(batch["a"], torch.tensor([[1, 2]] * 3)) and batch["b"].tolist() == [0.5] * 3
+    assert batch["c"].dtype == object and batch["c"].shape == (3,) and batch["d"].dtype == object
+    with pytest.raises(ValueError, match=r"tensors 'a' of different \(shape, dtype\)"):
+        collate_fn([{"a": torch.zeros(2)}, {"a": torch.zeros(3)}])
 
 
 def test_dataset_can_be_pickled(tmp_path, tokenizer):
@@ -304,3 +316,123 @@ def test_custom_classes_that_do_not_load_are_errors(tmp_path):
     ):
         with pytest.raises(kind, match=words):
             load_dataset_class(str(tmp_path / file), name)
+
+
+def custom(tmp_path, tokenizer, body, rows=("ab", "cd"), **over):
+    """The dataset of a user's class `Mine` with this body."""
+    lines = "\n".join(f"    {line}" for line in textwrap.dedent(body).strip().splitlines())
+    (tmp_path / "mine.py").write_text(
+        f"from verl.utils.dataset.rl_dataset import RLHFDataset\nclass Mine(RLHFDataset):\n{lines}\n"
+    )
+    config = data_config(custom_cls=CustomClassConfig(path=str(tmp_path / "mine.py"), name="Mine"), **over)
+    return create_rl_dataset(parquet(tmp_path / "x.parquet", [row(text) for text in rows]), tokenizer, config)
+
+
+def test_a_raw_prompt_that_a_subclass_changes_is_tokenized_again(tmp_path, tokenizer):
+    data = custom(
+        tmp_path,
+        tokenizer,
+        """
+        def __getitem__(self, item):
+            row = super().__getitem__(item)
+            row["raw_prompt"] = [{"role": "user", "content": row["raw_prompt"][0]["content"] + "ef"}]
+            return row
+        """,
+    )
+    assert data[0]["raw_prompt"] == user("abef") and data[0]["prompt_token_ids"] == ids_of("abef")
+    assert data[1]["prompt_token_ids"] == ids_of("cdef") and type(data[1]["prompt_token_ids"]) is list
+
+
+def test_messages_that_a_subclass_changes_in_place_are_tokenized_again(tmp_path, tokenizer):
+    data = custom(
+        tmp_path,
+        tokenizer,
+        """
+        def __getitem__(self, item):
+            row = super().__getitem__(item)
+            row["raw_prompt"][0]["content"] = "ef"
+            return row
+        """,
+        max_prompt_length=len(ids_of("ef")) - 1,
+        truncation="right",
+    )
+    assert data[0]["prompt_token_ids"] == ids_of("ef")[:-1]
+
+
+def test_tokens_that_a_subclass_sets_are_kept(tmp_path, tokenizer):
+    data = custom(
+        tmp_path,
+        tokenizer,
+        """
+        def __getitem__(self, item):
+            return super().__getitem__(item) | {"raw_prompt": [], "prompt_token_ids": [5, 6]}
+        """,
+    )
+    assert data[0]["prompt_token_ids"] == [5, 6]
+
+
+def test_items_of_any_dataset_are_completed(tmp_path, tokenizer):
+    (tmp_path / "any.py").write_text(
+        "from torch.utils.data import Dataset\n"
+        "class Any(Dataset):\n"
+        "    def __init__(self, data_files, tokenizer, config, processor=None, max_samples=-1): pass\n"
+        "    def __len__(self): return 3\n"
+        "    def __getitem__(self, item):\n"
+        "        return {'raw_prompt': [{'role': 'user', 'content': 'ab'}]} if item else ['ab']\n"
+    )
+    config = data_config(custom_cls=CustomClassConfig(path=str(tmp_path / "any.py"), name="Any"))
+    data = create_rl_dataset("absent.parquet", tokenizer, config)
+    assert data[2] == {
+        "raw_prompt": user("ab"),
+        "prompt_token_ids": ids_of("ab"),
+        "data_source": "unknown",
+        "reward_model": {},
+        "extra_info": {},
+        "index": 2,
+    }
+    with pytest.raises(ValueError, match=r"item 0 of Any is a list; return a dict"):
+        data[0]
+
+
+@pytest.mark.parametrize("parameters", ["self, example", "self, example, key"])
+def test_build_messages_has_the_parameters_of_either_version_of_upstream(tmp_path, tokenizer, parameters):
+    key = "key" if "key" in parameters else "'prompt'"
+    body = f"def _build_messages({parameters}):\n    return example[{key}][:1]"
+    assert custom(tmp_path, tokenizer, body)[1]["prompt_token_ids"] == ids_of("cd")
+
+
+# The methods of upstream verl's RLHFDataset (August 2026) that are called here too, or that Python calls.
+CALLED = {"__init__", "__len__", "__getitem__", "__getstate__", "_build_messages"}
+UPSTREAM_METHODS = {
+    *CALLED,
+    *("_download", "_read_files_and_tokenize", "maybe_filter_out_long_prompts", "resume_dataset_state", "split"),
+    *("process_vision_info", "process_multi_modal_info", "_process_multi_modal_info", "_extract_audio_info"),
+}
+
+
+@pytest.mark.parametrize("method", sorted(UPSTREAM_METHODS - CALLED))
+def test_an_override_that_is_never_called_is_refused_by_name(tmp_path, tokenizer, method):
+    with pytest.raises(
+        ValueError, match=rf"data\.custom_cls\.name=Mine: Mine overrides .* never called here: {method}: "
+    ):
+        custom(tmp_path, tokenizer, f"def {method}(self, *args):\n    return None")
+
+
+def test_an_override_in_a_mixin_is_refused_too(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from verl.utils.dataset.rl_dataset import RLHFDataset\n"
+        "class Mixin:\n    def _download(self): pass\n"
+        "class Mine(Mixin, RLHFDataset): pass\n"
+    )
+    with pytest.raises(ValueError, match="_download: give local files"):
+        load_dataset_class(str(tmp_path / "mine.py"), "Mine")
+
+
+def test_a_constructor_without_the_keywords_is_refused(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match=r"cannot be constructed as Mine\(data_files=.*'processor'"):
+        custom(tmp_path, tokenizer, "def __init__(self, data_files, tokenizer, config, max_samples): pass")
+
+
+def test_a_dataset_with_its_own_state_is_refused(tmp_path, tokenizer):
+    with pytest.raises(NotImplementedError, match="Mine has a state_dict"):
+        custom(tmp_path, tokenizer, "def state_dict(self):\n    return {}")

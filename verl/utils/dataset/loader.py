@@ -156,7 +156,6 @@ def build_dataloader(
 
     Raises:
         ValueError: the data is smaller than one batch, or the seed is negative.
-        NotImplementedError: the dataset has its own state, which the state of the loader does not include.
     """
     rows = len(dataset)
     if batch_size < 1:
@@ -168,11 +167,6 @@ def build_dataloader(
         )
     if seed is not None and seed < 0:
         raise ValueError(f"data.seed={seed}: must be 0 or more")
-    if hasattr(dataset, "state_dict"):
-        raise NotImplementedError(
-            f"the dataset class {type(dataset).__name__} has a state_dict, which is not supported: only datasets whose "
-            "items depend on the index alone can be resumed; remove it"
-        )
     sampler = EpochSampler(rows, shuffle=shuffle, seed=seed or 0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata calls it

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.machinery
+import inspect
 import logging
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 
 from verl.utils.dataset.files import data_paths, read_rows, row_name
@@ -24,6 +27,7 @@ from verl.utils.dataset.prompts import (
     truncate_prompt,
 )
 from verl.utils.proto_columns import object_array
+from verl.utils.user_class import UserClassError, refuse_uncalled
 from verl.utils.user_files import import_file
 
 logger = logging.getLogger(__name__)
@@ -81,7 +85,8 @@ class RLHFDataset(Dataset[dict[str, Any]]):
     - `index`: extra_info.index, else the number of the row over all files;
     - every other column under its own name, None in rows whose file does not have it.
 
-    A subclass may override `_build_messages` to build the messages from other columns.
+    A subclass may override `_build_messages` to build the messages from other columns, and `__getitem__` to change an
+    item; a changed `raw_prompt` is tokenized again unless the subclass also sets `prompt_token_ids`.
 
     Args:
         data_files: path or paths of .parquet, .json or .jsonl files; `~` is expanded.
@@ -97,6 +102,24 @@ class RLHFDataset(Dataset[dict[str, Any]]):
             setting is invalid. The message names file and row; rows are counted from 0.
         NotImplementedError: rows with images, videos or audio.
     """
+
+    uncalled_methods: ClassVar[Mapping[str, str]] = {
+        "_download": "give local files in data.train_files and data.val_files",
+        "_read_files_and_tokenize": "override _build_messages, which gets the columns of one row, or write the rows to "
+        "a file first; `examples/data_preprocess` does this",
+        "maybe_filter_out_long_prompts": "set data.filter_overlong_prompts=True, or leave the rows out of the file",
+        "resume_dataset_state": "leave it out; a resumed run reads the files again and continues at the exact sample",
+        "split": "leave it out; the driver reads the whole dataset",
+        **dict.fromkeys(
+            (
+                "process_vision_info",
+                "process_multi_modal_info",
+                "_process_multi_modal_info",
+                "_extract_audio_info",
+            ),
+            "images, videos and audio are not supported yet; use text prompts",
+        ),
+    }
 
     def __init__(
         self,
@@ -127,10 +150,18 @@ class RLHFDataset(Dataset[dict[str, Any]]):
         position = int(self._rows[item])
         row, name = self._read(position)
         with prefix_errors(name):
-            messages = self._build_messages(row)
-            token_ids = prompt_token_ids(self.tokenizer, messages, self.template_kwargs)
-            token_ids = truncate_prompt(token_ids, self.config.max_prompt_length, self.config.truncation)
-            return self._item(row, position, messages, token_ids)
+            messages = self._messages(row)
+            return self._item(row, position, messages, self._tokenize(messages))
+
+    def _tokenize(self, messages: Messages) -> list[int]:
+        token_ids = prompt_token_ids(self.tokenizer, messages, self.template_kwargs)
+        return truncate_prompt(token_ids, self.config.max_prompt_length, self.config.truncation)
+
+    def _messages(self, row: dict[str, Any]) -> Messages:
+        """Call `_build_messages`; an override may also have upstream verl's second parameter, the prompt's column."""
+        build: Callable[..., Messages] = self._build_messages
+        arguments = (row, self.config.prompt_key) if len(inspect.signature(build).parameters) > 1 else (row,)
+        return build(*arguments)
 
     def _build_messages(self, row: dict[str, Any]) -> Messages:
         """Return the messages of one row, a dict of all columns. Errors need not name the row, the caller adds it."""
@@ -143,7 +174,8 @@ class RLHFDataset(Dataset[dict[str, Any]]):
         reward_model, extra_info = (_dict_cell(row, key) for key in ("reward_model", "extra_info"))
         index = extra_info.get("index")
         item = {
-            "prompt_token_ids": token_ids,
+            # Only an override of __getitem__ can change the messages afterwards.
+            "prompt_token_ids": token_ids if type(self).__getitem__ is _GETITEM else _OwnTokens(token_ids, messages),
             "data_source": "unknown" if source is None else str(source),
             "reward_model": reward_model,
             "extra_info": extra_info,
@@ -194,7 +226,7 @@ class RLHFDataset(Dataset[dict[str, Any]]):
         for position in self._rows:
             row, name = self._read(int(position))
             with prefix_errors(name):
-                messages = self._build_messages(row)
+                messages = self._messages(row)
             yield name, messages
 
     def _filter_overlong(self) -> None:
@@ -217,6 +249,9 @@ class RLHFDataset(Dataset[dict[str, Any]]):
         self._rows = kept
 
 
+_GETITEM = RLHFDataset.__getitem__
+
+
 def _check_settings(config: DatasetConfig, max_samples: int) -> None:
     if config.truncation not in _TRUNCATIONS:
         raise ValueError(f"data.truncation={config.truncation!r}: must be one of {', '.join(_TRUNCATIONS)}")
@@ -235,11 +270,11 @@ def _dict_cell(row: dict[str, Any], key: str) -> dict[str, Any]:
     return value or {}
 
 
-def collate_fn(items: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """Return items as columns: each key becomes a 1-D object array with one cell per item.
+def collate_fn(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return items as columns: tensors [...] are stacked to [B, ...], other values become a 1-D object array of B.
 
     Raises:
-        ValueError: the items do not have the same keys.
+        ValueError: the items do not have the same keys, or tensors of different shapes or dtypes.
     """
     for item in items:
         odd = sorted(items[0].keys() ^ item.keys())
@@ -247,7 +282,65 @@ def collate_fn(items: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
             raise ValueError(
                 f"items of one batch differ in their keys {odd}; all items of a dataset must have the same keys"
             )
-    return {key: object_array([item[key] for item in items]) for key in items[0]}
+    return {key: _column(key, [item[key] for item in items]) for key in items[0]}
+
+
+def _column(key: str, values: list[Any]) -> torch.Tensor | np.ndarray:
+    if not all(isinstance(value, torch.Tensor) for value in values):
+        return object_array(values)
+    kinds = {(tuple(value.shape), str(value.dtype)) for value in values}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"items of one batch have tensors {key!r} of different (shape, dtype): {sorted(kinds)}; pad them to one "
+            "shape, or return lists"
+        )
+    return torch.stack(values)
+
+
+class _CustomItems(Dataset[dict[str, Any]]):
+    """The items of a user's class, with the prompt tokens and the keys that the class leaves out.
+
+    The tokens come from `raw_prompt` if the class sets no `prompt_token_ids`, or changed the `raw_prompt` of an
+    `RLHFDataset` and not its tokens.
+    """
+
+    def __init__(self, dataset: PromptDataset, tokenizer: ChatTokenizer, config: DatasetConfig) -> None:
+        if hasattr(dataset, "state_dict"):
+            raise NotImplementedError(
+                f"the dataset class {type(dataset).__name__} has a state_dict, which is not supported: only datasets "
+                "whose items depend on the index alone can be resumed; remove it"
+            )
+        self._dataset, self._tokenizer, self._config = dataset, tokenizer, config
+        self._template_kwargs = check_template_kwargs(config.apply_chat_template_kwargs or {})
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = self._dataset[index]
+        name = f"item {index} of {type(self._dataset).__name__}"
+        if not isinstance(item, dict):
+            raise ValueError(f"{name} is a {type(item).__name__}; return a dict with raw_prompt, a list of messages")
+        messages, tokens = item.get("raw_prompt"), item.get("prompt_token_ids")
+        if isinstance(tokens, _OwnTokens):
+            tokens = None if messages is not None and messages != tokens.messages else list(tokens)
+        if tokens is None:
+            with prefix_errors(name):
+                messages = check_messages(
+                    list(messages) if isinstance(messages, np.ndarray) else messages, "raw_prompt"
+                )
+                tokens = prompt_token_ids(self._tokenizer, messages, self._template_kwargs)
+                tokens = truncate_prompt(tokens, self._config.max_prompt_length, self._config.truncation)
+        defaults = {"data_source": "unknown", "reward_model": {}, "extra_info": {}, "index": index}
+        return {**defaults, **item, "raw_prompt": messages, "prompt_token_ids": tokens}
+
+
+class _OwnTokens(list[int]):
+    """The prompt tokens of an `RLHFDataset`, with a copy of the messages that they were made from."""
+
+    def __init__(self, token_ids: list[int], messages: Messages) -> None:
+        super().__init__(token_ids)
+        self.messages = copy.deepcopy(messages)
 
 
 def create_rl_dataset(
@@ -260,14 +353,17 @@ def create_rl_dataset(
     """Build an `RLHFDataset`, or the class that `data.custom_cls.path` and `data.custom_cls.name` select.
 
     A custom class takes the keywords data_files, tokenizer, config, processor and max_samples. Its items have the keys
-    of the items of `RLHFDataset`.
+    of the items of `RLHFDataset`; `raw_prompt` alone is enough.
 
     Raises:
         FileNotFoundError, ValueError: the custom class cannot be loaded; see also `RLHFDataset`.
     """
     path = config.custom_cls.path
     cls: Callable[..., PromptDataset] = load_dataset_class(path, config.custom_cls.name) if path else RLHFDataset
-    return cls(data_files=data_files, tokenizer=tokenizer, config=config, processor=None, max_samples=max_samples)
+    dataset = cls(data_files=data_files, tokenizer=tokenizer, config=config, processor=None, max_samples=max_samples)
+    if not path:
+        return dataset
+    return _CustomItems(dataset, tokenizer, config)
 
 
 def load_dataset_class(path: str, name: str | None) -> type[Any]:
@@ -275,7 +371,8 @@ def load_dataset_class(path: str, name: str | None) -> type[Any]:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: no name is given, the import fails, or the class is not a subclass of torch.utils.data.Dataset.
+        ValueError: no name is given, the import fails, the class is not a subclass of torch.utils.data.Dataset, it
+            overrides a method of upstream verl's class that is never called, or it does not take the keywords.
     """
     file = Path(path).expanduser()
     if not name:
@@ -296,4 +393,14 @@ def load_dataset_class(path: str, name: str | None) -> type[Any]:
     if not (isinstance(cls, type) and issubclass(cls, Dataset)):
         given = "is not defined in the file" if cls is None else "is not a subclass of torch.utils.data.Dataset"
         raise ValueError(f"data.custom_cls.name={name} {given} (data.custom_cls.path={path})")
+    try:
+        refuse_uncalled(cls, RLHFDataset)
+        inspect.signature(cls).bind(data_files=[], tokenizer=None, config=None, processor=None, max_samples=-1)
+    except UserClassError as error:
+        raise ValueError(f"data.custom_cls.name={name}: {error}") from error
+    except TypeError as error:
+        raise ValueError(
+            f"data.custom_cls.name={name}: cannot be constructed as {name}(data_files=..., tokenizer=..., config=..., "
+            f"processor=..., max_samples=...): {error}"
+        ) from error
     return cls
