@@ -45,7 +45,9 @@ class ModelConfig(ConfigSection):
     )
     trust_remote_code: bool = key(False, "run Python code that comes with the model or its tokenizer")
     override_config: dict[str, Any] = key(
-        {}, "fields of the model's config with other values, such as attn_implementation"
+        {},
+        "fields of the model's config with other values, for trainer and engine; attn_implementation: the trainer's "
+        "attention backend",
     )
     enable_gradient_checkpointing: bool = key(True, "save memory by computing activations again in the backward pass")
     use_remove_padding: bool = key(
@@ -57,8 +59,8 @@ class ModelConfig(ConfigSection):
     use_liger: bool = unsupported(False, "Liger kernels")
     external_lib: list[str] | None = key(
         None,
-        "your Python files or modules, which register estimators, losses and agent loops; the driver and the trainer's "
-        "ranks import them",
+        "your Python files or modules, which register estimators, losses, agent loops and models; the driver, the "
+        "trainer's ranks and the engines import them",
     )
     hf_config_path: str | None = unsupported(None, "a model config in another directory than the weights")
     custom_chat_template: str | None = unsupported(

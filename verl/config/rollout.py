@@ -245,7 +245,9 @@ class RolloutConfig(ConfigSection):
         CheckpointEngineConfig, "transfer of new weights from the trainer to the replicas"
     )
     engine_kwargs: dict[str, Any] = key(
-        {"vllm": {}}, "vllm.*: arguments of vLLM's AsyncEngineArgs, which override all other keys"
+        {"vllm": {}},
+        "vllm.*: arguments of vLLM's AsyncEngineArgs, which override all other keys; an argument that the trainer must "
+        "know too is set by its own key",
     )
     agent: AgentConfig = section(AgentConfig, "agent loops, which turn a prompt into a sample")
     server: ServerConfig = section(

@@ -1,4 +1,4 @@
-"""Import the user's modules, which register estimators, losses and agent loops (`model.external_lib`)."""
+"""Import the user's modules, which register estimators, losses, agent loops and models (`model.external_lib`)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 from verl.utils.user_files import file_problem, import_file
 
 KEY = "actor_rollout_ref.model.external_lib"
+# Names the modules to the processes of an engine, which read no config.
+ENVIRONMENT = "VERL_EXTERNAL_LIB"
 
 
 class ExternalLibError(ValueError):
@@ -42,3 +44,13 @@ def import_external(libs: Sequence[str]) -> None:
             raise ExternalLibError(
                 f"{KEY}={lib} does not import: {type(error).__name__}: {error}; correct the module, or leave it out"
             ) from error
+
+
+def environment_of(libs: Sequence[str]) -> dict[str, str]:
+    """Return the environment in which `import_from_environment` imports these modules."""
+    return {ENVIRONMENT: os.pathsep.join(libs)} if libs else {}
+
+
+def import_from_environment() -> None:
+    """Import the modules that `environment_of` gave to this process; ExternalLibError if one does not import."""
+    import_external([lib for lib in os.environ.get(ENVIRONMENT, "").split(os.pathsep) if lib])

@@ -7,10 +7,10 @@ from verl.config.critic import CriticConfig
 from verl.config.ppo import PPOConfig
 from verl.config.roles import needs_critic, resolve_critic
 from verl.preflight.batch_sizes import check_division, check_micro_batch_limit, longest_sample
-from verl.preflight.checks.model import TOKENIZER_FILES, check_vocabulary, find_model, has_tokenizer, max_positions
+from verl.preflight.checks.model import TOKENIZER_FILES, check_override, find_model, has_tokenizer, max_positions
 from verl.preflight.findings import Findings
 from verl.preflight.target import Target
-from verl.utils.model_dir.model_files import ModelFiles
+from verl.utils.model_dir.model_files import ModelFiles, with_overrides
 
 _PATH = "critic.model.path"
 
@@ -96,9 +96,10 @@ def check_critic_model(
     if files is None:
         return None
     override = config.critic.model.override_config
-    check_vocabulary("critic.model", override, files, found)
+    check_override("critic.model", override, files, found)
+    files = with_overrides(files, override)
     _check_tokenizer(config.critic.model.tokenizer_path, found)
-    longest, positions = longest_sample(config), max_positions(files, override)
+    longest, positions = longest_sample(config), max_positions(files)
     if positions is not None and longest > positions:
         found.errors.append(
             f"{_PATH}={path}: has {positions} positions, but a sample can have {longest} tokens "

@@ -16,11 +16,21 @@ from verl.utils.model_dir.model_files import (
     model_of_config,
     read_config_alone,
     read_model,
+    with_overrides,
 )
 from verl.utils.model_dir.public_models import public_config
 
 _MODEL = "actor_rollout_ref.model"
 _PATH = f"{_MODEL}.path"
+# Fields of a config.json that trainer and engine do not read from `override_config`.
+_DTYPES = "set dtype and model_dtype in fsdp_config, and actor_rollout_ref.rollout.dtype"
+_SET_BY_OTHER_KEYS = {
+    "dtype": _DTYPES,
+    "torch_dtype": _DTYPES,
+    "quantization_config": "set actor_rollout_ref.rollout.quantization",
+    "architectures": "use a checkpoint of that architecture",
+    "model_type": "use a checkpoint of that architecture",
+}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -33,7 +43,8 @@ def check_model(config: PPOConfig, target: Target, found: Findings) -> ModelFile
     if files is None:
         return None
     _check_tokenizer(model.path, model.tokenizer_path, target, found)
-    check_vocabulary(_MODEL, model.override_config, files, found)
+    check_override(_MODEL, model.override_config, files, found)
+    files = with_overrides(files, model.override_config)
     _check_max_model_len(config, found)
     _check_positions(config, files, found)
     _check_heads(config, files, found)
@@ -88,14 +99,17 @@ def has_tokenizer(folder: str) -> bool:
     return any(os.path.isfile(os.path.join(folder, name)) for name in TOKENIZER_FILES)
 
 
-def check_vocabulary(section: str, override: dict[str, Any], files: ModelFiles, found: Findings) -> None:
-    """Check that `override_config` does not change the vocabulary size, which the checkpoint's embeddings fix."""
+def check_override(section: str, override: dict[str, Any], files: ModelFiles, found: Findings) -> None:
+    """Check that `override_config` changes neither the vocabulary, which the embeddings fix, nor fields of other keys."""
     wanted, rows = override.get("vocab_size"), files.number("vocab_size")
     if wanted is not None and rows is not None and wanted != rows:
         found.errors.append(
             f"{section}.override_config.vocab_size={wanted}: the embeddings of the checkpoint in {files.path} have "
             f"{rows} rows; leave it out"
         )
+    for name, use in _SET_BY_OTHER_KEYS.items():
+        if name in override:
+            found.errors.append(f"{section}.override_config.{name}={override[name]}: not supported; {use}")
 
 
 def _check_max_model_len(config: PPOConfig, found: Findings) -> None:
@@ -109,7 +123,7 @@ def _check_max_model_len(config: PPOConfig, found: Findings) -> None:
 
 def _check_positions(config: PPOConfig, files: ModelFiles, found: Findings) -> None:
     limit, longest = config.actor_rollout_ref.rollout.max_model_len, longest_sample(config)
-    positions = max_positions(files, config.actor_rollout_ref.model.override_config)
+    positions = max_positions(files)
     wanted = max(longest, limit or 0)
     if positions is not None and wanted > positions:
         if wanted == longest:
@@ -126,20 +140,14 @@ def _length_keys(config: PPOConfig) -> str:
     return f"data.max_prompt_length={data.max_prompt_length} + data.max_response_length={data.max_response_length}"
 
 
-def max_positions(files: ModelFiles, override: dict[str, Any]) -> int | None:
+def max_positions(files: ModelFiles) -> int | None:
     """Return the maximum length of a sequence in tokens; None if it is not known.
 
     Scaled rotary embeddings reach further than `max_position_embeddings`, so their limit is not known.
-
-    Args:
-        override: `override_config` of the model.
     """
     scaling = files.config.get("rope_scaling") or files.config.get("rope_parameters") or {}
     if isinstance(scaling, dict) and "factor" in scaling:
         return None
-    overridden = override.get("max_position_embeddings")
-    if isinstance(overridden, int):
-        return overridden
     return files.number("max_position_embeddings", "n_positions")
 
 

@@ -25,10 +25,23 @@ _BACKEND = f"{_ROLLOUT}.checkpoint_engine.backend"
 _ENGINE_KWARGS = f"{_ROLLOUT}.engine_kwargs"
 _ENGINES = ("vllm", "sglang", "trtllm")
 _LARGEST_PORT = 65535
+# vLLM arguments that decide about the model and its processes, and the key that gives them to the trainer too.
+_MODEL = "actor_rollout_ref.model"
+_OWN_KEYS = {
+    "model": f"{_MODEL}.path",
+    "tokenizer": f"{_MODEL}.tokenizer_path",
+    "trust_remote_code": f"{_MODEL}.trust_remote_code",
+    "hf_overrides": f"{_MODEL}.override_config",
+    "hf_config_path": f"{_MODEL}.override_config",
+    "dtype": f"{_ROLLOUT}.dtype",
+    "quantization": f"{_ROLLOUT}.quantization",
+    "load_format": f"{_ROLLOUT}.load_format",
+    "tensor_parallel_size": f"{_ROLLOUT}.tensor_model_parallel_size",
+}
 
 
 def check_engine_kwargs(config: PPOConfig, found: Findings) -> None:
-    """Check that `engine_kwargs` holds a mapping of arguments for vLLM only."""
+    """Check that `engine_kwargs` holds arguments for vLLM only, and none that the trainer must know."""
     for name, value in config.actor_rollout_ref.rollout.engine_kwargs.items():
         field = f"{_ENGINE_KWARGS}.{name}"
         if name not in _ENGINES:
@@ -37,6 +50,12 @@ def check_engine_kwargs(config: PPOConfig, found: Findings) -> None:
             found.errors.append(f"{field}={value}: must be a mapping of arguments")
         elif name != "vllm" and value:
             found.errors.append(f"{field} is not supported: use {_ENGINE_KWARGS}.vllm")
+        else:
+            found.errors += [
+                f"{field}.{argument}={value[argument]}: would reach the engine but not the trainer; set {key}"
+                for argument, key in _OWN_KEYS.items()
+                if argument in (value or {})
+            ]
 
 
 def check_rollout(config: PPOConfig, target: Target, found: Findings) -> None:

@@ -138,6 +138,7 @@ class Processes:
             device=self._plan.device,
             threads=max(1, cpu_cores() // math.ceil(count / (rollout.nnodes or config.trainer.nnodes))),
             tensor_parallel_size=rollout.tensor_model_parallel_size,
+            external_lib=config.actor_rollout_ref.model.external_lib,
         )
         replicas = [
             vLLMReplica(rank, arguments, options, environment) for rank, options in enumerate(placement.replicas)

@@ -6,7 +6,8 @@ import json
 import math
 import os
 import zipfile
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,11 @@ def read_model(path: str | Path) -> ModelFiles:
     if weights is None:
         return ModelFiles(path, _text_config(config), None, None, None)
     return _with_sizes(path, config, weights)
+
+
+def with_overrides(files: ModelFiles, override: Mapping[str, Any]) -> ModelFiles:
+    """Return the model with the fields of `model.override_config` in its config; sizes of weights stay."""
+    return replace(files, config={**files.config, **override})
 
 
 def is_config_alone(path: str | Path) -> bool:

@@ -7,9 +7,13 @@ def register() -> None:
     """Register verl's additions to vLLM; may be called again.
 
     CPU: quantization "ascend", fp8 without AMX, and idle processes that block instead of spinning. NPU: patches.
+    Everywhere: the user's modules (`model.external_lib`), which may register models.
     """
     from vllm.platforms import current_platform
 
+    from verl.utils.external import import_from_environment
+
+    import_from_environment()
     if current_platform.is_cpu():
         from verl.utils.vllm import ascend_cpu, cpu_sleep_when_idle, fp8_cpu
 

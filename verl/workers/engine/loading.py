@@ -18,9 +18,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from verl.config import LoraOptions
+from verl.utils.hf_config import ATTENTION_BACKEND, read_config
 from verl.workers.engine.lora import add_adapters, has_adapters
 from verl.workers.engine.value_head import HEAD, output_head_keys, read_head, to_value_model
 
@@ -77,7 +78,7 @@ def load_sharded_model(
             without layers that transformers knows.
     """
     override = dict(override_config or {})
-    attention = override.pop("attn_implementation", None)  # None: transformers chooses the backend
+    attention = override.pop(ATTENTION_BACKEND, None)  # None: transformers chooses the backend
     section = "critic.model" if value_head else "actor_rollout_ref.model"
     options = {
         "config": read_config(path, trust_remote_code, override, section),
@@ -116,26 +117,6 @@ def _model_without_storage(options: Mapping[str, Any], value_head: bool, lora: L
     if lora is not None:
         add_adapters(model, lora, fill=False)
     return model
-
-
-def read_config(
-    path: str, trust_remote_code: bool, override: Mapping[str, Any], section: str = "actor_rollout_ref.model"
-) -> PreTrainedConfig:
-    """Return the model's config with some fields replaced.
-
-    Raises:
-        ValueError: the config has no such field.
-    """
-    config, unused = AutoConfig.from_pretrained(
-        path, trust_remote_code=trust_remote_code, return_unused_kwargs=True, **override
-    )
-    unknown = sorted(set(unused) & set(override))
-    if unknown:
-        raise ValueError(
-            f"{section}.override_config: unknown key {', '.join(unknown)} for {type(config).__name__}; see "
-            f"{path}/config.json for its fields"
-        )
-    return config
 
 
 def read_checkpoint(path: str, section: str, value_head: bool, **options: Any) -> PreTrainedModel:

@@ -1,9 +1,100 @@
 """Start arguments of an engine."""
 
-import pytest
+import dataclasses
 
-from verl.config import PPOConfig
-from verl.workers.rollout.vllm_rollout.engine_args import engine_args
+import pytest
+from transformers import AutoConfig
+
+from fixtures.tiny import write_tiny_model
+from verl.config import CriticConfig, ModelConfig, PPOConfig, RolloutConfig
+from verl.config.schema import key_of
+from verl.workers.rollout.vllm_rollout.engine_args import engine_args, engine_environment
+
+# The sides that each key of `actor_rollout_ref.model` must reach, and a value other than the default.
+BOTH = {
+    "path": "other",
+    "tokenizer_path": "tokenizer",
+    "trust_remote_code": True,
+    "override_config": {"rms_norm_eps": 0.25},
+}
+# The environment of the engine's processes names these to verl's plugin.
+IMPORTED = {"external_lib": ["math"]}
+# They change how the trainer computes, or, for LoRA, the weights, which are sent merged.
+TRAINER = {
+    "enable_gradient_checkpointing": False,
+    "use_remove_padding": False,
+    "lora_rank": 8,
+    "lora_alpha": 32,
+    "lora_adapter_path": "adapter",
+    "target_modules": ["q_proj"],
+    "exclude_modules": ["k_proj"],
+}
+
+
+@pytest.fixture(scope="module")
+def model_dirs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {name: str(write_tiny_model(folder / name)) for name in ("model", "other")}
+
+
+def arguments_of(model, *, engine_kwargs=None, quantization=None, device="cpu"):
+    """The engine arguments for a model section, with the default rollout."""
+    rollout = RolloutConfig(engine_kwargs={"vllm": engine_kwargs or {}})
+    sizes = {"prompt_length": 8, "response_length": 8, "seed": 0}
+    return engine_args(rollout, model, device=device, dtype="float32", quantization=quantization, **sizes)
+
+
+def environment_of(model):
+    sizes = {"device": "cpu", "threads": 1, "tensor_parallel_size": 1}
+    return engine_environment(**sizes, external_lib=model.external_lib)
+
+
+def test_each_key_of_the_model_reaches_the_sides_that_must_agree(model_dirs):
+    plain = ModelConfig(path=model_dirs["model"])
+    fields = {field.name: field for field in dataclasses.fields(ModelConfig)}
+    refused = {name for name, field in fields.items() if key_of(field).only is not None} | {"lora"}
+    assert fields.keys() == BOTH.keys() | IMPORTED.keys() | TRAINER.keys() | refused, "where does the new key go?"
+    for name, value in (BOTH | IMPORTED | TRAINER).items():
+        model = dataclasses.replace(plain, **{name: model_dirs["other"] if name == "path" else value})
+        assert (arguments_of(model) != arguments_of(plain)) == (name in BOTH), name
+        assert (environment_of(model) != environment_of(plain)) == (name in IMPORTED), name
+
+
+def test_the_critic_has_no_key_that_an_engine_would_need():
+    critic = {field.name for field in dataclasses.fields(CriticConfig().model)}
+    assert critic <= {field.name for field in dataclasses.fields(ModelConfig)}
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ({"rms_norm_eps": 0.3, "attn_implementation": "eager"}, {"rms_norm_eps": 0.3}),
+        ({"attn_implementation": "eager"}, None),
+        ({"max_position_embeddings": 512}, None),  # the value of config.json
+        # transformers keeps the base of the rotary embeddings in a dictionary.
+        ({"rope_theta": 77.0}, {"rope_parameters": {"rope_theta": 77.0, "rope_type": "default"}}),
+    ],
+)
+def test_overridden_fields_reach_the_engine_as_transformers_resolves_them(model_dirs, override, expected):
+    model = ModelConfig(path=model_dirs["model"], override_config=override)
+    overrides = arguments_of(model).get("hf_overrides")
+    assert overrides == expected
+    trainer = AutoConfig.from_pretrained(model.path, **override)
+    assert all(getattr(trainer, name) == value for name, value in (overrides or {}).items())
+
+
+def test_overridden_fields_and_the_quantization_share_the_overrides(model_dirs):
+    model = ModelConfig(path=model_dirs["model"], override_config={"rms_norm_eps": 0.3})
+    quantization = {"quantization": "fp8", "hf_overrides": {"quantization_config": {"quant_method": "fp8"}}}
+    overrides = arguments_of(model, quantization=quantization)["hf_overrides"]
+    assert overrides == {"rms_norm_eps": 0.3, "quantization_config": {"quant_method": "fp8"}}
+    with pytest.raises(ValueError, match=r"hf_overrides\.rms_norm_eps=0\.5: .*override_config"):
+        arguments_of(model, engine_kwargs={"hf_overrides": {"rms_norm_eps": 0.5}})
+
+
+def test_an_unknown_field_is_an_error_of_the_engine_too(model_dirs):
+    with pytest.raises(ValueError, match="override_config: unknown key rms_eps"):
+        arguments_of(ModelConfig(path=model_dirs["model"], override_config={"rms_eps": 0.3}))
 
 
 @pytest.mark.parametrize("device", ["cuda", "npu"])

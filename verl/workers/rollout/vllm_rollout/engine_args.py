@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from verl.config import ModelConfig, RolloutConfig
 from verl.utils.dtypes import itemsize_of
+from verl.utils.external import environment_of
+from verl.utils.hf_config import overridden_fields
 from verl.utils.host import cpu_environment
 from verl.utils.model_dir.kv_cache import cpu_kv_cache_bytes
-from verl.utils.model_dir.model_files import read_model
+from verl.utils.model_dir.model_files import read_model, with_overrides
 from verl.utils.vllm.npu_settings import npu_environment
 
 _WORKER_EXTENSION = "verl.workers.rollout.vllm_rollout.worker_extension.WeightUpdateExtension"
@@ -40,7 +42,8 @@ def engine_args(
         quantization: arguments that the quantization needs; single entries of its dictionaries can be overridden.
 
     Raises:
-        ValueError: `engine_kwargs.vllm` overrides the quantization.
+        ValueError: `engine_kwargs.vllm` overrides the quantization or `model.override_config`, or the model's config
+            lacks a field of the latter.
     """
     assert model.path is not None, "preflight checks that it is set"
     length = max_model_len(rollout, prompt_length, response_length)
@@ -68,19 +71,26 @@ def engine_args(
     if device == "cpu":
         # By default vLLM would reserve a share of the machine's memory, which replicas and trainers share.
         arguments["kv_cache_memory_bytes"] = cpu_kv_cache_bytes(
-            read_model(model.path), itemsize_of(dtype), length, rollout.max_num_seqs
+            with_overrides(read_model(model.path), model.override_config),
+            itemsize_of(dtype),
+            length,
+            rollout.max_num_seqs,
         )
     else:
         arguments["gpu_memory_utilization"] = rollout.gpu_memory_utilization
         arguments["enable_sleep_mode"] = rollout.free_cache_engine
         if rollout.cudagraph_capture_sizes:
             arguments["compilation_config"] = {"cudagraph_capture_sizes": list(rollout.cudagraph_capture_sizes)}
-    return _merged(arguments, quantization or {}, rollout.engine_kwargs.get("vllm") or {})
+    needed = dict(quantization or {})
+    fields = overridden_fields(model.path, model.trust_remote_code, model.override_config)
+    if fields:
+        needed["hf_overrides"] = {**fields, **needed.get("hf_overrides", {})}
+    return _merged(arguments, needed, rollout.engine_kwargs.get("vllm") or {})
 
 
-def _merged(arguments: dict[str, Any], quantization: Mapping[str, Any], user: Mapping[str, Any]) -> dict[str, Any]:
-    merged = {**arguments, **quantization, **user}
-    for key, needed in quantization.items():
+def _merged(arguments: dict[str, Any], required: Mapping[str, Any], user: Mapping[str, Any]) -> dict[str, Any]:
+    merged = {**arguments, **required, **user}
+    for key, needed in required.items():
         given = user.get(key)
         if given is None or given == needed:
             merged[key] = needed
@@ -89,7 +99,7 @@ def _merged(arguments: dict[str, Any], quantization: Mapping[str, Any], user: Ma
             if clash is not None:
                 raise ValueError(
                     f"actor_rollout_ref.rollout.engine_kwargs.vllm.{key}.{clash}={given[clash]!r}: "
-                    "actor_rollout_ref.rollout.quantization sets it; remove one of the two"
+                    "actor_rollout_ref.model.override_config or .rollout.quantization sets it; remove one of the two"
                 )
             merged[key] = {**needed, **given}
         else:
@@ -100,13 +110,17 @@ def _merged(arguments: dict[str, Any], quantization: Mapping[str, Any], user: Ma
     return merged
 
 
-def engine_environment(*, device: str, threads: int, tensor_parallel_size: int) -> dict[str, str]:
+def engine_environment(
+    *, device: str, threads: int, tensor_parallel_size: int, external_lib: Sequence[str] | None = None
+) -> dict[str, str]:
     """Return the environment variables of a replica's process.
 
     Args:
         threads: CPU cores for this replica in total.
+        external_lib: `model.external_lib`, which the engine's processes import too.
     """
     environment = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "TOKENIZERS_PARALLELISM": "false"}
+    environment |= environment_of(external_lib or ())
     if device == "cpu":
         environment |= {
             **cpu_environment(max(1, threads // tensor_parallel_size)),
