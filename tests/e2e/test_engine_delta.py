@@ -13,6 +13,7 @@ pytestmark = pytest.mark.e2e
 PARTIAL = {"hidden_size": 96, "intermediate_size": 80, "vocab_size": 100}
 CASES = {
     "experts, packed by the engine": (None, "qwen3_moe", True, {}, {"dtype": "bfloat16"}),
+    "experts, router in float32": (None, "glm4_moe", False, {}, {"dtype": "bfloat16"}),
     "dense, tied, in MXFP8": ("ascend", "qwen3", True, PARTIAL, {}),
     "dense, packed by the engine": (None, "llama", False, {}, {}),
 }

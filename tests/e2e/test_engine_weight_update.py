@@ -9,6 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fixtures.engine import log_probs_of, weights_of
+from verl.config import ModelConfig, RolloutConfig
+from verl.workers.rollout.vllm_rollout.engine_args import engine_args
 from verl.workers.weight_sync.manifest import WeightUpdateError
 from verl.workers.weight_sync.receiver import WeightReceiver
 from verl.workers.weight_sync.sender import WeightSender
@@ -18,6 +20,9 @@ pytestmark = pytest.mark.e2e
 PROMPT = [1] + [(i * 5) % 90 + 4 for i in range(20)]
 # One token short of two full blocks of vLLM's cache on a CPU, so that a prefix is cached and can become stale.
 LONG_PROMPT = [1] + [(i * 7) % 90 + 4 for i in range(200)]
+
+# The sizes that fp8's blocks of 128 x 128 need.
+WIDE = {"hidden_size": 128, "head_dim": 64, "intermediate_size": 256}
 
 
 @pytest.fixture
@@ -30,10 +35,14 @@ def update(engine, model_dir, bucket_bytes=1 << 24, **options):
     engine.update(weights_of(model_dir).items(), bucket_bytes=bucket_bytes, **options)
 
 
-def deviation(engine, model_dir, prompt=PROMPT):
-    """Largest difference of the engine's log-probabilities from those of transformers, over eight sampled tokens."""
+def deviation(engine, model_dir, prompt=PROMPT, **override):
+    """Largest difference of the engine's log-probabilities from those of transformers, over eight sampled tokens.
+
+    Args:
+        override: fields of the config that transformers replaces.
+    """
     responses, log_probs = engine.sample(8, [prompt])
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, **override)
     return (log_probs - log_probs_of(model, responses, [prompt])).abs().max()
 
 
@@ -89,6 +98,58 @@ def test_a_missing_parameter_is_named_and_a_full_update_repairs_the_engine(tiny_
         running.update(rest.items())
     update(running, second)
     assert deviation(running, second) < 1e-5
+
+
+@pytest.mark.parametrize("quantization", [None, "fp8", "ascend"])
+def test_tensors_without_a_place_in_the_engine_are_refused(tiny_models, engines, quantization):
+    """transformers' Qwen3 with `attention_bias` also has a bias after the attention, which vLLM's model lacks."""
+    (source,) = tiny_models(1, kind="qwen3", tied=True, attention_bias=True, **WIDE)
+    rollout = RolloutConfig(quantization=quantization, tensor_model_parallel_size=1)
+    running, scheme = engines.get(source, rollout, dtype="bfloat16")
+    weights = weights_of(source)
+    for _ in range(2):
+        with pytest.raises(
+            WeightUpdateError, match=r"no place for 2 tensors .*: model\.layers\.0\.self_attn\.o_proj\.bias"
+        ):
+            running.update(scheme.encode((name, weight.bfloat16()) for name, weight in weights.items()))
+    rest = {name: weight.bfloat16() for name, weight in weights.items() if not name.endswith("o_proj.bias")}
+    running.update(scheme.encode(rest.items()))
+    # A later load is watched too, if it has a name that no earlier one used.
+    extra = "model.layers.1.self_attn.o_proj.bias"
+    with pytest.raises(WeightUpdateError, match=rf"no place for 1 tensors .*: {extra}"):
+        running.update([*scheme.encode(rest.items()), (extra, weights[extra].bfloat16())])
+
+
+@pytest.mark.parametrize("kind", ["glm4_moe", "deepseek_v3"])
+def test_parameters_that_the_engine_keeps_in_float32_are_not_rounded(tiny_models, engines, kind):
+    first, second = tiny_models(2, kind=kind, tied=False)
+    running, _ = engines.get(first, dtype="bfloat16")
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    for source in (second, first):
+        weights = weights_of(source)
+        running.update(weights.items(), dtype=torch.bfloat16)
+        held = running.model.get_parameter(name)
+        assert held.dtype == torch.float32 and torch.equal(held, weights[name])
+    assert name in running.dtypes
+    del weights[name]
+    with pytest.raises(
+        WeightUpdateError, match=r"not written, the first is 'model\.layers\.1\..*e_score_correction_bias'"
+    ):
+        running.update(weights.items(), dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+def test_an_overridden_config_holds_for_the_engine_too(tiny_models, engines, kind):
+    """As in the trainer: transformers with the same override is the reference."""
+    (source,) = tiny_models(1, kind=kind, tied=True)
+    override = {"rms_norm_eps": 0.3, "rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}
+    model = ModelConfig(path=str(source), override_config=override)
+    sizes = {"prompt_length": 8, "response_length": 8, "seed": 0}
+    arguments = engine_args(RolloutConfig(), model, device="cpu", dtype="float32", **sizes)
+    running, _ = engines.get(source, hf_overrides=arguments["hf_overrides"])
+    update(running, source)
+    assert deviation(running, source, **override) < 1e-5
+    assert deviation(running, source) > 1e-2, "the override changes nothing"
 
 
 def test_one_missing_expert_is_named(tiny_models, engine):

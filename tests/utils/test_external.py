@@ -2,7 +2,13 @@ import sys
 
 import pytest
 
-from verl.utils.external import ExternalLibError, absolute, import_external
+from verl.utils.external import (
+    ExternalLibError,
+    absolute,
+    environment_of,
+    import_external,
+    import_from_environment,
+)
 from verl.utils.user_class import load_class
 
 
@@ -63,3 +69,24 @@ def test_a_library_file_with_a_class_is_imported_once(tmp_path, monkeypatch):
     import_external(["both.py"])
     found = load_class("both.py:Mine", tmp_path, object)
     assert sys.modules[found.__module__].registered is found
+
+
+def test_modules_are_imported_from_the_environment_by_the_plugin_of_vllm(tmp_path, monkeypatch):
+    """vLLM calls the plugin in every process of an engine."""
+    from verl.utils.vllm import plugin
+
+    (tmp_path / "seen_by_engine.py").write_text("names = []\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    libs = []
+    for name in ("first", "second"):
+        (tmp_path / f"{name}.py").write_text(f"import seen_by_engine\nseen_by_engine.names += ['{name}']\n")
+        libs.append(str(tmp_path / f"{name}.py"))
+    for name, value in environment_of(libs).items():
+        monkeypatch.setenv(name, value)
+    plugin.register()
+    import seen_by_engine
+
+    assert seen_by_engine.names == ["first", "second"]
+    monkeypatch.setenv("VERL_EXTERNAL_LIB", "no_such_module_anywhere")
+    with pytest.raises(ExternalLibError, match="no_such_module_anywhere"):
+        import_from_environment()

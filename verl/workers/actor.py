@@ -7,7 +7,7 @@ in the same order, each with its shard of the data.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict, TypeVar
 
@@ -254,10 +254,14 @@ class ActorWorker:
         return self.engine.export_weights(dtype=dtype, encoder=encoder)
 
     def export_units(
-        self, *, dtype: torch.dtype | None = None, encoder: QuantizationScheme | None = None
+        self,
+        *,
+        dtype: torch.dtype | None = None,
+        exceptions: Mapping[str, torch.dtype] | None = None,
+        encoder: QuantizationScheme | None = None,
     ) -> Iterator[ExportUnit]:
         """Iterate over the policy's weights before they are gathered; see `TrainEngine.export_units`."""
-        return self.engine.export_units(dtype=dtype, encoder=encoder)
+        return self.engine.export_units(dtype=dtype, exceptions=exceptions, encoder=encoder)
 
     def save_checkpoint(self, path: str | Path) -> None:
         """Write the parts in `actor.checkpoint.save_contents` into `path`, `hf_model` into `path/huggingface`."""

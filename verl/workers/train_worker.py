@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,6 +72,8 @@ class TrainWorker:
         self._critic_config, self._critic_warmup, self._bypass = critic, critic_warmup, bypass
         self._critic: CriticWorker | None = None
         self._send_dtype = dtype_from_name(rollout_dtype)
+        # Tensors that the engines hold in another dtype, by checkpoint name.
+        self._exceptions: dict[str, torch.dtype] = {}
         self._sender: WeightSender | None = None
         assert config.model.path is not None, "actor_rollout_ref.model.path is a required key"
         # With `quantization_side=receiver`, weights are sent unquantized.
@@ -197,6 +199,10 @@ class TrainWorker:
         """
         self._last_sent.check_base(base)
 
+    def send_as(self, dtypes: Mapping[str, str]) -> None:
+        """Send some tensors in other dtypes from the next full update on: checkpoint name -> dtype name."""
+        self._exceptions |= {name: dtype_from_name(dtype) for name, dtype in dtypes.items()}
+
     @spanned("export: begin")
     def begin_export(self, version: int, base: int | None = None) -> None:
         """Start to send the weights as `version`; the other ranks must call `join_export` at the same time.
@@ -265,4 +271,4 @@ class TrainWorker:
 
     def _units(self) -> Iterator[ExportUnit]:
         self._pop_report()  # drop the report of an update that failed
-        return self._actor.export_units(dtype=self._send_dtype, encoder=self._scheme)
+        return self._actor.export_units(dtype=self._send_dtype, exceptions=self._exceptions, encoder=self._scheme)

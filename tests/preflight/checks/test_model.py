@@ -127,3 +127,29 @@ def test_the_text_part_of_a_multimodal_config_is_used(plan_of, problem_of, run_f
     (run_files.model / "config.json").write_text(json.dumps({"model_type": "outer", "text_config": config}))
     plan_of()
     assert "64 positions" in problem_of(data__max_response_length=49)
+
+
+@pytest.mark.parametrize("section", ["actor_rollout_ref.model", "critic.model"])
+@pytest.mark.parametrize(
+    ("field", "way_out"),
+    [
+        ("dtype: float16", "fsdp_config"),
+        ("torch_dtype: float16", "fsdp_config"),
+        ("quantization_config: {quant_method: fp8}", "rollout.quantization"),
+        ("architectures: [Other]", "checkpoint of that architecture"),
+        ("model_type: other", "checkpoint of that architecture"),
+    ],
+)
+def test_fields_that_other_keys_set_cannot_be_overridden(problem_of, run_files, section, field, way_out):
+    changes = {f"{section}.override_config".replace(".", "__"): f"{{{field}}}"}
+    if section == "critic.model":
+        changes |= {"algorithm__adv_estimator": "gae", "critic__model__path": run_files.model}
+    text = problem_of(**changes)
+    assert text.startswith(f"{section}.override_config.{field.partition(':')[0]}=") and way_out in text, text
+
+
+def test_sizes_of_the_plan_are_those_of_the_overridden_config(plan_of, problem_of):
+    override = "actor_rollout_ref__model__override_config"
+    assert plan_of(**{override: "{max_position_embeddings: 32}"})
+    text = problem_of(**{override: "{max_position_embeddings: 31}"})
+    assert "32 tokens, but the model has 31 positions" in text

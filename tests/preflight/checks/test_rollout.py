@@ -179,3 +179,25 @@ def test_check_includes_the_transport(problem_of, plan_of):
     assert problem_of(**{ROLLOUT + "checkpoint_engine__backend": "nccl"}).startswith(f"{BACKEND}=nccl: ")
     apart = {ROLLOUT + "nnodes": 2, ROLLOUT + "n_gpus_per_node": 2, ROLLOUT + "checkpoint_engine__backend": "gloo"}
     assert plan_of(**apart).replicas == 4
+
+
+# ---- arguments of the engine ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argument", "key"),
+    [
+        ("model: elsewhere", "actor_rollout_ref.model.path"),
+        ("tokenizer: elsewhere", "actor_rollout_ref.model.tokenizer_path"),
+        ("trust_remote_code: True", "actor_rollout_ref.model.trust_remote_code"),
+        ("hf_overrides: {rms_norm_eps: 0.3}", "actor_rollout_ref.model.override_config"),
+        ("hf_config_path: elsewhere", "actor_rollout_ref.model.override_config"),
+        ("dtype: float16", "actor_rollout_ref.rollout.dtype"),
+        ("quantization: fp8", "actor_rollout_ref.rollout.quantization"),
+        ("load_format: auto", "actor_rollout_ref.rollout.load_format"),
+        ("tensor_parallel_size: 2", "actor_rollout_ref.rollout.tensor_model_parallel_size"),
+    ],
+)
+def test_arguments_of_the_engine_that_the_trainer_must_know_are_errors(problem_of, argument, key):
+    text = problem_of(**{ROLLOUT + "engine_kwargs": f"{{vllm: {{{argument}}}}}"})
+    assert f"engine_kwargs.vllm.{argument.partition(':')[0]}=" in text and text.endswith(f"set {key}"), text

@@ -215,3 +215,47 @@ def _through(parameter, tensor):
     made = torch.empty_like(tensor)
     made.copy_(tensor)
     parameter.data.copy_(made)
+
+
+# ---- tensors that are used, and the dtypes in which they are held ---------------------------------------------------
+
+
+def held_after(load, tensors):
+    trace = LoadTrace({}, {})
+    trace.set_sources(tensors.items())
+    with trace:
+        load(tensors)
+    trace.flush()
+    return trace.held
+
+
+def test_a_tensor_that_no_operation_reads_is_not_held():
+    def load(tensors):
+        torch.zeros(2, 4).copy_(tensors["a"].narrow(0, 0, 2))
+        torch.cat([tensors["b"], tensors["c"]])
+        tensors["d"].view(8).narrow(0, 0, 4).t()  # views read nothing
+        torch.empty(2, 4, device="meta").copy_(tensors["e"])
+        torch.full((), tensors["f"].item())
+
+    tensors = {name: numbered(2, 4) for name in "abcde"} | {"f": torch.tensor(1.0)}
+    assert held_after(load, tensors).keys() == set("abcef")
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_tensors_are_held_in_the_widest_dtype_that_they_are_copied_to(device):
+    def target(dtype):
+        return torch.empty(2, 4, dtype=dtype, device=device)
+
+    def load(tensors):
+        target(torch.bfloat16).copy_(tensors["same"])
+        target(torch.float32).copy_(tensors["wide"])
+        target(torch.float32).copy_(tensors["both"])
+        target(torch.bfloat16).copy_(tensors["both"])
+        target(torch.float32).copy_(torch.exp(tensors["computed"].float()))
+        target(torch.float32).copy_(tensors["moved"].t().contiguous().t())
+        tensors["converted"].float()
+        tensors["read"].sum()
+
+    names = ("same", "wide", "both", "computed", "moved", "converted", "read")
+    held = held_after(load, {name: numbered(2, 4).bfloat16() for name in names})
+    assert held == dict.fromkeys(names, torch.float32) | {"same": torch.bfloat16, "read": None}

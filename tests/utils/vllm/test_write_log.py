@@ -42,6 +42,16 @@ def test_copies_outside_the_context_or_into_other_tensors_are_not_recorded():
     assert log.unwritten() == ["a", "b", "c"]
 
 
+def test_a_copy_of_a_parameter_onto_itself_is_not_a_write():
+    """vLLM's reload does this at the end with every parameter that it did not replace."""
+    made = parameters()
+    log = WriteLog(made)
+    with log:
+        for parameter in made.values():
+            parameter.data.copy_(parameter)
+    assert log.unwritten() == ["a", "b", "c"]
+
+
 @pytest.mark.parametrize(("name", "sent"), [("b", torch.bfloat16), ("c", torch.float32), ("c", torch.float8_e4m3fn)])
 def test_conversion_into_quantized_memory_is_refused(name, sent):
     made = parameters()

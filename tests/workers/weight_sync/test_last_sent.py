@@ -143,3 +143,29 @@ def test_delta_may_follow_a_second_full_update_of_the_same_version(tmp_path):
 
     [manifest] = run_ranks(1, program)
     assert manifest["base"] == 5 and manifest["num_values"] > 0
+
+
+ROUTER, NORM = "model.layers.0.mlp.gate.weight", "model.norm.weight"
+# One of the tensors that transformers keeps in one packed parameter.
+EXPERT = "model.layers.0.mlp.experts.1.up_proj.weight"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    ("quantization", "turn", "exact"),
+    [
+        (None, None, {ROUTER, NORM, Q_PROJ, EXPERT}),
+        (None, "down_proj", {ROUTER, NORM}),  # the experts are converted after the gather
+        ("ascend", None, {ROUTER, NORM, EMBED}),
+    ],
+)
+def test_tensors_are_sent_in_the_dtypes_of_the_engine(tmp_path, quantization, turn, exact, ranks):
+    """The master weights are float32, and everything else is rounded to bfloat16."""
+    dtypes = dict.fromkeys(exact, "float32")
+    full, *steps = deltas(tmp_path, "moe", quantization, ranks, turn=turn, rates=(1e-4, 1e-2), dtypes=dtypes)
+    specs = {spec["name"]: spec["dtype"] for spec in full["full"]["manifest"]["specs"]}
+    assert {name for name, dtype in specs.items() if dtype == "float32" and not name.endswith("_scale_inv")} == exact
+    for step in steps:
+        assert step["differs"] == [] and exact & step["changed"]
+        # The scales and values of an encoded weight are never those of the master weight.
+        assert exact.isdisjoint(step["rounded"]) and "model.layers.1.self_attn.k_proj.weight" in step["rounded"]

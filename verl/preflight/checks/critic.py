@@ -97,9 +97,9 @@ def check_critic_model(
         return None
     override = config.critic.model.override_config
     check_override("critic.model", override, files, found)
-    files = with_overrides(files, override)
     _check_tokenizer(config.critic.model.tokenizer_path, found)
-    longest, positions = longest_sample(config), max_positions(files)
+    overridden = with_overrides(files, override)
+    longest, positions = longest_sample(config), max_positions(overridden)
     if positions is not None and longest > positions:
         found.errors.append(
             f"{_PATH}={path}: has {positions} positions, but a sample can have {longest} tokens "
@@ -111,7 +111,7 @@ def check_critic_model(
             f"{_PATH}={path}: has {tokens} tokens in its vocabulary, but the policy has {policy_tokens}; the critic "
             "reads the policy's tokens, so use a model with the policy's tokenizer"
         )
-    return files
+    return overridden
 
 
 def _check_tokenizer(folder: str | None, found: Findings) -> None:

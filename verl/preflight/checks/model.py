@@ -100,7 +100,7 @@ def has_tokenizer(folder: str) -> bool:
 
 
 def check_override(section: str, override: dict[str, Any], files: ModelFiles, found: Findings) -> None:
-    """Check that `override_config` changes neither the vocabulary, which the embeddings fix, nor fields of other keys."""
+    """Check that `override_config` changes neither the size of the vocabulary nor fields that other keys set."""
     wanted, rows = override.get("vocab_size"), files.number("vocab_size")
     if wanted is not None and rows is not None and wanted != rows:
         found.errors.append(

@@ -50,11 +50,11 @@ def check_engine_kwargs(config: PPOConfig, found: Findings) -> None:
             found.errors.append(f"{field}={value}: must be a mapping of arguments")
         elif name != "vllm" and value:
             found.errors.append(f"{field} is not supported: use {_ENGINE_KWARGS}.vllm")
-        else:
+        elif value:
             found.errors += [
                 f"{field}.{argument}={value[argument]}: would reach the engine but not the trainer; set {key}"
                 for argument, key in _OWN_KEYS.items()
-                if argument in (value or {})
+                if argument in value
             ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 
 from verl.single_controller.worker_group import WorkerGroup
 from verl.utils.quantization.encode_report import merged_errors
@@ -26,6 +27,9 @@ class TrainerSender:
             for rank in range(1, len(self._group))
         ]
         await self._group.rank(0, TrainWorker.begin_export, version, base)
+
+    async def send_as(self, dtypes: Mapping[str, str]) -> None:
+        await self._group.all(TrainWorker.send_as, dict(dtypes))
 
     async def next_bucket(self) -> Bucket:
         return await self._group.rank(0, TrainWorker.next_bucket)

@@ -13,6 +13,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+# vLLM counts these as never loaded. Their loaders write into the parameter that kernels read.
+_LOADED_IN_PLACE = {"e_score_correction_bias"}
+
 
 class LayerSubset:
     """Some layers of a model, in the form that vLLM's reload walks: it keeps a flag on the model itself."""
@@ -98,6 +101,15 @@ def never_loaded() -> set[str]:
 
     # Before vLLM 0.32 the same set also names what never leaves the device.
     return getattr(meta, "SKIP_LOAD_TENSORS", meta.SKIP_TENSORS)
+
+
+def loaded_in_place(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that the reload leaves on the device although a checkpoint fills them, by engine name."""
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if name.rpartition(".")[2] in _LOADED_IN_PLACE & never_loaded()
+    }
 
 
 def expected_numel(layer: nn.Module) -> int:

@@ -6,6 +6,7 @@ of which checkpoint tensor was copied to which memory. Nothing is inferred from 
 - A copy directly into a parameter's memory is a region.
 - A copy into a tensor that the engine then copies into a parameter is a region if the bytes arrive unchanged.
 - Any other operation on a weight (packing for a kernel, conversion, quantization) makes its name opaque.
+- A weight that no operation reads is unused: a loader skipped it.
 
     flattened checkpoint tensor --Region--> flattened parameter, checkpoint layout --Target--> memory, kernel layout
 """
@@ -200,11 +201,15 @@ class LoadTrace(TorchDispatchMode):
     def __init__(self, in_place: Mapping[int, tuple[torch.Tensor, Target]], copied: Mapping[int, Target]):
         super().__init__()
         self.map = LayoutMap()
+        # The tensors that were read: name -> the widest dtype that they were copied or converted to, None for neither.
+        self.held: dict[str, torch.dtype | None] = {}
         self._in_place, self._copied = dict(in_place), dict(copied)
         self._starts: list[int] = []
         self._sources: list[tuple[int, str, torch.Tensor]] = []
         self._writes: dict[int, list[_Write]] = {}
         self._kept: dict[str, torch.Tensor] = {}
+        # Results of operations on sources, and the names of these, by storage; the tensors keep the storages alive.
+        self._results: dict[int, tuple[torch.Tensor, set[str]]] = {}
 
     def set_sources(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Set the tensors that are loaded next. Of the earlier ones only those copied by `keep` remain known."""
@@ -231,19 +236,44 @@ class LoadTrace(TorchDispatchMode):
         """
         for writes in self._writes.values():
             self.map.opaque.update(write.name for write in writes)
-        self._writes = {}
+        self._writes, self._results = {}, {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.copy_.default:
+            self._record_held(self._names_in(args[1]), args[0].dtype)
             if not args[0].is_meta:
                 self._record_copy(args[0], args[1])
         elif not func.is_view:
-            for value in (*args, *(kwargs or {}).values()):
-                origin = self._origin(value) if isinstance(value, torch.Tensor) else None
-                if origin is not None:
-                    self.map.opaque.add(origin[0])
+            self._record_operation(func, (*args, *(kwargs or {}).values()), result)
         return result
+
+    def _record_operation(self, func: Any, arguments: Iterable[Any], result: Any) -> None:
+        """Record an operation other than a copy or a view: mark its sources as opaque, and remember its result."""
+        flat = itertools.chain.from_iterable(a if isinstance(a, list | tuple) else (a,) for a in arguments)
+        names = set().union(*(self._names_in(value) for value in flat if isinstance(value, torch.Tensor)))
+        if not names:
+            return
+        self.map.opaque |= names
+        converts = func is torch.ops.aten._to_copy.default
+        self._record_held(names, result.dtype if converts else None)
+        if isinstance(result, torch.Tensor) and storage_of(result):
+            self._results[storage_of(result)] = result, names
+
+    def _record_held(self, names: Iterable[str], dtype: torch.dtype | None) -> None:
+        for name in names:
+            known = self.held.setdefault(name, dtype)
+            if known is None:
+                self.held[name] = dtype
+            elif dtype is not None and known != dtype:
+                self.held[name] = torch.promote_types(known, dtype)
+
+    def _names_in(self, tensor: torch.Tensor) -> set[str]:
+        """Return the sources that a tensor is a view of, or that it was computed from."""
+        origin = self._origin(tensor)
+        if origin is not None:
+            return {origin[0]}
+        return self._results.get(0 if tensor.is_meta else storage_of(tensor), (None, set[str]()))[1]
 
     def _origin(self, tensor: torch.Tensor) -> tuple[str, torch.Tensor, int] | None:
         """Return the checkpoint tensor that contains this view: name, full tensor, index of the first element."""

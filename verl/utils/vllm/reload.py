@@ -24,6 +24,7 @@ from verl.utils.vllm.layerwise import (
     finish_reload,
     layer_info,
     load_weights,
+    loaded_in_place,
     never_loaded,
     post_processing,
 )
@@ -31,13 +32,16 @@ from verl.utils.vllm.layout_map import LoadTrace, parameters_by_storage, storage
 from verl.utils.vllm.npu_vllm_patch import restore_expert_parameters
 from verl.utils.vllm.write_log import WriteLog
 
+# Buffers that old checkpoints contain and that models compute from their config.
+_COMPUTED = (".rotary_emb.inv_freq", ".rotary_pos_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
+
 
 class LayerwiseLoadSession:
     """Loads checkpoint tensors into a running model through vLLM's layer-wise reload.
 
-    The reload has three gaps, which this class closes: a tied output head keeps the GEMM that was packed from the old
-    weights; experts on a CPU are not packed again, so that plain weights would be read as packed ones; and a layer that
-    was loaded in part is not an error.
+    The reload has four gaps, which this class closes: a tied output head keeps the GEMM that was packed from the old
+    weights; experts on a CPU are not packed again, so that plain weights would be read as packed ones; and neither a
+    layer that was loaded in part is an error, nor a router without its bias.
 
     Layers that `hooks` handle are excluded from the reload and written in place by their own loaders.
 
@@ -59,6 +63,8 @@ class LayerwiseLoadSession:
         self._device = device
         self._hooks = hooks
         self._trace: LoadTrace | None = None
+        # The tensors that were seen to be used, and the dtypes in which the engine holds them.
+        self._held: dict[str, torch.dtype | None] = {}
         self.delta = EngineDelta(model, vllm_config.model_config, self._context, hooks)
 
     def begin(self) -> None:
@@ -66,15 +72,14 @@ class LayerwiseLoadSession:
         abandon_reload(self._model)
         restore_expert_parameters(self._model)
         in_place = self._hooks.begin(self._model) if self._hooks is not None else {}
-        self._log = WriteLog(
-            {
-                f"{name}.{key}": parameter
-                for name, layer in in_place.items()
-                for key, parameter in layer._parameters.items()
-                if parameter is not None and key not in never_loaded()
-            }
-        )
-        self._watch = self._log if in_place else nullcontext()
+        watched = loaded_in_place(self._model) | {
+            f"{name}.{key}": parameter
+            for name, layer in in_place.items()
+            for key, parameter in layer._parameters.items()
+            if parameter is not None and key not in never_loaded()
+        }
+        self._log = WriteLog(watched)
+        self._watch = self._log if watched else nullcontext()
         excluded = {id(layer) for layer in in_place.values()}
         self._reloaded = LayerSubset(
             self._model, (layer for layer in self._model.modules() if id(layer) not in excluded)
@@ -100,18 +105,30 @@ class LayerwiseLoadSession:
         return LoadTrace(in_place, parameters_by_storage(self._owners))
 
     @torch.no_grad()
-    def load(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Load tensors that are views of shared memory. Views that a layer still buffers are copied."""
+    def load(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.dtype | None]:
+        """Load tensors that are views of shared memory. Views that a layer still buffers are copied.
+
+        Returns:
+            The tensors that the engine read: name -> dtype in which it holds the tensor, None if that is not known. A
+            name that was read once is read by every later load, so only the first loads are watched.
+        """
         tensors = list(named_tensors)
+        self._held |= {name: None for name, tensor in tensors if name.endswith(_COMPUTED) or not tensor.numel()}
+        trace = self._trace
+        if trace is None and any(name not in self._held for name, _ in tensors):
+            trace = LoadTrace({}, {})
         borrowed = {storage_of(tensor) for _, tensor in tensors}
         self.delta.keep(tensors)
-        if self._trace is not None:
-            self._trace.set_sources(tensors)
-        with self._context(), self._watch, self._trace or nullcontext():
+        if trace is not None:
+            trace.set_sources(tensors)
+        with self._context(), self._watch, trace or nullcontext():
             load_weights(self._model, tensors)
-        if self._trace is not None:
-            self._trace.flush()
+        if trace is not None:
+            trace.flush()
+            for name, dtype in trace.held.items():
+                self._held[name] = dtype or self._held.get(name)
         self._copy_borrowed(borrowed)
+        return {name: self._held[name] for name, _ in tensors if name in self._held}
 
     def _copy_borrowed(self, borrowed: set[int]) -> None:
         """Replace views into `borrowed` storages that open layers buffer by copies, and close completed layers."""

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from verl.utils.vllm.layout_map import storage_of
+
 _QUANTIZED_DTYPES = (torch.float8_e4m3fn, torch.uint8)
 # Storage offset, shape and stride of a write.
 _Region = tuple[int, torch.Size, tuple[int, ...]]
@@ -30,8 +32,10 @@ class WriteLog(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.copy_.default and not args[0].is_meta:
-            name = self._names.get(args[0].untyped_storage().data_ptr())
-            if name is not None:
+            address = args[0].untyped_storage().data_ptr()
+            name = self._names.get(address)
+            # The reload copies parameters that it left in place onto themselves.
+            if name is not None and storage_of(args[1]) != address:
                 self._record(name, args[0], args[1])
         return func(*args, **(kwargs or {}))
 

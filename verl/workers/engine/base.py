@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypedDict
 
@@ -92,7 +92,11 @@ class TrainEngine(ABC):
 
     @abstractmethod
     def export_units(
-        self, *, dtype: torch.dtype | None = None, encoder: QuantizationScheme | None = None
+        self,
+        *,
+        dtype: torch.dtype | None = None,
+        exceptions: Mapping[str, torch.dtype] | None = None,
+        encoder: QuantizationScheme | None = None,
     ) -> Iterator[ExportUnit]:
         """Iterate over all weights in the form in which this rank holds them, before they are gathered.
 
@@ -100,6 +104,7 @@ class TrainEngine(ABC):
 
         Args:
             dtype: dtype to cast to; None keeps the dtype of the master weights.
+            exceptions: other dtypes of single tensors, by checkpoint name.
             encoder: encodes rows before they are gathered, see `verl.workers.engine.export`.
         """
 

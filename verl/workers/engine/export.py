@@ -121,14 +121,24 @@ class RowShardedParam(ExportUnit):
 class GatheredParams(ExportUnit):
     """Parameters whose checkpoint tensors can only be made, or encoded, after they are gathered."""
 
-    def __init__(self, model: PreTrainedModel, shards: dict[str, torch.Tensor], dtype: torch.dtype | None):
-        self._model, self._shards, self._dtype = model, shards, dtype
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        shards: dict[str, torch.Tensor],
+        dtype: torch.dtype | None,
+        exceptions: Mapping[str, torch.dtype],
+    ):
+        self._model, self._shards, self._dtype, self._exceptions = model, shards, dtype, exceptions
         self.nbytes = sum(_nbytes(shard, dtype) for shard in shards.values())
 
     def gather(self) -> dict[str, torch.Tensor]:
-        tensors = {name: _gather_full(shard, self._dtype) for name, shard in self._shards.items()}
+        # Only the conversion shows which tensors a parameter becomes, so with exceptions they are cast after it.
+        dtype = None if self._exceptions else self._dtype
+        tensors = {name: _gather_full(shard, dtype) for name, shard in self._shards.items()}
         if getattr(self._model, "_weight_conversions", None):
             tensors = revert_weight_conversion(self._model, tensors)
+        if self._exceptions:
+            tensors = {name: _cast(tensor, self._exceptions.get(name, self._dtype)) for name, tensor in tensors.items()}
         return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
@@ -146,7 +156,11 @@ class WeightExport:
 
     @torch.no_grad()
     def units(
-        self, *, dtype: torch.dtype | None = None, encoder: QuantizationScheme | None = None
+        self,
+        *,
+        dtype: torch.dtype | None = None,
+        exceptions: Mapping[str, torch.dtype] | None = None,
+        encoder: QuantizationScheme | None = None,
     ) -> Iterator[ExportUnit]:
         """Iterate over all parameters, a tied weight once.
 
@@ -155,14 +169,15 @@ class WeightExport:
         Args:
             dtype: dtype of the floating-point tensors, None for each parameter's dtype; shards are cast before they
                 are gathered.
+            exceptions: other dtypes of single tensors that are not encoded, by checkpoint name.
             encoder: encodes rows before they are gathered, so that the ranks exchange fewer bytes. This needs a
                 parameter whose shards are whole rows (FSDP2 shards the first dimension), and whose checkpoint tensors
                 consist of whole rows in this order. Other parameters are gathered without encoding.
         """
-        model = self._model
+        model, others = self._model, exceptions or {}
         shards, adapters = merged_view(model.state_dict(keep_vars=True), model)
 
-        def merged(name: str) -> torch.Tensor:
+        def merged(name: str, dtype: torch.dtype | None) -> torch.Tensor:
             return adapters[name].merged(shards[name], dtype) if name in adapters else shards[name]
 
         for names in _groups(model, shards, by_layer=bool(getattr(model, "_weight_conversions", None))):
@@ -171,14 +186,18 @@ class WeightExport:
             for name in names:
                 held = self._held[name] if name in ranges else None
                 encodes = None if held is None else _encodes(encoder, ranges[name], shards[name].dim())
-                if held is None or encodes is None:
+                dtypes = {dtype if encodes else others.get(part.name, dtype) for part in ranges.get(name, ())}
+                if held is None or encodes is None or len(dtypes) > 1:
                     rest.append(name)
                 else:
-                    yield RowShardedParam(name, merged(name), held, ranges[name], dtype, encoder if encodes else None)
+                    (cast,) = dtypes
+                    shard = merged(name, cast)
+                    yield RowShardedParam(name, shard, held, ranges[name], cast, encoder if encodes else None)
             separate = [[name] for name in rest if name in ranges]
             for together in (*separate, [name for name in rest if name not in ranges]):
                 if together:
-                    yield GatheredParams(model, {name: merged(name) for name in together}, dtype)
+                    shards_together = {name: merged(name, None if others else dtype) for name in together}
+                    yield GatheredParams(model, shards_together, dtype, others)
 
     def _ranges_of(self, names: tuple[str, ...], shards: dict[str, torch.Tensor]) -> dict[str, tuple[RowRange, ...]]:
         if names not in self._ranges:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -128,9 +128,13 @@ class FSDPTrainEngine(TrainEngine):
         self._schedule_step += 1
 
     def export_units(
-        self, *, dtype: torch.dtype | None = None, encoder: QuantizationScheme | None = None
+        self,
+        *,
+        dtype: torch.dtype | None = None,
+        exceptions: Mapping[str, torch.dtype] | None = None,
+        encoder: QuantizationScheme | None = None,
     ) -> Iterator[ExportUnit]:
-        return self._export.units(dtype=dtype, encoder=encoder)
+        return self._export.units(dtype=dtype, exceptions=exceptions, encoder=encoder)
 
     def save(self, path: str | Path, contents: Sequence[str] = checkpoint.CONTENTS) -> None:
         checkpoint.save_state(

@@ -13,7 +13,7 @@ from verl.single_controller.actor import Actor, ActorDied
 from verl.workers.rollout.request_channel import Request, RequestChannel, Response
 from verl.workers.rollout.types import ReplicaHealth, ReplicaReport, ReplicaUnavailable, TokenOutput
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer
-from verl.workers.weight_sync.messages import Bucket, EngineReport, ManifestMessage
+from verl.workers.weight_sync.messages import Bucket, BucketReport, EngineReport, ManifestMessage
 from verl.workers.weight_sync.transports.base import Node
 from verl.workers.weight_sync.transports.nodes import node_of
 
@@ -86,8 +86,8 @@ class vLLMReplica:
         await self._call(vLLMHttpServer.wake_up, ["weights"])
         await self._call(vLLMHttpServer.begin_update, version, base)
 
-    async def load_bucket(self, bucket: Bucket) -> None:
-        await self._call(vLLMHttpServer.load_bucket, bucket)
+    async def load_bucket(self, bucket: Bucket) -> BucketReport:
+        return await self._call(vLLMHttpServer.load_bucket, bucket)
 
     async def finish_update(self, manifest: ManifestMessage) -> EngineReport:
         await self._call(vLLMHttpServer.wake_up, ["kv_cache"])

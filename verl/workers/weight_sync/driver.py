@@ -6,11 +6,14 @@
     begin    begin_export                  begin_update: bring the weights to the checkpoint layout, or prepare a delta
     buckets  next_bucket 0 ... n           load_bucket 0 ... n
     finish   finish_export -> manifest     finish_update(manifest)
-    check                                  finish_update: received = sent, and every engine parameter was written;
-                                           then bring the weights to the kernel layout
+    check                                  every sent tensor was used; finish_update: received = sent, and every engine
+                                           parameter was written; then bring the weights to the kernel layout
     commit                                 finish_update: serve the version, reset the prefix cache, resume requests
 
     error    abort_export                  abort_update: refuse to serve until a full update succeeds
+
+The first full update shows in which dtype an engine holds each tensor; a router's bias may be float32 in a bfloat16
+model. If the sender used another dtype, it sends everything once more in the engine's dtypes before the commit.
 
 The two sides overlap, and only memory makes one wait for the other: the sender fills buckets while at most
 `buckets_in_flight` of them are filled, queued or being loaded.
@@ -23,14 +26,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from verl.utils.asyncio_utils import gather_all, gather_or_cancel
 from verl.utils.quantization.encode_report import Errors, errors_by_depth, worst_error
-from verl.workers.weight_sync.manifest import WeightUpdateError
-from verl.workers.weight_sync.messages import Bucket, EngineReport, ExportReport, ManifestMessage
+from verl.workers.weight_sync.manifest import WeightUpdateError, check_used
+from verl.workers.weight_sync.messages import Bucket, BucketReport, EngineReport, ExportReport, ManifestMessage
 
 Metrics = dict[str, float | str | dict[str, list[float | None]]]
 
@@ -44,6 +47,9 @@ class Sender(Protocol):
         Raises:
             WeightUpdateError: a delta against `base` cannot be built.
         """
+
+    async def send_as(self, dtypes: Mapping[str, str]) -> None:
+        """Send some tensors in other dtypes from the next full update on: checkpoint name -> dtype name."""
 
     async def next_bucket(self) -> Bucket:
         """Fill and describe the next bucket."""
@@ -61,7 +67,7 @@ class Receiver(Protocol):
     async def begin_update(self, version: int, base: int | None) -> None:
         """Stop serving and prepare to load `version`: a delta against `base`, or a full update if it is None."""
 
-    async def load_bucket(self, bucket: Bucket) -> None:
+    async def load_bucket(self, bucket: Bucket) -> BucketReport:
         """Load a bucket."""
 
     async def finish_update(self, manifest: ManifestMessage) -> EngineReport:
@@ -115,30 +121,14 @@ async def update_weights(
         WeightUpdateError: any error of the sender or a receiver; the message contains its text.
     """
     started = time.perf_counter()
-    filled: asyncio.Queue[Bucket] = asyncio.Queue()
-    free = asyncio.Semaphore(buckets_in_flight)
-
-    async def fill() -> ExportReport:
-        await sender.begin_export(version, base)
-        while True:
-            await free.acquire()
-            bucket = await sender.next_bucket()
-            filled.put_nowait(bucket)
-            if bucket["last"]:
-                return await sender.finish_export()
-
-    async def load() -> float:
-        await gather_all(*(receiver.begin_update(version, base) for receiver in receivers))
-        begin_s = time.perf_counter() - started
-        while True:
-            bucket = await filled.get()
-            await gather_all(*(receiver.load_bucket(bucket) for receiver in receivers))
-            free.release()
-            if bucket["last"]:
-                return begin_s
-
     try:
-        export, begin_s = await gather_or_cancel(fill(), load(), wait_for_cancelled=True)
+        export, begin_s, dtypes = await _transfer(sender, receivers, version, base, buckets_in_flight)
+        if dtypes:
+            # Loading has shown dtypes that the sender did not know. The engines have not committed anything.
+            await sender.send_as(dtypes)
+            export, begin_s, dtypes = await _transfer(sender, receivers, version, base, buckets_in_flight)
+            if dtypes:
+                raise WeightUpdateError(f"the engines hold tensors in dtypes that were not sent: {dtypes}")
         reports = await gather_all(*(receiver.finish_update(export["manifest"]) for receiver in receivers))
     except BaseException as error:
         reason = f"the update to version {version} failed: {error}"
@@ -155,6 +145,50 @@ async def update_weights(
         max(report["bytes"] for report in reports),
         export["full_bytes"],
     )
+
+
+async def _transfer(
+    sender: Sender, receivers: Sequence[Receiver], version: int, base: int | None, buckets_in_flight: int
+) -> tuple[ExportReport, float, dict[str, str]]:
+    """Send every bucket to every receiver.
+
+    Returns:
+        The sender's report, the seconds until all receivers had begun, and the tensors that an engine holds in another
+        dtype than that in which they were sent: checkpoint name -> dtype name.
+
+    Raises:
+        WeightUpdateError: an engine did not use a tensor.
+    """
+    started = time.perf_counter()
+    filled: asyncio.Queue[Bucket] = asyncio.Queue()
+    free = asyncio.Semaphore(buckets_in_flight)
+
+    async def fill() -> ExportReport:
+        await sender.begin_export(version, base)
+        while True:
+            await free.acquire()
+            bucket = await sender.next_bucket()
+            filled.put_nowait(bucket)
+            if bucket["last"]:
+                return await sender.finish_export()
+
+    async def load() -> tuple[float, dict[str, str]]:
+        await gather_all(*(receiver.begin_update(version, base) for receiver in receivers))
+        begin_s = time.perf_counter() - started
+        unused: set[str] = set()
+        dtypes: dict[str, str] = {}
+        while True:
+            bucket = await filled.get()
+            for report in await gather_all(*(receiver.load_bucket(bucket) for receiver in receivers)):
+                unused.update(report["unused"])
+                dtypes |= report["dtypes"]
+            free.release()
+            if bucket["last"]:
+                check_used(version, unused)
+                return begin_s, dtypes
+
+    export, (begin_s, dtypes) = await gather_or_cancel(fill(), load(), wait_for_cancelled=True)
+    return export, begin_s, dtypes
 
 
 def _metrics(export: ExportReport, reports: Sequence[EngineReport], begin_s: float, total_s: float) -> Metrics:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from math import prod
 
@@ -136,6 +136,24 @@ def check_received(sent: Manifest, received: Manifest) -> None:
                 f"parameter {name!r}: sent as {spec.dtype}{list(spec.shape)} ({spec.nbytes} bytes), "
                 f"received as {got.dtype}{list(got.shape)} ({got.nbytes} bytes)"
             )
+
+
+def check_used(version: int, unused: Collection[str]) -> None:
+    """Check that the engine used every tensor of an update.
+
+    Args:
+        unused: names of tensors that no worker of an engine read.
+
+    Raises:
+        WeightUpdateError: there are some; the message names up to five.
+    """
+    if unused:
+        names = ", ".join(sorted(unused)[:5]) + (", ..." if len(unused) > 5 else "")
+        raise WeightUpdateError(
+            f"version {version}: the engine has no place for {len(unused)} tensors that the trainer sent: {names}. "
+            "vLLM's model lacks these parameters, so it would compute another function than the trainer's; use a "
+            "checkpoint without them, or a release of vLLM whose model has them"
+        )
 
 
 def _first(words: str, names: Iterable[str], order: Iterable[str]) -> str:

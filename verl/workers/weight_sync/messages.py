@@ -7,6 +7,7 @@ Tensor data never travels in them: a bucket names the shared memory that holds i
     sender           --Bucket-->       driver --> engine workers
     sender           --ExportReport--> driver
     driver           --manifest-->     engine workers
+    engine workers   --BucketReport--> driver (after each bucket)
     engine workers   --EngineReport--> driver
 """
 
@@ -126,6 +127,17 @@ class ExportReport(TypedDict):
     encode: float
     errors: Errors
     full_bytes: int
+
+
+class BucketReport(TypedDict):
+    """A receiver's report of a bucket. Both are empty for a delta, whose tensors are those of the last full update.
+
+    `unused` names the tensors that the engine did not read. `dtypes` has the tensors that the engine holds in another
+    dtype than that in which they were sent: checkpoint name -> name of the engine's dtype.
+    """
+
+    unused: list[str]
+    dtypes: dict[str, str]
 
 
 class EngineReport(TypedDict):

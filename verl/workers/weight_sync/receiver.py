@@ -13,9 +13,10 @@ from verl.utils.quantization_scheme import QuantizationScheme
 from verl.workers.weight_sync.bucket import read_bucket
 from verl.workers.weight_sync.delta import DeltaChunk, decode
 from verl.workers.weight_sync.delta_checks import check_bucket_base, check_chunk_spec, check_engine_base, check_totals
-from verl.workers.weight_sync.manifest import Manifest, TensorSpec, WeightUpdateError, check_received
+from verl.workers.weight_sync.manifest import Manifest, TensorSpec, WeightUpdateError, check_received, dtype_name
 from verl.workers.weight_sync.messages import (
     Bucket,
+    BucketReport,
     EngineReport,
     ManifestMessage,
 )
@@ -56,8 +57,12 @@ class LoadSession(Protocol):
     def begin(self) -> None:
         """Bring the weights to the checkpoint layout."""
 
-    def load(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Load tensors. They are views into memory that is overwritten later, so the session must not keep them."""
+    def load(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Mapping[str, torch.dtype | None]:
+        """Load tensors. They are views into memory that is overwritten later, so the session must not keep them.
+
+        Returns:
+            The tensors that the engine read: name -> dtype in which it holds the tensor, None if that is not known.
+        """
 
     def unwritten(self) -> list[str]:
         """Return the engine's parameters that this session has not written completely; called before `finish`."""
@@ -107,8 +112,12 @@ class WeightReceiver:
             check_engine_base(serving, base, encodes=self._encodes)
             self._open = _DeltaUpdate(version, base, self._session.delta, self._quantization, self._specs)
 
-    def load_bucket(self, bucket: Bucket) -> None:
+    def load_bucket(self, bucket: Bucket) -> BucketReport:
         """Load a bucket of a full update or of a delta.
+
+        Returns:
+            The tensors that this worker did not read, which another one of the same engine may have read, and those
+            that it holds in another dtype.
 
         Raises:
             WeightUpdateError: the bucket is out of order, of another version or incomplete, or has a duplicate name.
@@ -122,11 +131,12 @@ class WeightReceiver:
                 f"{update.version}" + (" (the last bucket was received already)" if update.last_seen else "")
             )
         memory = self._reader.open(bucket["segment"]) if bucket["segment"] else torch.empty(0, dtype=torch.uint8)
-        update.load(memory, bucket)
+        report = update.load(memory, bucket)
         update.num_buckets += 1
         update.last_seen = bool(bucket["last"])
         update.load_s += time.perf_counter() - started
         self._open = update
+        return report
 
     def finish(self, manifest: ManifestMessage) -> EngineReport:
         """Check the update against the sender's manifest, bring the weights to the kernel layout, and commit.
@@ -181,7 +191,7 @@ class _FullUpdate(_Update):
             quantization.pop_report()  # left by a failed update
         session.begin()
 
-    def load(self, memory: torch.Tensor, bucket: Bucket) -> None:
+    def load(self, memory: torch.Tensor, bucket: Bucket) -> BucketReport:
         tensors = read_bucket(memory, bucket)
         for name, tensor in tensors:
             self._received.add(TensorSpec.of(name, tensor))
@@ -192,7 +202,15 @@ class _FullUpdate(_Update):
             self.loaded[name] = TensorSpec.of(name, tensor)
             if self._quantization is not None:
                 self._quantization.check_tensor(name, tensor, self.loaded)
-        self._session.load(tensors)
+        held = self._session.load(tensors)
+        return {
+            "unused": [name for name, _ in tensors if name not in held],
+            "dtypes": {
+                name: dtype_name(dtype)
+                for name, tensor in tensors
+                if (dtype := held.get(name)) is not None and _rounds(tensor.dtype, dtype)
+            },
+        }
 
     def finish(self, manifest: ManifestMessage) -> None:
         self._received.num_buckets, self.nbytes = self.num_buckets, self._received.nbytes
@@ -206,6 +224,11 @@ class _FullUpdate(_Update):
                 f"{unwritten[0]!r}: trainer and engine use different checkpoint names"
             )
         self._session.finish()
+
+
+def _rounds(sent: torch.dtype, held: torch.dtype) -> bool:
+    """Return whether an engine that holds a tensor in `held` needs it in that dtype; encoded weights are exempt."""
+    return sent != held and all(dtype.is_floating_point and dtype.itemsize > 1 for dtype in (sent, held))
 
 
 class _DeltaUpdate(_Update):
@@ -224,7 +247,7 @@ class _DeltaUpdate(_Update):
         self._num_chunks = self._num_values = 0
         session.begin()
 
-    def load(self, memory: torch.Tensor, bucket: Bucket) -> None:
+    def load(self, memory: torch.Tensor, bucket: Bucket) -> BucketReport:
         block = memory[: int(bucket["nbytes"])]
         for message in check_bucket_base(bucket, self._base)["chunks"]:
             chunk = DeltaChunk.from_message(message)
@@ -237,6 +260,7 @@ class _DeltaUpdate(_Update):
             self._num_values += chunk.count
         self._session.refresh_derived()
         self.nbytes += block.numel()
+        return {"unused": [], "dtypes": {}}
 
     def finish(self, manifest: ManifestMessage) -> None:
         check_totals(

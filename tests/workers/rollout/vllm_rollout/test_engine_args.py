@@ -29,6 +29,7 @@ TRAINER = {
     "target_modules": ["q_proj"],
     "exclude_modules": ["k_proj"],
 }
+ROPE = {"rope_type": "default", "rope_theta": 77.0}
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +72,7 @@ def test_the_critic_has_no_key_that_an_engine_would_need():
         ({"rms_norm_eps": 0.3, "attn_implementation": "eager"}, {"rms_norm_eps": 0.3}),
         ({"attn_implementation": "eager"}, None),
         ({"max_position_embeddings": 512}, None),  # the value of config.json
-        # transformers keeps the base of the rotary embeddings in a dictionary.
-        ({"rope_theta": 77.0}, {"rope_parameters": {"rope_theta": 77.0, "rope_type": "default"}}),
+        ({"rope_parameters": ROPE}, {"rope_parameters": ROPE}),
     ],
 )
 def test_overridden_fields_reach_the_engine_as_transformers_resolves_them(model_dirs, override, expected):

@@ -32,10 +32,10 @@ from verl.workers.rollout.quantization import worker_settings
 from verl.workers.rollout.request_channel import Request, RequestDesk, Response
 from verl.workers.rollout.types import ReplicaHealth, ReplicaReport, ReplicaUnavailable, TokenOutput
 from verl.workers.rollout.vllm_rollout.engine_args import engine_args
-from verl.workers.rollout.vllm_rollout.worker_calls import call_workers, merge_reports, results
+from verl.workers.rollout.vllm_rollout.worker_calls import call_workers, merge_bucket_reports, merge_reports, results
 from verl.workers.rollout.vllm_rollout.worker_extension import WeightUpdateExtension
 from verl.workers.weight_sync.manifest import WeightUpdateError
-from verl.workers.weight_sync.messages import Bucket, EngineReport, ManifestMessage, WorkerReply
+from verl.workers.weight_sync.messages import Bucket, BucketReport, EngineReport, ManifestMessage, WorkerReply
 
 logger = logging.getLogger(__name__)
 
@@ -255,13 +255,14 @@ class vLLMHttpServer:
             await asyncio.sleep(0.001)
 
     @spanned("update: load a bucket")
-    async def load_bucket(self, bucket: Bucket) -> None:
-        """Load one bucket in every worker of this replica."""
+    async def load_bucket(self, bucket: Bucket) -> BucketReport:
+        """Load one bucket in every worker of this replica, and return the merged report of all workers."""
         try:
-            await self._workers(WeightUpdateExtension.verl_load_bucket, bucket)
+            reports = await self._workers(WeightUpdateExtension.verl_load_bucket, bucket)
         except BaseException as error:
             self._refuse(str(error))
             raise
+        return merge_bucket_reports(reports)
 
     @spanned("update: finish")
     async def finish_update(self, manifest: ManifestMessage) -> EngineReport:

@@ -11,7 +11,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from verl.workers.rollout.vllm_rollout.worker_extension import WeightUpdateExtension
 from verl.workers.weight_sync.manifest import WeightUpdateError
-from verl.workers.weight_sync.messages import EngineReport, WorkerReply
+from verl.workers.weight_sync.messages import BucketReport, EngineReport, WorkerReply
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -45,6 +45,16 @@ def results(replies: Sequence[WorkerReply[R]], replica: int) -> list[R]:
         if reply["error"] is not None:
             raise WeightUpdateError(f"replica {replica}, worker {rank}: {reply['error']}")
     return [reply["result"] for reply in replies]  # type: ignore[misc]  # None only if R allows it: there is no error
+
+
+def merge_bucket_reports(reports: Sequence[BucketReport]) -> BucketReport:
+    """Return one report for all workers of a replica: a tensor is used if one of them, which may hold a part, read it.
+
+    With expert parallelism, for example, each worker reads its own experts.
+    """
+    unused = set.intersection(*(set(report["unused"]) for report in reports))
+    dtypes = {name: dtype for report in reports for name, dtype in report["dtypes"].items()}
+    return {"unused": sorted(unused), "dtypes": dtypes}
 
 
 def merge_reports(reports: Sequence[EngineReport]) -> EngineReport:

@@ -19,7 +19,7 @@ from verl.utils.timeline import join_timeline, spanned
 from verl.utils.vllm.reload import load_session
 from verl.workers.rollout.quantization import WorkerSettings, worker_scheme, worker_settings
 from verl.workers.weight_sync.manifest import WeightUpdateError
-from verl.workers.weight_sync.messages import Bucket, EngineReport, ManifestMessage, WorkerReply
+from verl.workers.weight_sync.messages import Bucket, BucketReport, EngineReport, ManifestMessage, WorkerReply
 from verl.workers.weight_sync.receiver import WeightReceiver
 
 _logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class WeightUpdateExtension:
         self._verl_receiver.begin(version, base)
 
     @spanned("update: load a bucket")
-    def verl_load_bucket(self, bucket: Bucket) -> WorkerReply[None]:
+    def verl_load_bucket(self, bucket: Bucket) -> WorkerReply[BucketReport]:
         """Load one bucket from shared memory."""
         assert self._verl_receiver is not None, "call verl_begin_update first"
         return _reply(self._verl_receiver.load_bucket, bucket)

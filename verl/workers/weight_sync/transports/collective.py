@@ -22,7 +22,14 @@ from verl.utils.asyncio_utils import cancel_and_wait
 from verl.utils.timeline import span, spanned
 from verl.workers.weight_sync.driver import Receiver, Sender
 from verl.workers.weight_sync.manifest import WeightUpdateError
-from verl.workers.weight_sync.messages import Bucket, EngineReport, ExportReport, ManifestMessage, SegmentHandle
+from verl.workers.weight_sync.messages import (
+    Bucket,
+    BucketReport,
+    EngineReport,
+    ExportReport,
+    ManifestMessage,
+    SegmentHandle,
+)
 from verl.workers.weight_sync.transports.base import Node
 from verl.workers.weight_sync.transports.broadcast_proxy import BroadcastProxy
 
@@ -250,6 +257,9 @@ class _BroadcastingSender:
         await self._transport.prepare()
         await self._sender.begin_export(version, base)
 
+    async def send_as(self, dtypes: Mapping[str, str]) -> None:
+        await self._sender.send_as(dtypes)
+
     async def next_bucket(self) -> Bucket:
         bucket = await self._sender.next_bucket()
         self._transport.send(bucket)
@@ -271,10 +281,10 @@ class _RemoteReceiver:
     async def begin_update(self, version: int, base: int | None) -> None:
         await self._receiver.begin_update(version, base)
 
-    async def load_bucket(self, bucket: Bucket) -> None:
+    async def load_bucket(self, bucket: Bucket) -> BucketReport:
         segment = await self._transport.segment(bucket, self._node)
         # A copy keeps the additional fields of a DeltaBucket.
-        await self._receiver.load_bucket({**bucket, "segment": segment})
+        return await self._receiver.load_bucket({**bucket, "segment": segment})
 
     async def finish_update(self, manifest: ManifestMessage) -> EngineReport:
         return await self._receiver.finish_update(manifest)
