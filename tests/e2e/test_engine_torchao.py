@@ -11,6 +11,7 @@ from fixtures.deltas import OneBucketDelta, nudged
 from fixtures.engine import log_probs_of, weights_of
 from fixtures.torchao import torchao_directory
 from verl.config import RolloutConfig
+from verl.workers.weight_sync.manifest import WeightUpdateError
 
 pytestmark = pytest.mark.e2e
 
@@ -54,3 +55,13 @@ def test_the_engine_computes_with_the_weights_of_the_last_update(tiny_models, en
     changed = engine.rpc("verl_parameter_hashes")
     engine.update(new.items(), 5)
     assert engine.rpc("verl_parameter_hashes") == changed != before
+
+
+def test_tensors_without_a_place_in_the_engine_are_refused(tiny_models, engines, config_file):
+    (source,) = tiny_models(1, attention_bias=True)
+    rollout = RolloutConfig(quantization="torchao", quantization_config_file=str(config_file))
+    engine, scheme = engines.get(source, rollout)
+    with pytest.raises(
+        WeightUpdateError, match=r"no place for 2 tensors .*: model\.layers\.0\.self_attn\.o_proj\.bias"
+    ):
+        engine.update(scheme.encode(weights_of(source).items()), 1)

@@ -100,24 +100,27 @@ def test_a_missing_parameter_is_named_and_a_full_update_repairs_the_engine(tiny_
     assert deviation(running, second) < 1e-5
 
 
+@pytest.mark.parametrize("side", ["sender", "receiver"])
 @pytest.mark.parametrize("quantization", [None, "fp8", "ascend"])
-def test_tensors_without_a_place_in_the_engine_are_refused(tiny_models, engines, quantization):
+def test_tensors_without_a_place_in_the_engine_are_refused(tiny_models, engines, quantization, side):
     """transformers' Qwen3 with `attention_bias` also has a bias after the attention, which vLLM's model lacks."""
     (source,) = tiny_models(1, kind="qwen3", tied=True, attention_bias=True, **WIDE)
-    rollout = RolloutConfig(quantization=quantization, tensor_model_parallel_size=1)
+    rollout = RolloutConfig(quantization=quantization, quantization_side=side, tensor_model_parallel_size=1)
     running, scheme = engines.get(source, rollout, dtype="bfloat16")
-    weights = weights_of(source)
-    for _ in range(2):
-        with pytest.raises(
-            WeightUpdateError, match=r"no place for 2 tensors .*: model\.layers\.0\.self_attn\.o_proj\.bias"
-        ):
-            running.update(scheme.encode((name, weight.bfloat16()) for name, weight in weights.items()))
-    rest = {name: weight.bfloat16() for name, weight in weights.items() if not name.endswith("o_proj.bias")}
-    running.update(scheme.encode(rest.items()))
-    # A later load is watched too, if it has a name that no earlier one used.
+    weights = {name: weight.bfloat16() for name, weight in weights_of(source).items()}
+    rest = {name: weight for name, weight in weights.items() if not name.endswith("o_proj.bias")}
     extra = "model.layers.1.self_attn.o_proj.bias"
-    with pytest.raises(WeightUpdateError, match=rf"no place for 1 tensors .*: {extra}"):
-        running.update([*scheme.encode(rest.items()), (extra, weights[extra].bfloat16())])
+
+    def send(tensors):
+        running.update(scheme.encode(tensors.items()) if side == "sender" else tensors.items())
+
+    for _ in range(2):
+        with pytest.raises(WeightUpdateError, match=rf"no place for 2 tensors .*: model\.layers\.0\..*, {extra}\."):
+            send(weights)
+    send(rest)
+    # A later load is watched too, if it has a name that no earlier one used.
+    with pytest.raises(WeightUpdateError, match=rf"no place for 1 tensors .*: {extra}\."):
+        send(rest | {extra: weights[extra]})
 
 
 @pytest.mark.parametrize("kind", ["glm4_moe", "deepseek_v3"])

@@ -165,6 +165,7 @@ class FSDPTrainEngine(TrainEngine):
         write_hf_directory(
             self.model,
             Path(path),
+            model_path=self._path,
             tokenizer_path=self._model_config.tokenizer_path or self._path,
             trust_remote_code=bool(self._model_config.trust_remote_code),
             writes=dist.get_rank(self._group) == 0,

@@ -16,11 +16,19 @@ _MAX_FILE_BYTES = 5 * 10**9
 
 
 def write_hf_directory(
-    model: PreTrainedModel, path: Path, *, tokenizer_path: str, trust_remote_code: bool, writes: bool
+    model: PreTrainedModel,
+    path: Path,
+    *,
+    model_path: str,
+    tokenizer_path: str,
+    trust_remote_code: bool,
+    writes: bool,
 ) -> None:
-    """Write config, generation config, tokenizer and safetensors. Collective.
+    """Write config, generation config, tokenizer, safetensors and the Python code of model and tokenizer. Collective.
 
     Args:
+        model_path, tokenizer_path: where model and tokenizer were read.
+        trust_remote_code: they run code of their own, which is copied.
         writes: True on the one rank that writes the files.
     """
     weights = _WeightFiles(path) if writes else None
@@ -34,10 +42,10 @@ def write_hf_directory(
     if model.can_generate() and model.generation_config is not None:
         model.generation_config.save_pretrained(path)
     AutoTokenizer.from_pretrained(tokenizer_path, trust_remote_code=trust_remote_code).save_pretrained(path)
-    source = Path(tokenizer_path)
-    if trust_remote_code and source.is_dir():
-        for code in source.glob("*.py"):
-            (path / code.name).write_bytes(code.read_bytes())
+    for source in (Path(tokenizer_path), Path(model_path)):
+        if trust_remote_code and source.is_dir():
+            for code in source.glob("*.py"):
+                (path / code.name).write_bytes(code.read_bytes())
 
 
 class _WeightFiles:
