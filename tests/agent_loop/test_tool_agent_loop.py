@@ -1,5 +1,6 @@
 """Control flow of the loop with a scripted client: tokens, masks, limits, turns, tools."""
 
+import json
 import string
 
 import numpy as np
@@ -30,6 +31,10 @@ TOOLS = (
     (fake.Picture, "picture", [], {}),
     (fake.BadRelease, "bad_release", ["text"], {}),
     (fake.BadCreate, "bad_create", ["text"], {}),
+    (fake.EmptyCreate, "empty_create", ["text"], {}),
+    (fake.Cancelled, "cancelled", [], {}),
+    (fake.Keywords, "keywords", [], {}),
+    (fake.Returns, "returns", [], {}),
 )
 
 
@@ -268,6 +273,8 @@ async def test_two_parallel_first_calls_share_one_instance(bench):
         (tool_call("bad_reward"), "raised", "the reward nan"),
         (tool_call("picture"), "raised", "images or video"),
         (tool_call("bad_create", text="a"), "raised", "bad_create failed: RuntimeError: no room"),
+        (tool_call("empty_create", text="a"), "raised", "empty_create.create returned an empty tuple"),
+        (tool_call("cancelled"), "raised", "cancelled failed: CancelledError"),
         (tool_call("nobody"), "unknown_tool", "there is no tool 'nobody'; the tools are: echo, other, slow"),
         (tool_call("echo", txt="a"), "wrong_arguments", "echo needs text; its arguments are: text"),
         (
@@ -285,6 +292,53 @@ async def test_a_failed_call_is_shown_to_the_model_and_counted(bench, response, 
     assert output.extra_fields["tool_failures"] == {kind: 1} and output.extra_fields["tool_rewards"] == []
     assert output.stop_reason == "stop" and output.num_turns == 4
     assert set(output.extra_fields["tool_failures"]) <= set(FAILURES)
+
+
+class Stubborn:
+    def __float__(self):
+        raise RuntimeError("no number")
+
+    def __str__(self):
+        raise RuntimeError("no text")
+
+
+@pytest.mark.parametrize(
+    ("returns", "words"),
+    [
+        (("fine", 10**400), "gave a int as its reward"),
+        (("fine", 10**5000), "gave a int as its reward"),
+        (("fine", np.ones(2)), "gave a ndarray as its reward"),
+        (("fine", Stubborn()), "gave a Stubborn as its reward"),
+        ((3, 1.0), "returned a int as text"),
+    ],
+)
+async def test_no_return_value_of_a_tool_ends_the_run(bench, monkeypatch, returns, words):
+    monkeypatch.setattr(fake.Returns, "RETURNS", returns)
+    output = await bench.run(tool_call("returns"), "done")
+    assert words in bench.shown(output) and output.extra_fields["tool_failures"] == {"raised": 1}
+
+
+async def test_half_an_emoji_from_a_tool_or_in_a_call_is_replaced(bench, monkeypatch):
+    monkeypatch.setattr(fake.Returns, "RETURNS", ("a\ud83db\ud83d\ude00", None))
+    output = await bench.run(tool_call("returns"), "done")
+    assert "a\ufffdb\U0001f600" in bench.shown(output) and not output.extra_fields["tool_failures"]
+    output = await bench.run(tool_call("echo", text="x\ud83d"), "done")  # json.dumps escapes it
+    assert "x\ufffd" in bench.shown(output) and output.extra_fields["last_echo"] == "x\ufffd"
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+async def test_execute_kwargs_may_have_any_name_and_may_be_json_text(bench, as_text):
+    given = {"timeout": 5, "function": "f", "tool": "t", "args": [1]}
+    tools_kwargs = {"keywords": {"execute_kwargs": given}}
+    info = {"tools_kwargs": json.dumps(tools_kwargs) if as_text else tools_kwargs, "need_tools_kwargs": True}
+    output = await bench.run(tool_call("keywords"), "done", extra_info=info)
+    assert json.dumps(given, sort_keys=True) in bench.shown(output)
+
+
+@pytest.mark.parametrize("selection", ["echo", 3])
+async def test_a_tool_selection_that_is_no_list_is_an_error(bench, selection):
+    with pytest.raises(ValueError, match=r"tool_selection=.*must be a list"):
+        await bench.run("done", extra_info={"tool_selection": selection})
 
 
 async def test_a_failed_release_does_not_end_the_run(bench):

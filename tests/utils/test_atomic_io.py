@@ -1,5 +1,6 @@
 """Files that are whole or absent."""
 
+import errno
 import os
 
 import pytest
@@ -15,13 +16,23 @@ def test_write_replaces_the_content_and_leaves_no_temporary_file(tmp_path):
     assert os.listdir(tmp_path) == ["tracker.txt"]
 
 
-def test_a_failed_write_leaves_the_old_content(tmp_path):
+def test_a_failed_write_leaves_the_old_content(tmp_path, monkeypatch):
     path = tmp_path / "tracker.txt"
     atomic_write_text(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        atomic_write_text(path, "x" * 10_000 + "\ud800")
+
+    def full_disk(fd):
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        atomic_write_text(path, "x" * 10_000)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["tracker.txt"]
+
+
+def test_half_a_character_is_written_as_u_fffd(tmp_path):
+    atomic_write_text(tmp_path / "a", "a\ud83d")
+    assert (tmp_path / "a").read_text(encoding="utf-8") == "a\ufffd"
 
 
 def test_fsync_accepts_files_and_directories(tmp_path):

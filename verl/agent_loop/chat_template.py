@@ -14,6 +14,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from verl.utils.dataset.prompts import Messages, check_template_kwargs, prompt_token_ids
+from verl.utils.text import valid_text
 
 logger = logging.getLogger(__name__)
 
@@ -95,4 +96,4 @@ class ChatRenderer:
 
 
 def _tool_message(text: str) -> dict[str, Any]:
-    return {"role": "tool", "content": text}
+    return {"role": "tool", "content": valid_text(text)}

@@ -13,7 +13,9 @@ from verl.agent_loop.tool_parser import PARSERS, ToolCall, opens_reasoning
 from verl.agent_loop.tool_session import Toolbox, ToolSession
 from verl.config import PPOConfig
 from verl.tools.utils.tool_registry import initialize_tools_from_config
-from verl.utils.dataset.prompts import truncate_prompt
+from verl.utils.dataset.prompts import prefix_errors, truncate_prompt
+from verl.utils.dataset.tools_kwargs import read_tools_kwargs
+from verl.utils.text import valid_text, valid_value
 from verl.workers.reward.function import BadReturnError, plain
 from verl.workers.rollout.client import LLMServerClient
 
@@ -68,7 +70,9 @@ class ToolAgentLoop(AgentLoopBase):
         info = row.get("extra_info") or {}
         toolbox = self.toolbox.select(info.get("tool_selection"))
         schemas = toolbox.schemas()
-        data = AgentData(list(row["raw_prompt"]), _tools_kwargs(info, row.get("index")))
+        with prefix_errors(f"row {row.get('index')}"):
+            tools_kwargs = read_tools_kwargs(info)
+        data = AgentData(list(row["raw_prompt"]), tools_kwargs)
         data.prompt_ids = self._prompt_ids(data.messages, schemas, row.get("index"))
         session = ToolSession(toolbox, data.tools_kwargs, data)
         data.tool_rewards = session.rewards
@@ -154,23 +158,11 @@ def _reached(turns: int, limit: int | None) -> bool:
     return limit is not None and turns >= limit
 
 
-def _tools_kwargs(info: Mapping[str, Any], index: Any) -> dict[str, Any]:
-    """Return `tools_kwargs` without the empty entries that Parquet adds for the tools of other rows."""
-    given = info.get("tools_kwargs") or {}
-    kwargs = {name: value for name, value in given.items() if value is not None}
-    if info.get("need_tools_kwargs") and not kwargs:
-        raise ValueError(
-            f"row {index}: extra_info.need_tools_kwargs is True but extra_info.tools_kwargs is empty; set it to "
-            "{tool name: {create_kwargs: {...}}}, or remove need_tools_kwargs"
-        )
-    return kwargs
-
-
 def _plain_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     found = {}
     for name, value in fields.items():
         try:
-            found[name] = plain(value, name)
-        except BadReturnError:
+            found[valid_text(name)] = valid_value(plain(value, name))
+        except (BadReturnError, RecursionError):  # RecursionError: a list or dict that contains itself
             continue
     return found

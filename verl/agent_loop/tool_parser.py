@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from verl.utils.text import valid_text, valid_value
+
 # The text of a call has no further start tag: an unfinished call must not swallow the next one.
 _TAGS = re.compile(r"<think>|</think>|<tool_call>((?:(?!<tool_call>).)*?)</tool_call>", re.DOTALL)
 THINK_START, THINK_END = "<think>", "</think>"
@@ -75,7 +77,8 @@ def _call(text: str) -> ToolCall:
         return ToolCall(problem="has no name")
     if not isinstance(arguments, Mapping):
         return ToolCall(problem=f"has arguments that are no object but a {type(arguments).__name__}")
-    return ToolCall(call["name"], dict(arguments))
+    # JSON may escape half a character, which a tool cannot write or send.
+    return ToolCall(valid_text(call["name"]), valid_value(arguments))
 
 
 # Parsers by the value of `rollout.multi_turn.format`.

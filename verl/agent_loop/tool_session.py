@@ -58,6 +58,8 @@ class Toolbox:
         """
         if not names:
             return self
+        if isinstance(names, str) or not isinstance(names, Sequence):
+            raise ValueError(f"extra_info.tool_selection={names!r}: must be a list of names of tools")
         unknown = sorted(set(names) - set(self.tools))
         if unknown:
             raise ValueError(
@@ -133,7 +135,7 @@ class ToolSession:
         for name, instance in self._instances.items():
             tool = self._toolbox.tools[name]
             try:
-                reward = _number(await self._isolated(tool, tool.calc_reward, instance), name)
+                reward = _number(await self._isolated(tool, tool.calc_reward, [instance]), name)
             except CallError as error:
                 self._record_failure(name, error)
                 continue
@@ -147,7 +149,7 @@ class ToolSession:
         for name, instance in instances.items():
             tool = self._toolbox.tools[name]
             try:
-                await self._isolated(tool, tool.release, instance)
+                await self._isolated(tool, tool.release, [instance])
             except CallError as error:
                 self._record_failure(name, CallError("release", str(error)))
 
@@ -169,21 +171,25 @@ class ToolSession:
         kwargs = self._kwargs.get(call.name) or {}
         instance = await self._instance(tool, kwargs.get("create_kwargs") or {})
         extra = {**(kwargs.get("execute_kwargs") or {}), "agent_data": self._agent_data}
-        result = await self._isolated(tool, tool.execute, instance, call.arguments, **extra)
+        result = await self._isolated(tool, tool.execute, [instance, call.arguments], extra)
         return _read_result(result, call.name)
 
     async def _instance(self, tool: BaseTool, create_kwargs: Mapping[str, Any]) -> str:
         # Calls of one turn run at the same time, so two of them may both need a new instance.
         async with self._locks.setdefault(tool.name, asyncio.Lock()):
             if tool.name not in self._instances:
-                created = await self._isolated(tool, tool.create, create_kwargs=dict(create_kwargs))
+                created = await self._isolated(tool, tool.create, [], {"create_kwargs": dict(create_kwargs)})
+                if created == ():
+                    raise CallError("raised", f"{tool.name}.create returned an empty tuple, not (id, ToolResponse)")
                 self._instances[tool.name] = created[0] if isinstance(created, tuple) else created
             return self._instances[tool.name]
 
-    async def _isolated(self, tool: BaseTool, function: Any, *args: Any, **kwargs: Any) -> Any:
+    async def _isolated(
+        self, tool: BaseTool, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
         timeout = tool_timeout(tool)
         try:
-            return await self._toolbox.calls.call(function, *args, timeout=timeout, **kwargs)
+            return await self._toolbox.calls.call(function, args, kwargs or {}, timeout=timeout)
         except CallTimeout:
             raise CallError("timed_out", f"{tool.name} did not answer within {timeout:g} seconds") from None
         except CallFailed as error:
@@ -221,6 +227,8 @@ def _read_result(result: Any, name: str) -> tuple[str, float | None]:
     response, reward, _ = result
     if response.image or response.video:
         raise CallError("raised", f"{name} returned images or video, which are not supported yet: return text")
+    if not isinstance(response.text, str | None):
+        raise CallError("raised", f"{name} returned a {type(response.text).__name__} as text: fix the tool")
     return response.text or "", _number(reward, name)
 
 
@@ -229,8 +237,8 @@ def _number(value: Any, name: str) -> float | None:
         return None
     try:
         number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
+    except Exception:  # noqa: BLE001  (an object of the user may raise anything)
+        raise CallError("raised", f"{name} gave a {type(value).__name__} as its reward, not a finite number") from None
     if not math.isfinite(number):
-        raise CallError("raised", f"{name} gave the reward {str(value)[:80]}, which is not a finite number")
+        raise CallError("raised", f"{name} gave the reward {number}, which is not a finite number")
     return number

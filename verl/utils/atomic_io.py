@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from verl.utils.text import valid_text
+
 
 def fsync_path(path: str | Path) -> None:
     """Flush a file's bytes, or a directory's entries, from this host's page cache to the disk.
@@ -19,6 +21,8 @@ def fsync_path(path: str | Path) -> None:
 def atomic_write_text(path: str | Path, text: str) -> None:
     """Write `text` (UTF-8) so that `path` always holds the old or the new content, even after a power failure.
 
+    Lone surrogates are written as U+FFFD.
+
     Raises:
         OSError: for example a missing directory or a full disk; `path` is unchanged and no temporary file remains.
     """
@@ -26,7 +30,7 @@ def atomic_write_text(path: str | Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+            file.write(valid_text(text))
             file.flush()
             os.fsync(file.fileno())
         os.rename(temporary, path)

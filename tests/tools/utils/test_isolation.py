@@ -26,7 +26,7 @@ def add_awaitable(a, *, b):
 
 @pytest.mark.parametrize("function", [add, add_async, add_awaitable])
 async def test_a_result_is_returned(function):
-    assert await IsolatedCalls().call(function, 1, b=2, timeout=30) == 3
+    assert await IsolatedCalls().call(function, [1], {"b": 2}, timeout=30) == 3
 
 
 def wait(started, event):
@@ -41,7 +41,7 @@ async def block(started, event):
 @pytest.mark.parametrize("function", [wait, block])
 async def test_a_function_that_blocks_does_not_block_the_caller(function):
     started, event = threading.Event(), threading.Event()
-    call = asyncio.create_task(IsolatedCalls().call(function, started, event, timeout=120))
+    call = asyncio.create_task(IsolatedCalls().call(function, [started, event], timeout=120))
     async with asyncio.timeout(60):
         while not started.is_set():
             await asyncio.sleep(0.005)
@@ -63,8 +63,8 @@ async def test_a_function_that_hangs_times_out(function):
 async def test_later_calls_run_after_an_async_function_blocked():
     calls = IsolatedCalls()
     with pytest.raises(CallTimeout):
-        await calls.call(block, threading.Event(), threading.Event(), timeout=0.1)
-    assert await calls.call(add_async, 1, b=2, timeout=30) == 3
+        await calls.call(block, [threading.Event(), threading.Event()], timeout=0.1)
+    assert await calls.call(add_async, [1], {"b": 2}, timeout=30) == 3
 
 
 def stop_iteration():
@@ -75,9 +75,35 @@ async def exit_async():
     sys.exit(3)
 
 
+async def cancelled():
+    raise asyncio.CancelledError("by the tool")
+
+
+async def cancels_itself():
+    asyncio.current_task().cancel()
+    await asyncio.sleep(0)
+
+
+async def interrupted():
+    raise KeyboardInterrupt
+
+
+class Unprintable(BaseException):
+    def __str__(self):
+        raise RuntimeError("no text")
+
+
+def unprintable():
+    raise Unprintable
+
+
 @pytest.mark.parametrize(
     ("function", "words"),
     [
+        (cancelled, "CancelledError: by the tool"),
+        (cancels_itself, "CancelledError"),
+        (interrupted, "KeyboardInterrupt"),
+        (unprintable, "Unprintable"),
         (lambda: 1 / 0, "ZeroDivisionError: division by zero"),
         (stop_iteration, "StopIteration"),
         (sys.exit, "SystemExit"),
@@ -88,7 +114,33 @@ async def test_every_exception_becomes_call_failed(function, words):
     calls = IsolatedCalls()
     with pytest.raises(CallFailed, match=words):
         await calls.call(function, timeout=30)
-    assert await calls.call(add_async, 1, b=2, timeout=30) == 3
+    assert await calls.call(add_async, [1], {"b": 2}, timeout=30) == 3
+
+
+async def test_a_keyword_may_have_any_name():
+    names = ("timeout", "function", "args", "kwargs", "self", "tool")
+
+    def given(**kwargs):
+        return sorted(kwargs)
+
+    assert await IsolatedCalls().call(given, [], dict.fromkeys(names, 1), timeout=30) == sorted(names)
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
+async def test_a_background_task_that_exits_does_not_stop_the_calls(error):
+    ended = threading.Event()
+
+    async def fail():
+        ended.set()
+        raise error
+
+    async def start():
+        start.task = asyncio.create_task(fail())
+
+    calls = IsolatedCalls()
+    await calls.call(start, timeout=30)
+    assert await asyncio.to_thread(ended.wait, 60)
+    assert await calls.call(add_async, [1], {"b": 2}, timeout=30) == 3
 
 
 HANGING = """

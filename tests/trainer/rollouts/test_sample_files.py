@@ -31,3 +31,10 @@ def test_dump_generations_writes_one_json_line_per_sample(tmp_path):
         dump_generations(tmp_path / "val", 7, [{"input": "", "output": "", "score": 0}])
     assert len(path.read_text().splitlines()) == 2
     assert [p.name for p in path.parent.iterdir()] == ["7.jsonl"]
+
+
+def test_half_a_character_in_a_sample_is_replaced(tmp_path):
+    row = {"input": "a\ud83d", "output": "b", "gts": "\udc80", "score": 1.0, "extra": {"\ud83d": "\ud83d"}}
+    path = dump_generations(tmp_path, 1, [row])
+    (read,) = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert read["input"] == "a\ufffd" and read["gts"] == "\ufffd" and read["extra"] == {"\ufffd": "\ufffd"}

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fixtures.data_files import data_config, jsonl, parquet, row
-from verl.utils.dataset.files import count_rows
+from verl.utils.dataset.files import column_names, count_rows, read_rows, row_name
 from verl.utils.dataset.rl_dataset import RLHFDataset
 
 
@@ -93,3 +93,48 @@ def test_files_module_imports_neither_torch_nor_transformers():
     code = "import sys, verl.utils.dataset.files; print(sorted({'torch', 'transformers', 'ray'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_byte_order_mark_is_not_part_of_the_data(tmp_path, tokenizer, suffix, end):
+    rows = [row("a"), row("b", 1)]
+    text = json.dumps(rows) if suffix == "json" else end.join(map(json.dumps, rows)) + end
+    path = tmp_path / f"x.{suffix}"
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert count_rows(path) == 2 and column_names(path) == list(row("a"))
+    assert [item["raw_prompt"] for item in RLHFDataset(path, tokenizer, data_config())] == [
+        one["prompt"] for one in rows
+    ]
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"prompt": ' + "1" * 5000 + "}"])
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_json_that_python_cannot_read_is_an_error(tmp_path, text, suffix):
+    path = tmp_path / f"x.{suffix}"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"data file .*x\.json"):
+        read_rows(path)
+
+
+def json_column(path, rows):
+    columns = {key: pa.array([json.dumps(one[key]) for one in rows]) for key in rows[0]}
+    pq.write_table(
+        pa.table({key: pa.ExtensionArray.from_storage(pa.json_(), column) for key, column in columns.items()}), path
+    )
+    return path
+
+
+@pytest.mark.parametrize("write", [jsonl, json_column])
+def test_half_a_character_becomes_u_fffd_with_one_warning(tmp_path, tokenizer, caplog, write):
+    rows = [row("a"), row("b\ud83d", 1), row("c", 2, data_source="\udc80"), row("d\ud83d\ude00", 3)]
+    path = write(tmp_path / f"x.{'jsonl' if write is jsonl else 'parquet'}", rows)
+    items = list(RLHFDataset(path, tokenizer, data_config()))
+    assert [item["raw_prompt"][0]["content"] for item in items] == ["a", "b\ufffd", "c", "d\U0001f600"]
+    assert items[1]["reward_model"]["ground_truth"] == "\ufffdb" and items[2]["data_source"] == "\ufffd"
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == [row_name(path, 1)]
+
+
+def test_escaped_characters_in_pairs_are_no_half_characters(tmp_path, caplog):
+    (tmp_path / "x.jsonl").write_text(json.dumps(row("\U0001f600")))
+    assert read_rows(tmp_path / "x.jsonl")[0]["prompt"][0]["content"] == "\U0001f600" and not caplog.records

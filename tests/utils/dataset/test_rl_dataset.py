@@ -10,6 +10,7 @@ import torch
 from fixtures.data_files import WRITERS, data_config, ids_of, jsonl, parquet, row, user
 from verl.config import CustomClassConfig
 from verl.utils.dataset import prompts
+from verl.utils.dataset.prompts import prompt_token_ids
 from verl.utils.dataset.rl_dataset import RLHFDataset, collate_fn, create_rl_dataset, load_dataset_class
 
 # ---- valid data -----------------------------------------------------------------------------------------------------
@@ -278,6 +279,7 @@ def test_invalid_settings_are_errors(tmp_path, tokenizer, over, words):
 # ---- custom classes -------------------------------------------------------------------------------------------------
 
 CUSTOM = """
+from verl.utils.dataset.prompts import prompt_token_ids
 from verl.utils.dataset.rl_dataset import RLHFDataset
 
 class FromQuestion(RLHFDataset):
@@ -436,3 +438,12 @@ def test_a_constructor_without_the_keywords_is_refused(tmp_path, tokenizer):
 def test_a_dataset_with_its_own_state_is_refused(tmp_path, tokenizer):
     with pytest.raises(NotImplementedError, match="Mine has a state_dict"):
         custom(tmp_path, tokenizer, "def state_dict(self):\n    return {}")
+
+
+def test_half_a_character_in_the_messages_of_a_custom_class_is_replaced(tmp_path, tokenizer):
+    class Custom(RLHFDataset):
+        def _build_messages(self, row):
+            return user("a\ud83d")
+
+    data = Custom(jsonl(tmp_path / "x.jsonl", [row("a")]), tokenizer, data_config())
+    assert data[0]["prompt_token_ids"] == prompt_token_ids(tokenizer, user("a\ufffd"), {})

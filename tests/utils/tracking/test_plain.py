@@ -93,3 +93,10 @@ def test_dataclasses_and_other_objects_become_plain():
     masked = mask_secrets(Outer())
     assert masked == {"inner": {"api_key": "***", "max_num_batched_tokens": 8192}, "prompt_key": "prompt"}
     assert mask_secrets({"dtype": torch.bfloat16}) == {"dtype": "torch.bfloat16"}
+
+
+def test_half_a_character_is_replaced_everywhere():
+    value = {"\ud83d": ["a\udc80", Fraction(1, 3)]}
+    assert to_plain(value, lenient=True) == {"\ufffd": ["a\ufffd", "1/3"]}
+    to_json(value).encode()
+    assert mask_secrets({"path": "/tmp/\udcff"}) == {"path": "/tmp/\ufffd"}

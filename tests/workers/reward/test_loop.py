@@ -354,6 +354,11 @@ def test_an_extra_value_with_a_reserved_name_is_renamed_with_a_warning(start, ca
         start(f"def {SIGNATURE}: return 1", manager="gdpo", components=["form", "values"])
 
 
+def test_half_a_character_in_extra_values_is_replaced(start):
+    loop = start(f"""def {SIGNATURE}: return dict(score=1, a="x\\ud83d", **{{"\\udc80": ["\\ud83d\\ude00"]}})""")
+    assert score(loop, "x")[0].extra == {"a": "x\ufffd", "\ufffd": ["\U0001f600"]}
+
+
 def test_a_plain_number_is_also_reported_as_acc(start):
     loop = start(f"def {SIGNATURE}: return 1")
     assert score(loop, "x")[0].extra == {"acc": 1.0}

@@ -8,7 +8,7 @@ from verl.config import names
 from verl.config.agent_loops_file import AGENT_LOOPS_KEY, AgentLoopFileError, read_agent_loops
 from verl.config.errors import unknown_value
 from verl.config.ppo import PPOConfig
-from verl.preflight.checks.data import column_names
+from verl.preflight.checks.data import columns_of_all
 from verl.preflight.findings import Findings
 from verl.tools.utils.tool_registry import ToolConfigError, read_tool_config
 
@@ -66,4 +66,4 @@ def _check_multi_turn(config: PPOConfig, found: Findings) -> None:
 def rows_choose_loop(config: PPOConfig) -> bool:
     """Return True if rows of the data can name their own agent loop."""
     data = config.data
-    return bool(data.custom_cls.path) or "agent_name" in column_names(data.train_files)
+    return bool(data.custom_cls.path) or "agent_name" in columns_of_all(data.train_files)

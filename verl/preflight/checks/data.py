@@ -5,16 +5,12 @@ data_rows.py checks the content of rows and `data.max_prompt_length`.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from verl.config.ppo import PPOConfig
 from verl.preflight.findings import Findings
-from verl.utils.dataset.files import count_rows, data_paths
+from verl.utils.dataset.files import column_names, count_rows, data_paths
 from verl.utils.user_files import file_problem
 
 
@@ -74,7 +70,7 @@ def _check_file(field: str, path: Path, prompt_key: str, found: Findings) -> int
     """Return the number of rows of one file; None after an error."""
     try:
         rows = count_rows(path)
-        columns = _columns(path)
+        columns = column_names(path)
     except (ValueError, OSError) as error:
         found.errors.append(f"{field}: {error}")
         return None
@@ -87,30 +83,12 @@ def _check_file(field: str, path: Path, prompt_key: str, found: Findings) -> int
     return rows
 
 
-def _columns(path: Path) -> list[str]:
-    """Return the column names of a data file.
-
-    Raises:
-        ValueError: the schema cannot be read, or the first JSON row is not an object.
-    """
-    if path.suffix == ".parquet":
-        try:
-            return list(pq.read_schema(path).names)
-        except pa.ArrowException as error:
-            raise ValueError(f"data file {path}: cannot read its schema ({error}); write the file again") from error
-    text = path.read_text(encoding="utf-8").lstrip()
-    row = json.loads(text)[0] if text[:1] == "[" else json.loads(text.split("\n", 1)[0])
-    if not isinstance(row, dict):
-        raise ValueError(f"data file {path}: row 0 is a JSON {type(row).__name__}; every row must be an object")
-    return list(row)
-
-
-def column_names(files: str | list[str] | None) -> set[str]:
+def columns_of_all(files: str | list[str] | None) -> set[str]:
     """Return the columns of all files together; files that cannot be read add none."""
     found: set[str] = set()
     try:
         for path in data_paths(files) if files else []:
-            found.update(_columns(path))
+            found.update(column_names(path))
     except (FileNotFoundError, ValueError, OSError):
         pass  # `check_data` reports it
     return found

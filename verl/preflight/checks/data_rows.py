@@ -5,7 +5,6 @@ A run reads its rows after its processes have started; `verl check` reads them b
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,14 @@ from verl.preflight.findings import Findings
 from verl.preflight.light_tokenizer import LightTokenizer
 from verl.preflight.plan import PromptLengths
 from verl.utils.dataset.files import JsonRows, ParquetRows, data_paths, read_rows, row_name
-from verl.utils.dataset.prompts import Messages, check_messages, check_template_kwargs, prompt_token_ids
+from verl.utils.dataset.prompts import (
+    Messages,
+    check_messages,
+    check_template_kwargs,
+    prefix_errors,
+    prompt_token_ids,
+)
+from verl.utils.dataset.tools_kwargs import read_tools_kwargs
 from verl.utils.reward_score import require_scorer
 
 # Rows of each file that are checked.
@@ -39,7 +45,7 @@ def check_rows(config: PPOConfig, found: Findings) -> PromptLengths | None:
     sample: list[_Prompt] = []
     for field, files in (("data.train_files", data.train_files), ("data.val_files", data.val_files)):
         try:
-            opened = [read_rows(path) for path in data_paths(files or [])]
+            opened = [read_rows(path, data.prompt_key) for path in data_paths(files or [])]
         except (OSError, ValueError):
             continue  # `check_data` reports it
         for rows in opened:
@@ -55,13 +61,16 @@ def check_rows(config: PPOConfig, found: Findings) -> PromptLengths | None:
 
 def _first_problem(rows: ParquetRows | JsonRows, config: PPOConfig) -> str | None:
     """Return place and problem of the first row that cannot be used, or None."""
-    key = config.data.prompt_key
-    for number, row in enumerate(_first_rows(rows, config)):
-        try:
-            check_messages(row.get(key), key)
-            _check_columns(row, config)
-        except (ValueError, NotImplementedError) as error:
-            return f"{row_name(rows.path, number)}: {error}"
+    key, source = config.data.prompt_key, config.data.reward_fn_key
+    wanted = [name for name in rows.columns if name in (key, source, "reward_model", "extra_info", *_MEDIA)]
+    try:
+        rows.require_text((key, source, "reward_model", "agent_name"))
+        for number, row in enumerate(rows.read(0, MAX_ROWS, wanted)):
+            with prefix_errors(row_name(rows.path, number)):
+                check_messages(row.get(key), key)
+                _check_columns(row, config)
+    except (ValueError, NotImplementedError) as error:
+        return str(error)
     return None
 
 
@@ -79,6 +88,7 @@ def _check_columns(row: _Row, config: PPOConfig) -> None:
             raise ValueError(
                 f"{column!r} is a {type(row[column]).__name__}; it must be a dict (a struct column in Parquet)"
             )
+    read_tools_kwargs(row.get("extra_info") or {})
     if config.reward.custom_reward_function.path is not None:
         return
     source = row.get(config.data.reward_fn_key)
@@ -86,18 +96,6 @@ def _check_columns(row: _Row, config: PPOConfig) -> None:
     truth = (row.get("reward_model") or {}).get("ground_truth")
     if truth is None:
         raise ValueError("'reward_model.ground_truth' is missing; every row needs the correct answer")
-
-
-def _first_rows(rows: ParquetRows | JsonRows, config: PPOConfig) -> Iterator[_Row]:
-    """Yield the first `MAX_ROWS` rows, with the columns that are checked."""
-    wanted = {config.data.prompt_key, config.data.reward_fn_key, "reward_model", "extra_info", *_MEDIA}
-    if isinstance(rows, ParquetRows):
-        columns = [name for name in rows.columns if name in wanted]
-        for batch in rows.table.select(columns).slice(0, MAX_ROWS).to_batches(max_chunksize=1024):
-            yield from batch.to_pylist()
-        return
-    for number in range(min(len(rows), MAX_ROWS)):
-        yield rows[number]
 
 
 def _sample(rows: ParquetRows | JsonRows, key: str, size: int) -> list[_Prompt]:

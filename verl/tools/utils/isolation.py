@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import MappingProxyType
 from typing import Any
 
 # Seconds after which a shared event loop that does not react counts as blocked.
 _BLOCKED_AFTER_S = 1.0
+_NONE: Mapping[str, Any] = MappingProxyType({})
 
 
 class CallTimeout(Exception):
@@ -31,23 +34,31 @@ class IsolatedCalls:
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    async def call(self, function: Callable[..., Any], *args: Any, timeout: float, **kwargs: Any) -> Any:
+    async def call(
+        self,
+        function: Callable[..., Any],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] = _NONE,
+        *,
+        timeout: float,
+    ) -> Any:
         """Return `function(*args, **kwargs)`.
 
         Args:
             function: a plain or async function.
+            args, kwargs: its arguments; a keyword may have any name.
             timeout: time limit in seconds.
 
         Raises:
             CallTimeout: the time limit was exceeded.
-            CallFailed: the function raised an error, `SystemExit` included.
+            CallFailed: the function raised anything, `SystemExit`, `KeyboardInterrupt` and `CancelledError` included.
         """
         loop = None
         if inspect.iscoroutinefunction(function):
             loop = self._shared_loop()
-            future = asyncio.run_coroutine_threadsafe(_outcome_of(function, *args, **kwargs), loop)
+            future = asyncio.run_coroutine_threadsafe(_outcome_of(function, args, kwargs), loop)
         else:
-            future = start_thread(_outcome, function, *args, **kwargs)
+            future = start_thread(_outcome, function, args, kwargs)
         waiting = asyncio.wrap_future(future)
         try:
             done, _ = await asyncio.wait({waiting}, timeout=timeout)
@@ -67,7 +78,7 @@ class IsolatedCalls:
             self._loop = asyncio.new_event_loop()
             # The process would join the threads of the default executor at exit.
             self._loop.set_default_executor(_DaemonThreads())
-            start_thread(self._loop.run_forever)
+            start_thread(_run_forever, self._loop)
         return self._loop
 
     async def _replace_if_blocked(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -92,6 +103,13 @@ def start_thread(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Fut
     return future
 
 
+def _run_forever(loop: asyncio.AbstractEventLoop) -> None:
+    while True:
+        # A task of a user function that raises SystemExit or KeyboardInterrupt ends `run_forever`.
+        with contextlib.suppress(BaseException):
+            loop.run_forever()
+
+
 class _DaemonThreads(ThreadPoolExecutor):
     """The executor of `asyncio.to_thread` inside an async function."""
 
@@ -103,7 +121,7 @@ class _DaemonThreads(ThreadPoolExecutor):
 Outcome = tuple[Any, str | None]
 
 
-def _outcome(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Outcome:
+def _outcome(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Outcome:
     try:
         value = function(*args, **kwargs)
         if inspect.isawaitable(value):
@@ -113,11 +131,13 @@ def _outcome(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Outcome
     return value, None
 
 
-async def _outcome_of(function: Callable[..., Awaitable[Any]], *args: Any, **kwargs: Any) -> Outcome:
+async def _outcome_of(
+    function: Callable[..., Awaitable[Any]], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Outcome:
     try:
         return await function(*args, **kwargs), None
-    except asyncio.CancelledError:
-        raise
+    # A CancelledError of the function would look like a cancellation of the caller. After one of the caller itself,
+    # nobody reads the outcome.
     except BaseException as error:  # noqa: BLE001  (a user function may raise anything)
         return None, _text(error)
 
@@ -127,5 +147,8 @@ async def _await(value: Awaitable[Any]) -> Any:
 
 
 def _text(error: BaseException) -> str:
-    text = str(error)
+    try:
+        text = str(error)
+    except Exception:  # noqa: BLE001  (the user's __str__ may raise anything)
+        text = ""
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 import jinja2
 
+from verl.utils.text import valid_value
+
 Messages = list[dict[str, Any]]
 
 # `prompt_token_ids` sets these itself; another value would change its result.
@@ -119,7 +121,8 @@ def prompt_token_ids(tokenizer: ChatTokenizer, messages: Messages, template_kwar
         )
     options = {"add_generation_prompt": True, **template_kwargs, "tokenize": True, "return_dict": False}
     try:
-        return tokenizer.apply_chat_template(messages, **options)
+        # Messages of data files are valid already, those of a custom dataset may not be.
+        return tokenizer.apply_chat_template(valid_value(messages), **options)
     except jinja2.TemplateError as error:
         roles = [message.get("role") for message in messages]
         raise ValueError(f"the chat template rejects messages with the roles {roles}: {error}") from error

@@ -26,6 +26,7 @@ from verl.utils.dataset.prompts import (
     prompt_token_ids,
     truncate_prompt,
 )
+from verl.utils.dataset.tools_kwargs import read_tools_kwargs
 from verl.utils.proto_columns import object_array
 from verl.utils.user_class import UserClassError, refuse_uncalled
 from verl.utils.user_files import import_file
@@ -135,7 +136,7 @@ class RLHFDataset(Dataset[dict[str, Any]]):
         self.tokenizer = tokenizer
         self.config = config
         self.template_kwargs = check_template_kwargs(config.apply_chat_template_kwargs or {})
-        self._files = [read_rows(path) for path in data_paths(data_files)]
+        self._files = [read_rows(path, config.prompt_key) for path in data_paths(data_files)]
         self._starts = np.cumsum([0, *(len(file) for file in self._files)]).tolist()
         self._columns = list(dict.fromkeys(name for file in self._files for name in file.columns))
         self._check_files()
@@ -172,6 +173,7 @@ class RLHFDataset(Dataset[dict[str, Any]]):
             row.pop(key, None)
         source = row.pop(self.config.reward_fn_key, None)
         reward_model, extra_info = (_dict_cell(row, key) for key in ("reward_model", "extra_info"))
+        read_tools_kwargs(extra_info)  # so that the error names the file
         index = extra_info.get("index")
         item = {
             # Only an override of __getitem__ can change the messages afterwards.
@@ -196,6 +198,7 @@ class RLHFDataset(Dataset[dict[str, Any]]):
         """Check whole columns at the start, so that training does not fail at a later row."""
         key = self.config.prompt_key
         for file in self._files:
+            file.require_text((key, self.config.reward_fn_key, "reward_model", "agent_name"))
             for column in set(_MEDIA_COLUMNS) & set(file.columns):
                 row = file.first_row(column, filled=True)
                 if row is not None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from verl.utils.text import valid_text
+
 MASK = "***"
 # Words that make a key secret at any position, and words that do so at its end.
 SECRET_WORDS = {
@@ -33,14 +35,16 @@ def to_plain(value: Any, lenient: bool = False) -> Any:
     """
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         return to_plain(value.item(), lenient)
-    if value is None or isinstance(value, bool | int | float | str):
+    if isinstance(value, str):
+        return valid_text(value)
+    if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, Mapping):
-        return {str(key): to_plain(item, lenient) for key, item in value.items()}
+        return {valid_text(str(key)): to_plain(item, lenient) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset | np.ndarray):
         return [to_plain(item, lenient) for item in value]
     if lenient:
-        return str(value)
+        return valid_text(str(value))
     raise TypeError(f"value of type {type(value).__name__} is neither a number nor text: {str(value)[:80]!r}")
 
 
@@ -98,4 +102,4 @@ def mask_secrets(config: Any) -> Any:
         return [mask_secrets(item) for item in config]
     if config is None or isinstance(config, bool | int | float):
         return config
-    return URL_PASSWORD.sub(rf"\g<scheme>\g<user>:{MASK}@", str(config))
+    return URL_PASSWORD.sub(rf"\g<scheme>\g<user>:{MASK}@", valid_text(str(config)))

@@ -1,6 +1,7 @@
 """The user's reward function: load it from its file, call it, and read its return value.
 
-This module runs inside the reward worker processes, so it imports only the standard library.
+This module runs inside the reward worker processes, so it imports the standard library and small modules
+of verl only.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from enum import Enum
 from pathlib import PurePath
 from typing import Any
 from uuid import UUID
+
+from verl.utils.text import valid_value
 
 ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
 PATH_KEY = "reward.custom_reward_function.path"
@@ -173,7 +176,7 @@ def read_return(value: Any) -> tuple[float, dict[str, Any], str]:
                 f"the reward function returned the extra value '{key}', which is dropped because it cannot be read "
                 f"({type(error).__name__}); return numbers, text, lists or dicts"
             )
-    return score, extra, "; ".join(dict.fromkeys(notes))
+    return score, valid_value(extra), "; ".join(dict.fromkeys(notes))
 
 
 def _finite(value: Any) -> float:

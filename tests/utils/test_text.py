@@ -1,0 +1,28 @@
+"""Lone surrogates: half a character, which UTF-8 cannot encode."""
+
+import pytest
+
+from verl.utils.text import valid_text, valid_value
+
+
+@pytest.mark.parametrize(
+    ("text", "valid"),
+    [
+        ("", ""),
+        ("a\x00é中\U0001f600", "a\x00é中\U0001f600"),
+        ("\ud83d", "\ufffd"),
+        ("a\ude00b", "a\ufffdb"),
+        ("\ud83d\ude00", "\U0001f600"),  # the two halves of one character
+        ("\ude00\ud83d", "\ufffd\ufffd"),
+        ("\ud83d\ud83d\ude00x\udcff", "\ufffd\U0001f600x\ufffd"),
+        ("\ufeff\ud83d", "\ufeff\ufffd"),
+    ],
+)
+def test_text_can_be_encoded_afterwards(text, valid):
+    assert valid_text(text) == valid and valid_text(valid) == valid
+    valid.encode()
+
+
+def test_texts_and_keys_inside_of_values():
+    value = {"\ud83d": ["\udc80", 1, None, {"a": ("b\ud83d", 2.5)}]}
+    assert valid_value(value) == {"\ufffd": ["\ufffd", 1, None, {"a": ["b\ufffd", 2.5]}]}
