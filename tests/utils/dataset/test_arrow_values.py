@@ -97,7 +97,7 @@ def write_json_parts(path, **options):
 
 
 def write_maps(path, kind=pa.map_(pa.string(), pa.string())):  # noqa: B008
-    """DuckDB's MAP in the place of structs whose values are all text."""
+    """Structs whose values are all text as DuckDB's MAP."""
     truths = pa.array([list(row["reward_model"].items()) for row in PLAIN], kind)
     table = TABLE.set_column(TABLE.column_names.index("reward_model"), "reward_model", truths)
     pq.write_table(table, path, store_schema=False)
