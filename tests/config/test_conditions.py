@@ -2,7 +2,7 @@
 
 import pytest
 
-from verl.config.conditions import any_of, first_of, unless, when
+from verl.config.conditions import any_of, first_of, micro_batches, read_by_estimator, read_by_loss, unless, when
 
 KEY = "section.key"
 
@@ -44,9 +44,45 @@ RUN = Values(
     ],
 )
 def test_reason_of_a_condition(condition, reason):
-    assert condition(RUN, KEY) == reason
+    assert condition.why_not(RUN, KEY) == reason
+
+
+@pytest.mark.parametrize(
+    ("condition", "words"),
+    [
+        (when("flag"), "`section.flag=True`"),
+        (when("other.size", 1, 2), "`other.size=1` or `2`"),
+        (when("size", at_least=3), "`section.size` at least 3"),
+        (unless("size", at_least=3), "`section.size` below 3"),
+        (unless("flag"), "`section.flag=False`"),
+        (unless("open", None), "`section.open` other than `null`"),
+        (unless("size", 1, 2), "`section.size` other than `1` or `2`"),
+        (when("run.correction.bypass_mode"), "`algorithm.rollout_correction.bypass_mode=True`"),
+        (when("run.user_loss", words="your own loss"), "your own loss"),
+        (any_of(when("flag"), when("other.on", False)), "`section.flag=True` or `other.on=False`"),
+        (any_of(when("flag"), when("other.on"), words="either of them"), "either of them"),
+        (first_of(when("flag"), when("other.on")), "`section.flag=True`, and with `other.on=True`"),
+        (micro_batches("dynamic", in_tokens=False), "`section.dynamic=False`"),
+    ],
+)
+def test_words_of_a_condition(condition, words):
+    assert condition.words(KEY) == words
+
+
+def test_losses_and_estimators_that_read_a_key_are_listed():
+    assert read_by_estimator.words("algorithm.gamma") == (
+        "`algorithm.adv_estimator=gae`, `reinforce_plus_plus` or your own"
+    )
+    assert read_by_loss.words("actor_rollout_ref.actor.tau_pos") == (
+        "`actor_rollout_ref.actor.policy_loss.loss_mode=sapo` or your own"
+    )
+
+
+def test_a_condition_on_a_fact_needs_words():
+    with pytest.raises(AssertionError, match="give `words`"):
+        when("run.user_loss")
 
 
 def test_names_of_the_policy_section_are_shortened_in_reasons():
     run = Values({"actor_rollout_ref.actor.use_kl_loss": False})
-    assert when("use_kl_loss")(run, "actor_rollout_ref.actor.kl_loss_coef") == "with actor.use_kl_loss=False"
+    assert when("use_kl_loss").why_not(run, "actor_rollout_ref.actor.kl_loss_coef") == "with actor.use_kl_loss=False"

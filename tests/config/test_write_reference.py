@@ -24,6 +24,38 @@ def test_reference_contains_every_key_once():
     assert rows == {name for name, _, _ in walk(PPOConfig())}
 
 
+def rows_and_introductions():
+    """Cells of the row of each key, and text above the table of each section, by dotted name."""
+    rows, introductions, section = {}, {}, ""
+    for line in reference().splitlines():
+        if line.startswith("## "):
+            section = "" if line.startswith("## Keys without") else line.removeprefix("## ")
+        elif line.startswith("| `"):
+            rows[f"{section}.{line.split('`')[1]}".lstrip(".")] = line
+        elif not line.startswith("|"):
+            introductions[section] = introductions.get(section, "") + line
+    return rows, introductions
+
+
+def test_conditions_stand_beside_keys_and_sections():
+    rows, introductions = rows_and_introductions()
+    for name, field, _ in walk(PPOConfig()):
+        key = key_of(field)
+        assert ("only with" in rows[name]) == bool(key.only_with or key.entries_only_with), name
+    assert "; only with `use_kl_loss=True` |" in rows["actor_rollout_ref.actor.kl_loss_coef"]
+    assert "; only with `trainer.save_freq` at least 1 |" in rows["critic.checkpoint.save_contents"]
+    assert (
+        "; `max_resp_len`, `overlong_buffer_cfg` only with `reward.reward_manager.name=dapo` |"
+        in (rows["reward.reward_kwargs"])
+    )
+    conditional = {name for name, text in introductions.items() if "Only with" in text}
+    assert {"critic", "critic.optim", "actor_rollout_ref.ref.fsdp_config", "algorithm.kl_ctrl"} <= conditional
+    assert conditional.isdisjoint({"data", "trainer", "algorithm", "actor_rollout_ref.actor.optim"})
+    assert introductions["critic"].endswith(
+        "Only with an estimator that reads values, such as gae, or `critic.enable=True`."
+    )
+
+
 UNITS = {
     "prompts", "samples", "tokens", "seconds", "MiB", "training steps", "epochs", "processes", "ranks", "devices",
     "characters", "buckets", "updates",

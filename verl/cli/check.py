@@ -89,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
         return 2
     runs = [_examine(command, target) for command in captured.trainings]
     if not options.without_files and any(run.found.files_missing for run in runs):
-        runs[0].notes.append(_MISSING_FROM_SCRIPT if captured.others else _MISSING)
+        runs[0].found.notes.append(_MISSING_FROM_SCRIPT if captured.others else _MISSING)
     if options.json:
         content = check_output.as_json(runs, captured.others, options.bandwidth)
         sys.stdout.write(json.dumps(content, indent=2, default=str) + "\n")

@@ -31,11 +31,6 @@ class Run:
     plan: Plan | None
     found: Findings
 
-    @property
-    def notes(self) -> list[str]:
-        """Notes of the checks; with a plan also those about unused keys."""
-        return self.found.notes if self.plan is None else self.plan.notes
-
 
 class RunJson(TypedDict):
     """JSON of one training command; `plan` holds the fields of `Plan`."""
@@ -75,7 +70,7 @@ def as_json(runs: Sequence[Run], others: Sequence[Command], bandwidth: float | N
                 "overrides": list(run.overrides),
                 "errors": run.found.errors,
                 "warnings": run.found.warnings,
-                "notes": run.notes,
+                "notes": run.found.notes,
                 "update_seconds": update_seconds(run, bandwidth),
                 "plan": None if run.plan is None else dataclasses.asdict(run.plan),
             }
@@ -123,7 +118,11 @@ def _show_run(console: Any, run: Run, title: str, bandwidth: float | None) -> No
         for label, text in _rows(run, run.plan, bandwidth):
             table.add_row(label, Text(text))
         console.print(table)
-    kinds = (("note", "", run.notes), ("warning", "yellow", run.found.warnings), ("error", "red", run.found.errors))
+    kinds = (
+        ("note", "", run.found.notes),
+        ("warning", "yellow", run.found.warnings),
+        ("error", "red", run.found.errors),
+    )
     for kind, color, texts in kinds:
         for text in texts:
             console.print(Text.assemble((f"{kind}: ", f"bold {color}".strip()), text), soft_wrap=True)

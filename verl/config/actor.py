@@ -26,7 +26,7 @@ class OptimConfig(ConfigSection):
         "steps of linear warmup as a fraction of all steps",
         at_least=0,
         at_most=1,
-        only_with=unless("lr_warmup_steps", at_least=1),
+        only_with=unless("lr_warmup_steps", at_least=0),
     )
     lr_scheduler_type: str = key("constant", "schedule after the warmup", choices=("constant", "cosine"))
     min_lr_ratio: float | None = key(
@@ -37,7 +37,15 @@ class OptimConfig(ConfigSection):
         only_with=when("lr_scheduler_type", "cosine"),
     )
     total_training_steps: int | None = key(
-        -1, "length of the schedule; null or negative: the steps of the run", unit="training steps"
+        -1,
+        "length of the schedule; null or negative: the steps of the run",
+        unit="training steps",
+        only_with=any_of(
+            when("lr_scheduler_type", "cosine"),
+            first_of(unless("lr_warmup_steps", at_least=0), unless("lr_warmup_steps_ratio", 0)),
+            reason="with a constant learning rate and without a warmup by lr_warmup_steps_ratio",
+            words="`lr_scheduler_type=cosine` or a warmup by `lr_warmup_steps_ratio`",
+        ),
     )
     weight_decay: float = key(0.01, "decoupled weight decay", at_least=0)
     betas: list[float] = key([0.9, 0.999], "decay rates of AdamW's two moments", at_least=0, below=1, items=2)
@@ -149,7 +157,7 @@ class PolicyLossConfig(ConfigSection):
 
 
 _AGGREGATES = any_of(
-    when("run.own_aggregation", False),
+    when("run.own_aggregation", False, words="a policy loss without its own aggregation"),
     unless("entropy_coeff", 0),
     when("use_kl_loss"),
     reason="{run.loss_choice}, which has its own aggregation",
@@ -164,7 +172,7 @@ class ActorConfig(ConfigSection):
         "fsdp",
         "training engine; fsdp and fsdp2 both mean FSDP2",
         choices=("fsdp", "fsdp2"),
-        unsupported=("megatron", "veomni", "torchtitan"),
+        unsupported=names.UNSUPPORTED_ENGINES,
         use=_FSDP,
     )
     ppo_mini_batch_size: int = key(
@@ -201,7 +209,7 @@ class ActorConfig(ConfigSection):
         only_with=first_of(
             read_by_loss,
             any_of(
-                when("run.user_loss"),
+                when("run.user_loss", words="your own policy loss"),
                 when("clip_ratio_low", None),
                 when("clip_ratio_high", None),
                 reason="with clip_ratio_low and clip_ratio_high set",

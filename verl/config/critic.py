@@ -40,7 +40,10 @@ class CriticModelConfig(ConfigSection):
         path=True,
         hub=True,
         only_with=when(
-            "critic.checkpoint.save_contents", "hf_model", reason="without hf_model in critic.checkpoint.save_contents"
+            "critic.checkpoint.save_contents",
+            "hf_model",
+            words="`hf_model` in `critic.checkpoint.save_contents`",
+            reason="without hf_model in critic.checkpoint.save_contents",
         ),
     )
     trust_remote_code: bool | None = key(None, "run Python code that comes with the model; null: the policy's value")
@@ -71,7 +74,7 @@ class CriticConfig(ConfigSection):
         None,
         "training engine; null: the actor's",
         choices=("fsdp", "fsdp2"),
-        unsupported=("megatron", "veomni", "torchtitan"),
+        unsupported=names.UNSUPPORTED_ENGINES,
         use="use null or fsdp2",
     )
     ppo_mini_batch_size: int | None = key(

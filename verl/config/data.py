@@ -6,8 +6,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from verl.config.conditions import any_of, when
+from verl.config.conditions import any_of, unless, validates, when
 from verl.config.schema import ConfigSection, key, section, unsupported
+
+_OWN_DATASET = unless("data.custom_cls.path", None, words="your own dataset class")
 
 
 @dataclass
@@ -15,7 +17,9 @@ class CustomClassConfig(ConfigSection):
     """The user's own dataset class."""
 
     path: str | None = key(None, "Python file of your own dataset class; null: the built-in class")
-    name: str | None = key(None, "name of the class")
+    name: str | None = key(
+        None, "name of the class", only_with=unless("path", None, reason="with the built-in dataset class")
+    )
 
 
 @dataclass
@@ -29,12 +33,18 @@ class DataConfig(ConfigSection):
         "~/data/gsm8k/test.parquet", "file of validation data (.parquet, .json or .jsonl), or a list", required=True
     )
     train_max_samples: int = key(-1, "rows of the training files to use; -1: all", unit="prompts", at_least=-1)
-    val_max_samples: int = key(-1, "rows of the validation files to use; -1: all", unit="prompts", at_least=-1)
+    val_max_samples: int = key(
+        -1, "rows of the validation files to use; -1: all", unit="prompts", at_least=-1, only_with=validates
+    )
     train_batch_size: int = key(
         1024, "prompts per training step, with rollout.n samples each", unit="prompts", at_least=1
     )
     val_batch_size: int | None = key(
-        None, "prompts to generate for at once in validation; null: all", unit="prompts", at_least=1
+        None,
+        "prompts to generate for at once in validation; null: all",
+        unit="prompts",
+        at_least=1,
+        only_with=validates,
     )
     max_prompt_length: int = key(512, "maximum length of a prompt", unit="tokens", at_least=1)
     max_response_length: int = key(512, "maximum length of a response", unit="tokens", at_least=1)
@@ -42,6 +52,13 @@ class DataConfig(ConfigSection):
         "error",
         "treatment of longer prompts: an error, or cutting off their beginning (left), end (right) or middle",
         choices=("error", "left", "right", "middle"),
+        only_with=any_of(
+            when("filter_overlong_prompts", False),
+            _OWN_DATASET,
+            unless("actor_rollout_ref.rollout.agent.default_agent_loop", "single_turn_agent"),
+            when("run.rows_choose_loop", words="a column `agent_name` in the data"),
+            reason="with data.filter_overlong_prompts=True, which drops longer prompts",
+        ),
     )
     filter_overlong_prompts: bool = key(False, "drop prompts longer than max_prompt_length")
     filter_overlong_prompts_workers: int | None = key(
@@ -54,9 +71,10 @@ class DataConfig(ConfigSection):
     shuffle: bool = key(True, "shuffle the training prompts again for each epoch")
     seed: int | None = key(
         None,
-        "seed of the order of the training prompts; null: trainer.seed",
+        "seed of the order of the training prompts (null: trainer.seed), and of the choice of rows with "
+        "train_max_samples and val_max_samples (null: 0)",
         at_least=0,
-        only_with=any_of(when("shuffle"), when("train_max_samples", at_least=0)),
+        only_with=any_of(when("shuffle"), _OWN_DATASET),
     )
     prompt_key: str = key("prompt", "column of the messages")
     reward_fn_key: str = key("data_source", "column that names the source of a row, which scorers use")
@@ -78,6 +96,11 @@ class DataConfig(ConfigSection):
         "rollout.partial_rollout=True; null: train_batch_size",
         unit="prompts",
         at_least=1,
+        only_with=any_of(
+            when("algorithm.filter_groups.enable"),
+            when("actor_rollout_ref.rollout.partial_rollout"),
+            reason="without dynamic sampling (algorithm.filter_groups.enable) and without rollout.partial_rollout",
+        ),
     )
     dataloader_num_workers: int = unsupported(0, "loader processes", "use 0: the driver tokenizes prompts")
     validation_shuffle: bool = unsupported(False, "shuffled validation prompts")

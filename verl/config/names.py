@@ -105,6 +105,8 @@ _KL = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")
 KL_TYPES = (*_KL, *(f"{name}+" for name in _KL))
 UNSUPPORTED_KL_TYPES = ("full",)
 
+UNSUPPORTED_ENGINES = ("megatron", "veomni", "torchtitan")
+
 REWARD_MANAGERS = ("dapo", "gdpo", "naive")
 UNSUPPORTED_REWARD_MANAGERS = ("batch", "prime", "rate_limited", "remote")
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from verl.config import names
 from verl.config.actor import ActorConfig
 from verl.config.algorithm import AlgorithmConfig
 from verl.config.conditions import when
@@ -30,6 +31,7 @@ class ActorRolloutRefConfig(ConfigSection):
         "the frozen reference model",
         only_with=when(
             "run.needs_ref",
+            words="`actor_rollout_ref.actor.use_kl_loss=True` or `algorithm.use_kl_in_reward=True`",
             reason="without a reference model (actor.use_kl_loss=False, algorithm.use_kl_in_reward=False)",
         ),
     )
@@ -61,7 +63,9 @@ class PPOConfig(ConfigSection):
         CriticConfig,
         "the value model of PPO",
         only_with=when(
-            "run.needs_critic", reason="without a critic (algorithm.adv_estimator={algorithm.adv_estimator})"
+            "run.needs_critic",
+            words="an estimator that reads values, such as gae, or `critic.enable=True`",
+            reason="without a critic (algorithm.adv_estimator={algorithm.adv_estimator})",
         ),
     )
     algorithm: AlgorithmConfig = section(AlgorithmConfig, "computation of advantages from rewards")
@@ -72,6 +76,6 @@ class PPOConfig(ConfigSection):
         "dp",
         "training engine; dp: FSDP2",
         choices=("dp",),
-        unsupported=("megatron", "veomni", "torchtitan"),
+        unsupported=names.UNSUPPORTED_ENGINES,
         use="use dp",
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from verl.config import names
 from verl.config.actor import FSDPConfig, MegatronConfig
 from verl.config.conditions import micro_batches, unless
 from verl.config.schema import ConfigSection, key, section, unsupported
@@ -20,7 +21,7 @@ class RefFSDPConfig(FSDPConfig):
     param_offload: bool = key(
         False,
         "keep the weights of the reference model in host memory while they are not used",
-        only_with=unless("run.device", "cpu", reason="on a CPU, which only has host memory"),
+        only_with=unless("run.device", "cpu", words="an accelerator", reason="on a CPU, which only has host memory"),
     )
 
 
@@ -32,7 +33,7 @@ class RefConfig(ConfigSection):
         None,
         "training engine; null: the actor's",
         choices=("fsdp", "fsdp2"),
-        unsupported=("megatron", "veomni", "torchtitan"),
+        unsupported=names.UNSUPPORTED_ENGINES,
         use="use null or fsdp2",
     )
     log_prob_micro_batch_size_per_gpu: int | None = key(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from verl.config import names
-from verl.config.conditions import any_of, first_of, micro_batches, on_accelerator, unless, when
+from verl.config.conditions import any_of, first_of, micro_batches, on_accelerator, unless, validates, when
 from verl.config.schema import ConfigSection, key, section, unsupported
 
 _GREEDY = when("do_sample", reason="with greedy validation (val_kwargs.do_sample=False)")
@@ -17,7 +17,12 @@ _BETWEEN_NODES = first_of(
         unless("trainer.nnodes", 1),
         reason="with rollout.nnodes=0 and trainer.nnodes=1",
     ),
-    unless("run.backend", "naive", reason="with rollout.checkpoint_engine.backend=naive"),
+    unless(
+        "run.backend",
+        "naive",
+        words="a transport other than shared memory",
+        reason="with rollout.checkpoint_engine.backend=naive",
+    ),
 )
 _OLD_LOG_PROBS = when(
     "run.correction.bypass_mode", False, reason="in bypass mode, which does not compute old_log_probs"
@@ -77,7 +82,12 @@ class CheckpointEngineConfig(ConfigSection):
         "compare the engine's weights with a full update after this number of deltas; 0: never",
         unit="updates",
         at_least=0,
-        only_with=when("run.full_update_reason", None, reason="with {run.full_update_reason}"),
+        only_with=when(
+            "run.full_update_reason",
+            None,
+            words="weight updates that can be deltas",
+            reason="with {run.full_update_reason}",
+        ),
     )
     engine_kwargs: dict[str, Any] = unsupported({}, "settings of other transports")
 
@@ -147,7 +157,7 @@ class RolloutConfig(ConfigSection):
     temperature: float = key(1.0, "sampling temperature in training", above=0)
     top_p: float = key(1.0, "nucleus sampling in training", above=0, at_most=1)
     top_k: int = key(-1, "sample from this number of the most probable tokens; -1: all", at_least=-1)
-    val_kwargs: ValKwargs = section(ValKwargs, "sampling in validation")
+    val_kwargs: ValKwargs = section(ValKwargs, "sampling in validation", only_with=validates)
     dtype: str = key(
         "auto",
         "dtype of the engine; auto: bfloat16 if the device computes it fast, else float32",
@@ -260,7 +270,7 @@ class RolloutConfig(ConfigSection):
         "samples with several turns and tools",
         only_with=any_of(
             unless("actor_rollout_ref.rollout.agent.default_agent_loop", "single_turn_agent"),
-            when("run.rows_choose_loop"),
+            when("run.rows_choose_loop", words="a column `agent_name` in the data"),
         ),
     )
     quantization: str | None = key(

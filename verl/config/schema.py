@@ -43,11 +43,18 @@ class Run(Protocol):
         ...
 
 
-Condition = Callable[[Run, str], str | None]
-"""A condition of a key's effect; `verl.config.conditions` makes them.
+@dataclass(frozen=True)
+class Condition:
+    """A condition of a key's effect; `verl.config.conditions` makes them.
 
-It takes a run and the dotted name of the key. It returns why the key has no effect in this run, or None if it has one.
-"""
+    Attributes:
+        why_not: takes a run and the dotted name of the key, and returns why the key has no effect in this run; None if
+            it has one.
+        words: takes the dotted name of the key, and returns the condition as text behind "only with".
+    """
+
+    why_not: Callable[[Run, str], str | None]
+    words: Callable[[str], str]
 
 
 @dataclass(frozen=True)

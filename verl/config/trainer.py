@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from verl.config import names
-from verl.config.conditions import when
+from verl.config.conditions import validates, when
 from verl.config.schema import ConfigSection, key, section, unsupported
 
 
@@ -95,12 +95,14 @@ class TrainerConfig(ConfigSection):
         unsupported=names.UNSUPPORTED_LOGGERS,
         use=f"use any of {', '.join(names.LOGGERS)}",
     )
-    log_val_generations: int = key(0, "validation samples to log as text", unit="samples", at_least=0)
+    log_val_generations: int = key(
+        0, "validation samples to log as text", unit="samples", at_least=0, only_with=validates
+    )
     rollout_data_dir: str | None = key(
         None, "directory for all training samples as JSON lines; null: not written", path=True
     )
     validation_data_dir: str | None = key(
-        None, "directory for all validation samples as JSON lines; null: not written", path=True
+        None, "directory for all validation samples as JSON lines; null: not written", path=True, only_with=validates
     )
     timeline: str | None = key(
         None, "file for a timeline of all processes in the format of Perfetto; null: not written", path=True

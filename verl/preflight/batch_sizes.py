@@ -37,11 +37,11 @@ def check_division(mini: tuple[str, int], micro: tuple[str, int | None], config:
         return prompts % size == 0 and size * n % ranks == 0
 
     if not fits(mini[1]):
-        found.errors.append(_mini_batch_error(prompts, mini, n, ranks, fits))
+        found.add_size_error(_mini_batch_error(prompts, mini, n, ranks, fits))
     elif micro[1] is not None:
         share, size = mini[1] * n // ranks, micro[1]
         if share % size:
-            found.errors.append(
+            found.add_size_error(
                 f"{micro[0]}={size}: must divide the {share} samples of a mini-batch on each rank ({mini[0]}={mini[1]} "
                 f"prompts x rollout.n={n} / {ranks} ranks); "
                 f"use {nearest_sizes(size, share, lambda number: share % number == 0)}"
@@ -83,7 +83,7 @@ def check_micro_batch_limit(
     """
     if not dynamic[1]:
         if samples[1] is None:
-            found.errors.append(
+            found.add_size_error(
                 f"{samples[0]} is not set: set it to the number of samples that a rank runs at once, or set "
                 f"{dynamic[0]}=True"
             )

@@ -84,6 +84,8 @@ def examine(config: PPOConfig, target: Target) -> tuple[Plan | None, Findings]:
     found = Findings(errors=list(invalid.values()), without_files=target.without_files)
     inputs = _check_sections(config, target, set(invalid), found)
     device, model = inputs.device, inputs.model
+    if device is not None:
+        found.notes += unused_key_notes(config, device)
     if device is None or model is None or not inputs.valid or (target.starting and found.errors):
         return None, found
     plan = derive_plan(config, device, model, inputs.critic, inputs.data, inputs.quantization)
@@ -94,8 +96,8 @@ def examine(config: PPOConfig, target: Target) -> tuple[Plan | None, Findings]:
         if plan.device_memory is not None:
             check_device_memory(config, plan.device_memory, found)
     check_host_memory(plan.memory, plan.available_bytes, found)
-    plan.warnings, plan.notes = found.warnings, found.notes + unused_key_notes(config, device)
-    return plan, found
+    plan.warnings, plan.notes = found.warnings, found.notes
+    return plan if found.sizes_fit else None, found
 
 
 def _check_sections(config: PPOConfig, target: Target, invalid: set[str], found: Findings) -> _Inputs:

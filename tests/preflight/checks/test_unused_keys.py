@@ -1,13 +1,19 @@
 """Notes about changed keys that have no effect."""
 
+import itertools
+from dataclasses import replace
+
 import pytest
 
-from verl.config import PPOConfig
+from verl.config import OptimConfig, PPOConfig
 from verl.config.run_facts import RunFacts
 from verl.config.schema import key_of
+from verl.workers.engine.fsdp import _make_schedule
 
 A = "actor_rollout_ref__actor__"
 R = "actor_rollout_ref__rollout__"
+NO_VALIDATION = {"trainer__val_before_train": False}
+TOOL_AGENT = {R + "agent__default_agent_loop": "tool_agent", R + "multi_turn__enable": True}
 
 
 @pytest.mark.parametrize(
@@ -46,6 +52,16 @@ R = "actor_rollout_ref__rollout__"
         ({"trainer__total_training_steps": 3, "trainer__total_epochs": 2}, "trainer.total_epochs"),
         ({"trainer__resume_from_path": "/x"}, "trainer.resume_from_path"),
         ({"data__shuffle": False, "data__seed": 3}, "data.seed"),
+        ({"data__shuffle": False, "data__seed": 3, "data__train_max_samples": 8}, "data.seed"),
+        ({"data__filter_overlong_prompts": True, "data__truncation": "left"}, "data.truncation"),
+        ({"data__gen_batch_size": 8}, "data.gen_batch_size"),
+        ({"data__custom_cls__name": "Mine"}, "data.custom_cls.name"),
+        ({"data__val_batch_size": 2, **NO_VALIDATION}, "data.val_batch_size"),
+        ({"data__val_max_samples": 2, **NO_VALIDATION}, "data.val_max_samples"),
+        ({R + "val_kwargs__n": 2, **NO_VALIDATION}, "val_kwargs.n"),
+        ({"trainer__log_val_generations": 2, **NO_VALIDATION}, "trainer.log_val_generations"),
+        ({A + "optim__total_training_steps": 9}, "optim.total_training_steps"),
+        ({A + "optim__lr_warmup_steps": 0, A + "optim__lr_warmup_steps_ratio": 0.1}, "optim.lr_warmup_steps_ratio"),
     ],
 )
 def test_changed_key_without_effect_is_noted(plan_of, changes, key):
@@ -63,10 +79,38 @@ def test_changed_key_without_effect_is_noted(plan_of, changes, key):
         {A + "policy_loss__loss_mode": "gspo", A + "loss_agg_mode": "token-sum", A + "entropy_coeff": 0.1},
         {R + "val_kwargs__do_sample": True, R + "val_kwargs__temperature": 0.5},
         {"trainer__total_epochs": 2},
+        {"data__seed": 3, "data__train_max_samples": 8},
+        {"data__filter_overlong_prompts": True, "data__truncation": "left", **TOOL_AGENT},
+        {"data__val_batch_size": 2, "trainer__test_freq": 1, **NO_VALIDATION},
+        {"data__val_batch_size": 2, "trainer__val_only": True, **NO_VALIDATION},
     ],
 )
 def test_changed_key_with_effect_is_not_noted(plan_of, changes):
     assert [note for note in plan_of(**changes).notes if "on a CPU" not in note] == []
+
+
+OPTIM = dict(lr_warmup_steps_ratio=0.25, total_training_steps=8, min_lr_ratio=0.3)
+OPTIM_VALUES = itertools.product((-1, None, 0, 3), (0.0, 0.25), ("constant", "cosine"), (0.0, 0.3), (-1, 8))
+
+
+@pytest.mark.parametrize(("warmup", "ratio", "kind", "least", "total"), OPTIM_VALUES)
+def test_keys_of_the_schedule_are_noted_if_the_learning_rate_does_not_depend_on_them(warmup, ratio, kind, least, total):
+    config = OptimConfig(
+        lr=1.0,
+        lr_warmup_steps=warmup,
+        lr_warmup_steps_ratio=ratio,
+        lr_scheduler_type=kind,
+        min_lr_ratio=least,
+        total_training_steps=total,
+    )
+    run, optim = PPOConfig(), "actor_rollout_ref.actor.optim"
+    run.actor_rollout_ref.actor.optim = config
+    facts = RunFacts(run, "cpu", rows_choose_loop=False)
+    for name, value in OPTIM.items():
+        (condition,) = key_of(OptimConfig.__dataclass_fields__[name]).only_with
+        rates = [_make_schedule(replace(config, **{name: one}), 20) for one in (value, getattr(OptimConfig(), name))]
+        changes = [rates[0](step) != rates[1](step) for step in range(30)]
+        assert any(changes) == (condition.why_not(facts, f"{optim}.{name}") is None), name
 
 
 def test_offload_of_the_reference_model_without_one_or_on_a_cpu(plan_of):
@@ -98,5 +142,5 @@ def test_conditions_only_name_existing_keys_and_facts(device):
     found = list(conditions(PPOConfig()))
     assert len(found) > 70
     for name, condition in found:
-        reason = condition(RunFacts(PPOConfig(), device, rows_choose_loop=False), name)
+        reason = condition.why_not(RunFacts(PPOConfig(), device, rows_choose_loop=False), name)
         assert reason is None or reason.startswith(("with ", "without ", "on a CPU", "in bypass mode"))

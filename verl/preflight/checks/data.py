@@ -37,11 +37,11 @@ def check_data(config: PPOConfig, found: Findings) -> DataInfo:
     val = _check_files("data.val_files", data.val_files, data.prompt_key, found)
     for name, limit in (("train", data.train_max_samples), ("val", data.val_max_samples)):
         if limit == 0:
-            found.errors.append(f"data.{name}_max_samples=0: must be at least 1, or -1 for all rows")
+            found.add_size_error(f"data.{name}_max_samples=0: must be at least 1, or -1 for all rows")
     train, val = _limited(train, data.train_max_samples), _limited(val, data.val_max_samples)
     for name, size in (("train_batch_size", data.train_batch_size), ("gen_batch_size", data.gen_batch_size)):
         if train is not None and size is not None and train < size:
-            found.errors.append(f"data.{name}={size}: data.train_files has only {train} prompts; use at most {train}")
+            found.add_size_error(f"data.{name}={size}: data.train_files has only {train} prompts; use at most {train}")
     return DataInfo(train, val)
 
 

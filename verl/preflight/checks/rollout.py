@@ -85,7 +85,7 @@ def _check_tensor_parallel(config: PPOConfig, found: Findings) -> None:
     )
     size = rollout.tensor_model_parallel_size
     if devices % size:
-        found.errors.append(
+        found.add_size_error(
             f"{_ROLLOUT}.tensor_model_parallel_size={size}: must divide {field}={devices}; use "
             f"{nearest_sizes(size, devices, lambda number: devices % number == 0)}"
         )

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from verl.config.conditions import on_accelerator
+from verl.config.errors import ConfigError
 from verl.config.ppo import PPOConfig
 from verl.config.run_facts import RunFacts
-from verl.config.schema import key_of, walk
+from verl.config.schema import Condition, key_of, walk
 from verl.preflight.checks.agent import rows_choose_loop
 
 
@@ -19,7 +20,7 @@ def unused_key_notes(config: PPOConfig, device: str) -> list[str]:
     The note about a CPU also names unchanged keys, because their defaults are meant for an accelerator.
 
     Args:
-        config: a config without errors.
+        config: a config; conditions that read an invalid section add no note.
         device: `cpu`, `cuda` or `npu`.
     """
     run = RunFacts(config, device, rows_choose_loop(config))
@@ -41,7 +42,7 @@ def _unused_keys(section: Any, run: RunFacts, prefix: str = "") -> Iterator[tupl
         name, key, value = f"{prefix}{field.name}", key_of(field), getattr(section, field.name)
         is_section, used = dataclasses.is_dataclass(value), True
         for condition in key.only_with:
-            reason = condition(run, name)
+            reason = _why_not(condition, run, name)
             if reason is not None:
                 used = False
                 names = [inner for inner, *_ in walk(value, f"{name}.")] if is_section else [name]
@@ -49,6 +50,14 @@ def _unused_keys(section: Any, run: RunFacts, prefix: str = "") -> Iterator[tupl
         if is_section and used:
             yield from _unused_keys(value, run, f"{name}.")
         for entry, condition in key.entries_only_with.items():
-            reason = condition(run, f"{name}.{entry}")
+            reason = _why_not(condition, run, f"{name}.{entry}")
             if entry in (value or {}) and reason is not None:
                 yield reason, f"{name}.{entry}", False
+
+
+def _why_not(condition: Condition, run: RunFacts, name: str) -> str | None:
+    """Return why a key has no effect; None if it has one, or if an invalid section leaves that open."""
+    try:
+        return condition.why_not(run, name)
+    except ConfigError:
+        return None  # the check of this section reports its errors
