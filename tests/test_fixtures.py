@@ -1,8 +1,13 @@
-"""The comparison with a fake-quantized model, which end-to-end tests rely on, accepts noise and finds a wrong block."""
+"""Fixtures that other tests rely on.
+
+- The comparison with a fake-quantized model accepts noise and finds a wrong block.
+- A process group that starts too slowly is not taken for one that hangs.
+"""
 
 import pytest
 import torch
 
+from fixtures import ranks
 from fixtures.engine import PROMPTS, log_probs_of
 from fixtures.fake_quant import check_equal_up_to_rounding, fake_quantized
 from fixtures.tiny import write_tiny_model
@@ -43,3 +48,16 @@ def test_check_finds_one_block_with_a_wrong_scale_in_any_weight(model, responses
                 check_equal_up_to_rounding(log_probs_of(model, responses), expected)
             block.div_(2)
     check_equal_up_to_rounding(log_probs_of(model, responses), expected)
+
+
+def test_a_slow_start_is_not_called_a_hang(monkeypatch):
+    monkeypatch.setattr(ranks, "START_TIMEOUT_S", 0)
+    with pytest.raises(TimeoutError, match=r"ranks \[\] of 2 started within 0 s"):
+        ranks._Pool(2)
+
+
+def test_a_rank_that_does_not_return_is_called_a_hang(monkeypatch):
+    pool = ranks._Pool(2)
+    monkeypatch.setattr(ranks, "RUN_TIMEOUT_S", 0)
+    with pytest.raises(TimeoutError, match="returned within 0 s, the others hang in a collective"):
+        pool.run(ranks.wait_forever, ())
