@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fixtures.engine_cases import actor_config, make_batch
-from verl.config import ActorConfig
+from verl.algorithms.losses.common import LossConfig
 from verl.trainer.ppo.core_algos import agg_loss, compute_policy_loss_vanilla, kl_penalty, register_policy_loss
 from verl.workers.policy_objective import PolicyObjective
 
@@ -51,9 +51,8 @@ def test_arguments_of_a_registered_policy_loss(case):
         value = agg_loss(arguments["log_prob"], arguments["response_mask"], "token-sum")
         return value, {"actor/custom": value}
 
-    loss, metrics = PolicyObjective(custom, actor_config(use_kl_loss=False, entropy_coeff=0.0), info)(
-        log_probs, entropy, columns
-    )
+    actor = actor_config(use_kl_loss=False, entropy_coeff=0.0)
+    loss, metrics = PolicyObjective(custom, actor, info)(log_probs, entropy, columns)
     assert set(seen) == {
         "old_log_prob",
         "log_prob",
@@ -64,9 +63,10 @@ def test_arguments_of_a_registered_policy_loss(case):
         "rollout_is_weights",
     }
     assert seen["config"].clip_ratio_high == 0.28
-    assert seen["config"].get("clip_ratio", None) == actor_config().clip_ratio and "absent" not in seen["config"]
+    assert seen["config"].get("clip_ratio", None) == actor.clip_ratio and "absent" not in seen["config"]
     assert seen["config"]["global_batch_info"] is seen["config"].global_batch_info
-    assert isinstance(seen["config"], ActorConfig) and "global_batch_info" not in actor_config()
+    assert isinstance(seen["config"], LossConfig) and "global_batch_info" not in actor
+    assert {name: seen["config"][name] for name in actor} == dict(actor)
     assert seen["config"].global_batch_info == {"dp_size": 1} | {k: info[k] for k in info if k != "temperature"}
     assert loss == metrics["actor/custom"] == metrics["actor/pg_loss"]
 

@@ -5,6 +5,8 @@ The aggregation is additive: the results of the micro-batches of a mini-batch ad
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 import torch
 
 LOSS_AGG_MODES = (
@@ -17,6 +19,22 @@ LOSS_AGG_MODES = (
 
 # Log-ratios are clamped to +-20 before exp(), which would overflow. Beyond that the two policies are simply far apart.
 LOG_RATIO_BOUND = 20.0
+
+
+class LossDenominators(TypedDict):
+    """Counts of a whole mini-batch over all ranks, by which `agg_loss` divides; the names are upstream verl's.
+
+    Attributes:
+        dp_size: 1, because losses are added up over the ranks.
+        batch_num_tokens: response tokens.
+        global_batch_size: sequences with at least one response token.
+        loss_scale_factor: divisor of `seq-mean-token-sum-norm`, in tokens.
+    """
+
+    dp_size: int
+    batch_num_tokens: float
+    global_batch_size: float
+    loss_scale_factor: float
 
 
 def masked_sum(values: torch.Tensor, mask: torch.Tensor, dim: int | None = None) -> torch.Tensor:

@@ -2,10 +2,10 @@
 
     with span("forward", "train", rows=8): ...      # no effect unless this process has joined a timeline
 
-The driver opens the file (`open_timeline`) and passes a plain dict that names it to its processes, which join
-(`join_timeline`). A span is written when it ends, as one line appended by one system call: nothing is kept in memory or
-collected, and a killed process loses only its open spans. The array needs no closing bracket, so the trace of a failed
-run opens like any other. Appending is atomic on a local file system; on a network file system lines of two processes
+The driver opens the file (`open_timeline`) and passes a `Timeline` to its processes, which join (`join_timeline`). A
+span is written when it ends, as one line appended by one system call: nothing is kept in memory or collected, and a
+killed process loses only its open spans. The array needs no closing bracket, so the trace of a failed run opens like
+any other. Appending is atomic on a local file system; on a network file system lines of two processes
 may be interleaved, and `timeline_reader` skips them.
 
 Times are microseconds of the kernel's monotonic clock, which all processes of a host share, since the driver opened the
@@ -30,7 +30,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +38,26 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 _recorder: _Recorder | None = None
 
 
-def open_timeline(path: str | Path) -> dict[str, Any]:
+class Timeline(TypedDict):
+    """The timeline of a run, as the driver passes it to its processes.
+
+    Attributes:
+        path: absolute path of the file.
+        host: identifies the driver's host.
+        monotonic_ns, wall_ns: time at which the driver opened the timeline, on both clocks.
+    """
+
+    path: str
+    host: str
+    monotonic_ns: int
+    wall_ns: int
+
+
+def open_timeline(path: str | Path) -> Timeline:
     """Start the timeline of a run, with this process as its driver; rename an existing file to PATH.previous.
 
     Returns:
-        The argument of `join_timeline`, in plain strings and numbers.
+        The argument of `join_timeline`.
 
     Raises:
         OSError: the file cannot be written.
@@ -51,12 +66,12 @@ def open_timeline(path: str | Path) -> dict[str, Any]:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         os.replace(path, path.with_name(path.name + ".previous"))
-    timeline = {"path": str(path), "host": _host(), "monotonic_ns": time.monotonic_ns(), "wall_ns": time.time_ns()}
+    timeline = Timeline(path=str(path), host=_host(), monotonic_ns=time.monotonic_ns(), wall_ns=time.time_ns())
     join_timeline(timeline, "driver")
     return timeline
 
 
-def join_timeline(timeline: dict[str, Any] | None, process: str) -> None:
+def join_timeline(timeline: Timeline | None, process: str) -> None:
     """Record this process's spans under the name `process` from now on; no effect if `timeline` is None.
 
     A second call in the same process keeps the first name: an engine may run its workers in its own process.
@@ -66,7 +81,7 @@ def join_timeline(timeline: dict[str, Any] | None, process: str) -> None:
         _recorder = _Recorder(timeline, process)
 
 
-def current_timeline() -> dict[str, Any] | None:
+def current_timeline() -> Timeline | None:
     """Return the timeline that this process joined, to pass to its child processes; None without one."""
     return None if _recorder is None else _recorder.timeline
 
@@ -148,7 +163,7 @@ def record(name: str, category: str, start_ns: int, end_ns: int, *, overlaps: bo
 class _Recorder:
     """Append this process's events to the file of `timeline`."""
 
-    def __init__(self, timeline: dict[str, Any], process: str):
+    def __init__(self, timeline: Timeline, process: str):
         self.timeline, self.pid = timeline, os.getpid()
         if timeline["host"] == _host():
             self._origin_ns = timeline["monotonic_ns"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,9 +9,10 @@ from typing import Any
 import torch
 
 from verl.algorithms.losses import agg_loss, get_token_selector, kl_penalty
+from verl.algorithms.losses.common import LossConfig
 from verl.config import ActorConfig
 from verl.config.rollout_correction import Correction
-from verl.workers.update_loop import LossDenominators, loss_denominators
+from verl.workers.update_loop import loss_denominators
 
 
 class PolicyObjective:
@@ -43,7 +43,7 @@ class PolicyObjective:
         self._denominators = loss_denominators(meta_info)
         self._keeps_log_probs = rollout_correction is not None
         self.training_log_probs: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._loss_config = _loss_config(actor, self._denominators, rollout_correction)
+        self._loss_config = LossConfig.extend(actor, self._denominators, rollout_correction)
 
     def __call__(
         self, log_probs: torch.Tensor, entropy: torch.Tensor, columns: dict[str, torch.Tensor]
@@ -95,17 +95,3 @@ class PolicyObjective:
                     "element"
                 )
         return shares
-
-
-def _loss_config(
-    actor: ActorConfig, global_batch_info: LossDenominators, rollout_correction: Correction | None
-) -> ActorConfig:
-    """Return a copy of the actor section with two more attributes, which only the policy loss reads.
-
-    Args:
-        global_batch_info: denominators of the mini-batch.
-        rollout_correction: see `PolicyObjective`.
-    """
-    config = copy.copy(actor)
-    vars(config).update(global_batch_info=global_batch_info, rollout_correction=rollout_correction)
-    return config

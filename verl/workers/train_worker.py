@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 
@@ -17,7 +16,7 @@ from verl.utils.heap import freeze_heap
 from verl.utils.network import choose_gloo_interface
 from verl.utils.quantization.encode_report import EncodeReport, EncodeReportMessage
 from verl.utils.quantization_scheme import QuantizationScheme
-from verl.utils.timeline import join_timeline, span, spanned
+from verl.utils.timeline import Timeline, join_timeline, span, spanned
 from verl.workers.actor import ActorWorker
 from verl.workers.critic import CriticWorker
 from verl.workers.engine.export import ExportUnit
@@ -64,7 +63,7 @@ class TrainWorker:
         critic: CriticConfig | None = None,
         critic_warmup: int = 0,
         bypass: Correction | None = None,
-        timeline: dict[str, Any] | None = None,
+        timeline: Timeline | None = None,
     ):
         join_timeline(timeline, f"trainer rank {rank}")
         self._rank, self._world_size, self._config, self._device = rank, world_size, config, device

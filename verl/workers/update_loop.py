@@ -3,26 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypedDict
+from typing import Any
 
+from verl.algorithms.aggregation import LossDenominators
 from verl.protocol import DataProto
 from verl.workers.engine.base import TrainEngine
-
-
-class LossDenominators(TypedDict):
-    """Counts of a whole mini-batch over all ranks, by which `agg_loss` divides; the names are upstream verl's.
-
-    Attributes:
-        dp_size: 1, because losses are added up over the ranks.
-        batch_num_tokens: response tokens.
-        global_batch_size: sequences with at least one response token.
-        loss_scale_factor: divisor of `seq-mean-token-sum-norm`, in tokens.
-    """
-
-    dp_size: int
-    batch_num_tokens: float
-    global_batch_size: float
-    loss_scale_factor: float
 
 
 def loss_denominators(meta_info: dict[str, Any]) -> LossDenominators:

@@ -16,13 +16,15 @@ Notation in the docstrings of the losses, for one token of a response:
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 import torch
 
-from verl.algorithms.aggregation import LOG_RATIO_BOUND, agg_loss
+from verl.algorithms.aggregation import LOG_RATIO_BOUND, LossDenominators, agg_loss
 from verl.config import ActorConfig
+from verl.config.rollout_correction import Correction
 from verl.utils.registry import F, Registry
 
 LossOutput = tuple[torch.Tensor, dict[str, torch.Tensor]]
@@ -35,6 +37,29 @@ POLICY_LOSSES = Registry("policy loss", "actor_rollout_ref.actor.policy_loss.los
 _TOKEN_SELECTORS: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
+@dataclass
+class LossConfig(ActorConfig):
+    """The `actor` section, extended by fields that only a policy loss reads.
+
+    Attributes:
+        global_batch_info: denominators of the mini-batch, the keywords of `agg_loss`; None: the rows that the loss gets
+            are the whole mini-batch.
+        rollout_correction: correction that the loss applies itself; None for a loss without one.
+    """
+
+    global_batch_info: LossDenominators | None = None
+    rollout_correction: Correction | None = None
+
+    @classmethod
+    def extend(
+        cls, actor: ActorConfig, global_batch_info: LossDenominators, rollout_correction: Correction | None
+    ) -> LossConfig:
+        """Return the values of `actor`, including attributes that were added to it, with these fields."""
+        config = cls(global_batch_info=global_batch_info, rollout_correction=rollout_correction)
+        vars(config).update(vars(actor))
+        return config
+
+
 def register_policy_loss(name: str | Enum, *, select_tokens: Callable[..., Any] | None = None) -> Callable[[F], F]:
     """Return a decorator that registers a loss as `actor_rollout_ref.actor.policy_loss.loss_mode=<name>`.
 
@@ -42,7 +67,8 @@ def register_policy_loss(name: str | Enum, *, select_tokens: Callable[..., Any] 
 
     - `old_log_prob`, `log_prob`, `advantages`, `response_mask`: each [B, T];
     - `loss_agg_mode`: str;
-    - `config`: the `actor` section, with `config.global_batch_info` added: the denominators of the mini-batch;
+    - `config`: a `LossConfig`: the `actor` section, with `config.global_batch_info` added: the denominators of the
+      mini-batch;
     - `rollout_is_weights`: [B, T], or None.
 
     It returns `(loss, metrics)`: a scalar tensor and a dict. The loss and metrics that are tensors are added up over

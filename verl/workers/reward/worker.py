@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from verl.utils.timeline import join_timeline, span, spanned
+from verl.utils.timeline import Timeline, join_timeline, span, spanned
 from verl.workers.reward.function import ARGUMENTS, BadReturnError, ScoreFunction, load_function, read_return
 
 MAX_EXTRA_BYTES = 16 * 2**20
@@ -46,7 +46,7 @@ class Setup:
     reward_kwargs: dict[str, Any]
     timeout: float
     data_sources: tuple[str, ...] = ()
-    timeline: dict[str, Any] | None = None
+    timeline: Timeline | None = None
 
 
 def main(number: int, socket_fd: int, slot_fd: int, parent_pid: int) -> None:

@@ -24,7 +24,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from verl.config import ModelConfig, RolloutConfig
 from verl.utils.heap import freeze_heap
 from verl.utils.quantization.schemes import SCHEME_NAMES, weight_format
-from verl.utils.timeline import join_timeline, spanned
+from verl.utils.timeline import Timeline, join_timeline, spanned
 from verl.utils.vllm.npu_settings import check_npu_environment
 from verl.utils.vllm.server import drain
 from verl.workers.rollout.continuation import after_cut, check_continuable
@@ -69,7 +69,7 @@ class vLLMHttpServer:
         prompt_length: int,
         response_length: int,
         seed: int = 0,
-        timeline: dict[str, Any] | None = None,
+        timeline: Timeline | None = None,
     ):
         join_timeline(timeline, f"replica {replica_rank}")
         self._timeline = timeline

@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from verl.config import RolloutConfig
-from verl.utils.timeline import join_timeline, spanned
+from verl.utils.timeline import Timeline, join_timeline, spanned
 from verl.utils.vllm.reload import load_session
 from verl.workers.rollout.quantization import WorkerSettings, worker_scheme, worker_settings
 from verl.workers.weight_sync.manifest import WeightUpdateError
@@ -38,7 +38,7 @@ class WeightUpdateExtension:
 
     _verl_receiver: WeightReceiver | None = None
 
-    def verl_join_timeline(self, timeline: dict[str, Any], replica: str) -> None:
+    def verl_join_timeline(self, timeline: Timeline, replica: str) -> None:
         """Record this worker's forward passes and weight updates; see `join_timeline`."""
         join_timeline(timeline, f"{replica} worker {self.rank}")
         for method, name in (("execute_model", "forward"), ("sample_tokens", "sample")):
