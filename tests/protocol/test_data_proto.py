@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tensordict import TensorDict
 
 from verl.protocol import DataProto, DataProtoConfig, DataProtoItem, pad_dataproto_to_divisor, unpad_dataproto
+from verl.utils import atomic_io
 
 
 def make(rows: int = 6, seed: int = 0) -> DataProto:
@@ -530,15 +531,13 @@ def test_load_rejects_damaged_and_foreign_files(tmp_path):
 
 
 def test_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
-    from verl.protocol import io as proto_io
-
     path = tmp_path / "batch.safetensors"
     make(3).save_to_disk(path)
 
     def full(*_args, **_kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(proto_io, "fsync_path", full)
+    monkeypatch.setattr(atomic_io, "fsync_path", full)
     with pytest.raises(OSError, match="No space"):
         make(4).save_to_disk(path)
     assert_same(DataProto.load_from_disk(path), make(3))

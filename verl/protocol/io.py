@@ -1,7 +1,6 @@
 """Serialization of a `verl.protocol.DataProto`: tensors for pickle, and one safetensors file on disk."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
-from verl.utils.atomic_io import fsync_path
+from verl.utils.atomic_io import atomic_file
 from verl.utils.proto_columns import object_array
 
 _FILE_FORMAT = "verl.DataProto/1"
@@ -123,14 +122,7 @@ def _require_json(value: Any, where: str) -> None:
 
 def _write_safetensors(filepath: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     filepath.parent.mkdir(parents=True, exist_ok=True)
-    temporary = filepath.with_name(f".{filepath.name}.tmp-{os.getpid()}")
     # safetensors rejects tensors that share memory, as the views of one table usually do.
     own = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
-    try:
+    with atomic_file(filepath) as temporary:
         safetensors.torch.save_file(own, str(temporary), metadata={"format": _FILE_FORMAT})
-        fsync_path(temporary)
-        os.rename(temporary, filepath)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    fsync_path(filepath.parent)

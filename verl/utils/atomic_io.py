@@ -1,6 +1,8 @@
 """Atomic file writes: a file is complete or absent, even if the writer is killed."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from verl.utils.text import valid_text
@@ -18,23 +20,29 @@ def fsync_path(path: str | Path) -> None:
         os.close(fd)
 
 
-def atomic_write_text(path: str | Path, text: str) -> None:
-    """Write `text` (UTF-8) so that `path` always holds the old or the new content, even after a power failure.
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Give the path of a temporary file to write, and rename it to `path` at the end of the block.
 
-    Lone surrogates are written as U+FFFD.
-
-    Raises:
-        OSError: for example a missing directory or a full disk; `path` is unchanged and no temporary file remains.
+    `path` always holds the old or the new content, even after a power failure. If the block raises, `path` is unchanged
+    and no temporary file remains.
     """
-    path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(valid_text(text))
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        fsync_path(temporary)
         os.rename(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     fsync_path(path.parent)
+
+
+def atomic_write_text(path: str | Path, text: str) -> None:
+    """Write `text` (UTF-8) as `atomic_file` describes; lone surrogates are written as U+FFFD.
+
+    Raises:
+        OSError: for example a missing directory or a full disk.
+    """
+    with atomic_file(Path(path)) as temporary:
+        temporary.write_text(valid_text(text), encoding="utf-8")

@@ -156,6 +156,12 @@ def on_tokens(values: torch.Tensor, response_mask: torch.Tensor) -> tuple[torch.
     return spread, spread.clone()
 
 
+def whitened_on_tokens(values: torch.Tensor, response_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return advantages and returns as `on_tokens`, whitened over the tokens of the batch."""
+    whitened = whiten(values.unsqueeze(-1).expand(response_mask.shape), response_mask).to(torch.float32)
+    return whitened, whitened.clone()
+
+
 def suffix_sums(values: torch.Tensor) -> torch.Tensor:
     """Return, for each token of [B, T], the sum from this token to the end of the row."""
     return values.flip(-1).cumsum(-1).flip(-1)

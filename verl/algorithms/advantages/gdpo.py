@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from verl.algorithms.advantages.common import group_samples, outcome_reward, register_adv_est, whiten
+from verl.algorithms.advantages.common import group_samples, outcome_reward, register_adv_est, whitened_on_tokens
 from verl.config import AlgorithmConfig
 
 
@@ -57,8 +57,7 @@ def compute_gdpo_outcome_advantage(
     total = torch.zeros_like(token_level_rewards[:, 0], dtype=torch.float64)
     for weight, reward in zip(weights, rewards, strict=True):
         total += weight * (groups.normalized(reward, epsilon) if norm_adv_by_std_in_grpo else groups.centered(reward))
-    advantages = whiten(total.unsqueeze(-1).expand(response_mask.shape), response_mask).to(torch.float32)
-    return advantages, advantages.clone()
+    return whitened_on_tokens(total, response_mask)
 
 
 def _keys_and_weights(config: AlgorithmConfig) -> tuple[Sequence[str], Sequence[float]]:

@@ -5,7 +5,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from verl.algorithms.advantages.common import group_samples, outcome_reward, register_adv_est, whiten
+from verl.algorithms.advantages.common import (
+    group_samples,
+    outcome_reward,
+    register_adv_est,
+    whiten,
+    whitened_on_tokens,
+)
 from verl.config import AlgorithmConfig
 
 
@@ -66,6 +72,4 @@ def compute_reinforce_plus_plus_baseline_outcome_advantage(
         advantages and returns, the same [B, T] float32 values, 0 outside the mask.
     """
     reward = outcome_reward(token_level_rewards)
-    centered = group_samples(index, reward).centered(reward)
-    advantages = whiten(centered.unsqueeze(-1).expand(response_mask.shape), response_mask).to(torch.float32)
-    return advantages, advantages.clone()
+    return whitened_on_tokens(group_samples(index, reward).centered(reward), response_mask)
