@@ -14,7 +14,7 @@ def compute_value_loss(
     response_mask: torch.Tensor,
     cliprange_value: float,
     loss_agg_mode: str = "token-mean",
-    **denominators: float | None,
+    **denominators: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the clipped value loss; all tensors are [B, T].
 
