@@ -10,6 +10,7 @@ from verl.config import names
 from verl.config.conditions import any_of, first_of, read_by_loss, unless, when
 from verl.config.schema import ConfigSection, key, section, unsupported
 
+_HF_MODEL = "hf_model"
 _FSDP = "use strategy=fsdp2, the only supported training engine"
 
 
@@ -118,10 +119,34 @@ class CheckpointConfig(ConfigSection):
         choices=names.CHECKPOINT_CONTENTS,
         only_with=when("trainer.save_freq", at_least=1, reason="without checkpoints (trainer.save_freq)"),
     )
-    load_contents: list[str] = key(
-        ["model", "optimizer", "extra"], "parts to load when a run resumes", choices=names.CHECKPOINT_CONTENTS
+    load_contents: list[str] | None = key(
+        None,
+        "parts to load when a run resumes, of which hf_model has no effect; null: save_contents",
+        choices=names.CHECKPOINT_CONTENTS,
+    )
+    hf_dtype: str = key(
+        "auto",
+        "dtype of the weights in Hugging Face format; auto: the dtype of each weight in model.path",
+        choices=("auto", "float32", "fp32", "bfloat16", "bf16"),
+        only_with=when("save_contents", "hf_model", reason="without hf_model in checkpoint.save_contents"),
     )
     async_save: bool = unsupported(False, "saving in the background")
+
+    @property
+    def saved_parts(self) -> list[str]:
+        """The parts to save from which a run can resume."""
+        return [part for part in self.save_contents if part != _HF_MODEL]
+
+    @property
+    def loaded_parts(self) -> list[str]:
+        """The parts to load when a run resumes."""
+        contents = self.save_contents if self.load_contents is None else self.load_contents
+        return [part for part in contents if part != _HF_MODEL]
+
+    @property
+    def saves_hf_model(self) -> bool:
+        """True if a checkpoint also contains the model in Hugging Face format."""
+        return _HF_MODEL in self.save_contents
 
 
 @dataclass

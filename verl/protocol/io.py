@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
 from verl.utils.atomic_io import atomic_file
 from verl.utils.proto_columns import object_array
+from verl.utils.safetensors_file import save_safetensors
 
 _FILE_FORMAT = "verl.DataProto/1"
 
@@ -125,4 +125,4 @@ def _write_safetensors(filepath: Path, tensors: Mapping[str, torch.Tensor]) -> N
     # safetensors rejects tensors that share memory, as the views of one table usually do.
     own = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
     with atomic_file(filepath) as temporary:
-        safetensors.torch.save_file(own, str(temporary), metadata={"format": _FILE_FORMAT})
+        save_safetensors(own, temporary, file_format=_FILE_FORMAT)

@@ -264,16 +264,18 @@ class ActorWorker:
         return self.engine.export_units(dtype=dtype, exceptions=exceptions, encoder=encoder)
 
     def save_checkpoint(self, path: str | Path) -> None:
-        """Write the parts in `actor.checkpoint.save_contents` into `path`, `hf_model` into `path/huggingface`."""
-        self.engine.save(path, self._config.actor.checkpoint.save_contents)
+        """Write the resumable parts in `actor.checkpoint.save_contents` into `path`."""
+        self.engine.save(path, self._config.actor.checkpoint.saved_parts)
 
     def load_checkpoint(self, path: str | Path) -> None:
         """Read the parts in `actor.checkpoint.load_contents`."""
-        self.engine.load(path, self._config.actor.checkpoint.load_contents)
+        self.engine.load(path, self._config.actor.checkpoint.loaded_parts)
 
     def export_hf(self, path: str | Path) -> None:
-        """Write the policy as a Hugging Face directory."""
-        self.engine.export_hf(path)
+        """Write the policy as the Hugging Face directory `path` if `save_contents` has `hf_model`."""
+        checkpoint = self._config.actor.checkpoint
+        if checkpoint.saves_hf_model:
+            self.engine.export_hf(path, checkpoint.hf_dtype)
 
     def close(self) -> None:
         """Leave the process group."""

@@ -121,12 +121,17 @@ class CriticWorker:
         )
 
     def save_checkpoint(self, path: str | Path) -> None:
-        """Write the parts in `critic.checkpoint.save_contents` into `path`, `hf_model` into `path/huggingface`."""
-        self.engine.save(path, self._config.checkpoint.save_contents)
+        """Write the resumable parts in `critic.checkpoint.save_contents` into `path`."""
+        self.engine.save(path, self._config.checkpoint.saved_parts)
 
     def load_checkpoint(self, path: str | Path) -> None:
         """Read the parts in `critic.checkpoint.load_contents`."""
-        self.engine.load(path, self._config.checkpoint.load_contents)
+        self.engine.load(path, self._config.checkpoint.loaded_parts)
+
+    def export_hf(self, path: str | Path) -> None:
+        """Write the critic as the Hugging Face directory `path` if `save_contents` has `hf_model`."""
+        if self._config.checkpoint.saves_hf_model:
+            self.engine.export_hf(path, self._config.checkpoint.hf_dtype)
 
 
 class ValueObjective:

@@ -20,6 +20,7 @@ from verl.utils.timeline import Timeline, join_timeline, span, spanned
 from verl.workers.actor import ActorWorker
 from verl.workers.critic import CriticWorker
 from verl.workers.engine.export import ExportUnit
+from verl.workers.engine.hf_directory import HF_DIRECTORY
 from verl.workers.rollout.quantization import get_scheme
 from verl.workers.weight_sync.block_gather import PackedBlock
 from verl.workers.weight_sync.last_sent import LastSentWeights
@@ -166,7 +167,7 @@ class TrainWorker:
         return self._require_critic().update_critic(mini_batches)
 
     def save_checkpoint(self, directory: str) -> None:
-        """Write the states of the actor and the critic, if any, into subdirectories `actor` and `critic`."""
+        """Write the resumable states of the actor and the critic, if any, into subdirectories `actor` and `critic`."""
         with span("save_checkpoint"):
             self._actor.save_checkpoint(f"{directory}/actor")
         if self._critic is not None:
@@ -182,9 +183,11 @@ class TrainWorker:
                 self._critic.load_checkpoint(f"{directory}/critic")
 
     @spanned("export_hf")
-    def export_hf(self, path: str) -> None:
-        """Write the policy as a Hugging Face directory."""
-        self._actor.export_hf(path)
+    def export_hf(self, directory: str) -> None:
+        """Write `actor/huggingface` and `critic/huggingface` into a checkpoint, each if its `save_contents` asks."""
+        self._actor.export_hf(f"{directory}/actor/{HF_DIRECTORY}")
+        if self._critic is not None:
+            self._critic.export_hf(f"{directory}/critic/{HF_DIRECTORY}")
 
     def _require_critic(self) -> CriticWorker:
         assert self._critic is not None, "this run has no critic"

@@ -221,7 +221,7 @@ def test_a_flipped_byte_in_any_file_is_named_and_the_older_checkpoint_is_used(tm
     store = CheckpointStore(root)
     save(store, 1)
     with store.writing(2) as directory:
-        contents = ["model", "optimizer", "extra", "hf_model"]
+        contents = ["model", "optimizer", "extra"]
         run_ranks(2, save_program, source, str(directory / "actor"), contents, {"lora_rank": lora_rank})
         save_driver_state(directory, {"step": 2, "train_loader": {"samples": 6}})
     checkpoint = root / "global_step_2"

@@ -6,7 +6,7 @@ import pytest
 
 from verl.config import PPOConfig
 from verl.trainer.ppo.checkpoint import CheckpointError, load_driver_state, save_driver_state
-from verl.trainer.ppo.run_state import load_run, save_run
+from verl.trainer.ppo.run_state import HFExportError, export_run, load_run, save_run
 from verl.trainer.rollouts.prompts import LoaderState, PromptId
 
 LOADER = {"version": 1, "epoch": 2, "samples": 6, "rows": 9, "shuffle": True, "seed": 5}
@@ -69,6 +69,27 @@ async def test_a_saved_state_is_restored(tmp_path):
     assert other.data.prompts.state == LoaderState(7, LOADER)
     assert other.resumed == [PromptId(8, 2, 3), PromptId(9, 2, 4)]
     assert other.kl_controller.value == 0.25
+
+
+async def test_a_failed_export_leaves_the_resumable_part(tmp_path):
+    """A rank fails while it writes the critic's Hugging Face directory."""
+
+    class FailingRanks(Ranks):
+        async def all(self, method, *arguments):
+            if method.__name__ != "export_hf":
+                return await super().all(method, *arguments)
+            for model in ("actor", "critic"):
+                (tmp_path / model / "huggingface").mkdir(parents=True)
+                (tmp_path / model / "huggingface" / "model.safetensors").write_text("half")
+            raise ValueError("generation config is invalid")
+
+    run = Run()
+    run.processes.trainers = FailingRanks()
+    await save_run(run, tmp_path, 3)
+    with pytest.raises(HFExportError, match="ValueError: generation config is invalid"):
+        await export_run(run, tmp_path)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["actor", "critic", "data.pt"]
+    assert await load_run(Run(), tmp_path) == 3
 
 
 async def test_a_state_without_the_later_keys_is_restored(tmp_path):

@@ -55,7 +55,7 @@ from verl.config.record import write_record
 from verl.preflight import Plan
 from verl.protocol import DataProto
 from verl.single_controller.session import RaySession
-from verl.trainer.ppo.checkpoint import CheckpointStore
+from verl.trainer.ppo.checkpoint import CheckpointError, CheckpointStore
 from verl.trainer.ppo.consistency import check_consistency
 from verl.trainer.ppo.metrics import (
     compute_data_metrics,
@@ -65,7 +65,7 @@ from verl.trainer.ppo.metrics import (
 )
 from verl.trainer.ppo.off_policy import correct_rollout, drop_rejected, mismatch_metrics
 from verl.trainer.ppo.rewards_to_advantages import apply_advantages, apply_kl_penalty
-from verl.trainer.ppo.run_state import load_run, save_run
+from verl.trainer.ppo.run_state import HFExportError, export_run, load_run, save_run
 from verl.trainer.ppo.runtime import Runtime
 from verl.trainer.ppo.validation_run import ValidationRun
 from verl.trainer.rollouts.pipeline import RolloutPipeline, rollout_pipeline
@@ -189,10 +189,26 @@ class RayPPOTrainer:
         self.resumed = checkpoint is not None
 
     async def save(self, tracking: Tracking) -> None:
-        """Write a checkpoint; log its time to the files, without another line on the console."""
+        """Write a checkpoint; log its time to the files, without another line on the console.
+
+        Raises:
+            CheckpointError: it could not be written. If only its Hugging Face directories could not, the checkpoint is
+                published without them first, so that the run can resume from it.
+        """
         timing: dict[str, float] = {}
+        failed: HFExportError | None = None
         with marked_timer("save_checkpoint", timing), self.store.writing(self.step) as directory:
             await save_run(self.runtime, directory, self.step)
+            try:
+                await export_run(self.runtime, directory)
+            except HFExportError as error:
+                failed = error
+        if failed is not None:
+            raise CheckpointError(
+                f"the checkpoint of step {self.step} was saved, but without the model in Hugging Face format (hf_model "
+                f"in checkpoint.save_contents): {failed}. The same command resumes from it; `verl export` writes the "
+                "model later"
+            ) from failed
         backends = [name for name in self.config.trainer.logger if name != "console"]
         tracking.log({"timing_s/save_checkpoint": timing["save_checkpoint"]}, self.step, backend=backends)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import NotRequired, TypedDict, cast
 
 from verl.trainer.ppo.checkpoint import CheckpointError, load_driver_state, save_driver_state
 from verl.trainer.ppo.runtime import Runtime
 from verl.trainer.rollouts.prompts import LoaderState, PromptId
+from verl.workers.engine.hf_directory import HF_DIRECTORY
 from verl.workers.train_worker import TrainWorker
 
 
@@ -29,8 +31,12 @@ class DriverState(TypedDict):
     carried: NotRequired[list[tuple[int, ...]]]
 
 
+class HFExportError(OSError):
+    """The models could not be written in Hugging Face format."""
+
+
 async def save_run(runtime: Runtime, directory: Path, step: int) -> None:
-    """Write everything that a run needs to resume into `directory`.
+    """Write everything that a run needs to resume into `directory`; `export_run` adds the other parts.
 
     Args:
         runtime: running, between two steps.
@@ -47,6 +53,20 @@ async def save_run(runtime: Runtime, directory: Path, step: int) -> None:
         carried=[tuple(prompt) for prompt in runtime.sampler.carried_prompts()],
     )
     save_driver_state(directory, state)
+
+
+async def export_run(runtime: Runtime, directory: Path) -> None:
+    """Write the models in Hugging Face format into a checkpoint whose resumable part is complete, if the config asks.
+
+    Raises:
+        HFExportError: a model could not be written. Its directory is removed, so the checkpoint can be published.
+    """
+    try:
+        await runtime.processes.trainers.all(TrainWorker.export_hf, str(directory))
+    except Exception as error:
+        for model in ("actor", "critic"):
+            shutil.rmtree(directory / model / HF_DIRECTORY, ignore_errors=True)
+        raise HFExportError(f"{type(error).__name__}: {error}") from error
 
 
 async def load_run(runtime: Runtime, directory: Path) -> int:

@@ -116,15 +116,19 @@ class TrainEngine(ABC):
 
     @abstractmethod
     def save(self, path: str | Path, contents: Sequence[str] = ("model", "optimizer", "extra")) -> None:
-        """Write a resumable state into directory `path`; `hf_model` in the contents adds `path/huggingface`."""
+        """Write the parts `contents` of a resumable state into directory `path`."""
 
     @abstractmethod
     def load(self, path: str | Path, contents: Sequence[str] = ("model", "optimizer", "extra")) -> None:
-        """Read the state that `save` wrote with any number of ranks; `hf_model` is ignored."""
+        """Read the state that `save` wrote with any number of ranks."""
 
     @abstractmethod
-    def export_hf(self, path: str | Path) -> None:
-        """Write a Hugging Face model directory: config, generation config, tokenizer and safetensors."""
+    def export_hf(self, path: str | Path, dtype: str = "auto") -> None:
+        """Write a Hugging Face directory that differs from `model.path` only in the weights.
+
+        Args:
+            dtype: value of `checkpoint.hf_dtype`.
+        """
 
 
 class PolicyEngine(TrainEngine):

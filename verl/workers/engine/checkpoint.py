@@ -34,7 +34,6 @@ from verl.workers.engine import lora
 logger = logging.getLogger(__name__)
 
 CONTENTS = ("model", "optimizer", "extra")
-HF_MODEL = "hf_model"
 _ENGINE_FILE = "engine.json"
 
 

@@ -139,20 +139,18 @@ class FSDPTrainEngine(TrainEngine):
     def save(self, path: str | Path, contents: Sequence[str] = checkpoint.CONTENTS) -> None:
         checkpoint.save_state(
             Path(path),
-            [part for part in contents if part != checkpoint.HF_MODEL],
+            contents,
             model=self.model,
             optimizer=self._optimizer,
             schedule_step=self._schedule_step,
             device=self._device,
             group=self._group,
         )
-        if checkpoint.HF_MODEL in contents:
-            self.export_hf(Path(path) / "huggingface")
 
     def load(self, path: str | Path, contents: Sequence[str] = checkpoint.CONTENTS) -> None:
         step = checkpoint.load_state(
             Path(path),
-            [part for part in contents if part != checkpoint.HF_MODEL],
+            contents,
             model=self.model,
             optimizer=self._optimizer,
             device=self._device,
@@ -161,13 +159,14 @@ class FSDPTrainEngine(TrainEngine):
         if step is not None:
             self._schedule_step = step
 
-    def export_hf(self, path: str | Path) -> None:
+    def export_hf(self, path: str | Path, dtype: str = "auto") -> None:
         write_hf_directory(
             self.model,
             Path(path),
-            model_path=self._path,
-            tokenizer_path=self._model_config.tokenizer_path or self._path,
-            trust_remote_code=bool(self._model_config.trust_remote_code),
+            source=Path(self._path),
+            tokenizer=Path(self._model_config.tokenizer_path or self._path),
+            override=self._model_config.override_config,
+            dtype=dtype,
             writes=dist.get_rank(self._group) == 0,
         )
         dist.barrier(group=self._group)

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from verl.config import LoraOptions
+from verl.utils.safetensors_file import save_safetensors
 from verl.workers.engine.lora_targets import check_peft_keeps, shortest_names, target_names
 
 logger = logging.getLogger(__name__)
@@ -139,7 +140,7 @@ def write_adapter(model: nn.Module, path: Path, *, writes: bool) -> None:
                 tensors[_file_key(name, part)] = full.cpu().contiguous()
     if writes:
         path.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, path / _WEIGHTS_FILE, metadata={"format": "pt"})
+        save_safetensors(tensors, path / _WEIGHTS_FILE)
         _peft_config(model).save_pretrained(str(path))
 
 

@@ -72,6 +72,11 @@ def to_value_model(model: PreTrainedModel, head: dict[str, torch.Tensor] | None 
     model.forward = functools.partial(_values, model)
 
 
+def has_value_head(model: PreTrainedModel) -> bool:
+    """Return True if `to_value_model` was called on the model."""
+    return isinstance(model.forward, functools.partial) and model.forward.func is _values
+
+
 def _values(
     model: PreTrainedModel, input_ids: torch.Tensor, position_ids: torch.Tensor, rows: torch.Tensor, **options: Any
 ) -> torch.Tensor:
