@@ -7,6 +7,7 @@ from fixtures.delta_steps import check_delta_steps
 from fixtures.engine import log_probs_of, weights_of
 from fixtures.fake_quant import check_equal_up_to_rounding, fake_quantized
 from verl.config import RolloutConfig
+from verl.workers.weight_sync.manifest import WeightUpdateError
 
 pytestmark = pytest.mark.e2e
 
@@ -45,3 +46,18 @@ def test_two_ranks_hold_their_shares(start, kind):
         responses, log_probs = engine.sample()
         check_equal_up_to_rounding(log_probs, log_probs_of(fake_quantized(source), responses))
         assert engine.rpc("verl_parameter_addresses") == addresses
+
+
+@pytest.mark.parametrize("experts", ["split", "distributed"])
+def test_tensors_that_no_rank_uses_are_refused(tiny_models, engines, experts):
+    """With expert parallelism, each rank skips the experts of the other one."""
+    (source,) = tiny_models(1, kind="qwen3_moe", tied=False, attention_bias=True)
+    ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    over = {"enable_expert_parallel": True} if experts == "distributed" else {}
+    engine, _ = engines.get(source, dtype="bfloat16", **ranks, **over)
+    weights = weights_of(source)
+    dropped = [name for name in weights if name.endswith("o_proj.bias")]
+    assert dropped, "the model has no tensor that the engine drops"
+    with pytest.raises(WeightUpdateError, match=f"no place for {len(dropped)} tensors .*: {dropped[0]}"):
+        engine.update(weights.items(), dtype=torch.bfloat16)
+    engine.update(((name, weight) for name, weight in weights.items() if name not in dropped), dtype=torch.bfloat16)

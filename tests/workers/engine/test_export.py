@@ -116,6 +116,18 @@ def test_bfloat16_master_weights_are_exported_as_bfloat16(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("kind", ["glm4_moe", "deepseek_v3"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_bias_of_a_router_stays_float32_in_a_bfloat16_model(tmp_path, kind, ranks):
+    source = write_tiny_model(tmp_path / "source", kind=kind, tied=False)
+    exact = "e_score_correction_bias"
+    expected = {name: t if name.endswith(exact) else t.bfloat16() for name, t in saved(source).items()}
+    actor = actor_config(fsdp_config=fsdp_config(model_dtype="bf16", dtype="bfloat16"))
+    for weights in run_ranks(ranks, export_program, str(source), str(tmp_path / "hf"), actor):
+        assert_same(weights, expected)
+    assert_same(saved(tmp_path / "hf"), expected)
+
+
 # ---- encoding before the gather ----
 
 Q_PROJ, EXPERT = "model.layers.1.self_attn.q_proj.weight", "model.layers.0.mlp.experts.2.up_proj.weight"

@@ -6,8 +6,9 @@ parameter at a time, so a host's memory holds at most one full copy of the model
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -96,6 +97,7 @@ def load_sharded_model(
         move_model(model, device)
     else:
         model = _model_without_storage(options, value_head, lora)
+        _take_dtypes_from_rank0(model, source, mesh, device)
     model.eval()
     names = decoder_layer_names(model)
     if gradient_checkpointing:
@@ -209,6 +211,26 @@ def _shard(
 def move_model(model: PreTrainedModel, device: torch.device) -> None:
     """Move the model's parameters and buffers to a device in place."""
     model.to(device)  # type: ignore[arg-type]  # transformers' wrapper of `to` hides `self`
+
+
+@torch.no_grad()
+def _take_dtypes_from_rank0(
+    model: PreTrainedModel, source: PreTrainedModel | None, mesh: DeviceMesh, device: torch.device
+) -> None:
+    """Give parameters and buffers the dtypes of rank 0's full model `source`; None on the other ranks.
+
+    Only `from_pretrained` keeps some of them in float32, such as the bias of DeepSeek-V3's routers.
+    """
+    group = mesh.get_group()
+    dtypes = [None if source is None else {name: tensor.dtype for name, tensor in _tensors(source)}]
+    dist.broadcast_object_list(dtypes, src=dist.get_global_rank(group, 0), group=group, device=device)
+    assert dtypes[0] is not None
+    for name, tensor in _tensors(model):
+        tensor.data = tensor.data.to(dtypes[0][name])
+
+
+def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    return itertools.chain(model.named_parameters(), model.named_buffers())
 
 
 @torch.no_grad()
