@@ -4,7 +4,7 @@ SHELL := bash
 python := .venv/bin/python
 
 .PHONY: help setup quickstart test test-all unit e2e e2e-short e2e-rest browser contract lint format reference docs \
-	sweep study lock bench bench-update bench-step bench-overhead bench-growth bench-scale
+	sweep study lock models bench bench-update bench-step bench-overhead bench-growth bench-scale
 
 help: ## print this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 24
@@ -59,6 +59,9 @@ reference: setup ## write the YAML files and docs/config.md from the config data
 
 docs: setup ## build the documentation into build/site; a broken link is an error
 	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build && echo "open build/site/index.html"
+
+models: setup ## train a tiny model of each architecture; writes the table of docs/models.md, half an hour
+	$(python) benchmarks/model_table.py --write docs/models.md $(ARGS)
 
 bench: setup ## run the benchmarks that take minutes; each prints a table
 	@for benchmark in quantizer weight_update generation overhead scale_model; do \

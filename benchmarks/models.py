@@ -78,10 +78,15 @@ def write_model(size: str, directory: Path) -> Path:
     torch.manual_seed(0)
     shape = config(size)
     AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16).save_pretrained(directory)
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, shape.vocab_size)}
+    write_tokenizer(shape.vocab_size, directory)
+    return directory
+
+
+def write_tokenizer(vocabulary: int, directory: Path) -> None:
+    """Write a tokenizer with one token per word `w3`, `w4`, ... and a chat template without markers."""
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, vocabulary)}
     tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = Whitespace()
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<pad>"}
     template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **special).save_pretrained(directory)
-    return directory
