@@ -220,6 +220,7 @@ def test_an_unknown_policy_loss_fails_before_the_model_is_read():
         0,
         worker_config("nowhere", actor=actor),
         total_training_steps=1,
+        max_model_len=64,
         with_ref=False,
         device="cpu",
     )
@@ -233,9 +234,8 @@ def test_a_worker_joins_and_leaves_the_process_group(model_dir):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    worker = ActorWorker(
-        0, 1, "127.0.0.1", port, worker_config(model_dir), total_training_steps=1, with_ref=False, device="cpu"
-    )
+    options = {"total_training_steps": 1, "max_model_len": 64, "with_ref": False, "device": "cpu"}
+    worker = ActorWorker(0, 1, "127.0.0.1", port, worker_config(model_dir), **options)
     worker.init_model()
     assert dist.is_initialized()
     worker.close()

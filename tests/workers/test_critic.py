@@ -268,7 +268,7 @@ def test_a_non_finite_return_stops_all_ranks(model_dir, ranks):
 
 def test_limits_are_checked_before_the_model_is_read():
     config = critic_config("nowhere", ppo_micro_batch_size_per_gpu=None)
-    worker = CriticWorker(0, 1, "127.0.0.1", 0, config, total_training_steps=1, device="cpu")
+    worker = CriticWorker(0, 1, "127.0.0.1", 0, config, total_training_steps=1, max_model_len=64, device="cpu")
     with pytest.raises(RuntimeError, match=r"init_model\(\) first"):
         worker.compute_values(critic_batch(2))
     with pytest.raises(ValueError, match="micro_batch_size_per_gpu"):

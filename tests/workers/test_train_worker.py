@@ -22,6 +22,7 @@ def test_actor_and_critic_share_a_process_group(model_dir):
         config=worker_config(model_dir),
         device="cpu",
         total_training_steps=10,
+        max_model_len=64,
         with_ref=False,
         seed=0,
         rollout_dtype="float32",
@@ -44,6 +45,6 @@ def test_actor_and_critic_share_a_process_group(model_dir):
 
 def test_critic_methods_are_an_error_in_a_run_without_a_critic(model_dir):
     options = {"world_size": 1, "config": worker_config(model_dir), "device": "cpu", "total_training_steps": 1}
-    worker = TrainWorker(0, **options, with_ref=False, seed=0, rollout_dtype="float32")
+    worker = TrainWorker(0, **options, max_model_len=64, with_ref=False, seed=0, rollout_dtype="float32")
     with pytest.raises(AssertionError, match="no critic"):
         worker.compute_values(critic_batch(2))

@@ -63,6 +63,7 @@ class ActorWorker:
         master_addr, master_port: address where rank 0 listens.
         config: the `actor_rollout_ref` section.
         total_training_steps: length of the learning-rate schedule.
+        max_model_len: limit of a sequence in tokens, the same as in the rollout engine.
         with_ref: also hold the reference policy, a frozen copy of the initial model.
         device: "cpu", "cuda" or "npu"; if several devices are visible, see `select_device`.
         bypass: the rollout correction of bypass mode, in which `old_log_probs` come from the rollout engine and the
@@ -78,6 +79,7 @@ class ActorWorker:
         config: ActorRolloutRefConfig,
         *,
         total_training_steps: int,
+        max_model_len: int,
         with_ref: bool,
         device: str,
         bypass: Correction | None = None,
@@ -87,6 +89,7 @@ class ActorWorker:
         self._master = (master_addr, master_port)
         self._config = config
         self._total_training_steps = total_training_steps
+        self._max_model_len = max_model_len
         self._with_ref = with_ref
         self._device_type = device
         self._bypass = bypass
@@ -121,6 +124,7 @@ class ActorWorker:
             mesh=mesh,
             device=self._device,
             compute_dtype=choose_dtype(self._device_type, fsdp_config.dtype).name,
+            max_model_len=self._max_model_len,
             optim_config=optim_config,
             total_training_steps=self._total_training_steps,
         )

@@ -35,6 +35,7 @@ class CriticWorker:
         master_addr, master_port: address where rank 0 listens; not used if this process has already joined the group.
         config: the `critic` section, completed by `verl.config.critic.resolve_critic`.
         total_training_steps: length of the learning-rate schedule.
+        max_model_len: limit of a sequence in tokens, the same as in the rollout engine.
         device: "cpu", "cuda" or "npu".
     """
 
@@ -47,6 +48,7 @@ class CriticWorker:
         config: CriticConfig,
         *,
         total_training_steps: int,
+        max_model_len: int,
         device: str,
     ):
         self.rank = rank
@@ -54,6 +56,7 @@ class CriticWorker:
         self._master = (master_addr, master_port)
         self._config = config
         self._total_training_steps = total_training_steps
+        self._max_model_len = max_model_len
         self._device_type = device
         self._engine: ValueEngine | None = None
 
@@ -76,6 +79,7 @@ class CriticWorker:
             mesh=join_process_group(self._device_type, self.rank, self.world_size, *self._master),
             device=device,
             compute_dtype=choose_dtype(self._device_type, config.fsdp.dtype).name,
+            max_model_len=self._max_model_len,
             optim_config=config.optim,
             total_training_steps=self._total_training_steps,
         )

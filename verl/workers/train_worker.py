@@ -41,6 +41,7 @@ class TrainWorker:
         config: the section `actor_rollout_ref`.
         device: `cpu`, `cuda` or `npu`.
         total_training_steps: length of the learning-rate schedule in training steps.
+        max_model_len: limit of a sequence in tokens, the same as in the rollout engine.
         with_ref: also load the reference model.
         seed: seed of the run, from which each rank derives its own.
         rollout_dtype: name of the dtype in which weights are sent.
@@ -58,6 +59,7 @@ class TrainWorker:
         config: ActorRolloutRefConfig,
         device: str,
         total_training_steps: int,
+        max_model_len: int,
         with_ref: bool,
         seed: int,
         rollout_dtype: str,
@@ -69,6 +71,7 @@ class TrainWorker:
         join_timeline(timeline, f"trainer rank {rank}")
         self._rank, self._world_size, self._config, self._device = rank, world_size, config, device
         self._total_training_steps, self._with_ref, self._seed = total_training_steps, with_ref, seed
+        self._max_model_len = max_model_len
         self._critic_config, self._critic_warmup, self._bypass = critic, critic_warmup, bypass
         self._critic: CriticWorker | None = None
         self._send_dtype = dtype_from_name(rollout_dtype)
@@ -112,6 +115,7 @@ class TrainWorker:
             port,
             self._config,
             total_training_steps=max(1, self._total_training_steps - self._critic_warmup),
+            max_model_len=self._max_model_len,
             with_ref=self._with_ref,
             device=self._device,
             bypass=self._bypass,
@@ -126,6 +130,7 @@ class TrainWorker:
                 port,
                 self._critic_config,
                 total_training_steps=self._total_training_steps,
+                max_model_len=self._max_model_len,
                 device=self._device,
             )
             self._critic.init_model()

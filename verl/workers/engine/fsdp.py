@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -33,8 +33,8 @@ from verl.workers.engine.export import ExportUnit, WeightExport
 from verl.workers.engine.hf_directory import write_hf_directory
 from verl.workers.engine.loading import load_sharded_model, move_model, parse_dtype
 from verl.workers.engine.log_probs import token_log_probs
-from verl.workers.engine.micro_batch import AlignedBatch, Layout, MicroBatch, MicroBatching
-from verl.workers.engine.packed_attention import pack_attention
+from verl.workers.engine.micro_batch import AlignedBatch, Layout, MicroBatch, MicroBatching, call_model
+from verl.workers.engine.packed_attention import packs_sequences
 
 # Counts that are summed together with the metrics, to compute `padding_fraction`.
 _TOKENS, _POSITIONS = "tokens", "positions"
@@ -49,6 +49,7 @@ class FSDPTrainEngine(TrainEngine):
         mesh: one-dimensional mesh of all ranks.
         device: this rank's device.
         compute_dtype: dtype of matrix products and activations, e.g. "float32" or "bfloat16".
+        max_model_len: limit of a sequence in tokens, the same as in the rollout engine.
         optim_config: the `optim` section; None for an engine without an optimizer, which only runs forward.
         total_training_steps: length of the learning-rate schedule.
     """
@@ -63,6 +64,7 @@ class FSDPTrainEngine(TrainEngine):
         mesh: DeviceMesh,
         device: torch.device,
         compute_dtype: str,
+        max_model_len: int,
         optim_config: OptimConfig | None = None,
         total_training_steps: int = 0,
     ):
@@ -77,6 +79,8 @@ class FSDPTrainEngine(TrainEngine):
             device=device,
             dtype=parse_dtype(fsdp_config.model_dtype, "fsdp_config.model_dtype"),
             compute_dtype=parse_dtype(compute_dtype, "compute dtype"),
+            max_model_len=max_model_len,
+            packs=model_config.use_remove_padding,
             trust_remote_code=bool(model_config.trust_remote_code),
             override_config=model_config.override_config,
             gradient_checkpointing=trains and model_config.enable_gradient_checkpointing,
@@ -88,7 +92,7 @@ class FSDPTrainEngine(TrainEngine):
             self.model.requires_grad_(False)
         self._layout = Layout.FULL_ROWS
         if model_config.use_remove_padding:
-            self._layout = Layout.PACKED if pack_attention(self.model) else Layout.ROWS
+            self._layout = Layout.PACKED if packs_sequences(self.model) else Layout.ROWS
         self._optimizer = None if optim_config is None else _make_optimizer(self.model, optim_config, device)
         self._lr_at = None if optim_config is None else _make_schedule(optim_config, total_training_steps)
         self._clip = None if optim_config is None else optim_config.clip_grad
@@ -357,7 +361,7 @@ class FSDPValueEngine(FSDPTrainEngine, ValueEngine):
 
     def _forward(self, micro_batch: MicroBatch, aligned: AlignedBatch) -> torch.Tensor:
         """Return the values of a micro-batch, [b, T] float32."""
-        flat = _call_model(self.model, micro_batch, rows=micro_batch.predictor_indices)
+        flat = call_model(self.model, micro_batch, rows=micro_batch.predictor_indices)
         return _scatter(flat.squeeze(-1), micro_batch, aligned)
 
 
@@ -380,7 +384,7 @@ class _SelectRows:
         """Return the logits [N, V] of the positions that predict response tokens."""
         self._rows = rows = micro_batch.predictor_indices
         try:
-            logits = _call_model(model, micro_batch, attention_mask=None, use_cache=False).logits
+            logits = call_model(model, micro_batch, attention_mask=None, use_cache=False).logits
         finally:
             self._rows = None
         if logits.shape[:2] != (1, len(rows)):
@@ -423,16 +427,6 @@ def _make_schedule(config: OptimConfig, run_steps: int) -> Callable[[int], float
         return config.lr * factor
 
     return lr_at
-
-
-def _call_model(model: PreTrainedModel, micro_batch: MicroBatch, **options: Any) -> Any:
-    sequences = micro_batch.sequences
-    if sequences is not None:
-        options["packed_sequences"] = sequences
-    output = model(input_ids=micro_batch.input_ids, position_ids=micro_batch.position_ids, **options)
-    if sequences is not None:
-        sequences.check_used(model)
-    return output
 
 
 def _scatter(flat: torch.Tensor, micro_batch: MicroBatch, aligned: AlignedBatch) -> torch.Tensor:

@@ -19,11 +19,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from verl.config import LoraOptions
 from verl.utils.hf_config import ATTENTION_BACKEND, read_config
+from verl.workers.engine.attention_choice import AttentionChoice, choose_attention
 from verl.workers.engine.lora import add_adapters, has_adapters
+from verl.workers.engine.packed_attention import pack_attention
+from verl.workers.engine.rope import fix_rope_length
 from verl.workers.engine.value_head import HEAD, output_head_keys, read_head, to_value_model
 
 logger = logging.getLogger(__name__)
@@ -49,6 +52,8 @@ def load_sharded_model(
     device: torch.device,
     dtype: torch.dtype,
     compute_dtype: torch.dtype,
+    max_model_len: int,
+    packs: bool,
     trust_remote_code: bool = False,
     override_config: Mapping[str, Any] | None = None,
     gradient_checkpointing: bool = False,
@@ -67,25 +72,31 @@ def load_sharded_model(
         device: this rank's device.
         dtype: dtype of the sharded parameters, which the optimizer updates.
         compute_dtype: dtype of the gathered parameters and of the activations.
+        max_model_len: limit of a sequence in tokens, as in the engine; see `verl.workers.engine.rope`.
+        packs: pack the sequences of a micro-batch into one row, if the model can.
         trust_remote_code: run Python code of the model.
-        override_config: fields of the model's config to replace; `attn_implementation` selects the attention backend.
+        override_config: fields of the model's config to replace; `attn_implementation` selects the attention backend,
+            which `verl.workers.engine.attention_choice` otherwise chooses.
         gradient_checkpointing: recompute a layer's activations in the backward pass.
         reshard_after_forward: free a layer's gathered parameters between forward and backward.
         value_head: replace the LM head by a scalar head, see `verl.workers.engine.value_head`.
         lora: add adapters and train only these, see `verl.workers.engine.lora`.
 
     Raises:
-        ValueError: the checkpoint lacks weights of the model, or their shapes differ; gradient checkpointing of a model
-            without layers that transformers knows.
+        ValueError: the checkpoint lacks weights of the model, or their shapes differ; the model is not causal;
+            `attn_implementation` ignores a part of its attention; gradient checkpointing of a model without layers
+            that transformers knows.
     """
     override = dict(override_config or {})
-    attention = override.pop(ATTENTION_BACKEND, None)  # None: transformers chooses the backend
+    requested = override.pop(ATTENTION_BACKEND, None)
     section = "critic.model" if value_head else "actor_rollout_ref.model"
+    config = read_config(path, trust_remote_code, override, section)
+    attention = _choose_on_rank0(mesh, device, config, requested, packs, section, trust_remote_code)
     options = {
-        "config": read_config(path, trust_remote_code, override, section),
+        "config": config,
         "dtype": dtype,
         "trust_remote_code": trust_remote_code,
-        "attn_implementation": attention,
+        "attn_implementation": attention.implementation,
     }
     single_rank = mesh.size() == 1
     source = read_checkpoint(path, section, value_head, **options) if mesh.get_rank() == 0 else None
@@ -99,6 +110,9 @@ def load_sharded_model(
         model = _model_without_storage(options, value_head, lora)
         _take_dtypes_from_rank0(model, source, mesh, device)
     model.eval()
+    fix_rope_length(model, max_model_len)
+    if attention.packs:
+        pack_attention(model)
     names = decoder_layer_names(model)
     if gradient_checkpointing:
         _checkpoint_layers(model, names, section)
@@ -107,6 +121,27 @@ def load_sharded_model(
         model.to_empty(device=device)
         _distribute_from_rank0(model, source, mesh, device)
     return model
+
+
+def _choose_on_rank0(
+    mesh: DeviceMesh,
+    device: torch.device,
+    config: PreTrainedConfig,
+    requested: str | None,
+    packs: bool,
+    section: str,
+    trust_remote_code: bool,
+) -> AttentionChoice:
+    """Return the result of `choose_attention` on rank 0, on every rank."""
+    choice: list[AttentionChoice | None] = [None]
+    if mesh.get_rank() == 0:
+        choice = [
+            choose_attention(config, requested, packs=packs, section=section, trust_remote_code=trust_remote_code)
+        ]
+    group = mesh.get_group()
+    dist.broadcast_object_list(choice, src=dist.get_global_rank(group, 0), group=group, device=device)
+    assert choice[0] is not None
+    return choice[0]
 
 
 def _model_without_storage(options: Mapping[str, Any], value_head: bool, lora: LoraOptions | None) -> PreTrainedModel:

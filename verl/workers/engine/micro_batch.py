@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from transformers import PreTrainedModel
 
 from verl.protocol import DataProto
 from verl.workers.engine.packed_attention import PackedSequences
@@ -82,6 +84,21 @@ class MicroBatch:
     predictor_indices: torch.Tensor
     targets: torch.Tensor
     response_indices: torch.Tensor
+
+
+def call_model(model: PreTrainedModel, micro_batch: MicroBatch, **options: Any) -> Any:
+    """Return the model's output for a micro-batch.
+
+    Raises:
+        NotImplementedError: the sequences are packed, but the model's attention does not know that.
+    """
+    sequences = micro_batch.sequences
+    if sequences is not None:
+        options["packed_sequences"] = sequences
+    output = model(input_ids=micro_batch.input_ids, position_ids=micro_batch.position_ids, **options)
+    if sequences is not None:
+        sequences.check_used(model)
+    return output
 
 
 class AlignedBatch:

@@ -90,6 +90,11 @@ def pack_attention(model: PreTrainedModel) -> bool:
     return True
 
 
+def packs_sequences(model: PreTrainedModel) -> bool:
+    """Return True if `pack_attention` was successful for the model."""
+    return model.config._attn_implementation == _NAME
+
+
 def _packed_sdpa(
     module: torch.nn.Module,
     query: torch.Tensor,
