@@ -7,6 +7,7 @@ from typing import Any
 
 from verl.config.ppo import PPOConfig
 from verl.preflight.batch_sizes import longest_sample
+from verl.preflight.checks.same_function import check_rope, check_train_mode, rope_sections, rope_type
 from verl.preflight.findings import Findings
 from verl.preflight.target import Target
 from verl.utils.model_dir.errors import ModelFilesError
@@ -44,7 +45,9 @@ def check_model(config: PPOConfig, target: Target, found: Findings) -> ModelFile
         return None
     _check_tokenizer(model.path, model.tokenizer_path, target, found)
     check_override(_MODEL, model.override_config, files, found)
+    check_train_mode(_MODEL, model.override_config, files, found)
     files = with_overrides(files, model.override_config)
+    check_rope(_MODEL, files, config.actor_rollout_ref.rollout.max_model_len or longest_sample(config), found)
     _check_max_model_len(config, found)
     _check_positions(config, files, found)
     _check_heads(config, files, found)
@@ -143,10 +146,10 @@ def _length_keys(config: PPOConfig) -> str:
 def max_positions(files: ModelFiles) -> int | None:
     """Return the maximum length of a sequence in tokens; None if it is not known.
 
-    Scaled rotary embeddings reach further than `max_position_embeddings`, so their limit is not known.
+    Scaled rotary embeddings reach further than `max_position_embeddings`, so their limit is not known. The type
+    `dynamic` does not: vLLM's table of it ends there.
     """
-    scaling = files.config.get("rope_scaling") or files.config.get("rope_parameters") or {}
-    if isinstance(scaling, dict) and "factor" in scaling:
+    if any("factor" in rope and rope_type(rope) != "dynamic" for _, rope in rope_sections(files)):
         return None
     return files.number("max_position_embeddings", "n_positions")
 

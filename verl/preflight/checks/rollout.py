@@ -37,6 +37,7 @@ _OWN_KEYS = {
     "quantization": f"{_ROLLOUT}.quantization",
     "load_format": f"{_ROLLOUT}.load_format",
     "tensor_parallel_size": f"{_ROLLOUT}.tensor_model_parallel_size",
+    "max_model_len": f"{_ROLLOUT}.max_model_len",
 }
 
 
