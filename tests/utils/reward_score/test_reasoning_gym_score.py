@@ -38,6 +38,7 @@ def test_metadata_reaches_the_scorer_as_dict_or_json():
         ("<answer> tac </answer>", "tac"),
         ("<answer>a</answer> no <answer>b</answer>", "b"),
         ("<think><answer>a</answer></think> b", "b"),
+        ("<think><answer>a</answer></think>\n", "a"),
         ("<answer>a", "<answer>a"),
         ("", ""),
     ],

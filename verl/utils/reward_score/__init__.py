@@ -37,10 +37,11 @@ def default_compute_score(
 
     Returns:
         a score in [0, 1]; for the DAPO sources a dict with `score` (1 or -1), `acc` and `pred`.
+        docs/rewards.md compares the scores with those of upstream verl.
 
     Raises:
         NotImplementedError: this data source has no built-in scorer.
-        ValueError: the ground truth cannot be parsed, or `method` is unknown.
+        ValueError: the ground truth is empty or (GSM8K) no number, or `method` is unknown.
     """
     scorer = _scorer_of(data_source)
     if scorer == "gsm8k":
@@ -76,7 +77,7 @@ def prepare(data_source: str) -> None:
     elif scorer in ("math", "dapo"):
         from verl.utils.reward_score import math_score
 
-        math_score.compute_score("\\boxed{1}", "1")
+        math_score.compute_score("\\boxed{x+1}", "1+x")
 
 
 def require_scorer(data_source: str) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from decimal import Decimal, InvalidOperation
+from functools import partial
 from typing import Any
 
-from verl.utils.reward_score.text import final_part
+from verl.utils.reward_score.text import after_reasoning
 
-# Digits with optional thousands commas and decimals; a full stop or comma after the number is punctuation.
-_NUMBER = r"[-+\u2212]?\s?\$?\s?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?"
-_MARKED = re.compile(rf"####\s*({_NUMBER})(?![\d/]|[.,]\d)")
+# Digits with optional commas and decimals; a full stop or comma after the number is punctuation.
+_NUMBER = r"[-+\u2212]?\s?\\?\$?\s?(?:\d[\d,]*)?(?:\.\d+)?"
+# The number may be in bold, in a formula or in a box.
+_MARKED = re.compile(rf"####[\s*`$]*(?:\\boxed\s*\{{\s*)?({_NUMBER})(?![\d/]|\.\d)")
 _ANY = re.compile(r"(?<![\w.])[-+\u2212]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|(?<![\w.])[-+\u2212]?\$?\.\d+")
 
 
@@ -20,7 +22,7 @@ def compute_score(
     """Return `score` for the correct number, `format_score` for a wrong number, and 0.0 without a number.
 
     Args:
-        solution_str: the response of the model; only the text after the last `</think>` counts.
+        solution_str: the response of the model. A number in the reasoning counts if none follows `</think>`.
         ground_truth: a number, or the solution text of GSM8K, which ends in `#### <number>`.
         method: "strict" uses the number after the last `####`, "flexible" the last number anywhere.
         format_score: the score of a wrong number.
@@ -42,7 +44,10 @@ def compute_score(
 
 def extract_answer(solution_str: str, *, method: str = "strict") -> Decimal | None:
     """Return the number in the response, or None; see `compute_score` for `method`."""
-    text = final_part(solution_str)
+    return after_reasoning(solution_str, partial(_last_number, method=method))
+
+
+def _last_number(text: str, method: str) -> Decimal | None:
     if method == "flexible":
         found = _ANY.findall(text)
         return _value(found[-1]) if found else None
@@ -53,7 +58,7 @@ def extract_answer(solution_str: str, *, method: str = "strict") -> Decimal | No
 
 
 def _value(text: str) -> Decimal | None:
-    cleaned = re.sub(r"[\s,$]", "", text.strip()).replace("\u2212", "-").rstrip(".%")
+    cleaned = re.sub(r"[\s,$\\]", "", text.strip()).replace("\u2212", "-").rstrip(".%")
     try:
         number = Decimal(cleaned)
     except InvalidOperation:

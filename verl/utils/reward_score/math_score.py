@@ -1,87 +1,58 @@
-r"""Scorer of mathematical answers with the math-verify library (https://github.com/huggingface/Math-Verify).
-
-The time limits of the library are off: they need the main thread and its alarm signal. The reward workers have their
-own limit per sample, which an `except` in a scorer cannot suppress.
-"""
+r"""Scorers of mathematical answers: MATH, which requires a box, and DAPO, which requires `Answer: ...` or a box."""
 
 from __future__ import annotations
 
-import logging
-import re
-from functools import lru_cache
+from collections.abc import Callable
 from typing import Any
 
-from verl.utils.reward_score.text import final_part, last_boxed
+from verl.utils.reward_score.answer_equal import answers_equal
+from verl.utils.reward_score.answer_text import canonical
+from verl.utils.reward_score.text import after_reasoning, last_answer_line, last_boxed
 
-_ANSWER_LINE = re.compile(r"(?i)\banswer\s*:\s*([^\n]+)")
+NO_ANSWER = "[INVALID]"
+"""The prediction of a response without an answer, as in upstream verl."""
 
 
 def compute_score(solution_str: str, ground_truth: Any) -> float:
-    r"""Return 1.0 if the final answer is mathematically equal to the ground truth, else 0.0.
-
-    The final answer is the last `\boxed{...}`, else the last line `Answer: ...`, else the last formula or number that
-    math-verify finds; only the text after the last `</think>` counts.
+    r"""Return 1.0 if the content of the last `\boxed{...}` equals the ground truth, else 0.0; see `answers_equal`.
 
     Args:
-        solution_str: the response of the model.
+        solution_str: the response of the model. A box in the reasoning counts if none follows `</think>`.
         ground_truth: LaTeX, a plain expression or a number; a list holds several correct answers.
 
     Raises:
-        ValueError: the ground truth cannot be parsed.
+        ValueError: the ground truth is empty.
     """
-    return float(_evaluate(solution_str, ground_truth)[0])
+    return float(_evaluate(solution_str, ground_truth, last_boxed)[0])
 
 
 def compute_score_dapo(solution_str: str, ground_truth: Any) -> dict[str, Any]:
-    """Score like `compute_score`, with the rewards of DAPO (arXiv:2503.14476, section 3.5).
+    r"""Score the last line `Answer: ...`, or the last box without such a line, with the rewards of DAPO.
+
+    DAPO: arXiv:2503.14476, section 3.5. Arguments and errors are those of `compute_score`.
 
     Returns:
-        `score` (1.0 if correct, else -1.0), `acc` (bool), `pred` (text of the final answer, empty without one).
+        `score` (1.0 if correct, else -1.0), `acc` (bool), `pred` (canonical text of the answer, or `NO_ANSWER`).
     """
-    correct, text = _evaluate(solution_str, ground_truth)
-    return {"score": 1.0 if correct else -1.0, "acc": correct, "pred": text}
+    correct, text = _evaluate(solution_str, ground_truth, _answer_line_or_box)
+    return {"score": 1.0 if correct else -1.0, "acc": correct, "pred": NO_ANSWER if text is None else canonical(text)}
 
 
-def _evaluate(solution_str: str, ground_truth: Any) -> tuple[bool, str]:
-    from math_verify import verify
-
-    several = list(ground_truth) if not isinstance(ground_truth, str) and hasattr(ground_truth, "__iter__") else None
-    golds = [_gold(str(one)) for one in (several if several is not None else [ground_truth])]
-    answer, text = _parse_answer(final_part(solution_str))
-    if not answer:
-        return False, text
-    return any(verify(list(gold), answer, timeout_seconds=None) for gold in golds), text
+def _answer_line_or_box(text: str) -> str | None:
+    line = last_answer_line(text)
+    return last_boxed(text) if line is None else line
 
 
-@lru_cache(maxsize=4096)
-def _gold(text: str) -> tuple[Any, ...]:
-    inner = last_boxed(text)
-    parsed = _parse_boxed(text if inner is None else inner)
-    if not parsed:
-        raise ValueError(f"ground_truth={text[:80]!r} is not a mathematical expression that math-verify can read")
-    return tuple(parsed)
+def _evaluate(solution_str: str, ground_truth: Any, find: Callable[[str], str | None]) -> tuple[bool, str | None]:
+    several = not isinstance(ground_truth, str) and hasattr(ground_truth, "__iter__")
+    truths = [_truth(str(one)) for one in (ground_truth if several else [ground_truth])]
+    answer = after_reasoning(solution_str, find)
+    return answer is not None and any(answers_equal(answer, truth) for truth in truths), answer
 
 
-def _parse_answer(text: str) -> tuple[list[Any], str]:
-    inner = last_boxed(text)
-    if inner is None and (lines := _ANSWER_LINE.findall(text)):
-        inner = lines[-1].strip().rstrip(".").replace("\\(", "").replace("\\)", "")
-    if inner is not None:
-        return _parse_boxed(inner), inner
-    found = _parse(text)
-    return found, str(found[-1]) if found else ""
-
-
-def _parse_boxed(inner: str) -> list[Any]:
-    return _parse("\\boxed{" + inner.strip().strip("$").strip() + "}")
-
-
-def _parse(text: str) -> list[Any]:
-    from math_verify import parse
-
-    return parse(text, parsing_timeout=None)
-
-
-# The library warns that its time limits are off. The docstring of this file gives the reason.
-for _name in ("math_verify.parser", "math_verify.grader"):
-    logging.getLogger(_name).addFilter(lambda record: not record.getMessage().startswith("Timeout is disabled"))
+def _truth(text: str) -> str:
+    boxed = last_boxed(text)
+    truth = text if boxed is None else boxed
+    if not canonical(truth):
+        raise ValueError(f"ground_truth={text[:80]!r} has no answer; MATH and DAPO rows need one")
+    return truth

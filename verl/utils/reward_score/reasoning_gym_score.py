@@ -11,7 +11,8 @@ from typing import Any
 def compute_score(task: str, solution_str: str, ground_truth: Any, extra_info: Mapping[str, Any] | None) -> float:
     """Return the score of the task for the answer, in [0, 1].
 
-    The answer is the content of the last `<answer>...</answer>`, else all text after the last `</think>`, stripped.
+    The answer is the content of the last `<answer>...</answer>` after the last `</think>`, else all text there, else
+    (if there is none) the last `<answer>...</answer>` in the reasoning; stripped.
 
     Args:
         task: name of a task, such as `spell_backward`.
@@ -31,9 +32,16 @@ def compute_score(task: str, solution_str: str, ground_truth: Any, extra_info: M
 def extract_answer(solution_str: str) -> str:
     """Return the answer in the text of a model; see `compute_score`."""
     text = solution_str.rpartition("</think>")[2]
+    inside = _last_tagged(text)
+    if inside is None and not text.strip():
+        inside = _last_tagged(solution_str)
+    return (text if inside is None else inside).strip()
+
+
+def _last_tagged(text: str) -> str | None:
     before, closing, _ = text.rpartition("</answer>")
     _, opening, inside = before.rpartition("<answer>")
-    return (inside if closing and opening else text).strip()
+    return inside if closing and opening else None
 
 
 def entry_of(ground_truth: Any, extra_info: Mapping[str, Any] | None) -> dict[str, Any]:
