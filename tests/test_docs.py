@@ -18,10 +18,10 @@ import torch
 from fixtures.tiny import write_tiny_model
 from fixtures.training import TinyRun
 from verl.config import load_config
+from verl.extension.user_files import import_file
 from verl.preflight import check
 from verl.utils.dataset.rl_dataset import create_rl_dataset
 from verl.utils.tokenizer import hf_tokenizer
-from verl.utils.user_files import import_file
 from verl.workers.reward.function import load_function
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -114,7 +114,7 @@ def public_names():
     table = page.partition("<!-- public-paths -->")[2].partition("<!-- /public-paths -->")[0]
     for line in table.splitlines()[3:]:
         module, names = (re.findall(r"`([^`]+)`", cell) for cell in line.strip("| ").split("|"))
-        yield from ((module[0], name) for name in names)
+        yield from ((one, name) for one in module for name in names)
 
 
 @pytest.mark.parametrize(("module", "name"), public_names(), ids=str)

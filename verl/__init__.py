@@ -4,11 +4,14 @@ import importlib
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from verl.extension.upstream_names import install_finder
+
 if TYPE_CHECKING:
     from verl.protocol import DataProto
 
 __all__ = ["DataProto", "__version__"]
 __version__ = version("verl")
+install_finder()
 
 
 def __getattr__(name: str) -> Any:

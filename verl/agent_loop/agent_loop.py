@@ -6,15 +6,19 @@ with the engine, and keeps the tokens of the model as they were generated.
 
 from __future__ import annotations
 
+import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar
 
 from verl.config import PPOConfig
-from verl.utils.registry import registered_name
+from verl.extension.registry import registered_name
+from verl.extension.user_class import refuse_uncalled
+from verl.utils.dataset.prompts import prompt_token_ids
 from verl.workers.rollout.client import LLMServerClient
+from verl.workers.rollout.types import TokenOutput
 
 
 @dataclass
@@ -31,6 +35,8 @@ class AgentLoopOutput:
         num_turns: number of messages, the prompt included.
         extra_fields: further columns of this sample: numbers, strings, lists and dicts. Samples without such a field
             get None. The reward function receives them in `extra_info`.
+        metrics: numbers by name; a step logs `agent_loop/NAME/{min,max,mean}` over its samples.
+        reward_score: the reward of the sample, finite; None: it is computed by the reward function.
     """
 
     prompt_ids: list[int]
@@ -41,6 +47,31 @@ class AgentLoopOutput:
     stop_reason: str = "stop"
     num_turns: int = 2
     extra_fields: dict[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    reward_score: float | None = None
+
+    def __post_init__(self) -> None:
+        # Loops of upstream verl give None for log-probabilities that were not requested.
+        self.response_logprobs = self.response_logprobs or []
+
+
+class _Server:
+    """The replicas with the arguments of upstream verl's `server_manager`."""
+
+    def __init__(self, client: LLMServerClient):
+        self._client = client
+
+    async def generate(
+        self, request_id: str, *, prompt_ids: list[int], sampling_params: dict[str, Any], **media: Any
+    ) -> TokenOutput:
+        """Generate one response; requests with one `request_id` go to the same replica.
+
+        Raises:
+            NotImplementedError: images, videos or audio.
+        """
+        if given := [name for name, value in media.items() if value]:
+            raise NotImplementedError(f"generate: {', '.join(given)} are not supported yet; use text prompts")
+        return await self._client.generate(prompt_ids, sampling_params, session=request_id)
 
 
 class AgentLoopBase(ABC):
@@ -57,7 +88,16 @@ class AgentLoopBase(ABC):
     Attributes:
         prompt_length, response_length: maximum length of `prompt_ids` and `response_ids`, in tokens.
         rollout_config: the section `actor_rollout_ref.rollout`.
+        data_config: the section `data`.
+        server_manager: the replicas as in upstream verl:
+            `generate(request_id=..., prompt_ids=..., sampling_params=...)`.
+        processor: None; for multi-modal models, which are not supported yet.
+        loop: the running event loop.
     """
+
+    uncalled_methods: ClassVar[Mapping[str, str]] = {
+        "init_class": "rename it to setup(cls, tokenizer, config), which returns keywords for __init__",
+    }
 
     def __init__(self, client: LLMServerClient, tokenizer: Any, config: PPOConfig):
         self.client = client
@@ -66,6 +106,32 @@ class AgentLoopBase(ABC):
         self.rollout_config = config.actor_rollout_ref.rollout
         self.prompt_length = config.data.max_prompt_length
         self.response_length = config.data.max_response_length
+        self.data_config = config.data
+        self.server_manager = _Server(client)
+        self.processor = None
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        return asyncio.get_running_loop()
+
+    async def apply_chat_template(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, **media: Any
+    ) -> list[int]:
+        """Return the tokens of messages, up to the start of the response.
+
+        Args:
+            messages: the conversation.
+            tools: schemas of the tools to show.
+            media: images, videos, audios: must be empty.
+
+        Raises:
+            NotImplementedError: images, videos or audio.
+            ValueError: the chat template rejects the messages.
+        """
+        if given := [name for name, value in media.items() if value]:
+            raise NotImplementedError(f"apply_chat_template: {', '.join(given)} are not supported; use text prompts")
+        kwargs = {**(self.data_config.apply_chat_template_kwargs or {}), **({"tools": tools} if tools else {})}
+        return prompt_token_ids(self.tokenizer, messages, kwargs)
 
     @classmethod
     def setup(cls, tokenizer: Any, config: PPOConfig) -> dict[str, Any]:
@@ -100,12 +166,15 @@ def register(name: str | Enum, **kwargs: Any) -> Callable[[type[AgentLoopBase]],
         kwargs: further keywords for its `__init__`.
 
     Raises:
-        TypeError: the name is neither text nor a member of an enum of texts.
-        ValueError: another class has the name.
+        TypeError: the name is neither text nor a member of an enum of texts, or the class is no `AgentLoopBase`.
+        ValueError: another class has the name, or the class overrides a method that is never called.
     """
     name = registered_name(name, "agent loop")
 
     def add(loop: type[AgentLoopBase]) -> type[AgentLoopBase]:
+        if not (isinstance(loop, type) and issubclass(loop, AgentLoopBase)):
+            raise TypeError(f"agent loop {name!r}: {loop!r} must be a subclass of AgentLoopBase")
+        refuse_uncalled(loop, AgentLoopBase)
         known = _LOOPS.get(name)
         if known is not None and known.loop.__qualname__ != loop.__qualname__:
             raise ValueError(f"duplicate agent loop name {name!r}: {known.loop} and {loop}; choose another name")
@@ -115,12 +184,13 @@ def register(name: str | Enum, **kwargs: Any) -> Callable[[type[AgentLoopBase]],
     return add
 
 
-def get_agent_loop(name: str) -> RegisteredLoop:
+def get_agent_loop(name: str | Enum) -> RegisteredLoop:
     """Return the loop registered under `name`.
 
     Raises:
         ValueError: unknown name; the message lists the known names.
     """
+    name = registered_name(name, "agent loop")
     if name not in _LOOPS:
         raise ValueError(f"unknown agent loop {name!r}; use one of {', '.join(agent_loop_names())}")
     return _LOOPS[name]

@@ -13,12 +13,15 @@ import torch
 
 from verl.agent_loop.agent_loop import AgentLoopBase, AgentLoopOutput, get_agent_loop
 from verl.agent_loop.loops_file import register_from_file
+from verl.agent_loop.manager_rewards import ManagerRewards
 from verl.config import PPOConfig
+from verl.config.names import REWARD_MANAGERS
 from verl.protocol import DataProto
 from verl.utils.asyncio_utils import gather_or_cancel
 from verl.utils.proto_columns import object_array
 from verl.utils.timeline import spanned
 from verl.workers.reward import RewardLoop, RewardResult, extra_columns
+from verl.workers.reward.function import read_return
 from verl.workers.rollout.client import LLMServerClient
 
 logger = logging.getLogger(__name__)
@@ -51,7 +54,8 @@ class SampleGenerator:
         config: the whole config.
 
     Raises:
-        ValueError: the default agent loop is unknown or does not support the config, or the loops file is invalid.
+        ValueError: the default agent loop is unknown or does not support the config, or the loops file is invalid; or
+            the user's reward manager cannot be constructed.
     """
 
     def __init__(self, client: LLMServerClient, tokenizer: Any, rewards: RewardLoop, config: PPOConfig):
@@ -63,6 +67,9 @@ class SampleGenerator:
         agent = config.actor_rollout_ref.rollout.agent
         if agent.agent_loop_config_path is not None:
             register_from_file(agent.agent_loop_config_path)
+        self._manager = None
+        if config.reward.reward_manager.name not in REWARD_MANAGERS:
+            self._manager = ManagerRewards(config, tokenizer, rewards)
         # Set up the default loop now, so that its errors show before the first sample.
         self._default_agent_loop = agent.default_agent_loop
         self._agent_loop(self._default_agent_loop)
@@ -85,14 +92,30 @@ class SampleGenerator:
         loop = self._agent_loop(row.get("agent_name") or self._default_agent_loop)
         output = await loop.run(sampling_params, **row)
         self._generated_at = time.monotonic_ns()
-        reward = await self._rewards.score(
-            row["data_source"],
-            self._tokenizer.decode(output.response_ids, skip_special_tokens=True),
-            row["reward_model"].get("ground_truth"),
-            {**(row.get("extra_info") or {}), **output.extra_fields, "num_turns": output.num_turns},
-            response_length=len(output.response_ids),
-        )
+        extra_info = {**(row.get("extra_info") or {}), **output.extra_fields, "num_turns": output.num_turns}
+        reward: RewardResult
+        if output.reward_score is not None:
+            reward = RewardResult(*read_return(output.reward_score), None, 0.0)
+        elif self._manager is not None:
+            reward = await self._manager.score(self._table(row, output, extra_info))
+        else:
+            reward = await self._rewards.score(
+                row["data_source"],
+                self._tokenizer.decode(output.response_ids, skip_special_tokens=True),
+                row["reward_model"].get("ground_truth"),
+                extra_info,
+                response_length=len(output.response_ids),
+            )
         return ScoredSample(row, output, reward)
+
+    def _table(self, row: dict[str, Any], output: AgentLoopOutput, extra_info: dict[str, Any]) -> DataProto:
+        """Return the sample as a table of one row without scores, with every column of the data."""
+        unscored = ScoredSample(row, output, RewardResult(0.0, {}, None, 0.0))
+        table = to_batch([unscored], pad_token_id=self._tokenizer.pad_token_id, with_log_probs=False)
+        table.pop(["token_level_scores"], ["reward_error"])
+        columns = {**row, "extra_info": extra_info, "__num_turns__": output.num_turns}
+        table.non_tensor_batch |= {name: object_array([value]) for name, value in columns.items()}
+        return table
 
     def _agent_loop(self, name: str) -> AgentLoopBase:
         registered = get_agent_loop(name)
@@ -176,6 +199,8 @@ def _object_columns(samples: Sequence[ScoredSample], reserved: Container[str]) -
         "num_turns": [s.output.num_turns for s in samples],
         "reward_error": [s.reward.error for s in samples],
     }
+    if any(s.output.metrics for s in samples):
+        columns["agent_loop_metrics"] = [dict(s.output.metrics) for s in samples]
     fields = [s.output.extra_fields for s in samples]
     loop_columns = {
         key: [field.get(key) for field in fields] for key in dict.fromkeys(key for f in fields for key in f)

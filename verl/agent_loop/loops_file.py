@@ -11,7 +11,7 @@ from pathlib import Path
 
 from verl.agent_loop.agent_loop import AgentLoopBase, agent_loop_names, get_agent_loop, register
 from verl.config.agent_loops_file import AgentLoopFileError, read_agent_loops
-from verl.utils.user_class import UserClassError, load_class
+from verl.extension.user_class import UserClassError, load_class
 
 
 def register_from_file(path: str) -> None:

@@ -14,15 +14,20 @@ def compute_agent_metrics(batch: DataProto) -> dict[str, float]:
     """Return metrics of the turns, and of the tool calls if an agent loop reports them.
 
     Args:
-        batch: object column num_turns; with tools also tool_call_counts, tool_seconds and tool_failures.
+        batch: object column num_turns; with tools also tool_call_counts, tool_seconds and tool_failures; with a loop
+            that reports metrics also agent_loop_metrics.
 
     Returns:
         num_turns/{min,max,mean}: messages, the prompt included. With tools, over the samples whose loop supports tools:
         tool_call_counts/{min,max,mean}; agent_loop/tool_calls/{min,max,mean}: seconds that a sample waited for tools;
-        agent_loop/tool_failures/KIND: failed calls of the step, for each of `FAILURES`.
+        agent_loop/tool_failures/KIND: failed calls of the step, for each of `FAILURES`. agent_loop/NAME/{min,max,mean}
+        for each metric that a loop reports.
     """
     columns = batch.non_tensor_batch
     metrics = _summary(columns["num_turns"], "num_turns") if "num_turns" in columns else {}
+    reported = columns.get("agent_loop_metrics", [])
+    for name in dict.fromkeys(name for one in reported for name in one or {}):
+        metrics |= _summary([(one or {}).get(name) for one in reported], f"agent_loop/{name}")
     if "tool_call_counts" not in columns:
         return metrics
     failures = [found for found in columns["tool_failures"] if found is not None]

@@ -12,7 +12,7 @@ from verl.agent_loop.chat_template import ChatRenderer
 from verl.agent_loop.tool_parser import PARSERS, ToolCall, opens_reasoning
 from verl.agent_loop.tool_session import Toolbox, ToolSession
 from verl.config import PPOConfig
-from verl.tools.utils.tool_registry import initialize_tools_from_config
+from verl.tools.utils.tool_registry import all_tools
 from verl.utils.dataset.prompts import prefix_errors, truncate_prompt
 from verl.utils.dataset.tools_kwargs import read_tools_kwargs
 from verl.utils.text import valid_text, valid_value
@@ -52,7 +52,7 @@ class ToolAgentLoop(AgentLoopBase):
     @classmethod
     def setup(cls, tokenizer: Any, config: PPOConfig) -> dict[str, Any]:
         multi_turn = config.actor_rollout_ref.rollout.multi_turn
-        tools = initialize_tools_from_config(multi_turn.tool_config_path)
+        tools = all_tools(multi_turn.tool_config_path, multi_turn.function_tool_path)
         toolbox = Toolbox(
             {tool.name: tool for tool in tools},
             multi_turn.max_tool_response_length,

@@ -1,4 +1,4 @@
-"""Masked sums and means of values per token, and the aggregation of a loss per token to one number.
+"""Means of values per token over sequences, and the aggregation of a loss per token to one number.
 
 The aggregation is additive: the results of the micro-batches of a mini-batch add up to the result of the mini-batch.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import TypedDict
 
 import torch
+
+from verl.utils.torch_functional import masked_sum
 
 LOSS_AGG_MODES = (
     "token-mean",
@@ -37,15 +39,9 @@ class LossDenominators(TypedDict):
     loss_scale_factor: float
 
 
-def masked_sum(values: torch.Tensor, mask: torch.Tensor, dim: int | None = None) -> torch.Tensor:
-    """Return the sum of `values` where `mask` is not 0; all other values, including NaN, are ignored."""
-    kept = torch.where(mask.bool(), values, torch.zeros((), dtype=values.dtype, device=values.device))
-    return kept.sum() if dim is None else kept.sum(dim=dim)
-
-
 def sequence_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Return the mean over the tokens of each sequence, [B, T] -> [B]; 0 for a sequence without a token."""
-    return masked_sum(values, mask, dim=-1) / mask.bool().sum(dim=-1).clamp(min=1)
+    return masked_sum(values, mask, axis=-1) / mask.bool().sum(dim=-1).clamp(min=1)
 
 
 def agg_loss(
@@ -92,7 +88,7 @@ def agg_loss(
     if loss_agg_mode == "token-mean":
         tokens = tokens_per_sequence.sum() if batch_num_tokens is None else batch_num_tokens
         return dp_size * masked_sum(loss_mat, loss_mask) / _at_least_one(tokens)
-    per_sequence = masked_sum(loss_mat, loss_mask, dim=-1)
+    per_sequence = masked_sum(loss_mat, loss_mask, axis=-1)
     if loss_agg_mode == "seq-mean-token-mean":
         per_sequence = per_sequence / tokens_per_sequence.clamp(min=1)
     if loss_agg_mode == "seq-mean-token-sum-norm":

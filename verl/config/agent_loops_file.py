@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from verl.utils.user_class import UserClassError, check_class
-from verl.utils.user_files import check_unique, read_yaml_list
+from verl.extension.user_class import UserClassError, check_class
+from verl.extension.user_files import check_unique, read_yaml_list
 
 AGENT_LOOPS_KEY = "actor_rollout_ref.rollout.agent.agent_loop_config_path"
 

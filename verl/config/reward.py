@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from verl.config import names
-from verl.config.conditions import unless, when
+from verl.config.conditions import unless
 from verl.config.schema import ConfigSection, key, section, unsupported
 from verl.utils.host import cpu_cores
 
@@ -38,7 +38,8 @@ class RewardManagerConfig(ConfigSection):
     name: str = key(
         "naive",
         "naive: the reward is the score; dapo: the score minus a penalty for length "
-        "(reward_kwargs.overlong_buffer_cfg); gdpo: the score, with its components (algorithm.gdpo_reward_keys)",
+        "(reward_kwargs.overlong_buffer_cfg); gdpo: the score, with its components (algorithm.gdpo_reward_keys); or "
+        "the name of your own manager, registered by a module of model.external_lib",
         choices=names.REWARD_MANAGERS,
         unsupported=names.UNSUPPORTED_REWARD_MANAGERS,
         use="use naive",
@@ -63,7 +64,7 @@ class RewardConfig(ConfigSection):
         {},
         "max_resp_len and overlong_buffer_cfg configure the dapo manager; other entries are keyword arguments of the "
         "scorer",
-        entries_only_with=dict.fromkeys(MANAGER_KWARGS, when("reward.reward_manager.name", "dapo")),
+        entries_only_with=dict.fromkeys(MANAGER_KWARGS, unless("reward.reward_manager.name", "naive", "gdpo")),
     )
     num_workers: int | None = key(
         None, "processes that score; null: one per core, at most 8", unit="processes", at_least=1

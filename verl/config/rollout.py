@@ -119,6 +119,9 @@ class MultiTurnConfig(ConfigSection):
         use="use hermes",
     )
     tool_config_path: str | None = key(None, "YAML file of the tools; null: no tools", path=True)
+    function_tool_path: str | None = key(
+        None, "Python file of functions with the decorator @function_tool, which are tools too; null: none", path=True
+    )
     interaction_config_path: str | None = unsupported(None, "simulated users", "use your own agent loop")
     max_assistant_turns: int | None = key(None, "maximum model responses in a sample; null: no limit", at_least=1)
     max_user_turns: int | None = key(None, "maximum rounds of tool responses in a sample; null: no limit", at_least=1)

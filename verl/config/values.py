@@ -14,6 +14,7 @@ from verl.config.schema import Key, key_of, show, walk
 _EXTENSIBLE = {
     "algorithm.adv_estimator": ("verl.algorithms.advantages.common", "ADV_ESTIMATORS"),
     "actor_rollout_ref.actor.policy_loss.loss_mode": ("verl.algorithms.losses.common", "POLICY_LOSSES"),
+    "reward.reward_manager.name": ("verl.workers.reward_manager.registry", "REWARD_MANAGERS"),
 }
 
 

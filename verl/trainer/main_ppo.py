@@ -20,8 +20,11 @@ from omegaconf import DictConfig
 from verl.config import ConfigError, PPOConfig, from_hydra, searchpath
 from verl.config.hints import config_name_hint
 from verl.config.overrides import Prepared, prepare
+from verl.extension import external
+from verl.extension.upstream_names import missing_names
 from verl.preflight import Plan, check
-from verl.utils import external
+
+__getattr__ = missing_names(__name__)
 
 # By default Hydra writes a log file and copies of the config to a new directory below the working directory.
 # Its logging is "none" and not "disabled", because "disabled" would also disable all existing loggers, such as verl's.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 DEVICES = ("cpu", "cuda", "npu")
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
-_VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "npu": "ASCEND_RT_VISIBLE_DEVICES"}
+VISIBLE_VARIABLES = {"cuda": "CUDA_VISIBLE_DEVICES", "npu": "ASCEND_RT_VISIBLE_DEVICES"}
 
 
 def detect_device(requested: str = "auto", *, root: Path = Path("/")) -> str:
@@ -68,14 +68,14 @@ def count_devices(device: str, *, root: Path = Path("/")) -> int:
 
 def visible_devices(device: str) -> list[str] | None:
     """Return the ids of the accelerators that this process is restricted to; None if it is not restricted."""
-    visible = os.environ.get(_VISIBLE[device])
+    visible = os.environ.get(VISIBLE_VARIABLES[device])
     return None if visible is None else [part.strip() for part in visible.split(",") if part.strip() not in ("", "-1")]
 
 
 def devices_environment(device: str, ids: Iterable[str] | None) -> dict[str, str]:
     """Return the environment of a Ray worker that sees these accelerators, reserved or not; None means all."""
-    shown = {} if ids is None else {_VISIBLE[device]: ",".join(ids)}
-    return {f"RAY_EXPERIMENTAL_NOSET_{_VISIBLE[device]}": "1", **shown}
+    shown = {} if ids is None else {VISIBLE_VARIABLES[device]: ",".join(ids)}
+    return {f"RAY_EXPERIMENTAL_NOSET_{VISIBLE_VARIABLES[device]}": "1", **shown}
 
 
 def dist_backend(device: str) -> str:

@@ -4,7 +4,7 @@ import logging
 import re
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,25 @@ def hf_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTraine
         tokenizer.pad_token = tokenizer.eos_token
         logger.info("the tokenizer of %s has no pad token; padding with its eos token %r", name, tokenizer.eos_token)
     return tokenizer
+
+
+def hf_processor(path: str | Path, trust_remote_code: bool = False) -> ProcessorMixin | None:
+    """Load the processor of a multi-modal model; return None for a model of text only, or if it does not load.
+
+    Args:
+        path: a directory (`~` is expanded), or a model id.
+        trust_remote_code: allow running Python files of the model.
+    """
+    directory = Path(path).expanduser()
+    try:
+        processor = AutoProcessor.from_pretrained(
+            str(directory) if directory.is_dir() else str(path), trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        logger.info("%s has no processor (%s)", path, error)
+        return None
+    # transformers returns the tokenizer of a model of text only.
+    return processor if isinstance(processor, ProcessorMixin) else None
 
 
 def _load_failure(name: str, local: bool, error: Exception) -> str:

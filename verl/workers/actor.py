@@ -18,9 +18,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from verl.algorithms.losses import get_policy_loss_fn, get_token_selector
 from verl.config import ActorConfig, ActorRolloutRefConfig, FSDPConfig, OptimConfig, RefConfig, RolloutConfig
 from verl.config.rollout_correction import Correction
+from verl.extension.external import import_external
 from verl.protocol import DataProto
 from verl.utils.dtypes import choose_dtype
-from verl.utils.external import import_external
 from verl.utils.quantization_scheme import QuantizationScheme
 from verl.workers.engine.base import PolicyEngine
 from verl.workers.engine.export import ExportUnit

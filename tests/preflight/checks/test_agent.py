@@ -39,7 +39,7 @@ def test_agent_loops_of_a_user_file_are_known(plan_of, problem_of, tmp_path):
 
 
 def test_agent_loops_that_a_user_module_registered_are_known(plan_of, problem_of, tmp_path):
-    from verl.utils.external import import_external
+    from verl.extension.external import import_external
 
     lib = tmp_path / "lib.py"
     lib.write_text(

@@ -64,8 +64,15 @@ def test_unknown_and_unsupported_backends_are_errors(tmp_path):
         make(tmp_path, ["console", "fiel"])
     with pytest.raises(NotImplementedError, match="'mlflow' is not supported yet"):
         make(tmp_path, ["mlflow"])
-    with pytest.raises(ValueError, match="must be a list"):
-        make(tmp_path, "console")
+
+
+def test_arguments_have_the_names_and_the_defaults_of_upstream(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with Tracking(project_name="p", experiment_name="e", default_backend="file", config={"a": 1}) as tracking:
+        tracking.log({"x": 1.0}, step=1)
+    assert list((tmp_path / "checkpoints/p/e").iterdir()) == [tmp_path / "checkpoints/p/e/metrics.jsonl"]
+    with Tracking(project_name="p", experiment_name="e") as tracking:
+        tracking.log({"x": 1.0}, step=1)
 
 
 @pytest.mark.parametrize("name", ["wandb", "swanlab"])

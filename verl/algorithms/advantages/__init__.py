@@ -25,7 +25,7 @@ from verl.algorithms.advantages.reinforce_plus_plus import (
 )
 from verl.algorithms.advantages.remax import compute_remax_outcome_advantage
 from verl.algorithms.advantages.rloo import compute_rloo_outcome_advantage, compute_rloo_vectorized_outcome_advantage
-from verl.utils.registry import import_all
+from verl.extension.registry import import_all
 
 __all__ = [
     "AdvantageEstimator",

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from verl.utils.registry import F, Registry
+from verl.extension.registry import F, Registry
 
 ADV_ESTIMATORS = Registry("advantage estimator", "algorithm.adv_estimator")
 _WHITENING_EPSILON = 1e-8

@@ -18,7 +18,7 @@ from verl.algorithms.losses.gspo import compute_policy_loss_gspo
 from verl.algorithms.losses.sapo import compute_policy_loss_sapo
 from verl.algorithms.losses.value import compute_value_loss
 from verl.algorithms.losses.vanilla import compute_policy_loss_vanilla
-from verl.utils.registry import import_all
+from verl.extension.registry import import_all
 
 __all__ = [
     "LOSS_AGG_MODES",

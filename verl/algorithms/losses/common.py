@@ -25,7 +25,7 @@ import torch
 from verl.algorithms.aggregation import LOG_RATIO_BOUND, LossDenominators, agg_loss
 from verl.config import ActorConfig
 from verl.config.rollout_correction import Correction
-from verl.utils.registry import F, Registry
+from verl.extension.registry import F, Registry
 
 LossOutput = tuple[torch.Tensor, dict[str, torch.Tensor]]
 """The loss, a scalar with gradient, and metrics by name, scalars without gradient.

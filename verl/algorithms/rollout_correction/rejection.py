@@ -7,9 +7,10 @@ from collections.abc import Iterable
 
 import torch
 
-from verl.algorithms.aggregation import LOG_RATIO_BOUND, masked_sum, sequence_mean
+from verl.algorithms.aggregation import LOG_RATIO_BOUND, sequence_mean
 from verl.algorithms.rollout_correction.weights import log_ratio
 from verl.config.rollout_correction import Band, Rejection
+from verl.utils.torch_functional import masked_sum
 
 _PROBABILITY_MARGIN = 1e-6
 
@@ -82,7 +83,7 @@ def within_bounds(values: torch.Tensor, rejection: Rejection) -> torch.Tensor:
 def _pool(values: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
     """Return the sum, mean or max over the tokens of each sequence, [B, T] -> [B]; 0 for a sequence without a token."""
     if pooling == "sum":
-        return masked_sum(values, mask, dim=-1)
+        return masked_sum(values, mask, axis=-1)
     if pooling == "mean":
         return sequence_mean(values, mask)
     values = values.masked_fill(~mask, float("-inf"))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from verl.algorithms.aggregation import LOG_RATIO_BOUND, masked_sum, sequence_mean
+from verl.algorithms.aggregation import LOG_RATIO_BOUND, sequence_mean
 from verl.config.rollout_correction import Correction
+from verl.utils.torch_functional import masked_sum
 
 
 def log_ratio(log_probs: torch.Tensor, rollout_log_probs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -53,7 +54,7 @@ def raw_weights(
     """
     d = log_ratio(log_probs, rollout_log_probs, response_mask)
     if level == "sequence":
-        d = masked_sum(d, response_mask, dim=-1).unsqueeze(-1).expand_as(d)
+        d = masked_sum(d, response_mask, axis=-1).unsqueeze(-1).expand_as(d)
     return d.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND).exp().masked_fill(~response_mask.bool(), 0.0)
 
 

@@ -8,6 +8,7 @@ from verl.config import names
 from verl.config.agent_loops_file import AGENT_LOOPS_KEY, AgentLoopFileError, read_agent_loops
 from verl.config.errors import unknown_value
 from verl.config.ppo import PPOConfig
+from verl.extension.user_files import file_problem
 from verl.preflight.checks.data import columns_of_all
 from verl.preflight.findings import Findings
 from verl.tools.utils.tool_registry import ToolConfigError, read_tool_config
@@ -49,15 +50,19 @@ def _check_multi_turn(config: PPOConfig, found: Findings) -> None:
             read_tool_config(multi_turn.tool_config_path)
         except ToolConfigError as error:
             found.errors.append(str(error))
+    if multi_turn.function_tool_path is not None and (problem := file_problem(multi_turn.function_tool_path)):
+        found.errors.append(
+            f"{_MULTI_TURN}.function_tool_path={multi_turn.function_tool_path}: {problem}; give a Python file"
+        )
     if multi_turn.enable and default == "single_turn_agent" and not rows_choose_loop(config):
         found.errors.append(
             f"{_MULTI_TURN}.enable=True with {_DEFAULT_KEY}={default}: every sample would have one turn, because "
             f"data.train_files has no column agent_name; set {_DEFAULT_KEY}=tool_agent"
         )
-    if default == "tool_agent" and multi_turn.tool_config_path is None:
+    if default == "tool_agent" and multi_turn.tool_config_path is None and multi_turn.function_tool_path is None:
         found.warnings.append(
             f"{_DEFAULT_KEY}=tool_agent has no tools, so every tool call returns an error; set "
-            f"{_MULTI_TURN}.tool_config_path"
+            f"{_MULTI_TURN}.tool_config_path or {_MULTI_TURN}.function_tool_path"
         )
     if default == "tool_agent" and not multi_turn.enable:
         found.notes.append("no effect with agent.default_agent_loop=tool_agent: rollout.multi_turn.enable=False")

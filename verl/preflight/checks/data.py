@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from verl.config.ppo import PPOConfig
+from verl.extension.user_files import file_problem
 from verl.preflight.findings import Findings
 from verl.utils.dataset.files import column_names, count_rows, data_paths
-from verl.utils.user_files import file_problem
 
 
 @dataclass(frozen=True)

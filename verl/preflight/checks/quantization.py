@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from verl.config.ppo import PPOConfig
+from verl.extension.user_files import file_problem
 from verl.preflight.findings import Findings
 from verl.utils.model_dir.index import CheckpointIndex, has_weights, read_checkpoint_index
 from verl.utils.model_dir.model_files import ModelFiles
 from verl.utils.model_dir.shapes_from_config import index_of_config
 from verl.utils.quantization.schemes import WeightFormat, weight_format
-from verl.utils.user_files import file_problem
 
 _FIELD = "actor_rollout_ref.rollout.quantization"
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from verl.config.ppo import PPOConfig
 from verl.config.reward import CustomRewardFunctionConfig
 from verl.config.reward_kwargs import BUFFER, KWARGS, kwargs_problems, overlong_buffer
+from verl.extension.user_files import file_problem, top_level_names
 from verl.preflight.findings import Findings
-from verl.utils.user_files import file_problem, top_level_names
 
 _FUNCTION = "reward.custom_reward_function"
 

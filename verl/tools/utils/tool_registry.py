@@ -21,10 +21,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from verl.extension.user_class import UserClassError, check_class, load_class
+from verl.extension.user_files import check_unique, read_yaml_list
 from verl.tools.base_tool import BaseTool
+from verl.tools.function_tool import KEY as FUNCTION_KEY
+from verl.tools.function_tool import load_function_tools
 from verl.tools.schemas import OpenAIFunctionToolSchema
-from verl.utils.user_class import UserClassError, check_class, load_class
-from verl.utils.user_files import check_unique, read_yaml_list
 
 KEY = "actor_rollout_ref.rollout.multi_turn.tool_config_path"
 DEFAULT_TIMEOUT = 30.0
@@ -94,9 +96,9 @@ def _timeout(config: Mapping[str, Any], location: str) -> float:
     return float(value)
 
 
-def _check_names(names: list[str], path: str) -> None:
+def _check_names(names: list[str], path: str, key: str = KEY) -> None:
     try:
-        check_unique(names, f"{KEY}={path}")
+        check_unique(names, f"{key}={path}")
     except ValueError as error:
         raise ToolConfigError(str(error)) from error
 
@@ -123,6 +125,23 @@ def initialize_tools_from_config(path: str | None) -> list[BaseTool]:
         _check_execute(tool, f"{location}: {entry.class_name}")
         tools.append(tool)
     _check_names([tool.name for tool in tools], path)
+    return tools
+
+
+def all_tools(tool_config_path: str | None, function_tool_path: str | None) -> list[BaseTool]:
+    """Construct the tools of both keys.
+
+    Raises:
+        ToolConfigError: as for `initialize_tools_from_config`; or a function tool cannot be used, or has the name of
+            another tool.
+    """
+    tools = initialize_tools_from_config(tool_config_path)
+    try:
+        tools += load_function_tools(function_tool_path)
+    except ValueError as error:
+        raise ToolConfigError(str(error)) from error
+    if function_tool_path is not None:
+        _check_names([tool.name for tool in tools], function_tool_path, FUNCTION_KEY)
     return tools
 
 

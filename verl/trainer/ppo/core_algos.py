@@ -14,9 +14,11 @@ from verl.algorithms.advantages import *  # noqa: F403
 from verl.algorithms.advantages import estimator_arguments, get_adv_estimator_fn
 from verl.algorithms.losses import *  # noqa: F403
 from verl.config import AlgorithmConfig
+from verl.extension.upstream_names import missing_names
 from verl.protocol import DataProto
 
 __all__ = ["compute_advantage", *advantages.__all__, *losses.__all__]
+__getattr__ = missing_names(__name__)
 
 
 def compute_advantage(

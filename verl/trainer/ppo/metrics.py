@@ -109,12 +109,12 @@ def compute_version_metrics(weight_versions: torch.Tensor, version: int) -> dict
     }
 
 
-def compute_timing_metrics(batch: DataProto, timing: Mapping[str, float]) -> dict[str, float]:
+def compute_timing_metrics(batch: DataProto, timing_raw: Mapping[str, float]) -> dict[str, float]:
     """Return the seconds of each stage, and milliseconds per token of the stages that process tokens.
 
     Args:
         batch: columns responses [B,T] and attention_mask [B,P+T].
-        timing: seconds by stage name.
+        timing_raw: seconds by stage name.
 
     Returns:
         timing_s/NAME for every stage; timing_per_token_ms/NAME for `gen` (over response tokens) and for
@@ -123,8 +123,8 @@ def compute_timing_metrics(batch: DataProto, timing: Mapping[str, float]) -> dic
     prompt_length, response_length = _lengths(batch)
     response_tokens = response_length.sum().item()
     tokens = {"gen": response_tokens, **dict.fromkeys(ALL_TOKEN_STAGES, response_tokens + prompt_length.sum().item())}
-    metrics = {f"timing_s/{name}": float(seconds) for name, seconds in timing.items()}
-    for name, seconds in timing.items():
+    metrics = {f"timing_s/{name}": float(seconds) for name, seconds in timing_raw.items()}
+    for name, seconds in timing_raw.items():
         if tokens.get(name, 0) > 0:
             metrics[f"timing_per_token_ms/{name}"] = 1000.0 * seconds / tokens[name]
     return metrics

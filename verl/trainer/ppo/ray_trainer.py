@@ -52,6 +52,7 @@ from typing import Any
 from verl.agent_loop.metrics import compute_agent_metrics
 from verl.config import PPOConfig
 from verl.config.record import write_record
+from verl.extension.upstream_names import missing_names
 from verl.preflight import Plan
 from verl.protocol import DataProto
 from verl.single_controller.session import RaySession
@@ -64,7 +65,7 @@ from verl.trainer.ppo.metrics import (
     compute_version_metrics,
 )
 from verl.trainer.ppo.off_policy import correct_rollout, drop_rejected, mismatch_metrics
-from verl.trainer.ppo.rewards_to_advantages import apply_advantages, apply_kl_penalty
+from verl.trainer.ppo.rewards_to_advantages import apply_advantages, apply_kl_penalty, compute_response_mask
 from verl.trainer.ppo.run_state import HFExportError, export_run, load_run, save_run
 from verl.trainer.ppo.runtime import Runtime
 from verl.trainer.ppo.validation_run import ValidationRun
@@ -73,6 +74,8 @@ from verl.utils.timeline import close_timeline, open_timeline, spanned
 from verl.utils.timing import marked_timer
 from verl.utils.tracking import Progress, Tracking
 
+__all__ = ["RayPPOTrainer", "apply_kl_penalty", "compute_response_mask", "run"]
+__getattr__ = missing_names(__name__)
 logger = logging.getLogger(__name__)
 
 

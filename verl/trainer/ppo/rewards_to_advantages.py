@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from verl.algorithms.kl_in_reward import KLController, penalized_rewards
 from verl.config import AlgorithmConfig
 from verl.protocol import DataProto
@@ -34,6 +36,14 @@ def apply_kl_penalty(
         metrics = {"actor/reward_kl_penalty": kl, "actor/reward_kl_penalty_coeff": controller.value}
         controller.update(kl, n_steps=len(batch))
     return batch.union(DataProto.from_dict(tensors={"token_level_rewards": rewards})), metrics
+
+
+def compute_response_mask(data: DataProto) -> torch.Tensor:
+    """Return the attention mask of the responses, [B, T]: 1 for every token, also for those of tools.
+
+    The column `response_mask` of a batch is 1 only for tokens of the model.
+    """
+    return data.batch["attention_mask"][:, -data.batch["responses"].shape[-1] :]
 
 
 def apply_advantages(batch: DataProto, algorithm: AlgorithmConfig) -> DataProto:

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from verl.extension.user_class import UserClassError, refuse_uncalled
+from verl.extension.user_files import import_file
 from verl.utils.dataset.files import data_paths, read_rows, row_name
 from verl.utils.dataset.prompts import (
     ChatTokenizer,
@@ -28,8 +30,6 @@ from verl.utils.dataset.prompts import (
 )
 from verl.utils.dataset.tools_kwargs import read_tools_kwargs
 from verl.utils.proto_columns import object_array
-from verl.utils.user_class import UserClassError, refuse_uncalled
-from verl.utils.user_files import import_file
 
 logger = logging.getLogger(__name__)
 

@@ -31,9 +31,10 @@ class Tracking:
     Args:
         project_name: project of wandb and swanlab.
         experiment_name: name of the run there.
-        backends: any of `Tracking.BACKENDS`.
+        default_backend: names of backends, any of `Tracking.BACKENDS`; one name may be text.
         config: the run's configuration, shown by trackers; secrets in it are masked first.
-        default_local_dir: directory of the run; backends write below it by default.
+        default_local_dir: directory of the run; backends write below it by default. None:
+            checkpoints/PROJECT_NAME/EXPERIMENT_NAME.
         file_path: file of the `file` backend; DEFAULT_LOCAL_DIR/metrics.jsonl by default.
         resume_step: step of the checkpoint that the run resumes from, None for a fresh run. Records of later steps,
             written by the process that died, are dropped.
@@ -51,15 +52,16 @@ class Tracking:
         self,
         project_name: str,
         experiment_name: str,
-        backends: Sequence[str],
-        config: Any,
-        default_local_dir: str | Path,
+        default_backend: str | Sequence[str] = "console",
+        config: Any = None,
+        default_local_dir: str | Path | None = None,
         file_path: str | Path | None = None,
         resume_step: int | None = None,
         total_steps: int | None = None,
     ):
+        backends = [default_backend] if isinstance(default_backend, str) else list(default_backend)
         _check_names(backends, self.BACKENDS)
-        directory = Path(default_local_dir)
+        directory = Path(default_local_dir or Path("checkpoints", project_name, experiment_name))
         shown = mask_secrets(config)
         make: dict[str, Callable[[], Backend]] = {
             "console": lambda: ConsoleBackend(total_steps, resume_step or 0),
@@ -123,8 +125,6 @@ class Tracking:
 
 
 def _check_names(backends: Sequence[str], known: Sequence[str]) -> None:
-    if isinstance(backends, str):
-        raise ValueError(f"trainer.logger={backends!r} must be a list: use ['{backends}']")
     for name in backends:
         if name in UNSUPPORTED_BACKENDS:
             raise NotImplementedError(

@@ -11,7 +11,7 @@ def register() -> None:
     """
     from vllm.platforms import current_platform
 
-    from verl.utils.external import import_from_environment
+    from verl.extension.external import import_from_environment
 
     import_from_environment()
     if current_platform.is_cpu():

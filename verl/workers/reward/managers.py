@@ -116,9 +116,11 @@ def make_manager(config: RewardConfig, components: Iterable[str] = ()) -> Reward
     # Imported here, because the worker processes import this package too and need no configuration.
     from verl.config import names
     from verl.config.reward_kwargs import overlong_buffer
+    from verl.workers.reward_manager.registry import REWARD_MANAGERS
 
     name = config.reward_manager.name
-    if name == "naive":
+    # A manager of the user computes the reward from the score itself.
+    if name == "naive" or name in REWARD_MANAGERS.names():
         return NaiveManager()
     if name == "dapo":
         return DapoManager(overlong_buffer(config))

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from verl.config import ModelConfig, RolloutConfig
+from verl.extension.external import environment_of
 from verl.utils.dtypes import itemsize_of
-from verl.utils.external import environment_of
 from verl.utils.hf_config import overridden_fields
 from verl.utils.host import cpu_environment
 from verl.utils.model_dir.kv_cache import cpu_kv_cache_bytes

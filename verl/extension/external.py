@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from verl.utils.user_files import file_problem, import_file
+from verl.extension.user_files import file_problem, import_file
 
 KEY = "actor_rollout_ref.model.external_lib"
 # Names the modules to the processes of an engine, which read no config.

@@ -2,14 +2,14 @@ import sys
 
 import pytest
 
-from verl.utils.external import (
+from verl.extension.external import (
     ExternalLibError,
     absolute,
     environment_of,
     import_external,
     import_from_environment,
 )
-from verl.utils.user_class import load_class
+from verl.extension.user_class import load_class
 
 
 def test_a_file_and_a_module_are_imported_once(tmp_path, monkeypatch):

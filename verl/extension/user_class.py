@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from verl.utils.user_files import file_problem, import_file, top_level_names
+from verl.extension.user_files import file_problem, import_file, top_level_names
 
 
 class UserClassError(ValueError):
