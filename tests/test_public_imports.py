@@ -16,6 +16,7 @@ import verl
 from verl.extension.upstream_names import MissingUpstreamModuleError, MissingUpstreamNameError
 
 MIGRATING = (Path(__file__).resolve().parents[1] / "docs/migrating.md").read_text(encoding="utf-8")
+SENTENCES = " ".join(MIGRATING.split())
 
 # The 40 most frequent imports, most frequent first; a module alone has no name.
 TOP_40 = [
@@ -133,8 +134,8 @@ def test_the_guide_lists_what_works_and_its_count():
     assert {name for name in works if not name.endswith(":")} - OTHER_ARGUMENTS <= listed
     assert not [name for name in listed if attempt(name) is not None]
     counts = [len([name for name in names if name in works - OTHER_ARGUMENTS]) for names in (TOP_40, EXTENSIONS)]
-    assert f"{counts[0]} of the 40 most frequent imports" in MIGRATING, counts
-    assert f"{counts[1]} of {len(EXTENSIONS)} further imports" in MIGRATING, counts
+    assert f"{counts[0]} of the 40 most frequent imports" in SENTENCES, counts
+    assert f"{counts[1]} of {len(EXTENSIONS)} further imports" in SENTENCES, counts
 
 
 def test_a_missing_module_is_an_ordinary_import_error():

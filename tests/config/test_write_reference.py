@@ -45,7 +45,7 @@ def test_conditions_stand_beside_keys_and_sections():
     assert "; only with `use_kl_loss=True` |" in rows["actor_rollout_ref.actor.kl_loss_coef"]
     assert "; only with `trainer.save_freq` at least 1 |" in rows["critic.checkpoint.save_contents"]
     assert (
-        "; `max_resp_len`, `overlong_buffer_cfg` only with `reward.reward_manager.name=dapo` |"
+        "; `max_resp_len`, `overlong_buffer_cfg` only with `reward.reward_manager.name` other than `naive` or `gdpo` |"
         in (rows["reward.reward_kwargs"])
     )
     conditional = {name for name, text in introductions.items() if "Only with" in text}

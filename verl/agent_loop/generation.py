@@ -21,7 +21,7 @@ from verl.utils.asyncio_utils import gather_or_cancel
 from verl.utils.proto_columns import object_array
 from verl.utils.timeline import spanned
 from verl.workers.reward import RewardLoop, RewardResult, extra_columns
-from verl.workers.reward.function import read_return
+from verl.workers.reward.function import BadReturnError, read_return
 from verl.workers.rollout.client import LLMServerClient
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ class SampleGenerator:
         extra_info = {**(row.get("extra_info") or {}), **output.extra_fields, "num_turns": output.num_turns}
         reward: RewardResult
         if output.reward_score is not None:
-            reward = RewardResult(*read_return(output.reward_score), None, 0.0)
+            reward = _own_reward(output.reward_score)
         elif self._manager is not None:
             reward = await self._manager.score(self._table(row, output, extra_info))
         else:
@@ -122,6 +122,15 @@ class SampleGenerator:
         if name not in self._shared:
             self._shared[name] = {**registered.loop.setup(self._tokenizer, self._config), **registered.kwargs}
         return registered.loop(self._client, self._tokenizer, self._config, **self._shared[name])
+
+
+def _own_reward(score: Any) -> RewardResult:
+    """Return the reward that an agent loop computed itself."""
+    try:
+        value, extra, note = read_return(score)
+    except BadReturnError as error:
+        return RewardResult(0.0, {}, "bad_return", 0.0, f"AgentLoopOutput.reward_score: {error}")
+    return RewardResult(value, extra, None, 0.0, note)
 
 
 def to_batch(samples: Sequence[ScoredSample], *, pad_token_id: int, with_log_probs: bool) -> DataProto:

@@ -68,9 +68,9 @@ class ManagerRewards:
                 value, extra = _single(await self._manager.run_single(data))
             else:
                 value, extra = _from_tensor(await asyncio.to_thread(self._manager, data, return_dict=True))
-            score, others = read_return({**extra, "score": value})
+            score, others, note = read_return({**extra, "score": value})
             extras = {**others, **({"score": plain(extra["score"], "score")} if "score" in extra else {})}
-            return RewardResult(score, extras, None, time.perf_counter() - started)
+            return RewardResult(score, extras, None, time.perf_counter() - started, note)
         except ScoringFailedError as error:
             return error.result
         except BadReturnError as error:
@@ -117,7 +117,8 @@ def _from_tensor(returned: Any) -> tuple[Any, dict[str, Any]]:
     Raises:
         BadReturnError: it returned another form, or rewards at several tokens.
     """
-    tensor, extra = returned, {}
+    tensor: Any = returned
+    extra: dict[str, Any] = {}
     if isinstance(returned, dict):
         tensor, extra = returned.get("reward_tensor"), returned.get("reward_extra_info") or {}
     if not isinstance(tensor, torch.Tensor) or tensor.dim() != 2 or len(tensor) != 1:

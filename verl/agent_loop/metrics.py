@@ -25,9 +25,9 @@ def compute_agent_metrics(batch: DataProto) -> dict[str, float]:
     """
     columns = batch.non_tensor_batch
     metrics = _summary(columns["num_turns"], "num_turns") if "num_turns" in columns else {}
-    reported = columns.get("agent_loop_metrics", [])
-    for name in dict.fromkeys(name for one in reported for name in one or {}):
-        metrics |= _summary([(one or {}).get(name) for one in reported], f"agent_loop/{name}")
+    reported = list(columns.get("agent_loop_metrics", ()))
+    for name in dict.fromkeys(name for one in reported for name in one):
+        metrics |= _summary([one.get(name) for one in reported], f"agent_loop/{name}")
     if "tool_call_counts" not in columns:
         return metrics
     failures = [found for found in columns["tool_failures"] if found is not None]

@@ -283,7 +283,7 @@ class DataProto(Table):
         """
         if mini_batch_size < 1 or len(self) % mini_batch_size:
             raise ValueError(f"make_iterator: mini_batch_size={mini_batch_size} must divide the {len(self)} rows")
-        loader = DataLoader(
+        loader: DataLoader[Any] = DataLoader(
             range(len(self)),  # type: ignore[arg-type]  # a sequence of row numbers is a map-style dataset
             batch_size=mini_batch_size,
             collate_fn=self.select_idxs,

@@ -26,7 +26,7 @@ def compute_data_metrics(batch: DataProto, use_critic: bool = True) -> dict[str,
         raise ValueError("compute_data_metrics: the batch has no column values; pass use_critic=False")
     response_width = batch.batch["responses"].shape[-1]
     prompt_width = batch.batch["attention_mask"].shape[-1] - response_width
-    keys = [key for key in batch.batch.keys() if use_critic or key != "values"]  # noqa: SIM118
+    keys = [str(key) for key in batch.batch.keys() if use_critic or key != "values"]  # noqa: SIM118
     return metrics.compute_data_metrics(batch.select(batch_keys=keys), prompt_width, response_width)
 
 
