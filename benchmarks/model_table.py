@@ -158,8 +158,8 @@ def main() -> None:
     tables.add_write_option(parser)
     arguments = parser.parse_args()
     names = arguments.names or list(ARCHITECTURES)
-    # Runs that join a cluster save its start.
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": arguments.jobs, "include_dashboard": False})
+    # Runs that join a cluster save its start. Ray starts as many processes at a time as it has CPUs.
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4 * arguments.jobs, "include_dashboard": False})
     os.environ["RAY_ADDRESS"] = cluster.address
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(arguments.jobs) as pool:
         root = Path(temporary)
