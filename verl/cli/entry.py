@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from verl import __version__
+from verl.utils.console import escape_unencodable
 
 
 class Subcommand(NamedTuple):
@@ -58,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: words of the command line; None for `sys.argv[1:]`.
     """
+    escape_unencodable()
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["train"]:
         # Hydra parses all other words, including `--help`.

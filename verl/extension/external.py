@@ -40,7 +40,7 @@ def import_external(libs: Sequence[str]) -> None:
             raise ExternalLibError(f"{KEY}={lib}: {problem}; give a Python file, or the name of a module")
         try:
             import_file(Path(lib)) if is_file_name(lib) else importlib.import_module(lib)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ExternalLibError(
                 f"{KEY}={lib} does not import: {type(error).__name__}: {error}; correct the module, or leave it out"
             ) from error

@@ -83,7 +83,7 @@ def load_class(spec: str, folder: Path, base: type) -> type:
         _check_file(spec, source)
     try:
         module = importlib.import_module(source) if isinstance(source, str) else import_file(source)
-    except Exception as error:  # the user's module may raise any exception
+    except (Exception, SystemExit) as error:  # the user's module may raise any exception
         raise UserClassError(f"{spec} does not import: {type(error).__name__}: {error}") from error
     found = getattr(module, name, None)
     if not (isinstance(found, type) and issubclass(found, base)):

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import ast
-import hashlib
-import importlib.util
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import yaml
+
+from verl.extension.user_modules import import_path
 
 
 def file_problem(path: str | Path) -> str | None:
@@ -79,26 +78,13 @@ def check_unique(names: Sequence[str], location: str) -> None:
 def import_file(path: Path) -> ModuleType:
     """Import a Python file and return its module; a process imports each file once.
 
-    A file that raises counts as not imported.
+    A file that raises counts as not imported. The file may import its neighbors; every process can import its module by
+    name.
 
     Raises:
         Exception: any exception of the file.
     """
-    path = path.expanduser().resolve()
-    # The name contains a hash of the path, so that two files with the same name are two modules.
-    name = f"verl_user_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
+    return import_path(path.expanduser().resolve())
 
 
 def top_level_names(tree: ast.Module) -> tuple[list[str], bool]:

@@ -146,7 +146,7 @@ def load_function_tools(path: str | None) -> list[FunctionTool]:
         raise ValueError(f"{KEY}={path}: {problem}; give a Python file")
     try:
         module = import_file(Path(path))
-    except Exception as error:  # a user's file may raise any error
+    except (Exception, SystemExit) as error:  # a user's file may raise any error
         raise ValueError(f"{KEY}={path} does not import: {type(error).__name__}: {error}") from error
     # By module, because a file is imported only once in a process.
     names = [name for name in _TOOLS.names() if _TOOLS.get(name).__module__ == module.__name__]

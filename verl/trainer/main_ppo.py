@@ -23,6 +23,8 @@ from verl.config.overrides import Prepared, prepare
 from verl.extension import external
 from verl.extension.upstream_names import missing_names
 from verl.preflight import Plan, check
+from verl.utils.console import escape_unencodable
+from verl.utils.process_exit import limit_exit
 
 __getattr__ = missing_names(__name__)
 
@@ -42,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: None for `sys.argv[1:]`.
     """
+    escape_unencodable()
     try:
         config = compose(list(sys.argv[1:] if arguments is None else arguments))
         if config is None:
@@ -52,7 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stderr.write(f"verl: the config cannot work: {error}\n")
         raise SystemExit(2) from None
     show_plan(plan)
-    sys.exit(execute(config, plan))
+    try:
+        status = execute(config, plan)
+    except SystemExit as ended:  # after SIGTERM
+        status = ended.code if isinstance(ended.code, int) else 1
+    limit_exit(status)
+    sys.exit(status)
 
 
 def compose(arguments: list[str]) -> PPOConfig | None:

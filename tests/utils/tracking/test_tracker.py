@@ -12,7 +12,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from verl.utils.tracking import Tracking, read_steps
+from verl.utils.tracking import Tracking, read_steps, tracker
 from verl.utils.tracking.console import ConsoleBackend, format_line
 
 CONFIG = {"trainer": {"total_epochs": 1}, "wandb_api_key": "hidden-value"}
@@ -162,8 +162,57 @@ def test_long_generations_are_shown_on_one_line(tmp_path, capsys):
 def test_all_backends_are_closed_if_one_fails(tmp_path):
     tracking = make(tmp_path, ["file", "console"])
     tracking.log({"a": 1}, 1)
-    tracking._finishers.callback(lambda: json.loads("{"))
-    with pytest.raises(json.JSONDecodeError):
-        tracking.finish()
+    file = tracking._backends["file"]
+    tracking._backends["console"].finish = lambda: json.loads("{")
+    tracking.finish()
     with pytest.raises(ValueError, match="closed file"):
-        tracking.log({"a": 1}, 2)
+        file.log({"a": 1}, 2)
+
+
+class Broken:
+    """A backend whose calls raise `error`."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def log(self, *arguments):
+        raise self.error
+
+    log_generations = finish = log
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("wandb is down"), SystemExit(1)]
+)
+def test_a_backend_that_fails_is_named_once_and_the_others_go_on(tmp_path, caplog, error):
+    tracking = make(tmp_path, ["console", "file"])
+    tracking._backends = {"wandb": Broken(error), **tracking._backends}
+    for step in (1, 2):
+        tracking.log({"a": step}, step)
+        tracking.log_generations([{"input": "a", "output": "b", "score": 1.0}], step)
+    tracking.finish()
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "'wandb' failed" in warning and str(error) in warning
+    assert [record["data"] for record in read_steps(tmp_path / "metrics.jsonl")] == [{"a": 1}, {"a": 2}]
+
+
+def test_a_full_disk_does_not_end_the_run(tmp_path, caplog):
+    tracking = make(tmp_path, ["file", "tensorboard"])
+    tracking._backends["file"]._metrics._file.close()
+    tracking._backends["file"]._metrics._file = open("/dev/full", "r+b", buffering=0)  # noqa: SIM115
+    tracking.log({"a": 1}, 1)
+    tracking.finish()
+    assert "'file' failed (OSError" in caplog.text and scalars_of(tmp_path / "tensorboard", "a") == [(1, 1.0)]
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionError("api.example is unreachable"), RuntimeError("no key"), SystemExit(1)]
+)
+def test_a_backend_that_cannot_be_opened_is_named(tmp_path, monkeypatch, error):
+    class Unopened:
+        def __init__(self, *arguments):
+            raise error
+
+    monkeypatch.setattr(tracker, "WandbBackend", Unopened)
+    with pytest.raises(ValueError, match=r"trainer\.logger: 'wandb' cannot be opened .*remove 'wandb'"):
+        make(tmp_path, ["file", "wandb"])

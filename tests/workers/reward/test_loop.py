@@ -641,6 +641,23 @@ def test_a_plain_function_may_return_a_coroutine(start):
     assert score(loop, "abc")[0].score == 3.0
 
 
+def test_a_function_may_use_processes_that_are_spawned(start):
+    loop = start(
+        f"""
+        import multiprocessing
+        from concurrent.futures import ProcessPoolExecutor
+        def size(text):
+            return len(text)
+        def {SIGNATURE}:
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                return pool.submit(size, solution_str).result()
+        """,
+        num_workers=1,
+    )
+    (result,) = score(loop, "abc")
+    assert result.score == 3.0, result.detail
+
+
 def test_a_callable_object_may_import_a_neighboring_file(start, tmp_path):
     (tmp_path / "beside_the_reward.py").write_text("FACTOR = 2")
     loop = start(

@@ -77,7 +77,7 @@ class IsolatedCalls:
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
             # The process would join the threads of the default executor at exit.
-            self._loop.set_default_executor(_DaemonThreads())
+            self._loop.set_default_executor(DaemonThreads())
             start_thread(_run_forever, self._loop)
         return self._loop
 
@@ -110,8 +110,8 @@ def _run_forever(loop: asyncio.AbstractEventLoop) -> None:
             loop.run_forever()
 
 
-class _DaemonThreads(ThreadPoolExecutor):
-    """The executor of `asyncio.to_thread` inside an async function."""
+class DaemonThreads(ThreadPoolExecutor):
+    """An executor for `asyncio.to_thread` whose threads do not keep the process from exiting: each job has its own."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         return start_thread(fn, *args, **kwargs)

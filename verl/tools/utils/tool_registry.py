@@ -120,7 +120,7 @@ def initialize_tools_from_config(path: str | None) -> list[BaseTool]:
             tool = load_class(entry.class_name, folder, BaseTool)(entry.config, entry.tool_schema)
         except UserClassError as error:
             raise ToolConfigError(f"{location}.class_name={error}") from error
-        except Exception as error:  # a user's __init__ may raise anything
+        except (Exception, SystemExit) as error:  # a user's __init__ may raise anything
             raise ToolConfigError(f"{location}: {entry.class_name} cannot be constructed: {error}") from error
         _check_execute(tool, f"{location}: {entry.class_name}")
         tools.append(tool)

@@ -56,6 +56,7 @@ from verl.extension.upstream_names import missing_names
 from verl.preflight import Plan
 from verl.protocol import DataProto
 from verl.single_controller.session import RaySession
+from verl.tools.utils.isolation import DaemonThreads
 from verl.trainer.ppo.checkpoint import CheckpointError, CheckpointStore
 from verl.trainer.ppo.consistency import check_consistency
 from verl.trainer.ppo.metrics import (
@@ -274,6 +275,8 @@ def run(config: PPOConfig, plan: Plan) -> None:
     async def main() -> None:
         task = asyncio.current_task()
         assert task is not None
+        # asyncio.run waits for the threads of the default executor, where agent loops and datasets of users may hang.
+        asyncio.get_running_loop().set_default_executor(DaemonThreads())
 
         def terminate() -> None:
             nonlocal terminated

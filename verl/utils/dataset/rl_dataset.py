@@ -390,7 +390,7 @@ def load_dataset_class(path: str, name: str | None) -> type[Any]:
         raise ValueError(f"data.custom_cls.path={path} is not a Python file (.py)")
     try:
         module = import_file(file)
-    except Exception as error:  # a user's file may raise any error
+    except (Exception, SystemExit) as error:  # a user's file may raise any error
         raise ValueError(f"data.custom_cls.path={path} does not import: {type(error).__name__}: {error}") from error
     cls = getattr(module, name, None)
     if not (isinstance(cls, type) and issubclass(cls, Dataset)):

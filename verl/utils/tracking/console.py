@@ -1,10 +1,10 @@
 """The `console` backend: one readable line per step with the main metrics."""
 
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
+from verl.utils.console import write_line
 from verl.utils.tracking.progress import TimeLeft, duration, tokens_per_second
 
 logger = logging.getLogger(__name__)
@@ -90,6 +90,4 @@ class ConsoleBackend:
         return None
 
     def _write(self, line: str) -> None:
-        stream = self._stream or sys.stdout
-        stream.write(line + "\n")
-        stream.flush()
+        write_line(line, self._stream)

@@ -1,6 +1,5 @@
 """Progress display: a rich bar on a terminal, one plain line per step elsewhere."""
 
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -9,6 +8,8 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
+
+from verl.utils.console import write_line
 
 REWARD_NAMES = ("critic/score/mean", "critic/rewards/mean")
 WINDOW = 10
@@ -105,9 +106,7 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, completed=step, status=status)
         elif self._lines:
-            stream = self._stream or sys.stdout
-            stream.write(f"step {step}/{self._total}  {status}".rstrip() + "\n")
-            stream.flush()
+            write_line(f"step {step}/{self._total}  {status}".rstrip(), self._stream)
 
     def close(self) -> None:
         """Restore the terminal; may be called twice."""

@@ -1,8 +1,8 @@
 """One call per step to every backend in `trainer.logger`."""
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,6 +10,8 @@ from verl.utils.tracking.console import ConsoleBackend
 from verl.utils.tracking.external import SwanlabBackend, TensorboardBackend, WandbBackend
 from verl.utils.tracking.jsonl import FileBackend
 from verl.utils.tracking.plain import mask_secrets, to_plain
+
+logger = logging.getLogger(__name__)
 
 # Backends of upstream verl that are not supported here; other unknown names are misspelled.
 UNSUPPORTED_BACKENDS = ("clearml", "mlflow", "rl_insight", "trackio", "vemlp_wandb")
@@ -26,7 +28,7 @@ class Backend(Protocol):
 
 
 class Tracking:
-    """Sends metrics and sampled generations to the chosen backends.
+    """Sends metrics and sampled generations to the chosen backends. A backend that fails later does not end the run.
 
     Args:
         project_name: project of wandb and swanlab.
@@ -41,7 +43,7 @@ class Tracking:
         total_steps: last step of the run, for the console's "3/20" and the time left.
 
     Raises:
-        ValueError: unknown backend, or its package does not import.
+        ValueError: unknown backend; its package does not import; it cannot be opened.
         NotImplementedError: a backend of upstream verl that is not supported yet.
         OSError: a backend's file cannot be written.
     """
@@ -73,14 +75,12 @@ class Tracking:
             "swanlab": lambda: SwanlabBackend(project_name, experiment_name, shown, directory / "swanlog"),
         }
         self._backends: dict[str, Backend] = {}
-        self._finishers = ExitStack()
+        self._failed: set[str] = set()
         try:
             for name in dict.fromkeys(backends):
-                backend = make[name]()
-                self._backends[name] = backend
-                self._finishers.callback(backend.finish)
+                self._backends[name] = _opened(name, make[name])
         except BaseException:
-            self._finishers.close()
+            self.finish()
             raise
 
     def log(self, data: Mapping[str, Any], step: int, backend: Sequence[str] | None = None) -> None:
@@ -105,23 +105,53 @@ class Tracking:
                 raise TypeError(f"metric {name!r}: {error}") from error
         for name, receiver in self._backends.items():
             if backend is None or name in backend:
-                receiver.log(plain, int(step))
+                self._call(name, receiver.log, plain, int(step))
 
     def log_generations(self, rows: Sequence[Mapping[str, Any]], step: int) -> None:
         """Log sampled generations: one mapping per sample with `input`, `output`, `score` (see `samples_table`)."""
         plain = [to_plain(row, lenient=True) for row in rows]
-        for backend in self._backends.values():
-            backend.log_generations(plain, int(step))
+        for name, backend in self._backends.items():
+            self._call(name, backend.log_generations, plain, int(step))
 
     def finish(self) -> None:
-        """Flush and close every backend, even if one of them fails; may be called twice."""
-        self._finishers.close()
+        """Flush and close every backend; may be called twice."""
+        backends, self._backends = self._backends, {}
+        for name, backend in reversed(backends.items()):
+            self._call(name, backend.finish)
+
+    def _call(self, name: str, method: Callable[..., None], *arguments: Any) -> None:
+        """Call a method of a backend. An error costs records of this backend and not the run: warn once."""
+        try:
+            method(*arguments)
+        except (Exception, SystemExit) as error:  # noqa: BLE001  (other packages raise anything)
+            if name not in self._failed:
+                self._failed.add(name)
+                logger.warning(
+                    "trainer.logger: %r failed (%s: %s): records are missing there; the run continues, and further "
+                    "errors of %r are not shown",
+                    name,
+                    type(error).__name__,
+                    error,
+                    name,
+                )
 
     def __enter__(self) -> "Tracking":
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.finish()
+
+
+def _opened(name: str, make: Callable[[], Backend]) -> Backend:
+    try:
+        return make()
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ValueError) or (isinstance(error, OSError) and error.filename):
+            raise
+        raise ValueError(
+            f"trainer.logger: {name!r} cannot be opened ({type(error).__name__}: {error}); correct its settings, use "
+            f"its offline mode, or remove {name!r} from trainer.logger"
+        ) from error
 
 
 def _check_names(backends: Sequence[str], known: Sequence[str]) -> None:

@@ -6,22 +6,21 @@ of verl only.
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import math
 import numbers
 import os
-import sys
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import date, time, timedelta
 from decimal import Decimal
 from enum import Enum
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 from uuid import UUID
 
+from verl.extension.user_modules import import_path
 from verl.utils.text import valid_value
 
 ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
@@ -96,24 +95,15 @@ def check_path(path: str) -> str:
 
 def _import_file(path: str) -> Any:
     path = check_path(path)
-    folder, file_name = os.path.split(path)
-    module_name = "verl_reward_" + "".join(c if c.isalnum() else "_" for c in os.path.splitext(file_name)[0])
-    if folder not in sys.path:
-        # At the end: neighbors of the reward file can be imported but never hide an installed package.
-        sys.path.append(folder)
-    loader = importlib.machinery.SourceFileLoader(module_name, path)
-    spec = importlib.util.spec_from_file_location(module_name, path, loader=loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module
     try:
-        loader.exec_module(module)
+        return import_path(Path(path))
     except BaseException as error:
         summary = "".join(traceback.format_exception_only(error)).strip().splitlines()[-1]
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         at = f", line {lines[-1]}" if lines else ""
-        raise RewardFunctionError(f"{PATH_KEY}={path} does not import ({file_name}{at}): {summary}") from error
-    return module
+        raise RewardFunctionError(
+            f"{PATH_KEY}={path} does not import ({os.path.basename(path)}{at}): {summary}"
+        ) from error
 
 
 def _function_in(module: Any, name: str, path: str) -> Callable[..., Any]:

@@ -1,0 +1,97 @@
+"""The package of the user's Python files: a module's name holds the path of its file.
+
+Any process can therefore import such a module by its name alone. Pickle needs that: `multiprocessing` with spawn, Ray
+and data loaders send a function as the name of its module. Files next to a user's file can be imported, too.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.machinery
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.machinery import ModuleSpec, SourceFileLoader
+from pathlib import Path
+from types import ModuleType
+
+# Makes this module a package, whose submodules `_Finder` finds.
+__path__: list[str] = []
+
+# Folders that `import_path` added to sys.path.
+_folders: list[str] = []
+
+
+def import_path(path: Path) -> ModuleType:
+    """Import a Python file and return its module; a process imports each file once.
+
+    Args:
+        path: an absolute path.
+
+    Raises:
+        ImportError: the file imports a neighbor whose name another user's file has already taken.
+        Exception: any exception of the file.
+    """
+    stem = re.sub(r"\W", "_", path.stem)
+    return importlib.import_module(f"{__name__}.{stem}_{os.fsencode(path).hex()}")
+
+
+class _Finder:
+    """Finds the submodules of this module for Python's import."""
+
+    @staticmethod
+    def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """Return the spec of a user's file; None for other modules."""
+        package, _, encoded = name.rpartition(".")
+        if package != __name__:
+            return None
+        try:
+            file = Path(os.fsdecode(bytes.fromhex(encoded.rpartition("_")[2])))
+        except ValueError:
+            return None
+        if not file.is_file():
+            return None
+        _add_folder(file)
+        known = file.suffix in importlib.machinery.all_suffixes()
+        loader = None if known else SourceFileLoader(name, str(file))
+        return importlib.util.spec_from_file_location(name, file, loader=loader)
+
+
+def _add_folder(file: Path) -> None:
+    folder = str(file.parent)
+    if folder not in sys.path:
+        # At the end: neighbors of the file never hide an installed package.
+        sys.path.append(folder)
+    for name in _neighbors(file):
+        module = sys.modules.get(name)
+        taken = None if module is None else getattr(module, "__file__", None)
+        if taken is None or Path(taken).is_relative_to(folder):
+            continue
+        if any(Path(taken).is_relative_to(other) for other in _folders):
+            raise ImportError(
+                f"{file} imports {name}, but a module of this name is already imported from {taken}; rename one of them"
+            )
+    if folder not in _folders:
+        _folders.append(folder)
+
+
+def _neighbors(file: Path) -> Iterator[str]:
+    """Yield the names that a file imports and that a file or a package beside it has."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return  # the import reports it
+    for node in ast.walk(tree):
+        modules = [node.module] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        for module in modules:
+            name = (module or "").partition(".")[0]
+            if (file.parent / f"{name}.py").is_file() or (file.parent / name / "__init__.py").is_file():
+                yield name
+
+
+sys.meta_path.append(_Finder)
