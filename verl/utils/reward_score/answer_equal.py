@@ -93,11 +93,10 @@ def _equal(left: str, right: str) -> bool:
     if len(lists[0]) > 1 or len(lists[1]) > 1:
         return _all_equal(*lists)
     left, right = _without_brackets(left), _without_brackets(right)
-    groups = split_group(left), split_group(right)
-    if groups[0] is not None and groups[1] is not None:
-        (left_kind, left_elements), (right_kind, right_elements) = groups
-        same = _same_set if left_kind == "\\{\\}" else _all_equal
-        return left_kind == right_kind and same(left_elements, right_elements)
+    left_group, right_group = split_group(left), split_group(right)
+    if left_group is not None and right_group is not None:
+        same = _same_set if left_group[0] == "\\{\\}" else _all_equal
+        return left_group[0] == right_group[0] and same(left_group[1], right_group[1])
     return _equal_scalars(left, right)
 
 

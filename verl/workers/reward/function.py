@@ -154,7 +154,8 @@ def read_return(value: Any) -> tuple[float, dict[str, Any], str]:
         keys = ", ".join(map(str, list(value)[:10]))
         raise BadReturnError(f"the reward function returned a dict without 'score' (keys: {keys})")
     score = _finite(value["score"])
-    extra, notes = {}, []
+    extra: dict[str, Any] = {}
+    notes: list[str] = []
     for name, item in value.items():
         key = str(name)
         if key == "score":
