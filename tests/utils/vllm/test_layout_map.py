@@ -259,3 +259,20 @@ def test_tensors_are_held_in_the_widest_dtype_that_they_are_copied_to(device):
     names = ("same", "wide", "both", "computed", "moved", "converted", "read")
     held = held_after(load, {name: numbered(2, 4).bfloat16() for name in names})
     assert held == dict.fromkeys(names, torch.float32) | {"same": torch.bfloat16, "read": None}
+
+
+def test_a_kept_copy_of_another_shape_or_dtype_is_replaced():
+    """An update with a wrong tensor keeps a copy before the loader refuses it; the next update repairs the engine."""
+    model = nn.Module()
+    model.layer = Layer(weight=(2, 4))
+    layout = traced(model, {}, lambda tensors: tensors["a"].float(), {"a": numbered(2, 4).bfloat16()})
+    reloaded = []
+    applier = make_applier(model, layout, reload=lambda layers, tensors: reloaded.extend(tensors))
+    for wrong in (numbered(2, 3), numbered(2, 4).double()):
+        applier.keep([("a", wrong)])
+    right = numbered(2, 4)
+    applier.keep([("a", right)])
+    applier.apply_chunk("a", torch.tensor([5]), 0, torch.tensor([-1.0]))
+    applier.finish()
+    right.view(-1)[5] = -1.0
+    assert len(reloaded) == 1 and torch.equal(reloaded[0][1], right)

@@ -71,7 +71,8 @@ class DeltaApplier:
             if name not in self._copies:
                 continue
             copy = self._copies[name]
-            if copy is None:
+            # A load that was refused later may have brought another shape or dtype.
+            if copy is None or (copy.shape, copy.dtype) != (tensor.shape, tensor.dtype):
                 self._copies[name] = tensor.detach().to("cpu", copy=True).contiguous()
             else:
                 copy.copy_(tensor)
