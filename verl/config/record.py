@@ -1,5 +1,8 @@
 """The record of a run's config: `config.yaml` and `config_changes.yaml` in `trainer.default_local_dir`.
 
+Each checkpoint contains a copy of both files. A run with `trainer.val_only` writes them and its logs into
+`val_only/global_step_N`, because the others belong to the run that trained.
+
 `config.yaml` contains every key with the value that the run uses. `config_changes.yaml` contains the keys whose value
 is not the default, by dotted name, each with its `value` and `default`. Both files contain `***` instead of secrets.
 """
@@ -17,6 +20,7 @@ from verl.config.ppo import PPOConfig
 from verl.utils.atomic_io import atomic_write_text
 from verl.utils.tracking.plain import mask_secrets
 
+VAL_ONLY_DIRECTORY = "val_only"  # logs and records of runs with trainer.val_only, by step
 CONFIG_FILE, CHANGES_FILE = "config.yaml", "config_changes.yaml"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from verl.config.ppo import PPOConfig
+from verl.config.record import VAL_ONLY_DIRECTORY
 from verl.config.roles import resolve_critic
 from verl.config.weight_updates import full_update_reason, resolve_backend
 from verl.preflight.checks.data import DataInfo
@@ -104,5 +105,8 @@ def _checkpoints_text(config: PPOConfig) -> str:
 
 
 def _logs_text(config: PPOConfig) -> str:
-    files = {"file": Path(config.trainer.default_local_dir) / "metrics.jsonl"}
+    directory = Path(config.trainer.default_local_dir)
+    if config.trainer.val_only:
+        directory = directory / VAL_ONLY_DIRECTORY / "global_step_N"
+    files = {"file": directory / "metrics.jsonl"}
     return ", ".join(f"{name} ({files[name]})" if name in files else name for name in config.trainer.logger) or "none"

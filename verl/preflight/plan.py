@@ -101,6 +101,7 @@ class Plan:
         hardware: name of the hardware that the run is planned for; None for this machine.
         device_memory: estimate for a device of this hardware, or None.
         prompt_lengths: lengths of a sample of the training prompts; None if not measured.
+        resume: the checkpoint that the run resumes from, and the keys that differ from the run that wrote it.
     """
 
     device: str
@@ -145,6 +146,7 @@ class Plan:
     hardware: str | None = None
     device_memory: DeviceMemory | None = None
     prompt_lengths: PromptLengths | None = None
+    resume: list[str] = field(default_factory=list)
 
     def render(self) -> str:
         """Return an aligned table in plain text, followed by notes and warnings."""
@@ -158,7 +160,8 @@ class Plan:
     def rows(self) -> list[Row]:
         """Return label and text of each line of the table; the label is empty on continuation lines."""
         files = [("checkpoints", self.checkpoints), ("logs", self.logs)]
-        return [*self._batch_rows(), *self._machine_rows(), *self._device_rows(), *files]
+        resume = [("resumes" if number == 0 else "", line) for number, line in enumerate(self.resume)]
+        return [*self._batch_rows(), *self._machine_rows(), *self._device_rows(), *files, *resume]
 
     def _batch_rows(self) -> list[Row]:
         micro = (

@@ -60,6 +60,21 @@ def tracked_checkpoint(root: Path) -> tuple[Path | None, str | None]:
     return root / f"global_step_{int(text)}", None
 
 
+def resume_candidates(root: Path) -> tuple[list[Path], str | None]:
+    """Return the checkpoints to resume from, the first one first, and the problem if the tracker file names none.
+
+    These are the checkpoint that the tracker file names and those before it: later ones belong to another branch. If it
+    names no existing checkpoint, all are candidates.
+    """
+    named, problem = tracked_checkpoint(root)
+    found = list_checkpoints(root)
+    if named is not None and named in found:
+        found = found[: found.index(named) + 1]
+    elif found:
+        problem = problem or f"{root / TRACKER} does not name a complete checkpoint"
+    return found[::-1], problem
+
+
 def write_manifest(directory: Path) -> None:
     """Write the manifest of every file below `directory`; the files must be complete."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())

@@ -1,4 +1,4 @@
-"""Parts of the training loop that need no processes: saving."""
+"""Parts of the training loop that need no processes: saving, and the logs of a validation."""
 
 from types import SimpleNamespace
 
@@ -7,6 +7,7 @@ import pytest
 from verl.config import PPOConfig
 from verl.trainer.ppo.checkpoint import CheckpointError, CheckpointStore
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
+from verl.utils.tracking.jsonl import read_steps
 
 
 class Ranks:
@@ -26,11 +27,38 @@ def trainer(tmp_path):
     made.config, made.store, made.step = PPOConfig(), CheckpointStore(tmp_path), 4
     made.runtime = SimpleNamespace(
         processes=SimpleNamespace(trainers=Ranks("")),
-        data=SimpleNamespace(prompts=SimpleNamespace(state=SimpleNamespace(loader={}, draws=4))),
+        config=made.config,
+        data=SimpleNamespace(total_steps=9, prompts=SimpleNamespace(state=SimpleNamespace(loader={}, draws=4))),
         kl_controller=SimpleNamespace(value=0.1),
         sampler=SimpleNamespace(carried_prompts=list),
     )
     return made
+
+
+def files_of(directory):
+    return {path.relative_to(directory): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("resumed", [True, False])
+async def test_a_validation_alone_changes_no_file_of_the_training(trainer, tmp_path, resumed):
+    options = trainer.config.trainer
+    options.default_local_dir, options.logger, options.val_only = str(tmp_path), ["file"], False
+    trainer.step, trainer.resumed = 0, False
+    with trainer.tracking() as tracking:
+        for step in range(1, 10):
+            tracking.log({"reward": step}, step)
+            tracking.log_generations([{"input": "a", "output": "b", "score": 1}], step)
+    before = files_of(tmp_path)
+    trainer.step, trainer.resumed, options.val_only = 4, resumed, True
+    with trainer.tracking() as tracking:
+        tracking.log({"val-core/a": 1.0}, 4)
+        tracking.log_generations([{"input": "a", "output": "b", "score": 1}], 4)
+    folder = tmp_path / "val_only" / "global_step_4"
+    assert read_steps(folder / "metrics.jsonl") == [{"step": 4, "data": {"val-core/a": 1.0}}]
+    assert "val_only: true" in (folder / "config.yaml").read_text()
+    after = files_of(tmp_path)
+    assert {name: after[name] for name in before} == before
+    assert all(name.parts[0] == "val_only" for name in after.keys() - before.keys())
 
 
 class Log:

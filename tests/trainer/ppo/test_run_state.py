@@ -88,7 +88,8 @@ async def test_a_failed_export_leaves_the_resumable_part(tmp_path):
     await save_run(run, tmp_path, 3)
     with pytest.raises(HFExportError, match="ValueError: generation config is invalid"):
         await export_run(run, tmp_path)
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["actor", "critic", "data.pt"]
+    written = ["actor", "config.yaml", "config_changes.yaml", "critic", "data.pt"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == written
     assert await load_run(Run(), tmp_path) == 3
 
 

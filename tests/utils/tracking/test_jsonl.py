@@ -56,6 +56,8 @@ def test_resume_drops_later_steps_and_continues(tmp_path):
     second = FileBackend(path, resume_step=3)
     assert steps_in(path) == [0, 1, 2, 3]
     assert steps_in(tmp_path / "generations.jsonl") == [0, 1, 2, 3]
+    dropped = [record["data"] for record in read_steps(tmp_path / "m.jsonl.dropped")]
+    assert dropped == [{"run": 1}] * 2 and steps_in(tmp_path / "generations.jsonl.dropped") == [4, 5]
     second.log({"val": 1}, 3)
     for step in range(4, 7):
         second.log({"run": 2}, step)

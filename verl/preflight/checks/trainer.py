@@ -17,6 +17,7 @@ from verl.preflight.target import Hardware, Target
 from verl.utils.devices import count_devices, detect_device
 from verl.utils.host import cpu_cores
 from verl.utils.network import ray_cluster
+from verl.utils.run_lock import lock_holder, locked_text
 from verl.utils.vllm.npu_settings import npu_environment, npu_environment_problems
 
 _ROLLOUT = "actor_rollout_ref.rollout"
@@ -174,6 +175,9 @@ def check_directories(config: PPOConfig, found: Findings) -> None:
         problem = _write_problem(Path(folder)) if folder else None
         if problem:
             found.errors.append(f"trainer.{name}={folder}: {problem}; choose another directory")
+    holder = lock_holder(trainer.default_local_dir)
+    if holder is not None:
+        found.errors.append(locked_text(trainer.default_local_dir, holder))
     if trainer.timeline:
         path = Path(trainer.timeline)
         problem = "is a directory" if path.is_dir() else _write_problem(path.parent)

@@ -24,8 +24,8 @@ from verl.utils.checkpoint_files import (
     TRACKER,
     find_damage,
     list_checkpoints,
+    resume_candidates,
     step_of,
-    tracked_checkpoint,
     write_manifest,
 )
 
@@ -134,15 +134,11 @@ class CheckpointStore:
         Args:
             contents: compare checksums, which reads every file.
         """
-        named, problem = tracked_checkpoint(self.root)
-        candidates = self.checkpoints()
-        if named is not None and named in candidates:
-            candidates = candidates[: candidates.index(named) + 1]
-        elif candidates:
-            problem = problem or f"{self.root / TRACKER} does not name a complete checkpoint"
+        candidates, problem = resume_candidates(self.root)
+        if problem is not None:
             logger.warning("%s; using the newest complete checkpoint", problem)
         damages = []
-        for checkpoint in reversed(candidates):
+        for checkpoint in candidates:
             if (damage := find_damage(checkpoint, contents=contents)) is None:
                 if damages:
                     logger.warning("falling back to %s", checkpoint)

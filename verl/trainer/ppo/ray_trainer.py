@@ -47,11 +47,12 @@ import asyncio
 import logging
 import signal
 from contextlib import AbstractAsyncContextManager
+from pathlib import Path
 from typing import Any
 
 from verl.agent_loop.metrics import compute_agent_metrics
 from verl.config import PPOConfig
-from verl.config.record import write_record
+from verl.config.record import VAL_ONLY_DIRECTORY, write_record
 from verl.extension.upstream_names import missing_names
 from verl.preflight import Plan
 from verl.protocol import DataProto
@@ -71,6 +72,7 @@ from verl.trainer.ppo.run_state import HFExportError, export_run, load_run, save
 from verl.trainer.ppo.runtime import Runtime
 from verl.trainer.ppo.validation_run import ValidationRun
 from verl.trainer.rollouts.pipeline import RolloutPipeline, rollout_pipeline
+from verl.utils.run_lock import run_lock
 from verl.utils.timeline import close_timeline, open_timeline, spanned
 from verl.utils.timing import marked_timer
 from verl.utils.tracking import Progress, Tracking
@@ -231,15 +233,20 @@ class RayPPOTrainer:
         }
 
     def tracking(self) -> Tracking:
-        """Open the loggers of `trainer.logger`."""
+        """Open the loggers of `trainer.logger`; with `val_only` they write to files of their own."""
         trainer = self.config.trainer
+        directory = Path(trainer.default_local_dir)
+        resume_step = self.step if self.resumed else None
+        if trainer.val_only:
+            directory, resume_step = directory / VAL_ONLY_DIRECTORY / f"global_step_{self.step}", None
+            write_record(self.config, directory)
         return Tracking(
             trainer.project_name,
             trainer.experiment_name,
             trainer.logger,
             config=self.config,
-            default_local_dir=trainer.default_local_dir,
-            resume_step=self.step if self.resumed else None,
+            default_local_dir=directory,
+            resume_step=resume_step,
             total_steps=self.runtime.data.total_steps,
         )
 
@@ -251,7 +258,8 @@ class RayPPOTrainer:
 async def train(config: PPOConfig, plan: Plan) -> None:
     """Start the processes, train, and stop the processes even after an error."""
     store = CheckpointStore(config.trainer.default_local_dir, config.trainer.max_actor_ckpt_to_keep)
-    write_record(config, config.trainer.default_local_dir)
+    if not config.trainer.val_only:
+        write_record(config, config.trainer.default_local_dir)
     if config.trainer.timeline is not None:
         open_timeline(config.trainer.timeline)
     runtime = Runtime(config, plan)
@@ -283,7 +291,7 @@ def run(config: PPOConfig, plan: Plan) -> None:
             terminated = True
             task.cancel()
 
-        with RaySession(config):
+        with run_lock(config.trainer.default_local_dir), RaySession(config):
             # After ray.init, which installs its own handler.
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, terminate)
             await train(config, plan)

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import NotRequired, TypedDict, cast
 
+from verl.config.record import write_record
 from verl.trainer.ppo.checkpoint import CheckpointError, load_driver_state, save_driver_state
 from verl.trainer.ppo.runtime import Runtime
 from verl.trainer.rollouts.prompts import LoaderState, PromptId
@@ -53,6 +54,7 @@ async def save_run(runtime: Runtime, directory: Path, step: int) -> None:
         carried=[tuple(prompt) for prompt in runtime.sampler.carried_prompts()],
     )
     save_driver_state(directory, state)
+    write_record(runtime.config, directory)
 
 
 async def export_run(runtime: Runtime, directory: Path) -> None:

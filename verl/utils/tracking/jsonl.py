@@ -40,7 +40,8 @@ def read_steps(path: str | Path) -> list[dict[str, Any]]:
 class StepFile:
     """A JSONL file with at most one record per step, in the order of steps.
 
-    Opening it removes an incomplete last line and the records after `resume_step`, which the resumed run writes again.
+    Opening it removes an incomplete last line. The records after `resume_step`, which the resumed run writes again, are
+    appended to PATH.dropped: after a resume from an earlier checkpoint they are all that is left of the other branch.
     A fresh run (`resume_step=None`) moves an existing file to PATH.previous.
 
     Each record is one write, flushed to the operating system, so SIGKILL loses no written record.
@@ -56,7 +57,9 @@ class StepFile:
                 os.replace(self.path, previous)
                 logger.info("%s belonged to an earlier run and is now %s", self.path, previous)
         else:
-            kept = _one_a_step(record for record in read_steps(self.path) if record["step"] <= resume_step)
+            records = read_steps(self.path)
+            kept = _one_a_step(record for record in records if record["step"] <= resume_step)
+            self._set_aside([record for record in records if record["step"] > resume_step])
         self._last = kept[-1] if kept else None
         text = "".join(to_json(record) + "\n" for record in kept)
         if not self.path.exists() or self.path.read_bytes() != text.encode():
@@ -64,6 +67,13 @@ class StepFile:
         self._file = open(self.path, "r+b", buffering=0)  # noqa: SIM115  (closed by close)
         self._end = self._file.seek(0, os.SEEK_END)
         self._last_start = self._end - len((to_json(self._last) + "\n").encode()) if self._last else self._end
+
+    def _set_aside(self, dropped: Sequence[Mapping[str, Any]]) -> None:
+        if dropped:
+            file = self.path.with_name(self.path.name + ".dropped")
+            with open(file, "a", encoding="utf-8") as out:
+                out.write("".join(to_json(record) + "\n" for record in dropped))
+            logger.info("%s: %d records after the step to resume from are now in %s", self.path, len(dropped), file)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append a record; merge it into the last line if it has the same step.
