@@ -58,7 +58,7 @@ from verl.config.values import value_problems
         ("actor_rollout_ref.rollout.engine_kwargs", "{sglang: {x: 1}}", ("not supported", "vllm")),
         ("actor_rollout_ref.rollout.engine_kwargs", "{vlm: {x: 1}}", ("unknown key", "vllm")),
         ("actor_rollout_ref.rollout.dtype", "float16", ("not supported", "float32")),
-        ("actor_rollout_ref.rollout.temperature", "0", ("above 0",)),
+        ("actor_rollout_ref.rollout.temperature", "0", ("at least 0.01",)),
         ("actor_rollout_ref.rollout.n", "0", ("at least 1", "samples")),
         ("data.truncation", "rigth", ("unknown", "did you mean right?")),
         ("data.train_batch_size", "0", ("at least 1 prompts",)),

@@ -10,6 +10,8 @@ from verl.config import names
 from verl.config.conditions import any_of, first_of, micro_batches, on_accelerator, unless, validates, when
 from verl.config.schema import ConfigSection, key, section, unsupported
 
+# vLLM samples at this temperature if a lower one is given; 0 is greedy decoding.
+MIN_TEMPERATURE = 0.01
 _GREEDY = when("do_sample", reason="with greedy validation (val_kwargs.do_sample=False)")
 _BETWEEN_NODES = first_of(
     any_of(
@@ -37,7 +39,7 @@ class ValKwargs(ConfigSection):
 
     n: int = key(1, "samples per validation prompt", unit="samples", at_least=1)
     do_sample: bool = key(False, "sample tokens; False: greedy decoding, which ignores the temperature")
-    temperature: float = key(0.0, "sampling temperature", at_least=0, only_with=_GREEDY)
+    temperature: float = key(0.0, "sampling temperature; 0 or at least 0.01", at_least=0, only_with=_GREEDY)
     top_p: float = key(1.0, "nucleus sampling", above=0, at_most=1, only_with=_GREEDY)
     top_k: int = key(-1, "sample from this number of the most probable tokens; -1: all", at_least=-1, only_with=_GREEDY)
 
@@ -157,7 +159,7 @@ class RolloutConfig(ConfigSection):
     )
     mode: str = key("async", "the engine is a server", choices=("async",), unsupported=("sync",), use="use async")
     n: int = key(1, "samples per training prompt", unit="samples", at_least=1)
-    temperature: float = key(1.0, "sampling temperature in training", above=0)
+    temperature: float = key(1.0, "sampling temperature in training", at_least=MIN_TEMPERATURE)
     top_p: float = key(1.0, "nucleus sampling in training", above=0, at_most=1)
     top_k: int = key(-1, "sample from this number of the most probable tokens; -1: all", at_least=-1)
     val_kwargs: ValKwargs = section(ValKwargs, "sampling in validation", only_with=validates)

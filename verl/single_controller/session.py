@@ -10,7 +10,7 @@ from typing import Any
 import ray
 
 from verl.config import PPOConfig
-from verl.utils.network import ray_cluster
+from verl.utils.network import ray_cluster, require_ray_cluster
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ class RaySession:
                 # Ray accepts these only for a session that it starts.
                 for key in ("num_cpus", "num_gpus", "include_dashboard"):
                     self._options.pop(key, None)
+                require_ray_cluster(os.environ, asked=self._options.get("address"))
             ray.init(**self._options)
         return self
 

@@ -6,6 +6,7 @@ import fcntl
 import os
 import socket
 import struct
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -40,11 +41,45 @@ def ray_cluster(environment: Mapping[str, str], *, asked: str | None = None, roo
 
     `RAY_ADDRESS` and the most recently started cluster of this host count.
     """
+    return _ray_cluster(environment, asked, root)[0]
+
+
+def _ray_cluster(environment: Mapping[str, str], asked: str | None, root: Path) -> tuple[str | None, str]:
+    """Return the address of `ray_cluster`, and the setting that holds it."""
     address = asked or environment.get("RAY_ADDRESS")
-    if address:
-        return None if address == "local" else address
+    if address and address != "auto":
+        source = f"ray_kwargs.ray_init.address={asked}" if asked else f"RAY_ADDRESS={address}"
+        return None if address == "local" else address, source
     folder = environment.get("RAY_TMPDIR") or environment.get("TMPDIR") or str(root / "tmp")
+    path = Path(folder, "ray/ray_current_cluster")
     try:
-        return Path(folder, "ray/ray_current_cluster").read_text(encoding="utf-8").strip() or None
+        found = path.read_text(encoding="utf-8").strip() or None
     except OSError:
-        return None
+        found = None
+    return found or address or None, f"{path} (written by `ray start`)"
+
+
+def require_ray_cluster(
+    environment: Mapping[str, str], *, asked: str | None = None, root: Path = Path("/"), seconds: float = 10.0
+) -> None:
+    """Check that the cluster of `ray_cluster`, if there is one, accepts connections; Ray itself waits for minutes.
+
+    Raises:
+        ConnectionError: it does not, for `seconds`; names the setting that holds the address.
+    """
+    address, source = _ray_cluster(environment, asked, root)
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdecimal():
+        return
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=max(0.1, end - time.monotonic())).close()
+            return
+        except (OSError, OverflowError) as error:
+            if time.monotonic() + 1 > end:
+                raise ConnectionError(
+                    f"no Ray cluster answers at {address} ({error}), which {source} names; start the cluster, or "
+                    "remove this setting to start Ray with the run"
+                ) from error
+        time.sleep(1)

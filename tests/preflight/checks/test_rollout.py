@@ -46,6 +46,15 @@ def test_replicas_divide_the_devices_of_each_node(problem_of):
     assert "n_gpus_per_node=3" in problem and "use 1 or 3" in problem
 
 
+def test_temperatures_that_vllm_would_raise_are_errors(problem_of, plan_of):
+    assert "rollout.temperature=0.001: must be at least 0.01" in problem_of(**{ROLLOUT + "temperature": 0.001})
+    sampled = {ROLLOUT + "val_kwargs__do_sample": True}
+    problem = problem_of(**sampled, **{ROLLOUT + "val_kwargs__temperature": 0.001})
+    assert "val_kwargs.temperature=0.001: vLLM would sample at 0.01 instead" in problem
+    for temperature in (0.0, 0.01):
+        plan_of(**sampled, **{ROLLOUT + "val_kwargs__temperature": temperature})
+
+
 def test_one_sample_per_prompt_with_grpo_is_a_warning(plan_of):
     (warning,) = plan_of(actor_rollout_ref__rollout__n=1).warnings
     assert "rollout.n=1" in warning and "grpo" in warning

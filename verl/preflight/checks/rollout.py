@@ -12,6 +12,7 @@ import socket
 from verl.config import names
 from verl.config.errors import unknown_key
 from verl.config.ppo import PPOConfig
+from verl.config.rollout import MIN_TEMPERATURE
 from verl.config.weight_updates import BACKENDS, full_update_reason, resolve_backend
 from verl.preflight.batch_sizes import check_log_prob_limit, longest_sample, nearest_sizes
 from verl.preflight.findings import Findings
@@ -69,6 +70,12 @@ def check_rollout(config: PPOConfig, target: Target, found: Findings) -> None:
         )
     check_log_prob_limit("rollout", rollout, config.actor_rollout_ref.actor, longest_sample(config), found)
     _check_tensor_parallel(config, found)
+    temperature = rollout.val_kwargs.temperature
+    if rollout.val_kwargs.do_sample and 0 < temperature < MIN_TEMPERATURE:
+        found.errors.append(
+            f"{_ROLLOUT}.val_kwargs.temperature={temperature}: vLLM would sample at {MIN_TEMPERATURE} instead; use "
+            f"{MIN_TEMPERATURE} or more, or val_kwargs.do_sample=False for greedy decoding"
+        )
     if rollout.partial_rollout:
         _check_partial_rollout(config, found)
     if target.hardware is None and rollout.server.enable_http:

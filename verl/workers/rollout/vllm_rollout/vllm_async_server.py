@@ -27,11 +27,11 @@ from verl.utils.quantization.schemes import SCHEME_NAMES, weight_format
 from verl.utils.timeline import Timeline, join_timeline, spanned
 from verl.utils.vllm.npu_settings import check_npu_environment
 from verl.utils.vllm.server import drain
-from verl.workers.rollout.continuation import after_cut, check_continuable
 from verl.workers.rollout.quantization import worker_settings
 from verl.workers.rollout.request_channel import Request, RequestDesk, Response
 from verl.workers.rollout.types import ReplicaHealth, ReplicaReport, ReplicaUnavailable, TokenOutput
 from verl.workers.rollout.vllm_rollout.engine_args import engine_args
+from verl.workers.rollout.vllm_rollout.sampling_params import vllm_sampling_params
 from verl.workers.rollout.vllm_rollout.worker_calls import call_workers, merge_bucket_reports, merge_reports, results
 from verl.workers.rollout.vllm_rollout.worker_extension import WeightUpdateExtension
 from verl.workers.weight_sync.manifest import WeightUpdateError
@@ -198,24 +198,19 @@ class vLLMHttpServer:
         )
 
     def _sampling_params(self, prompt_length: int, given: dict[str, Any], num_generated: int) -> Any:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        if self._rollout.partial_rollout:
-            check_continuable(given)
         room = self._max_len - prompt_length
         if room < 1:
             raise ValueError(
                 f"a prompt of {prompt_length} tokens leaves no room in max_model_len={self._max_len}: "
                 "shorten data.max_prompt_length or raise actor_rollout_ref.rollout.max_model_len"
             )
-        merged = {"max_tokens": self._response_length} | given
-        merged["max_tokens"] = min(merged["max_tokens"], room)
-        try:
-            rest = after_cut(merged, num_generated)
-            return SamplingParams(**rest, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
-        except TypeError as error:
-            raise ValueError(f"sampling parameters {sorted(given)}: {error}") from error
+        return vllm_sampling_params(
+            given,
+            max_tokens=self._response_length,
+            room=room,
+            num_generated=num_generated,
+            partial_rollout=self._rollout.partial_rollout,
+        )
 
     async def _wait_until_serving(self) -> None:
         while not self._serving.is_set():
