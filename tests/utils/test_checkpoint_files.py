@@ -30,6 +30,8 @@ def test_the_manifest_has_sizes_and_a_checksum_per_chunk(checkpoint):
         },
     }
     assert find_damage(checkpoint) is None
+    write_manifest(checkpoint)
+    assert find_damage(checkpoint) is None, "a second manifest does not list the first"
 
 
 @pytest.mark.parametrize(("position", "chunk"), [(0, "0 to 1000"), (999, "0 to 1000"), (2499, "2000 to 2500")])

@@ -76,15 +76,16 @@ def resume_candidates(root: Path) -> tuple[list[Path], str | None]:
 
 
 def write_manifest(directory: Path) -> None:
-    """Write the manifest of every file below `directory`; the files must be complete."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    """Write the manifest of every other file below `directory`; the files must be complete."""
+    manifest = directory / MANIFEST
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and path != manifest)
     sums = _checksums([(path, path.stat().st_size) for path in files])
     entries = {
         path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "crc32": checksum}
         for path, checksum in zip(files, sums, strict=True)
     }
     text = json.dumps({"chunk_bytes": CHUNK_BYTES, "files": entries}, indent=1)
-    (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    manifest.write_text(text + "\n", encoding="utf-8")
 
 
 def find_damage(checkpoint: Path, *, contents: bool = True) -> str | None:
