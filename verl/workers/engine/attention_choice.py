@@ -32,6 +32,7 @@ _WINDOW = 4
 _ORIGINAL_LENGTH = 8
 _VOCABULARY = 64
 _FEED_FORWARD = 16
+_NOISE = 100_003  # random numbers, repeated to fill the weights; a prime, so that rows differ
 _TOLERANCE = 1e-3  # relative; float32 rounding gives about 1e-6, a feature that is ignored 1e-2 and more
 
 
@@ -103,14 +104,15 @@ def _small_model(config: PreTrainedConfig, attention: str | None, trust_remote_c
             config, dtype=torch.float32, trust_remote_code=trust_remote_code, attn_implementation=attention
         )
     model.tie_weights()  # the parameters without storage are new, hence not tied
-    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(_NOISE, generator=torch.Generator().manual_seed(0))
     filled: dict[int, torch.nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) not in filled:
                 # Large enough for attention scores at which soft caps and sinks count.
                 fan_in = parameter.shape[-1] if parameter.dim() > 1 else 4
-                values = torch.randn(parameter.shape, generator=generator) * (2.0 / fan_in**0.5)
+                shifted = noise.roll(len(filled)) * (2.0 / fan_in**0.5)
+                values = shifted.repeat(-(-parameter.numel() // _NOISE))[: parameter.numel()].view(parameter.shape)
                 filled[id(parameter)] = torch.nn.Parameter(values, requires_grad=False)
             setattr(module, name, filled[id(parameter)])
     fix_rope_length(model, max(_LENGTHS))
