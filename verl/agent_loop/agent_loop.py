@@ -7,6 +7,7 @@ with the engine, and keeps the tokens of the model as they were generated.
 from __future__ import annotations
 
 import asyncio
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -110,7 +111,7 @@ class AgentLoopBase(ABC):
         self.server_manager = _Server(client)
         self.processor = None
 
-    @property
+    @functools.cached_property
     def loop(self) -> asyncio.AbstractEventLoop:
         return asyncio.get_running_loop()
 

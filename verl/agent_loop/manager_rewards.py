@@ -44,7 +44,7 @@ class ManagerRewards:
     def __init__(self, config: PPOConfig, tokenizer: Any, rewards: RewardLoop):
         self._rewards = rewards
         self._name = config.reward.reward_manager.name
-        self._loop = asyncio.get_event_loop_policy().get_event_loop()
+        self._loop: asyncio.AbstractEventLoop | None = None
         cls = get_reward_manager_cls(self._name)
         kwargs = {key: value for key, value in (config.reward.reward_kwargs or {}).items() if key in MANAGER_KWARGS}
         try:
@@ -97,6 +97,7 @@ class ManagerRewards:
         return result.score if result.extra == {"acc": result.score} else {**result.extra, "score": result.score}
 
     def _compute_score_in_thread(self, *args: Any, **kwargs: Any) -> Any:
+        assert self._loop is not None, "set by `score`"
         return asyncio.run_coroutine_threadsafe(self._compute_score(*args, **kwargs), self._loop).result()
 
 

@@ -13,6 +13,8 @@ from verl.utils.host import cpu_cores
 
 # Entries of reward_kwargs that the dapo manager reads; they are never passed to the scorer.
 MANAGER_KWARGS = ("max_resp_len", "overlong_buffer_cfg")
+# Keywords that a scorer is called with.
+SCORER_ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
 _MAX_WORKERS = 8
 
 

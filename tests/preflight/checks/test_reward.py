@@ -1,5 +1,8 @@
 import pytest
 
+from verl.config.reward import SCORER_ARGUMENTS
+from verl.workers.reward.function import ARGUMENTS
+
 
 def test_a_missing_file_is_an_error(problem_of):
     text = problem_of(reward__custom_reward_function__path="/nowhere/reward.py")
@@ -155,3 +158,38 @@ def test_a_keyword_with_two_values_is_an_error(problem_of, run_files):
     own = "reward__custom_reward_function__reward_kwargs"
     text = problem_of(**{"reward__reward_kwargs": "{a: 1, b: 2}", own: "{a: 3, b: 2}"})
     assert text.startswith("reward.custom_reward_function.reward_kwargs.a=3: reward.reward_kwargs.a is 1")
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("def compute_score(text, truth): ...", "has no parameter data_source, solution_str, ground_truth, extra_info"),
+        ("def compute_score(data_source, solution_str, ground_truth): ...", "has no parameter extra_info"),
+        (
+            "async def compute_score(data_source, solution_str, ground_truth, extra_info, client): ...",
+            "requires client, which nothing sets",
+        ),
+        (
+            "def compute_score(data_source, solution_str, ground_truth, extra_info=None, *, judge): ...",
+            "requires judge, which nothing sets",
+        ),
+        (
+            "def compute_score(data_source, /, solution_str, ground_truth, extra_info): ...",
+            "has no parameter data_source and requires data_source",
+        ),
+    ],
+)
+def test_a_wrong_signature_is_an_error_with_the_right_one(problem_of, run_files, source, words):
+    run_files.reward.write_text(source)
+    problem = problem_of()
+    assert words in problem
+    assert "write def compute_score(data_source, solution_str, ground_truth, extra_info, **kwargs)" in problem
+
+
+def test_a_required_keyword_of_reward_kwargs_is_no_error(plan_of, run_files):
+    run_files.reward.write_text("def compute_score(data_source, solution_str, ground_truth, extra_info, a, b): ...")
+    plan_of(reward__custom_reward_function__reward_kwargs="{a: 1}", reward__reward_kwargs="{b: 2}")
+
+
+def test_the_arguments_are_those_of_the_workers():
+    assert SCORER_ARGUMENTS == ARGUMENTS

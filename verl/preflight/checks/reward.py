@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import ast
 import difflib
+from collections.abc import Collection
 from pathlib import Path
 
 from verl.config.ppo import PPOConfig
-from verl.config.reward import CustomRewardFunctionConfig
-from verl.config.reward_kwargs import BUFFER, KWARGS, kwargs_problems, overlong_buffer
+from verl.config.reward import SCORER_ARGUMENTS, CustomRewardFunctionConfig
+from verl.config.reward_kwargs import BUFFER, KWARGS, kwargs_problems, overlong_buffer, scorer_kwargs
 from verl.extension.user_files import file_problem, top_level_names
 from verl.preflight.findings import Findings
 
@@ -25,7 +26,7 @@ def check_reward(config: PPOConfig, found: Findings) -> None:
     if not problems:
         _check_max_resp_len(config, found)
         _note_no_penalty(config, found)
-    _check_function(config.reward.custom_reward_function, found)
+    _check_function(config.reward.custom_reward_function, scorer_kwargs(config.reward), found)
 
 
 def _check_max_resp_len(config: PPOConfig, found: Findings) -> None:
@@ -48,7 +49,7 @@ def _note_no_penalty(config: PPOConfig, found: Findings) -> None:
         )
 
 
-def _check_function(function: CustomRewardFunctionConfig, found: Findings) -> None:
+def _check_function(function: CustomRewardFunctionConfig, shared: Collection[str], found: Findings) -> None:
     if function.path is None:
         return
     path = Path(function.path).expanduser()
@@ -66,21 +67,42 @@ def _check_function(function: CustomRewardFunctionConfig, found: Findings) -> No
         return
     names, open_ended = top_level_names(tree)
     if function.name in names or open_ended:
-        _check_keywords(tree, function, found)
+        _check_keywords(tree, function, shared, found)
         return
     similar = difflib.get_close_matches(function.name, names, n=1)
     hint = f"did you mean {similar[0]}?" if similar else f"it has {', '.join(names) or 'no function'}"
     found.errors.append(f"{_FUNCTION}.name={function.name}: {path} does not define this name ({hint}); correct it")
 
 
-def _check_keywords(tree: ast.Module, function: CustomRewardFunctionConfig, found: Findings) -> None:
-    """Check further keywords of the function, if the source shows all of its parameters."""
+def _check_keywords(
+    tree: ast.Module, function: CustomRewardFunctionConfig, shared: Collection[str], found: Findings
+) -> None:
+    """Check the parameters of the function, if the source shows all of them.
+
+    Args:
+        shared: the scorer's keywords from both sections of keywords.
+    """
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
     definitions = [node for node in tree.body if isinstance(node, kinds) and node.name == function.name]
     if len(definitions) != 1 or definitions[0].decorator_list or definitions[0].args.kwarg:
         return
     arguments = definitions[0].args
     parameters = [argument.arg for argument in (*arguments.args, *arguments.kwonlyargs)]
+    given = {*SCORER_ARGUMENTS, *shared}
+    missing = [name for name in SCORER_ARGUMENTS if name not in parameters]
+    positional = [argument.arg for argument in arguments.posonlyargs]
+    keyword_only = zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+    required = arguments.args[: len(arguments.args) - len(arguments.defaults)]
+    required += [argument for argument, default in keyword_only if default is None]
+    extra = positional + [argument.arg for argument in required if argument.arg not in given]
+    if missing or extra:
+        parts = [f"has no parameter {', '.join(missing)}"] if missing else []
+        parts += [f"requires {', '.join(extra)}, which nothing sets"] if extra else []
+        found.errors.append(
+            f"{_FUNCTION}.name={function.name}: {function.name} {' and '.join(parts)}; it is called with keywords, so "
+            f"write def {function.name}({', '.join(SCORER_ARGUMENTS)}, **kwargs)"
+        )
+        return
     for key in function.reward_kwargs or {}:
         if key not in parameters:
             similar = difflib.get_close_matches(key, parameters, n=1)

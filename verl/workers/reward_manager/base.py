@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -33,8 +34,11 @@ class RewardManagerBase(ABC):
         self.config = config
         self.tokenizer = tokenizer
         self.compute_score = compute_score
-        self.loop = asyncio.get_event_loop_policy().get_event_loop()
         self.init_class(config, tokenizer)
+
+    @functools.cached_property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        return asyncio.get_running_loop()
 
     @classmethod  # noqa: B027  (a subclass may override it, but need not)
     def init_class(cls, config: PPOConfig, tokenizer: Any) -> None:
