@@ -123,24 +123,6 @@ def test_tensors_without_a_place_in_the_engine_are_refused(tiny_models, engines,
         send(rest | {extra: weights[extra]})
 
 
-@pytest.mark.parametrize("kind", ["glm4_moe", "deepseek_v3"])
-def test_parameters_that_the_engine_keeps_in_float32_are_not_rounded(tiny_models, engines, kind):
-    first, second = tiny_models(2, kind=kind, tied=False)
-    running, _ = engines.get(first, dtype="bfloat16")
-    name = "model.layers.1.mlp.gate.e_score_correction_bias"
-    for source in (second, first):
-        weights = weights_of(source)
-        running.update(weights.items(), dtype=torch.bfloat16)
-        held = running.model.get_parameter(name)
-        assert held.dtype == torch.float32 and torch.equal(held, weights[name])
-    assert name in running.dtypes
-    del weights[name]
-    with pytest.raises(
-        WeightUpdateError, match=r"not written, the first is 'model\.layers\.1\..*e_score_correction_bias'"
-    ):
-        running.update(weights.items(), dtype=torch.bfloat16)
-
-
 @pytest.mark.parametrize("kind", ["qwen3", "llama"])
 def test_an_overridden_config_holds_for_the_engine_too(tiny_models, engines, kind):
     """As in the trainer: transformers with the same override is the reference."""
