@@ -49,12 +49,9 @@ def check_rope(section: str, files: ModelFiles, length: int, found: Findings) ->
     for key, rope in rope_sections(files):
         field = f"{section}.path={files.path}: {key}"
         if rope_type(rope) == "longrope":
-            problems = _longrope_problems(rope, files, positions, length, kind)
+            found.errors += [f"{field}.{text}" for text in _longrope_problems(rope, files, positions, length, kind)]
         elif rope_type(rope) == "dynamic":
-            problems = _dynamic_problems(rope, positions, kind)
-        else:
-            problems = []
-        found.errors += [f"{field}.{problem}" for problem in problems]
+            found.errors += [f"{field}.{text}" for text in _dynamic_problems(rope, positions, kind)]
 
 
 def rope_sections(files: ModelFiles) -> Iterator[tuple[str, dict[str, Any]]]:
