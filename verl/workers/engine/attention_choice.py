@@ -133,7 +133,7 @@ def _shrink(config: PreTrainedConfig) -> None:
     layers = getattr(config, "num_hidden_layers", None)
     if isinstance(layers, int):
         lists = {name: value for name, value in fields.items() if isinstance(value, list) and len(value) == layers}
-        kinds = [tuple(map(str, values)) for values in zip(*lists.values(), strict=True)] or ["same"] * layers
+        kinds = [tuple(map(str, values)) for values in zip(*lists.values(), strict=True)] or [()] * layers
         kept = sorted({kinds.index(kind) for kind in kinds})
         kept += [i for i in range(layers) if i not in kept][: max(0, 2 - len(kept))]
         for name, value in lists.items():
