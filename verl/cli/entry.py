@@ -45,6 +45,11 @@ SUBCOMMANDS = {
         "show which layers of a model run in MXFP8 on Ascend, and write vllm-ascend's description of them",
         "verl describe /path/to/Qwen3-8B --tp 2 -o description.json",
     ),
+    "export": Subcommand(
+        "export",
+        "write the model of a checkpoint as a Hugging Face directory",
+        "verl export outputs/quickstart/global_step_50 --out model",
+    ),
     "doctor": Subcommand("doctor", "look for problems of this machine and its installed packages", "verl doctor"),
     "report": Subcommand("report", "write one HTML file about one or more runs", "verl report outputs/quickstart"),
     "completion": Subcommand(

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from verl.config.build import build
 from verl.config.load import load_config
 from verl.config.ppo import PPOConfig
 from verl.utils.atomic_io import atomic_write_text
@@ -38,6 +39,24 @@ def write_record(config: PPOConfig, directory: str | Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for name, values in ((CONFIG_FILE, mask_secrets(config)), (CHANGES_FILE, changes(config))):
         atomic_write_text(directory / name, yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120))
+
+
+def read_record(directory: Path) -> PPOConfig:
+    """Return the config that `write_record` wrote; secrets in it are `***`.
+
+    Raises:
+        FileNotFoundError: the directory contains no config.yaml.
+        ValueError: the file is damaged.
+        ConfigError: another version of verl wrote it, with keys that this version does not have.
+    """
+    file = directory / CONFIG_FILE
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} is damaged: it contains no keys")
+    return build(PPOConfig, values)
 
 
 def changes(config: PPOConfig) -> dict[str, dict[str, Any]]:

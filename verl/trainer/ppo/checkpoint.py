@@ -137,7 +137,7 @@ class CheckpointStore:
         candidates, problem = resume_candidates(self.root)
         if problem is not None:
             logger.warning("%s; using the newest complete checkpoint", problem)
-        damages = []
+        damages: list[str] = []
         for checkpoint in candidates:
             if (damage := find_damage(checkpoint, contents=contents)) is None:
                 if damages:

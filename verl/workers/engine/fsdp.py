@@ -55,6 +55,7 @@ class FSDPTrainEngine(TrainEngine):
     """
 
     _value_head = False
+    _keeps_adapters = False  # of an engine without an optimizer
 
     def __init__(
         self,
@@ -86,9 +87,9 @@ class FSDPTrainEngine(TrainEngine):
             gradient_checkpointing=trains and model_config.enable_gradient_checkpointing,
             reshard_after_forward=fsdp_config.reshard_after_forward,
             value_head=self._value_head,
-            lora=self._lora_options(model_config) if trains else None,
+            lora=self._lora_options(model_config) if trains or self._keeps_adapters else None,
         )
-        if not trains:
+        if not trains and not self._keeps_adapters:
             self.model.requires_grad_(False)
         self._layout = Layout.FULL_ROWS
         if model_config.use_remove_padding:
