@@ -23,8 +23,8 @@ import runs
 import tables
 from grpo_step import LOADS, WARM_UP
 
-from verl.utils.timeline import close_timeline, open_timeline, span
-from verl.utils.timeline_reader import Event, StepShares, covered, read_events, step_shares, step_windows
+from verl.timeline.reader import Event, StepShares, covered, read_events, step_shares, step_windows
+from verl.timeline.spans import close_timeline, open_timeline, span
 
 TARGET = 0.05
 _COMPUTING = ("engine", "train")

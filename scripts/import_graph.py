@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "verl"
-LARGEST_SHARE = 0.27
+LARGEST_SHARE = 0.25
 UPWARD_EDGES = 1
 
 

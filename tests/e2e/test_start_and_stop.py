@@ -20,7 +20,7 @@ from fixtures.training import (
     orphaned_shared_memory,
     prompts_of,
 )
-from verl.utils.timeline_reader import read_events, stage_seconds, step_shares
+from verl.timeline.reader import read_events, stage_seconds, step_shares
 
 pytestmark = pytest.mark.e2e
 

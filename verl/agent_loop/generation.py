@@ -17,9 +17,9 @@ from verl.agent_loop.manager_rewards import ManagerRewards
 from verl.config import PPOConfig
 from verl.config.names import REWARD_MANAGERS
 from verl.protocol import DataProto
+from verl.timeline.spans import spanned
 from verl.utils.asyncio_utils import gather_or_cancel
 from verl.utils.proto_columns import object_array
-from verl.utils.timeline import spanned
 from verl.workers.reward import RewardLoop, RewardResult, extra_columns
 from verl.workers.reward.function import BadReturnError, read_return
 from verl.workers.rollout.client import LLMServerClient

@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from verl.report.style import GRID, INK, SERIES, SOFT, Drawn, figure, legend, number
-from verl.utils.timeline_reader import read_events, spans, stage_seconds, step_shares, step_windows
+from verl.timeline.reader import read_events, spans, stage_seconds, step_shares, step_windows
 
 # For a long run the last steps are sufficient.
 READ_BYTES = 32 * 2**20

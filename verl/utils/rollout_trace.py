@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from verl.utils.timeline import spanned
+from verl.timeline.spans import spanned
 
 F = TypeVar("F", bound=Callable[..., Any])
 

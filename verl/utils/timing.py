@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 
-from verl.utils.timeline import own_track, record
+from verl.timeline.spans import own_track, record
 
 
 @contextmanager

@@ -12,11 +12,11 @@ from verl.config import ActorRolloutRefConfig, CriticConfig
 from verl.config.rollout_correction import Correction
 from verl.config.weight_updates import full_update_reason
 from verl.protocol import DataProto
+from verl.timeline.spans import Timeline, join_timeline, span, spanned
 from verl.utils.heap import freeze_heap
 from verl.utils.network import choose_gloo_interface
 from verl.utils.quantization.encode_report import EncodeReport, EncodeReportMessage
 from verl.utils.quantization_scheme import QuantizationScheme
-from verl.utils.timeline import Timeline, join_timeline, span, spanned
 from verl.workers.actor import ActorWorker
 from verl.workers.critic import CriticWorker
 from verl.workers.engine.export import ExportUnit

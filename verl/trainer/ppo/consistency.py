@@ -24,11 +24,11 @@ import numpy as np
 import torch
 
 from verl.protocol import DataProto
+from verl.timeline.spans import spanned
 from verl.trainer.ppo.eager_reference import ReferenceLogProbs, ReferenceUnavailable, reference_log_probs
 from verl.trainer.ppo.runtime import Runtime
 from verl.utils.asyncio_utils import gather_all
 from verl.utils.host import available_memory_bytes
-from verl.utils.timeline import spanned
 
 logger = logging.getLogger(__name__)
 

@@ -17,10 +17,10 @@ from verl.config.rollout_correction import Correction
 from verl.preflight import Plan
 from verl.single_controller.placement import Placement, place_processes, replica_count, shared_devices
 from verl.single_controller.worker_group import WorkerGroup
+from verl.timeline.spans import current_timeline
 from verl.trainer.ppo.shared_files import check_shared_directory, check_visible_paths, input_paths
 from verl.utils.asyncio_utils import gather_or_cancel
 from verl.utils.host import cpu_cores, cpu_environment
-from verl.utils.timeline import current_timeline
 from verl.utils.vllm.npu_settings import hccl_environment
 from verl.workers.rollout.replica import ReplicaSet, vLLMReplica
 from verl.workers.rollout.types import ReplicaReport

@@ -57,6 +57,7 @@ from verl.extension.upstream_names import missing_names
 from verl.preflight import Plan
 from verl.protocol import DataProto
 from verl.single_controller.session import RaySession
+from verl.timeline.spans import close_timeline, open_timeline, spanned
 from verl.tools.utils.isolation import DaemonThreads
 from verl.trainer.ppo.checkpoint import CheckpointError, CheckpointStore
 from verl.trainer.ppo.consistency import check_consistency
@@ -73,7 +74,6 @@ from verl.trainer.ppo.runtime import Runtime
 from verl.trainer.ppo.validation_run import ValidationRun
 from verl.trainer.rollouts.pipeline import RolloutPipeline, rollout_pipeline
 from verl.utils.run_lock import run_lock
-from verl.utils.timeline import close_timeline, open_timeline, spanned
 from verl.utils.timing import marked_timer
 from verl.utils.tracking import Progress, Tracking
 

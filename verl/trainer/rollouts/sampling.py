@@ -11,13 +11,13 @@ import torch
 from verl.agent_loop.generation import GenerationTimes, SampleGenerator, ScoredSample, to_batch
 from verl.config import PPOConfig
 from verl.protocol import DataProto
+from verl.timeline.spans import spanned
 from verl.trainer.rollouts.dynamic_sampling import GroupFilter
 from verl.trainer.rollouts.partial_rollout import make_carried_groups, staleness_metrics
 from verl.trainer.rollouts.pipeline import Generated, OnSampleFinished
 from verl.trainer.rollouts.prompts import LoaderState, Prompt, PromptId, PromptSource
 from verl.trainer.rollouts.sample_files import dump_generations
 from verl.utils.asyncio_utils import gather_or_cancel
-from verl.utils.timeline import spanned
 from verl.utils.timing import add_stage, marked_timer
 from verl.workers.reward import RewardLoop, RewardResult, renamed_extra
 from verl.workers.reward.counts import check_scored, reward_metrics

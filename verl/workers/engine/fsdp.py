@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from verl.config import FSDPConfig, LoraOptions, ModelConfig, OptimConfig, lora_options
 from verl.config.critic import CriticModelConfig
 from verl.protocol import DataProto
+from verl.timeline.spans import span, spanned
 from verl.utils.quantization_scheme import QuantizationScheme
-from verl.utils.timeline import span, spanned
 from verl.workers.engine import checkpoint, optim
 from verl.workers.engine.base import (
     LogProbs,

@@ -14,7 +14,7 @@ from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from verl.utils.timeline import current_timeline
+from verl.timeline.spans import current_timeline
 from verl.workers.reward.function import KWARGS_KEY, RewardFunctionError, check_path
 from verl.workers.reward.managers import ComponentError, make_manager
 from verl.workers.reward.pool import Outcome, RewardError, WorkerPool

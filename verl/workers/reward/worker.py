@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from verl.utils.timeline import Timeline, join_timeline, span, spanned
+from verl.timeline.spans import Timeline, join_timeline, span, spanned
 from verl.workers.reward.function import ARGUMENTS, BadReturnError, ScoreFunction, load_function, read_return
 
 MAX_EXTRA_BYTES = 16 * 2**20

@@ -22,9 +22,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from verl.config import ModelConfig, RolloutConfig
+from verl.timeline.spans import Timeline, join_timeline, spanned
 from verl.utils.heap import freeze_heap
 from verl.utils.quantization.schemes import SCHEME_NAMES, weight_format
-from verl.utils.timeline import Timeline, join_timeline, spanned
 from verl.utils.vllm.npu_settings import check_npu_environment
 from verl.utils.vllm.server import drain
 from verl.workers.rollout.quantization import worker_settings

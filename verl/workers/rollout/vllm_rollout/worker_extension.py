@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from verl.config import RolloutConfig
-from verl.utils.timeline import Timeline, join_timeline, spanned
+from verl.timeline.spans import Timeline, join_timeline, spanned
 from verl.utils.vllm.reload import load_session
 from verl.workers.rollout.quantization import WorkerSettings, worker_scheme, worker_settings
 from verl.workers.weight_sync.manifest import WeightUpdateError

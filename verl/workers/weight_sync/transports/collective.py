@@ -18,8 +18,8 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from verl.single_controller.actor import ActorDied
+from verl.timeline.spans import span, spanned
 from verl.utils.asyncio_utils import cancel_and_wait
-from verl.utils.timeline import span, spanned
 from verl.workers.weight_sync.driver import Receiver, Sender
 from verl.workers.weight_sync.manifest import WeightUpdateError
 from verl.workers.weight_sync.messages import (

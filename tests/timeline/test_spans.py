@@ -11,9 +11,9 @@ import time
 import pytest
 
 from fixtures import trace_format
-from verl.utils import timeline
-from verl.utils.timeline import close_timeline, current_timeline, join_timeline, open_timeline, record, span, spanned
-from verl.utils.timeline_reader import read_events, stage_seconds
+from verl.timeline import spans as timeline
+from verl.timeline.reader import read_events, stage_seconds
+from verl.timeline.spans import close_timeline, current_timeline, join_timeline, open_timeline, record, span, spanned
 from verl.utils.timing import add_stage, marked_timer
 
 
@@ -32,7 +32,7 @@ def events_of(path, *phases):
 
 def child(code, timeline):
     """Start a process that joins `timeline`; it prints "ready" before it runs `code`."""
-    prologue = "import sys, os, time; from verl.utils.timeline import *; "
+    prologue = "import sys, os, time; from verl.timeline.spans import *; "
     prologue += f"join_timeline({timeline!r}, sys.argv[1])\n"
     return lambda name: subprocess.Popen([sys.executable, "-c", prologue + code, name], stdout=subprocess.PIPE)
 

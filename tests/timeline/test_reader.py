@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from verl.utils import timeline_reader
-from verl.utils.timeline_reader import covered, read_events, stage_seconds, step_shares
+from verl.timeline import reader as timeline_reader
+from verl.timeline.reader import covered, read_events, stage_seconds, step_shares
 
 DRIVER, RANK, ENGINE = 1, 2, 3
 

@@ -1,6 +1,6 @@
 """Summary of a timeline by step: seconds of each stage, and the busy share of the processes.
 
-    python3 -m verl.utils.timeline_reader timeline.json
+    python3 -m verl.timeline.reader timeline.json
 
 prints the seconds of each step and the shares in which at least one engine was in a forward pass (`engine`), at least
 one trainer rank was in forward, backward or optimizer (`train`), and no process was in either (`overhead`).
