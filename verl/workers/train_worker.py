@@ -194,6 +194,11 @@ class TrainWorker:
         if self._critic is not None:
             self._critic.export_hf(f"{directory}/critic/{HF_DIRECTORY}")
 
+    @spanned("export_float32")
+    def export_float32(self, path: str) -> None:
+        """Write the actor's master weights as the Hugging Face directory `path` in float32."""
+        self._actor.engine.export_hf(path, "float32")
+
     def _require_critic(self) -> CriticWorker:
         assert self._critic is not None, "this run has no critic"
         return self._critic

@@ -4,11 +4,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from fixtures.architectures import longrope, write_architecture
 from fixtures.tiny import write_tiny_model
 from verl.protocol import DataProto
 from verl.trainer.ppo.eager_reference import ReferenceUnavailable, reference_log_probs
 
-FORMATS = {"trainer_dtype": "float32", "engine_dtype": "float32", "quantized": False, "trust_remote_code": False}
+FORMATS = {
+    "trainer_dtype": "float32",
+    "engine_dtype": "float32",
+    "quantized": False,
+    "max_model_len": 64,
+    "trust_remote_code": False,
+}
 
 
 def batch_of(sequences, prompts, temperature):
@@ -39,6 +46,30 @@ def test_log_probs_are_those_of_the_model_at_the_temperature(model_dir):
         torch.testing.assert_close(result.log_probs[row, : len(expected)], torch.tensor(expected))
         assert not result.log_probs[row, len(expected) :].any()
     assert torch.equal(result.as_trainer, result.log_probs) and torch.equal(result.as_engine, result.log_probs)
+
+
+def test_rope_is_chosen_by_the_limit_of_the_engine(tmp_path):
+    """Beyond 16 tokens longrope uses its long factors, for short sequences too: as a model with these alone."""
+    batch = batch_of([[5, 9, 7, 40, 22]], [3], 1.0)
+    rope = longrope(16)
+    always_long = rope | {"short_factor": rope["long_factor"]}
+    models = {
+        name: write_architecture(
+            tmp_path / name,
+            "Phi3",
+            max_position_embeddings=64,
+            original_max_position_embeddings=16,
+            rope_parameters=parameters,
+        )
+        for name, parameters in (("longrope", rope), ("long", always_long))
+    }
+    long, short = (
+        reference_log_probs(models["longrope"], batch, **FORMATS | {"max_model_len": limit}).log_probs
+        for limit in (64, 16)
+    )
+    expected = reference_log_probs(models["long"], batch, **FORMATS | {"max_model_len": 64}).log_probs
+    torch.testing.assert_close(long, expected)
+    assert (long - short).abs().max() > 0.01
 
 
 def test_a_coarser_format_explains_a_larger_difference(model_dir):

@@ -29,6 +29,7 @@ from verl.trainer.ppo.eager_reference import ReferenceLogProbs, ReferenceUnavail
 from verl.trainer.ppo.runtime import Runtime
 from verl.utils.asyncio_utils import gather_all
 from verl.utils.host import available_memory_bytes
+from verl.workers.rollout.vllm_rollout.engine_args import max_model_len
 
 logger = logging.getLogger(__name__)
 
@@ -251,10 +252,11 @@ async def _reference(runtime: Runtime, version: int, batch: DataProto) -> Refere
         raise ReferenceUnavailable(
             f"it needs {8 * parameters / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are available"
         )
-    directory = Path(runtime.config.trainer.default_local_dir)
+    config = runtime.config
+    directory = Path(config.trainer.default_local_dir)
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=directory, prefix=".consistency-") as exported:
-        await runtime.export_hf(exported)
+        await runtime.export_float32(exported)
         return await asyncio.to_thread(
             reference_log_probs,
             exported,
@@ -262,5 +264,8 @@ async def _reference(runtime: Runtime, version: int, batch: DataProto) -> Refere
             trainer_dtype=runtime.plan.compute_dtype,
             engine_dtype=runtime.plan.rollout_dtype,
             quantized=runtime.plan.rollout_weights is not None,
-            trust_remote_code=bool(runtime.config.actor_rollout_ref.model.trust_remote_code),
+            max_model_len=max_model_len(
+                config.actor_rollout_ref.rollout, config.data.max_prompt_length, config.data.max_response_length
+            ),
+            trust_remote_code=bool(config.actor_rollout_ref.model.trust_remote_code),
         )

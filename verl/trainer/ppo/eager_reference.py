@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from verl.protocol import DataProto
+from verl.workers.engine.rope import fix_rope_length
 
 # Relative root mean square error of rounding to e4m3 (3 bits of mantissa): 2^-4 / sqrt(3) times the mean of a mantissa
 # relative to its upper bound, about 3/4.
@@ -41,6 +42,7 @@ def reference_log_probs(
     trainer_dtype: str,
     engine_dtype: str,
     quantized: bool,
+    max_model_len: int,
     trust_remote_code: bool,
 ) -> ReferenceLogProbs:
     """Load a model on the CPU and compute the log-probabilities of a batch.
@@ -50,6 +52,7 @@ def reference_log_probs(
         batch: columns of a forward pass; meta_info `temperature`.
         trainer_dtype, engine_dtype: torch dtype names.
         quantized: True if the engine's weights are quantized.
+        max_model_len: the engine's limit of a sequence in tokens; see `verl.workers.engine.rope`.
 
     Raises:
         ReferenceUnavailable: transformers cannot load or run the model.
@@ -58,6 +61,7 @@ def reference_log_probs(
         model = AutoModelForCausalLM.from_pretrained(
             directory, dtype=torch.float32, attn_implementation="eager", trust_remote_code=trust_remote_code
         ).eval()
+        fix_rope_length(model, max_model_len)
         rounded = {"float32": _log_probs(model, batch)}
         for dtype in sorted({trainer_dtype, engine_dtype} - rounded.keys()):
             rounded[dtype] = _log_probs(model.to(getattr(torch, dtype)), batch)

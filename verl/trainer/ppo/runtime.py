@@ -241,9 +241,9 @@ class Runtime:
         sender, connected = self._transport.connect(TrainerSender(self._trainers), home, receivers)
         return await self._weight_updater.update(sender, connected, version)
 
-    async def export_hf(self, path: str) -> None:
-        """Write the policy as a Hugging Face directory on the host of rank 0."""
-        await self._trainers.all(TrainWorker.export_hf, path)
+    async def export_float32(self, path: str) -> None:
+        """Write the policy's master weights as a Hugging Face directory in float32, on the host of rank 0."""
+        await self._trainers.all(TrainWorker.export_float32, path)
 
     def seqlen_metrics(self, batch: DataProto) -> dict[str, float]:
         """Return how evenly a forward pass over the batch distributes its tokens over the ranks."""
