@@ -110,6 +110,7 @@ async def start(model_dir: Path, rollout: RolloutConfig, dtype: str) -> Pair:
         config=config,
         device="cpu",
         total_training_steps=1,
+        max_model_len=64,
         with_ref=False,
         seed=0,
         rollout_dtype=dtype,
@@ -196,7 +197,7 @@ async def measure(size: str, dtype: str, rounds: int, std: float, work: Path) ->
     bucket_bytes = base.checkpoint_engine.update_weights_bucket_megabytes << 20
 
     async def through_files() -> dict[str, Any]:
-        await first.trainer.all(TrainWorker.export_hf, str(work / "exported"))
+        await first.trainer.all(TrainWorker.export_float32, str(work / "exported"))
         return await first.update(FileSender(work / "exported", first.config, getattr(torch, dtype), bucket_bytes))
 
     async def copied() -> dict[str, Any]:
