@@ -1,7 +1,8 @@
 """Runs on two nodes: two raylets on this machine, which the run treats as machines without shared memory."""
 
+import json
+
 import pytest
-import yaml
 from ray.cluster_utils import Cluster
 
 from fixtures.training import TinyRun
@@ -50,7 +51,7 @@ def test_a_checkpoint_of_two_nodes_resumes_on_one(tmp_path, cluster, ray_address
     # The engines on both nodes have the trainer's weights.
     assert all(data[step]["training/rollout_probs_diff_max"] < 1e-4 for step in data)
     manifest = run.out / "global_step_2" / "manifest.json"
-    assert {f"actor/rng_rank_{rank}.pt" for rank in (0, 1)} < set(yaml.safe_load(manifest.read_text()))
+    assert {f"actor/rng_rank_{rank}.pt" for rank in (0, 1)} < set(json.loads(manifest.read_text())["files"])
 
     run.run(trainer__n_gpus_per_node=2, trainer__total_training_steps=3)
     assert run.metrics()[3]["training/rollout_probs_diff_max"] < 1e-4
