@@ -6,7 +6,7 @@ from fixtures.training import TinyRun
 
 pytestmark = pytest.mark.e2e
 
-# Code that a run loads into its trainer ranks. Each breaks the trainer's forward pass in another way.
+# Code that a run loads. Each breaks the forward pass of trainer or engine in another way.
 ACTIVE_WHILE_TRAINING = """
 import torch
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
@@ -21,12 +21,21 @@ def by_length(self, x, position_ids):
     return cos, sin
 Qwen3RotaryEmbedding.forward = by_length
 """
-OTHER_ATTENTION = """
-from verl.workers.engine.packed_attention import PackedSequences
-attend = PackedSequences.attend
-def other(self, module, query, *arguments, **options):
-    return attend(self, module, query * 2, *arguments, **options)
-PackedSequences.attend = other
+OTHER_LOGITS = """
+from verl.workers.engine.fsdp import _SelectRows
+logits = _SelectRows.logits
+_SelectRows.logits = lambda self, *arguments: 1.2 * logits(self, *arguments)
+"""
+# Code that the engine's processes load, too; only they have imported vLLM.
+OTHER_ENGINE = """
+import sys
+if "vllm" in sys.modules:
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+    init = LogitsProcessor.__init__
+    def other(self, *arguments, **keywords):
+        init(self, *arguments, **keywords)
+        self.scale *= 1.2
+    LogitsProcessor.__init__ = other
 """
 
 
@@ -35,24 +44,18 @@ PackedSequences.attend = other
     [
         (ACTIVE_WHILE_TRAINING, "the trainer computes other log-probabilities in an update than before it"),
         (SHAPE_OF_THE_BATCH, "the trainer computes other log-probabilities of a sample alone"),
-        (OTHER_ATTENTION, "the trainer computes another model"),
+        (OTHER_LOGITS, "the trainer computes another model"),
+        (OTHER_ENGINE, "the engine computes another model"),
     ],
-    ids=["active while training", "shape of the batch", "other attention"],
+    ids=["active while training", "shape of the batch", "other logits", "other engine"],
 )
-def test_a_trainer_that_computes_another_model_is_named(tmp_path, ray_address, code, message):
+def test_a_side_that_computes_another_model_is_named(tmp_path, ray_address, code, message):
     run = TinyRun(tmp_path, ray_address)
     (tmp_path / "broken.py").write_text(code)
     text = run.run(actor_rollout_ref__model__external_lib="broken.py", status=1)
     assert message in text and "trainer.check_consistency=False" in text
     assert not (run.out / "metrics.jsonl").exists() or not run.metrics()
     assert list(run.out.glob(".consistency-*")) == []
-
-
-def test_an_engine_that_computes_another_model_is_named(tmp_path, ray_address):
-    run = TinyRun(tmp_path, ray_address, std=0.02)
-    overrides = {"+actor_rollout_ref__rollout__engine_kwargs__vllm__hf_overrides__rms_norm_eps": 0.3}
-    text = run.run(actor_rollout_ref__rollout__quantization="ascend", status=1, **overrides)
-    assert "the engine computes another model" in text
 
 
 def test_rounding_is_not_taken_for_a_fault(tmp_path, ray_address):

@@ -15,6 +15,7 @@ CASES = {
     "experts, packed by the engine": (None, "qwen3_moe", True, {}, {"dtype": "bfloat16"}),
     "experts, router in float32": (None, "glm4_moe", False, {}, {"dtype": "bfloat16"}),
     "dense, tied, in MXFP8": ("ascend", "qwen3", True, PARTIAL, {}),
+    "dense, in fp8": ("fp8", "qwen3", True, {"hidden_size": 128, "head_dim": 64}, {"dtype": "bfloat16"}),
     "dense, packed by the engine": (None, "llama", False, {}, {}),
 }
 

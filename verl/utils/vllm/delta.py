@@ -15,9 +15,9 @@ from verl.utils.vllm.layerwise import (
     LayerSubset,
     begin_reload,
     finish_reload,
+    keeps_derived_copy,
     load_weights,
     post_processing,
-    uses_packed_copy,
 )
 from verl.utils.vllm.layout_map import LayoutMap
 from verl.utils.vllm.npu_vllm_patch import restore_expert_parameters
@@ -77,12 +77,12 @@ class EngineDelta:
         reloaded = {
             name: layer for name, layer in layers.items() if name not in tied and mapped.get(name, 0) < expected[name]
         }
-        # On a CPU, a weight is packed beside the parameter, if the parameter is kept.
+        # On a CPU, a packed or dequantized copy is kept beside the parameter.
         packed = {
             name: compute
             for name, layer in layers.items()
             if name not in reloaded
-            and uses_packed_copy(self._model, layer)
+            and keeps_derived_copy(self._model, layer)
             and (compute := post_processing(layer)) is not None
         }
         self._applier = DeltaApplier(

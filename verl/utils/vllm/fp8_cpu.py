@@ -15,6 +15,7 @@ from vllm.model_executor.kernels.linear.scaled_mm.BlockScaledMMLinearKernel impo
 from vllm.platforms import current_platform
 
 from verl.utils.quantization.fp8_block import fp8_block_dequantize, fp8_block_quantize
+from verl.utils.vllm.layerwise import DEQUANTIZED_WEIGHT
 
 
 class DequantizingFp8BlockKernel(Fp8BlockScaledMMLinearKernel):
@@ -28,7 +29,7 @@ class DequantizingFp8BlockKernel(Fp8BlockScaledMMLinearKernel):
         params = self._get_layer_params(layer)
         block = self.weight_group_shape
         # Bypasses nn.Module.__setattr__: this tensor is derived from the parameters and must not become one.
-        layer.__dict__["_dequantized_weight"] = fp8_block_dequantize(
+        layer.__dict__[DEQUANTIZED_WEIGHT] = fp8_block_dequantize(
             params.weight.data, params.block_scale.data, self.config.out_dtype, (block.row, block.col)
         )
 
@@ -38,7 +39,7 @@ class DequantizingFp8BlockKernel(Fp8BlockScaledMMLinearKernel):
         block = (1, self.weight_group_shape.col)
         rows = x.reshape(-1, x.shape[-1])
         rows = fp8_block_dequantize(*fp8_block_quantize(rows, block), x.dtype, block)
-        return F.linear(rows, layer._dequantized_weight, bias).view(*x.shape[:-1], -1)
+        return F.linear(rows, getattr(layer, DEQUANTIZED_WEIGHT), bias).view(*x.shape[:-1], -1)
 
     def apply_block_scaled_mm(self, A: torch.Tensor, B: torch.Tensor, As: torch.Tensor, Bs: torch.Tensor):
         raise NotImplementedError("apply_weights computes the full product")

@@ -17,6 +17,10 @@ from torch import nn
 _LOADED_IN_PLACE = {"e_score_correction_bias"}
 
 
+# Attribute with the weight that `fp8_cpu` dequantized.
+DEQUANTIZED_WEIGHT = "_dequantized_weight"
+
+
 class LayerSubset:
     """Some layers of a model, in the form that vLLM's reload walks: it keeps a flag on the model itself."""
 
@@ -135,13 +139,17 @@ def post_processing(layer: nn.Module) -> Callable[[], None] | None:
     return functools.partial(quant_method.process_weights_after_loading, layer)
 
 
-def uses_packed_copy(model: nn.Module, layer: nn.Module) -> bool:
-    """Return whether a layer multiplies with a packed copy of its weight. An embedding table is only looked up."""
+def keeps_derived_copy(model: nn.Module, layer: nn.Module) -> bool:
+    """Return whether a layer multiplies with a copy of its weight: packed by vLLM, or dequantized by `fp8_cpu`.
+
+    An embedding table is only looked up.
+    """
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
     heads = {id(head) for module in model.modules() if (head := getattr(module, "lm_head", None)) is not None}
     table = isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead)
-    return hasattr(layer, "cpu_linear") and (not table or id(layer) in heads)
+    copied = hasattr(layer, "cpu_linear") or hasattr(layer, DEQUANTIZED_WEIGHT)
+    return copied and (not table or id(layer) in heads)
 
 
 def _forget_packed_experts(layers: LayerSubset) -> None:
