@@ -11,11 +11,13 @@ pytestmark = pytest.mark.e2e
 
 # The engine pads this vocabulary too; it makes such a table after all other weights.
 PARTIAL = {"hidden_size": 96, "intermediate_size": 80, "vocab_size": 100}
+# Blocks of 128 x 128 that are not full; the borders of fused layers are borders of blocks.
+FP8 = {"hidden_size": 192, "intermediate_size": 256, "num_key_value_heads": 4}
 CASES = {
     "experts, packed by the engine": (None, "qwen3_moe", True, {}, {"dtype": "bfloat16"}),
     "experts, router in float32": (None, "glm4_moe", False, {}, {"dtype": "bfloat16"}),
     "dense, tied, in MXFP8": ("ascend", "qwen3", True, PARTIAL, {}),
-    "dense, in fp8": ("fp8", "qwen3", True, {"hidden_size": 128, "head_dim": 64}, {"dtype": "bfloat16"}),
+    "dense, in fp8": ("fp8", "qwen3", True, FP8, {"dtype": "bfloat16"}),
     "dense, packed by the engine": (None, "llama", False, {}, {}),
 }
 
