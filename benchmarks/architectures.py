@@ -65,7 +65,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Llama": Architecture("Llama-3.1-8B"),
     "Mistral": Architecture("Mistral-7B", {"sliding_window": 8}),
     "Qwen2": Architecture("Qwen2.5-7B"),
-    "Qwen3": Architecture("Qwen3-8B", {"attention_bias": True}),
+    "Qwen3": Architecture("Qwen3-8B"),
     "Gemma": Architecture("gemma-7b", {"tie_word_embeddings": True}),
     "Gemma2": Architecture(
         "gemma-2-9b",

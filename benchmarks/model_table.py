@@ -25,9 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import models
 import runs
 import tables
-from architectures import ARCHITECTURES, write_architecture
+from architectures import ARCHITECTURES, VOCABULARY, write_architecture
 from ray.cluster_utils import Cluster
 from safetensors import safe_open
 
@@ -61,6 +62,8 @@ def run(name: str, quantization: str | None, root: Path, timeout: float) -> Outc
         directory,
         steps=2,
         overrides={
+            # For some models, transformers replaces the tokenizer of the directory by the usual one of the model.
+            "actor_rollout_ref.model.tokenizer_path": root / "tokenizer",
             "actor_rollout_ref.rollout.quantization": quantization or "null",
             "actor_rollout_ref.actor.optim.lr": 1e-3,
             "actor_rollout_ref.actor.checkpoint.save_contents": "[model,hf_model]",
@@ -163,6 +166,7 @@ def main() -> None:
     os.environ["RAY_ADDRESS"] = cluster.address
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(arguments.jobs) as pool:
         root = Path(temporary)
+        models.write_tokenizer(VOCABULARY, root / "tokenizer")
         for name in names:
             write_architecture(name, root / name)
         cases = [(name, quantization) for name in names for quantization in QUANTIZATIONS]

@@ -28,6 +28,20 @@ def test_a_damaged_config_is_an_error(problem_of, run_files, content):
     assert "config.json" in problem_of()
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"vision_config": {"depth": 2}, "text_config": {}}, "multi-modal model (vision_config"),
+        ({"audio_config": {}}, "multi-modal model (audio_config"),
+        ({"model_type": "gpt_oss"}, "gpt_oss is not supported"),
+    ],
+)
+def test_an_architecture_that_cannot_be_trained_is_an_error(problem_of, run_files, fields, words):
+    rewrite_config(run_files, **fields)
+    text = problem_of()
+    assert text.startswith(PATH + str(run_files.model)) and words in text
+
+
 def test_missing_weights_are_an_error(problem_of, run_files):
     run_files.weights.unlink()
     text = problem_of()

@@ -11,6 +11,7 @@ from verl.preflight.checks.same_function import check_rope, check_train_mode, ro
 from verl.preflight.findings import Findings
 from verl.preflight.target import Target
 from verl.utils.model_dir.errors import ModelFilesError
+from verl.utils.model_dir.index import read_json_object
 from verl.utils.model_dir.model_files import (
     ModelFiles,
     is_config_alone,
@@ -43,6 +44,7 @@ def check_model(config: PPOConfig, target: Target, found: Findings) -> ModelFile
     files = find_model(_PATH, model.path, target, found)
     if files is None:
         return None
+    check_architecture(_PATH, files, found)
     _check_tokenizer(model.path, model.tokenizer_path, target, found)
     check_override(_MODEL, model.override_config, files, found)
     check_train_mode(_MODEL, model.override_config, files, found)
@@ -78,6 +80,27 @@ def find_model(field: str, path: str, target: Target, found: Findings) -> ModelF
     except OSError as error:
         found.errors.append(f"{field}={path}: cannot be read ({error.strerror}: {error.filename})")
         return None
+
+
+def check_architecture(field: str, files: ModelFiles, found: Findings) -> None:
+    """Refuse models that start and then fail, or that would lose a part of themselves.
+
+    Args:
+        field: the key that names the model.
+    """
+    config_file = files.path / "config.json"
+    whole = read_json_object(config_file) if config_file.is_file() else {}
+    towers = [name for name in ("vision_config", "audio_config") if name in whole]
+    if towers:
+        found.errors.append(
+            f"{field}={files.path}: is a multi-modal model ({', '.join(towers)} in its config.json), which is not "
+            "supported; use a text-only checkpoint"
+        )
+    elif files.config.get("model_type") == "gpt_oss":
+        found.errors.append(
+            f"{field}={files.path}: gpt_oss is not supported, because vLLM loads its experts and attention sinks in "
+            "one form and keeps them in another, so new weights cannot be loaded; use another model"
+        )
 
 
 def _check_tokenizer(model_path: str, tokenizer_path: str | None, target: Target, found: Findings) -> None:
