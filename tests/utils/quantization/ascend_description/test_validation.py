@@ -50,6 +50,21 @@ def test_ignoring_every_layer_is_rejected(dense):
         build_description(dense, ignore=["re:.*"])
 
 
+@pytest.mark.parametrize("kind", ["glm", "glm4"])
+def test_a_packed_tensor_that_vllm_looks_up_by_its_parts_is_rejected(tmp_path, kind):
+    config, tensors = small_decoder()
+    for layer in (0, 1):
+        mlp = f"model.layers.{layer}.mlp"
+        (rows, columns), dtype = tensors.pop(f"{mlp}.gate_proj.weight")
+        del tensors[f"{mlp}.up_proj.weight"]
+        tensors[f"{mlp}.gate_up_proj.weight"] = ((2 * rows, columns), dtype)
+    directory = write_header_checkpoint(tmp_path / kind, config | {"model_type": kind}, tensors)
+    with pytest.raises(ValueError, match=r"0\.mlp\.gate_up_proj is one tensor, but .* asks .* gate_proj and up_proj"):
+        build_description(directory)
+    other = write_header_checkpoint(tmp_path / "phi3", config | {"model_type": "phi3"}, tensors)
+    assert build_description(other).quantized_layers
+
+
 def test_name_with_a_quantized_name_as_prefix_is_rejected(tmp_path):
     """A FLOAT `o_proj_extra` would leave `o_proj` unquantized in vllm-ascend, which compares with startswith."""
     config, tensors = small_decoder()

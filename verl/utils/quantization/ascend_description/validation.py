@@ -14,6 +14,8 @@ from verl.utils.quantization.ascend_layers import NEVER, ROW, Layer, name_patter
 from verl.utils.quantization.formats import FLOAT, MX_BLOCK_SIZE, W8A8_MXFP8
 
 FIELD = "actor_rollout_ref.rollout.quantization_config_file"
+# Models whose checkpoint packs two projections that vLLM's `packed_modules_mapping` of the model names separately.
+_LOOKS_UP_PARTS = ("glm", "glm4")
 _FLOATING = {"F64", "F32", "F16", "BF16"}
 _QUANTIZED_SUFFIXES = (".weight_scale", ".weight_scale_inv", ".weight_packed", ".qweight", ".weight_offset")
 
@@ -29,6 +31,7 @@ def validated_description(
     if tp_size < 1:
         raise ValueError(f"tensor_model_parallel_size={tp_size}: must be 1 or more")
     _validate_packed_layers(layers)
+    _validate_packed_names(index, layers)
     _validate_tensor_parallel(layers, tp_size, expert_parallel)
     description = AscendDescription(str(index.model_dir), tp_size, tuple(layers), frozenset(index.tensors))
     validate_name_prefixes(description.to_json_dict())
@@ -38,6 +41,17 @@ def validated_description(
             "quantization=null"
         )
     return description
+
+
+def _validate_packed_names(index: CheckpointIndex, layers: Sequence[Layer]) -> None:
+    """Reject packed tensors that the engine looks up under the names of their parts."""
+    kind = index.config.get("model_type")
+    packed = next((layer.name for layer in layers if layer.name.endswith(".mlp.gate_up_proj")), None)
+    if kind in _LOOKS_UP_PARTS and packed is not None:
+        raise ValueError(
+            f"{index.model_dir}: {packed} is one tensor, but vLLM's {kind} asks the description for gate_proj and "
+            "up_proj; not supported with quantization=ascend: set actor_rollout_ref.rollout.quantization=fp8 or null"
+        )
 
 
 def validate_unquantized(index: CheckpointIndex) -> None:
