@@ -111,7 +111,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "DeepseekV2": Architecture("DeepSeek-V2-Lite", {"n_routed_experts": 4, **_MLA, **_EXPERTS}),
     "DeepseekV3": Architecture(
-        "DeepSeek-V3", {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, **_MLA, **_EXPERTS}
+        "DeepSeek-V3",
+        {"n_routed_experts": 4, "topk_method": "noaux_tc", "n_group": 1, "topk_group": 1, **_MLA, **_EXPERTS},
     ),
     "GptOss": Architecture(
         "gpt-oss-20b",
