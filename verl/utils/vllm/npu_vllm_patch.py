@@ -201,10 +201,12 @@ def _check_no_group_is_lost(name: str, key: str, shapes: Mapping[str, tuple[int,
     """
     k, groups = shapes[key][-1], shapes[f"{key}_scale"][-1]
     if k % (2 * MX_BLOCK_SIZE):
+        # No release pads the scales of experts.
+        newer = "use vllm-ascend 0.23.0 or newer, or " if key == "weight" else ""
         raise ValueError(
             f"{name}.{key} has {k} inputs on this rank; this vllm-ascend holds {groups} scales for them and "
-            f"supports only multiples of {2 * MX_BLOCK_SIZE} inputs: use vllm-ascend 0.23.0 or newer, or leave the "
-            "layer out (actor_rollout_ref.rollout.quantization_config_file)"
+            f"supports only multiples of {2 * MX_BLOCK_SIZE} inputs: {newer}leave the layer out "
+            "(actor_rollout_ref.rollout.quantization_config_file)"
         )
 
 
