@@ -29,6 +29,7 @@ from verl.trainer.ppo.eager_reference import ReferenceLogProbs, ReferenceUnavail
 from verl.trainer.ppo.runtime import Runtime
 from verl.utils.asyncio_utils import gather_all
 from verl.utils.host import available_memory_bytes
+from verl.workers.rollout.replica import vLLMReplica
 from verl.workers.rollout.vllm_rollout.engine_args import max_model_len
 
 logger = logging.getLogger(__name__)
@@ -71,17 +72,14 @@ async def check_consistency(runtime: Runtime, version: int) -> None:
         ConsistencyError: they differ by more than their number formats explain.
     """
     prompts = _random_prompts(runtime, seed=version)
-    by_replica = await gather_all(*(_sample(runtime, index, prompts) for index in _alive(runtime)))
-    for replica, samples in zip(_alive(runtime), by_replica, strict=True):
+    replicas = runtime.processes.replicas.alive
+    by_replica = await gather_all(*(_sample(runtime, replica, prompts) for replica in replicas))
+    for number, (replica, samples) in enumerate(zip(replicas, by_replica, strict=True)):
         batch = _to_batch(samples, runtime.config.actor_rollout_ref.rollout.temperature)
-        trainer = await _trainer_log_probs(runtime, batch)
-        if replica == _alive(runtime)[0]:
+        trainer = (await runtime.old_log_probs(batch)).batch["old_log_probs"]
+        if number == 0:
             await _check_trainer(runtime, batch, trainer)
-        await _check_engine(runtime, version, replica, batch, trainer)
-
-
-def _alive(runtime: Runtime) -> list[int]:
-    return [replica.rank for replica in runtime.processes.replicas.alive]
+        await _check_engine(runtime, version, replica.rank, batch, trainer)
 
 
 def _random_prompts(runtime: Runtime, seed: int) -> list[list[int]]:
@@ -99,7 +97,7 @@ def random_prompts(tokens: Sequence[int], *, count: int, longest: int, seed: int
     return [generator.choice(tokens, size=length).tolist() for length in lengths]
 
 
-async def _sample(runtime: Runtime, replica: int, prompts: Sequence[list[int]]) -> list[_Sample]:
+async def _sample(runtime: Runtime, replica: vLLMReplica, prompts: Sequence[list[int]]) -> list[_Sample]:
     rollout = runtime.config.actor_rollout_ref.rollout
     parameters = {
         "temperature": rollout.temperature,
@@ -107,12 +105,8 @@ async def _sample(runtime: Runtime, replica: int, prompts: Sequence[list[int]]) 
         "ignore_eos": True,
         "logprobs": 0,
     }
-    server = runtime.processes.replicas.replicas[replica]
     outputs = await gather_all(
-        *(
-            server.generate(prompt, parameters, f"consistency-{replica}-{number}", [])
-            for number, prompt in enumerate(prompts)
-        )
+        *(replica.generate(prompt, parameters, f"consistency-{number}", []) for number, prompt in enumerate(prompts))
     )
     return [
         _Sample(prompt, output.token_ids, output.log_probs) for prompt, output in zip(prompts, outputs, strict=True)
@@ -140,10 +134,6 @@ def _to_batch(samples: Sequence[_Sample], temperature: float) -> DataProto:
         "rollout_log_probs": log_probs,
     }
     return DataProto.from_dict(tensors=columns, meta_info={"temperature": temperature})
-
-
-async def _trainer_log_probs(runtime: Runtime, batch: DataProto) -> torch.Tensor:
-    return (await runtime.old_log_probs(batch)).batch["old_log_probs"]
 
 
 async def _check_trainer(runtime: Runtime, batch: DataProto, together: torch.Tensor) -> None:
