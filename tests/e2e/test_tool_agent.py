@@ -16,7 +16,9 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "tool_agent"
 SHORT = dict(train_rows=32, test_rows=8, warm_steps=60, warm_batch=16, calls=0.8, warm_lr=4e-3)
 # A call to add two numbers and the response of the tool. A model this small also writes single marks of a call or of a
 # response where none belongs, so that one mark alone proves nothing.
-SUM_WITH_RESPONSE = re.compile(r'"expression": "([1-9]\d*)\+([1-9]\d*)"}}</tool_call><tool_response>([^<]*)</tool_response>=')
+SUM_WITH_RESPONSE = re.compile(
+    r'"expression": "([1-9]\d*)\+([1-9]\d*)"}}</tool_call><tool_response>([^<]*)</tool_response>='
+)
 
 
 @pytest.fixture(scope="module")
