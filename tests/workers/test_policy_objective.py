@@ -1,12 +1,16 @@
 """The actor's objective: sum of its parts, and the arguments of a policy loss."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
 
 from fixtures.engine_cases import actor_config, make_batch
+from fixtures.ranks import run_ranks
 from verl.algorithms.losses.common import LossConfig
 from verl.trainer.ppo.core_algos import agg_loss, compute_policy_loss_vanilla, kl_penalty, register_policy_loss
+from verl.workers.engine.metric_sums import MetricSums
 from verl.workers.policy_objective import PolicyObjective
 
 
@@ -103,14 +107,40 @@ def test_numbers_are_means_over_the_tokens_and_tensors_are_sums(case, parts):
 
     denominators = {k: info[k] for k in ("batch_num_tokens", "global_batch_size", "loss_scale_factor")}
     objective = PolicyObjective(loss, actor_config(use_kl_loss=False, entropy_coeff=0.0), info)
-    sums = {}
+    sums = MetricSums()
     for part in parts:
         rows = list(part)
         _, metrics = objective(log_probs[rows], entropy[rows], {name: value[rows] for name, value in columns.items()})
-        sums = {name: sums.get(name, 0.0) + float(value) for name, value in metrics.items()}
+        for name, value in metrics.items():
+            sums.add(name, value)
     mean = float(log_probs[mask].mean())
     expected = {"number": mean, "tensor": mean, "actor/pg_loss": mean, "one": 1.0, "flag": 1.0, "numpy": 2.0}
-    assert {name: sums[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    [found] = run_ranks(1, lambda rank: sums.reduce(None, torch.device("cpu")))
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_number_that_only_some_micro_batches_have_is_the_mean_over_those(case):
+    log_probs, entropy, columns, info = case
+    mask = columns["response_mask"].bool()
+
+    def loss(**arguments):
+        tokens = arguments["log_prob"][arguments["response_mask"].bool()]
+        metrics = {"some": tokens.mean().item()} if (arguments["sample_index"] < 5).any() else {}
+        return arguments["log_prob"].sum(), metrics
+
+    rows = [[0, 3], [4], [5, 6, 7]]
+    sums = MetricSums()
+    for part in rows:
+        given = {name: value[part] for name, value in columns.items()}
+        selecting = functools.partial(loss, sample_index=torch.tensor(part))
+        _, metrics = PolicyObjective(selecting, actor_config(use_kl_loss=False, entropy_coeff=0.0), info)(
+            log_probs[part], entropy[part], given
+        )
+        for name, value in metrics.items():
+            sums.add(name, value)
+    [found] = run_ranks(1, lambda rank: sums.reduce(None, torch.device("cpu")))
+    first = [0, 3, 4]
+    assert found["some"] == pytest.approx(float(log_probs[first][mask[first]].mean()), rel=1e-5)
 
 
 @pytest.mark.parametrize("value", ["text", [1.0], torch.ones(2)])
@@ -121,4 +151,15 @@ def test_a_metric_that_is_no_number_is_rejected_by_name(case, value):
         return agg_loss(arguments["log_prob"], arguments["response_mask"], "token-sum"), {"actor/mine": value}
 
     with pytest.raises(ValueError, match="loss_mode=vanilla returned the metric actor/mine as"):
+        PolicyObjective(loss, actor_config(use_kl_loss=False), info)(log_probs, entropy, columns)
+
+
+@pytest.mark.parametrize("name", ["loss", "tokens", "actor/entropy"])
+def test_a_metric_with_a_name_of_the_actor_is_rejected(case, name):
+    log_probs, entropy, columns, info = case
+
+    def loss(**arguments):
+        return agg_loss(arguments["log_prob"], arguments["response_mask"], "token-sum"), {name: 1.0}
+
+    with pytest.raises(ValueError, match=rf"loss_mode=vanilla returned the metrics \['{name}'\]"):
         PolicyObjective(loss, actor_config(use_kl_loss=False), info)(log_probs, entropy, columns)

@@ -12,7 +12,15 @@ from verl.algorithms.losses import agg_loss, get_token_selector, kl_penalty
 from verl.algorithms.losses.common import LossConfig
 from verl.config import ActorConfig
 from verl.config.rollout_correction import Correction
+from verl.workers.engine.metric_sums import MeanShare
 from verl.workers.update_loop import loss_denominators
+
+_OWN_METRICS = frozenset(
+    (
+        *(f"actor/{name}" for name in ("pg_loss", "entropy", "kl_loss", "kl_coef", "loss", "grad_norm", "lr")),
+        *("loss", "tokens", "positions", "padding_fraction"),  # of the engine
+    )
+)
 
 
 class PolicyObjective:
@@ -47,7 +55,7 @@ class PolicyObjective:
 
     def __call__(
         self, log_probs: torch.Tensor, entropy: torch.Tensor, columns: dict[str, torch.Tensor]
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor | MeanShare]]:
         """Return the loss and the metrics `actor/*` without gradient, as described in `LossFn`."""
         actor, mask, mode = self._actor, columns["response_mask"], self._actor.loss_agg_mode
         if self._keeps_log_probs and bool(mask.any()):  # a micro-batch without samples has no index in the batch
@@ -63,6 +71,8 @@ class PolicyObjective:
             **{name: columns[name] for name in self._extra_columns},
         )
         metrics = {"actor/pg_loss": loss.detach(), **self._shares(metrics, mask)}
+        # The backward pass is collective, and a user's loss may be a constant, e.g. for a micro-batch without samples.
+        loss = loss + log_probs[:0].sum()
         metrics["actor/entropy"] = agg_loss(entropy.detach(), mask, "token-mean", **self._denominators)
         if actor.entropy_coeff != 0:
             loss = loss - actor.entropy_coeff * agg_loss(entropy, mask, mode, **self._denominators)
@@ -73,25 +83,27 @@ class PolicyObjective:
             metrics["actor/kl_loss"] = kl_loss.detach()
         return loss, metrics
 
-    def _shares(self, metrics: Mapping[str, Any], mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _shares(self, metrics: Mapping[str, Any], mask: torch.Tensor) -> dict[str, torch.Tensor | MeanShare]:
         """Turn the metrics of a policy loss into values that are summed over micro-batches and ranks.
 
-        A tensor is such a value already. A number is a mean over the micro-batch: weighted by its share of the tokens
-        of the mini-batch, the sum is the mean over all tokens.
+        A tensor is such a value already. A number is a mean over the micro-batch. Weighted by the micro-batch's share
+        of the tokens of the mini-batch, the sum is the mean over the tokens of all micro-batches that have the metric.
         """
         tokens = mask.sum()
         share = tokens / max(self._denominators["batch_num_tokens"], 1.0)
-        shares = {}
+        shares: dict[str, torch.Tensor | MeanShare] = {}
+        loss_mode = f"actor_rollout_ref.actor.policy_loss.loss_mode={self._actor.policy_loss.loss_mode}"
+        if taken := sorted(_OWN_METRICS & metrics.keys()):
+            raise ValueError(f"{loss_mode} returned the metrics {taken}, which the actor computes; choose other names")
         for name, value in metrics.items():
             if isinstance(value, torch.Tensor) and value.numel() == 1:
                 shares[name] = value.detach().reshape(())
             elif isinstance(value, numbers.Real):
                 # Not multiplied without a token: the mean of no tokens may be NaN.
-                shares[name] = torch.where(tokens > 0, share * float(value), 0.0)
+                shares[name] = MeanShare(torch.where(tokens > 0, share * float(value), 0.0), share)
             else:
                 raise ValueError(
-                    f"actor_rollout_ref.actor.policy_loss.loss_mode={self._actor.policy_loss.loss_mode} returned the "
-                    f"metric {name} as {type(value).__name__} {str(value)[:80]}; return a number or a tensor with one "
-                    "element"
+                    f"{loss_mode} returned the metric {name} as {type(value).__name__} {str(value)[:80]}; return a "
+                    "number or a tensor with one element"
                 )
         return shares

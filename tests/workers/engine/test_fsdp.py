@@ -22,6 +22,7 @@ from fixtures.engine_cases import (
     squares_program,
     step_program,
     train,
+    uneven_loss_program,
 )
 from fixtures.ranks import run_ranks
 from fixtures.tiny import write_tiny_model
@@ -249,6 +250,22 @@ def test_ranks_without_samples_and_mini_batches_without_tokens(models, ranks):
     assert one[0]["grad_norm"] > 0
     assert empty[0]["grad_norm"] == two_empty[0]["grad_norm"] == 0
     assert empty[0]["loss"] == two_empty[0]["loss"] == 0
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_loss_that_is_a_constant_on_one_rank_with_another_metric(models, ranks):
+    """With two ranks, one has a micro-batch without response tokens."""
+    shards = [mini_batches[0] for mini_batches in split_mini_batches(make_batch(4)[[0, 2, 3]], 3, ranks)]
+    first, *others = run_ranks(ranks, uneven_loss_program, models["qwen3"], shards)
+    assert all(other == first for other in others)
+    assert first["number"] == pytest.approx(2.0) and "nothing" not in first
+    for rank in range(ranks):
+        assert first[f"rank_{rank}"] == pytest.approx(rank + 5.0)
+    [expected] = run_ranks(
+        1, uneven_loss_program, models["qwen3"], [split_mini_batches(make_batch(4)[[0, 2, 3]], 3, 1)[0][0]]
+    )
+    assert first["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert first["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
 
 
 def test_bfloat16_compute_is_close_to_float32_and_masters_stay_float32(models):

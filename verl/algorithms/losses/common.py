@@ -75,7 +75,7 @@ def register_policy_loss(name: str | Enum, *, select_tokens: Callable[..., Any] 
     micro-batches and ranks, so they must be divided by the denominators of the mini-batch:
     `agg_loss(..., **config.global_batch_info)` does this. Metrics that are numbers (`.item()`) are means over the
     micro-batch and are averaged, weighted by the tokens with response_mask 1; upstream verl averages them with equal
-    weights.
+    weights. Micro-batches may return different metrics: one without a metric does not count in its mean.
 
     Some losses treat a few tokens differently and choose them by comparing all tokens of the mini-batch. Such a loss
     passes the choice as `select_tokens`. It is called once per mini-batch as `select_tokens(log_prob, old_log_prob,

@@ -12,6 +12,7 @@ import torch
 from verl.protocol import DataProto
 from verl.utils.quantization_scheme import QuantizationScheme
 from verl.workers.engine.export import ExportUnit, gather_all
+from verl.workers.engine.metric_sums import MeanShare
 from verl.workers.engine.micro_batch import MicroBatching
 
 
@@ -19,13 +20,15 @@ class LossFn(Protocol):
     """The policy's loss of one micro-batch of b samples, with responses padded to T.
 
     The engine sums the loss and the metrics over micro-batches and ranks. Divide them by the denominators of the
-    mini-batch, not of the micro-batch.
+    mini-batch, not of the micro-batch. Micro-batches may have different metrics.
     """
 
     def __call__(
         self, log_probs: torch.Tensor, entropy: torch.Tensor, columns: dict[str, torch.Tensor]
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Return the loss and the metrics, all scalar tensors.
+    ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor | MeanShare]]:
+        """Return the loss and the metrics, all scalar tensors or shares of a mean.
+
+        The loss must depend on `log_probs` even if it is 0: the backward pass is collective.
 
         Args:
             log_probs, entropy: [b, T] float32, 0 where response_mask is 0.
@@ -147,7 +150,7 @@ class PolicyEngine(TrainEngine):
             entropy_grad: True if the loss differentiates the entropy.
 
         Returns:
-            the metrics, `loss` and `padding_fraction`, summed over micro-batches and ranks, equal on all ranks.
+            the metrics, `loss` and `padding_fraction`, reduced over micro-batches and ranks, equal on all ranks.
 
         Raises:
             NonFiniteError: the loss is NaN or infinite on any rank. It is raised on all ranks, and the gradients are

@@ -33,6 +33,7 @@ from verl.workers.engine.export import ExportUnit, WeightExport
 from verl.workers.engine.hf_directory import write_hf_directory
 from verl.workers.engine.loading import load_sharded_model, move_model, parse_dtype
 from verl.workers.engine.log_probs import token_log_probs
+from verl.workers.engine.metric_sums import MeanShare, MetricSums
 from verl.workers.engine.micro_batch import AlignedBatch, Layout, MicroBatch, MicroBatching, call_model
 from verl.workers.engine.packed_attention import packs_sequences
 
@@ -180,17 +181,17 @@ class FSDPTrainEngine(TrainEngine):
         self,
         mini_batch: DataProto,
         micro_batching: MicroBatching,
-        loss_of: Callable[[MicroBatch, AlignedBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]],
+        loss_of: Callable[[MicroBatch, AlignedBatch], tuple[torch.Tensor, Mapping[str, torch.Tensor | MeanShare]]],
     ) -> dict[str, float]:
         """Run `loss_of` forward and backward over this rank's micro-batches.
 
         Returns:
-            loss and metrics, summed over micro-batches and ranks, and `padding_fraction`, the share of padding among
+            loss and metrics, reduced over micro-batches and ranks, and `padding_fraction`, the share of padding among
             the positions that the model processed.
         """
         self._mini_batch = mini_batch
         aligned = AlignedBatch(mini_batch, self._device, self._layout)
-        totals: dict[str, torch.Tensor] = {}
+        sums = MetricSums()
         losses, samples = [], []
         for micro_batch in aligned.micro_batches(micro_batching, self._group):
             with span("forward", "train", samples=len(micro_batch.sample_indices)):
@@ -201,11 +202,11 @@ class FSDPTrainEngine(TrainEngine):
             samples.append(micro_batch.sample_indices)
             counts = {_TOKENS: micro_batch.tokens, _POSITIONS: micro_batch.input_ids.numel()}
             for name, value in {**metrics, "loss": loss, **counts}.items():
-                totals[name] = totals.get(name, 0) + torch.as_tensor(value).detach()
+                sums.add(name, value)
         self._raise_if_not_finite(losses, samples)
-        sums = self._sum_over_ranks(totals)
-        sums["padding_fraction"] = 1.0 - sums.pop(_TOKENS) / max(sums.pop(_POSITIONS), 1.0)
-        return sums
+        reduced = sums.reduce(self._group, self._device)
+        reduced["padding_fraction"] = 1.0 - reduced.pop(_TOKENS) / max(reduced.pop(_POSITIONS), 1.0)
+        return reduced
 
     def _collect(
         self,
@@ -248,14 +249,6 @@ class FSDPTrainEngine(TrainEngine):
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-
-    def _sum_over_ranks(self, totals: dict[str, torch.Tensor]) -> dict[str, float]:
-        # HCCL does not reduce float64.
-        dtype = torch.float32 if self._device.type == "npu" else torch.float64
-        names = sorted(totals)
-        values = torch.stack([totals[name].to(self._device, dtype) for name in names])
-        dist.all_reduce(values, group=self._group)
-        return dict(zip(names, values.tolist(), strict=True))
 
     def _raise_if_not_finite(self, losses: list[torch.Tensor], samples: list[torch.Tensor]) -> None:
         """Check all losses once per mini-batch; an earlier exception would leave other ranks waiting in a collective.
@@ -302,7 +295,9 @@ class FSDPEngine(FSDPTrainEngine, PolicyEngine):
     ) -> dict[str, float]:
         temperature = _temperature(mini_batch)
 
-        def loss_of(micro_batch: MicroBatch, aligned: AlignedBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        def loss_of(
+            micro_batch: MicroBatch, aligned: AlignedBatch
+        ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor | MeanShare]]:
             log_probs, entropy = self._forward(micro_batch, aligned, temperature, entropy_grad=entropy_grad)
             return loss_fn(log_probs, entropy, _columns(aligned, micro_batch))
 
@@ -351,7 +346,9 @@ class FSDPValueEngine(FSDPTrainEngine, ValueEngine):
     def forward_backward(
         self, mini_batch: DataProto, loss_fn: ValueLossFn, micro_batching: MicroBatching
     ) -> dict[str, float]:
-        def loss_of(micro_batch: MicroBatch, aligned: AlignedBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        def loss_of(
+            micro_batch: MicroBatch, aligned: AlignedBatch
+        ) -> tuple[torch.Tensor, Mapping[str, torch.Tensor | MeanShare]]:
             return loss_fn(self._forward(micro_batch, aligned), _columns(aligned, micro_batch))
 
         return self._accumulate(mini_batch, micro_batching, loss_of)
