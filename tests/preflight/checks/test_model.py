@@ -34,6 +34,7 @@ def test_a_damaged_config_is_an_error(problem_of, run_files, content):
         ({"vision_config": {"depth": 2}, "text_config": {}}, "multi-modal model (vision_config"),
         ({"audio_config": {}}, "multi-modal model (audio_config"),
         ({"model_type": "gpt_oss"}, "gpt_oss is not supported"),
+        ({"model_type": "phi"}, "phi is not supported"),
     ],
 )
 def test_an_architecture_that_cannot_be_trained_is_an_error(problem_of, run_files, fields, words):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from fixtures.architectures import longrope, write_architecture
@@ -79,6 +80,24 @@ def test_a_coarser_format_explains_a_larger_difference(model_dir):
         (side - result.log_probs).abs().mean() for side in (result.as_trainer, result.as_engine)
     )
     assert 0 < 3 * by_bfloat16 < by_quantization
+
+
+def test_a_coarser_format_rounds_the_parameters_that_transformers_rounds(tmp_path):
+    """A bias that selects experts stays in float32: here bfloat16 would round the differences of its values away."""
+    directory = write_tiny_model(tmp_path / "model", kind="glm4_moe")
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    tensors = load_file(directory / "model.safetensors")
+    tensors[name] = 100.0 + 0.1 * torch.arange(4.0)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    sequence, prompt = list(range(4, 60)), 20
+    batch = batch_of([sequence], [prompt], 1.0)
+    result = reference_log_probs(directory, batch, **FORMATS | {"engine_dtype": "bfloat16"})
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, attn_implementation="eager")
+    with torch.no_grad():
+        logits = model(torch.tensor([sequence])).logits[0, prompt - 1 : -1].float()
+    expected = logits.log_softmax(-1).gather(1, torch.tensor(sequence[prompt:])[:, None])[:, 0]
+    torch.testing.assert_close(result.as_engine[0], expected)
+    assert (result.as_engine - result.log_probs).abs().mean() < 0.05
 
 
 def test_a_directory_that_cannot_be_loaded_gives_no_reference(tmp_path):

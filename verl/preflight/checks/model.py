@@ -82,6 +82,14 @@ def find_model(field: str, path: str, target: Target, found: Findings) -> ModelF
         return None
 
 
+# Model types whose new weights vLLM cannot load into a running engine, and why.
+_NOT_RELOADED = {
+    "gpt_oss": "loads its experts and attention sinks in one form and keeps them in another, so new weights cannot be "
+    "loaded",
+    "phi": "makes a new bias of the output head at each load, so the one in use would keep its old values",
+}
+
+
 def check_architecture(field: str, files: ModelFiles, found: Findings) -> None:
     """Refuse models that start and then fail, or that would lose a part of themselves.
 
@@ -96,10 +104,9 @@ def check_architecture(field: str, files: ModelFiles, found: Findings) -> None:
             f"{field}={files.path}: is a multi-modal model ({', '.join(towers)} in its config.json), which is not "
             "supported; use a text-only checkpoint"
         )
-    elif files.config.get("model_type") == "gpt_oss":
+    elif (kind := files.config.get("model_type")) in _NOT_RELOADED:
         found.errors.append(
-            f"{field}={files.path}: gpt_oss is not supported, because vLLM loads its experts and attention sinks in "
-            "one form and keeps them in another, so new weights cannot be loaded; use another model"
+            f"{field}={files.path}: {kind} is not supported, because vLLM {_NOT_RELOADED[kind]}; use another model"
         )
 
 

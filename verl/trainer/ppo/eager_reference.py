@@ -64,11 +64,11 @@ def reference_log_probs(
         fix_rope_length(model, max_model_len)
         rounded = {"float32": _log_probs(model, batch)}
         for dtype in sorted({trainer_dtype, engine_dtype} - rounded.keys()):
-            rounded[dtype] = _log_probs(model.to(getattr(torch, dtype)), batch)
+            rounded[dtype] = _log_probs(_in_dtype(model, dtype), batch)
         as_engine = rounded[engine_dtype]
         if quantized:
             _add_noise(model)
-            as_engine = _log_probs(model.to(getattr(torch, engine_dtype)), batch)
+            as_engine = _log_probs(_in_dtype(model, engine_dtype), batch)
     except (ValueError, RuntimeError, OSError, ImportError, TypeError, KeyError, AttributeError) as error:
         raise ReferenceUnavailable(f"transformers cannot compute it ({type(error).__name__}: {error})") from error
     return ReferenceLogProbs(rounded["float32"], rounded[trainer_dtype], as_engine)
@@ -84,6 +84,18 @@ def _log_probs(model: PreTrainedModel, batch: DataProto) -> torch.Tensor:
         logits = model(input_ids=ids[None]).logits[0, -length - 1 : -1].float() / batch.meta_info["temperature"]
         result[row, :length] = torch.log_softmax(logits, -1).gather(1, ids[-length:, None])[:, 0]
     return result
+
+
+def _in_dtype(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
+    """Round the parameters to `dtype`, in place, but none that trainers and engines keep in float32.
+
+    Buffers keep their dtype: frequencies of rotary embeddings, and biases that select experts.
+    """
+    kept = tuple(model._keep_in_fp32_modules_strict or ())
+    for name, parameter in model.named_parameters():
+        if not any(part in name for part in kept):
+            parameter.data = parameter.data.to(getattr(torch, dtype))
+    return model
 
 
 def _add_noise(model: PreTrainedModel) -> None:
