@@ -1,9 +1,4 @@
-"""Parameters that a real vLLM engine keeps in another dtype than its own.
-
-A module of its own closes these engines. In one process with those of test_engine_weight_update, whose float32 engines
-came before and after the refused update here, later log-probabilities were wrong. The cause is not known; a start of
-the engines alone does not show it. A replica has one engine per process.
-"""
+"""Parameters that a real vLLM engine keeps in another dtype than its own."""
 
 import pytest
 import torch

@@ -146,6 +146,22 @@ def test_one_missing_expert_is_named(tiny_models, engine):
         running.update(weights.items())
 
 
+def test_an_engine_that_starts_after_a_refused_update_of_another_one_is_not_affected(tiny_models, engine):
+    """vLLM shares the rotary embeddings of all engines in a process."""
+    first, second = tiny_models(2, kind="qwen3", tied=True, intermediate_size=160)
+    (other,) = tiny_models(1, kind="qwen3", tied=False, intermediate_size=160)
+    refused = engine(first)
+    weights = weights_of(first)
+    del weights["model.norm.weight"]
+    with pytest.raises(WeightUpdateError, match="not written"):
+        refused.update(weights.items())
+    started = engine(other)  # has the same ones
+    update(started, other)
+    assert deviation(started, other) < 1e-5
+    update(refused, second)
+    assert deviation(refused, second) < 1e-5 and deviation(started, other) < 1e-5
+
+
 def test_an_update_that_was_abandoned_does_not_affect_the_next_one(tiny_models, engine):
     first, second = tiny_models(2, kind="qwen3_moe", tied=False)
     running = engine(first)

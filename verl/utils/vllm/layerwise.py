@@ -40,6 +40,17 @@ class LayerSubset:
         self._model._do_torchao_reload = value  # type: ignore[assignment]  # nn.Module declares tensors and modules
 
 
+def shared_layers() -> Iterator[nn.Module]:
+    """Return the layers that vLLM shares between all models of a process, and that no checkpoint fills.
+
+    These are rotary embeddings. A reload must leave them alone: while an update of one engine is open or was refused,
+    an engine that starts in the same process would take the empty embeddings for weights to be filled.
+    """
+    from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
+
+    return (layer for layer in _ROPE_DICT.values() if next(layer.parameters(), None) is None)
+
+
 def begin_reload(layers: LayerSubset) -> None:
     """Bring layers to the checkpoint layout."""
     from vllm.model_executor.model_loader.reload import initialize_layerwise_reload

@@ -27,6 +27,7 @@ from verl.utils.vllm.layerwise import (
     loaded_in_place,
     never_loaded,
     post_processing,
+    shared_layers,
 )
 from verl.utils.vllm.layout_map import LoadTrace, parameters_by_storage, storage_of
 from verl.utils.vllm.npu_vllm_patch import restore_expert_parameters
@@ -43,7 +44,8 @@ class LayerwiseLoadSession:
     weights; experts on a CPU are not packed again, so that plain weights would be read as packed ones; and neither a
     layer that was loaded in part is an error, nor a router without its bias.
 
-    Layers that `hooks` handle are excluded from the reload and written in place by their own loaders.
+    Layers that `hooks` handle are excluded from the reload and written in place by their own loaders. `shared_layers`
+    are excluded too.
 
     Args:
         model: the engine's model.
@@ -80,7 +82,7 @@ class LayerwiseLoadSession:
         }
         self._log = WriteLog(watched)
         self._watch = self._log if watched else nullcontext()
-        excluded = {id(layer) for layer in in_place.values()}
+        excluded = {id(layer) for layer in (*in_place.values(), *shared_layers())}
         self._reloaded = LayerSubset(
             self._model, (layer for layer in self._model.modules() if id(layer) not in excluded)
         )
