@@ -1,4 +1,4 @@
-"""Block-scaled fp8 kernel for CPUs without Intel's AMX, which vLLM's own CPU kernels need.
+"""Block-scaled fp8 kernel for any CPU: vLLM's own needs Intel's AMX, and a bias in float32, which no layer has.
 
 Weights are dequantized once per update and kept in addition to the fp8 values. Activations are quantized in blocks of
 1 x 128 at run time, like the GPU kernels do.
@@ -46,10 +46,10 @@ class DequantizingFp8BlockKernel(Fp8BlockScaledMMLinearKernel):
 
 
 def register() -> None:
-    """Register the kernel once, after vLLM's own kernels, which are preferred if they are supported."""
+    """Register the kernel once, before vLLM's own, so that every CPU computes the same."""
     from vllm.model_executor.kernels.linear import _POSSIBLE_FP8_BLOCK_KERNELS
     from vllm.platforms import PlatformEnum
 
     kernels = _POSSIBLE_FP8_BLOCK_KERNELS.setdefault(PlatformEnum.CPU, [])
     if DequantizingFp8BlockKernel not in kernels:
-        kernels.append(DequantizingFp8BlockKernel)
+        kernels.insert(0, DequantizingFp8BlockKernel)

@@ -6,9 +6,10 @@ from __future__ import annotations
 def register() -> None:
     """Register verl's additions to vLLM; may be called again.
 
-    CPU: quantization "ascend", fp8 without AMX, and idle processes that block instead of spinning. NPU: patches.
-    Everywhere: the user's modules (`model.external_lib`), which may register models.
+    CPU: quantization "ascend", fp8 without AMX, the permission to use AMX, and idle processes that block instead of
+    spinning. NPU: patches. Everywhere: the user's modules (`model.external_lib`), which may register models.
     """
+    import torch
     from vllm.platforms import current_platform
 
     from verl.extension.external import import_from_environment
@@ -17,6 +18,10 @@ def register() -> None:
     if current_platform.is_cpu():
         from verl.utils.vllm import ascend_cpu, cpu_sleep_when_idle, fp8_cpu
 
+        if torch.cpu._is_amx_tile_supported():
+            # Linux ends a process that uses AMX without asking. vLLM's attention uses it for bfloat16, and asks only
+            # if a matrix product in bfloat16 came first, which a quantized model may not have.
+            torch.cpu._init_amx()
         ascend_cpu.register()
         fp8_cpu.register()
         cpu_sleep_when_idle.sleep_when_idle()
