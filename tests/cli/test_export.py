@@ -11,6 +11,7 @@ from verl.cli.entry import main
 from verl.config import PPOConfig
 from verl.config.record import write_record
 from verl.trainer.ppo.checkpoint import CheckpointStore
+from verl.utils.checkpoint_files import TRACKER
 
 
 @pytest.fixture
@@ -49,6 +50,22 @@ def test_dtype_output_and_a_moved_model(checkpoint, tmp_path):
     words = ["export", str(checkpoint.parent), "--out", str(tmp_path / "out"), "--dtype", "float32"]
     assert main([*words, "--model", str(tmp_path / "moved")]) == 0
     assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.float32}
+
+
+def test_the_choice_among_several_checkpoints_is_named(checkpoint, capsys):
+    """Only the choice is tested, so the later checkpoints have no weights."""
+    for name in ("global_step_4", "global_step_5"):
+        (checkpoint.parent / name).mkdir()
+
+    def note(*words):
+        main(["export", str(checkpoint.parent), *words])
+        return capsys.readouterr().err.splitlines()[0]
+
+    later = "later ones exist: global_step_4, global_step_5"
+    assert note() == f"verl export: using global_step_3, which {TRACKER} names; {later}"
+    tracker = checkpoint.parent / TRACKER
+    tracker.write_text("")
+    assert note() == f"verl export: {tracker} is empty; using the newest checkpoint, global_step_5"
 
 
 def test_errors_name_the_fault(checkpoint, tmp_path, capsys):

@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 
 from verl.extension.user_files import import_file
+from verl.extension.user_modules import imported_files
 
 
 @pytest.fixture(autouse=True)
@@ -60,3 +61,22 @@ def test_neighbors_with_the_same_name_in_two_folders_are_an_error(tmp_path):
 def test_a_neighbor_never_hides_an_installed_package(tmp_path):
     write(tmp_path, "json.py", "raise RuntimeError\n")
     assert import_file(write(tmp_path, "mine.py", "import json\nname = json.__name__\n")).name == "json"
+
+
+def test_the_files_that_a_file_imports_are_found_without_importing_them(tmp_path):
+    files = {
+        "mine.py": "import alone\ndef work():\n    from folder.deep import x\nimport json, missing\n",
+        "alone.py": "raise RuntimeError\nimport second\n",
+        "second.py": "import mine",
+        "json.py": "",
+        "unused.py": "",
+    }
+    for name, text in files.items():
+        write(tmp_path, name, text)
+    write(tmp_path / "folder", "deep.py", "import third")
+    write(tmp_path / "folder", "__init__.py", "not Python")
+    write(tmp_path, "third.py", "")
+    found = [str(path.relative_to(tmp_path)) for path in imported_files(tmp_path / "mine.py")]
+    assert found[0] == "mine.py"
+    expected = ["alone.py", "folder/__init__.py", "folder/deep.py", "mine.py", "second.py", "third.py"]
+    assert sorted(found) == expected, "json is installed"

@@ -6,7 +6,7 @@ import zlib
 import pytest
 
 from verl.utils import checkpoint_files
-from verl.utils.checkpoint_files import MANIFEST, find_damage, write_manifest
+from verl.utils.checkpoint_files import MANIFEST, find_damage, later_checkpoints, write_manifest
 
 
 @pytest.fixture
@@ -42,6 +42,17 @@ def test_the_damaged_bytes_are_named(checkpoint, position, chunk):
     file.write_bytes(data)
     assert find_damage(checkpoint) == f"{file} is damaged: its bytes {chunk} do not match their checksum"
     assert find_damage(checkpoint, contents=False) is None
+
+
+def test_later_checkpoints_are_those_with_the_right_sizes(tmp_path):
+    for step in (2, 4, 10, 12):
+        (tmp_path / f"global_step_{step}").mkdir()
+        (tmp_path / f"global_step_{step}" / "file").write_text("text")
+        write_manifest(tmp_path / f"global_step_{step}")
+    (tmp_path / "global_step_10" / "file").unlink()
+    (tmp_path / "global_step_14.tmp-5").mkdir()
+    assert [path.name for path in later_checkpoints(tmp_path, 2)] == ["global_step_4", "global_step_12"]
+    assert later_checkpoints(tmp_path, 12) == [] and later_checkpoints(tmp_path / "none", 0) == []
 
 
 def test_an_unreadable_file_is_damage(checkpoint, monkeypatch):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from verl.config.errors import ConfigError
-from verl.utils.checkpoint_files import find_damage, resume_candidates, step_of
+from verl.utils.checkpoint_files import TRACKER, find_damage, later_checkpoints, resume_candidates, step_of
 
 _DESCRIPTION = """\
 Writes the weights of a checkpoint as a Hugging Face directory that differs from the trained model's directory only in
@@ -63,9 +63,14 @@ def _find(path: Path) -> Path:
     """
     if not path.is_dir():
         raise ValueError(f"{path}: no such directory; give a global_step_N directory or the directory of a run")
-    candidates, _ = resume_candidates(path)
+    candidates, problem = resume_candidates(path)
     checkpoint = candidates[0] if candidates else path
-    step_of(checkpoint)
+    step = step_of(checkpoint)
+    if problem is not None:
+        sys.stderr.write(f"verl export: {problem}; using the newest checkpoint, {checkpoint.name}\n")
+    if candidates and (later := later_checkpoints(path, step)):
+        names = ", ".join(other.name for other in later)
+        sys.stderr.write(f"verl export: using {checkpoint.name}, which {TRACKER} names; later ones exist: {names}\n")
     damage = find_damage(checkpoint)
     if damage is not None:
         raise ValueError(f"{damage}; choose another checkpoint")

@@ -9,6 +9,7 @@ is not the default, by dotted name, each with its `value` and `default`. Both fi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -61,12 +62,18 @@ def read_record(directory: Path) -> PPOConfig:
 
 def changes(config: PPOConfig) -> dict[str, dict[str, Any]]:
     """Return `{"trainer.nnodes": {"value": 2, "default": 1}, ...}` for every key whose value is not the default."""
-    values, defaults = flat(mask_secrets(config)), flat(mask_secrets(load_config()))
+    values, defaults = flat(mask_secrets(config)), _defaults()
     return {
         name: {"value": value, "default": defaults.get(name)}
         for name, value in values.items()
         if name not in defaults or value != defaults[name]
     }
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    """Return every key's default by dotted name; composing them takes longer than writing a small checkpoint."""
+    return flat(mask_secrets(load_config()))
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

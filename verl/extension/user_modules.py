@@ -39,6 +39,36 @@ def import_path(path: Path) -> ModuleType:
     return importlib.import_module(f"{__name__}.{stem}_{os.fsencode(path).hex()}")
 
 
+def imported_files(file: Path) -> list[Path]:
+    """Return a user's file and the files beside it that it imports, directly or through each other; imports none.
+
+    All Python files of an imported package beside it count. An import by a computed name is not found.
+
+    Args:
+        file: an absolute path.
+    """
+    folder, found, pending = file.parent, dict.fromkeys([file]), [file]
+    while pending:
+        for name in _neighbors(pending.pop(), folder):
+            if _is_installed(name, folder):
+                continue
+            beside = [folder / f"{name}.py", *sorted((folder / name).rglob("*.py"))]
+            new = [path for path in beside if path.is_file() and path not in found]
+            found |= dict.fromkeys(new)
+            pending += new
+    return list(found)
+
+
+def _is_installed(name: str, folder: Path) -> bool:
+    """Return True if a top-level module is found elsewhere, so that an import does not find it in `folder`."""
+    if name in sys.builtin_module_names:
+        return True
+    elsewhere = [entry for entry in sys.path if Path(entry or ".").resolve() != folder.resolve()]
+    spec = importlib.machinery.PathFinder.find_spec(name, elsewhere)
+    # A folder without __init__.py has no origin, and does not hide a module.
+    return spec is not None and spec.origin is not None
+
+
 class _Finder:
     """Finds the submodules of this module for Python's import."""
 
@@ -65,7 +95,7 @@ def _add_folder(file: Path) -> None:
     if folder not in sys.path:
         # At the end: neighbors of the file never hide an installed package.
         sys.path.append(folder)
-    for name in _neighbors(file):
+    for name in _neighbors(file, file.parent):
         module = sys.modules.get(name)
         taken = None if module is None else getattr(module, "__file__", None)
         if taken is None or Path(taken).is_relative_to(folder):
@@ -78,8 +108,8 @@ def _add_folder(file: Path) -> None:
         _folders.append(folder)
 
 
-def _neighbors(file: Path) -> Iterator[str]:
-    """Yield the names that a file imports and that a file or a package beside it has."""
+def _neighbors(file: Path, folder: Path) -> Iterator[str]:
+    """Yield the names that a file imports and that a file or a package in `folder` has."""
     try:
         tree = ast.parse(file.read_bytes())
     except (OSError, SyntaxError, ValueError):
@@ -90,7 +120,7 @@ def _neighbors(file: Path) -> Iterator[str]:
             modules = [alias.name for alias in node.names]
         for module in modules:
             name = (module or "").partition(".")[0]
-            if (file.parent / f"{name}.py").is_file() or (file.parent / name / "__init__.py").is_file():
+            if name and ((folder / f"{name}.py").is_file() or (folder / name).is_dir()):
                 yield name
 
 

@@ -18,7 +18,7 @@ from verl.preflight.checks.lora import check_lora
 from verl.preflight.checks.memory import check_device_memory, check_host_memory
 from verl.preflight.checks.model import check_model
 from verl.preflight.checks.quantization import check_planned_quantization, check_quantization
-from verl.preflight.checks.resume import check_contents, describe_resume
+from verl.preflight.checks.resume import check_contents, check_resume, describe_resume
 from verl.preflight.checks.reward import check_reward
 from verl.preflight.checks.rollout import check_engine_kwargs, check_rollout, check_transport
 from verl.preflight.checks.rollout_correction import check_rollout_correction
@@ -92,7 +92,7 @@ def examine(config: PPOConfig, target: Target) -> tuple[Plan | None, Findings]:
     plan = derive_plan(config, device, model, inputs.critic, inputs.data, inputs.quantization)
     plan.prompt_lengths = inputs.prompt_lengths
     if target.hardware is None:
-        plan.resume = describe_resume(config)
+        plan.resume = describe_resume(config, device)
     if target.hardware is not None:
         plan.hardware, plan.available_bytes = target.hardware.name, None
         plan.device_memory = _device_memory(config, target.hardware, plan, model, inputs)
@@ -134,6 +134,7 @@ def _check_sections(config: PPOConfig, target: Target, invalid: set[str], found:
         check_loggers(config, found)
         check_directories(config, found)
         check_contents(config, found)
+        check_resume(config, data, found)
     device = None if "trainer.device" in invalid else check_device(config, target, found)
     if device is not None:
         _check_on_device(config, device, target, invalid, sizes_valid, found)

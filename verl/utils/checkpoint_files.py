@@ -23,6 +23,7 @@ MANIFEST = "manifest.json"
 CHUNK_BYTES = 64 << 20
 _READ_BYTES = 4 << 20
 _MAX_THREADS = 16
+_MAX_DIGITS = 18
 _PUBLISHED = re.compile(r"global_step_(\d+)")
 
 
@@ -51,12 +52,18 @@ def tracked_checkpoint(root: Path) -> tuple[Path | None, str | None]:
 
     The directory may not exist. Both are None without a tracker file.
     """
+    tracker = root / TRACKER
     try:
-        text = (root / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
+        text = tracker.read_text(encoding="utf-8", errors="replace").strip()
     except (FileNotFoundError, NotADirectoryError):
         return None, None
-    if not text.isascii() or not text.isdigit():
-        return None, f"{root / TRACKER} contains {text[:80]!r} instead of a step"
+    except OSError as error:
+        return None, f"{tracker} cannot be read ({error.strerror})"
+    if not text:
+        return None, f"{tracker} is empty"
+    # More digits than this are no step; Python converts at most 4300.
+    if not text.isascii() or not text.isdigit() or len(text) > _MAX_DIGITS:
+        return None, f"{tracker} contains {text[:80]!r} instead of a step"
     return root / f"global_step_{int(text)}", None
 
 
@@ -70,9 +77,16 @@ def resume_candidates(root: Path) -> tuple[list[Path], str | None]:
     found = list_checkpoints(root)
     if named is not None and named in found:
         found = found[: found.index(named) + 1]
-    elif found:
-        problem = problem or f"{root / TRACKER} does not name a complete checkpoint"
+    elif found and problem is None:
+        missing = "does not exist" if named is None else f"names step {step_of(named)}, but {named} does not exist"
+        problem = f"{root / TRACKER} {missing}"
     return found[::-1], problem
+
+
+def later_checkpoints(root: Path, step: int) -> list[Path]:
+    """Return the checkpoints of a run after a step, in order of their steps, without those whose sizes are wrong."""
+    later = [path for path in list_checkpoints(root) if step_of(path) > step]
+    return [path for path in later if find_damage(path, contents=False) is None]
 
 
 def write_manifest(directory: Path) -> None:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from verl.config import PPOConfig
+from verl.preflight.inputs import RunInputs, read_inputs
 from verl.trainer.ppo.checkpoint import CheckpointError, load_driver_state, save_driver_state
 from verl.trainer.ppo.run_state import HFExportError, export_run, load_run, save_run
 from verl.trainer.rollouts.prompts import LoaderState, PromptId
@@ -29,6 +30,7 @@ class Run:
         self.config = PPOConfig()
         self.config.algorithm.kl_ctrl.type = kl_type
         self.with_critic = with_critic
+        self.inputs = RunInputs({"data.train_files": {}}, {"device": "cpu"}, "code")
         self.kl_controller = SimpleNamespace(value=0.1)
         self.ranks, self.visible, self.resumed = Ranks(), [], None
         self.processes = SimpleNamespace(trainers=self.ranks, check_visible=self.check_visible)
@@ -61,6 +63,10 @@ async def test_a_saved_state_is_restored(tmp_path):
         "carried": [(8, 2, 3), (9, 2, 4)],
     }
 
+    inputs = read_inputs(tmp_path)
+    assert inputs.files == run.inputs.files and inputs.versions == run.inputs.versions
+    assert inputs.data_order == {"rows": 9, "shuffle": True, "seed": 5}
+
     other = Run(kl_type="adaptive")
     other.data.prompts.state = None
     assert await load_run(other, tmp_path) == 3
@@ -88,7 +94,7 @@ async def test_a_failed_export_leaves_the_resumable_part(tmp_path):
     await save_run(run, tmp_path, 3)
     with pytest.raises(HFExportError, match="ValueError: generation config is invalid"):
         await export_run(run, tmp_path)
-    written = ["actor", "config.yaml", "config_changes.yaml", "critic", "data.pt"]
+    written = ["actor", "config.yaml", "config_changes.yaml", "critic", "data.pt", "inputs.json"]
     assert sorted(path.name for path in tmp_path.rglob("*")) == written
     assert await load_run(Run(), tmp_path) == 3
 

@@ -1,7 +1,10 @@
-"""The checkpoint that a run resumes from, and the differences between the configs of both runs."""
+"""The checkpoint that a run resumes from, and the differences between both runs: config, inputs, versions."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +14,13 @@ from verl.config.ppo import PPOConfig
 from verl.config.record import CONFIG_FILE, changes, flat
 from verl.config.roles import needs_critic
 from verl.config.schema import show
+from verl.preflight.checks.data import DataInfo
 from verl.preflight.findings import Findings
-from verl.utils.checkpoint_files import find_damage, resume_candidates, step_of
+from verl.preflight.inputs import INPUTS_FILE, RunInputs, changed_inputs, collect_inputs, data_seed, read_inputs
+from verl.utils.checkpoint_files import TRACKER, find_damage, later_checkpoints, resume_candidates, step_of
 from verl.utils.tracking.plain import mask_secrets
+
+logger = logging.getLogger(__name__)
 
 _MAX_SHOWN = 20
 # Keys that say how a run starts, and nothing about its training.
@@ -22,23 +29,90 @@ _OF_THE_START = frozenset(
 )
 
 
-def describe_resume(config: PPOConfig) -> list[str]:
+def describe_resume(config: PPOConfig, device: str) -> list[str]:
     """Return the lines of the plan about the checkpoint that the run resumes from; none for a new run.
 
     Only names and sizes of its files are compared here; the run compares checksums before it loads them.
+
+    Args:
+        device: `cpu`, `cuda` or `npu`.
     """
-    checkpoint = _find_checkpoint(config)
+    choice = _choose_checkpoint(config)
+    checkpoint = choice.checkpoint
     if checkpoint is None:
         return []
     lines = [f"from step {step_of(checkpoint)} ({checkpoint})"]
-    recorded = _read_record(checkpoint)
-    if recorded is None:
-        return [*lines, "differences from that run: unknown, because it recorded no config"]
-    differing = _differences(recorded, config)
+    if choice.problem is not None:
+        lines.append(f"{choice.problem}; this is the newest complete checkpoint")
+    lines += [f"skips {path.name}: {damage}" for path, damage in choice.damaged]
+    lines += _unused_checkpoints(config, checkpoint)
+    differing = _differences_of(checkpoint, config, device)
     if not differing:
         return lines
-    more = [f"and {len(differing) - _MAX_SHOWN} more keys"] if len(differing) > _MAX_SHOWN else []
+    more = [f"and {len(differing) - _MAX_SHOWN} more"] if len(differing) > _MAX_SHOWN else []
     return [*lines, "differs from that run:", *differing[:_MAX_SHOWN], *more]
+
+
+def check_resume(config: PPOConfig, data: DataInfo, found: Findings) -> None:
+    """Check that the checkpoint is complete, and that the prompts continue in the order of the run that wrote it.
+
+    The run would refuse both when it loads the checkpoint, after its processes have started.
+
+    Args:
+        data: numbers of rows of this run.
+    """
+    choice = _choose_checkpoint(config)
+    if choice.checkpoint is None:
+        if choice.damaged:
+            damages = "; ".join(damage for _, damage in choice.damaged)
+            key = "resume_from_path" if config.trainer.resume_mode == "resume_path" else "default_local_dir"
+            found.errors.append(
+                f"trainer.{key}={getattr(config.trainer, key)}: no complete checkpoint to resume from: {damages}; "
+                "restore the files, choose another checkpoint (trainer.resume_mode=resume_path and "
+                "trainer.resume_from_path), or start a new run with trainer.resume_mode=disable"
+            )
+        return
+    recorded = read_inputs(choice.checkpoint)
+    if recorded is not None:
+        _check_data_order(config, data, recorded.data_order, choice.checkpoint, found)
+
+
+def _check_data_order(
+    config: PPOConfig, data: DataInfo, before: Mapping[str, int | bool], checkpoint: Path, found: Findings
+) -> None:
+    """Check rows, shuffling and seed, which decide the order of the prompts."""
+    way_out = f"to continue {checkpoint}, or start a new run with trainer.resume_mode=disable"
+    if "shuffle" in before and before["shuffle"] != config.data.shuffle:
+        found.errors.append(
+            f"data.shuffle={config.data.shuffle}: the run that wrote the checkpoint had {before['shuffle']}, so its "
+            f"position belongs to another order of the prompts; set data.shuffle={before['shuffle']} {way_out}"
+        )
+    if "seed" in before and before["seed"] != data_seed(config):
+        key = "trainer.seed" if config.data.seed is None else "data.seed"
+        found.errors.append(
+            f"{key}={data_seed(config)}: the run that wrote the checkpoint ordered the prompts with seed "
+            f"{before['seed']}; set data.seed={before['seed']} {way_out}"
+        )
+    rows = before.get("rows")
+    if data.train is None or rows is None or data.train == rows:
+        return
+    # `filter_overlong_prompts` may drop the rows that there are more.
+    if data.train < rows or not config.data.filter_overlong_prompts:
+        found.errors.append(
+            f"data.train_files={show(config.data.train_files)}: has {data.train} prompts, but the checkpoint is a "
+            f"position in the order of {rows} prompts; restore the files (or data.train_max_samples) {way_out}, for "
+            "example from the model that `verl export` writes"
+        )
+
+
+def warn_of_changed_inputs(checkpoint: Path, now: RunInputs) -> None:
+    """Log a warning for each input, apart from the config, that differs from the run that wrote a checkpoint."""
+    before = read_inputs(checkpoint)
+    if before is None:
+        logger.warning("%s has no %s: contents of files are not compared", checkpoint, INPUTS_FILE)
+        return
+    for line in changed_inputs(before, now):
+        logger.warning("differs from the run that wrote %s: %s", checkpoint, line)
 
 
 def check_contents(config: PPOConfig, found: Findings) -> None:
@@ -73,19 +147,69 @@ def check_contents(config: PPOConfig, found: Findings) -> None:
             )
 
 
-def _find_checkpoint(config: PPOConfig) -> Path | None:
+@dataclass(frozen=True)
+class _Choice:
+    """The checkpoint that a run resumes from.
+
+    Attributes:
+        checkpoint: None for a new run, or if every candidate is damaged.
+        problem: the reason why the tracker file names no checkpoint; None if it names one or is not read.
+        damaged: the candidates before it, each with its damage.
+    """
+
+    checkpoint: Path | None = None
+    problem: str | None = None
+    damaged: tuple[tuple[Path, str], ...] = ()
+
+
+def _choose_checkpoint(config: PPOConfig) -> _Choice:
     trainer = config.trainer
+    problem = None
     if trainer.resume_mode == "resume_path" and trainer.resume_from_path:
         path = Path(trainer.resume_from_path)
         try:
             step_of(path)
         except ValueError:
-            return None  # `check_directories` reports it
-        return path if path.is_dir() else None
-    if trainer.resume_mode != "auto":
-        return None
-    candidates, _ = resume_candidates(Path(trainer.default_local_dir))
-    return next((path for path in candidates if find_damage(path, contents=False) is None), None)
+            return _Choice()  # `check_directories` reports it
+        candidates = [path] if path.is_dir() else []
+    elif trainer.resume_mode == "auto":
+        candidates, problem = resume_candidates(Path(trainer.default_local_dir))
+    else:
+        return _Choice()
+    damaged: list[tuple[Path, str]] = []
+    for path in candidates:
+        damage = find_damage(path, contents=False)
+        if damage is None:
+            return _Choice(path, problem, tuple(damaged))
+        damaged.append((path, damage))
+    return _Choice(None, problem, tuple(damaged))
+
+
+def _unused_checkpoints(config: PPOConfig, checkpoint: Path) -> list[str]:
+    """Return a line about complete checkpoints of later steps in the directory of the run."""
+    trainer = config.trainer
+    later = later_checkpoints(Path(trainer.default_local_dir), step_of(checkpoint))
+    if not later:
+        return []
+    steps = ", ".join(str(step_of(path)) for path in later)
+    why = f"{TRACKER} names step {step_of(checkpoint)}" if trainer.resume_mode == "auto" else "trainer.resume_from_path"
+    replaced = "" if trainer.save_freq <= 0 else "; this run replaces each when it saves the same step"
+    return [
+        f"does not use the later checkpoints of steps {steps} ({why}){replaced}; trainer.resume_mode=resume_path "
+        f"trainer.resume_from_path={later[-1]} resumes from the last one"
+    ]
+
+
+def _differences_of(checkpoint: Path, config: PPOConfig, device: str) -> list[str]:
+    """Return the lines about inputs and config keys that differ from the run that wrote the checkpoint."""
+    before = read_inputs(checkpoint)
+    lines = [f"contents of files: not compared, because the checkpoint has no {INPUTS_FILE}"]
+    if before is not None:
+        lines = changed_inputs(before, collect_inputs(config, device))
+    recorded = _read_record(checkpoint)
+    if recorded is None:
+        return [*lines, "config: not compared, because that run recorded none"]
+    return [*lines, *_differences(recorded, config)]
 
 
 def _read_record(checkpoint: Path) -> dict[str, Any] | None:

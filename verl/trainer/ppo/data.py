@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from verl.config import PPOConfig
+from verl.preflight.inputs import data_seed
 from verl.trainer.rollouts.prompts import PromptSource
 from verl.utils.dataset.loader import EpochDataLoader, build_dataloader
 from verl.utils.dataset.rl_dataset import create_rl_dataset
@@ -43,7 +44,7 @@ def load_data(config: PPOConfig) -> TrainingData:
     # A separate copy, because training prompts are tokenized in a thread.
     thread_tokenizer = copy.deepcopy(tokenizer)
     train = create_rl_dataset(data.train_files, thread_tokenizer, data, max_samples=data.train_max_samples)
-    seed = data.seed if data.seed is not None else config.trainer.seed
+    seed = data_seed(config)
     one_by_one = config.actor_rollout_ref.rollout.partial_rollout
     loader = build_dataloader(
         train,

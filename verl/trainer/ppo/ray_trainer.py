@@ -55,6 +55,7 @@ from verl.config import PPOConfig
 from verl.config.record import VAL_ONLY_DIRECTORY, write_record
 from verl.extension.upstream_names import missing_names
 from verl.preflight import Plan
+from verl.preflight.checks.resume import warn_of_changed_inputs
 from verl.protocol import DataProto
 from verl.single_controller.session import RaySession
 from verl.timeline.spans import close_timeline, open_timeline, spanned
@@ -190,6 +191,7 @@ class RayPPOTrainer:
         trainer = self.config.trainer
         checkpoint = self.store.resolve(trainer.resume_mode, trainer.resume_from_path)
         if checkpoint is not None:
+            warn_of_changed_inputs(checkpoint, self.runtime.inputs)
             self.step = await load_run(self.runtime, checkpoint)
             logger.info("resumed from %s at step %d", checkpoint, self.step)
         self.resumed = checkpoint is not None

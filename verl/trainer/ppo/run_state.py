@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import NotRequired, TypedDict, cast
 
 from verl.config.record import write_record
+from verl.preflight.inputs import write_inputs
 from verl.trainer.ppo.checkpoint import CheckpointError, load_driver_state, save_driver_state
 from verl.trainer.ppo.runtime import Runtime
 from verl.trainer.rollouts.prompts import LoaderState, PromptId
+from verl.utils.dataset.loader import ORDER_KEYS
 from verl.workers.engine.hf_directory import HF_DIRECTORY
 from verl.workers.train_worker import TrainWorker
 
@@ -55,6 +58,8 @@ async def save_run(runtime: Runtime, directory: Path, step: int) -> None:
     )
     save_driver_state(directory, state)
     write_record(runtime.config, directory)
+    order = {name: loader.loader[name] for name in ORDER_KEYS}
+    write_inputs(dataclasses.replace(runtime.inputs, data_order=order), directory)
 
 
 async def export_run(runtime: Runtime, directory: Path) -> None:

@@ -17,6 +17,7 @@ from verl.config.roles import needs_critic, needs_ref, resolve_critic
 from verl.config.rollout_correction import resolve
 from verl.config.weight_updates import full_update_reason, resolve_backend
 from verl.preflight import Plan
+from verl.preflight.inputs import RunInputs, collect_inputs
 from verl.protocol import DataProto
 from verl.single_controller.worker_group import WorkerGroup
 from verl.trainer.ppo.batching import ACTOR_COLUMNS, CRITIC_COLUMNS, partition, split_even, split_mini_batches
@@ -82,6 +83,7 @@ class Runtime:
             buckets_in_flight=engine.buckets_in_flight,
         )
         self._transport = create_transport(engine, backend, plan.device)
+        self._inputs: RunInputs | None = None
         self._data: TrainingData | None = None
         self._rewards: RewardLoop | None = None
         self._sampler: RolloutSampler | None = None
@@ -90,6 +92,8 @@ class Runtime:
 
     async def start(self) -> None:
         """Load the data, then start trainer ranks and replicas at the same time."""
+        # Before the data is read: a later change of its files is not a change of this run.
+        self._inputs = collect_inputs(self.config, self.plan.device)
         data = self._data = load_data(self.config)
         self._rewards = RewardLoop(self.config.reward, components=self.config.algorithm.gdpo_reward_keys or ())
         self.processes.place()
@@ -118,6 +122,12 @@ class Runtime:
             if self._sampler is not None:
                 stack.push_async_callback(self._sampler.close)
             stack.callback(self._transport.close)
+
+    @property
+    def inputs(self) -> RunInputs:
+        """Fingerprints of the input files, and versions of the software."""
+        assert self._inputs is not None, "call start() first"
+        return self._inputs
 
     @property
     def data(self) -> TrainingData:

@@ -12,6 +12,12 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from verl.utils.dataset.rl_dataset import PromptDataset, collate_fn
 
 _STATE_VERSION = 1
+# Keys of the state that decide the order of the rows, and their names in error messages.
+ORDER_KEYS = {
+    "rows": "number of rows after filtering (data.train_files, data.max_prompt_length, ...)",
+    "shuffle": "data.shuffle",
+    "seed": "data.seed",
+}
 
 
 class EpochSampler(Sampler[int]):
@@ -116,12 +122,7 @@ class EpochDataLoader(StatefulDataLoader):
                 f"the state of the data loader has the keys {sorted(state_dict)}, expected {sorted(current)} (version "
                 f"{_STATE_VERSION}): another program or version wrote it; use trainer.resume_mode=disable"
             )
-        names = {
-            "rows": "number of rows after filtering (data.train_files, data.max_prompt_length, ...)",
-            "shuffle": "data.shuffle",
-            "seed": "data.seed",
-        }
-        for key, name in names.items():
+        for key, name in ORDER_KEYS.items():
             if state_dict[key] != current[key]:
                 raise ValueError(
                     f"cannot resume the data: {name}: {state_dict[key]} in the checkpoint, {current[key]} now; restore "

@@ -42,11 +42,11 @@ def copy_model_files(model: Path, tokenizer: Path, target: Path, *, generates: b
     Raises:
         OSError: a file cannot be read or written.
     """
-    chosen = {name: model / name for name in _shared_files(model)}
+    chosen = {name: model / name for name in shared_files(model)}
     if not (tokenizer.exists() and tokenizer.samefile(model)):
         chosen = {name: path for name, path in chosen.items() if _is_of_model(name)}
         named = _code_of_tokenizer(tokenizer)
-        for name in _shared_files(tokenizer):
+        for name in shared_files(tokenizer):
             is_code = name.endswith(CODE_SUFFIX)
             if (name in named or name not in chosen) if is_code else not _is_of_model(name):
                 chosen[name] = tokenizer / name
@@ -57,8 +57,8 @@ def copy_model_files(model: Path, tokenizer: Path, target: Path, *, generates: b
         shutil.copyfile(path, target / name)
 
 
-def _shared_files(directory: Path) -> Iterator[str]:
-    """Iterate over the names of the files to copy, relative to the directory."""
+def shared_files(directory: Path) -> Iterator[str]:
+    """Iterate over the names of the files that a trained model has in common with its source."""
     for path in sorted(directory.iterdir()):
         if path.is_file() and (path.suffix in _SUFFIXES or path.stem in _LICENSES):
             if path.name not in _LEFT_OUT and not path.name.endswith(".index.json"):

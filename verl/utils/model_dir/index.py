@@ -71,7 +71,7 @@ def read_checkpoint_index(model_dir: str | Path) -> CheckpointIndex:
         raise ValueError(f"model directory {str(model_dir)!r} does not exist; give a local Hugging Face directory")
     config = read_json_object(directory / "config.json")
     tensors: dict[str, TensorInfo] = {}
-    for file, names in _weight_files(directory).items():
+    for file, names in weight_files(directory).items():
         stored = _read_safetensors_file(file) if file.suffix == ".safetensors" else _read_torch_file(file)
         missing = sorted(names - stored.keys())
         if missing:
@@ -109,8 +109,12 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _weight_files(directory: Path) -> dict[Path, set[str]]:
-    """Return the files to read, with the tensors that an index lists in each (empty: all tensors of the file)."""
+def weight_files(directory: Path) -> dict[Path, set[str]]:
+    """Return the files to read, with the tensors that an index lists in each (empty: all tensors of the file).
+
+    Raises:
+        ValueError: the directory holds no checkpoint, or its index is damaged.
+    """
     for index, single in ((SAFETENSORS_INDEX, SAFETENSORS_FILE), (TORCH_INDEX, TORCH_FILE)):
         if (directory / index).is_file():
             weight_map = read_json_object(directory / index).get("weight_map")
