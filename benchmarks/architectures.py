@@ -66,7 +66,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Mistral": Architecture("Mistral-7B", {"sliding_window": 8}),
     "Qwen2": Architecture("Qwen2.5-7B"),
     "Qwen3": Architecture("Qwen3-8B"),
-    "Gemma": Architecture("gemma-7b", {"tie_word_embeddings": True}),
+    # With larger weights, the scaled and tied embeddings make every token repeat itself.
+    "Gemma": Architecture("gemma-7b", {"tie_word_embeddings": True, "initializer_range": 0.01}),
     "Gemma2": Architecture(
         "gemma-2-9b",
         {**_SLIDING, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 64, "tie_word_embeddings": True},
@@ -82,7 +83,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Glm": Architecture("glm-4-9b-hf"),
     "Glm4": Architecture("GLM-4-9B-0414"),
     "Cohere": Architecture("c4ai-command-r", {"logit_scale": 0.5, "tie_word_embeddings": True}),
-    "Cohere2": Architecture("c4ai-command-r7b", {**_SLIDING, "tie_word_embeddings": True}),
+    "Cohere2": Architecture("c4ai-command-r7b", {**_SLIDING, "sliding_window": 64, "tie_word_embeddings": True}),
     "Starcoder2": Architecture("starcoder2-7b", {"sliding_window": 8}),
     "StableLm": Architecture("stablelm-2-1_6b"),
     "SmolLM3": Architecture("SmolLM3-3B"),

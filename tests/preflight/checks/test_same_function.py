@@ -72,3 +72,12 @@ def test_dynamic_rope_does_not_reach_further_than_the_positions(problem_of, run_
     rope = {"rope_type": "dynamic", "factor": 4.0}
     rewrite_config(run_files, max_position_embeddings=31, rope_scaling=rope)
     assert "has 31 positions" in problem_of()
+
+
+def test_a_window_that_vllm_makes_larger_must_not_be_reached(problem_of, plan_of, run_files):
+    rewrite_config(run_files, model_type="cohere2", sliding_window=8)
+    assert "sliding_window=8: vLLM's cohere2 attends to one token more" in problem_of()
+    rewrite_config(run_files, sliding_window=4096)
+    assert plan_of()
+    rewrite_config(run_files, model_type="mistral", sliding_window=8)
+    assert plan_of()

@@ -7,7 +7,13 @@ from typing import Any
 
 from verl.config.ppo import PPOConfig
 from verl.preflight.batch_sizes import longest_sample
-from verl.preflight.checks.same_function import check_rope, check_train_mode, rope_sections, rope_type
+from verl.preflight.checks.same_function import (
+    check_rope,
+    check_sliding_window,
+    check_train_mode,
+    rope_sections,
+    rope_type,
+)
 from verl.preflight.findings import Findings
 from verl.preflight.target import Target
 from verl.utils.model_dir.errors import ModelFilesError
@@ -49,7 +55,9 @@ def check_model(config: PPOConfig, target: Target, found: Findings) -> ModelFile
     check_override(_MODEL, model.override_config, files, found)
     check_train_mode(_MODEL, model.override_config, files, found)
     files = with_overrides(files, model.override_config)
-    check_rope(_MODEL, files, config.actor_rollout_ref.rollout.max_model_len or longest_sample(config), found)
+    length = config.actor_rollout_ref.rollout.max_model_len or longest_sample(config)
+    check_rope(_MODEL, files, length, found)
+    check_sliding_window(_MODEL, files, length, found)
     _check_max_model_len(config, found)
     _check_positions(config, files, found)
     _check_heads(config, files, found)

@@ -54,6 +54,23 @@ def check_rope(section: str, files: ModelFiles, length: int, found: Findings) ->
             found.errors += [f"{field}.{text}" for text in _dynamic_problems(rope, positions, kind)]
 
 
+def check_sliding_window(section: str, files: ModelFiles, length: int, found: Findings) -> None:
+    """Check that transformers and vLLM let a token attend to the same tokens.
+
+    vLLM gives Cohere's models a window of one token more (`commandr.py`, `cohere2_moe.py`).
+
+    Args:
+        length: limit of a sequence in the engine, in tokens.
+    """
+    kind, window = str(files.config.get("model_type")), files.number("sliding_window")
+    if kind in ("cohere2", "cohere2_moe") and window is not None and length > window:
+        found.errors.append(
+            f"{section}.path={files.path}: sliding_window={window}: vLLM's {kind} attends to one token more than "
+            f"transformers', which counts for max_model_len={length}; lower data.max_prompt_length + "
+            f"data.max_response_length and rollout.max_model_len to at most {window}"
+        )
+
+
 def rope_sections(files: ModelFiles) -> Iterator[tuple[str, dict[str, Any]]]:
     """Iterate over name and value of the rope parameters in config.json; some models have one set per kind of layer."""
     for key in _ROPE_KEYS:

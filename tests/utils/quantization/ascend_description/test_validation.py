@@ -107,3 +107,11 @@ def test_quantized_checkpoint_is_rejected(tmp_path, name, dtype, config, evidenc
     directory = write_header_checkpoint(tmp_path, own | config, tensors | {name: ((128, 64), dtype)})
     with pytest.raises(ValueError, match=f"already quantized: .*{evidence}.*needs the BF16 checkpoint"):
         build_description(directory)
+
+
+@pytest.mark.parametrize("kind", ["gptj", "orion", "stablelm"])
+def test_a_model_that_vllm_packs_without_naming_the_parts_is_rejected(tmp_path, kind):
+    config, tensors = small_decoder()
+    directory = write_header_checkpoint(tmp_path / kind, config | {"model_type": kind}, tensors)
+    with pytest.raises(ValueError, match=f"vLLM's {kind} packs projections without naming their parts"):
+        build_description(directory)

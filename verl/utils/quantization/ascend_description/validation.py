@@ -16,6 +16,8 @@ from verl.utils.quantization.formats import FLOAT, MX_BLOCK_SIZE, W8A8_MXFP8
 FIELD = "actor_rollout_ref.rollout.quantization_config_file"
 # Models whose checkpoint packs two projections that vLLM's `packed_modules_mapping` of the model names separately.
 _LOOKS_UP_PARTS = ("glm", "glm4")
+# Models that vLLM packs without a `packed_modules_mapping`: the description would need entries that no checkpoint has.
+_PACKED_WITHOUT_MAPPING = ("gptj", "orion", "stablelm")
 _FLOATING = {"F64", "F32", "F16", "BF16"}
 _QUANTIZED_SUFFIXES = (".weight_scale", ".weight_scale_inv", ".weight_packed", ".qweight", ".weight_offset")
 
@@ -44,8 +46,13 @@ def validated_description(
 
 
 def _validate_packed_names(index: CheckpointIndex, layers: Sequence[Layer]) -> None:
-    """Reject packed tensors that the engine looks up under the names of their parts."""
+    """Reject tensors that the engine looks up under other names: those of their parts, or of the whole."""
     kind = index.config.get("model_type")
+    if kind in _PACKED_WITHOUT_MAPPING:
+        raise ValueError(
+            f"{index.model_dir}: vLLM's {kind} packs projections without naming their parts, so no description fits; "
+            "not supported with quantization=ascend: set actor_rollout_ref.rollout.quantization=fp8 or null"
+        )
     packed = next((layer.name for layer in layers if layer.name.endswith(".mlp.gate_up_proj")), None)
     if kind in _LOOKS_UP_PARTS and packed is not None:
         raise ValueError(
