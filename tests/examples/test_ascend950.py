@@ -10,7 +10,7 @@ import pytest
 from verl.config import load_config
 from verl.preflight.check import examine
 from verl.preflight.target import Hardware, Target
-from verl.utils.vllm.npu_settings import check_npu_environment
+from verl.utils.vllm.npu_settings import check_npu_settings
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples/ascend950/run.sh"
 # Name of the experiment by model.
@@ -102,7 +102,7 @@ def sourced(**environment: str) -> dict[str, str]:
 def test_the_environment_is_one_that_a_replica_on_an_npu_accepts(before, after):
     given = {"VLLM_ASCEND_ENABLE_NZ": "1", "VLLM_PLUGINS": "ascend"}
     environment = sourced(**given, **({} if before is None else {"PYTORCH_NPU_ALLOC_CONF": before}))
-    check_npu_environment(environment, sleep_mode=True)
+    check_npu_settings(environment, sleep_mode=True)
     assert environment.get("PYTORCH_NPU_ALLOC_CONF") == after
     assert "VLLM_PLUGINS" not in environment
 

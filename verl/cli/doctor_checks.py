@@ -12,7 +12,7 @@ from verl.cli.doctor_facts import Facts
 from verl.cli.doctor_releases import MATRIX, STACKS, Stack, stack_of
 from verl.utils.byte_size import format_bytes
 from verl.utils.quantization.ascend_releases import check_vllm_ascend
-from verl.utils.vllm.npu_settings import npu_environment, npu_environment_problems
+from verl.utils.vllm.npu_settings import npu_environment, npu_setting_problems
 
 # vLLM's queues between the workers of an engine take 240 MiB per group. By default a container has 64 MiB in total.
 _MIN_SHM_BYTES = 2**30
@@ -95,8 +95,9 @@ def _accelerators(facts: Facts) -> Iterator[Finding]:
 def _npu(facts: Facts) -> Iterator[Finding]:
     if facts.device != "npu" and facts.packages.get("vllm-ascend") is None:
         return
-    environment = {**facts.environment, **npu_environment(facts.environment)}
-    for problem in npu_environment_problems(environment, sleep_mode=True):
+    release = facts.packages.get("vllm-ascend")
+    environment = {**facts.environment, **npu_environment(facts.environment, release)}
+    for problem in npu_setting_problems(environment, sleep_mode=True, release=release):
         yield Finding("error", "environment", problem)
     if facts.device == "npu":
         try:
@@ -109,7 +110,7 @@ def _npu(facts: Facts) -> Iterator[Finding]:
                 "accelerator",
                 "the CANN toolkit was not found: source set_env.sh in its directory, which sets ASCEND_TOOLKIT_HOME",
             )
-    if release := facts.packages.get("vllm-ascend"):
+    if release:
         stack = stack_of(release)
         if stack is None:
             known = ", ".join(each.vllm_ascend for each in STACKS)

@@ -8,7 +8,7 @@ import pytest
 from fixtures.tiny import write_tiny_model
 from verl.utils.quantization import ascend_releases
 from verl.utils.quantization.ascend_description import build_description
-from verl.utils.quantization.ascend_releases import check_vllm_ascend, validate_paired_groups
+from verl.utils.quantization.ascend_releases import check_vllm_ascend, untested_release, validate_paired_groups
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_groups_are_counted_per_rank(layers):
         validate_paired_groups(found, 2, "0.18.0")
 
 
-@pytest.mark.parametrize("release", ["0.18.0", "0.23.0", "0.26.0rc1", "0.26.0"])
+@pytest.mark.parametrize("release", ["0.18.0", "0.23.0", "0.26.0rc1", "0.26.0", "0.27.1", "0.28.0rc1", "0.30.0"])
 @pytest.mark.parametrize("sizes", [{"moe_intermediate_size": 96}, {"moe_intermediate_size": 80}])
 def test_odd_numbers_of_groups_in_experts_are_rejected_on_known_releases(layers, release, sizes):
     found = layers("qwen3_moe", **sizes)
@@ -57,7 +57,7 @@ def test_odd_numbers_of_groups_in_experts_are_rejected_on_known_releases(layers,
     ):
         validate_paired_groups(found, 1, release)
     validate_paired_groups(layers("qwen3_moe", ignore=[r"re:.*\.experts\..*"], **sizes), 1, release)
-    validate_paired_groups(found, 1, "0.27.0")
+    validate_paired_groups(found, 1, "0.31.0")  # unknown: its own load would raise
 
 
 def installed(monkeypatch, version, device_type="A5"):
@@ -84,7 +84,16 @@ def test_vllm_ascend_for_another_processor_is_rejected(monkeypatch, device_type)
         check_vllm_ascend()
 
 
-@pytest.mark.parametrize("version", ["0.18.0", "0.26.0rc1"])
+@pytest.mark.parametrize("version", ["0.18.0", "0.26.0rc1", "0.30.0rc2"])
 def test_supported_vllm_ascend_returns_its_version(monkeypatch, version):
     installed(monkeypatch, version)
     assert check_vllm_ascend() == version
+
+
+def test_release_newer_than_the_tested_ones_has_a_warning():
+    for known in ("0.18.0", "0.28.0rc1", "0.30.0rc1", "0.30.0"):
+        assert untested_release(known) is None
+    for newer in ("0.30.1rc1", "0.31.0"):
+        text = untested_release(newer)
+        assert text is not None
+        assert f"vllm-ascend {newer} is newer than the newest release tested with verl, 0.30.0rc2" in text

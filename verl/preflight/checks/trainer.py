@@ -17,8 +17,9 @@ from verl.preflight.target import Hardware, Target
 from verl.utils.devices import count_devices, detect_device
 from verl.utils.host import cpu_cores
 from verl.utils.network import ray_cluster
+from verl.utils.quantization.ascend_releases import installed_vllm_ascend, untested_release
 from verl.utils.run_lock import lock_holder, locked_text
-from verl.utils.vllm.npu_settings import npu_environment, npu_environment_problems
+from verl.utils.vllm.npu_settings import npu_environment, npu_setting_problems
 
 _ROLLOUT = "actor_rollout_ref.rollout"
 _JOIN = "ray_kwargs.ray_init.address=auto"
@@ -110,11 +111,17 @@ def _check_planned_device(config: PPOConfig, hardware: Hardware, found: Findings
 
 
 def check_environment(config: PPOConfig, device: str, environment: Mapping[str, str], found: Findings) -> None:
-    """Check the environment variables of an engine on an NPU, which the engine's start would also reject."""
+    """Check the settings of an engine on an NPU, which the engine's start would also reject."""
     if device == "npu":
-        merged = {**environment, **npu_environment(environment)}
-        sleep_mode = config.actor_rollout_ref.rollout.free_cache_engine
-        found.errors += npu_environment_problems(merged, sleep_mode=sleep_mode)
+        release, rollout = installed_vllm_ascend(), config.actor_rollout_ref.rollout
+        found.errors += npu_setting_problems(
+            {**environment, **npu_environment(environment, release)},
+            sleep_mode=rollout.free_cache_engine,
+            engine_kwargs=rollout.engine_kwargs.get("vllm"),
+            release=release,
+        )
+        if release is not None and (warning := untested_release(release)) is not None:
+            found.warnings.append(warning)
 
 
 def check_critic_warmup(config: PPOConfig, found: Findings) -> None:

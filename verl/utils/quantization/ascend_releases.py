@@ -1,8 +1,8 @@
 """The installed release of vllm-ascend, and limits of releases that are checked before an engine fails on them.
 
 In the kernel layout the scales of two groups are adjacent. Release 0.18 pairs them without padding, for every layer;
-releases up to 0.26 do so for experts. Measured with the code of 0.18.0, 0.23.0 and 0.26.0rc1: `test_groups.py` in
-tests/contract/vllm_ascend/inside. Imports neither torch nor vLLM.
+all releases do so for experts. Measured with the code of 0.18.0, 0.23.0, 0.26.0rc1, 0.28.0rc1 and 0.30.0rc2:
+`test_groups.py` in tests/contract/vllm_ascend/inside. Imports neither torch nor vLLM.
 """
 
 from __future__ import annotations
@@ -20,10 +20,40 @@ from verl.utils.quantization.formats import MX_BLOCK_SIZE
 OLDEST_VLLM_ASCEND = "0.18.0"
 _FIELD = "actor_rollout_ref.rollout.quantization"
 _PAIR = 2 * MX_BLOCK_SIZE
-# The first release that is known to pad linear layers, and the first whose code for experts was not read.
-_PADS_LINEAR, _MAY_PAD_EXPERTS = Version("0.23.0"), Version("0.27.0")
-# The newest release whose code was read.
-NEWEST_READ = "0.26.0"
+# The first release that is known to pad the scales of linear layers.
+_PADS_LINEAR = Version("0.23.0")
+# The first release that pads a share of a row-parallel layer that begins or ends inside a group.
+_PADS_SHARES = Version("0.28.0")
+# The newest release whose code was read and run. No release up to it pads the scales of experts.
+NEWEST_READ, NEWEST_TESTED = "0.30.0", "0.30.0rc2"
+
+
+def installed_vllm_ascend() -> str | None:
+    """Return the version of the installed vllm-ascend; None if it is not installed."""
+    try:
+        return metadata.version("vllm-ascend")
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _final(release: str) -> Version:
+    """Return the version without the suffix of a candidate, which has the code of its release."""
+    return Version(Version(release).base_version)
+
+
+def pads_shares(release: str) -> bool:
+    """Return whether a rank's share of a row-parallel linear layer may begin or end inside a group of 32 inputs."""
+    return _final(release) >= _PADS_SHARES
+
+
+def untested_release(release: str) -> str | None:
+    """Return a warning for a release that is newer than those whose code was run; None for others."""
+    if _final(release) <= Version(NEWEST_READ):
+        return None
+    return (
+        f"vllm-ascend {release} is newer than the newest release tested with verl, {NEWEST_TESTED}: the engine starts "
+        "only if its weights have the known layouts and memory format"
+    )
 
 
 def check_vllm_ascend() -> str:
@@ -33,13 +63,12 @@ def check_vllm_ascend() -> str:
         ValueError: it is missing, older than 0.18.0, or built for another processor than the Ascend 950.
     """
     setting = f"{_FIELD}=ascend"
-    try:
-        version = metadata.version("vllm-ascend")
-    except metadata.PackageNotFoundError:
+    version = installed_vllm_ascend()
+    if version is None:
         raise ValueError(
             f"{setting}: vllm-ascend is not installed; install {OLDEST_VLLM_ASCEND} or newer, built with "
             "SOC_VERSION=ascend950..."
-        ) from None
+        )
     if Version(version) < Version(OLDEST_VLLM_ASCEND):
         raise ValueError(f"{setting}: vllm-ascend {version} is too old; install {OLDEST_VLLM_ASCEND} or newer")
     try:
@@ -66,13 +95,13 @@ def validate_paired_groups(layers: Iterable[Layer], tp_size: int, release: str) 
     Raises:
         ValueError: a layer that does not fit: its name, its inputs on one rank, and what to do.
     """
-    version = Version(release)
+    version = _final(release)
     for layer in layers:
         if not layer.quantized:
             continue
         inputs = layer.k // tp_size if layer.split == ROW else layer.k
-        # A release candidate has the code of its release.
-        if inputs % _PAIR and Version(version.base_version) < (_MAY_PAD_EXPERTS if layer.experts else _PADS_LINEAR):
+        fails = version <= Version(NEWEST_READ) if layer.experts else version < _PADS_LINEAR
+        if inputs % _PAIR and fails:
             ignored = {"ignore": [f"re:{re.escape(layer.experts)}\\..*" if layer.experts else layer.name]}
             newer = "" if layer.experts else f"use vllm-ascend {_PADS_LINEAR} or newer, or "
             raise ValueError(

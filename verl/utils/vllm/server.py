@@ -33,9 +33,16 @@ def openai_functions() -> tuple[Callable, Callable, Callable]:
 
 
 def build_openai_app(model: str, tasks: tuple[str, ...], model_config: Any, *, api_key: str) -> tuple[Any, Any]:
-    """Return the FastAPI application and the arguments that it was built from. It has no engine yet."""
+    """Return the FastAPI application and the arguments that it was built from. It has no engine yet.
+
+    It has none of vLLM's development routes, whatever VLLM_SERVER_DEV_MODE is.
+    """
+    from vllm import envs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    # Development routes (/collective_rpc, /sleep, ...) would run any function, without the key. vllm-ascend sets the
+    # variable with `rl_config`. A module attribute precedes the variable and vLLM's cache of it.
+    vars(envs)["VLLM_SERVER_DEV_MODE"] = False
     build_app, _, make_arg_parser = openai_functions()
     arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", model, "--disable-uvicorn-access-log"])
     arguments.api_key = [api_key]

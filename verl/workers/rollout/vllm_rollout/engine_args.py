@@ -13,7 +13,8 @@ from verl.utils.hf_config import overridden_fields
 from verl.utils.host import cpu_environment
 from verl.utils.model_dir.kv_cache import cpu_kv_cache_bytes
 from verl.utils.model_dir.model_files import read_model, with_overrides
-from verl.utils.vllm.npu_settings import npu_environment
+from verl.utils.quantization.ascend_releases import installed_vllm_ascend
+from verl.utils.vllm.npu_settings import npu_additional_config, npu_environment
 
 _WORKER_EXTENSION = "verl.workers.rollout.vllm_rollout.worker_extension.WeightUpdateExtension"
 
@@ -42,8 +43,8 @@ def engine_args(
         quantization: arguments that the quantization needs; single entries of its dictionaries can be overridden.
 
     Raises:
-        ValueError: `engine_kwargs.vllm` overrides the quantization or `model.override_config`, or the model's config
-            lacks a field of the latter.
+        ValueError: `engine_kwargs.vllm` overrides the quantization, `model.override_config` or a setting that an NPU
+            needs, or the model's config lacks a field of `override_config`.
     """
     assert model.path is not None, "preflight checks that it is set"
     length = max_model_len(rollout, prompt_length, response_length)
@@ -85,7 +86,13 @@ def engine_args(
     fields = overridden_fields(model.path, model.trust_remote_code, model.override_config)
     if fields:
         needed["hf_overrides"] = {**fields, **needed.get("hf_overrides", {})}
-    return _merged(arguments, needed, rollout.engine_kwargs.get("vllm") or {})
+    merged = _merged(arguments, needed, rollout.engine_kwargs.get("vllm") or {})
+    if device == "npu" and (release := installed_vllm_ascend()) is not None:
+        latent = read_model(model.path).number("kv_lora_rank") is not None
+        merged["additional_config"] = npu_additional_config(
+            release, merged.get("additional_config"), latent_attention=latent
+        )
+    return merged
 
 
 def _merged(arguments: dict[str, Any], required: Mapping[str, Any], user: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,5 +135,5 @@ def engine_environment(
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if tensor_parallel_size == 1 else "1",
         }
     elif device == "npu":
-        environment |= npu_environment(os.environ)
+        environment |= npu_environment(os.environ, installed_vllm_ascend())
     return environment
