@@ -99,6 +99,15 @@ class QuantizationScheme:
     # ---- in the engine's workers ----
 
     @staticmethod
+    def check_engine(model: nn.Module) -> None:
+        """Check that weights can be replaced in the layouts of the engine's layers.
+
+        Raises:
+            RuntimeError: a layer with an unknown layout or memory format; the message names it.
+        """
+        return
+
+    @staticmethod
     def begin(model: nn.Module) -> Mapping[str, nn.Module]:
         """Bring the engine's layers into their checkpoint layout.
 

@@ -5,6 +5,8 @@ was read there.
 """
 
 import itertools
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -15,9 +17,11 @@ from verl.utils.vllm.npu_vllm_patch import recording_layout
 from verl.utils.vllm.vllm_fp8_utils import (
     MXFP8_BLOCK_QUANT_KWARGS,
     apply_mxfp8_transformation_after_loading,
+    check_kernel_layouts,
     is_mxfp8_vllm_ascend,
     kernel_layout_targets,
     mxfp8_layers,
+    restore_kernel_parameters,
     restore_mxfp8_weights_for_loading,
 )
 
@@ -87,6 +91,17 @@ class Scheme026(Scheme023):
     def restore_weights_for_rl_loading(self, layer):
         self.restored += 1
         super().restore_weights_for_rl_loading(layer)
+
+
+class Scheme028(Scheme026):
+    """vllm-ascend 0.28: a row-parallel share that begins or ends inside a group is padded; the restore ignores that."""
+
+    padding = (0, 0)
+
+    def transform(self, layer):
+        layer.mxfp8_tp_padding = self.padding
+        layer.weight.data = nn.functional.pad(layer.weight.data, self.padding)
+        super().transform(layer)
 
 
 class ExpertsScheme(Scheme023):
@@ -304,6 +319,90 @@ def test_an_unknown_layout_is_refused():
     layer.weight_scale.data = layer.weight_scale.data.flatten(1)
     with pytest.raises(RuntimeError, match=r"down_proj\.weight.*not supported"):
         restore_mxfp8_weights_for_loading(model)
+
+
+def padded(n, k, before, after):
+    scheme = Scheme028(("weight",))
+    scheme.padding = (before, after)
+    return Layer(Method(scheme), {"weight": (n, k)})
+
+
+@pytest.mark.parametrize(("k", "before", "after"), [(48, 16, 0), (48, 0, 16), (40, 8, 16), (80, 0, 16)])
+def test_padded_shares_are_restored_without_their_padding(k, before, after):
+    layer = padded(6, k, before, after)
+    load(layer, 0)
+    model = nn.ModuleDict({"down_proj": layer})
+    layer.quant_method.process_weights_after_loading(layer)
+    addresses = [p.data_ptr() for p in layer.parameters()]
+    for seed in range(1, 4):
+        restore_mxfp8_weights_for_loading(model)
+        assert layer.weight.shape == (6, k)
+        by_name = {target.name: target for _, target in kernel_layout_targets(model)}
+        sent = load(layer, seed)
+        apply_mxfp8_transformation_after_loading(model)
+        weight, scale = assembled(**{name.replace("weight_scale", "scale"): value for name, value in sent.items()})
+        assert torch.equal(layer.weight.view(torch.uint8)[before : before + k], weight)
+        assert not layer.weight.view(torch.uint8)[:before].any()
+        assert not layer.weight.view(torch.uint8)[before + k :].any()
+        assert torch.equal(layer.weight_scale, scale)
+        assert [p.data_ptr() for p in layer.parameters()] == addresses
+        # A delta changes single elements at these positions.
+        target = by_name["down_proj.weight"]
+        found = target.memory()[target.offsets(torch.arange(6 * k))]
+        assert torch.equal(found.view(torch.uint8), sent["weight"].view(torch.uint8).flatten())
+
+
+def test_padded_share_with_too_few_scales_is_refused():
+    """56 inputs after 24 of padding touch three groups; the release holds two scales."""
+    layer = padded(6, 56, 24, 16)
+    layer.quant_method.process_weights_after_loading(layer)
+    with pytest.raises(RuntimeError, match=r"down_proj\.weight: 56 inputs after 24 .* need 3 scales, .* holds 2"):
+        restore_mxfp8_weights_for_loading(nn.ModuleDict({"down_proj": layer}))
+
+
+@pytest.fixture
+def ascend_model(monkeypatch):
+    """Return a model with one MXFP8 layer of vllm-ascend, and a function that sets the format of its tensors."""
+
+    class AscendW8A8MXFP8DynamicLinearMethod(Scheme026):
+        pass
+
+    formats = {}
+    stand_in = types.SimpleNamespace(get_npu_format=lambda tensor: formats.get(tensor.data_ptr(), 2))
+    monkeypatch.setitem(sys.modules, "torch_npu", stand_in)
+    layer = Layer(Method(AscendW8A8MXFP8DynamicLinearMethod(("weight",))), {"weight": (6, 64)})
+    layer.quant_method.process_weights_after_loading(layer)
+    model = nn.ModuleDict({"down_proj": layer, "norm": nn.LayerNorm(4)})
+    return model, lambda tensor, number: formats.update({tensor.data_ptr(): number})
+
+
+@pytest.mark.parametrize("number", [0, 2, 30])
+def test_strided_memory_formats_are_accepted(ascend_model, number):
+    """New tensors with four or five dimensions have the formats 0 and 30."""
+    model, set_format = ascend_model
+    set_format(model["down_proj"].weight_scale, number)
+    check_kernel_layouts(model)
+    restore_mxfp8_weights_for_loading(model)
+    apply_mxfp8_transformation_after_loading(model)
+
+
+@pytest.mark.parametrize("key", ["down_proj.weight", "down_proj.weight_scale", "norm.weight"])
+@pytest.mark.parametrize(("number", "name"), [(29, "FRACTAL_NZ"), (4, "FRACTAL_Z"), (99, "unknown")])
+def test_other_memory_formats_are_refused_before_anything_changes(ascend_model, key, number, name):
+    model, set_format = ascend_model
+    set_format(model.get_parameter(key), number)
+    for check in (check_kernel_layouts, restore_mxfp8_weights_for_loading, restore_kernel_parameters):
+        with pytest.raises(RuntimeError, match=rf"{key}: .*{name} \({number}\), expected ND .*weight_nz_mode=0"):
+            check(model)
+        assert model["down_proj"]._mxfp8_transformed
+
+
+def test_format_is_read_again_after_an_update(ascend_model):
+    model, set_format = ascend_model
+    restore_mxfp8_weights_for_loading(model)
+    set_format(model["norm"].weight, 29)
+    with pytest.raises(RuntimeError, match=r"norm\.weight: its memory format is FRACTAL_NZ"):
+        apply_mxfp8_transformation_after_loading(model)
 
 
 def test_a_release_without_marks_needs_the_plugin():

@@ -12,30 +12,42 @@ shape of a tensor:
 | weight_scale | [N, ceil(K/32)] uint8 | [ceil(K/64), N, 2], an odd number of groups padded with a zero |
 | w13_weight, w2_weight and their scales | the same with the number of experts in front | |
 
+vllm-ascend 0.28 and later pad a row-parallel weight with zeros if its share of K does not begin or end at the border of
+a group: `layer.mxfp8_tp_padding` is the number of zeros before and after it, and the kernel layout has K + both rows.
+
 Between updates a layer uses the tensors of the first load, so their addresses never change and captured graphs stay
 valid. A weight is loaded directly into that memory, through a transposed view. Scales (one byte per 32 weights) are
 copied if padding or order allow no view. Parameter objects are kept, because vLLM stores `weight_loader` on them.
 
 vllm-ascend's own hooks (0.19.1rc1 and later) are used if they are correct: for linear layers with separate buffers
-(0.26) and an even number of groups. Earlier hooks move the scales, and odd numbers of groups raise.
+(0.26), an even number of groups and no padding. Earlier hooks move the scales; odd numbers of groups and padded weights
+raise.
+
+Elements can only be written through a view if they are in memory where the strides say. An NPU can hold a tensor in
+another format (FRACTAL_NZ), and vllm-ascend 0.28 and later does so by default. No operation raises then, so the formats
+are read before and after each update (`check_memory_formats`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from verl.utils.quantization.formats import ASCEND_METHOD, MXFP8_DESCRIPTION, W8A8_MXFP8
+from verl.utils.quantization.formats import ASCEND_METHOD, MX_BLOCK_SIZE, MXFP8_DESCRIPTION, W8A8_MXFP8
 from verl.utils.vllm.layout_map import Target
 
 MXFP8_BLOCK_QUANT_KWARGS: dict[str, Any] = dict(MXFP8_DESCRIPTION)
 _SCALE = "_scale"
 _RECORD = "_verl_mxfp8_record"
 _ASCEND_CONFIGS = {("vllm_ascend", "AscendModelSlimConfig"), ("verl", "AscendCpuConfig")}
+# torch_npu's numbers of the formats with strided memory: NCHW, ND, NCDHW. A new tensor has the one of its dimensions.
+_STRIDED_FORMATS = (0, 2, 30)
+_FORMAT_NAMES = {3: "NC1HWC0", 4: "FRACTAL_Z", 29: "FRACTAL_NZ"}
 _ASCEND_SCHEMES = {"AscendW8A8MXFP8DynamicLinearMethod", "AscendW8A8MXFP8DynamicFusedMoEMethod"}
 
 
@@ -69,13 +81,22 @@ class MXFP8Layer(nn.Module):
 
 @dataclass
 class _Pair:
-    """A weight with its scales: vLLM's parameters, and the tensors in kernel layout."""
+    """A weight with its scales: vLLM's parameters, and the tensors in kernel layout.
+
+    `rows` are the rows of the kernel weight without padding.
+    """
 
     weight: nn.Parameter
     scale: nn.Parameter
     kernel_weight: torch.Tensor
     kernel_scale: torch.Tensor
     groups: int
+    rows: slice
+
+    @property
+    def unpadded_weight(self) -> torch.Tensor:
+        """The part [..., K, N] of the kernel weight that a checkpoint's weight is written to."""
+        return self.kernel_weight[..., self.rows, :]
 
     def checkpoint_scale(self) -> torch.Tensor:
         """Return the scales in checkpoint layout: a copy, or a view if there is only one pair of groups."""
@@ -110,8 +131,45 @@ def mxfp8_layers(model: nn.Module) -> dict[str, MXFP8Layer]:
     return found
 
 
+def check_memory_formats(model: nn.Module) -> None:
+    """Check that the memory of each parameter has a strided format, if vllm-ascend made the model's MXFP8 layers.
+
+    Raises:
+        RuntimeError: a parameter has another format; names it, the format and the setting that avoids it.
+    """
+    ascend = [layer for layer in mxfp8_layers(model).values() if type(_scheme(layer)).__name__ in _ASCEND_SCHEMES]
+    if not ascend:
+        return
+    format_of = import_module("torch_npu").get_npu_format
+    device = next(ascend[0].parameters()).device.type
+    for name, parameter in model.named_parameters():
+        if parameter.device.type != device or (found := int(format_of(parameter.data))) in _STRIDED_FORMATS:
+            continue
+        raise RuntimeError(
+            f"{name}: its memory format is {_FORMAT_NAMES.get(found, 'unknown')} ({found}), expected ND (2): an update "
+            "would corrupt the weights; start the engine with actor_rollout_ref.rollout.engine_kwargs.vllm."
+            "additional_config.weight_nz_mode=0, or with VLLM_ASCEND_ENABLE_NZ=0 for vllm-ascend before 0.27"
+        )
+
+
+def check_kernel_layouts(model: nn.Module) -> None:
+    """Check layouts and memory formats of a model's MXFP8 layers, before the first update.
+
+    Raises:
+        RuntimeError: a layout or a format in which weights cannot be replaced; names the parameter.
+    """
+    for name, layer in mxfp8_layers(model).items():
+        _record(name, layer)
+    check_memory_formats(model)
+
+
 def restore_mxfp8_weights_for_loading(model: nn.Module) -> None:
-    """Bring every MXFP8 layer into the checkpoint layout. No effect on a layer that already has it."""
+    """Bring every MXFP8 layer into the checkpoint layout. No effect on a layer that already has it.
+
+    Raises:
+        RuntimeError: a layout or a memory format in which weights cannot be replaced. Nothing was changed then.
+    """
+    check_memory_formats(model)
     for name, layer in mxfp8_layers(model).items():
         if layer._mxfp8_transformed:
             _restore(name, layer)
@@ -122,6 +180,7 @@ def apply_mxfp8_transformation_after_loading(model: nn.Module) -> None:
     for name, layer in mxfp8_layers(model).items():
         if not layer._mxfp8_transformed:
             _apply(name, layer)
+    check_memory_formats(model)
 
 
 def kernel_layout_targets(model: nn.Module) -> list[tuple[torch.Tensor, Target]]:
@@ -133,9 +192,9 @@ def kernel_layout_targets(model: nn.Module) -> list[tuple[torch.Tensor, Target]]
     for name, layer in mxfp8_layers(model).items():
         for key, pair in _record(name, layer).items():
             shape = layer._mxfp8_original_shapes[key]
-            strides = pair.kernel_weight.transpose(-1, -2).stride()
+            strides = pair.unpadded_weight.transpose(-1, -2).stride()
             weight_steps = zip(_flat(shape), shape, strides, strict=True)
-            target = Target.kernel_layout(f"{name}.{key}", name, pair.kernel_weight, weight_steps)
+            target = Target.kernel_layout(f"{name}.{key}", name, pair.unpadded_weight, weight_steps)
             found.append((pair.weight.data, target))
             *rows, groups = shape = layer._mxfp8_original_shapes[key + _SCALE]
             *lead, pairs, row, parity = pair.kernel_scale.stride()
@@ -149,7 +208,12 @@ def kernel_layout_targets(model: nn.Module) -> list[tuple[torch.Tensor, Target]]
 
 
 def restore_kernel_parameters(model: nn.Module) -> None:
-    """Restore the parameters in kernel layout of MXFP8 layers, if waking up replaced them."""
+    """Restore the parameters in kernel layout of MXFP8 layers, if waking up replaced them.
+
+    Raises:
+        RuntimeError: as `restore_mxfp8_weights_for_loading`.
+    """
+    check_memory_formats(model)
     for name, layer in mxfp8_layers(model).items():
         if layer._mxfp8_transformed:
             _own_parameters_back(layer, _record(name, layer))
@@ -205,13 +269,21 @@ def _pair(name: str, layer: MXFP8Layer, key: str, shapes: Mapping[str, tuple[int
     weight, scale = getattr(layer, key), getattr(layer, key + _SCALE)
     *lead, n, k = shapes[key]
     groups = shapes[key + _SCALE][-1]
-    pair = _Pair(weight, scale, weight.data, scale.data, groups)
-    expected = ((*lead, k, n), (*lead, -(-groups // 2), n, 2))
+    before, after = vars(layer).get("mxfp8_tp_padding", (0, 0))
+    pair = _Pair(weight, scale, weight.data, scale.data, groups, slice(before, before + k))
+    expected = ((*lead, before + k + after, n), (*lead, -(-groups // 2), n, 2))
     if (tuple(weight.shape), tuple(scale.shape)) != expected:
         raise RuntimeError(
             f"{name}.{key}: the checkpoint shapes {list(shapes[key])} and {list(shapes[key + _SCALE])} became "
             f"{list(weight.shape)} and {list(scale.shape)} in kernel layout, expected {expected}: the layout of this "
             "release of vllm-ascend is not supported"
+        )
+    needed = -(-(before + k + after) // MX_BLOCK_SIZE)
+    if groups != needed:
+        raise RuntimeError(
+            f"{name}.{key}: {k} inputs after {before} zeros of padding need {needed} scales, but this release of "
+            f"vllm-ascend holds {groups}; use another tensor_model_parallel_size, or leave the layer out "
+            "(actor_rollout_ref.rollout.quantization_config_file)"
         )
     return pair
 
@@ -221,6 +293,8 @@ def _release_restores(layer: MXFP8Layer) -> bool:
     scheme = _scheme(layer)
     own_buffers = hasattr(layer, "_mxfp8_weight_buf") and hasattr(layer, "_mxfp8_scale_buf")
     if not own_buffers or not hasattr(scheme, "restore_weights_for_rl_loading"):
+        return False
+    if any(vars(layer).get("mxfp8_tp_padding", ())):
         return False
     return all(shape[-1] % 2 == 0 for key, shape in layer._mxfp8_original_shapes.items() if key.endswith(_SCALE))
 
@@ -238,7 +312,7 @@ def _restore(name: str, layer: MXFP8Layer) -> None:
         _scheme(layer).restore_weights_for_rl_loading(layer)
         return
     for pair in record.values():
-        pair.weight.data = pair.kernel_weight.transpose(-1, -2)
+        pair.weight.data = pair.unpadded_weight.transpose(-1, -2)
         pair.scale.data = pair.checkpoint_scale()
     layer._mxfp8_transformed = False
 

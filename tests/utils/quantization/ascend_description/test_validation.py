@@ -21,6 +21,26 @@ def test_attention_output_projection_is_cut_along_its_inputs(tmp_path):
     assert "down_proj" not in str(refused.value)
 
 
+@pytest.mark.parametrize(("inner", "tp_size", "fits"), [(96, 2, True), (80, 2, True), (160, 4, True), (112, 2, False)])
+def test_padded_shares_must_touch_no_further_group(tmp_path, inner, tp_size, fits):
+    """vllm-ascend holds ceil(share / 32) scales; of 112 inputs, the second rank has 56 from position 24 of a group."""
+    directory = write_header_checkpoint(tmp_path, *small_decoder(intermediate_size=inner))
+    options = {"tp_size": tp_size, "ignore": [r"re:.*\.o_proj"]}
+    with pytest.raises(ValueError, match=rf"down_proj.*{inner} inputs, {inner // tp_size} per rank"):
+        build_description(directory, **options)
+    if fits:
+        assert build_description(directory, padded_shares=True, **options).quantized_layers
+        return
+    with pytest.raises(ValueError, match=r"down_proj.*112 inputs, 56 per rank: use tensor_model_parallel_size=1"):
+        build_description(directory, padded_shares=True, **options)
+
+
+def test_shares_of_experts_are_never_padded(tmp_path):
+    directory = write_header_checkpoint(tmp_path, *small_decoder(experts=2, intermediate_size=96))
+    with pytest.raises(ValueError, match=r"experts\.0\.down_proj.*96 inputs, 48 per rank"):
+        build_description(directory, tp_size=2, padded_shares=True)
+
+
 def test_column_parallel_inputs_may_end_inside_a_block(tmp_path):
     """Only down_proj is cut along its inputs, here 128 / 2; hidden_size 80 is not a multiple of 32."""
     directory = write_header_checkpoint(tmp_path, *small_decoder(hidden_size=80))

@@ -11,5 +11,13 @@ names, shapes and dtypes of the tensors. It rejects by name everything that the 
 from verl.utils.quantization.ascend_description.build import build_description
 from verl.utils.quantization.ascend_description.description import DESCRIPTION_FILE, AscendDescription
 from verl.utils.quantization.ascend_description.load import load_description, resolve_description
+from verl.utils.quantization.ascend_description.validation import validate_tensor_parallel
 
-__all__ = ["DESCRIPTION_FILE", "AscendDescription", "build_description", "load_description", "resolve_description"]
+__all__ = [
+    "DESCRIPTION_FILE",
+    "AscendDescription",
+    "build_description",
+    "load_description",
+    "resolve_description",
+    "validate_tensor_parallel",
+]

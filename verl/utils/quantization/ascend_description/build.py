@@ -19,6 +19,7 @@ def build_description(
     tp_size: int = 1,
     ignore: Iterable[str] = (),
     expert_parallel: bool = False,
+    padded_shares: bool = False,
     index: CheckpointIndex | None = None,
 ) -> AscendDescription:
     """Describe a BF16 (or float32, float16) checkpoint with every projection of the decoder quantized.
@@ -29,6 +30,7 @@ def build_description(
         ignore: modules to leave out: exact names (`model.layers.0.self_attn.q_proj`), or `re:` and a regular expression
             that must match the whole name.
         expert_parallel: each rank holds whole experts instead of a slice of each.
+        padded_shares: accept shares of row-parallel layers that vllm-ascend 0.28 pads; see `validate_tensor_parallel`.
         index: the names and shapes of the checkpoint, if they were read already or derived from config.json.
 
     Raises:
@@ -38,7 +40,7 @@ def build_description(
     index = index or read_checkpoint_index(model_dir)
     validate_unquantized(index)
     layers = _leave_out(read_layers(index), tuple(ignore))
-    return validated_description(index, layers, tp_size, expert_parallel)
+    return validated_description(index, layers, tp_size, expert_parallel, padded_shares)
 
 
 def _leave_out(layers: Sequence[Layer], patterns: tuple[str, ...]) -> list[Layer]:

@@ -40,6 +40,7 @@ def load_description(
     tp_size: int = 1,
     *,
     expert_parallel: bool = False,
+    padded_shares: bool = False,
     index: CheckpointIndex | None = None,
 ) -> AscendDescription:
     """Read a `quant_model_description.json`, from ModelSlim or from `verl describe`, and check it.
@@ -51,7 +52,7 @@ def load_description(
             W8A8_MXFP8 and FLOAT, or fails a check of `build_description`.
     """
     index = index or read_checkpoint_index(model_dir)
-    return _load(Path(path), read_json_object(Path(path)), index, tp_size, expert_parallel)
+    return _load(Path(path), read_json_object(Path(path)), index, tp_size, expert_parallel, padded_shares)
 
 
 def resolve_description(
@@ -60,34 +61,35 @@ def resolve_description(
     tp_size: int = 1,
     *,
     expert_parallel: bool = False,
+    padded_shares: bool = False,
     index: CheckpointIndex | None = None,
 ) -> AscendDescription:
     """Return the description to use: from the given file, else from the model directory, else a built one.
 
     Args:
+        padded_shares: see `build_description`.
         quantization_config_file: JSON, either `{"ignore": [...]}` (see `build_description`) or a ModelSlim description.
 
     Raises:
         ValueError: as `build_description` and `load_description`.
     """
     index = index or read_checkpoint_index(model_dir)
+    options: Any = {"expert_parallel": expert_parallel, "padded_shares": padded_shares, "index": index}
     own = Path(model_dir) / DESCRIPTION_FILE
     if quantization_config_file is not None:
         path = Path(quantization_config_file)
         raw = read_json_object(path)
         if "ignore" not in raw:
             logger.info("per-layer description: %s", path)
-            return _load(path, raw, index, tp_size, expert_parallel)
+            return _load(path, raw, index, tp_size, expert_parallel, padded_shares)
         logger.info("per-layer description: derived from %s, without the layers in %s", model_dir, path)
         ignore = _ignore_list(path, raw)
-        return build_description(
-            model_dir, tp_size=tp_size, ignore=ignore, expert_parallel=expert_parallel, index=index
-        )
+        return build_description(model_dir, tp_size=tp_size, ignore=ignore, **options)
     if own.is_file():
         logger.info("per-layer description: %s", own)
-        return load_description(own, model_dir, tp_size, expert_parallel=expert_parallel, index=index)
+        return load_description(own, model_dir, tp_size, **options)
     logger.info("per-layer description: derived from %s", model_dir)
-    return build_description(model_dir, tp_size=tp_size, expert_parallel=expert_parallel, index=index)
+    return build_description(model_dir, tp_size=tp_size, **options)
 
 
 def _ignore_list(path: Path, raw: Mapping[str, Any]) -> list[str]:
@@ -104,7 +106,12 @@ def _ignore_list(path: Path, raw: Mapping[str, Any]) -> list[str]:
 
 
 def _load(
-    path: Path, raw: Mapping[str, Any], index: CheckpointIndex, tp_size: int, expert_parallel: bool
+    path: Path,
+    raw: Mapping[str, Any],
+    index: CheckpointIndex,
+    tp_size: int,
+    expert_parallel: bool,
+    padded_shares: bool,
 ) -> AscendDescription:
     validate_unquantized(index)
     types = _described_types(path, raw)
@@ -112,7 +119,7 @@ def _load(
     _validate_names(path, types, layers, index)
     validate_name_prefixes({f"{name}.weight": kind for name, kind in types.items()}, f"{path}: ")
     described = [_as_described(path, layer, types, tp_size) for layer in layers]
-    return validated_description(index, described, tp_size, expert_parallel)
+    return validated_description(index, described, tp_size, expert_parallel, padded_shares)
 
 
 def _described_types(path: Path, raw: Mapping[str, Any]) -> dict[str, str]:

@@ -23,9 +23,12 @@ _QUANTIZED_SUFFIXES = (".weight_scale", ".weight_scale_inv", ".weight_packed", "
 
 
 def validated_description(
-    index: CheckpointIndex, layers: Sequence[Layer], tp_size: int, expert_parallel: bool
+    index: CheckpointIndex, layers: Sequence[Layer], tp_size: int, expert_parallel: bool, padded_shares: bool
 ) -> AscendDescription:
     """Return the description of these layers.
+
+    Args:
+        padded_shares: see `validate_tensor_parallel`.
 
     Raises:
         ValueError: see `build_description`.
@@ -34,7 +37,7 @@ def validated_description(
         raise ValueError(f"tensor_model_parallel_size={tp_size}: must be 1 or more")
     _validate_packed_layers(layers)
     _validate_packed_names(index, layers)
-    _validate_tensor_parallel(layers, tp_size, expert_parallel)
+    validate_tensor_parallel(layers, tp_size, expert_parallel=expert_parallel, padded_shares=padded_shares)
     description = AscendDescription(str(index.model_dir), tp_size, tuple(layers), frozenset(index.tensors))
     validate_name_prefixes(description.to_json_dict())
     if not description.quantized_layers:
@@ -119,19 +122,42 @@ def _validate_packed_layers(layers: Sequence[Layer]) -> None:
             )
 
 
-def _validate_tensor_parallel(layers: Sequence[Layer], tp_size: int, expert_parallel: bool) -> None:
-    """Check that tensor parallelism cuts the inputs of row-parallel layers at the end of a block."""
+def _fits_ranks(layer: Layer, tp_size: int, padded_shares: bool) -> bool:
+    """Return whether the engine can hold each rank's share of a row-parallel layer's inputs."""
+    if layer.k % (MX_BLOCK_SIZE * tp_size) == 0:
+        return True
+    if not padded_shares or layer.experts or layer.k % tp_size:
+        return False
+    # vllm-ascend holds as many scales as the share has whole and partial blocks from its own start. A share that begins
+    # inside a block of the checkpoint can touch one block more.
+    share = layer.k // tp_size
+    held = -(-share // MX_BLOCK_SIZE)
+    return all(-(-(rank * share % MX_BLOCK_SIZE + share) // MX_BLOCK_SIZE) == held for rank in range(tp_size))
+
+
+def validate_tensor_parallel(
+    layers: Sequence[Layer], tp_size: int, *, expert_parallel: bool = False, padded_shares: bool
+) -> None:
+    """Check that the engine can hold each rank's share of the inputs of row-parallel layers.
+
+    Args:
+        padded_shares: the engine pads a share that begins or ends inside a block (vllm-ascend 0.28, not for experts);
+            otherwise tensor parallelism must cut at the end of a block.
+
+    Raises:
+        ValueError: layers that do not fit: their inputs on one rank, and what to do.
+    """
     by_pattern: dict[str, list[Layer]] = {}
     for layer in layers:
         cut = layer.split == ROW and not (layer.experts and expert_parallel)
-        if layer.quantized and cut and tp_size > 1 and layer.k % (MX_BLOCK_SIZE * tp_size):
+        if layer.quantized and cut and tp_size > 1 and not _fits_ranks(layer, tp_size, padded_shares):
             by_pattern.setdefault(name_pattern(layer.name), []).append(layer)
     if not by_pattern:
         return
     faults = []
     for pattern, group in by_pattern.items():
         first = group[0]
-        sizes = [size for size in range(1, tp_size) if size == 1 or first.k % (MX_BLOCK_SIZE * size) == 0]
+        sizes = [size for size in range(1, tp_size) if size == 1 or _fits_ranks(first, size, padded_shares)]
         # A layer's experts are quantized together, so they are left out together.
         glob = f"{name_pattern(first.experts)}.**" if first.experts else pattern
         regex = re.escape(glob).replace(r"\*\*", ".*").replace(r"\*", r"\d+")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from verl.utils.quantization.ascend_description import AscendDescription, resolve_description
+from verl.utils.quantization.ascend_description import AscendDescription, resolve_description, validate_tensor_parallel
 from verl.utils.quantization.ascend_layers import Layer
-from verl.utils.quantization.ascend_releases import NEWEST_READ, check_vllm_ascend, validate_paired_groups
+from verl.utils.quantization.ascend_releases import NEWEST_READ, check_vllm_ascend, pads_shares, validate_paired_groups
 from verl.utils.quantization.formats import ASCEND_METHOD
 from verl.utils.quantization.schemes.base import ScaledFormat
 
@@ -26,6 +26,7 @@ class AscendFormat(ScaledFormat):
             self.model_dir,
             self.settings.quantization_config_file,
             self.settings.tensor_model_parallel_size,
+            padded_shares=True,  # depends on device and release: `_validate_engine`
             index=self._read_index(),
         )
 
@@ -39,9 +40,12 @@ class AscendFormat(ScaledFormat):
             self._validate_bfloat16(device)
 
     def _validate_engine(self, device: str, installed: bool) -> None:
+        tp_size, padded_shares = self.settings.tensor_model_parallel_size, False
         if device == "npu":
             release = check_vllm_ascend() if installed else NEWEST_READ
-            validate_paired_groups(self.layers, self.settings.tensor_model_parallel_size, release)
+            validate_paired_groups(self.layers, tp_size, release)
+            padded_shares = pads_shares(release)
+        validate_tensor_parallel(self.layers, tp_size, padded_shares=padded_shares)
         super()._validate_engine(device, installed)
 
     def _engine_arguments(self) -> dict[str, Any]:

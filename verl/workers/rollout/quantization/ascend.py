@@ -13,6 +13,7 @@ from verl.utils.quantization.schemes.ascend import AscendFormat
 from verl.utils.vllm.layout_map import Target
 from verl.utils.vllm.vllm_fp8_utils import (
     apply_mxfp8_transformation_after_loading,
+    check_kernel_layouts,
     kernel_layout_targets,
     mxfp8_layers,
     refresh_after_delta,
@@ -50,6 +51,10 @@ class AscendScheme(ScaledScheme):
     @staticmethod
     def finite_scales(scales: torch.Tensor) -> bool:
         return not scales.numel() or int(scales.max()) != _NAN_SCALE
+
+    @staticmethod
+    def check_engine(model: nn.Module) -> None:
+        check_kernel_layouts(model)
 
     @staticmethod
     def begin(model: nn.Module) -> Mapping[str, nn.Module]:

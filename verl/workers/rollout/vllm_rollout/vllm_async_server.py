@@ -24,8 +24,9 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from verl.config import ModelConfig, RolloutConfig
 from verl.timeline.spans import Timeline, join_timeline, spanned
 from verl.utils.heap import freeze_heap
+from verl.utils.quantization.ascend_releases import installed_vllm_ascend, untested_release
 from verl.utils.quantization.schemes import SCHEME_NAMES, weight_format
-from verl.utils.vllm.npu_settings import check_npu_environment
+from verl.utils.vllm.npu_settings import check_npu_settings
 from verl.utils.vllm.server import drain
 from verl.workers.rollout.quantization import worker_settings
 from verl.workers.rollout.request_channel import Request, RequestDesk, Response
@@ -74,8 +75,11 @@ class vLLMHttpServer:
         join_timeline(timeline, f"replica {replica_rank}")
         self._timeline = timeline
         if device == "npu":
-            check_npu_environment(
-                os.environ, sleep_mode=rollout.free_cache_engine, engine_kwargs=rollout.engine_kwargs.get("vllm")
+            check_npu_settings(
+                os.environ,
+                sleep_mode=rollout.free_cache_engine,
+                engine_kwargs=rollout.engine_kwargs.get("vllm"),
+                release=installed_vllm_ascend(),
             )
         self._rollout = rollout
         self._model = model
@@ -106,6 +110,7 @@ class vLLMHttpServer:
 
         Raises:
             ValueError: vLLM refuses the arguments of the engine.
+            WeightUpdateError: weights in the layouts of the engine's layers cannot be replaced.
         """
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -123,6 +128,9 @@ class vLLMHttpServer:
             await call_workers(
                 self._engine, WeightUpdateExtension.verl_join_timeline, self._timeline, f"replica {self._rank}"
             )
+        await self._workers(WeightUpdateExtension.verl_check_engine, worker_settings(self._rollout))
+        if self._device == "npu" and (warning := untested_release(installed_vllm_ascend() or "0")) is not None:
+            logger.warning(warning)
         self._max_len = config.model_config.max_model_len
         if self._rollout.load_format != "dummy":
             self._commit(0)

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from verl.config import RolloutConfig
 from verl.timeline.spans import Timeline, join_timeline, spanned
 from verl.utils.vllm.reload import load_session
-from verl.workers.rollout.quantization import WorkerSettings, worker_scheme, worker_settings
+from verl.workers.rollout.quantization import WorkerSettings, scheme_class, worker_scheme, worker_settings
 from verl.workers.weight_sync.manifest import WeightUpdateError
 from verl.workers.weight_sync.messages import Bucket, BucketReport, EngineReport, ManifestMessage, WorkerReply
 from verl.workers.weight_sync.receiver import WeightReceiver
@@ -43,6 +43,10 @@ class WeightUpdateExtension:
         join_timeline(timeline, f"{replica} worker {self.rank}")
         for method, name in (("execute_model", "forward"), ("sample_tokens", "sample")):
             setattr(self.model_runner, method, spanned(name, "engine")(getattr(self.model_runner, method)))
+
+    def verl_check_engine(self, settings: WorkerSettings) -> WorkerReply[None]:
+        """Check that this worker's weights can be replaced; see `QuantizationScheme.check_engine`."""
+        return _reply(scheme_class(settings["quantization"]).check_engine, self.model_runner.model)
 
     @spanned("update: begin")
     def verl_begin_update(
