@@ -38,7 +38,7 @@ e2e-rest: setup ## the end-to-end tests that are not in `make test`
 browser: ## install the Chromium in which tests open `verl report`; on Debian, as root
 	apt-get update && apt-get install -y chromium
 
-contract: setup ## run the code of three vllm-ascend releases with a stand-in for torch_npu; downloads them once
+contract: setup ## run the code of five vllm-ascend releases with a stand-in for torch_npu; downloads them once
 	$(python) -m pytest -q -m contract tests/contract $(ARGS)
 
 lint: setup ## ruff, import contracts, import circles, mypy and the word list

@@ -3,9 +3,9 @@
 verl's own requirements are read from the metadata of its package (`pyproject.toml`).
 
 Sources: the release compatibility matrix and the installation pages of vllm-ascend's documentation
-(docs.vllm.ai/projects/ascend, `community/versioning_policy` of 0.23.0 and `installation` of 0.18.0 and 0.26.0rc1), and
-for transformers the metadata of the releases' wheels. Matrix and installation page of 0.18.0 differ; the table
-accepts both.
+(docs.vllm.ai/projects/ascend, `community/versioning_policy` of 0.23.0 and 0.30.0rc2, and `installation` of 0.18.0,
+0.26.0rc1 and 0.28.0rc1), and for transformers the metadata of the releases' archives. Matrix and
+installation page of 0.18.0 differ; the table accepts both.
 """
 
 from __future__ import annotations
@@ -64,6 +64,24 @@ STACKS = (
         torch="==2.10.0",
         torch_npu="==2.10.0.post4",
         cann=("9.1.0",),
+        python=">=3.10,<3.13",
+        transformers="==5.14.1",
+    ),
+    Stack(
+        "0.28.0rc1",
+        vllm="==0.28.0",
+        torch="==2.10.0",
+        torch_npu="==2.10.0.post4",
+        cann=("9.1.0",),
+        python=">=3.10,<3.13",
+        transformers="==5.14.1",
+    ),
+    Stack(
+        "0.30.0rc2",
+        vllm="==0.30.0",
+        torch="==2.10.0",
+        torch_npu="==2.10.0.post4",
+        cann=("9.2.0",),
         python=">=3.10,<3.13",
         transformers="==5.14.1",
     ),

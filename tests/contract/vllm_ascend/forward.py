@@ -67,6 +67,16 @@ def expert_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+# Attributes of the release's own layer class from 0.27 on: one rank without padding, masks or redundant experts.
+_OWN_LAYER = {
+    "ascend_expert_map": None,
+    "ascend_mc2_mask": None,
+    "ascend_pertoken_scale": None,
+    "global_redundant_expert_num": 0,
+    "apply_router_weight_on_input": False,
+}
+
+
 @torch.no_grad()
 def experts_output(
     config: VllmConfig, layer: nn.Module, x: torch.Tensor, router_logits: torch.Tensor, top_k: int
@@ -82,14 +92,20 @@ def experts_output(
     if getattr(layer, "swiglu_limit", None) is None:
         layer.swiglu_limit = 0  # as in the release's own layer class
     method = layer.quant_method
-    count = next(
-        name for name in ("num_experts", "global_num_experts") if name in inspect.signature(method.apply).parameters
-    )
+    accepted = inspect.signature(method.apply).parameters
     with set_forward_context(None, config):
         context = get_forward_context()
         context.moe_comm_type, context.moe_comm_method = MoECommType.ALLGATHER, AllGatherCommImpl(layer.moe_config)
         # The method frees its input.
-        output = method.apply(
-            layer, x.clone(), router_logits, top_k=top_k, renormalize=True, **{count: router_logits.shape[1]}
-        )
+        if "topk_ids" in accepted:  # from 0.27 on a router chooses the experts
+            for name, value in _OWN_LAYER.items():
+                setattr(layer, name, value)
+            weights, experts = router_logits.float().softmax(-1).topk(top_k, dim=-1)
+            weights = (weights / weights.sum(-1, keepdim=True)).to(x.dtype)
+            output = method.apply(layer, x.clone(), weights, experts.to(torch.int32))
+        else:
+            count = next(name for name in ("num_experts", "global_num_experts") if name in accepted)
+            output = method.apply(
+                layer, x.clone(), router_logits, top_k=top_k, renormalize=True, **{count: router_logits.shape[1]}
+            )
     return output.routed_out

@@ -4,6 +4,7 @@ Import it only in an environment of `build_env.py`.
 """
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +13,6 @@ from typing import Any
 
 import torch
 import torch_npu  # noqa: F401  (before vllm_ascend, whose modules read torch.npu)
-import vllm_ascend.quantization.modelslim_config as modelslim_config  # registers "ascend" with vLLM
 from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import (
@@ -22,10 +22,14 @@ from vllm.distributed import (
     initialize_model_parallel,
 )
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers import utils as layer_utils
 from vllm.platforms import current_platform
+from vllm_ascend.quantization import AscendModelSlimConfig  # registers "ascend" with vLLM
+
+from verl.utils.vllm.npu_settings import npu_additional_config
 
 RELEASE = os.environ["CONTRACT_RELEASE"]
-AscendModelSlimConfig = modelslim_config.AscendModelSlimConfig
+modelslim_config = sys.modules[AscendModelSlimConfig.__module__]
 
 
 def make_vllm_config(model_dir: Path, description: Mapping[str, Any] | None, **over: Any) -> VllmConfig:
@@ -43,6 +47,8 @@ def make_vllm_config(model_dir: Path, description: Mapping[str, Any] | None, **o
         "max_model_len": 128,
         # The wheel's compiled operators are for another torch, so every layer uses its Python implementation.
         "compilation_config": {"custom_ops": ["none"]},
+        # What verl passes to an engine of this release.
+        "additional_config": npu_additional_config(RELEASE),
         **over,
     }
     return EngineArgs(**arguments).create_engine_config()
@@ -57,7 +63,7 @@ def engine(config: VllmConfig, rank: int = 0, ranks: int = 1) -> Iterator[None]:
     import vllm_ascend.ascend_config as ascend_config
     from vllm.model_executor.layers import rotary_embedding
 
-    _define_compiled_operators()
+    _leave_out_compiled_operators()
     with tempfile.TemporaryDirectory() as directory, set_current_vllm_config(config):
         init_distributed_environment(ranks, rank, f"file://{directory}/rendezvous", rank, "gloo")
         initialize_model_parallel(ranks, 1)
@@ -95,12 +101,14 @@ def schemes(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def _define_compiled_operators() -> None:
-    """Define operators that layers look up while they are built, even if they never call them."""
+def _leave_out_compiled_operators() -> None:
+    """Define operators that layers look up while they are built, and let no layer choose one for its product."""
     if not hasattr(torch.ops._C, "silu_and_mul"):
         library = torch.library.Library("_C", "FRAGMENT")
         library.define("silu_and_mul(Tensor! result, Tensor input) -> ()")
         _libraries.append(library)
+    # From vLLM 0.28 on, a processor with AMX chooses a compiled product for small weights.
+    layer_utils.check_cpu_sgl_kernel = lambda *_: False
 
 
 _libraries: list[torch.library.Library] = []

@@ -4,6 +4,7 @@ Names are vLLM's, without the differences between its releases (`canonical`); by
 """
 
 import re
+import sys
 from collections.abc import Mapping
 
 import numpy as np
@@ -95,15 +96,23 @@ def packed(checkpoint: Mapping[str, torch.Tensor], *, rank: int = 0, ranks: int 
 def engine_parameters(
     checkpoint: Mapping[str, torch.Tensor], *, rank: int = 0, ranks: int = 1, left_out: tuple[str, ...] = ()
 ) -> dict[str, np.ndarray]:
-    """Return every parameter of tensor-parallel `rank` of `ranks`: uint8 if quantized, else float32.
+    """Return every parameter of tensor-parallel `rank` of `ranks`, without padding: uint8 if quantized, else float32.
 
     Args:
         left_out: parts of the names of layers that are not quantized.
     """
     result = {}
+    whole = packed(checkpoint)
     for name, tensor in packed(checkpoint, rank=rank, ranks=ranks).items():
         if is_projection(name) and not any(part in name for part in left_out):
-            result[name], result[f"{name}_scale"] = kernel_layout(*quantized(tensor))
+            if name.split(".")[-2] in ROW_PARALLEL:  # a share can begin or end inside a group of the checkpoint
+                codes, scales = quantized(whole[name])
+                share = codes.shape[1] // ranks
+                start, end = rank * share, (rank + 1) * share
+                codes, scales = codes[:, start:end], scales[:, start // GROUP : -(-end // GROUP)]
+            else:
+                codes, scales = quantized(tensor)
+            result[name], result[f"{name}_scale"] = kernel_layout(codes, scales)
         else:
             result[name] = tensor.float().numpy()
     return result
@@ -129,10 +138,31 @@ def parameters_of(model: torch.nn.Module) -> dict[str, np.ndarray]:
     """Return the parameters of a model, in the form of `engine_parameters`."""
     result = {}
     for name, parameter in model.named_parameters():
-        data = parameter.data.contiguous()
+        layer, _, key = name.rpartition(".")
+        data = _as_operators_read(parameter.data).contiguous()
+        if key == "weight":
+            data = _unpadded(data, model.get_submodule(layer))
         bytes_ = data.dtype in (torch.float8_e4m3fn, torch.uint8)
         result[canonical(name)] = (data.view(torch.uint8) if bytes_ else data.float()).numpy().copy()
     return result
+
+
+def _as_operators_read(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in ND; outside the environment of a release there are no other formats."""
+    if "torch_npu" not in sys.modules:
+        return tensor
+    from torch_npu._format import as_operators_read
+
+    return as_operators_read(tensor)
+
+
+def _unpadded(weight: torch.Tensor, layer: torch.nn.Module) -> torch.Tensor:
+    """Return a kernel weight [K, N] without the rows with which a release pads row-parallel layers; they must be 0."""
+    before, after = vars(layer).get("mxfp8_tp_padding", (0, 0))
+    end = len(weight) - after
+    padding = torch.cat([weight[:before].float(), weight[end:].float()])
+    assert not padding.any(), "the padding of a weight is not zero"
+    return weight[before:end]
 
 
 def assert_same(actual: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> None:

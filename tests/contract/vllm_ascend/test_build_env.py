@@ -1,6 +1,9 @@
 """Building an environment: its parts are complete or absent after any interruption."""
 
+import io
 import json
+import re
+import tarfile
 import zipfile
 
 import pytest
@@ -14,15 +17,33 @@ FILES = {
 }  # fmt: skip
 
 
+def write_source_archive(path):
+    files = {
+        "vllm_ascend/__init__.py": "",
+        "vllm_ascend.egg-info/PKG-INFO": "Name: vllm_ascend\nVersion: 1\n",
+        "vllm_ascend.egg-info/entry_points.txt": "",
+        "csrc/kernel.cpp": "",
+        "setup.py": "",
+    }
+    with tarfile.open(path, "w:gz") as archive:
+        for name, text in files.items():
+            member = tarfile.TarInfo(f"vllm_ascend-1/{name}")
+            member.size = len(text)
+            archive.addfile(member, io.BytesIO(text.encode()))
+
+
 @pytest.fixture
 def downloads(monkeypatch):
     """Replace downloads by small wheels, and record them."""
     seen = []
 
-    def download(requirement, platform, directory):
+    def download(requirement, platform, directory, *, source):
         name = requirement.split("==")[0]
         seen.append(name)
         directory.mkdir(exist_ok=True)
+        if source:
+            write_source_archive(directory / "vllm_ascend-1.tar.gz")
+            return
         with zipfile.ZipFile(directory / f"{name}-1-py3-none-any.whl", "w") as wheel:
             for file, text in FILES[name].items():
                 wheel.writestr(file, text)
@@ -43,6 +64,22 @@ def test_environment_has_its_parts_and_links(tmp_path, downloads):
     assert not [name for name in names if name.lower().startswith(("vllm", "torchvision", "gguf"))]
     assert root / "ascend-entry-points" not in environment.paths()
     assert root / "ascend-entry-points" in environment.paths(npu_platform=True)
+
+
+def test_source_archive_gives_the_package_and_its_metadata(tmp_path, downloads):
+    root = build("0.30.0rc2", tmp_path).root
+    assert sorted(path.name for path in (root / "ascend").iterdir()) == [".recipe.json", "vllm_ascend"]
+    assert (root / "ascend/vllm_ascend/_build_info.py").read_text() == "__device_type__ = 'A5'\n"
+    metadata = root / "ascend-entry-points/vllm_ascend-1.dist-info"
+    assert sorted(path.name for path in metadata.iterdir()) == ["METADATA", "entry_points.txt"]
+
+
+@pytest.mark.parametrize("release", build_env.RELEASES)
+def test_archives_are_pinned_by_hash(release):
+    parts = build_env.RELEASES[release].parts()
+    for part in ("ascend", "vllm"):
+        (line,) = parts[part][0]
+        assert re.fullmatch(r"[a-z-]+==\S+ --hash=sha256:[0-9a-f]{64}", line)
 
 
 def test_second_build_downloads_nothing(tmp_path, downloads):
@@ -86,7 +123,7 @@ def test_changed_recipe_rebuilds_its_part(tmp_path, downloads):
 
 
 def test_damaged_wheel_is_named(tmp_path, monkeypatch):
-    def download(requirement, platform, directory):
+    def download(requirement, platform, directory, *, source):
         directory.mkdir()
         (directory / "vllm_ascend-1-py3-none-any.whl").write_bytes(b"PK\x03\x04 cut short")
 
@@ -96,5 +133,5 @@ def test_damaged_wheel_is_named(tmp_path, monkeypatch):
 
 
 def test_unknown_release_is_rejected(tmp_path):
-    with pytest.raises(ValueError, match=r"release '0.24.0': must be one of 0.18.0, 0.23.0, 0.26.0rc1"):
+    with pytest.raises(ValueError, match=r"release '0.24.0': must be one of 0.18.0, 0.23.0, 0.26.0rc1, 0.28.0rc1"):
         build("0.24.0", tmp_path)

@@ -14,6 +14,7 @@ from contract.vllm_ascend.updates import (
     scheme_of,
     weights_of,
 )
+from vllm_ascend.quantization.methods import get_scheme_class
 
 from verl.utils.vllm.vllm_fp8_utils import mxfp8_layers
 
@@ -46,9 +47,7 @@ def test_release_that_drops_a_group_is_rejected_when_the_engine_starts(tmp_path,
 def test_restore_of_the_release_fails(tmp_path, k):
     """The reason why `_release_restores` requires an even number of groups."""
     if RELEASE == "0.18.0":
-        from vllm_ascend.quantization.methods.w8a8_mxfp8 import AscendW8A8MXFP8DynamicLinearMethod
-
-        assert not hasattr(AscendW8A8MXFP8DynamicLinearMethod, "restore_weights_for_rl_loading")
+        assert not hasattr(get_scheme_class("W8A8_MXFP8", "linear"), "restore_weights_for_rl_loading")
         return
     (first,) = checkpoints(tmp_path, "qwen3", 1, intermediate_size=k)
     config = config_of(first)

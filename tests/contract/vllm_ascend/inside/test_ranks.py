@@ -4,6 +4,7 @@ import re
 
 import pytest
 from contract.vllm_ascend import ranks
+from contract.vllm_ascend.harness import RELEASE
 from contract.vllm_ascend.updates import checkpoints
 
 from fixtures.ranks import run_ranks
@@ -11,6 +12,14 @@ from fixtures.ranks import run_ranks
 # 64 inputs for each rank of a row-parallel layer: its groups form pairs in every release.
 SIZES = {"hidden_size": 128, "intermediate_size": 256}
 O_PROJ, DOWN = "model.layers.1.self_attn.o_proj.weight_scale", "model.layers.0.mlp.experts.3.down_proj.weight_scale"
+
+
+@pytest.mark.skipif(RELEASE in ("0.18.0", "0.23.0", "0.26.0rc1"), reason="the release does not pad shares")
+@pytest.mark.parametrize("inner", [96, 80], ids=["48 inputs each", "40 inputs each"])
+def test_shares_that_begin_inside_a_group_are_padded(tmp_path, inner):
+    """The group at the border belongs to both ranks, and its scale is loaded by both."""
+    sources = checkpoints(tmp_path, "qwen3", 4, hidden_size=128, intermediate_size=inner)
+    run_ranks(2, ranks.update, 2, sources, O_PROJ)
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,14 @@
 """Behavior of the release without verl's hooks, which explains the hooks, and the patches that verl applies to it."""
 
 from importlib import import_module
+from importlib.util import find_spec
 
 import pytest
 from contract.vllm_ascend.harness import RELEASE, build_model, engine
 from contract.vllm_ascend.updates import checkpoints, config_of, scheme_of, weights_of
 from vllm.model_executor.layers import fused_moe
 from vllm.model_executor.layers.rotary_embedding.common import ApplyRotaryEmb
-from vllm_ascend.quantization.methods.w8a8_mxfp8 import AscendW8A8MXFP8DynamicLinearMethod
+from vllm_ascend.quantization.methods import get_scheme_class
 
 from verl.utils.vllm.npu_vllm_patch import apply_patches
 
@@ -49,12 +50,15 @@ def test_patches_applied_to_the_release():
     def patched(owner, name):
         return getattr(getattr(owner, name), "_verl_patched", False)
 
-    assert patched(AscendW8A8MXFP8DynamicLinearMethod, "process_weights_after_loading") == (RELEASE == "0.18.0")
-    assert patched(ApplyRotaryEmb, "__init__") == (RELEASE != "0.26.0rc1")
+    assert patched(get_scheme_class("W8A8_MXFP8", "linear"), "process_weights_after_loading") == (RELEASE == "0.18.0")
+    before_0_26 = RELEASE in ("0.18.0", "0.23.0")
+    assert patched(ApplyRotaryEmb, "__init__") == before_0_26
     is_class = isinstance(getattr(fused_moe, "FusedMoE", None), type)
-    assert is_class == (RELEASE != "0.26.0rc1")
+    assert is_class == before_0_26
     assert not is_class or patched(fused_moe.FusedMoE, "weight_loader")
     # Without a class to patch, the other half of the patch is left out too.
-    experts = import_module("vllm_ascend.ops.fused_moe.fused_moe").AscendUnquantizedFusedMoEMethod
+    moved = find_spec("vllm_ascend.ops.fused_moe.routed_experts") is not None
+    module = import_module(f"vllm_ascend.ops.fused_moe.{'routed_experts' if moved else 'fused_moe'}")
+    experts = module.AscendUnquantizedFusedMoEMethod
     assert patched(experts, "process_weights_after_loading") == is_class
     assert apply_patches() == []

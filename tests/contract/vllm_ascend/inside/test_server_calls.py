@@ -79,8 +79,20 @@ def test_imported_names_exist():
         SamplingParams(no_such_parameter=1)
 
 
-def test_http_endpoint_requires_the_key(tmp_path):
+# Routes that vLLM adds with VLLM_SERVER_DEV_MODE, which vllm-ascend sets with `rl_config`.
+DEVELOPMENT_ROUTES = {
+    f"/{name}"
+    for name in (
+        "abort_requests", "collective_rpc", "finish_weight_update", "init_weight_transfer_engine", "is_paused",
+        "is_sleeping", "pause", "reset_encoder_cache", "reset_mm_cache", "reset_prefix_cache", "resume", "server_info",
+        "sleep", "start_weight_update", "update_weight_version", "update_weights", "wake_up", "weight_info",
+    )
+}  # fmt: skip
+
+
+def test_http_endpoint_requires_the_key(tmp_path, monkeypatch):
     """The application of the release's vLLM, without an engine behind it."""
+    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
     directory = str(write_tiny_model(tmp_path))
     config = EngineArgs(model=directory).create_model_config()
     app, arguments = build_openai_app(directory, ("generate",), config, api_key="secret")
@@ -92,6 +104,7 @@ def test_http_endpoint_requires_the_key(tmp_path):
 
     from fastapi.testclient import TestClient
 
+    assert not paths & DEVELOPMENT_ROUTES
     client = TestClient(app)
     assert client.get("/v1/models").status_code == 401
     assert client.get("/v1/models", headers={"Authorization": "Bearer other"}).status_code == 401

@@ -71,9 +71,7 @@ def test_updates_between_sleeps(tmp_path, worker, kind, tags):
     # In the tiny model's experts 2I differs from H and I equals H: 0.18.0 decides by shape which tensors it transposes.
     first, *others = checkpoints(tmp_path, kind)
     scheme = scheme_of(first)
-    config = make_vllm_config(
-        first, scheme.format.description.to_json_dict(), load_format="dummy", additional_config={"weight_nz_mode": 0}
-    )
+    config = make_vllm_config(first, scheme.format.description.to_json_dict(), load_format="dummy")
     with engine(config):
         model = build_model(config)
         updates, before, with_loader = Updates(model, config, scheme), addresses(model), loaders(model)
@@ -106,9 +104,7 @@ def test_updates_of_unquantized_experts_between_sleeps(tmp_path, worker):
     ignore = tmp_path / "ignore.json"
     ignore.write_text(json.dumps({"ignore": [r"re:.*\.experts\..*"]}))
     scheme = scheme_of(first, quantization_config_file=str(ignore))
-    config = make_vllm_config(
-        first, scheme.format.description.to_json_dict(), load_format="dummy", additional_config={"weight_nz_mode": 0}
-    )
+    config = make_vllm_config(first, scheme.format.description.to_json_dict(), load_format="dummy")
     with engine(config):
         model = build_model(config)
         before, sleeper = addresses(model), worker(model, config)
@@ -150,9 +146,7 @@ def test_update_restores_experts_that_a_wake_up_transposed(tmp_path, worker):
 def test_stand_in_pool_loses_sleeping_weights(tmp_path, worker):
     first, second = checkpoints(tmp_path, "qwen3", 2)
     scheme = scheme_of(first)
-    config = make_vllm_config(
-        first, scheme.format.description.to_json_dict(), load_format="dummy", additional_config={"weight_nz_mode": 0}
-    )
+    config = make_vllm_config(first, scheme.format.description.to_json_dict(), load_format="dummy")
     with engine(config):
         model = build_model(config)
         Updates(model, config, scheme).send(weights_of(second))

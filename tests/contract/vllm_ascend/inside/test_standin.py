@@ -104,3 +104,42 @@ def test_mixture_of_experts_equals_a_loop(group_list_type, quantized):
     error = (output - expected).norm() / expected.norm()
     assert error < (0.1 if quantized else 1e-5)
     assert not quantized or error > 0.01  # it is quantized
+
+
+@pytest.mark.parametrize("shape", [(64, 96), (33, 40), (3, 16, 32), (2, 20, 70)])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16])
+def test_fractal_nz_permutes_memory(shape, dtype):
+    """The documented position of each element, one at a time."""
+    plain = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    blocked = torch_npu.npu_format_cast(plain, 29, customize_dtype=dtype)
+    assert (torch_npu.get_npu_format(plain), torch_npu.get_npu_format(blocked)) == (2, 29)
+    assert blocked.shape == plain.shape and blocked.stride() == plain.stride()
+    assert torch_npu.get_npu_format(blocked.transpose(-1, -2)) == 29
+    width, (rows, columns) = 32 // plain.element_size(), shape[-2:]
+    row_blocks, column_blocks = -(-rows // 16), -(-columns // width)
+    memory = torch.empty(0, dtype=dtype).set_(blocked.untyped_storage()).float()
+    for matrix, expected in enumerate(plain.float().view(-1, rows, columns)):
+        start = matrix * row_blocks * column_blocks * 16 * width
+        for row in range(rows):
+            for column in range(columns):
+                block = column // width * row_blocks + row // 16
+                assert memory[start + (block * 16 + row % 16) * width + column % width] == expected[row, column]
+    assert torch.equal(torch_npu.npu_format_cast(blocked, 2).float(), plain.float())
+
+
+def test_operators_read_fractal_nz_and_writes_through_views_corrupt_it():
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 64, dtype=torch.bfloat16), torch.randn(48, 64, dtype=torch.bfloat16)
+    (xq, xs), (wq, ws) = (torch_npu.npu_dynamic_mx_quant(each, dst_type=torch.float8_e4m3fn) for each in (x, weight))
+
+    def product(kernel_weight):
+        return torch_npu.npu_quant_matmul(
+            xq, kernel_weight, ws.transpose(0, 1), scale_dtype=E8M0, pertoken_scale=xs, pertoken_scale_dtype=E8M0,
+            output_dtype=torch.float32, group_sizes=[1, 1, 32],
+        )  # fmt: skip
+
+    expected = product(wq.T)
+    blocked = torch_npu.npu_format_cast(wq.T.contiguous(), 29)
+    assert torch.equal(product(blocked), expected)
+    blocked.transpose(0, 1).copy_(wq)
+    assert not torch.equal(product(blocked), expected)

@@ -11,9 +11,7 @@ import torch
 
 from torch_npu import _C, npu, op_plugin, profiler
 from torch_npu._dense import (
-    get_npu_format,
     npu_add_rms_norm,
-    npu_format_cast,
     npu_fusion_attention,
     npu_rms_norm,
     npu_rotary_mul,
@@ -28,6 +26,7 @@ from torch_npu._dtypes import (
     hifloat8,
     int4,
 )
+from torch_npu._format import get_npu_format, npu_format_cast
 from torch_npu._moe import (
     npu_grouped_matmul,
     npu_grouped_matmul_swiglu_quant_v2,

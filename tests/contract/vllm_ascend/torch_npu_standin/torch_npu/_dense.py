@@ -3,18 +3,6 @@
 import torch
 import torch.nn.functional as F
 
-_ND = 2  # ACL_FORMAT_ND: plain strided memory
-
-
-def npu_format_cast(tensor: torch.Tensor, format: int, *_, **__) -> torch.Tensor:
-    """Return the tensor unchanged: only NPUs have memory formats."""
-    return tensor
-
-
-def get_npu_format(tensor: torch.Tensor) -> int:
-    """Return the plain format."""
-    return _ND
-
 
 def npu_swiglu(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
     """Return silu of the first half times the second half."""

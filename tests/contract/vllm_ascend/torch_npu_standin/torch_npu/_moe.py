@@ -7,6 +7,7 @@ import torch
 
 from torch_npu._dense import npu_swiglu
 from torch_npu._dtypes import reject, require_e4m3, require_e8m0
+from torch_npu._format import as_operators_read
 from torch_npu._mx import dequantize_rows, dequantize_weight, npu_dynamic_mx_quant
 
 
@@ -65,7 +66,7 @@ def npu_grouped_matmul(
     x, weight = _one(x, "x"), _one(weight, "weight")
     counts = _counts(group_list, group_list_type)
     if scale is None:
-        return [_grouped(x, weight, counts).to(output_dtype or x.dtype)]
+        return [_grouped(x, as_operators_read(weight), counts).to(output_dtype or x.dtype)]
     require_e8m0("npu_grouped_matmul: scale_dtype", scale_dtype)
     require_e8m0("npu_grouped_matmul: per_token_scale_dtype", per_token_scale_dtype)
     left = dequantize_rows(x, _one(per_token_scale, "per_token_scale"), "npu_grouped_matmul: x")

@@ -7,6 +7,7 @@ odd number of groups the last byte is padding (0), which no operator here reads.
 import torch
 
 from torch_npu._dtypes import float4_e2m1fn_x2, reject, require_e4m3, require_e8m0
+from torch_npu._format import as_operators_read
 from verl.utils.quantization.mx import MX_BLOCK_SIZE, mxfp8_dequantize, mxfp8_quantize
 
 
@@ -58,7 +59,7 @@ def dequantize_rows(values: torch.Tensor, scales: torch.Tensor, what: str) -> to
 
 def dequantize_weight(weight: torch.Tensor, scale: torch.Tensor, what: str) -> torch.Tensor:
     """Dequantize a weight in the kernel layout, [..., K, N] with scales [..., ceil(G / 2), N, 2], to float32."""
-    rows = weight.transpose(-1, -2)
+    rows = as_operators_read(weight).transpose(-1, -2)
     return dequantize_rows(rows, scale.transpose(-2, -3), what).transpose(-1, -2)
 
 
