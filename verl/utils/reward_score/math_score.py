@@ -2,11 +2,12 @@ r"""Scorers of mathematical answers: MATH, which requires a box, and DAPO, which
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 from verl.utils.reward_score.answer_equal import answers_equal
-from verl.utils.reward_score.answer_text import canonical
+from verl.utils.reward_score.answer_text import canonical, without_thousands_commas
 from verl.utils.reward_score.text import after_reasoning, last_answer_line, last_boxed
 
 NO_ANSWER = "[INVALID]"
@@ -32,10 +33,18 @@ def compute_score_dapo(solution_str: str, ground_truth: Any) -> dict[str, Any]:
     DAPO: arXiv:2503.14476, section 3.5. Arguments and errors are those of `compute_score`.
 
     Returns:
-        `score` (1.0 if correct, else -1.0), `acc` (bool), `pred` (canonical text of the answer, or `NO_ANSWER`).
+        `score` (1.0 if correct, else -1.0), `acc` (bool), `pred` (canonical text of the answer, a number without the
+        commas of thousands; or `NO_ANSWER`).
     """
     correct, text = _evaluate(solution_str, ground_truth, _answer_line_or_box)
-    return {"score": 1.0 if correct else -1.0, "acc": correct, "pred": NO_ANSWER if text is None else canonical(text)}
+    return {"score": 1.0 if correct else -1.0, "acc": correct, "pred": NO_ANSWER if text is None else _vote(text)}
+
+
+def _vote(answer: str) -> str:
+    """Return the text by which equal answers are counted: 1,000 and 1000 are one number, but 1,000 may be in a list."""
+    text = canonical(answer)
+    number = without_thousands_commas(text)
+    return number if re.fullmatch(r"-?\d+(\.\d+)?", number) else text
 
 
 def _answer_line_or_box(text: str) -> str | None:

@@ -29,12 +29,13 @@ def last_boxed(text: str) -> str | None:
         if start >= 0:
             rest = text[start + len(command) :].lstrip(" ")
             if rest.startswith("{"):
-                return _braced(rest)
+                return braced(rest)
             return re.split(r"[$\n]", rest, maxsplit=1)[0].strip() or None
     return None
 
 
-def _braced(text: str) -> str | None:
+def braced(text: str) -> str | None:
+    """Return the content of the group `{...}` that a text begins with; None if it is not closed."""
     depth = 0
     for match in _BRACES.finditer(text):
         depth += (match.group() == "{") - (match.group() == "}")  # an escaped brace is not counted
