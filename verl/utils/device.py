@@ -17,8 +17,10 @@ def get_device_name() -> str:
 def get_torch_device() -> ModuleType:
     """Return torch's module of the device: `torch.cuda`, `torch.npu` or `torch.cpu`."""
     name = get_device_name()
-    devices.torch_device(name)
-    return importlib.import_module("torch." + name) if name != "npu" else importlib.import_module("torch").npu
+    if name == "npu":
+        importlib.import_module("torch_npu")  # adds torch.npu
+    module: ModuleType = getattr(importlib.import_module("torch"), name)
+    return module
 
 
 def get_device_id() -> int:
