@@ -1,12 +1,14 @@
-"""hf_tokenizer: loading, padding token, and errors of invalid model directories."""
+"""Tokenizer and processor: loading, padding token, and errors of invalid model directories."""
 
 import json
 import pickle
 
+import numpy as np
 import pytest
+from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2Processor
 
 from fixtures.tiny import write_char_tokenizer, write_tiny_model
-from verl.utils.tokenizer import hf_tokenizer
+from verl.utils.tokenizer import hf_processor, hf_tokenizer
 
 
 def edit_config(directory, **changes):
@@ -80,3 +82,39 @@ def test_model_id_that_cannot_be_downloaded_is_an_error(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="is not a directory on this machine, and its tokenizer cannot be downloaded"):
         hf_tokenizer("nobody/no-such-model")
+
+
+@pytest.fixture
+def multi_modal(tmp_path):
+    """The directory of a model that takes sound at 8 kHz, with a processor."""
+    write_char_tokenizer(tmp_path)
+    extractor = Wav2Vec2FeatureExtractor(sampling_rate=8000, do_normalize=False)
+    Wav2Vec2Processor(extractor, hf_tokenizer(tmp_path)).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_the_processor_of_a_multi_modal_model_loads(multi_modal, monkeypatch):
+    monkeypatch.setenv("HOME", str(multi_modal.parent))
+    for path in (multi_modal, str(multi_modal), f"~/{multi_modal.name}"):
+        processor = hf_processor(path)
+        assert type(processor) is Wav2Vec2Processor
+        assert processor.tokenizer.encode("ab") == hf_tokenizer(multi_modal).encode("ab") == [4, 5]
+        sound = np.array([0.5, -0.25], np.float32)
+        assert processor(sound, sampling_rate=8000)["input_values"][0].tolist() == sound.tolist()
+
+
+def test_a_model_of_text_only_has_no_processor(tmp_path):
+    write_tiny_model(tmp_path)
+    assert hf_processor(tmp_path) is None
+
+
+@pytest.mark.parametrize("harm", ["truncated", "absent"])
+def test_a_processor_that_does_not_load_is_none_and_the_reason_is_logged(multi_modal, caplog, harm):
+    path = multi_modal / "processor_config.json"
+    if harm == "truncated":
+        path.write_text(path.read_text()[:40])
+    else:
+        multi_modal = multi_modal / "absent"
+    with caplog.at_level("INFO", logger="verl.utils.tokenizer"):
+        assert hf_processor(multi_modal) is None
+    assert [record.getMessage().startswith(f"{multi_modal} has no processor (") for record in caplog.records] == [True]
