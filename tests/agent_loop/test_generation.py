@@ -96,6 +96,14 @@ def test_a_sample_without_score_is_zero_in_numeric_columns():
     assert all(columns[name].dtype == np.dtype(object) for name in ("acc", "pred", "uid"))
 
 
+def test_the_index_of_a_row_is_a_column():
+    """A sampler that learns from the batch finds its rows by it."""
+    samples = [sample(RewardResult(1.0, {"acc": 1.0}, None, 0.0)) for _ in range(2)]
+    samples[0].row["index"], samples[1].row["index"] = 7, None
+    batch = to_batch(samples, pad_token_id=0, with_log_probs=False)
+    assert batch.non_tensor_batch["index"].tolist() == [7, None]
+
+
 def test_the_names_of_columns_are_reserved_and_a_loop_must_not_use_them():
     row = {"uid": "0", "data_source": "d", "reward_model": {}, "raw_prompt": []}
     output = AgentLoopOutput([7], [1], [1], [-1.0], [0])

@@ -203,6 +203,7 @@ def _object_columns(samples: Sequence[ScoredSample], reserved: Container[str]) -
         "data_source": [s.row["data_source"] for s in samples],
         "reward_model": [s.row["reward_model"] for s in samples],
         "extra_info": [s.row.get("extra_info") or {} for s in samples],
+        "index": [s.row.get("index") for s in samples],
         "raw_prompt": [s.row["raw_prompt"] for s in samples],
         "stop_reason": [s.output.stop_reason for s in samples],
         "num_turns": [s.output.num_turns for s in samples],

@@ -32,8 +32,17 @@ RESERVED_NAMES = frozenset(
         # the variable of the metrics that is the reward itself
         "reward",
         # columns of the batch: of the rows, of the samples, of the later stages, of agent loops
-        *("data_source", "reward_model", "extra_info", "raw_prompt", "stop_reason", "num_turns", "reward_error"),
-        *("prompts", "responses", "input_ids", "attention_mask", "position_ids", "response_mask", "weight_versions"),
+        *("data_source", "reward_model", "extra_info", "index", "raw_prompt", "stop_reason", "num_turns"),
+        *(
+            "reward_error",
+            "prompts",
+            "responses",
+            "input_ids",
+            "attention_mask",
+            "position_ids",
+            "response_mask",
+            "weight_versions",
+        ),
         *("token_level_scores", "rollout_log_probs", "reward_baselines", "old_log_probs", "entropys", "sum_pi_squared"),
         *("ref_log_prob", "values", "rollout_is_weights", "accepted_mask", "token_level_rewards", "advantages"),
         *("returns", "sample_index", "selected_tokens"),
