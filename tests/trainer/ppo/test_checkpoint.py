@@ -10,8 +10,10 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import TensorDataset
@@ -20,7 +22,13 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from fixtures.engine_cases import save_program
 from fixtures.ranks import run_ranks
 from fixtures.tiny import write_tiny_model
-from verl.trainer.ppo.checkpoint import CheckpointError, CheckpointStore, load_driver_state, save_driver_state
+from verl.trainer.ppo.checkpoint import (
+    CheckpointError,
+    CheckpointStore,
+    check_storable,
+    load_driver_state,
+    save_driver_state,
+)
 from verl.utils.checkpoint_files import TRACKER, find_damage, step_of
 
 DEAD_PID = 2**22 + 1  # above Linux' largest process id
@@ -518,6 +526,42 @@ def test_driver_state_restores_the_loader(tmp_path):
     second = loader()
     second.load_state_dict(loaded["dataloader"])
     assert before + values(second) == uninterrupted
+
+
+NUMPY = {
+    "array": np.arange(3),
+    "half": np.ones((2, 2), np.float16),
+    "truth": np.array([True, False]),
+    "scalar": np.float64(0.5),
+    "generator": np.random.RandomState(3).get_state(),
+}
+
+
+def test_driver_state_may_hold_numpy_values(tmp_path):
+    save_driver_state(tmp_path, {"mine": NUMPY, "seen": {1, 2}})
+    loaded = load_driver_state(tmp_path)
+    assert loaded["seen"] == {1, 2} and loaded["mine"]["scalar"] == 0.5
+    for name in ("array", "half", "truth"):
+        np.testing.assert_array_equal(loaded["mine"][name], NUMPY[name], strict=True)
+    expected = np.random.RandomState(3).rand(4)
+    resumed = np.random.RandomState(0)
+    resumed.set_state(loaded["mine"]["generator"])
+    assert resumed.rand(4).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (random.Random(0), "it contains random.Random"),
+        (defaultdict(list), "it contains collections.defaultdict"),
+        (lambda: 0, "pickle"),
+        (np.array(["a"], object), "it contains"),
+    ],
+)
+def test_values_that_a_checkpoint_cannot_hold_are_found_before(value, words):
+    check_storable({"fine": [1, "a", None, NUMPY]})
+    with pytest.raises(ValueError, match=words):
+        check_storable({"mine": value})
 
 
 def test_driver_state_that_cannot_be_loaded_is_rejected_when_saved(tmp_path):

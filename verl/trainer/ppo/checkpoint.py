@@ -10,6 +10,7 @@ After a SIGKILL or a power failure between any two system calls, `CheckpointStor
 checkpoint. Only one run at a time may write to a root. This module imports no Ray, and torch only to store tensors.
 """
 
+import io
 import logging
 import os
 import re
@@ -291,7 +292,7 @@ def save_driver_state(directory: str | Path, state: Mapping[str, object]) -> Pat
 
     Args:
         directory: the directory of the checkpoint.
-        state: nested dicts, lists and tuples of numbers, text, None and tensors.
+        state: nested dicts, lists, tuples and sets of numbers, text, None, NumPy arrays and tensors.
 
     Raises:
         ValueError: a value cannot be loaded without executing code; raised now rather than when the run resumes.
@@ -304,7 +305,8 @@ def save_driver_state(directory: str | Path, state: Mapping[str, object]) -> Pat
         load_driver_state(directory)
     except CheckpointError as error:
         raise ValueError(
-            f"driver state {list(state)}: only dicts, lists, tuples, numbers, text and tensors can be stored ({error})"
+            f"driver state {list(state)}: only dicts, lists, tuples, sets, numbers, text, NumPy arrays and tensors can "
+            f"be stored ({error})"
         ) from error
     return path
 
@@ -315,10 +317,39 @@ def load_driver_state(directory: str | Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is missing or damaged, or contains other objects than plain data.
     """
-    import torch
-
     path = Path(directory) / DRIVER_STATE
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return _load_plain(path)
     except Exception as error:  # damaged bytes make the unpickler raise nearly any exception
         raise CheckpointError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def check_storable(state: object) -> None:
+    """Check that `save_driver_state` can store a value; ValueError with the reason if it cannot."""
+    import torch
+
+    file = io.BytesIO()
+    try:
+        torch.save(state, file)
+        file.seek(0)
+        _load_plain(file)
+    except Exception as error:  # an object of the user may raise any exception
+        raise ValueError(_short_reason(error)) from error
+
+
+def _short_reason(error: Exception) -> str:
+    """Return the error's text; of torch's long refusal, only the type that was refused."""
+    refused = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+    return f"it contains {refused[1]}" if refused else f"{type(error).__name__}: {str(error).splitlines()[0]}"
+
+
+def _load_plain(file: Path | io.BytesIO) -> Any:
+    """Load plain data, tensors and NumPy values; other objects raise an error, because they could execute code."""
+    import numpy as np
+    import torch
+
+    # The functions that pickle needs for arrays and scalars are private; NumPy's objects name them.
+    rebuild: list[Any] = [np.array(0).__reduce__()[0], np.float64(0).__reduce__()[0]]
+    dtypes = [type(np.dtype(code)) for code in "?bhilqBHILQefd"]
+    with torch.serialization.safe_globals([np.ndarray, np.dtype, *rebuild, *dtypes]):
+        return torch.load(file, map_location="cpu", weights_only=True)
