@@ -60,3 +60,20 @@ def test_critic_keys_under_their_old_names():
             "fsdp": {"param_offload": False},
         }
     }
+
+
+def test_own_keys_of_a_sampler_are_its_kwargs():
+    overrides = ["data.sampler.class_path=a.py", "+data.sampler.bucket={size: 3}", "++data.sampler.tau=0.5"]
+    section = load_config(overrides).data.sampler
+    assert section.class_path == "a.py" and section.kwargs == {"bucket": {"size": 3}, "tau": 0.5}
+    assert (section.tau, section["tau"], section.get("tau", 1), section.get("other", 1)) == (0.5, 0.5, 0.5, 1)
+    assert "tau" in section and "other" not in section
+    assert load_config(["data.sampler={class_name: B, tau: 2}"]).data.sampler.tau == 2
+    assert load_config(["data.sampler.kwargs={tau: 2}", "data.sampler.kwargs.eta=1"]).data.sampler.eta == 1
+
+
+def test_own_keys_of_a_sampler_are_read_from_a_file(tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        "defaults: [ppo_trainer, _self_]\ndata:\n  sampler: {class_path: a.py, class_name: B, tau: 3}\n"
+    )
+    assert load_config(["data.sampler.eta=1"], tmp_path, "mine").data.sampler.kwargs == {"tau": 3, "eta": 1}

@@ -10,6 +10,8 @@ from verl.config.conditions import any_of, unless, validates, when
 from verl.config.schema import ConfigSection, key, section, unsupported
 
 _OWN_DATASET = unless("data.custom_cls.path", None, words="your own dataset class")
+_NO_SAMPLER = "without your own sampler (data.sampler.class_path)"
+_OWN_SAMPLER = unless("data.sampler.class_path", None, words="your own sampler")
 
 
 @dataclass
@@ -20,6 +22,32 @@ class CustomClassConfig(ConfigSection):
     name: str | None = key(
         None, "name of the class", only_with=unless("path", None, reason="with the built-in dataset class")
     )
+
+
+@dataclass
+class SamplerConfig(ConfigSection):
+    """The user's own sampler. Its own keys, `data.sampler.<name>`, are in `kwargs`, and can be read as attributes."""
+
+    class_path: str | None = key(
+        None,
+        "your own sampler, which chooses the prompts of each step: a Python file, or pkg:// and a module; null: all "
+        "rows in turn, in the order of data.shuffle",
+    )
+    class_name: str | None = key(None, "name of the class", only_with=unless("class_path", None, reason=_NO_SAMPLER))
+    kwargs: dict[str, Any] = key(
+        {},
+        "keys of your own for the sampler; data.sampler.NAME=VALUE sets one of them",
+        only_with=unless("class_path", None, reason=_NO_SAMPLER),
+    )
+
+    def __getitem__(self, name: str) -> Any:
+        return self.kwargs[name] if name in self.kwargs else super().__getitem__(name)
+
+    def __getattr__(self, name: str) -> Any:
+        own = vars(self).get("kwargs", {})
+        if name in own:
+            return own[name]
+        raise AttributeError(f"data.sampler has no key {name!r}")
 
 
 @dataclass
@@ -68,13 +96,15 @@ class DataConfig(ConfigSection):
         at_least=1,
         only_with=when("filter_overlong_prompts"),
     )
-    shuffle: bool = key(True, "shuffle the training prompts again for each epoch")
+    shuffle: bool = key(
+        True, "shuffle the training prompts again for each epoch; with your own sampler, only if it reads this key"
+    )
     seed: int | None = key(
         None,
         "seed of the order of the training prompts (null: trainer.seed), and of the choice of rows with "
         "train_max_samples and val_max_samples (null: 0)",
         at_least=0,
-        only_with=any_of(when("shuffle"), _OWN_DATASET),
+        only_with=any_of(when("shuffle"), _OWN_DATASET, _OWN_SAMPLER),
     )
     prompt_key: str = key("prompt", "column of the messages")
     reward_fn_key: str = key("data_source", "column that names the source of a row, which scorers use")
@@ -87,6 +117,7 @@ class DataConfig(ConfigSection):
         "tokenizer too",
     )
     custom_cls: CustomClassConfig = section(CustomClassConfig, "your own dataset class")
+    sampler: SamplerConfig = section(SamplerConfig, "your own sampler")
     return_raw_chat: bool = unsupported(True, "leaving the messages out of the batch")
     return_raw_input_ids: bool = unsupported(False, "prompt tokens without the chat template in the batch")
     return_full_prompt: bool = unsupported(False, "the text of the prompt in the batch")

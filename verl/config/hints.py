@@ -70,10 +70,6 @@ _SECTIONS = {
         "traces of samples are not supported; leave them out and use trainer.rollout_data_dir, which keeps the samples"
     ),
     "actor_rollout_ref.rollout.prometheus": "Prometheus is not supported; leave them out",
-    "data.sampler": (
-        "other samplers are not supported; leave them out and use data.shuffle, data.seed or your own dataset "
-        "class (data.custom_cls)"
-    ),
     "transfer_queue": "leave them out: samples pass through the driver",
     "actor_rollout_ref.actor.router_replay": "routing replay is not supported; leave them out",
     **{f"{model}.wrap_policy": "leave them out: each decoder layer is sharded separately" for model in _MODELS},

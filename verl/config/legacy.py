@@ -1,4 +1,4 @@
-"""Move the names of keys in earlier versions of upstream verl to their current names."""
+"""Move the names of keys in upstream verl, also of earlier versions, to their current names."""
 
 from __future__ import annotations
 
@@ -29,6 +29,10 @@ _MOVED = (
     ("reward_model.", "reward.reward_model."),
     ("ray_init.", "ray_kwargs.ray_init."),
     ("ray_init", "ray_kwargs.ray_init"),
+    # Further keys of a sampler are its own.
+    *((key, key) for key in ("data.sampler.class_path", "data.sampler.class_name", "data.sampler.kwargs")),
+    ("data.sampler.kwargs.", "data.sampler.kwargs."),
+    ("data.sampler.", "data.sampler.kwargs."),
     ("actor_rollout_ref.actor.grad_clip", "actor_rollout_ref.actor.optim.clip_grad"),
     ("actor_rollout_ref.actor.optim.warmup_style", "actor_rollout_ref.actor.optim.lr_scheduler_type"),
     ("critic.grad_clip", "critic.optim.clip_grad"),

@@ -33,7 +33,7 @@ def derive_plan(
     mini = actor.ppo_mini_batch_size * rollout.n
     micro = None if actor.use_dynamic_bsz else mini // ranks // (actor.ppo_micro_batch_size_per_gpu or 1)
     compute, engine = choose_dtype(device, actor.fsdp_config.dtype), choose_dtype(device, rollout.dtype)
-    steps = None if data.train is None else data.train // config.data.train_batch_size
+    steps = None if data.train_per_epoch is None else data.train_per_epoch // config.data.train_batch_size
     update = _update_bytes(model, quantization, itemsize_of(engine.name))
     bucket = rollout.checkpoint_engine.update_weights_bucket_megabytes * MIB
     return Plan(

@@ -84,7 +84,7 @@ class Plan:
         prompt_tokens, response_tokens: upper limits.
         train_prompts, val_prompts: rows before overlong prompts are dropped; None if a dataset class decides.
         at_most: overlong prompts are dropped, so that the numbers of prompts and steps are upper bounds.
-        steps_per_epoch, total_steps: training steps; None if a dataset class decides.
+        steps_per_epoch, total_steps: training steps; None if a dataset class or a sampler decides.
         trainer_ranks, replicas, reward_workers: number of processes.
         tensor_parallel: devices of one replica.
         trainer_nodes: nodes of the trainer.
@@ -170,7 +170,7 @@ class Plan:
             else f"{_format_count(self.micro_batches_per_rank)} per mini-batch on each rank"
         )
         most = "at most " if self.at_most else ""
-        unknown = "unknown: the dataset class decides, or data files were not found"
+        unknown = "unknown: the dataset class or the sampler decides, or data files were not found"
         steps = unknown if self.total_steps is None else f"{_format_count(self.total_steps)}{self._epoch_text(most)}"
         prompts = unknown
         if self.train_prompts is not None or self.val_prompts is not None:

@@ -80,3 +80,50 @@ def test_a_missing_dataset_class_is_an_error(problems_of, plan_of, run_files):
 def test_a_directory_instead_of_a_dataset_class_is_an_error(problem_of, tmp_path):
     problem = problem_of(data__custom_cls__path=tmp_path, data__custom_cls__name="Mine")
     assert problem.startswith(f"data.custom_cls.path={tmp_path}: is a directory")
+
+
+SAMPLER = "from verl.experimental.dataset.sampler import AbstractSampler\nclass Mine(AbstractSampler): pass\n"
+
+
+@pytest.fixture
+def sampler(tmp_path):
+    """The overrides of a valid sampler."""
+    path = tmp_path / "sampler.py"
+    path.write_text(SAMPLER)
+    return {"data__sampler__class_path": path, "data__sampler__class_name": "Mine"}
+
+
+def test_a_sampler_decides_about_the_number_of_steps(plan_of, sampler):
+    plan = plan_of(**sampler)
+    assert plan.train_prompts == 40 and plan.steps_per_epoch is None and plan.total_steps is None
+    assert "training steps" in plan.render() and "unknown: the dataset class or the sampler decides" in plan.render()
+    assert plan_of(**sampler, trainer__total_training_steps=7).total_steps == 7
+    (note,) = [note for note in plan.notes if "sampler" in note]
+    assert "Mine chooses the training prompts; data.shuffle and data.seed have an effect on their order only if" in note
+    # It may repeat rows, so a batch may be larger than the data.
+    plan_of(**sampler, data__train_batch_size=64, actor_rollout_ref__actor__ppo_mini_batch_size=64)
+
+
+def test_keys_that_a_sampler_may_read_are_no_unused_keys(plan_of, sampler):
+    plan = plan_of(**sampler, data__shuffle=False, data__seed=3, data__sampler__kwargs="{a: 1}")
+    assert not [note for note in plan.notes if note.startswith("no effect") and "data." in note]
+
+
+def test_a_sampler_that_cannot_be_loaded_is_an_error(problem_of, problems_of, plan_of, sampler, tmp_path):
+    path = sampler["data__sampler__class_path"]
+    missing = problem_of(**sampler | {"data__sampler__class_path": tmp_path / "absent.py"})
+    assert missing.startswith(f"data.sampler.class_path={tmp_path}/absent.py: ") and "no such file" in missing
+    assert "has no class Other; it has AbstractSampler, Mine" in problem_of(
+        **sampler | {"data__sampler__class_name": "Other"}
+    )
+    assert problem_of(data__sampler__class_path=path).startswith("data.sampler.class_name is not set")
+    problem = problem_of(data__sampler__class_name="Mine", data__sampler__kwargs="{bucket_size: 3}")
+    assert problem.startswith("data.sampler.bucket_size=3: data.sampler.class_path is not set")
+    plan = plan_of(data__sampler__class_name="Mine")
+    assert "no effect without your own sampler (data.sampler.class_path): data.sampler.class_name" in plan.notes
+
+
+def test_a_sampler_excludes_loader_processes_and_partial_rollouts(problem_of, sampler):
+    assert "data.dataloader_num_workers=8" in problem_of(**sampler, data__dataloader_num_workers=8)
+    problem = problem_of(**sampler, actor_rollout_ref__rollout__partial_rollout=True, data__gen_batch_size=12)
+    assert "data.sampler.class_path=" in problem and "partial_rollout=True: not supported" in problem

@@ -9,25 +9,34 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from verl.config.ppo import PPOConfig
+from verl.config.schema import show
 from verl.extension.user_files import file_problem
 from verl.preflight.findings import Findings
 from verl.utils.dataset.files import column_names, count_rows, data_paths
+from verl.utils.dataset.sampler_class import sampler_problem
 
 
 @dataclass(frozen=True)
 class DataInfo:
-    """Numbers of rows that the run uses; None if a dataset class decides or the files cannot be read."""
+    """Numbers of rows that the run uses; None if a dataset class decides or the files cannot be read.
+
+    Attributes:
+        train, val: rows of the training and the validation data.
+        train_per_epoch: rows in one pass over the training data; None if a dataset class or a sampler decides.
+    """
 
     train: int | None
     val: int | None
+    train_per_epoch: int | None
 
 
 def check_data(config: PPOConfig, found: Findings) -> DataInfo:
     """Check the data files, or the dataset class, and return the numbers of rows."""
     data = config.data
+    _check_sampler(config, found)
     if data.custom_cls.path:
         _check_custom_class(data.custom_cls.path, data.custom_cls.name, found)
-        return DataInfo(None, None)
+        return DataInfo(None, None, None)
     if data.trust_remote_code and not config.actor_rollout_ref.model.trust_remote_code:
         found.errors.append(
             "data.trust_remote_code=True: actor_rollout_ref.model.trust_remote_code also decides about the tokenizer; "
@@ -40,9 +49,32 @@ def check_data(config: PPOConfig, found: Findings) -> DataInfo:
             found.add_size_error(f"data.{name}_max_samples=0: must be at least 1, or -1 for all rows")
     train, val = _limited(train, data.train_max_samples), _limited(val, data.val_max_samples)
     for name, size in (("train_batch_size", data.train_batch_size), ("gen_batch_size", data.gen_batch_size)):
-        if train is not None and size is not None and train < size:
+        if data.sampler.class_path is None and train is not None and size is not None and train < size:
             found.add_size_error(f"data.{name}={size}: data.train_files has only {train} prompts; use at most {train}")
-    return DataInfo(train, val)
+    return DataInfo(train, val, train if data.sampler.class_path is None else None)
+
+
+def _check_sampler(config: PPOConfig, found: Findings) -> None:
+    section = config.data.sampler
+    if section.class_path is None:
+        for name, value in section.kwargs.items():
+            found.errors.append(
+                f"data.sampler.{name}={show(value)}: data.sampler.class_path is not set, so there is no sampler; set "
+                "it to the Python file of the class, or leave this key out"
+            )
+        return
+    problem = sampler_problem(section)
+    if problem is not None:
+        found.errors.append(problem)
+    if config.actor_rollout_ref.rollout.partial_rollout:
+        found.errors.append(
+            f"data.sampler.class_path={section.class_path} with actor_rollout_ref.rollout.partial_rollout=True: not "
+            "supported, because prompts in progress cannot be drawn again from a sampler; use one of the two"
+        )
+    found.notes.append(
+        f"data.sampler.class_name={section.class_name} chooses the training prompts; data.shuffle and data.seed have "
+        "an effect on their order only if it reads them"
+    )
 
 
 def _limited(rows: int | None, limit: int) -> int | None:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import copy
+import logging
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
 from verl.config import PPOConfig
 from verl.preflight.inputs import data_seed
+from verl.trainer.ppo.checkpoint import check_storable
 from verl.trainer.rollouts.prompts import PromptSource
 from verl.utils.dataset.loader import EpochDataLoader, build_dataloader
-from verl.utils.dataset.rl_dataset import create_rl_dataset
+from verl.utils.dataset.rl_dataset import PromptDataset, create_rl_dataset, unwrapped
+from verl.utils.dataset.sampled_loader import SampledDataLoader
+from verl.utils.dataset.sampler import STATE_METHODS, AbstractCurriculumSampler, AbstractSampler, create_rl_sampler
 from verl.utils.tokenizer import hf_tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -36,7 +42,7 @@ def load_data(config: PPOConfig) -> TrainingData:
     """Load the tokenizer and the data sets.
 
     Raises:
-        ValueError: the data does not fill a batch; see `build_dataloader` and `create_rl_dataset`.
+        ValueError: the data does not fill a batch; see `build_dataloader`, `create_rl_dataset` and `create_rl_sampler`.
     """
     data, model = config.data, config.actor_rollout_ref.model
     assert model.path is not None and data.train_files is not None and data.val_files is not None
@@ -46,14 +52,15 @@ def load_data(config: PPOConfig) -> TrainingData:
     train = create_rl_dataset(data.train_files, thread_tokenizer, data, max_samples=data.train_max_samples)
     seed = data_seed(config)
     one_by_one = config.actor_rollout_ref.rollout.partial_rollout
-    loader = build_dataloader(
-        train,
-        batch_size=1 if one_by_one else data.gen_batch_size or data.train_batch_size,
-        shuffle=data.shuffle,
-        seed=seed,
-        drop_last=True,
-    )
-    prompts = PromptSource(loader)
+    batch_size = 1 if one_by_one else data.gen_batch_size or data.train_batch_size
+    sampler = create_rl_sampler(data, unwrapped(train))
+    rows_per_epoch = len(train)
+    if sampler is None:
+        loader = build_dataloader(train, batch_size=batch_size, shuffle=data.shuffle, seed=seed, drop_last=True)
+        prompts = PromptSource(loader)
+    else:
+        sampled = _sampled_loader(config, train, sampler, batch_size)
+        prompts, rows_per_epoch = PromptSource(sampled), sampled.rows_per_pass
     validation = create_rl_dataset(data.val_files, tokenizer, data, max_samples=data.val_max_samples)
     val_loader = build_dataloader(
         validation,
@@ -62,6 +69,28 @@ def load_data(config: PPOConfig) -> TrainingData:
         seed=seed,
         drop_last=False,
     )
-    steps_per_epoch = len(train) // data.train_batch_size
+    steps_per_epoch = rows_per_epoch // data.train_batch_size
     total_steps = config.trainer.total_training_steps or steps_per_epoch * config.trainer.total_epochs
     return TrainingData(tokenizer, prompts, val_loader, total_steps)
+
+
+def _sampled_loader(
+    config: PPOConfig, dataset: PromptDataset, sampler: AbstractSampler, batch_size: int
+) -> SampledDataLoader:
+    """Build the loader of a sampler; check that checkpoints, if the run writes any, can hold its state."""
+    name = config.data.sampler.class_name
+    if config.trainer.save_freq > 0 and hasattr(sampler, STATE_METHODS[0]):
+        try:
+            check_storable(sampler.state_dict())
+        except ValueError as error:
+            raise ValueError(
+                f"data.sampler.class_name={name}: a checkpoint cannot hold the value of state_dict ({error}); return "
+                "dicts, lists, tuples, sets, numbers, text, NumPy arrays and tensors"
+            ) from error
+    elif config.trainer.save_freq > 0 and isinstance(sampler, AbstractCurriculumSampler):
+        logger.warning(
+            "data.sampler.class_name=%s has no state_dict and load_state_dict: a resumed run starts without what its "
+            "updates learned",
+            name,
+        )
+    return SampledDataLoader(dataset, sampler, batch_size=batch_size)

@@ -126,6 +126,7 @@ class RayPPOTrainer:
                                 metrics |= await self.update_actor(batch)
                         # The weights change between two rollouts, never inside one.
                         await rollouts.wait_idle(timing)
+                        runtime.data.prompts.on_trained(batch)
                         with marked_timer("update_weights", timing):
                             metrics |= await runtime.update_weights(self.step)
                         if trainer.check_consistency and self.step == first_step:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
-from typing import NotRequired, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 from verl.config.record import write_record
 from verl.preflight.inputs import write_inputs
@@ -29,7 +29,7 @@ class DriverState(TypedDict):
     """
 
     step: int
-    train_loader: dict[str, int | bool]
+    train_loader: dict[str, Any]
     draws: NotRequired[int]
     kl_coef: NotRequired[float]
     carried: NotRequired[list[tuple[int, ...]]]

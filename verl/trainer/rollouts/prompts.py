@@ -1,5 +1,7 @@
 """Training prompts: read, put through the chat template and tokenized one batch ahead of their use.
 
+With a sampler of the user, a batch is read when it is needed, because earlier batches may decide about it.
+
 A checkpoint stores the progress of training, not of reading. So each draw carries the loader state after it, and the
 caller that trains on a draw sets `PromptSource.state` to that state.
 """
@@ -10,19 +12,21 @@ import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from verl.protocol import DataProto
 from verl.utils.dataset.loader import EpochDataLoader
+from verl.utils.dataset.sampled_loader import SampledDataLoader
 
 
 class LoaderState(NamedTuple):
-    """A point between two draws, in plain numbers that a checkpoint can store.
+    """A point between two draws, in plain values that a checkpoint can store.
 
     Attributes:
         draws: number of draws before it.
-        loader: state of the data loader at it.
+        loader: state of the data loader at it. That of a `SampledDataLoader` is complete after `on_trained`.
     """
 
     draws: int
-    loader: dict[str, int | bool]
+    loader: dict[str, Any]
 
 
 class PromptId(NamedTuple):
@@ -80,7 +84,7 @@ class PromptSource:
             from it.
     """
 
-    def __init__(self, loader: EpochDataLoader):
+    def __init__(self, loader: EpochDataLoader | SampledDataLoader):
         self._loader = loader
         self._batches = self._endless_batches()
         self._next_draw: asyncio.Task[Draw] | None = None
@@ -102,14 +106,23 @@ class PromptSource:
         return draw
 
     async def next(self) -> Draw:
-        """Return the next batch and start to read the one after it in a thread.
+        """Return the next batch, read in a thread; without a sampler of the user, start to read the one after it.
 
         Raises:
             Exception: reading or tokenizing this batch failed. An error in a batch that is never requested is ignored.
         """
         draw = await (self._next_draw or self._read_ahead())
-        self._next_draw = self._read_ahead()
+        self._next_draw = None if isinstance(self._loader, SampledDataLoader) else self._read_ahead()
         return draw
+
+    def on_trained(self, batch: DataProto) -> None:
+        """Update the sampler of the user with the batch of a training step; call it while no batch is being read.
+
+        Args:
+            batch: the batch that was trained on; `state` is the loader state after its prompts.
+        """
+        if isinstance(self._loader, SampledDataLoader):
+            self.state = self.state._replace(loader=self._loader.on_trained(batch, self.state.loader["drawn"]))
 
     def _read_ahead(self) -> asyncio.Task[Draw]:
         task = asyncio.ensure_future(asyncio.to_thread(self._draw))
@@ -128,14 +141,15 @@ class PromptSource:
         return max(0, self.state.draws - 1) // len(self._loader)
 
     def read(self, prompt: PromptId) -> dict[str, Any]:
-        """Read one prompt again; the loader state does not change."""
+        """Read one prompt again, without a sampler of the user; the loader state does not change."""
+        assert isinstance(self._loader, EpochDataLoader), "partial rollouts exclude a sampler"
         return to_rows(self._loader.read(prompt.epoch, prompt.sample), prompt.number)[0]
 
     def restore(self, state: LoaderState) -> None:
         """Continue from a stored state.
 
         Raises:
-            ValueError: the state belongs to other data; see `EpochDataLoader.load_state_dict`.
+            ValueError: the state belongs to other data; see the loader's `load_state_dict`.
         """
         assert self._next_draw is None, "call restore() before the first draw"
         self._loader.load_state_dict(state.loader)

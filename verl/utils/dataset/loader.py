@@ -114,9 +114,15 @@ class EpochDataLoader(StatefulDataLoader):
 
         Raises:
             ValueError: the state was saved with other data, another seed or another `data.shuffle`, so it would
-                describe other prompts.
+                describe other prompts, or with a sampler of the user.
         """
         current = self.state_dict()
+        if "sampler" in state_dict:
+            raise ValueError(
+                "cannot resume the data: the checkpoint was written with data.sampler.class_name="
+                f"{state_dict['sampler']}; set data.sampler again, or start from the beginning with "
+                "trainer.resume_mode=disable"
+            )
         if state_dict.keys() != current.keys() or state_dict["version"] != _STATE_VERSION:
             raise ValueError(
                 f"the state of the data loader has the keys {sorted(state_dict)}, expected {sorted(current)} (version "

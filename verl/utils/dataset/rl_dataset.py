@@ -313,15 +313,15 @@ class _CustomItems(Dataset[dict[str, Any]]):
                 f"the dataset class {type(dataset).__name__} has a state_dict, which is not supported: only datasets "
                 "whose items depend on the index alone can be resumed; remove it"
             )
-        self._dataset, self._tokenizer, self._config = dataset, tokenizer, config
+        self.dataset, self._tokenizer, self._config = dataset, tokenizer, config
         self._template_kwargs = check_template_kwargs(config.apply_chat_template_kwargs or {})
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        item = self._dataset[index]
-        name = f"item {index} of {type(self._dataset).__name__}"
+        item = self.dataset[index]
+        name = f"item {index} of {type(self.dataset).__name__}"
         if not isinstance(item, dict):
             raise ValueError(f"{name} is a {type(item).__name__}; return a dict with raw_prompt, a list of messages")
         messages, tokens = item.get("raw_prompt"), item.get("prompt_token_ids")
@@ -367,6 +367,11 @@ def create_rl_dataset(
     if not path:
         return dataset
     return _CustomItems(dataset, tokenizer, config)
+
+
+def unwrapped(dataset: PromptDataset) -> PromptDataset:
+    """Return the dataset of `create_rl_dataset` as the instance of `RLHFDataset` or of the user's class."""
+    return dataset.dataset if isinstance(dataset, _CustomItems) else dataset
 
 
 def load_dataset_class(path: str, name: str | None) -> type[Any]:
