@@ -102,8 +102,8 @@ EXTENSIONS = [
     "verl.trainer.main_ppo:run_ppo",
     "verl.trainer.ppo.reward:compute_reward",
 ]
-# These exist with other arguments than upstream verl's: they belong to the training loop.
-OTHER_ARGUMENTS = {"verl.trainer.ppo.ray_trainer:RayPPOTrainer", "verl.trainer.ppo.ray_trainer:apply_kl_penalty"}
+# It exists with other arguments than upstream verl's: it is the training loop.
+OTHER_ARGUMENTS = {"verl.trainer.ppo.ray_trainer:RayPPOTrainer"}
 
 
 def attempt(name):

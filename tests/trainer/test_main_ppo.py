@@ -1,6 +1,7 @@
 """The command line of a run; the tests at the end start it in another process."""
 
 import contextlib
+import dataclasses
 import logging
 import os
 import subprocess
@@ -8,8 +9,9 @@ import sys
 import types
 
 import pytest
+from omegaconf import OmegaConf
 
-from verl.config import ConfigError
+from verl.config import ConfigError, load_config
 from verl.trainer import main_ppo
 
 
@@ -79,6 +81,28 @@ def test_run_gets_the_config_and_its_plan(run_files, stand_in, monkeypatch):
         main_ppo.main()
     ((config, plan),) = got
     assert config.data.seed == 9 and plan.device == "cpu"
+
+
+def test_a_program_with_its_own_command_line_runs_a_config(run_files, stand_in, capsys):
+    """As user code for upstream verl does: a config that Hydra composed, or one that verl loaded."""
+    started = []
+    stand_in(lambda config, plan: started.append((config, plan)))
+    loaded = load_config(run_files.overrides())
+    main_ppo.run_ppo(OmegaConf.create(dataclasses.asdict(loaded)))
+    main_ppo.run_ppo(loaded)
+    assert [config for config, _ in started] == [loaded, loaded]
+    assert all(plan.prompts_per_step == 8 for _, plan in started)
+    assert capsys.readouterr().out.count("prompts per step     8") == 2
+
+
+def test_a_run_of_a_program_raises_its_errors(run_files, stand_in):
+    stand_in(fails)
+    with pytest.raises(ConfigError, match=r"data\.train_files"):
+        main_ppo.run_ppo(load_config(run_files.overrides(data__train_files="/absent.parquet")))
+    with pytest.raises(TypeError, match="task_runner_class is not supported"):
+        main_ppo.run_ppo(load_config(run_files.overrides()), task_runner_class=object)
+    with pytest.raises(RuntimeError, match="the engine died"):
+        main_ppo.run_ppo(load_config(run_files.overrides()))
 
 
 def test_compose_does_not_change_loggers():

@@ -21,8 +21,6 @@ _LOOP = (
     "the training loop cannot be replaced by parts. Start a run with `python3 -m verl.trainer.main_ppo`, and extend it "
     "with registered functions and classes (docs/extending.md)"
 )
-_CONFIG = "use verl.config: load_config(overrides) returns typed dataclasses that are mappings too"
-_SAMPLER = "data.sampler is not supported yet. Sort the rows of the file and set data.shuffle=False"
 _MODULES = {
     "verl.single_controller.ray": _WORKERS,
     "verl.single_controller.base": _WORKERS,
@@ -30,7 +28,6 @@ _MODULES = {
     "verl.workers.megatron_workers": "Megatron is not supported; FSDP2 is the only training engine so far",
     "verl.workers.engine_workers": _WORKERS,
     "verl.workers.sharding_manager": _WORKERS,
-    "verl.trainer.ppo.utils": _LOOP,
     "verl.trainer.ppo.reward": "rewards are computed in the run. Set reward.custom_reward_function.path, or register a "
     "reward manager with verl.workers.reward_manager.register",
     "verl.trainer.constants_ppo": "set the environment of a run's processes in ray_kwargs.ray_init.runtime_env",
@@ -38,28 +35,34 @@ _MODULES = {
         ("verl.trainer.sft_trainer", "verl.trainer.fsdp_sft_trainer"),
         "supervised fine-tuning is not supported; this package trains with PPO and its variants",
     ),
-    "verl.utils.config": _CONFIG,
     "verl.utils.tensordict_utils": "use the methods of verl.DataProto",
     "verl.utils.megatron_utils": "Megatron is not supported; FSDP2 is the only training engine so far",
     "verl.utils.fsdp_utils": _WORKERS,
     "verl.utils.debug": "`verl report` shows times and memory of a run",
     "verl.models": "models are loaded with transformers; nothing has to be registered",
     "verl.interactions": "simulated users are not supported; write an agent loop (docs/agent_loops.md)",
-    "verl.experimental.dataset": _SAMPLER,
     "verl.experimental.fully_async_policy": "use trainer.rollout_lag=1 or rollout.partial_rollout=True "
     "(docs/async_training.md)",
     "verl.experimental.one_step_off_policy": "use trainer.rollout_lag=1 (docs/async_training.md)",
     "verl.experimental.transfer_queue": _LOOP,
 }
 _NAMES = {
+    "verl.trainer.ppo.utils": {
+        **dict.fromkeys(("Role", "WorkerType"), _LOOP),
+        "need_reward_model": "reward models inside a run are not supported; query one in "
+        "reward.custom_reward_function, as in examples/reward_model",
+        "create_rl_dataset": "call verl.utils.dataset.rl_dataset.create_rl_dataset(files, tokenizer, config.data)",
+        "create_rl_sampler": "call verl.utils.dataset.sampler.create_rl_sampler(config.data, dataset)",
+    },
+    "verl.utils.config": {
+        "validate_config": "call verl.preflight.check(config) with the result of verl.config.load_config(overrides)",
+        "update_dict_with_config": "use verl.config: load_config(overrides) returns typed dataclasses that are "
+        "mappings too",
+    },
     "verl.trainer.ppo.ray_trainer": {
         **dict.fromkeys(("ResourcePoolManager", "Role", "WorkerType"), _LOOP),
-        "compute_advantage": "call verl.trainer.ppo.core_algos.compute_advantage(adv_estimator, batch, config)",
     },
-    "verl.trainer.main_ppo": {
-        "run_ppo": "call verl.trainer.main_ppo.main(arguments), with the command line's arguments as a list",
-        "TaskRunner": _LOOP,
-    },
+    "verl.trainer.main_ppo": {"TaskRunner": _LOOP},
     "verl.trainer.ppo.core_algos": {
         "compute_policy_loss": "call compute_policy_loss_vanilla(..., config=actor_config), and register your own loss "
         "with register_policy_loss",

@@ -155,13 +155,41 @@ def show_plan(plan: Plan) -> None:
     sys.stdout.flush()
 
 
-def execute(config: PPOConfig, plan: Plan) -> int:
-    """Train, and return the exit status."""
+def run_ppo(config: DictConfig | PPOConfig, task_runner_class: object = None) -> None:
+    """Check a config, print the plan and train, for a program with its own command line.
+
+    Args:
+        config: as `hydra.main` composed it, or from `verl.config.load_config`.
+        task_runner_class: must be None; the training loop cannot be replaced.
+
+    Raises:
+        ConfigError: lists every problem of the config.
+        TypeError: `task_runner_class` is given.
+        Exception: the run failed.
+    """
+    if task_runner_class is not None:
+        raise TypeError(
+            "run_ppo: task_runner_class is not supported, because the training loop cannot be replaced; extend it with "
+            "registered functions and classes (docs/extending.md)"
+        )
+    resolved = config if isinstance(config, PPOConfig) else from_hydra(config)
+    import_external_lib(resolved)
+    plan = check(resolved)
+    show_plan(plan)
+    _train(resolved, plan)
+
+
+def _train(config: PPOConfig, plan: Plan) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     from verl.trainer.ppo.ray_trainer import run
 
+    run(config, plan)
+
+
+def execute(config: PPOConfig, plan: Plan) -> int:
+    """Train, and return the exit status."""
     try:
-        run(config, plan)
+        _train(config, plan)
     except KeyboardInterrupt:
         sys.stderr.write("verl: stopped by Ctrl-C\n")
         return 130

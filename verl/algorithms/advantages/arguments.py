@@ -32,7 +32,7 @@ def estimator_arguments(
     function: Callable[..., Any],
     tensors: Mapping[str, torch.Tensor],
     non_tensors: Mapping[str, np.ndarray],
-    index: np.ndarray,
+    index: np.ndarray | None,
     config: AlgorithmConfig,
 ) -> dict[str, Any]:
     """Return the keyword arguments of an estimator; `register_adv_est` lists the possible ones.
@@ -41,18 +41,22 @@ def estimator_arguments(
         function: the estimator.
         tensors: the tensor columns of the batch, including `token_level_rewards` and `response_mask`.
         non_tensors: its other columns, arrays of B.
-        index: B group ids.
+        index: B group ids; None if the batch has no column `uid`.
         config: the `algorithm` section.
 
     Raises:
         ValueError: a parameter without a default is not a column of this batch.
     """
-    offered = {**tensors, _NON_TENSORS: non_tensors, "index": index, "config": config}
+    offered = {**tensors, _NON_TENSORS: non_tensors, "config": config}
+    if index is not None:
+        offered["index"] = index
     parameters = _parameters(function)
     named = [parameter.name for parameter in parameters if parameter.kind in _BY_KEYWORD]
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
         named += _CORE
     required = {*required_columns(function), *(name for name in _CORE if name in named)}
+    if not any(parameter.name == "index" and parameter.default is parameter.empty for parameter in parameters):
+        required.discard("index")
     for name in named:
         if name in required and name not in offered:
             raise ValueError(_missing(function, name, tensors, non_tensors))
@@ -66,7 +70,9 @@ def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
 def _missing(
     function: Callable[..., Any], name: str, tensors: Mapping[str, torch.Tensor], non_tensors: Mapping[str, np.ndarray]
 ) -> str:
-    if name in non_tensors:
+    if name == "index":
+        fix = "the column uid gives the group of each sample"
+    elif name in non_tensors:
         fix = f"it is not a tensor; read it from a parameter {_NON_TENSORS}"
     else:
         fix = f"use one of {', '.join(sorted({*tensors, _NON_TENSORS, *_CORE}))}, or give {name} a default"

@@ -29,7 +29,7 @@ def compute_advantage(
     Args:
         adv_estimator: the registered name.
         batch: columns `token_level_rewards` [B, T] float32, `response_mask` [B, T], `uid` (B group ids, equal for the
-            samples of one prompt), and the columns that the parameters of the estimator name.
+            samples of one prompt) if the estimator has a parameter `index`, and the columns that its parameters name.
         config: the `algorithm` section.
 
     Raises:
@@ -37,5 +37,6 @@ def compute_advantage(
     """
     function = get_adv_estimator_fn(adv_estimator)
     tensors = cast(dict[str, torch.Tensor], dict(batch.batch.items()))
-    arguments = estimator_arguments(function, tensors, batch.non_tensor_batch, batch.non_tensor_batch["uid"], config)
+    groups = batch.non_tensor_batch.get("uid")
+    arguments = estimator_arguments(function, tensors, batch.non_tensor_batch, groups, config)
     return function(**arguments)

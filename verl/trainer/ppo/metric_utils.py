@@ -7,9 +7,16 @@ from collections.abc import Mapping
 from verl.protocol import DataProto
 from verl.trainer.ppo import metrics
 from verl.trainer.ppo.metrics import compute_timing_metrics
+from verl.trainer.ppo.validation import process_validation_metrics
 from verl.utils.metric import reduce_metrics
 
-__all__ = ["compute_data_metrics", "compute_throughout_metrics", "compute_timing_metrics", "reduce_metrics"]
+__all__ = [
+    "compute_data_metrics",
+    "compute_throughout_metrics",
+    "compute_timing_metrics",
+    "process_validation_metrics",
+    "reduce_metrics",
+]
 
 
 def compute_data_metrics(batch: DataProto, use_critic: bool = True) -> dict[str, float]:

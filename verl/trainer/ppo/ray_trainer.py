@@ -69,7 +69,13 @@ from verl.trainer.ppo.metrics import (
     compute_version_metrics,
 )
 from verl.trainer.ppo.off_policy import correct_rollout, drop_rejected, mismatch_metrics
-from verl.trainer.ppo.rewards_to_advantages import apply_advantages, apply_kl_penalty, compute_response_mask
+from verl.trainer.ppo.rewards_to_advantages import (
+    apply_advantages,
+    apply_kl_penalty,
+    compute_advantage,
+    compute_response_mask,
+    compute_rewards,
+)
 from verl.trainer.ppo.run_state import HFExportError, export_run, load_run, save_run
 from verl.trainer.ppo.runtime import Runtime
 from verl.trainer.ppo.validation_run import ValidationRun
@@ -78,7 +84,7 @@ from verl.utils.run_lock import run_lock
 from verl.utils.timing import marked_timer
 from verl.utils.tracking import Progress, Tracking
 
-__all__ = ["RayPPOTrainer", "apply_kl_penalty", "compute_response_mask", "run"]
+__all__ = ["RayPPOTrainer", "apply_kl_penalty", "compute_advantage", "compute_response_mask", "run"]
 __getattr__ = missing_names(__name__)
 logger = logging.getLogger(__name__)
 
@@ -164,7 +170,7 @@ class RayPPOTrainer:
             batch = batch.union(DataProto.from_dict(tensors={"old_log_probs": batch.batch["rollout_log_probs"]}))
         elif "rollout_log_probs" in batch.batch:
             batch, metrics = correct_rollout(batch, runtime.correction)
-        batch, kl_metrics = apply_kl_penalty(batch, algorithm, runtime.kl_controller)
+        batch, kl_metrics = compute_rewards(batch, algorithm, runtime.kl_controller)
         return drop_rejected(apply_advantages(batch, algorithm)), metrics | kl_metrics
 
     async def update_actor(self, batch: DataProto) -> dict[str, float]:
