@@ -49,13 +49,13 @@ class RunInputs:
         versions: of Python, verl and the packages that compute; and the device.
         verl_code: hash of verl's own source files.
         data_order: values of the data loader's state that must be the same to continue in its order: rows, shuffle,
-            seed; empty before the data is loaded.
+            seed, or rows and sampler, the class's name; empty before the data is loaded.
     """
 
     files: dict[str, dict[str, Fingerprint | None]]
     versions: dict[str, str]
     verl_code: str
-    data_order: Mapping[str, int | bool] = field(default_factory=dict)
+    data_order: Mapping[str, int | bool | str] = field(default_factory=dict)
 
 
 def collect_inputs(config: PPOConfig, device: str) -> RunInputs:

@@ -29,6 +29,8 @@ def save(run_files):
         config = with_overrides(run_files.overrides(**changes))
         write_record(config, directory)
         order = {"rows": 40, "shuffle": config.data.shuffle, "seed": data_seed(config)}
+        if config.data.sampler.class_path:
+            order = {"rows": 40, "sampler": config.data.sampler.class_name}
         write_inputs(dataclasses.replace(collect_inputs(config, "cpu"), data_order=order), directory)
         write_manifest(directory)
         (run_files.out / TRACKER).write_text(str(step))
@@ -315,3 +317,18 @@ def test_the_log_warns_of_changed_inputs(save, run_files, caplog):
     caplog.clear()
     warn_of_changed_inputs(directory, collect_inputs(config, "cpu"))
     assert f"{directory} has no inputs.json" in caplog.text
+
+
+def test_a_resume_with_another_sampler_is_refused(plan_of, problem_of, save, tmp_path):
+    path = tmp_path / "sampler.py"
+    path.write_text("class Mine: pass\nclass Other: pass\n")
+    mine = {"data__sampler__class_path": path, "data__sampler__class_name": "Mine"}
+    save(2, **mine)
+    # The order does not depend on shuffling and seed.
+    plan_of(**mine, data__seed=9, data__shuffle=False)
+    for changes, now in (({}, "null"), (mine | {"data__sampler__class_name": "Other"}, "Other")):
+        problem = problem_of(**changes)
+        assert problem.startswith(f"data.sampler.class_name={now}: the run that wrote the checkpoint had Mine")
+    save(4)
+    problem = problem_of(**mine)
+    assert problem.startswith("data.sampler.class_name=Mine: the run that wrote the checkpoint had null")

@@ -77,6 +77,15 @@ async def test_a_saved_state_is_restored(tmp_path):
     assert other.kl_controller.value == 0.25
 
 
+async def test_the_order_of_a_sampler_is_recorded(tmp_path):
+    run = Run()
+    loader = {"version": 1, "drawn": 4, "sampler": "Mine", "rows": 9, "untrained": [3], "sampler_state": {"a": 1}}
+    run.data.prompts.state = LoaderState(2, loader)
+    await save_run(run, tmp_path, 3)
+    assert load_driver_state(tmp_path)["train_loader"] == loader
+    assert read_inputs(tmp_path).data_order == {"rows": 9, "sampler": "Mine"}
+
+
 async def test_a_failed_export_leaves_the_resumable_part(tmp_path):
     """A rank fails while it writes the critic's Hugging Face directory."""
 

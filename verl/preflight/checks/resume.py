@@ -78,10 +78,19 @@ def check_resume(config: PPOConfig, data: DataInfo, found: Findings) -> None:
 
 
 def _check_data_order(
-    config: PPOConfig, data: DataInfo, before: Mapping[str, int | bool], checkpoint: Path, found: Findings
+    config: PPOConfig, data: DataInfo, before: Mapping[str, int | bool | str], checkpoint: Path, found: Findings
 ) -> None:
-    """Check rows, shuffling and seed, which decide the order of the prompts."""
+    """Check rows and sampler, or rows, shuffling and seed, which decide the order of the prompts."""
     way_out = f"to continue {checkpoint}, or start a new run with trainer.resume_mode=disable"
+    section = config.data.sampler
+    sampler = None if section.class_path is None else section.class_name
+    if before and before.get("sampler") != sampler:
+        found.errors.append(
+            f"data.sampler.class_name={show(sampler)}: the run that wrote the checkpoint had "
+            f"{show(before.get('sampler'))}, so its position belongs to another order of the prompts; restore "
+            f"data.sampler {way_out}"
+        )
+        return
     if "shuffle" in before and before["shuffle"] != config.data.shuffle:
         found.errors.append(
             f"data.shuffle={config.data.shuffle}: the run that wrote the checkpoint had {before['shuffle']}, so its "
@@ -94,7 +103,7 @@ def _check_data_order(
             f"{before['seed']}; set data.seed={before['seed']} {way_out}"
         )
     rows = before.get("rows")
-    if data.train is None or rows is None or data.train == rows:
+    if data.train is None or not isinstance(rows, int) or data.train == rows:
         return
     # `filter_overlong_prompts` may drop the rows that there are more.
     if data.train < rows or not config.data.filter_overlong_prompts:

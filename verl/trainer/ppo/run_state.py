@@ -58,7 +58,7 @@ async def save_run(runtime: Runtime, directory: Path, step: int) -> None:
     )
     save_driver_state(directory, state)
     write_record(runtime.config, directory)
-    order = {name: loader.loader[name] for name in ORDER_KEYS}
+    order = {name: loader.loader[name] for name in (*ORDER_KEYS, "sampler") if name in loader.loader}
     write_inputs(dataclasses.replace(runtime.inputs, data_order=order), directory)
 
 
