@@ -2,8 +2,8 @@
 # Checks the wording of all tracked texts: misspelled, British and archaic words, and phrases that are hard to read.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-# Names (CANN), accepted spellings, and deliberate mistakes in tests.
-ignored=cann,cancelled,writeable,temprature,libray,rigth,grop,fiel,consle,chek
+# Names (CANN, ND), accepted spellings, and deliberate mistakes in tests.
+ignored=cann,nd,cancelled,writeable,temprature,libray,rigth,grop,fiel,consle,chek
 unchecked='CHANGELOG\.md|LICENSE|scripts/(wordlist|phrases)\.txt|.*\.(png|svg|lock)'
 git ls-files | grep -vxE "$unchecked" |
     xargs .venv/bin/codespell --builtin clear,en-GB_to_en-US -D - -D scripts/wordlist.txt --ignore-words-list "$ignored"
