@@ -135,7 +135,7 @@ def _input_paths(config: PPOConfig) -> Iterator[tuple[str, list[Path]]]:
             continue
         if key.startswith("critic.") and not needs_critic(config):
             continue
-        values: list[Any] = value if isinstance(value, list | tuple) else [value]
+        values = list(value) if isinstance(value, list | tuple) else [value]
         paths = [Path(os.path.abspath(os.path.expanduser(item))) for item in values if isinstance(item, str)]
         yield key, [path for path in paths if path.exists()]
 
