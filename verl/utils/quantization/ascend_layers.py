@@ -186,7 +186,7 @@ def _decoder_prefix(index: CheckpointIndex) -> str:
     if len(decoders) != 1:
         raise ValueError(
             f"{index.model_dir}: expected one decoder (<prefix>.embed_tokens.weight next to <prefix>.layers.0), found "
-            f"{decoders or 'none'}; models of type {index.config.get('model_type')!r} are not supported in MXFP8: set "
+            f"{decoders or 'none'}; models of type {index.config.get('model_type')!r} cannot be quantized: set "
             "actor_rollout_ref.rollout.quantization=null"
         )
     return decoders[0]

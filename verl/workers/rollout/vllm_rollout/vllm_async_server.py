@@ -32,6 +32,7 @@ from verl.workers.rollout.quantization import worker_settings
 from verl.workers.rollout.request_channel import Request, RequestDesk, Response
 from verl.workers.rollout.types import ReplicaHealth, ReplicaReport, ReplicaUnavailable, TokenOutput
 from verl.workers.rollout.vllm_rollout.engine_args import engine_args
+from verl.workers.rollout.vllm_rollout.engine_failure import failure_text
 from verl.workers.rollout.vllm_rollout.sampling_params import vllm_sampling_params
 from verl.workers.rollout.vllm_rollout.worker_calls import call_workers, merge_bucket_reports, merge_reports, results
 from verl.workers.rollout.vllm_rollout.worker_extension import WeightUpdateExtension
@@ -110,6 +111,7 @@ class vLLMHttpServer:
 
         Raises:
             ValueError: vLLM refuses the arguments of the engine.
+            RuntimeError: the engine's processes ended.
             WeightUpdateError: weights in the layouts of the engine's layers cannot be replaced.
         """
         from vllm import AsyncEngineArgs
@@ -123,7 +125,10 @@ class vLLMHttpServer:
         except ValueError as error:
             # Pydantic's exceptions cannot be pickled.
             raise ValueError(f"vLLM refuses the arguments of its engine: {error}") from None
-        self._engine = AsyncLLM.from_vllm_config(config, disable_log_stats=self._rollout.disable_log_stats)
+        try:
+            self._engine = AsyncLLM.from_vllm_config(config, disable_log_stats=self._rollout.disable_log_stats)
+        except RuntimeError as error:
+            raise RuntimeError(f"replica {self._rank}: its engine did not start: {failure_text(error)}") from error
         if self._timeline is not None:
             await call_workers(
                 self._engine, WeightUpdateExtension.verl_join_timeline, self._timeline, f"replica {self._rank}"
@@ -191,7 +196,7 @@ class vLLMHttpServer:
             async for output in self._engine.generate(prompt, parameters, request_id):
                 final = output.outputs[0]
         except EngineDeadError as error:
-            self._refuse(f"its engine died: {error}")
+            self._refuse(f"its engine died: {failure_text(error)}")
             raise ReplicaUnavailable(f"replica {self._rank}: {self._refusal}") from error
         finally:
             self._in_flight.discard(request_id)
