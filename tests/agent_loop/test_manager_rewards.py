@@ -1,7 +1,9 @@
 """Reward managers in upstream verl's style: real samples, real reward workers, no engine."""
 
 import asyncio
+import sys
 import textwrap
+import threading
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from verl.experimental.reward_loop.reward_manager import register as register_ma
 from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
 from verl.workers.reward import RewardLoop
 from verl.workers.reward_manager.abstract import AbstractRewardManager
+
+SHORT = 1.0  # time limit in seconds
 
 COUNT = """
 def compute_score(data_source, solution_str, ground_truth, extra_info):
@@ -92,10 +96,59 @@ class AtEveryToken(InTensor):
     positions = (0, 1)
 
 
-def results(tmp_path, manager, responses, truth="t", **row):
+class OfEachKind:
+    """A manager of either kind whose reward of response 9 is what `act` does; other rewards are 1."""
+
+    def act(self):
+        raise NotImplementedError
+
+    async def act_in_steps(self):
+        await asyncio.sleep(0)
+        self.act()
+
+    async def run_single(self, data):
+        if int(data.batch["responses"][0, 0]) == 9:
+            await self.act_in_steps()
+        await asyncio.sleep(0)
+        return {"reward_score": 1.0, "reward_extra_info": {"step": 4}}
+
+    def __call__(self, data, return_dict=False):
+        if int(data.batch["responses"][0, 0]) == 9:
+            self.act()
+        return torch.ones(1, 1)
+
+
+class Hang:
+    def act(self):
+        threading.Event().wait()
+
+
+class Exit:
+    def act(self):
+        sys.exit(3)
+
+
+class NeverAnswered:
+    async def act_in_steps(self):
+        await asyncio.get_running_loop().create_future()
+
+
+class TensorInit:
+    def __init__(self, tokenizer, num_examine, compute_score, **kwargs):
+        pass
+
+
+for kind, act in (("hang", Hang), ("exit", Exit), ("never", NeverAnswered)):
+    register_manager(f"{kind}_async")(type("Async", (act, OfEachKind, RewardManagerBase), {}))
+    if kind != "never":
+        register_manager(f"{kind}_thread")(type("Thread", (act, OfEachKind, TensorInit, AbstractRewardManager), {}))
+
+
+def results(tmp_path, manager, responses, truth="t", timeout=30.0, function=COUNT, **row):
     path = tmp_path / "reward.py"
-    path.write_text(textwrap.dedent(COUNT))
+    path.write_text(textwrap.dedent(function))
     config = PPOConfig()
+    config.reward.timeout = timeout
     config.reward.custom_reward_function = CustomRewardFunctionConfig(path=str(path))
     config.reward.reward_manager.name, config.reward.num_workers = manager, 1
     config.reward.reward_kwargs = {"max_resp_len": 9}
@@ -148,6 +201,42 @@ def test_a_reward_of_the_loop_replaces_the_manager(tmp_path):
     assert sample.reward.score == 0.25 and sample.reward.error is None
     (sample,) = results(tmp_path, "half", [[25]], own_score=float("nan"))
     assert sample.reward.error == "bad_return"
+
+
+@pytest.mark.parametrize("manager", ["never_async", "hang_async", "hang_thread"])
+def test_a_manager_that_hangs_costs_its_own_sample_the_reward(tmp_path, caplog, manager):
+    """`hang_async` blocks the event loop that it shares with the other samples."""
+    samples = results(tmp_path, manager, [[1], [2], [9], [3], [4]], timeout=SHORT)
+    assert [sample.reward.error for sample in samples] == [None, None, "timeout", None, None]
+    assert [sample.reward.score for sample in samples] == [1.0, 1.0, 0.0, 1.0, 1.0]
+    assert f"{manager}: no reward within reward.timeout={SHORT:g} s" in samples[2].reward.detail
+    (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert "timeout while scoring a sample of data_source=d" in record.getMessage()
+
+
+@pytest.mark.parametrize("manager", ["exit_async", "exit_thread"])
+def test_a_manager_that_ends_its_process_costs_its_own_sample_the_reward(tmp_path, manager):
+    samples = results(tmp_path, manager, [[1], [9], [3]])
+    assert [sample.reward.error for sample in samples] == [None, "exception", None]
+    assert "SystemExit(3)" in samples[1].reward.detail
+
+
+@pytest.mark.parametrize("manager", ["half", "in_tensor"])
+def test_the_scorers_queue_does_not_count_toward_the_limit_of_a_manager(tmp_path, manager):
+    function = """
+    import time
+    def compute_score(data_source, solution_str, ground_truth, extra_info):
+        time.sleep(0.1)
+        return {"score": 1.0}
+    """
+    samples = results(tmp_path, manager, [[1]] * 15, timeout=SHORT, function=function)  # longer than SHORT in all
+    assert [sample.reward.error for sample in samples] == [None] * 15
+
+
+def test_a_reserved_name_in_the_extra_values_of_a_manager_is_renamed(tmp_path, caplog):
+    (sample,) = results(tmp_path, "exit_async", [[1]])
+    assert sample.reward.extra == {"extra_step": 4}
+    assert "the extra value 'step'" in caplog.text
 
 
 def test_managers_that_cannot_be_used_are_errors(tmp_path):

@@ -95,9 +95,10 @@ class SampleGenerator:
         extra_info = {**(row.get("extra_info") or {}), **output.extra_fields, "num_turns": output.num_turns}
         reward: RewardResult
         if output.reward_score is not None:
-            reward = _own_reward(output.reward_score)
+            reward = self._rewards.record(_own_reward(output.reward_score), row["data_source"])
         elif self._manager is not None:
             reward = await self._manager.score(self._table(row, output, extra_info))
+            reward = self._rewards.record(reward, row["data_source"])
         else:
             reward = await self._rewards.score(
                 row["data_source"],

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
+from verl.agent_loop.manager_calls import ManagerCalls, ManagerTimeoutError
 from verl.config import PPOConfig
 from verl.config.reward import MANAGER_KWARGS
 from verl.protocol import DataProto
-from verl.workers.reward import RewardLoop, RewardResult
+from verl.workers.reward import RewardError, RewardLoop, RewardResult
 from verl.workers.reward.function import ARGUMENTS, BadReturnError, plain, read_return
 from verl.workers.reward_manager import AbstractRewardManager, RewardManagerBase, get_reward_manager_cls
 
@@ -44,6 +45,8 @@ class ManagerRewards:
     def __init__(self, config: PPOConfig, tokenizer: Any, rewards: RewardLoop):
         self._rewards = rewards
         self._name = config.reward.reward_manager.name
+        self._timeout = config.reward.timeout
+        self._calls = ManagerCalls(self._timeout)
         self._loop: asyncio.AbstractEventLoop | None = None
         cls = get_reward_manager_cls(self._name)
         kwargs = {key: value for key, value in (config.reward.reward_kwargs or {}).items() if key in MANAGER_KWARGS}
@@ -62,21 +65,30 @@ class ManagerRewards:
     async def score(self, data: DataProto) -> RewardResult:
         """Return the reward of a table of one sample; an error of the manager becomes an error of the sample."""
         started = time.perf_counter()
+
+        def failed(error: str, detail: str) -> RewardResult:
+            return RewardResult(0.0, {}, error, time.perf_counter() - started, detail)
+
         try:
-            self._loop = asyncio.get_running_loop()
-            if isinstance(self._manager, RewardManagerBase):
-                value, extra = _single(await self._manager.run_single(data))
+            manager, self._loop = self._manager, asyncio.get_running_loop()
+            if isinstance(manager, RewardManagerBase):
+                run_single = manager.run_single
+                value, extra = _single(await self._calls.run_coroutine(lambda: run_single(data)))
             else:
-                value, extra = _from_tensor(await asyncio.to_thread(self._manager, data, return_dict=True))
+                value, extra = _from_tensor(await self._calls.run_in_thread(lambda: manager(data, return_dict=True)))
             score, others, note = read_return({**extra, "score": value})
             extras = {**others, **({"score": plain(extra["score"], "score")} if "score" in extra else {})}
             return RewardResult(score, extras, None, time.perf_counter() - started, note)
         except ScoringFailedError as error:
             return error.result
+        except ManagerTimeoutError:
+            return failed("timeout", f"{self._name}: no reward within reward.timeout={self._timeout:g} s")
         except BadReturnError as error:
-            return RewardResult(0.0, {}, "bad_return", time.perf_counter() - started, f"{self._name}: {error}")
+            return failed("bad_return", f"{self._name}: {error}")
+        except RewardError:
+            raise
         except Exception:  # noqa: BLE001  (counted as `reward/num_errors`; a step where every sample fails ends the run)
-            return RewardResult(0.0, {}, "exception", time.perf_counter() - started, traceback.format_exc())
+            return failed("exception", traceback.format_exc())
 
     async def _compute_score(self, *args: Any, **kwargs: Any) -> Any:
         """Run the configured scorer, and return what it returned.
@@ -91,7 +103,8 @@ class ManagerRewards:
                 f"compute_score takes {', '.join(ARGUMENTS)}, not {', '.join(arguments)}; set further keywords in "
                 "reward.reward_kwargs"
             )
-        result = await self._rewards.score(**arguments)
+        with self._calls.waiting():
+            result = await self._rewards.score(**arguments)
         if result.error is not None:
             raise ScoringFailedError(result)
         return result.score if result.extra == {"acc": result.score} else {**result.extra, "score": result.score}

@@ -11,7 +11,7 @@ import pickle
 import threading
 import weakref
 from collections.abc import Container, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from verl.timeline.spans import current_timeline
@@ -188,17 +188,20 @@ class RewardLoop:
         score, extra, detail = outcome.score, outcome.extra, outcome.detail
         if outcome.error == "timeout":
             detail = f"no score within reward.timeout={self._setup.timeout:g} s"
-        if outcome.error is not None:
-            self._report(outcome.error, detail, data_source)
         if outcome.error is None:
-            self._note(detail)
-            detail = ""
             try:
                 score, extra = self._manager.reward(score, extra, response_length)
             except ComponentError as error:
                 raise RewardError(f"data_source={data_source}: {error}") from error
-            extra = self._without_reserved(extra)
-        return RewardResult(score, extra, outcome.error, outcome.seconds, detail)
+        return self.record(RewardResult(score, extra, outcome.error, outcome.seconds, detail), data_source)
+
+    def record(self, result: RewardResult, data_source: str) -> RewardResult:
+        """Log the first failure and the notes in `detail`, and rename extra values with reserved names."""
+        if result.error is not None:
+            self._report(result.error, result.detail, data_source)
+            return result
+        self._note(result.detail)
+        return replace(result, extra=self._without_reserved(result.extra), detail="")
 
     @property
     def scorer(self) -> str:

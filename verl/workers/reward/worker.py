@@ -239,7 +239,7 @@ class _AsyncServer:
 
         timer = loop.call_later(self._timeout, expire)
         try:
-            value = await _stepwise(self._function.call(**_arguments(payload)), self._mark(number))
+            value = await stepwise(self._function.call(**_arguments(payload)), self._mark(number))
             finish(_scored(value))
         except asyncio.CancelledError as error:
             finish(_failure(error))
@@ -256,10 +256,10 @@ class _AsyncServer:
 
 
 @types.coroutine
-def _stepwise(awaitable: Awaitable[Any], mark: Callable[[bool], None]) -> Generator[Any, Any, Any]:
+def stepwise(awaitable: Awaitable[Any], mark: Callable[[bool], None]) -> Generator[Any, Any, Any]:
     """Await `awaitable`, and call `mark(True)` while its code holds the event loop, `mark(False)` otherwise.
 
-    If this process becomes silent, the driver reads the mark to find the sample that blocks the loop.
+    The mark tells another thread or process which coroutine blocks the loop.
     """
     steps = awaitable.__await__()
     send: Callable[..., Any] = steps.send

@@ -41,7 +41,7 @@ class AbstractRewardManager(ABC):
 
     @abstractmethod
     def __call__(self, data: DataProto, return_dict: bool = False) -> torch.Tensor | dict[str, Any]:
-        """Return the rewards of the samples.
+        """Return the rewards of the samples, within `reward.timeout` seconds, without the time of `compute_score`.
 
         Args:
             data: as for `RewardManagerBase.run_single`.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -23,7 +22,7 @@ class RewardManagerBase(ABC):
             the configured scorer in a reward worker and returns its value. It raises if the scoring fails.
 
     Attributes:
-        loop: the driver's event loop.
+        loop: the event loop of the managers.
     """
 
     uncalled_methods: ClassVar[Mapping[str, str]] = {
@@ -36,7 +35,7 @@ class RewardManagerBase(ABC):
         self.compute_score = compute_score
         self.init_class(config, tokenizer)
 
-    @functools.cached_property
+    @property
     def loop(self) -> asyncio.AbstractEventLoop:
         return asyncio.get_running_loop()
 
@@ -46,7 +45,7 @@ class RewardManagerBase(ABC):
 
     @abstractmethod
     async def run_single(self, data: DataProto) -> dict[str, Any]:
-        """Return the reward of one sample.
+        """Return the reward of one sample, within `reward.timeout` seconds, without the time of `compute_score`.
 
         Args:
             data: a table of one row: the tensor columns of `verl.agent_loop.generation.to_batch` without scores, and
