@@ -14,6 +14,7 @@ from verl.preflight.checks.same_function import (
     rope_sections,
     rope_type,
 )
+from verl.preflight.checks.token_ids import check_token_ids
 from verl.preflight.findings import Findings
 from verl.preflight.target import Target
 from verl.utils.model_dir.errors import ModelFilesError
@@ -55,6 +56,7 @@ def check_model(config: PPOConfig, target: Target, found: Findings) -> ModelFile
     check_override(_MODEL, model.override_config, files, found)
     check_train_mode(_MODEL, model.override_config, files, found)
     files = with_overrides(files, model.override_config)
+    check_token_ids(_PATH, files, model.tokenizer_path or model.path, found)
     length = config.actor_rollout_ref.rollout.max_model_len or longest_sample(config)
     check_rope(_MODEL, files, length, found)
     check_sliding_window(_MODEL, files, length, found)
