@@ -1,6 +1,7 @@
 """Start arguments of an engine."""
 
 import dataclasses
+import json
 
 import pytest
 from transformers import AutoConfig
@@ -109,3 +110,15 @@ def test_ray_never_runs_the_workers(device, size, executor):
     roles.rollout.engine_kwargs = {"vllm": {"distributed_executor_backend": "external_launcher"}}
     arguments = engine_args(roles.rollout, roles.model, device=device, dtype="bfloat16", **caps)
     assert arguments["distributed_executor_backend"] == "external_launcher"
+
+
+def test_only_the_end_ids_of_the_generation_config_act(tmp_path):
+    """Its sampling parameters would silently change the samples of requests that do not set them."""
+    from vllm import AsyncEngineArgs
+
+    path = write_tiny_model(tmp_path)
+    sampling = {"do_sample": True, "temperature": 0.6, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05}
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5], "max_new_tokens": 7, **sampling}))
+    model = AsyncEngineArgs(**arguments_of(ModelConfig(path=str(path)))).create_model_config()
+    assert model.get_diff_sampling_param() == {}
+    assert model.try_get_generation_config()["eos_token_id"] == [2, 5]

@@ -64,6 +64,9 @@ def engine_args(
         "disable_log_stats": rollout.disable_log_stats,
         "logprobs_mode": rollout.logprobs_mode,
         "seed": seed,
+        # Requests over HTTP start from vLLM's neutral sampling parameters, not from those of the model's
+        # generation_config.json. Its end-of-sequence ids act in both cases.
+        "generation_config": "vllm",
         "worker_extension_cls": _WORKER_EXTENSION,
         # An in-process worker saves a process and a hop per step; vLLM allows it for a single worker only. By default
         # vLLM would use Ray for several, and wait forever for the devices that the trainer's ranks reserve.
