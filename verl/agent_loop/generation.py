@@ -14,12 +14,14 @@ import torch
 from verl.agent_loop.agent_loop import AgentLoopBase, AgentLoopOutput, get_agent_loop
 from verl.agent_loop.loops_file import register_from_file
 from verl.agent_loop.manager_rewards import ManagerRewards
+from verl.agent_loop.padding import pad_right, pad_samples
 from verl.config import PPOConfig
 from verl.config.names import REWARD_MANAGERS
 from verl.protocol import DataProto
 from verl.timeline.spans import spanned
 from verl.utils.asyncio_utils import gather_or_cancel
 from verl.utils.proto_columns import object_array
+from verl.utils.tokenizer import decode
 from verl.workers.reward import RewardLoop, RewardResult, extra_columns
 from verl.workers.reward.function import BadReturnError, read_return
 from verl.workers.rollout.client import LLMServerClient
@@ -102,7 +104,7 @@ class SampleGenerator:
         else:
             reward = await self._rewards.score(
                 row["data_source"],
-                self._tokenizer.decode(output.response_ids, skip_special_tokens=True),
+                decode(self._tokenizer, output.response_ids, skip_special_tokens=True),
                 row["reward_model"].get("ground_truth"),
                 extra_info,
                 response_length=len(output.response_ids),
@@ -151,42 +153,19 @@ def to_batch(samples: Sequence[ScoredSample], *, pad_token_id: int, with_log_pro
     Raises:
         ValueError: an extra value or field has the same name as another column.
     """
-    size = len(samples)
-    prompt_width = max(len(s.output.prompt_ids) for s in samples)
-    # At least one column, so that a batch of empty responses is not empty in its second dimension.
-    response_width = max(1, *(len(s.output.response_ids) for s in samples))
-    prompts = np.full((size, prompt_width), pad_token_id, np.int64)
-    prompt_mask = np.zeros((size, prompt_width), np.int64)
-    responses = np.full((size, response_width), pad_token_id, np.int64)
-    attended = np.zeros((size, response_width), np.int64)
-    response_mask = np.zeros((size, response_width), np.int64)
-    versions = np.full((size, response_width), -1, np.int64)
-    log_probs = np.zeros((size, response_width), np.float32)
-    scores = np.zeros((size, response_width), np.float32)
-    for i, sample in enumerate(samples):
-        out = sample.output
-        length = len(out.response_ids)
-        prompts[i, prompt_width - len(out.prompt_ids) :] = out.prompt_ids
-        prompt_mask[i, prompt_width - len(out.prompt_ids) :] = 1
-        responses[i, :length] = out.response_ids
-        attended[i, :length] = 1
-        response_mask[i, :length] = out.response_mask
-        versions[i, : len(out.weight_versions)] = out.weight_versions
-        log_probs[i, : len(out.response_logprobs)] = out.response_logprobs
-        scores[i, _last_model_token(out.response_mask)] = sample.reward.score
-    attention_mask = np.concatenate([prompt_mask, attended], axis=1)
-    columns = {
-        "prompts": prompts,
-        "responses": responses,
-        "input_ids": np.concatenate([prompts, responses], axis=1),
-        "attention_mask": attention_mask,
-        "position_ids": np.maximum(attention_mask.cumsum(axis=1) - 1, 0),
-        "response_mask": response_mask,
-        "weight_versions": versions,
+    outputs = [sample.output for sample in samples]
+    columns = pad_samples([out.prompt_ids for out in outputs], [out.response_ids for out in outputs], pad_token_id)
+    width = columns["responses"].shape[1]
+    scores = np.zeros((len(samples), width), np.float32)
+    for row, sample in zip(scores, samples, strict=True):
+        row[_last_model_token(sample.output.response_mask)] = sample.reward.score
+    columns |= {
+        "response_mask": pad_right([out.response_mask for out in outputs], width, 0),
+        "weight_versions": pad_right([out.weight_versions for out in outputs], width, -1),
         "token_level_scores": scores,
     }
     if with_log_probs:
-        columns["rollout_log_probs"] = log_probs
+        columns["rollout_log_probs"] = pad_right([out.response_logprobs for out in outputs], width, 0, np.float32)
     return DataProto.from_dict(
         tensors={name: torch.from_numpy(column) for name, column in columns.items()},
         non_tensors=_object_columns(samples, reserved=columns),

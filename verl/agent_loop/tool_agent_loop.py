@@ -16,6 +16,7 @@ from verl.tools.utils.tool_registry import all_tools
 from verl.utils.dataset.prompts import prefix_errors, truncate_prompt
 from verl.utils.dataset.tools_kwargs import read_tools_kwargs
 from verl.utils.text import valid_text, valid_value
+from verl.utils.tokenizer import decode
 from verl.workers.reward.function import BadReturnError, plain
 from verl.workers.rollout.client import LLMServerClient
 
@@ -115,8 +116,8 @@ class ToolAgentLoop(AgentLoopBase):
             data.add_response(response, left)
             if response.stop_reason != "stop":
                 return response.stop_reason
-            text = self.tokenizer.decode(response.token_ids, skip_special_tokens=False)
-            opening = self.tokenizer.decode(context[-_OPENING_TOKENS:], skip_special_tokens=False)
+            text = decode(self.tokenizer, response.token_ids, skip_special_tokens=False)
+            opening = decode(self.tokenizer, context[-_OPENING_TOKENS:], skip_special_tokens=False)
             calls = self.parse(text, opens_reasoning(opening))
             if not calls:
                 return "stop"

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from verl.agent_loop.padding import pad_right, pad_samples
 from verl.protocol import DataProto
 from verl.timeline.spans import spanned
 from verl.trainer.ppo.eager_reference import ReferenceLogProbs, ReferenceUnavailable, reference_log_probs
@@ -30,7 +31,6 @@ from verl.trainer.ppo.runtime import Runtime
 from verl.utils.asyncio_utils import gather_all
 from verl.utils.host import available_memory_bytes
 from verl.workers.rollout.replica import vLLMReplica
-from verl.workers.rollout.vllm_rollout.engine_args import max_model_len
 
 logger = logging.getLogger(__name__)
 
@@ -115,25 +115,12 @@ async def _sample(runtime: Runtime, replica: vLLMReplica, prompts: Sequence[list
 
 def _to_batch(samples: Sequence[_Sample], temperature: float) -> DataProto:
     """Return the columns of a forward pass, and the engine's `rollout_log_probs` [B, T] float32."""
-    size = len(samples)
-    prompt_width = max(len(sample.prompt) for sample in samples)
-    response_width = max(len(sample.response) for sample in samples)
-    input_ids = torch.zeros(size, prompt_width + response_width, dtype=torch.int64)
-    attention_mask, log_probs = torch.zeros_like(input_ids), torch.zeros(size, response_width)
-    for row, sample in enumerate(samples):
-        start, end = prompt_width - len(sample.prompt), prompt_width + len(sample.response)
-        input_ids[row, start:end] = torch.tensor(sample.prompt + sample.response)
-        attention_mask[row, start:end] = 1
-        log_probs[row, : len(sample.response)] = torch.tensor(sample.log_probs)
-    columns = {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "position_ids": (attention_mask.cumsum(1) - 1).clamp(min=0),
-        "responses": input_ids[:, prompt_width:],
-        "response_mask": attention_mask[:, prompt_width:],
-        "rollout_log_probs": log_probs,
-    }
-    return DataProto.from_dict(tensors=columns, meta_info={"temperature": temperature})
+    columns = pad_samples([sample.prompt for sample in samples], [sample.response for sample in samples], 0)
+    width = columns["responses"].shape[1]
+    columns["response_mask"] = columns["attention_mask"][:, -width:].copy()
+    columns["rollout_log_probs"] = pad_right([sample.log_probs for sample in samples], width, 0, np.float32)
+    tensors = {name: torch.from_numpy(column) for name, column in columns.items()}
+    return DataProto.from_dict(tensors=tensors, meta_info={"temperature": temperature})
 
 
 async def _check_trainer(runtime: Runtime, batch: DataProto, together: torch.Tensor) -> None:
@@ -254,8 +241,6 @@ async def _reference(runtime: Runtime, version: int, batch: DataProto) -> Refere
             trainer_dtype=runtime.plan.compute_dtype,
             engine_dtype=runtime.plan.rollout_dtype,
             quantized=runtime.plan.rollout_weights is not None,
-            max_model_len=max_model_len(
-                config.actor_rollout_ref.rollout, config.data.max_prompt_length, config.data.max_response_length
-            ),
+            max_model_len=config.max_model_len,
             trust_remote_code=bool(config.actor_rollout_ref.model.trust_remote_code),
         )

@@ -19,6 +19,7 @@ from verl.trainer.rollouts.prompts import LoaderState, Prompt, PromptId, PromptS
 from verl.trainer.rollouts.sample_files import dump_generations
 from verl.utils.asyncio_utils import gather_or_cancel
 from verl.utils.timing import add_stage, marked_timer
+from verl.utils.tokenizer import decode
 from verl.workers.reward import RewardLoop, RewardResult, renamed_extra
 from verl.workers.reward.counts import check_scored, reward_metrics
 
@@ -221,8 +222,8 @@ class RolloutSampler:
         """
         extra = sample.reward.extra
         return {
-            "input": self._tokenizer.decode(sample.output.prompt_ids, skip_special_tokens=False),
-            "output": self._tokenizer.decode(sample.output.response_ids, skip_special_tokens=True),
+            "input": decode(self._tokenizer, sample.output.prompt_ids, skip_special_tokens=False),
+            "output": decode(self._tokenizer, sample.output.response_ids, skip_special_tokens=True),
             "gts": sample.row["reward_model"].get("ground_truth"),
             "score": sample.reward.score,
             "uid": sample.row["uid"],
