@@ -79,3 +79,8 @@ class PPOConfig(ConfigSection):
         unsupported=names.UNSUPPORTED_ENGINES,
         use="use dp",
     )
+
+    @property
+    def max_model_len(self) -> int:
+        """Token limit of a sequence in the rollout engine and the trainer."""
+        return self.actor_rollout_ref.rollout.sequence_limit(self.data.max_prompt_length, self.data.max_response_length)

@@ -313,3 +313,7 @@ class RolloutConfig(ConfigSection):
         "a micro-batch size over all ranks",
         "use log_prob_micro_batch_size_per_gpu, which counts samples per rank",
     )
+
+    def sequence_limit(self, prompt_length: int, response_length: int) -> int:
+        """Return the token limit of a request: `max_model_len`, or the sum of the limits of prompt and response."""
+        return self.max_model_len or prompt_length + response_length

@@ -76,8 +76,7 @@ def estimate_memory(
     trainer, replica, cache = _TRAINER_BASE, _REPLICA_BASE, 0
     if device == "cpu":
         trainer += _cpu_trainer_bytes(config, model, model.parameters, critic)
-        length = rollout.max_model_len or config.data.max_prompt_length + config.data.max_response_length
-        cache = cpu_kv_cache_bytes(model, itemsize, length, rollout.max_num_seqs)
+        cache = cpu_kv_cache_bytes(model, itemsize, config.max_model_len, rollout.max_num_seqs)
         scheme = weight_format_class(rollout.quantization)
         held = scheme.estimated_bytes(model.parameters, itemsize)
         # A full update holds the weights in checkpoint layout and in kernel layout at the same time. On a CPU there is

@@ -9,7 +9,7 @@ CONFIG = {"num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads
 
 
 def model(**changes):
-    return ModelFiles(Path("model"), CONFIG | changes, None, None, None)
+    return ModelFiles(Path("model"), CONFIG, CONFIG | changes, None, None, None)
 
 
 @pytest.mark.parametrize(("tensor_parallel", "heads"), [(1, 4), (2, 2), (4, 1), (8, 1)])
@@ -23,4 +23,4 @@ def test_cpu_kv_cache_bytes_is_bounded_below_and_above():
     assert cpu_kv_cache_bytes(model(), 4, 129, 1000) == 2001 * 128 * token
     assert cpu_kv_cache_bytes(model(), 4, 1, 1) == 64 * 2**20
     assert cpu_kv_cache_bytes(model(), 4, 10**6, 10**6) == 4 * 2**30
-    assert cpu_kv_cache_bytes(ModelFiles(Path("model"), {}, None, None, None), 4, 129, 1000) == 64 * 2**20
+    assert cpu_kv_cache_bytes(ModelFiles(Path("model"), {}, {}, None, None, None), 4, 129, 1000) == 64 * 2**20

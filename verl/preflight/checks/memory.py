@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 from verl.config.ppo import PPOConfig
-from verl.preflight.batch_sizes import longest_sample
 from verl.preflight.device_memory import ACTIVATIONS, GENERATION, DeviceMemory, Stage
 from verl.preflight.estimate import MemoryEstimate
 from verl.preflight.findings import Findings
@@ -94,7 +93,7 @@ def _no_cache_error(config: PPOConfig, memory: DeviceMemory) -> str:
 
 def _check_cache(config: PPOConfig, memory: DeviceMemory, found: Findings) -> None:
     rollout = config.actor_rollout_ref.rollout
-    longest = rollout.max_model_len or longest_sample(config)
+    longest = config.max_model_len
     samples = memory.cache_tokens // longest
     field = f"{_UTILIZATION}={rollout.gpu_memory_utilization:g}"
     if samples < 1:

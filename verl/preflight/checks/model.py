@@ -18,7 +18,6 @@ from verl.preflight.checks.token_ids import check_token_ids
 from verl.preflight.findings import Findings
 from verl.preflight.target import Target
 from verl.utils.model_dir.errors import ModelFilesError
-from verl.utils.model_dir.index import read_json_object
 from verl.utils.model_dir.model_files import (
     ModelFiles,
     is_config_alone,
@@ -57,9 +56,8 @@ def check_model(config: PPOConfig, target: Target, found: Findings) -> ModelFile
     check_train_mode(_MODEL, model.override_config, files, found)
     files = with_overrides(files, model.override_config)
     check_token_ids(_PATH, files, model.tokenizer_path or model.path, found)
-    length = config.actor_rollout_ref.rollout.max_model_len or longest_sample(config)
-    check_rope(_MODEL, files, length, found)
-    check_sliding_window(_MODEL, files, length, found)
+    check_rope(_MODEL, files, config.max_model_len, found)
+    check_sliding_window(_MODEL, files, config.max_model_len, found)
     _check_max_model_len(config, found)
     _check_positions(config, files, found)
     _check_heads(config, files, found)
@@ -106,9 +104,7 @@ def check_architecture(field: str, files: ModelFiles, found: Findings) -> None:
     Args:
         field: the key that names the model.
     """
-    config_file = files.path / "config.json"
-    whole = read_json_object(config_file) if config_file.is_file() else {}
-    towers = [name for name in ("vision_config", "audio_config") if name in whole]
+    towers = [name for name in ("vision_config", "audio_config") if name in files.whole_config]
     if towers:
         found.errors.append(
             f"{field}={files.path}: is a multi-modal model ({', '.join(towers)} in its config.json), which is not "

@@ -24,7 +24,7 @@ from verl.utils.host import cpu_cores, cpu_environment
 from verl.utils.vllm.npu_settings import hccl_environment
 from verl.workers.rollout.replica import ReplicaSet, vLLMReplica
 from verl.workers.rollout.types import ReplicaReport
-from verl.workers.rollout.vllm_rollout.engine_args import engine_environment, max_model_len
+from verl.workers.rollout.vllm_rollout.engine_args import engine_environment
 from verl.workers.train_worker import TrainWorker
 from verl.workers.weight_sync.transports.base import Node
 from verl.workers.weight_sync.transports.nodes import current_node_id, is_multi_node, node_of
@@ -170,11 +170,7 @@ class Processes:
             config=self._config.actor_rollout_ref,
             device=self._plan.device,
             total_training_steps=total_training_steps,
-            max_model_len=max_model_len(
-                self._config.actor_rollout_ref.rollout,
-                self._config.data.max_prompt_length,
-                self._config.data.max_response_length,
-            ),
+            max_model_len=self._config.max_model_len,
             with_ref=self._with_ref,
             critic=self._critic,
             critic_warmup=self._config.trainer.critic_warmup,

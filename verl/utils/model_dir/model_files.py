@@ -23,7 +23,8 @@ class ModelFiles:
     """Config and sizes of a model directory; a size is None if the files do not show it.
 
     Attributes:
-        config: config.json; its text part for a multi-modal model.
+        whole_config: config.json.
+        config: the same; its text part for a multi-modal model. Fields can be overridden.
         parameters: elements of all weights.
         nbytes: bytes of all weights in the files.
         tensors: number of tensors.
@@ -31,6 +32,7 @@ class ModelFiles:
     """
 
     path: Path
+    whole_config: dict[str, Any]
     config: dict[str, Any]
     parameters: int | None
     nbytes: int | None
@@ -81,7 +83,7 @@ def read_model(path: str | Path) -> ModelFiles:
     config = _read_json(path / "config.json", "a Hugging Face model needs one")
     weights = _read_weights(path)
     if weights is None:
-        return ModelFiles(path, _text_config(config), None, None, None)
+        return ModelFiles(path, config, _text_config(config), None, None, None)
     return _with_sizes(path, config, weights)
 
 
@@ -106,7 +108,7 @@ def model_of_config(path: str | Path, config: dict[str, Any]) -> ModelFiles:
     try:
         tensors = index_of_config(path, config).tensors
     except ValueError:
-        return ModelFiles(path, _text_config(config), None, None, None)
+        return ModelFiles(path, config, _text_config(config), None, None, None)
     return _with_sizes(path, config, dict(tensors))
 
 
@@ -118,7 +120,9 @@ def _text_config(config: dict[str, Any]) -> dict[str, Any]:
 def _with_sizes(path: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> ModelFiles:
     shapes = {name: info.shape for name, info in tensors.items()}
     nbytes = sum(info.nbytes for info in tensors.values())
-    return ModelFiles(path, _text_config(config), sum(map(math.prod, shapes.values())), nbytes, len(shapes), shapes)
+    return ModelFiles(
+        path, config, _text_config(config), sum(map(math.prod, shapes.values())), nbytes, len(shapes), shapes
+    )
 
 
 def _read_weights(path: Path) -> dict[str, TensorInfo] | None:

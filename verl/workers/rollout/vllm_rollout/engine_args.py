@@ -19,11 +19,6 @@ from verl.utils.vllm.npu_settings import npu_additional_config, npu_environment
 _WORKER_EXTENSION = "verl.workers.rollout.vllm_rollout.worker_extension.WeightUpdateExtension"
 
 
-def max_model_len(rollout: RolloutConfig, prompt_length: int, response_length: int) -> int:
-    """Return the token limit of a request: `rollout.max_model_len`, or the sum of prompt and response limits."""
-    return rollout.max_model_len or prompt_length + response_length
-
-
 def engine_args(
     rollout: RolloutConfig,
     model: ModelConfig,
@@ -47,7 +42,7 @@ def engine_args(
             needs, or the model's config lacks a field of `override_config`.
     """
     assert model.path is not None, "preflight checks that it is set"
-    length = max_model_len(rollout, prompt_length, response_length)
+    length = rollout.sequence_limit(prompt_length, response_length)
     arguments: dict[str, Any] = {
         "model": model.path,
         "tokenizer": model.tokenizer_path or model.path,
