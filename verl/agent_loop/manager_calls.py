@@ -185,6 +185,7 @@ async def _on_loop(function: Callable[[], Awaitable[Any]], thread: _LoopThread, 
 
 
 def _in_thread(function: Callable[[], Any], watch: _Stopwatch, done: Future[tuple[Any, BaseException | None]]) -> None:
+    outcome: tuple[Any, BaseException | None]
     _current.set(watch)
     watch.start()
     try:
