@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 # Selects code of transformers. Engines choose their own attention backend.
 ATTENTION_BACKEND = "attn_implementation"
+# The backends of transformers that run on a CPU, so that a run compares them before it loads the model.
+COMPARED_BACKENDS = ("sdpa", "eager")
 
 
 def read_config(

@@ -81,3 +81,34 @@ def test_a_window_that_vllm_makes_larger_must_not_be_reached(problem_of, plan_of
     assert plan_of()
     rewrite_config(run_files, model_type="mistral", sliding_window=8)
     assert plan_of()
+
+
+OVERRIDE = "actor_rollout_ref__model__override_config"
+
+
+@pytest.mark.parametrize(
+    ("backend", "fields", "words"),
+    [
+        ("flash_attention_2", {"alibi": True}, "it ignores the ALiBi biases"),
+        ("flex_attention", {"model_type": "bloom"}, "it ignores the ALiBi biases"),
+        ("flash_attention_2", {"add_full_attention_sink_bias": True}, "sinks of"),
+    ],
+)
+def test_an_attention_backend_that_ignores_a_part_is_an_error(problem_of, run_files, backend, fields, words):
+    rewrite_config(run_files, **fields)
+    text = problem_of(**{OVERRIDE: f"{{attn_implementation: {backend}}}"})
+    assert text.startswith(f"{MODEL}.override_config.attn_implementation={backend}: ") and words in text
+    assert "use eager" in text
+
+
+def test_an_attention_backend_that_is_not_compared_is_a_warning_with_the_models_fields(plan_of, run_files):
+    rewrite_config(run_files, attn_logit_softcapping=50.0, sliding_window=16, final_logit_softcapping=None)
+    [warning] = plan_of(**{OVERRIDE: "{attn_implementation: flex_attention}"}).warnings
+    assert "is not compared with eager attention" in warning
+    assert "(attn_logit_softcapping=50.0, sliding_window=16 in its config.json)" in warning
+
+
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_an_attention_backend_that_is_compared_is_accepted(plan_of, run_files, backend):
+    rewrite_config(run_files, attn_logit_softcapping=50.0, alibi=True)
+    assert not plan_of(**{OVERRIDE: f"{{attn_implementation: {backend}}}"}).warnings

@@ -124,3 +124,26 @@ def test_a_model_that_cannot_be_tried_is_a_warning(caplog):
     with caplog.at_level(logging.WARNING):
         assert choose(architecture_config("Llama", hidden_act="none")) == AttentionChoice(None, False)
     assert "LlamaConfig does not run (KeyError" in caplog.text
+
+
+def test_rotary_embeddings_of_own_code_that_depend_on_the_length_are_refused(monkeypatch):
+    """As in the code that came with Phi-3 before transformers had it: no `rope_type` tells the kind."""
+    from transformers.models.llama import modeling_llama
+
+    class Rotary(torch.nn.Module):
+        def __init__(self, config, device=None):
+            super().__init__()
+            self.original = config.original_max_position_embeddings
+            self.size = config.hidden_size // config.num_attention_heads
+
+        def forward(self, x, position_ids):
+            base = 100.0 if position_ids.max() < self.original else 1000.0
+            frequencies = base ** (-torch.arange(0, self.size, 2) / self.size)
+            angles = (position_ids[..., None] * frequencies).repeat(1, 1, 2)
+            return angles.cos(), angles.sin()
+
+    monkeypatch.setattr(modeling_llama, "LlamaRotaryEmbedding", Rotary)
+    config = architecture_config("Llama", head_dim=None)
+    config.original_max_position_embeddings = 4096
+    with pytest.raises(ValueError, match="its own code scales rotary embeddings"):
+        choose(config)

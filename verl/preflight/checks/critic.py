@@ -8,7 +8,7 @@ from verl.config.ppo import PPOConfig
 from verl.config.roles import needs_critic, resolve_critic
 from verl.preflight.batch_sizes import check_division, check_micro_batch_limit, longest_sample
 from verl.preflight.checks.model import TOKENIZER_FILES, check_override, find_model, has_tokenizer, max_positions
-from verl.preflight.checks.same_function import check_train_mode
+from verl.preflight.checks.same_function import check_attention, check_train_mode
 from verl.preflight.findings import Findings
 from verl.preflight.target import Target
 from verl.utils.model_dir.model_files import ModelFiles, with_overrides
@@ -101,6 +101,7 @@ def check_critic_model(
     check_train_mode("critic.model", override, files, found)
     _check_tokenizer(config.critic.model.tokenizer_path, found)
     overridden = with_overrides(files, override)
+    check_attention("critic.model", overridden, found)
     longest, positions = longest_sample(config), max_positions(overridden)
     if positions is not None and longest > positions:
         found.errors.append(

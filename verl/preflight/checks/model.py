@@ -8,6 +8,7 @@ from typing import Any
 from verl.config.ppo import PPOConfig
 from verl.preflight.batch_sizes import longest_sample
 from verl.preflight.checks.same_function import (
+    check_attention,
     check_rope,
     check_sliding_window,
     check_train_mode,
@@ -56,6 +57,7 @@ def check_model(config: PPOConfig, target: Target, found: Findings) -> ModelFile
     check_train_mode(_MODEL, model.override_config, files, found)
     files = with_overrides(files, model.override_config)
     check_token_ids(_PATH, files, model.tokenizer_path or model.path, found)
+    check_attention(_MODEL, files, found)
     check_rope(_MODEL, files, config.max_model_len, found)
     check_sliding_window(_MODEL, files, config.max_model_len, found)
     _check_max_model_len(config, found)

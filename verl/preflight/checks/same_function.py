@@ -8,10 +8,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from verl.preflight.findings import Findings
+from verl.utils.hf_config import ATTENTION_BACKEND, COMPARED_BACKENDS
 from verl.utils.model_dir.model_files import ModelFiles
 
 # Probabilities and amplitudes that transformers applies in train mode only: dropout, skipped layers, noise on routers.
 _TRAIN_MODE = re.compile(r"dropout|pdrop|layerdrop|drop_path|drop_rate|jitter")
+# Parts of an attention that backends may ignore.
+_ATTENTION = re.compile(r"softcap|sliding_window|sink|attention_chunk_size|attn_temperature")
 _ROPE_KEYS = ("rope_scaling", "rope_parameters")
 
 
@@ -36,6 +39,39 @@ def check_train_mode(section: str, override: dict[str, Any], files: ModelFiles, 
 
 def _train_mode_fields(config: dict[str, Any]) -> list[tuple[str, Any]]:
     return sorted((name, value) for name, value in config.items() if _TRAIN_MODE.search(name) and value)
+
+
+def check_attention(section: str, files: ModelFiles, found: Findings) -> None:
+    """Check an attention backend that is not compared with eager attention, because it does not run on a CPU.
+
+    Flash attention 2 drops attention sinks (`_process_flash_attention_kwargs` in transformers'
+    `modeling_flash_attention_utils.py`), and no such backend has an argument for ALiBi.
+
+    Args:
+        files: the model with `override_config`.
+    """
+    config = files.config
+    backend = config.get(ATTENTION_BACKEND)
+    if backend is None or backend in COMPARED_BACKENDS:
+        return
+    field = f"{section}.override_config.attn_implementation={backend}"
+    alibi = config.get("alibi") or config.get("position_embedding_type") == "alibi"
+    alibi = alibi or config.get("model_type") in ("bloom", "mpt")
+    sinks = [name for name, value in config.items() if "sink" in name and value]
+    if alibi:
+        found.errors.append(f"{field}: it ignores the ALiBi biases of {files.path}; leave it out, or use eager")
+    if sinks and "flash_attention_2" in str(backend):
+        found.errors.append(
+            f"{field}: it ignores the attention sinks of {files.path} ({', '.join(sinks)} in its config.json); leave "
+            "it out, or use eager"
+        )
+    elif not alibi:
+        special = [f"{name}={value}" for name, value in config.items() if value and _ATTENTION.search(name)]
+        of_model = f" ({', '.join(special)} in its config.json)" if special else ""
+        found.warnings.append(
+            f"{field}: it does not run on a CPU, so it is not compared with eager attention before the start. Whether "
+            f"it computes all of the attention of {files.path}{of_model}, only trainer.check_consistency tells"
+        )
 
 
 def check_rope(section: str, files: ModelFiles, length: int, found: Findings) -> None:

@@ -18,6 +18,7 @@ from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from verl.protocol import DataProto
+from verl.utils.hf_config import COMPARED_BACKENDS
 from verl.workers.engine.micro_batch import AlignedBatch, Layout, MicroBatching, call_model
 from verl.workers.engine.packed_attention import pack_attention
 from verl.workers.engine.rope import fix_rope_length
@@ -25,11 +26,12 @@ from verl.workers.engine.rope import fix_rope_length
 logger = logging.getLogger(__name__)
 
 EAGER = "eager"
-_COMPARABLE = ("sdpa", EAGER)  # the implementations of transformers that run on a CPU
 # Tokens of the sequences: neighbors of equal length form one run of a packed row, and one is shorter than the window.
 _LENGTHS = (13, 9, 9, 3)
 _WINDOW = 4
 _ORIGINAL_LENGTH = 8
+# Lengths up to which a model was trained, as its code names them; beyond them, rotary embeddings may be scaled.
+_TRAINED_LENGTHS = ("original_max_position_embeddings", "seq_length")
 _VOCABULARY = 64
 _FEED_FORWARD = 16
 _NOISE = 100_003  # random numbers, repeated to fill the weights; a prime, so that rows differ
@@ -57,7 +59,7 @@ def choose_attention(
     Raises:
         ValueError: the requested implementation computes something else, or the model is not causal.
     """
-    if requested not in (None, *_COMPARABLE):
+    if requested not in (None, *COMPARED_BACKENDS):
         logger.warning("%s: attention %s cannot be compared with eager attention on a CPU", section, requested)
         return AttentionChoice(requested, packs=False)
     try:
@@ -90,7 +92,8 @@ def choose_attention(
             return AttentionChoice(EAGER, packs=False)
     raise ValueError(
         f"{section}.path: {type(model).__name__} computes a token from tokens after it or from other sequences, so its "
-        "log-probabilities cannot be trained; use a causal language model"
+        "log-probabilities cannot be trained; use a causal language model. If its own code scales rotary embeddings "
+        "by the longest sequence, use a model that transformers implements"
     )
 
 
@@ -156,17 +159,24 @@ def _shrink(config: PreTrainedConfig) -> None:
 
 
 def _shorten_rope(config: PreTrainedConfig) -> None:
-    """Let rotary embeddings whose frequencies depend on the length change them within the test's lengths."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    for rope in (parameters, *parameters.values()):
-        if not isinstance(rope, dict):
-            continue
-        if rope.get("rope_type") == "longrope":
-            rope["original_max_position_embeddings"] = _ORIGINAL_LENGTH
-            if hasattr(config, "original_max_position_embeddings"):
-                config.original_max_position_embeddings = _ORIGINAL_LENGTH
-        elif rope.get("rope_type") == "dynamic":
-            config.max_position_embeddings = _ORIGINAL_LENGTH
+    """Let rotary embeddings whose frequencies depend on the length change them within the test's lengths.
+
+    `fix_rope_length` makes those of transformers independent of it again. Those in the model's own code, which it does
+    not know, then fail the comparison.
+    """
+    for name in _TRAINED_LENGTHS:
+        if isinstance(getattr(config, name, None), int):
+            setattr(config, name, _ORIGINAL_LENGTH)
+    for parameters in (getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")):
+        given = parameters if isinstance(parameters, dict) else {}
+        for rope in (given, *given.values()):
+            if not isinstance(rope, dict):
+                continue
+            kind = rope.get("rope_type", rope.get("type"))
+            if kind in ("longrope", "su"):
+                rope["original_max_position_embeddings"] = _ORIGINAL_LENGTH
+            elif kind == "dynamic":
+                config.max_position_embeddings = _ORIGINAL_LENGTH
 
 
 def _sequences() -> list[torch.Tensor]:
