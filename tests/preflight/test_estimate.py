@@ -1,8 +1,14 @@
 import shutil
+from pathlib import Path
 
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from fixtures.architectures import architecture_config
 from verl.config import PPOConfig
-from verl.preflight.estimate import critic_activation_bytes, critic_state_bytes
-from verl.utils.model_dir.model_files import read_model
+from verl.preflight.estimate import critic_activation_bytes, critic_state_bytes, score_bytes
+from verl.utils.model_dir.model_files import model_of_config, read_model
 
 MIB = 1 << 20
 MODEL = "actor_rollout_ref__model__"
@@ -75,3 +81,44 @@ def test_memory_of_a_critic(plan_of, run_files):
         plan_of(algorithm__adv_estimator="gae", critic__model__path=critic_model).memory,
     )
     assert with_critic.trainer_bytes >= without.trainer_bytes + 16 * plan_of().parameters
+
+
+def kept_score_bytes(config, dtype, rows, length):
+    """Return the bytes that the backward pass of a model with eager attention keeps in tensors [rows, heads, q, k]."""
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager").train()
+    kept = {}
+
+    def keep(tensor):
+        if tensor.numel() == rows * config.num_attention_heads * length**2 and tensor.shape[-2:] == (length, length):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits = model(input_ids=torch.ones(rows, length, dtype=torch.int64), use_cache=False).logits
+    assert logits.requires_grad  # alive until here, so that no address is used twice
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("architecture", "over"), [("Gemma2", {}), ("Llama", {"attn_implementation": "eager"}), ("Bloom", {})]
+)
+def test_the_scores_of_eager_attention_are_those_that_a_backward_pass_keeps(architecture, over, dtype):
+    rows, length = 3, 11
+    config = architecture_config(architecture)
+    files = model_of_config(Path("model"), config.to_dict() | over)
+    measured = kept_score_bytes(config, dtype, rows, length)
+    scores = rows * config.num_attention_heads * length**2 * config.num_hidden_layers
+    assert measured == scores * score_bytes(files, dtype.itemsize)
+
+
+def test_a_micro_batch_with_eager_attention_holds_the_scores_of_its_layers(plan_of):
+    override = MODEL + "override_config"
+    changes = {
+        MODEL + "enable_gradient_checkpointing": False,
+        "actor_rollout_ref__actor__fsdp_config__dtype": "float32",
+    }
+    packed = plan_of(**changes).memory.trainer_bytes
+    eager = plan_of(**changes, **{override: "{attn_implementation: eager}"}).memory.trainer_bytes
+    # 2 samples of 32 tokens, 4 heads, float32, 2 layers
+    assert eager - packed == 2 * 32 * 32 * 4 * 4 * 2

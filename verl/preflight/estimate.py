@@ -10,9 +10,11 @@ from verl.config.lora import adapter_parameters, lora_options
 from verl.config.ppo import PPOConfig
 from verl.config.roles import needs_ref, resolve_critic
 from verl.config.weight_updates import full_update_reason
+from verl.preflight.batch_sizes import longest_sample
 from verl.preflight.placement import replica_count, replica_nodes, trainer_ranks
 from verl.utils.byte_size import MIB, format_bytes
 from verl.utils.dtypes import choose_dtype, itemsize_of
+from verl.utils.model_dir.attention_parts import soft_cap, uses_eager_attention
 from verl.utils.model_dir.kv_cache import cpu_kv_cache_bytes
 from verl.utils.model_dir.model_files import ModelFiles
 from verl.utils.quantization.schemes import weight_format_class
@@ -146,7 +148,7 @@ def activation_bytes(config: PPOConfig, model: ModelFiles, itemsize: int, ranks:
     data = config.data
     tokens = _micro_batch_tokens(config, config.actor_rollout_ref.actor, ranks)
     layers = _layer_activation_bytes(
-        model, tokens, itemsize, config.actor_rollout_ref.model.enable_gradient_checkpointing
+        model, tokens, itemsize, config.actor_rollout_ref.model.enable_gradient_checkpointing, longest_sample(config)
     )
     responses = tokens * data.max_response_length // (data.max_prompt_length + data.max_response_length)
     logits = 2 * responses * (model.number("vocab_size") or 0) * itemsize
@@ -158,22 +160,44 @@ def critic_activation_bytes(config: PPOConfig, model: ModelFiles, device: str, r
     critic = resolve_critic(config)
     tokens = _micro_batch_tokens(config, critic, ranks)
     size = itemsize_of(choose_dtype(device, critic.fsdp.dtype).name)
-    return _layer_activation_bytes(model, tokens, size, critic.model.enable_gradient_checkpointing)
+    checkpointing = critic.model.enable_gradient_checkpointing
+    return _layer_activation_bytes(model, tokens, size, checkpointing, longest_sample(config))
 
 
 def _micro_batch_tokens(config: PPOConfig, section: ActorConfig | CriticConfig, ranks: int) -> int:
     """Return the maximum tokens of a micro-batch of the actor or of the resolved critic."""
     assert section.ppo_mini_batch_size is not None
-    longest = config.data.max_prompt_length + config.data.max_response_length
+    longest = longest_sample(config)
     samples = max(1, section.ppo_mini_batch_size * config.actor_rollout_ref.rollout.n // ranks)
     if section.use_dynamic_bsz:
         return min(samples * longest, section.ppo_max_token_len_per_gpu)
     return min(samples, section.ppo_micro_batch_size_per_gpu or samples) * longest
 
 
-def _layer_activation_bytes(model: ModelFiles, tokens: int, itemsize: int, checkpointing: bool) -> int:
-    """Return the size of the layers' activations; with gradient checkpointing the layers' inputs and one layer."""
+def _layer_activation_bytes(model: ModelFiles, tokens: int, itemsize: int, checkpointing: bool, longest: int) -> int:
+    """Return the size of the layers' activations; with gradient checkpointing the layers' inputs and one layer.
+
+    Args:
+        tokens: tokens of a micro-batch, in rows of at most `longest`.
+    """
     hidden, layers = model.hidden or 0, model.layers or 0
     inner = model.number("intermediate_size") or 4 * hidden
     one_layer = tokens * (8 * hidden + 4 * inner) * itemsize
+    one_layer += tokens * min(tokens, longest) * (model.heads or 0) * score_bytes(model, itemsize)
     return tokens * hidden * layers * itemsize + one_layer if checkpointing else one_layer * layers
+
+
+def score_bytes(model: ModelFiles, itemsize: int) -> int:
+    """Return the bytes that a layer keeps for its backward pass for each head and pair of query and key.
+
+    Eager attention keeps the softmax in float32 and its copy in the compute dtype, and with soft caps also the tanh of
+    the scores (`eager_attention_forward` in transformers). Other attention keeps nothing per pair.
+
+    Args:
+        itemsize: bytes of the compute dtype.
+    """
+    if not uses_eager_attention(model.config):
+        return 0
+    softmax = itemsize_of("float32")
+    copy = 0 if itemsize == softmax else itemsize
+    return softmax + copy + (itemsize if soft_cap(model.config) is not None else 0)

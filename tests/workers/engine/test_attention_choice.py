@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, BertConfig
 from fixtures.architectures import ARCHITECTURES, architecture_config, write_architecture
 from fixtures.engine_cases import make_batch, make_engine
 from fixtures.ranks import run_ranks
+from verl.utils.model_dir.attention_parts import uses_eager_attention
 from verl.workers.engine import MicroBatching
 from verl.workers.engine.attention_choice import AttentionChoice, choose_attention
 
@@ -67,6 +68,7 @@ def test_choices(architecture):
     before = config.to_dict()
     expected = CHOICES.get(architecture, AttentionChoice("sdpa", True))
     assert choose(config) == expected
+    assert uses_eager_attention(before) == (expected.implementation == "eager"), "for the memory estimate"
     assert choose(config, packs=False) == expected._replace(packs=False)
     assert choose(config, "eager") == AttentionChoice("eager", False)
     assert config.to_dict() == before

@@ -9,6 +9,7 @@ from typing import Any
 
 from verl.preflight.findings import Findings
 from verl.utils.hf_config import ATTENTION_BACKEND, COMPARED_BACKENDS
+from verl.utils.model_dir.attention_parts import has_alibi, sink_fields
 from verl.utils.model_dir.model_files import ModelFiles
 
 # Probabilities and amplitudes that transformers applies in train mode only: dropout, skipped layers, noise on routers.
@@ -55,9 +56,7 @@ def check_attention(section: str, files: ModelFiles, found: Findings) -> None:
     if backend is None or backend in COMPARED_BACKENDS:
         return
     field = f"{section}.override_config.attn_implementation={backend}"
-    alibi = config.get("alibi") or config.get("position_embedding_type") == "alibi"
-    alibi = alibi or config.get("model_type") in ("bloom", "mpt")
-    sinks = [name for name, value in config.items() if "sink" in name and value]
+    alibi, sinks = has_alibi(config), sink_fields(config)
     if alibi:
         found.errors.append(f"{field}: it ignores the ALiBi biases of {files.path}; leave it out, or use eager")
     if sinks and "flash_attention_2" in str(backend):
