@@ -8,7 +8,7 @@ import pytest
 from transformers import Wav2Vec2FeatureExtractor, Wav2Vec2Processor
 
 from fixtures.tiny import write_char_tokenizer, write_tiny_model
-from verl.utils.tokenizer import decode, hf_processor, hf_tokenizer
+from verl.utils.tokenizer import hf_processor, hf_tokenizer
 
 
 def edit_config(directory, **changes):
@@ -118,36 +118,3 @@ def test_a_processor_that_does_not_load_is_none_and_the_reason_is_logged(multi_m
     with caplog.at_level("INFO", logger="verl.utils.tokenizer"):
         assert hf_processor(multi_modal) is None
     assert [record.getMessage().startswith(f"{multi_modal} has no processor (") for record in caplog.records] == [True]
-
-
-@pytest.mark.parametrize("error", [KeyError, IndexError, TypeError])
-def test_ids_that_the_tokenizer_lacks_have_no_text(tmp_path, error):
-    """A model with a padded vocabulary can sample such ids."""
-    fast = hf_tokenizer(write_char_tokenizer(tmp_path))
-
-    class InPython:
-        """A tokenizer that raises for unknown ids, as those in Python do."""
-
-        get_vocab = staticmethod(fast.get_vocab)
-
-        def decode(self, ids, skip_special_tokens):
-            if max(ids) >= len(fast):
-                raise error(max(ids))
-            return fast.decode(ids, skip_special_tokens=skip_special_tokens)
-
-    ids = [2, *fast.encode("ab"), len(fast), 10**6, *fast.encode("c")]
-    for tokenizer in (fast, InPython()):
-        assert decode(tokenizer, ids, skip_special_tokens=True) == "abc"
-        assert decode(tokenizer, ids, skip_special_tokens=False) == "</s>abc"
-
-
-def test_other_errors_of_a_tokenizer_are_raised(tmp_path):
-    class Broken:
-        def get_vocab(self):
-            return {"a": 1}
-
-        def decode(self, ids, skip_special_tokens):
-            raise KeyError("mine")
-
-    with pytest.raises(KeyError, match="mine"):
-        decode(Broken(), [1], skip_special_tokens=True)

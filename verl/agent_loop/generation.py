@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from verl.agent_loop.agent_loop import AgentLoopBase, AgentLoopOutput, get_agent_loop
+from verl.agent_loop.detokenize import decode
 from verl.agent_loop.loops_file import register_from_file
 from verl.agent_loop.manager_rewards import ManagerRewards
 from verl.agent_loop.padding import pad_right, pad_samples
@@ -21,7 +22,6 @@ from verl.protocol import DataProto
 from verl.timeline.spans import spanned
 from verl.utils.asyncio_utils import gather_or_cancel
 from verl.utils.proto_columns import object_array
-from verl.utils.tokenizer import decode
 from verl.workers.reward import RewardLoop, RewardResult, extra_columns
 from verl.workers.reward.function import BadReturnError, read_return
 from verl.workers.rollout.client import LLMServerClient

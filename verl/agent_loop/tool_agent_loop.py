@@ -9,6 +9,7 @@ from typing import Any
 from verl.agent_loop.agent_data import AgentData
 from verl.agent_loop.agent_loop import AgentLoopBase, AgentLoopOutput, register
 from verl.agent_loop.chat_template import ChatRenderer
+from verl.agent_loop.detokenize import decode
 from verl.agent_loop.tool_parser import PARSERS, ToolCall, opens_reasoning
 from verl.agent_loop.tool_session import Toolbox, ToolSession
 from verl.config import PPOConfig
@@ -16,7 +17,6 @@ from verl.tools.utils.tool_registry import all_tools
 from verl.utils.dataset.prompts import prefix_errors, truncate_prompt
 from verl.utils.dataset.tools_kwargs import read_tools_kwargs
 from verl.utils.text import valid_text, valid_value
-from verl.utils.tokenizer import decode
 from verl.workers.reward.function import BadReturnError, plain
 from verl.workers.rollout.client import LLMServerClient
 

@@ -10,11 +10,11 @@ from verl.config.lora import adapter_parameters, lora_options
 from verl.config.ppo import PPOConfig
 from verl.config.roles import needs_ref, resolve_critic
 from verl.config.weight_updates import full_update_reason
+from verl.preflight.attention_parts import soft_cap, uses_eager_attention
 from verl.preflight.batch_sizes import longest_sample
 from verl.preflight.placement import replica_count, replica_nodes, trainer_ranks
 from verl.utils.byte_size import MIB, format_bytes
 from verl.utils.dtypes import choose_dtype, itemsize_of
-from verl.utils.model_dir.attention_parts import soft_cap, uses_eager_attention
 from verl.utils.model_dir.kv_cache import cpu_kv_cache_bytes
 from verl.utils.model_dir.model_files import ModelFiles
 from verl.utils.quantization.schemes import weight_format_class

@@ -2,9 +2,7 @@
 
 import logging
 import re
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 
@@ -53,22 +51,6 @@ def hf_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTraine
         tokenizer.pad_token = tokenizer.eos_token
         logger.info("the tokenizer of %s has no pad token; padding with its eos token %r", name, tokenizer.eos_token)
     return tokenizer
-
-
-def decode(tokenizer: Any, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-    """Return the text of token ids; ids that the tokenizer lacks have no text.
-
-    A model may have more rows in its embedding than the tokenizer has tokens, and such a row can be sampled. Fast
-    tokenizers skip these ids, and tokenizers in Python raise errors of any type.
-    """
-    try:
-        return tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
-    except Exception:
-        known = set(tokenizer.get_vocab().values())
-        kept = [token for token in ids if token in known]
-        if len(kept) == len(ids):
-            raise
-        return tokenizer.decode(kept, skip_special_tokens=skip_special_tokens)
 
 
 def hf_processor(path: str | Path, trust_remote_code: bool = False) -> ProcessorMixin | None:

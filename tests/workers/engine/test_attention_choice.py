@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, BertConfig
 from fixtures.architectures import ARCHITECTURES, architecture_config, write_architecture
 from fixtures.engine_cases import make_batch, make_engine
 from fixtures.ranks import run_ranks
-from verl.utils.model_dir.attention_parts import uses_eager_attention
+from verl.preflight.attention_parts import uses_eager_attention
 from verl.workers.engine import MicroBatching
 from verl.workers.engine.attention_choice import AttentionChoice, choose_attention
 

@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from verl.preflight.attention_parts import has_alibi, sink_fields
 from verl.preflight.findings import Findings
 from verl.utils.hf_config import ATTENTION_BACKEND, COMPARED_BACKENDS
-from verl.utils.model_dir.attention_parts import has_alibi, sink_fields
 from verl.utils.model_dir.model_files import ModelFiles
 
 # Probabilities and amplitudes that transformers applies in train mode only: dropout, skipped layers, noise on routers.

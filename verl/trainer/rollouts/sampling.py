@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from verl.agent_loop.detokenize import decode
 from verl.agent_loop.generation import GenerationTimes, SampleGenerator, ScoredSample, to_batch
 from verl.config import PPOConfig
 from verl.protocol import DataProto
@@ -19,7 +20,6 @@ from verl.trainer.rollouts.prompts import LoaderState, Prompt, PromptId, PromptS
 from verl.trainer.rollouts.sample_files import dump_generations
 from verl.utils.asyncio_utils import gather_or_cancel
 from verl.utils.timing import add_stage, marked_timer
-from verl.utils.tokenizer import decode
 from verl.workers.reward import RewardLoop, RewardResult, renamed_extra
 from verl.workers.reward.counts import check_scored, reward_metrics
 
