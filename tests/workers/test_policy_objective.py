@@ -163,3 +163,26 @@ def test_a_metric_with_a_name_of_the_actor_is_rejected(case, name):
 
     with pytest.raises(ValueError, match=rf"loss_mode=vanilla returned the metrics \['{name}'\]"):
         PolicyObjective(loss, actor_config(use_kl_loss=False), info)(log_probs, entropy, columns)
+
+
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        (lambda loss: loss, "returned Tensor; return a tuple (loss, metrics)"),
+        (lambda loss: (loss, 0.0, 0.0, 0.0), "returned 4 values"),
+        (lambda loss: (loss, torch.zeros(())), "returned 2 values"),
+        (lambda loss: (loss.item(), {}), "returned the loss as float"),
+        (lambda loss: (loss * torch.ones(3), {}), "returned the loss as [3]; return a scalar tensor"),
+    ],
+)
+def test_a_wrong_result_of_a_policy_loss_is_rejected_by_name(case, result, words):
+    log_probs, entropy, columns, info = case
+
+    def loss(**arguments):
+        return result(agg_loss(arguments["log_prob"], arguments["response_mask"], "token-sum"))
+
+    objective = PolicyObjective(loss, actor_config(use_kl_loss=False), info)
+    with pytest.raises(ValueError) as raised:
+        objective(log_probs, entropy, columns)
+    assert str(raised.value).startswith("actor_rollout_ref.actor.policy_loss.loss_mode=vanilla ")
+    assert words in str(raised.value)

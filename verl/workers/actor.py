@@ -26,7 +26,7 @@ from verl.workers.engine.base import PolicyEngine
 from verl.workers.engine.export import ExportUnit
 from verl.workers.engine.fsdp import FSDPEngine
 from verl.workers.engine.micro_batch import MicroBatching, micro_batching
-from verl.workers.policy_objective import PolicyObjective
+from verl.workers.policy_objective import PolicyObjective, select_tokens
 from verl.workers.process_group import join_process_group, peak_memory_gb, select_device
 from verl.workers.update_loop import run_updates
 
@@ -236,16 +236,16 @@ class ActorWorker:
         parts: list[_TokenColumns] = [own] * self.world_size
         dist.all_gather_object(parts, own)
         order = torch.cat([part["sample"] for part in parts]).argsort(stable=True)
-        selected = self._select_tokens(
-            log_prob=torch.cat([part["log_prob"] for part in parts])[order].unsqueeze(0),
-            old_log_prob=torch.cat([part["old_log_prob"] for part in parts])[order].unsqueeze(0),
-            advantages=torch.cat([part["advantages"] for part in parts])[order].unsqueeze(0),
-            response_mask=torch.ones(1, len(order)),
+        selected = select_tokens(
+            self._select_tokens,
+            log_prob=torch.cat([part["log_prob"] for part in parts])[order],
+            old_log_prob=torch.cat([part["old_log_prob"] for part in parts])[order],
+            advantages=torch.cat([part["advantages"] for part in parts])[order],
             config=self._config.actor,
             seed=zlib.crc32(f"{mini_batch.meta_info.get('global_step')}.{number}".encode()),
         )
         chosen = torch.empty_like(order)
-        chosen[order] = selected.squeeze(0).to(order.dtype)
+        chosen[order] = selected.to(order.dtype)
         first = sum(len(part["sample"]) for part in parts[: self.rank])
         marked = torch.zeros(mask.shape, dtype=torch.int64)
         marked[mask] = chosen[first : first + len(own["sample"])]

@@ -23,6 +23,43 @@ _OWN_METRICS = frozenset(
 )
 
 
+def select_tokens(
+    selector: Callable[..., Any],
+    *,
+    log_prob: torch.Tensor,
+    old_log_prob: torch.Tensor,
+    advantages: torch.Tensor,
+    config: ActorConfig,
+    seed: int,
+) -> torch.Tensor:
+    """Return the tokens that a policy loss selects from a mini-batch, [N], not 0 for a selected token.
+
+    Args:
+        selector: the `select_tokens` of the loss, see `register_policy_loss`.
+        log_prob, old_log_prob, advantages: [N], of all response tokens of the mini-batch.
+        config: the `actor` section.
+        seed: for a random choice.
+
+    Raises:
+        ValueError: the selector returned another type or shape.
+    """
+    rows = {"log_prob": log_prob, "old_log_prob": old_log_prob, "advantages": advantages}
+    selected = selector(
+        **{name: values.unsqueeze(0) for name, values in rows.items()},
+        response_mask=torch.ones(1, len(log_prob)),
+        config=config,
+        seed=seed,
+    )
+    expected = [1, len(log_prob)]
+    if not isinstance(selected, torch.Tensor) or list(selected.shape) != expected:
+        given = list(selected.shape) if isinstance(selected, torch.Tensor) else type(selected).__name__
+        raise ValueError(
+            f"actor_rollout_ref.actor.policy_loss.loss_mode={config.policy_loss.loss_mode}: select_tokens returned "
+            f"{given}; return a bool tensor [B, T], here {expected}"
+        )
+    return selected.squeeze(0)
+
+
 class PolicyObjective:
     """Policy loss - entropy bonus + KL loss of one micro-batch, divided by the denominators of its mini-batch.
 
@@ -60,7 +97,7 @@ class PolicyObjective:
         actor, mask, mode = self._actor, columns["response_mask"], self._actor.loss_agg_mode
         if self._keeps_log_probs and bool(mask.any()):  # a micro-batch without samples has no index in the batch
             self.training_log_probs.append((columns["sample_index"], log_probs.detach()))
-        loss, metrics = self._policy_loss(
+        returned = self._policy_loss(
             old_log_prob=columns["old_log_probs"],
             log_prob=log_probs,
             advantages=columns["advantages"],
@@ -70,6 +107,7 @@ class PolicyObjective:
             rollout_is_weights=columns.get("rollout_is_weights"),
             **{name: columns[name] for name in self._extra_columns},
         )
+        loss, metrics = self._checked(returned)
         metrics = {"actor/pg_loss": loss.detach(), **self._shares(metrics, mask)}
         # The backward pass is collective, and a user's loss may be a constant, e.g. for a micro-batch without samples.
         loss = loss + log_probs[:0].sum()
@@ -82,6 +120,22 @@ class PolicyObjective:
             loss = loss + actor.kl_loss_coef * kl_loss
             metrics["actor/kl_loss"] = kl_loss.detach()
         return loss, metrics
+
+    def _checked(self, returned: Any) -> tuple[torch.Tensor, Mapping[str, Any]]:
+        """Return the result of the policy loss; ValueError if it is not a scalar and a dict."""
+        name = f"actor_rollout_ref.actor.policy_loss.loss_mode={self._actor.policy_loss.loss_mode}"
+        if not isinstance(returned, tuple | list) or len(returned) != 2 or not isinstance(returned[1], Mapping):
+            given = f"{len(returned)} values" if isinstance(returned, tuple | list) else type(returned).__name__
+            raise ValueError(
+                f"{name} returned {given}; return a tuple (loss, metrics) of a scalar tensor and a dict of metrics"
+            )
+        loss, metrics = returned
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            given = list(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
+            raise ValueError(
+                f"{name} returned the loss as {given}; return a scalar tensor, for example the result of agg_loss"
+            )
+        return loss.reshape(()), metrics
 
     def _shares(self, metrics: Mapping[str, Any], mask: torch.Tensor) -> dict[str, torch.Tensor | MeanShare]:
         """Turn the metrics of a policy loss into values that are summed over micro-batches and ranks.

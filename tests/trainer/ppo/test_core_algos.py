@@ -43,3 +43,32 @@ def test_grpo_is_computed_by_name():
 def test_unknown_estimator_is_an_error_that_lists_the_registered_names():
     with pytest.raises(ValueError, match=r"'grppo' is not registered: use one of .*grpo"):
         core_algos.get_adv_estimator_fn("grppo")
+
+
+ONES = torch.ones(2, 3)
+NAN_OUTSIDE, NAN_INSIDE = ONES.clone(), ONES.clone()
+NAN_OUTSIDE[1, 2] = NAN_INSIDE[0, 0] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        ((ONES, ONES), None),
+        ((NAN_OUTSIDE, ONES), None),
+        (ONES, "returned a Tensor; return a tuple (advantages, returns)"),
+        ((ONES, ONES, ONES), "returned a tuple of 3 values"),
+        ((ONES, None), "returned returns of type NoneType"),
+        ((torch.ones(2), ONES), "returned advantages of shape [2]; return a tensor [B, T], here [2, 3]"),
+        ((NAN_INSIDE, ONES), "returned advantages with NaN or infinite values"),
+    ],
+)
+def test_the_result_of_an_estimator_is_checked(monkeypatch, returned, words):
+    monkeypatch.setattr(core_algos.advantages.common.ADV_ESTIMATORS, "_functions", {"mine": lambda **_: returned})
+    batch = batch_of([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0]], ["a", "a"])
+    batch.batch["response_mask"] = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    if words is None:
+        assert core_algos.compute_advantage("mine", batch, SimpleNamespace()) == returned
+        return
+    with pytest.raises(ValueError) as raised:
+        core_algos.compute_advantage("mine", batch, SimpleNamespace())
+    assert str(raised.value).startswith("algorithm.adv_estimator=mine ") and words in str(raised.value)

@@ -5,7 +5,7 @@ The implementations are in `verl.algorithms`.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -33,10 +33,35 @@ def compute_advantage(
         config: the `algorithm` section.
 
     Raises:
-        ValueError: no estimator has that name, or it needs a column that `batch` does not have.
+        ValueError: no estimator has that name, it needs a column that `batch` does not have, or it returned something
+            else, or a value that is not finite at a token of the mask.
     """
     function = get_adv_estimator_fn(adv_estimator)
     tensors = cast(dict[str, torch.Tensor], dict(batch.batch.items()))
     groups = batch.non_tensor_batch.get("uid")
     arguments = estimator_arguments(function, tensors, batch.non_tensor_batch, groups, config)
-    return function(**arguments)
+    return _checked(function(**arguments), adv_estimator, tensors["response_mask"])
+
+
+def _checked(returned: Any, adv_estimator: str, response_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the result of an estimator; ValueError if it is not (advantages, returns), finite and [B, T]."""
+    name, shape = f"algorithm.adv_estimator={adv_estimator}", list(response_mask.shape)
+    if not isinstance(returned, tuple | list) or len(returned) != 2:
+        count = f" of {len(returned)} values" if isinstance(returned, tuple | list) else ""
+        raise ValueError(
+            f"{name} returned a {type(returned).__name__}{count}; return a tuple (advantages, returns) of two tensors "
+            "[B, T]"
+        )
+    for kind, value in zip(("advantages", "returns"), returned, strict=True):
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"{name} returned {kind} of type {type(value).__name__}; return a tensor [B, T]")
+        if list(value.shape) != shape:
+            raise ValueError(
+                f"{name} returned {kind} of shape {list(value.shape)}; return a tensor [B, T], here {shape}"
+            )
+        if not bool(torch.isfinite(value[response_mask.bool()]).all()):
+            raise ValueError(
+                f"{name} returned {kind} with NaN or infinite values at tokens of the response; check divisions by 0, "
+                "e.g. by the standard deviation of a group with equal rewards"
+            )
+    return returned[0], returned[1]
