@@ -20,7 +20,9 @@ def add(a: int, b: int = 1) -> str:
     """
     return str(a + b)
 
-@function_tool("twice", schema={"function": {"name": "twice", "description": "Double."}})
+X = {"properties": {"x": {"type": "integer"}}, "required": ["x"]}
+
+@function_tool("twice", schema={"function": {"name": "twice", "description": "Double.", "parameters": X}})
 async def double(x):
     return x * 2, 0.5, {"calls": 1}
 '''
@@ -76,3 +78,29 @@ def test_files_that_cannot_be_used_are_errors(tmp_path, text, words):
 def test_a_missing_file_is_an_error(tmp_path):
     with pytest.raises(ToolConfigError, match=r"function_tool_path=.*absent\.py: no such file"):
         all_tools(None, str(tmp_path / "absent.py"))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "function", "words"),
+    [
+        (
+            {"properties": {"y": {"type": "integer"}}},
+            "f(x=1)",
+            "arguments of its schema (y): got an unexpected keyword",
+        ),
+        ({}, "f(x)", "arguments of its schema (none): missing a required argument: 'x'"),
+        ({"properties": {"x": {"type": "integer"}}}, "f(x)", "arguments of its schema (none): missing a required"),
+        ({"properties": {"x": {"type": "integer"}}, "required": ["x"]}, "f(x, y=1)", None),
+        ({"properties": {"x": {"type": "integer"}}}, "f(**arguments)", None),
+    ],
+)
+def test_the_schema_fits_the_function(path, parameters, function, words):
+    schema = {"function": {"name": "f", "description": "d", "parameters": parameters}}
+    head = "from verl.tools.function_tool import function_tool"
+    path.write_text(f"{head}\n@function_tool(schema={schema!r})\ndef {function}:\n    return 1\n")
+    if words is None:
+        assert [tool.name for tool in all_tools(None, str(path))] == ["f"]
+        return
+    with pytest.raises(ToolConfigError) as raised:
+        all_tools(None, str(path))
+    assert f"{path}: function tool 'f' cannot be called" in str(raised.value) and words in str(raised.value)

@@ -152,4 +152,23 @@ def load_function_tools(path: str | None) -> list[FunctionTool]:
     names = [name for name in _TOOLS.names() if _TOOLS.get(name).__module__ == module.__name__]
     if not names:
         raise ValueError(f"{KEY}={path}: has no function with the decorator @function_tool; add it")
-    return [get_function_tool(name) for name in names]
+    tools = [get_function_tool(name) for name in names]
+    for tool in tools:
+        _check_arguments(tool, f"{KEY}={path}: function tool {tool.name!r}")
+    return tools
+
+
+def _check_arguments(tool: FunctionTool, location: str) -> None:
+    """Check that the function takes the arguments of its schema; ValueError if not.
+
+    A schema that is given to `@function_tool` may differ from the function, and each call would fail.
+    """
+    parameters = tool.tool_schema.function.parameters
+    for names in (parameters.properties, parameters.required):
+        try:
+            inspect.signature(tool.function).bind(**dict.fromkeys(names))
+        except TypeError as error:
+            raise ValueError(
+                f"{location} cannot be called with the arguments of its schema ({', '.join(names) or 'none'}): "
+                f"{error}; correct the schema, or the parameters of the function"
+            ) from None

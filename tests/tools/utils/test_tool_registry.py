@@ -18,14 +18,35 @@ OWN = """
 from verl.tools.base_tool import BaseTool
 from verl.tools.schemas import OpenAIFunctionToolSchema
 
-class WithSchema(BaseTool):
+class NoExecute(BaseTool):
     def get_openai_tool_schema(self):
         function = {"name": "from_class", "description": "d"}
         return OpenAIFunctionToolSchema.model_validate({"type": "function", "function": function})
 
+class WithSchema(NoExecute):
+    async def execute(self, instance_id, parameters, **kwargs):
+        pass
+
 class Narrow(WithSchema):
     async def execute(self, instance_id, parameters):
         pass
+
+class NarrowCreate(WithSchema):
+    async def create(self, instance_id):
+        pass
+
+class NarrowRelease(WithSchema):
+    async def release(self):
+        pass
+
+class NarrowReward(WithSchema):
+    async def calc_reward(self, instance_id, parameters):
+        pass
+
+class Unknown(WithSchema):
+    def get_openai_tool_schema(self):
+        function = {"name": "a", "description": "d", "parameters": {"required": ["query"]}}
+        return OpenAIFunctionToolSchema.model_validate({"function": function})
 
 class Breaks(WithSchema):
     def __init__(self, config, tool_schema):
@@ -104,6 +125,11 @@ SCHEMA = "tool_schema: {type: function, function: {name: a, description: d}}"
         ("tools: [{class_name: broken.py:Own}]", "is not valid Python"),
         ("tools: [{class_name: own.py:WithSchema, tool_schema: {type: function}}]", "tool_schema.function: Field"),
         (
+            "tools: [{class_name: own.py:WithSchema, tool_schema: {function: {name: a, description: d, "
+            "parameters: {properties: {q: {type: string}}, required: [query]}}}}]",
+            r"tools\[0\]: the schema of a requires query, which its properties do not describe \(q\)",
+        ),
+        (
             f"tools: [{{class_name: own.py:WithSchema, {SCHEMA}}}, {{class_name: own.py:WithSchema, {SCHEMA}}}]",
             "duplicate name a;",
         ),
@@ -128,7 +154,12 @@ def test_an_invalid_file_is_rejected_without_importing_classes(tmp_path, text, w
         ("class_name: fixtures.tools.Nobody", "Nobody does not exist"),
         ("class_name: fixtures.nowhere.Nobody", "does not import: ModuleNotFoundError"),
         ("class_name: fails.py:Own", "does not import: ZeroDivisionError"),
-        ("class_name: own.py:Narrow", r"cannot be called as execute.*let both take \*\*kwargs"),
+        ("class_name: own.py:Narrow", r"cannot be called as execute.*let it take \*\*kwargs"),
+        ("class_name: own.py:NoExecute", r"does not define execute\(self, instance_id, parameters"),
+        ("class_name: own.py:NarrowCreate", r"cannot be called as create\(create_kwargs"),
+        ("class_name: own.py:NarrowRelease", r"cannot be called as release\(instance_id"),
+        ("class_name: own.py:NarrowReward", r"cannot be called as calc_reward\(instance_id"),
+        ("class_name: own.py:Unknown", "the schema of a requires query, which its properties do not describe"),
         ("class_name: own.py:Breaks", "cannot be constructed: no key"),
         ("class_name: fixtures.tools.Raises", "has no schema"),
     ],

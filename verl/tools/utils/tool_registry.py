@@ -85,6 +85,8 @@ def _entry(tool: Any, location: str, folder: Path) -> ToolEntry:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise ToolConfigError(f"{location}.tool_schema.{key}: {first['msg']}") from None
+    if parsed is not None:
+        _check_parameters(parsed, location)
     return ToolEntry(tool["class_name"], dict(config), parsed)
 
 
@@ -122,7 +124,8 @@ def initialize_tools_from_config(path: str | None) -> list[BaseTool]:
             raise ToolConfigError(f"{location}.class_name={error}") from error
         except (Exception, SystemExit) as error:  # a user's __init__ may raise anything
             raise ToolConfigError(f"{location}: {entry.class_name} cannot be constructed: {error}") from error
-        _check_execute(tool, f"{location}: {entry.class_name}")
+        _check_methods(tool, f"{location}: {entry.class_name}")
+        _check_parameters(tool.tool_schema, location)
         tools.append(tool)
     _check_names([tool.name for tool in tools], path)
     return tools
@@ -145,15 +148,39 @@ def all_tools(tool_config_path: str | None, function_tool_path: str | None) -> l
     return tools
 
 
-def _check_execute(tool: BaseTool, location: str) -> None:
-    try:
-        inspect.signature(tool.execute).bind("", {}, agent_data=None)
-        inspect.signature(tool.create).bind(create_kwargs={})
-    except TypeError as error:
+def _check_methods(tool: BaseTool, location: str) -> None:
+    """Check that every method can be called with the arguments of a run, which would otherwise fail at each call.
+
+    Raises:
+        ToolConfigError: a method takes other arguments, or `execute` is not defined.
+    """
+    if getattr(tool.execute, "__func__", None) is BaseTool.execute:
+        raise ToolConfigError(f"{location} does not define execute(self, instance_id, parameters, **kwargs)")
+    for method, form, args, kwargs in (
+        (tool.create, "create(create_kwargs=...)", (), {"create_kwargs": {}}),
+        (tool.execute, "execute(instance_id, parameters, agent_data=...)", ("", {}), {"agent_data": None}),
+        (tool.calc_reward, "calc_reward(instance_id)", ("",), {}),
+        (tool.release, "release(instance_id)", ("",), {}),
+    ):
+        try:
+            inspect.signature(method).bind(*args, **kwargs)
+        except TypeError as error:
+            raise ToolConfigError(f"{location} cannot be called as {form}: {error}; let it take **kwargs") from None
+
+
+def _check_parameters(schema: OpenAIFunctionToolSchema, location: str) -> None:
+    """Check that the model can give every required argument.
+
+    Raises:
+        ToolConfigError: a required argument is not described, so the model would never give it.
+    """
+    parameters = schema.function.parameters
+    unknown = [name for name in parameters.required if name not in parameters.properties]
+    if unknown:
         raise ToolConfigError(
-            f"{location} cannot be called as execute(instance_id, parameters, agent_data=...) and create("
-            f"create_kwargs=...): {error}; let both take **kwargs"
-        ) from None
+            f"{location}: the schema of {schema.function.name} requires {', '.join(unknown)}, which its properties do "
+            f"not describe ({', '.join(parameters.properties) or 'none'}); correct required or properties"
+        )
 
 
 def tool_timeout(tool: BaseTool) -> float:
