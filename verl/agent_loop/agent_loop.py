@@ -155,6 +155,10 @@ class RegisteredLoop:
     loop: type[AgentLoopBase]
     kwargs: Mapping[str, Any]
 
+    def shared_arguments(self, tokenizer: Any, config: PPOConfig) -> dict[str, Any]:
+        """Return the keywords that all loops of a run get: those of `setup`, which is called, and of `register`."""
+        return {**self.loop.setup(tokenizer, config), **self.kwargs}
+
 
 _LOOPS: dict[str, RegisteredLoop] = {}
 

@@ -99,7 +99,7 @@ class SampleGenerator:
         if output.reward_score is not None:
             reward = self._rewards.record(_own_reward(output.reward_score), row["data_source"])
         elif self._manager is not None:
-            reward = await self._manager.score(self._table(row, output, extra_info))
+            reward = await self._manager.score(unscored_table(row, output, extra_info, self._tokenizer.pad_token_id))
             reward = self._rewards.record(reward, row["data_source"])
         else:
             reward = await self._rewards.score(
@@ -111,19 +111,10 @@ class SampleGenerator:
             )
         return ScoredSample(row, output, reward)
 
-    def _table(self, row: dict[str, Any], output: AgentLoopOutput, extra_info: dict[str, Any]) -> DataProto:
-        """Return the sample as a table of one row without scores, with every column of the data."""
-        unscored = ScoredSample(row, output, RewardResult(0.0, {}, None, 0.0))
-        table = to_batch([unscored], pad_token_id=self._tokenizer.pad_token_id, with_log_probs=False)
-        table.pop(["token_level_scores"], ["reward_error"])
-        columns = {**row, "extra_info": extra_info, "__num_turns__": output.num_turns}
-        table.non_tensor_batch |= {name: object_array([value]) for name, value in columns.items()}
-        return table
-
     def _agent_loop(self, name: str) -> AgentLoopBase:
         registered = get_agent_loop(name)
         if name not in self._shared:
-            self._shared[name] = {**registered.loop.setup(self._tokenizer, self._config), **registered.kwargs}
+            self._shared[name] = registered.shared_arguments(self._tokenizer, self._config)
         return registered.loop(self._client, self._tokenizer, self._config, **self._shared[name])
 
 
@@ -134,6 +125,26 @@ def _own_reward(score: Any) -> RewardResult:
     except BadReturnError as error:
         return RewardResult(0.0, {}, "bad_return", 0.0, f"AgentLoopOutput.reward_score: {error}")
     return RewardResult(value, extra, None, 0.0, note)
+
+
+def unscored_table(
+    row: dict[str, Any], output: AgentLoopOutput, extra_info: dict[str, Any], pad_token_id: int
+) -> DataProto:
+    """Return a sample as a table of one row without scores, with every column of the data, for a reward manager.
+
+    Args:
+        row: the row of the data.
+        output: the sample.
+        extra_info: of the row, with the fields of the agent loop.
+        pad_token_id: padding token.
+    """
+    table = to_batch(
+        [ScoredSample(row, output, RewardResult(0.0, {}, None, 0.0))], pad_token_id=pad_token_id, with_log_probs=False
+    )
+    table.pop(["token_level_scores"], ["reward_error"])
+    columns = {**row, "extra_info": extra_info, "__num_turns__": output.num_turns}
+    table.non_tensor_batch |= {name: object_array([value]) for name, value in columns.items()}
+    return table
 
 
 def to_batch(samples: Sequence[ScoredSample], *, pad_token_id: int, with_log_probs: bool) -> DataProto:

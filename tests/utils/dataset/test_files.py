@@ -138,3 +138,11 @@ def test_half_a_character_becomes_u_fffd_with_one_warning(tmp_path, tokenizer, c
 def test_escaped_characters_in_pairs_are_no_half_characters(tmp_path, caplog):
     (tmp_path / "x.jsonl").write_text(json.dumps(row("\U0001f600")))
     assert read_rows(tmp_path / "x.jsonl")[0]["prompt"][0]["content"] == "\U0001f600" and not caplog.records
+
+
+def test_the_head_of_a_parquet_file_has_its_first_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr("verl.utils.dataset.files._ROWS_PER_BATCH", 2)
+    path = parquet(tmp_path / "a.parquet", [row("ab", ability=str(i)) for i in range(5)])
+    head = read_rows(path, head=True)
+    assert [head[i]["ability"] for i in range(len(head))] == ["0", "1"]
+    assert len(read_rows(path)) == 5

@@ -68,13 +68,12 @@ from verl.trainer.ppo.metrics import (
     compute_timing_metrics,
     compute_version_metrics,
 )
-from verl.trainer.ppo.off_policy import correct_rollout, drop_rejected, mismatch_metrics
+from verl.trainer.ppo.off_policy import mismatch_metrics
 from verl.trainer.ppo.rewards_to_advantages import (
-    apply_advantages,
     apply_kl_penalty,
+    batch_advantages,
     compute_advantage,
     compute_response_mask,
-    compute_rewards,
 )
 from verl.trainer.ppo.run_state import HFExportError, export_run, load_run, save_run
 from verl.trainer.ppo.runtime import Runtime
@@ -163,15 +162,8 @@ class RayPPOTrainer:
 
     def advantages(self, batch: DataProto) -> tuple[DataProto, dict[str, float]]:
         """Correct for the rollout policy, compute advantages and drop rejected tokens; return batch and metrics."""
-        runtime, algorithm = self.runtime, self.config.algorithm
-        metrics: dict[str, float] = {}
-        if runtime.correction.bypass_mode:
-            # The rollout policy counts as the old policy, so no forward pass is needed.
-            batch = batch.union(DataProto.from_dict(tensors={"old_log_probs": batch.batch["rollout_log_probs"]}))
-        elif "rollout_log_probs" in batch.batch:
-            batch, metrics = correct_rollout(batch, runtime.correction)
-        batch, kl_metrics = compute_rewards(batch, algorithm, runtime.kl_controller)
-        return drop_rejected(apply_advantages(batch, algorithm)), metrics | kl_metrics
+        runtime = self.runtime
+        return batch_advantages(batch, self.config.algorithm, runtime.correction, runtime.kl_controller)
 
     async def update_actor(self, batch: DataProto) -> dict[str, float]:
         """Train the actor; in bypass mode add the mismatch metrics, which need the log-probabilities of training."""

@@ -8,9 +8,11 @@ import torch
 
 from verl.algorithms.kl_in_reward import KLController, penalized_rewards
 from verl.config import AlgorithmConfig
+from verl.config.rollout_correction import Correction
 from verl.extension.registry import registered_name
 from verl.protocol import DataProto
 from verl.trainer.ppo import core_algos
+from verl.trainer.ppo.off_policy import correct_rollout, drop_rejected
 
 
 def compute_rewards(
@@ -55,6 +57,23 @@ def apply_kl_penalty(
     kl_ctrl.update(kl, n_steps=len(data))
     columns["token_level_rewards"] = rewards
     return data, metrics
+
+
+def batch_advantages(
+    batch: DataProto, algorithm: AlgorithmConfig, correction: Correction, controller: KLController
+) -> tuple[DataProto, dict[str, float]]:
+    """Correct for the rollout policy, compute advantages and drop rejected tokens; return batch and metrics.
+
+    Reads the columns of `correct_rollout`, `compute_rewards` and `apply_advantages`, and adds theirs.
+    """
+    metrics: dict[str, float] = {}
+    if correction.bypass_mode:
+        # The rollout policy counts as the old policy, so no forward pass is needed.
+        batch = batch.union(DataProto.from_dict(tensors={"old_log_probs": batch.batch["rollout_log_probs"]}))
+    elif "rollout_log_probs" in batch.batch:
+        batch, metrics = correct_rollout(batch, correction)
+    batch, kl_metrics = compute_rewards(batch, algorithm, controller)
+    return drop_rejected(apply_advantages(batch, algorithm)), metrics | kl_metrics
 
 
 def compute_response_mask(data: DataProto) -> torch.Tensor:

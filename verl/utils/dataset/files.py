@@ -5,6 +5,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +37,16 @@ class ParquetRows:
     Args:
         path: the file.
         messages: name of the column of messages; the null fields that Parquet adds to messages are dropped.
+        head: read only the first batch of rows.
     """
 
-    def __init__(self, path: Path, messages: str | None = None) -> None:
+    def __init__(self, path: Path, messages: str | None = None, *, head: bool = False) -> None:
         self.path = path
         self.has_warned = False
         try:
             with pq.ParquetFile(path) as file:
                 # Read in batches: Arrow cannot read a nested column of more than 2 GiB at once.
-                batches = list(file.iter_batches(batch_size=_ROWS_PER_BATCH))
+                batches = list(islice(file.iter_batches(batch_size=_ROWS_PER_BATCH), 1 if head else None))
                 table = pa.Table.from_batches(batches, schema=file.schema_arrow)
         except (pa.ArrowException, OSError) as error:
             raise ValueError(_unreadable_parquet(path, error)) from error
@@ -219,18 +221,19 @@ def data_paths(files: str | Path | Sequence[str | Path]) -> list[Path]:
     return paths
 
 
-def read_rows(path: Path, messages: str | None = None) -> ParquetRows | JsonRows:
+def read_rows(path: Path, messages: str | None = None, *, head: bool = False) -> ParquetRows | JsonRows:
     """Return all rows of one file.
 
     Args:
         path: the file.
         messages: see `ParquetRows`.
+        head: the first rows are enough; of a large Parquet file the others are not read.
 
     Raises:
         ValueError: the file is empty, has no row, is truncated, or is not in the format of its suffix.
     """
     _require_bytes(path)
-    rows = ParquetRows(path, messages) if path.suffix == ".parquet" else JsonRows(path)
+    rows = ParquetRows(path, messages, head=head) if path.suffix == ".parquet" else JsonRows(path)
     if not len(rows):
         raise ValueError(f"data file {path} has no rows; write it again or remove it from the list")
     return rows

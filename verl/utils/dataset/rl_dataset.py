@@ -28,7 +28,7 @@ from verl.utils.dataset.prompts import (
     prompt_token_ids,
     truncate_prompt,
 )
-from verl.utils.dataset.tools_kwargs import read_tools_kwargs
+from verl.utils.dataset.reward_columns import pop_reward_columns
 from verl.utils.proto_columns import object_array
 
 logger = logging.getLogger(__name__)
@@ -171,18 +171,10 @@ class RLHFDataset(Dataset[dict[str, Any]]):
     def _item(self, row: dict[str, Any], position: int, messages: Messages, token_ids: list[int]) -> dict[str, Any]:
         for key in (self.config.prompt_key, *_MEDIA_COLUMNS):
             row.pop(key, None)
-        source = row.pop(self.config.reward_fn_key, None)
-        reward_model, extra_info = (_dict_cell(row, key) for key in ("reward_model", "extra_info"))
-        read_tools_kwargs(extra_info)  # so that the error names the file
-        index = extra_info.get("index")
-        item = {
-            # Only an override of __getitem__ can change the messages afterwards.
-            "prompt_token_ids": token_ids if type(self).__getitem__ is _GETITEM else _OwnTokens(token_ids, messages),
-            "data_source": "unknown" if source is None else str(source),
-            "reward_model": reward_model,
-            "extra_info": extra_info,
-            "index": position if index is None else index,
-        }
+        item = pop_reward_columns(row, self.config.reward_fn_key, position)
+        # Only an override of __getitem__ can change the messages afterwards.
+        is_final = type(self).__getitem__ is _GETITEM
+        item["prompt_token_ids"] = token_ids if is_final else _OwnTokens(token_ids, messages)
         if self.config.return_raw_chat:
             item["raw_prompt"] = messages
         return row | item
@@ -264,13 +256,6 @@ def _check_settings(config: DatasetConfig, max_samples: int) -> None:
         raise ValueError(
             f"data.train_max_samples or data.val_max_samples={max_samples}: must be at least 1, or -1 for all"
         )
-
-
-def _dict_cell(row: dict[str, Any], key: str) -> dict[str, Any]:
-    value = row.pop(key, None)
-    if value is not None and not isinstance(value, dict):
-        raise ValueError(f"{key!r} is a {type(value).__name__}; it must be a dict (a struct column in Parquet)")
-    return value or {}
 
 
 def collate_fn(items: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -38,6 +38,10 @@ class BadReturnError(ValueError):
     """A reward function returned a value that is not a score."""
 
 
+class NonFiniteScoreError(BadReturnError):
+    """A reward function returned NaN or an infinite number as the score."""
+
+
 @dataclass(frozen=True)
 class ScoreFunction:
     """A loaded reward function.
@@ -183,7 +187,7 @@ def _finite(value: Any) -> float:
     except (OverflowError, ValueError):  # ValueError: a signaling NaN of Decimal
         score = math.inf
     if not math.isfinite(score):
-        raise BadReturnError(f"the reward function returned the score {shown}; a score must be finite")
+        raise NonFiniteScoreError(f"the reward function returned the score {shown}; a score must be finite")
     return score
 
 

@@ -17,7 +17,6 @@ import signal
 import socket
 import struct
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -26,6 +25,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
+from verl.utils.child_process import ending, interpreter_command
 from verl.workers.reward.function import RewardFunctionError
 from verl.workers.reward.worker import NOBODY, SLOT, Setup
 
@@ -88,7 +88,7 @@ class _Worker:
             for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
                 ours.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", _SOCKET_SECONDS, 0))
             self.process = subprocess.Popen(
-                _command(number, theirs.fileno(), slot.fileno()),
+                interpreter_command("verl.workers.reward.worker", number, theirs.fileno(), slot.fileno(), os.getpid()),
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
                 pass_fds=(theirs.fileno(), slot.fileno()),
@@ -125,14 +125,6 @@ class _Worker:
         code = self.process.wait()
         self.connection.close()
         return code
-
-
-def _command(number: int, socket_fd: int, slot_fd: int) -> list[str]:
-    code = (
-        f"import sys; sys.path[:] = {sys.path!r}; from verl.workers.reward.worker import main; "
-        f"main({number}, {socket_fd}, {slot_fd}, {os.getpid()})"
-    )
-    return [sys.executable, "-c", code]
 
 
 class WorkerPool:
@@ -279,7 +271,7 @@ class WorkerPool:
             self._replace(worker, "exception", "")
         else:
             code = self._drop(worker)
-            self._break(f"a reward worker ended ({_ending(code)}) while loading {self._setup.path}")
+            self._break(f"a reward worker ended ({ending(code)}) while loading {self._setup.path}")
 
     def _handle(self, worker: _Worker, message: tuple[Any, ...]) -> None:
         worker.heard = time.monotonic()
@@ -317,7 +309,7 @@ class WorkerPool:
         blamed = worker.culprits()
         code = self._drop(worker)
         if error == "exception":
-            detail = detail or f"the reward function ended its process ({_ending(code)})"
+            detail = detail or f"the reward function ended its process ({ending(code)})"
         for number in blamed:
             worker.running.pop(number).deliver(Outcome(0.0, {}, error, detail, seconds))
         with self._lock:
@@ -357,7 +349,3 @@ class WorkerPool:
                 except (EOFError, OSError):
                     break
             self._drop(worker)
-
-
-def _ending(code: int) -> str:
-    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

@@ -16,9 +16,7 @@ import inspect
 import mmap
 import os
 import pickle
-import signal
 import struct
-import sys
 import threading
 import time
 import traceback
@@ -29,6 +27,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from verl.timeline.spans import Timeline, join_timeline, span, spanned
+from verl.utils.child_process import end_with_parent
 from verl.workers.reward.function import ARGUMENTS, BadReturnError, ScoreFunction, load_function, read_return
 
 MAX_EXTRA_BYTES = 16 * 2**20
@@ -75,22 +74,6 @@ def main(number: int, socket_fd: int, slot_fd: int, parent_pid: int) -> None:
             _serve_sync(connection, function)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the driver is gone or has closed the pool
-
-
-def end_with_parent(parent_pid: int) -> None:
-    """Make the kernel kill this process when its parent dies, even inside an endless loop.
-
-    On other systems than Linux, only the closed socket ends the worker, after its current sample.
-    """
-    if sys.platform != "linux":
-        return
-    import ctypes
-
-    pr_set_pdeathsig = 1
-    if ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, int(signal.SIGKILL), 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed in a reward worker")
-    if os.getppid() != parent_pid:  # it died before the call above
-        os._exit(1)
 
 
 def _prepare(function: ScoreFunction, data_sources: Iterable[str]) -> None:

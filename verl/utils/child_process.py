@@ -1,0 +1,35 @@
+"""Child processes that run the user's code: a fresh interpreter, without the threads and imports of its parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+
+def interpreter_command(module: str, *arguments: int) -> list[str]:
+    """Return the command of a new interpreter that calls `main(*arguments)` of `module`, with the parent's sys.path."""
+    numbers = ", ".join(map(str, arguments))
+    code = f"import sys; sys.path[:] = {sys.path!r}; from {module} import main; main({numbers})"
+    return [sys.executable, "-c", code]
+
+
+def end_with_parent(parent_pid: int) -> None:
+    """Make the kernel kill this process when its parent dies, even inside an endless loop.
+
+    On other systems than Linux, only a closed connection ends the process, after its current call.
+    """
+    if sys.platform != "linux":
+        return
+    import ctypes
+
+    pr_set_pdeathsig = 1
+    if ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, int(signal.SIGKILL), 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed in a child process")
+    if os.getppid() != parent_pid:  # it died before the call above
+        os._exit(1)
+
+
+def ending(code: int) -> str:
+    """Return the end of a process as text: its signal or its exit code."""
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
