@@ -290,3 +290,20 @@ def test_several_faults_are_reported_together(script, check):
     text = "\n".join(output["runs"][0]["errors"])
     assert status == 1 and len(output["runs"][0]["errors"]) == 3
     assert all(words in text for words in ("ppo_mini_batch_size=12", "data_source=mine", "generation needs about"))
+
+
+def test_the_reward_function_is_called_in_another_process(script, check):
+    head = "def compute_score(data_source, solution_str, ground_truth, extra_info):\n    print('called')\n    "
+    device = ("--device", "npu:ascend950")
+    script.keys["reward.custom_reward_function.path"] = script.reward
+    script.reward.write_text(head + "return float(solution_str == ground_truth)\n")
+    status, output = check(script.write(), *device)
+    assert status == 0 and output["runs"][0]["warnings"] == []
+    script.reward.write_text(head + "return extra_info['level']\n")
+    status, output = check(script.write(), *device)
+    error = output["runs"][0]["errors"][0]
+    assert status == 1 and "reads extra_info['level'], which the row does not have" in error
+    # The run is planned for another machine, where the service of the reward may run.
+    script.reward.write_text(head + "raise ConnectionError('down')\n")
+    status, output = check(script.write(), *device, "--without-files")
+    assert status == 0 and "ConnectionError: down" in output["runs"][0]["warnings"][0]

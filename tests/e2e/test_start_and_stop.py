@@ -152,7 +152,7 @@ def test_ctrl_c_and_sigterm_end_cleanly(tmp_path, number, status):
 def test_an_error_in_a_process_ends_the_run_with_that_error(tmp_path):
     run = TinyRun(tmp_path)
     run.reward.write_text(
-        "def compute_score(data_source, solution_str, ground_truth, extra_info):\n    return 'good'\n"
+        "def compute_score(data_source, solution_str, ground_truth, extra_info):\n    raise OSError('no service')\n"
     )
     process = run.start()
     family = set()
@@ -166,5 +166,5 @@ def test_an_error_in_a_process_ends_the_run_with_that_error(tmp_path):
     assert process.wait(10) == 1
     text = run.log.read_text()
     assert re.search(r"scoring failed for all 32 samples", text)
-    assert "good" in text
+    assert "OSError: no service" in text
     assert alive(family) == []

@@ -146,6 +146,23 @@ def test_invalid_config_exits_with_status_2_and_the_reason(tmp_path, run_files, 
     assert done.stdout == "" and all(word in done.stderr for word in words), done.stderr
 
 
+def test_a_reward_function_that_does_not_fit_exits_with_status_2(tmp_path, run_files):
+    run_files.reward.write_text(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info):\n    return extra_info['level']\n"
+    )
+    done = run_command(tmp_path, *run_files.overrides())
+    assert done.returncode == 2 and done.stdout == ""
+    assert "reads extra_info['level'], which the row does not have" in done.stderr, done.stderr
+
+
+def test_warnings_about_user_code_are_part_of_the_plan(run_files):
+    run_files.reward.write_text(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info):\n    raise OSError('down')\n"
+    )
+    plan = main_ppo.checked_plan(main_ppo.compose(run_files.overrides()))
+    assert any("OSError: down" in text for text in plan.warnings) and "OSError: down" in plan.render()
+
+
 def test_config_path_is_relative_to_the_working_directory(tmp_path, run_files):
     conf = tmp_path / "conf"
     conf.mkdir()

@@ -1,6 +1,7 @@
 """`verl check`: check a run without starting it.
 
-Imports no torch, Ray or vLLM, unless the modules in `actor_rollout_ref.model.external_lib` import them.
+Imports no torch, Ray or vLLM, unless the modules in `actor_rollout_ref.model.external_lib` import them. Other code of
+the user runs in a child process.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from verl.preflight.target import HARDWARE, Hardware, Target
 _DESCRIPTION = f"""\
 Checks a training script, or the overrides of a run, without starting anything: keys and values, the model (its
 config.json is enough), each row of the data, prompt lengths, batch sizes, parallel sizes, memory and weight updates.
-Every error says what to do.
+Your own functions and classes (reward, dataset, estimator, loss, agent loops) are called or constructed once in another
+process. Every error says what to do.
 
 The shell commands of a script are run (variables, conditions, functions, cd, source). Its programs are not run: neither
 the training command, whose arguments are checked, nor programs that prepare models and data. They count as successful
@@ -126,6 +128,7 @@ def _capture(words: Sequence[str], hardware: Hardware | None) -> Capture:
 def _examine(command: Command, target: Target) -> Run:
     from verl.preflight.check import examine
     from verl.trainer.main_ppo import compose, import_external_lib
+    from verl.trainer.probes.process import Probes
 
     # Relative paths are relative to the script's working directory.
     with contextlib.chdir(command.folder):
@@ -133,8 +136,11 @@ def _examine(command: Command, target: Target) -> Run:
             config = compose(list(command.words))
             if config is None:
                 raise ConfigError(["the command asks Hydra for its help or for the config, and trains nothing"])
-            import_external_lib(config)
-            plan, found = examine(config, dataclasses.replace(target, environment=command.environment))
+            with Probes(config, starting=False) as probes:
+                import_external_lib(config)
+                plan, found = examine(config, dataclasses.replace(target, environment=command.environment))
+                elsewhere = target.hardware is not None or target.without_files
+                probes.check(config, found, device="cpu" if plan is None else plan.device, elsewhere=elsewhere)
         except ConfigError as error:
             plan, found = None, Findings(errors=list(error.problems))
         except SystemExit:

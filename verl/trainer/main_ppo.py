@@ -23,6 +23,8 @@ from verl.config.overrides import Prepared, prepare
 from verl.extension import external
 from verl.extension.upstream_names import missing_names
 from verl.preflight import Plan, check
+from verl.preflight.findings import Findings
+from verl.trainer.probes.process import Probes
 from verl.utils.console import escape_unencodable
 from verl.utils.process_exit import limit_exit
 
@@ -49,8 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         config = compose(list(sys.argv[1:] if arguments is None else arguments))
         if config is None:
             return
-        import_external_lib(config)
-        plan = check(config)
+        plan = checked_plan(config)
     except ConfigError as error:
         sys.stderr.write(f"verl: the config cannot work: {error}\n")
         raise SystemExit(2) from None
@@ -61,6 +62,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         status = ended.code if isinstance(ended.code, int) else 1
     limit_exit(status)
     sys.exit(status)
+
+
+def checked_plan(config: PPOConfig) -> Plan:
+    """Check the config, call the user's code once, and return the plan.
+
+    Raises:
+        ConfigError: lists every problem.
+    """
+    with Probes(config, starting=True) as probes:
+        import_external_lib(config)
+        plan = check(config)
+        found = Findings(warnings=plan.warnings, notes=plan.notes)
+        probes.check(config, found, device=plan.device)
+    if found.errors:
+        raise ConfigError(found.errors)
+    return plan
 
 
 def compose(arguments: list[str]) -> PPOConfig | None:
