@@ -16,7 +16,7 @@ SPECIAL = {"pad_token": "[UNK]", "eos_token": "[UNK]", "tokenizer_class": "PreTr
 
 
 class Findings(list):
-    """The messages of a probe, in the place of the connection to the parent."""
+    """The messages of a probe; stands for the connection to the parent."""
 
     send = list.append
 

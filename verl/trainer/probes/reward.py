@@ -63,7 +63,7 @@ class RowDict(dict[Any, Any]):
 
 
 def tracked(value: Any, where: str) -> Any:
-    """Return a value of a row with `RowDict` in the place of each dict."""
+    """Return a copy of a value of a row, with a `RowDict` for each dict."""
     if isinstance(value, dict):
         return RowDict(value, where)
     return [tracked(item, f"{where}[{i}]") for i, item in enumerate(value)] if isinstance(value, list) else value
