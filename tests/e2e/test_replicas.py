@@ -12,6 +12,7 @@ import psutil
 import pytest
 import ray
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from fixtures.tiny import write_tiny_model
 from verl.config import ModelConfig, RolloutConfig, ServerConfig
@@ -54,7 +55,7 @@ class Sender:
         return exported(self.sender)
 
 
-def replica(rank, model_dir, quantization=None, partial_rollout=False, response_length=64, **server):
+def replica(rank, model_dir, quantization=None, partial_rollout=False, response_length=64, dtype="float32", **server):
     rollout = RolloutConfig(
         quantization=quantization,
         partial_rollout=partial_rollout,
@@ -256,6 +257,40 @@ async def test_processes_killed_in_the_middle_of_a_quantized_update(tmp_path, ra
         await update_weights(sender(), pool.alive, 4)
         assert (await client.generate(PROMPT, SAMPLING)).weight_versions[0] == 4
         assert [await each.parameter_hashes() for each in replicas] == [hashes, hashes]
+    finally:
+        await pool.stop()
+
+
+async def test_a_stop_string_ends_a_response(tmp_path, ray_session):
+    """The tokens that complete the string belong to the response; over HTTP `stop` means what vLLM makes of it."""
+    model_dir = write_tiny_model(tmp_path / "model")
+    weights = load_file(model_dir / "model.safetensors")
+    pool = ReplicaSet([replica(0, model_dir, enable_http=True)], on_start=(reports := {}).__setitem__)
+    client = LLMServerClient(pool)
+    # Of the characters; the model's vocabulary is larger than the tokenizer's.
+    sampling = {**SAMPLING, "max_tokens": 40, "seed": 5, "allowed_token_ids": list(range(4, 80))}
+    try:
+        await pool.start()
+        await update_weights(Sender(weights), pool.alive, 1)
+        full = await client.generate(PROMPT, sampling)
+        text = AutoTokenizer.from_pretrained(model_dir).decode(full.token_ids)
+        assert len(text) == len(full.token_ids) == 40
+        stop = text[9:12]
+        start = text.index(stop)
+        length = start + len(stop)
+        for include in ({}, {"include_stop_str_in_output": True}, {"include_stop_str_in_output": False}):
+            stopped = await client.generate(PROMPT, {**sampling, "stop": [stop, "never there"], **include})
+            assert (stopped.token_ids, stopped.stop_reason) == (full.token_ids[:length], "stop")
+            assert stopped.log_probs == pytest.approx(full.log_probs[:length], abs=1e-5)
+            assert stopped.weight_versions == [1] * length
+
+            body = {"model": str(model_dir), "prompt": PROMPT, **sampling, "stop": stop, **include}
+            status, reply = await asyncio.to_thread(post, reports[0]["http"], reports[0]["api_key"], body)
+            (choice,) = reply["choices"]
+            included = include.get("include_stop_str_in_output", False)
+            assert (status, choice["finish_reason"], choice["stop_reason"]) == (200, "stop", stop)
+            assert choice["text"] == text[: length if included else start]
+            assert reply["usage"]["completion_tokens"] == length
     finally:
         await pool.stop()
 
