@@ -190,8 +190,7 @@ def run_ppo(config: DictConfig | PPOConfig, task_runner_class: object = None) ->
             "registered functions and classes (docs/extending.md)"
         )
     resolved = config if isinstance(config, PPOConfig) else from_hydra(config)
-    import_external_lib(resolved)
-    plan = check(resolved)
+    plan = checked_plan(resolved)
     show_plan(plan)
     _train(resolved, plan)
 
