@@ -13,7 +13,8 @@ _EAGER = "eager"
 def soft_cap(config: Mapping[str, Any]) -> float | None:
     """Return the value at which attention scores are capped, or None."""
     default = 50.0 if config.get("model_type") == "gemma2" else None
-    return config.get("attn_logit_softcapping", default)
+    cap: float | None = config.get("attn_logit_softcapping", default)
+    return cap
 
 
 def has_alibi(config: Mapping[str, Any]) -> bool:
@@ -32,5 +33,5 @@ def uses_eager_attention(config: Mapping[str, Any]) -> bool:
     """Return True if the trainer computes attention scores one by one, as `choose_attention` decides by comparison."""
     backend = config.get(ATTENTION_BACKEND)
     if backend is not None:
-        return backend == _EAGER
+        return bool(backend == _EAGER)
     return soft_cap(config) is not None or has_alibi(config) or bool(sink_fields(config))

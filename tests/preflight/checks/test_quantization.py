@@ -146,6 +146,18 @@ def test_command_line_rejects_unknown_values_before_a_process_starts(decoder, ru
     assert "Traceback" not in done.stderr and not run_files.out.exists()
 
 
+def test_update_bytes_of_mxfp8(decoder, plan_of):
+    """1 byte per weight and 1 per 32 of them, bfloat16 for others and biases, float32 for biases of routers."""
+    extra = {"model.layers.0.self_attn.q_proj.bias": (256,), "model.layers.1.mlp.gate.e_score_correction_bias": (8,)}
+    keys = {FIELD: "ascend", "actor_rollout_ref__rollout__dtype": "bfloat16"}
+    without = plan_of(**keys).update_bytes
+    hidden, inner = SIZES["hidden"], SIZES["inner"]
+    elements = 2 * (4 * hidden * hidden + 3 * hidden * inner)
+    assert without == elements * 33 // 32 + 2 * (32 * hidden + hidden)
+    decoder(extra)
+    assert plan_of(**keys).update_bytes == without + 2 * 256 + 4 * 8
+
+
 def test_update_bytes_of_fp8(examine_on):
     """1 byte per weight of a projection, a float32 scale for 128 x 128 of them, bfloat16 for all other weights."""
     keys = {"actor_rollout_ref.rollout.quantization": "fp8", "trainer.device": "cuda"}

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from verl.utils.byte_size import format_bytes
+from verl.utils.model_dir.safetensors_header import TensorInfo
 from verl.utils.quantization.ascend_layers import Layer
 from verl.utils.quantization.formats import FLOAT, MXFP8_DESCRIPTION, W8A8_MXFP8
 
 DESCRIPTION_FILE = "quant_model_description.json"
+# Parameters that vLLM holds in float32, whatever its dtype: router biases, decay rates of linear attention.
+_IN_FLOAT32 = ("e_score_correction_bias", ".A_log")
 
 
 @dataclass(frozen=True)
@@ -23,13 +26,13 @@ class AscendDescription:
         model_dir: directory of the checkpoint.
         tp_size: tensor-parallel size of the rollout that it was checked for.
         layers: every weight of the checkpoint, in its order.
-        parameters: every tensor of the checkpoint, biases and buffers included.
+        parameters: every tensor of the checkpoint by name, biases and buffers included.
     """
 
     model_dir: str
     tp_size: int
     layers: tuple[Layer, ...]
-    parameters: frozenset[str] = field(repr=False)
+    parameters: Mapping[str, TensorInfo] = field(repr=False, hash=False)
     _by_parameter: dict[str, Layer] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -69,8 +72,12 @@ class AscendDescription:
         )
 
     def engine_bytes(self, itemsize: int) -> int:
-        """Bytes of all weights, the unquantized ones with `itemsize` bytes per element; biases are not counted."""
-        return sum(la.mxfp8_nbytes if la.quantized else math.prod(la.info.shape) * itemsize for la in self.layers)
+        """Bytes of all tensors, with `itemsize` bytes per element of unquantized ones that are not `_IN_FLOAT32`."""
+        encoded = {layer.parameter: layer.mxfp8_nbytes for layer in self.layers if layer.quantized}
+        return sum(
+            encoded.get(name) or math.prod(info.shape) * (4 if name.endswith(_IN_FLOAT32) else itemsize)
+            for name, info in self.parameters.items()
+        )
 
     def to_json_dict(self) -> dict[str, Any]:
         """Return `hf_overrides["quantization_config"]`: plain strings and numbers, keyed by checkpoint names.

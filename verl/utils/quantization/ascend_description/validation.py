@@ -38,7 +38,7 @@ def validated_description(
     _validate_packed_layers(layers)
     _validate_packed_names(index, layers)
     validate_tensor_parallel(layers, tp_size, expert_parallel=expert_parallel, padded_shares=padded_shares)
-    description = AscendDescription(str(index.model_dir), tp_size, tuple(layers), frozenset(index.tensors))
+    description = AscendDescription(str(index.model_dir), tp_size, tuple(layers), dict(index.tensors))
     validate_name_prefixes(description.to_json_dict())
     if not description.quantized_layers:
         raise ValueError(
