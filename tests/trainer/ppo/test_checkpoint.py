@@ -504,6 +504,22 @@ def test_a_full_disk_fails_the_save(tmp_path):
         check_full(root, first, second, errno.EFBIG)
 
 
+@pytest.mark.parametrize("file", ["rng_rank_1.pt", "model/__1_0.distcp"])
+def test_a_rank_that_cannot_write_leaves_the_earlier_checkpoint(tmp_path, file):
+    """A directory has the name of the file, so that only this rank's write fails."""
+    source = str(write_tiny_model(tmp_path / "source"))
+    store = CheckpointStore(tmp_path / "run")
+    save(store, 1)
+    with pytest.raises(CheckpointError) as caught, store.writing(2) as directory:
+        (directory / "actor" / file).mkdir(parents=True)
+        run_ranks(2, save_program, source, str(directory / "actor"), ["model", "extra"], {})
+    assert caught.value.errno == errno.EISDIR
+    message = str(caught.value)
+    assert "global_step_2 was not saved: RankFilesError: " in message and "rank 1: " in message and file in message
+    assert "rank 0: " not in message and "global_step_1 stays usable" in message
+    assert content(store.latest()) == (1, "") and names(store.root) == ["global_step_1", TRACKER]
+
+
 # ---------------------------------------------------------------- driver state
 
 

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import random
@@ -30,6 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from verl.workers.engine import lora
+from verl.workers.engine.rank_errors import RankErrors, checkpoint_errors
 
 logger = logging.getLogger(__name__)
 
@@ -51,23 +53,41 @@ def save_state(
 
     Raises:
         ValueError: an unknown part, or `optimizer` of an engine without an optimizer.
+        RankFilesError: a rank could not write its files; raised on all ranks.
     """
     _check_contents(contents, optimizer)
-    rank = dist.get_rank(group)
-    path.mkdir(parents=True, exist_ok=True)
+    rank, errors = dist.get_rank(group), RankErrors()
+    with errors.collect():
+        path.mkdir(parents=True, exist_ok=True)
+    errors.raise_together(group)
     if "model" in contents:
-        dcp.save(_trained_state(model), checkpoint_id=str(path / "model"), process_group=group)
+        with checkpoint_errors():
+            dcp.save(_trained_state(model), checkpoint_id=str(path / "model"), process_group=group)
         if lora.has_adapters(model):
-            lora.write_adapter(model, path / lora.DIRECTORY, writes=rank == 0)
+            tensors = lora.gather_adapter(model, keep=rank == 0)
+            with errors.collect():
+                if rank == 0:
+                    lora.write_adapter(model, tensors, path / lora.DIRECTORY)
     if optimizer is not None and "optimizer" in contents:
-        dcp.save(get_optimizer_state_dict(model, optimizer), checkpoint_id=str(path / "optimizer"), process_group=group)
+        state = get_optimizer_state_dict(model, optimizer)
+        with checkpoint_errors():
+            dcp.save(state, checkpoint_id=str(path / "optimizer"), process_group=group)
     if "extra" in contents:
-        torch.save(_rng_state(device), path / f"rng_rank_{rank}.pt")
-        if rank == 0:
-            state = {"format": 1, "world_size": dist.get_world_size(group), "schedule_step": schedule_step}
-            (path / _ENGINE_FILE).write_text(json.dumps(state) + "\n", encoding="utf-8")
+        with errors.collect():
+            _write_extra(path, device, schedule_step, group)
     # No rank may rename or announce the directory before it contains the files of all ranks.
-    dist.barrier(group=group)
+    errors.raise_together(group)
+
+
+def _write_extra(path: Path, device: torch.device, schedule_step: int, group: dist.ProcessGroup) -> None:
+    rank = dist.get_rank(group)
+    state = io.BytesIO()
+    torch.save(_rng_state(device), state)
+    # Not by torch.save, whose error names neither the file nor errno.
+    (path / f"rng_rank_{rank}.pt").write_bytes(state.getvalue())
+    if rank == 0:
+        engine = {"format": 1, "world_size": dist.get_world_size(group), "schedule_step": schedule_step}
+        (path / _ENGINE_FILE).write_text(json.dumps(engine) + "\n", encoding="utf-8")
 
 
 def load_state(
@@ -86,6 +106,7 @@ def load_state(
 
     Raises:
         FileNotFoundError: the checkpoint lacks a part.
+        RankFilesError: a rank could not read its part of model or optimizer; raised on all ranks.
         ValueError: an unknown part, or the checkpoint belongs to another model or other adapters.
     """
     _check_contents(contents, optimizer)
@@ -99,12 +120,14 @@ def load_state(
     if "model" in contents:
         state = _trained_state(model)
         _check_same_tensors(path, state, model)
-        dcp.load(state, checkpoint_id=str(path / "model"), process_group=group)
+        with checkpoint_errors():
+            dcp.load(state, checkpoint_id=str(path / "model"), process_group=group)
         # With adapters, the model also has frozen weights, which `state` does not contain.
         set_model_state_dict(model, state, options=StateDictOptions(strict=not lora.has_adapters(model)))
     if optimizer is not None and "optimizer" in contents:
         state = get_optimizer_state_dict(model, optimizer)
-        dcp.load(state, checkpoint_id=str(path / "optimizer"), process_group=group)
+        with checkpoint_errors():
+            dcp.load(state, checkpoint_id=str(path / "optimizer"), process_group=group)
         set_optimizer_state_dict(model, optimizer, state)
     if "extra" not in contents:
         return None

@@ -174,8 +174,8 @@ class FSDPTrainEngine(TrainEngine):
             override=self._model_config.override_config,
             dtype=dtype,
             writes=dist.get_rank(self._group) == 0,
+            group=self._group,
         )
-        dist.barrier(group=self._group)
 
     def _accumulate(
         self,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from verl.utils.dtypes import DTYPE_NAMES
@@ -23,6 +24,7 @@ from verl.utils.model_dir.copy_files import CONFIG_FILE, copy_model_files
 from verl.utils.model_dir.index import SAFETENSORS_INDEX, read_checkpoint_index, read_json_object
 from verl.utils.safetensors_file import save_safetensors
 from verl.workers.engine.export import export_weights
+from verl.workers.engine.rank_errors import RankErrors
 from verl.workers.engine.value_head import HEAD, has_value_head
 
 HF_DIRECTORY = "huggingface"  # in the actor's or critic's part of a checkpoint
@@ -40,6 +42,7 @@ def write_hf_directory(
     override: Mapping[str, Any],
     dtype: str = "auto",
     writes: bool,
+    group: dist.ProcessGroup,
 ) -> None:
     """Write config, weights and the files that the model has in common with its source. Collective.
 
@@ -49,24 +52,40 @@ def write_hf_directory(
         override: `override_config` of the model section.
         dtype: `auto` for the dtype of each weight in `source`, else `float32` (`fp32`) or `bfloat16` (`bf16`).
         writes: True on the one rank that writes the files.
+        group: the ranks that hold the model.
 
     Raises:
-        OSError: a file cannot be read or written.
+        RankFilesError: a file cannot be read or written; raised on all ranks, after they have gathered all weights.
     """
-    one_dtype = None if dtype == "auto" else DTYPE_NAMES[dtype]
-    weights = None
-    if writes:
-        path.mkdir(parents=True, exist_ok=True)
-        copy_model_files(source, tokenizer, path, generates=not has_value_head(model))
-        config = _saved_config(read_json_object(source / CONFIG_FILE), model, override, one_dtype)
-        (path / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        weights = _WeightFiles(path)
-        dtypes = _ExportDtypes(source, one_dtype)
+    errors = RankErrors()
+    weights: _WeightFiles | None = None
+    with errors.collect():
+        if writes:
+            one_dtype = None if dtype == "auto" else DTYPE_NAMES[dtype]
+            _write_common_files(model, path, source, tokenizer, override, one_dtype)
+            weights = _WeightFiles(path, _ExportDtypes(source, one_dtype))
     for name, tensor in export_weights(model):
-        if weights is not None:
-            weights.add(name, dtypes.cast(name, tensor))
-    if weights is not None:
-        weights.close()
+        with errors.collect():
+            if weights is not None and errors.first is None:
+                weights.add(name, tensor)
+    with errors.collect():
+        if weights is not None and errors.first is None:
+            weights.close()
+    errors.raise_together(group)
+
+
+def _write_common_files(
+    model: PreTrainedModel,
+    path: Path,
+    source: Path,
+    tokenizer: Path,
+    override: Mapping[str, Any],
+    dtype: str | None,
+) -> None:
+    path.mkdir(parents=True, exist_ok=True)
+    copy_model_files(source, tokenizer, path, generates=not has_value_head(model))
+    config = _saved_config(read_json_object(source / CONFIG_FILE), model, override, dtype)
+    (path / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _saved_config(
@@ -141,14 +160,15 @@ class _WeightFiles:
     At most one file is held in memory.
     """
 
-    def __init__(self, path: Path):
-        self._path = path
+    def __init__(self, path: Path, dtypes: _ExportDtypes):
+        self._path, self._dtypes = path, dtypes
         self._tensors: dict[str, torch.Tensor] = {}
         self._bytes = 0
         self._files: list[list[str]] = []
         self._total = self._parameters = 0
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
+        tensor = self._dtypes.cast(name, tensor)
         size = tensor.numel() * tensor.element_size()
         if self._tensors and self._bytes + size > _MAX_FILE_BYTES:
             self._flush()

@@ -123,25 +123,31 @@ def merged_view(state: dict[str, torch.Tensor], model: nn.Module) -> tuple[dict[
     return plain, adapters
 
 
-def write_adapter(model: nn.Module, path: Path, *, writes: bool) -> None:
-    """Write adapter_config.json and adapter_model.safetensors, float32, in the format of `PeftModel.from_pretrained`.
-
-    Collective.
+def gather_adapter(model: nn.Module, *, keep: bool) -> dict[str, torch.Tensor]:
+    """Return the adapters' full tensors on the CPU, by their names in adapter_model.safetensors. Collective.
 
     Args:
-        writes: True on the one rank that writes the files.
+        keep: False on the ranks that do not write them; they return no tensors.
     """
     tensors = {}
     for name, layer in _lora_layers(model):
         for part, parameter in (("A", layer.lora_A[_NAME].weight), ("B", layer.lora_B[_NAME].weight)):
             tensor = parameter.detach()
             full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            if writes:
+            if keep:
                 tensors[_file_key(name, part)] = full.cpu().contiguous()
-    if writes:
-        path.mkdir(parents=True, exist_ok=True)
-        save_safetensors(tensors, path / _WEIGHTS_FILE)
-        _peft_config(model).save_pretrained(str(path))
+    return tensors
+
+
+def write_adapter(model: nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write adapter_config.json and adapter_model.safetensors, float32, in the format of `PeftModel.from_pretrained`.
+
+    Args:
+        tensors: the result of `gather_adapter`.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    save_safetensors(tensors, path / _WEIGHTS_FILE)
+    _peft_config(model).save_pretrained(str(path))
 
 
 def check_same_scale(model: nn.Module, path: Path) -> None:
