@@ -6,7 +6,7 @@ import zlib
 import pytest
 
 from verl.utils import checkpoint_files
-from verl.utils.checkpoint_files import MANIFEST, find_damage, later_checkpoints, write_manifest
+from verl.utils.checkpoint_files import MANIFEST, find_damage, later_checkpoints, write_manifest, write_manifest_part
 
 
 @pytest.fixture
@@ -32,6 +32,45 @@ def test_the_manifest_has_sizes_and_a_checksum_per_chunk(checkpoint):
     assert find_damage(checkpoint) is None
     write_manifest(checkpoint)
     assert find_damage(checkpoint) is None, "a second manifest does not list the first"
+
+
+def test_ranks_share_the_checksums(checkpoint, monkeypatch):
+    for name in ("model/__0_0.distcp", "model/__1_0.distcp", "model/__11_0.distcp", "rng_rank_1.pt", "config.yaml"):
+        (checkpoint / name).parent.mkdir(exist_ok=True)
+        (checkpoint / name).write_text(name * 300)
+    (checkpoint / MANIFEST).unlink()
+    write_manifest(checkpoint)
+    expected = (checkpoint / MANIFEST).read_text()
+    (checkpoint / MANIFEST).unlink()
+
+    read = []
+    chunk_checksum = checkpoint_files._chunk_checksum
+    monkeypatch.setattr(
+        checkpoint_files, "_chunk_checksum", lambda path, start: read.append(path.name) or chunk_checksum(path, start)
+    )
+    (checkpoint / "config.yaml").rename(checkpoint / "later")
+    write_manifest_part(checkpoint, 1, 2)
+    assert set(read) == {"__1_0.distcp", "__11_0.distcp", "rng_rank_1.pt"}
+    read.clear()
+    write_manifest_part(checkpoint, 0, 2)
+    assert set(read) == {"__0_0.distcp", "large", "later"}
+    (checkpoint / "later").rename(checkpoint / "config.yaml")
+    for rank, new in ((1, set()), (0, {"config.yaml"})):
+        read.clear()
+        write_manifest_part(checkpoint, rank, 2)
+        assert set(read) == new, "a second call reads the new files"
+    read.clear()
+    write_manifest(checkpoint)
+    assert read == [] and (checkpoint / MANIFEST).read_text() == expected
+    assert not list(checkpoint.glob("manifest.*_*"))
+
+
+def test_a_file_of_another_size_is_read_again(checkpoint):
+    write_manifest_part(checkpoint, 0, 1)
+    (checkpoint / "empty").write_text("text")
+    write_manifest(checkpoint)
+    assert find_damage(checkpoint) is None
+    assert json.loads((checkpoint / MANIFEST).read_text())["files"]["empty"]["bytes"] == 4
 
 
 @pytest.mark.parametrize(("position", "chunk"), [(0, "0 to 1000"), (999, "0 to 1000"), (2499, "2000 to 2500")])

@@ -1,9 +1,9 @@
-"""Published checkpoints of a run: names, manifest, checksums. Reads files only; imports no torch.
+"""Published checkpoints of a run: names, manifest, checksums. Imports no torch.
 
 `verl.trainer.ppo.checkpoint` describes the directories and writes them. The manifest of a checkpoint contains the size
 of each file in bytes and one CRC-32 per chunk of 64 MiB, so that threads share the work of a large file. CRC-32 detects
-every error burst of up to 32 bits, and misses other damage of a chunk with a probability of 2^-32. zlib's CRC-32 reads
-2.5 GB/s per core, BLAKE2b 0.9 GB/s (2026-11-29, one core of a virtual x86 machine, `zlib.crc32(os.urandom(1 << 28))`).
+every error burst of up to 32 bits, and misses other damage of a chunk with a probability of 2^-32. zlib's CRC-32 is
+nearly three times as fast as BLAKE2b; docs/checkpoints.md has its rate.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypedDict
 
+from verl.utils.atomic_io import fsync_path
 from verl.utils.host import cpu_cores
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -24,7 +26,17 @@ CHUNK_BYTES = 64 << 20
 _READ_BYTES = 4 << 20
 _MAX_THREADS = 16
 _MAX_DIGITS = 18
+# Files of one rank: shards of torch.distributed.checkpoint, and random number generators.
+_OF_RANK = re.compile(r"(?:__|rng_rank_)(\d+)(?:_\d+\.distcp|\.pt)")
+_PART = re.compile(r"manifest\.rank_\d+\.json")
 _PUBLISHED = re.compile(r"global_step_(\d+)")
+
+
+class _Entry(TypedDict):
+    """A file in the manifest: size, and CRC-32 of each chunk."""
+
+    bytes: int
+    crc32: list[int]
 
 
 def step_of(path: str | Path) -> int:
@@ -89,17 +101,71 @@ def later_checkpoints(root: Path, step: int) -> list[Path]:
     return [path for path in later if find_damage(path, contents=False) is None]
 
 
+def write_manifest_part(directory: Path, rank: int, ranks: int) -> None:
+    """Flush the files of one rank to the disk, and store their checksums for `write_manifest`.
+
+    So the ranks share the work, and on several nodes each reads what its own node wrote. Every rank may call it several
+    times; a call adds the files that are new. The files must be complete.
+
+    Args:
+        directory: the directory of the checkpoint.
+        rank, ranks: this rank, and the number of ranks.
+
+    Raises:
+        OSError: a file cannot be read or flushed.
+    """
+    part = directory / f"manifest.rank_{rank}.json"
+    entries: dict[str, _Entry] = json.loads(part.read_text(encoding="utf-8")) if part.exists() else {}
+    files = [file for file in _files_below(directory) if _owner(file.name, ranks) == rank]
+    new = [file for file in files if file.relative_to(directory).as_posix() not in entries]
+    for file in new:
+        fsync_path(file)
+    part.write_text(json.dumps(entries | _entries(directory, new)), encoding="utf-8")
+
+
 def write_manifest(directory: Path) -> None:
-    """Write the manifest of every other file below `directory`; the files must be complete."""
-    manifest = directory / MANIFEST
-    files = sorted(path for path in directory.rglob("*") if path.is_file() and path != manifest)
-    sums = _checksums([(path, path.stat().st_size) for path in files])
-    entries = {
-        path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "crc32": checksum}
-        for path, checksum in zip(files, sums, strict=True)
+    """Write the manifest of every other file below `directory`; the files must be complete.
+
+    Checksums that `write_manifest_part` stored are used, and its files removed.
+    """
+    parts = sorted(path for path in directory.iterdir() if _PART.fullmatch(path.name))
+    known: dict[str, _Entry] = {}
+    for part in parts:
+        known |= json.loads(part.read_text(encoding="utf-8"))
+    files = {file.relative_to(directory).as_posix(): file for file in _files_below(directory)}
+    known = {
+        name: entry for name, entry in known.items() if name in files and files[name].stat().st_size == entry["bytes"]
     }
-    text = json.dumps({"chunk_bytes": CHUNK_BYTES, "files": entries}, indent=1)
-    manifest.write_text(text + "\n", encoding="utf-8")
+    entries = known | _entries(directory, [file for name, file in files.items() if name not in known])
+    text = json.dumps({"chunk_bytes": CHUNK_BYTES, "files": dict(sorted(entries.items()))}, indent=1)
+    (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    for part in parts:
+        part.unlink()
+
+
+def _files_below(directory: Path) -> list[Path]:
+    """Return the files of a checkpoint, without its manifest and the parts of one."""
+    return sorted(
+        path
+        for path in directory.rglob("*")
+        if path.is_file() and path != directory / MANIFEST and not _PART.fullmatch(path.name)
+    )
+
+
+def _owner(name: str, ranks: int) -> int:
+    """Return the rank that wrote a file; rank 0 for files whose name does not tell it."""
+    match = _OF_RANK.fullmatch(name)
+    return 0 if match is None else int(match[1]) % ranks
+
+
+def _entries(directory: Path, files: Sequence[Path]) -> dict[str, _Entry]:
+    """Return the manifest's entry of each file by its relative path."""
+    sizes = [file.stat().st_size for file in files]
+    sums = _checksums(list(zip(files, sizes, strict=True)))
+    return {
+        file.relative_to(directory).as_posix(): {"bytes": size, "crc32": checksum}
+        for file, size, checksum in zip(files, sizes, sums, strict=True)
+    }
 
 
 def find_damage(checkpoint: Path, *, contents: bool = True) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 
@@ -13,6 +14,7 @@ from verl.config.rollout_correction import Correction
 from verl.config.weight_updates import full_update_reason
 from verl.protocol import DataProto
 from verl.timeline.spans import Timeline, join_timeline, span, spanned
+from verl.utils.checkpoint_files import write_manifest_part
 from verl.utils.heap import freeze_heap
 from verl.utils.network import choose_gloo_interface
 from verl.utils.quantization.encode_report import EncodeReport, EncodeReportMessage
@@ -193,6 +195,11 @@ class TrainWorker:
         self._actor.export_hf(f"{directory}/actor/{HF_DIRECTORY}")
         if self._critic is not None:
             self._critic.export_hf(f"{directory}/critic/{HF_DIRECTORY}")
+
+    @spanned("checksum_files")
+    def checksum_files(self, directory: str) -> None:
+        """Flush this rank's files of a checkpoint and store their checksums; all ranks must have written theirs."""
+        write_manifest_part(Path(directory), self._rank, self._world_size)
 
     @spanned("export_float32")
     def export_float32(self, path: str) -> None:

@@ -53,7 +53,7 @@ async def test_a_saved_state_is_restored(tmp_path):
     run = Run(kl_type="adaptive")
     run.kl_controller.value = 0.25
     await save_run(run, tmp_path, 3)
-    assert run.ranks.calls == [("save_checkpoint", str(tmp_path))]
+    assert run.ranks.calls == [("save_checkpoint", str(tmp_path)), ("checksum_files", str(tmp_path))]
     stored = load_driver_state(tmp_path)
     assert stored == {
         "step": 3,

@@ -48,6 +48,7 @@ async def save_run(runtime: Runtime, directory: Path, step: int) -> None:
         step: the finished training step.
     """
     await runtime.processes.trainers.all(TrainWorker.save_checkpoint, str(directory))
+    await runtime.processes.trainers.all(TrainWorker.checksum_files, str(directory))
     loader = runtime.data.prompts.state
     state = DriverState(
         step=step,
@@ -70,6 +71,7 @@ async def export_run(runtime: Runtime, directory: Path) -> None:
     """
     try:
         await runtime.processes.trainers.all(TrainWorker.export_hf, str(directory))
+        await runtime.processes.trainers.all(TrainWorker.checksum_files, str(directory))
     except Exception as error:
         for model in ("actor", "critic"):
             shutil.rmtree(directory / model / HF_DIRECTORY, ignore_errors=True)
