@@ -97,7 +97,33 @@ def remote_code(path):
     return {"trust_remote_code": True}
 
 
-CASES = [tied_bf16, invalid_generation_config, several_files, mixed_dtypes, float16, remote_code]
+def published_model(path):
+    """Shards with an index, own code, added tokens, and the tokenizer files of several tokenizers, as models have them.
+
+    The files only have to be copied, so that their content does not have to fit together.
+    """
+    model = remote_code(path)
+    weights, weight_map = tensors(path)[0], {}
+    for number, names in enumerate((sorted(weights)[::2], sorted(weights)[1::2]), start=1):
+        file = f"model-0000{number}-of-00002.safetensors"
+        save_safetensors({name: weights[name] for name in names}, path / file)
+        weight_map |= dict.fromkeys(names, file)
+    (path / "model.safetensors").unlink()
+    edit_json(path / "model.safetensors.index.json", metadata={"total_size": 1}, weight_map=weight_map)
+    edit_json(path / "added_tokens.json", **{"<|tool|>": 80, "<|think|>": 81})
+    edit_json(path / "special_tokens_map.json", eos_token="<|tool|>", additional_special_tokens=["<|think|>"])
+    edit_json(path / "preprocessor_config.json", image_size=3)
+    edit_json(path / "chat_template.json", chat_template="{{ messages }}")
+    (path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}\r\n{% endfor %}\n\n", newline="")
+    (path / "tokenization_own.py").write_text("from .helper_own import *\n")
+    (path / "helper_own.py").write_text("x = 'é'\n", encoding="utf-8")
+    for name in ("vocab.json", "merges.txt", "tokenizer.model", "tokenizer.model.v3", "tekken.json", "qwen.tiktoken"):
+        (path / name).write_bytes(name.encode() + b"\x00\xff")
+    (path / "NOTICE.txt").write_text("notice")
+    return model
+
+
+CASES = [tied_bf16, invalid_generation_config, several_files, mixed_dtypes, float16, remote_code, published_model]
 
 
 def tensors(directory):

@@ -16,6 +16,7 @@ CONFIG_FILE, GENERATION_FILE, CODE_SUFFIX = "config.json", "generation_config.js
 TEMPLATES_DIRECTORY = "additional_chat_templates"
 _SUFFIXES = (CODE_SUFFIX, ".json", ".jinja", ".txt", ".model", ".tiktoken", ".vocab", ".bpe", ".spm")
 _LICENSES = ("LICENSE", "NOTICE", "USE_POLICY")
+_VERSIONED = "tokenizer.model"  # a tokenizer of Mistral is tokenizer.model.v3
 # Files that belong to the weights, or to the program that wrote the source.
 _LEFT_OUT = (
     CONFIG_FILE,
@@ -60,7 +61,7 @@ def copy_model_files(model: Path, tokenizer: Path, target: Path, *, generates: b
 def shared_files(directory: Path) -> Iterator[str]:
     """Iterate over the names of the files that a trained model has in common with its source."""
     for path in sorted(directory.iterdir()):
-        if path.is_file() and (path.suffix in _SUFFIXES or path.stem in _LICENSES):
+        if path.is_file() and (path.suffix in _SUFFIXES or path.stem in (*_LICENSES, _VERSIONED)):
             if path.name not in _LEFT_OUT and not path.name.endswith(".index.json"):
                 yield path.name
         elif path.is_dir() and path.name == TEMPLATES_DIRECTORY:
