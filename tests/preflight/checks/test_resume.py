@@ -296,6 +296,15 @@ def test_a_directory_of_a_running_run_is_an_error(problem_of, run_files):
         assert "another run (process " in problem_of()
 
 
+def test_a_new_run_among_the_checkpoints_of_another_is_a_note(plan_of, save, run_files):
+    save(2), save(4)
+    [note] = [text for text in plan_of(trainer__resume_mode="disable", trainer__save_freq=2).notes if "holds" in text]
+    assert note.startswith(
+        f"trainer.resume_mode=disable: {run_files.out} holds checkpoints of an earlier run (steps 2, 4)"
+    )
+    assert not [text for text in plan_of(trainer__resume_mode="disable").notes if "holds" in text]
+
+
 def test_problems_of_the_checkpoint_are_problems_of_the_config(problem_of, save, run_files):
     (save(2) / "weights").unlink()
     assert problem_of().startswith(

@@ -17,7 +17,14 @@ from verl.config.schema import show
 from verl.preflight.checks.data import DataInfo
 from verl.preflight.findings import Findings
 from verl.preflight.inputs import INPUTS_FILE, RunInputs, changed_inputs, collect_inputs, data_seed, read_inputs
-from verl.utils.checkpoint_files import TRACKER, find_damage, later_checkpoints, resume_candidates, step_of
+from verl.utils.checkpoint_files import (
+    TRACKER,
+    find_damage,
+    later_checkpoints,
+    list_checkpoints,
+    resume_candidates,
+    step_of,
+)
 from verl.utils.tracking.plain import mask_secrets
 
 logger = logging.getLogger(__name__)
@@ -61,6 +68,7 @@ def check_resume(config: PPOConfig, data: DataInfo, found: Findings) -> None:
     Args:
         data: numbers of rows of this run.
     """
+    _note_replaced_checkpoints(config, found)
     choice = _choose_checkpoint(config)
     if choice.checkpoint is None:
         if choice.damaged:
@@ -75,6 +83,18 @@ def check_resume(config: PPOConfig, data: DataInfo, found: Findings) -> None:
     recorded = read_inputs(choice.checkpoint)
     if recorded is not None:
         _check_data_order(config, data, recorded.data_order, choice.checkpoint, found)
+
+
+def _note_replaced_checkpoints(config: PPOConfig, found: Findings) -> None:
+    trainer = config.trainer
+    if trainer.resume_mode != "disable" or trainer.save_freq <= 0:
+        return
+    steps = ", ".join(str(step_of(path)) for path in list_checkpoints(Path(trainer.default_local_dir)))
+    if steps:
+        found.notes.append(
+            f"trainer.resume_mode=disable: {trainer.default_local_dir} holds checkpoints of an earlier run (steps "
+            f"{steps}); this run replaces each when it saves the same step"
+        )
 
 
 def _check_data_order(
