@@ -55,7 +55,7 @@ class Sender:
         return exported(self.sender)
 
 
-def replica(rank, model_dir, quantization=None, partial_rollout=False, response_length=64, dtype="float32", **server):
+def replica(rank, model_dir, quantization=None, partial_rollout=False, response_length=64, **server):
     rollout = RolloutConfig(
         quantization=quantization,
         partial_rollout=partial_rollout,
