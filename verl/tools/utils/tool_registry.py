@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,12 +156,13 @@ def _check_methods(tool: BaseTool, location: str) -> None:
     """
     if getattr(tool.execute, "__func__", None) is BaseTool.execute:
         raise ToolConfigError(f"{location} does not define execute(self, instance_id, parameters, **kwargs)")
-    for method, form, args, kwargs in (
+    calls: tuple[tuple[Callable[..., Any], str, tuple[Any, ...], dict[str, Any]], ...] = (
         (tool.create, "create(create_kwargs=...)", (), {"create_kwargs": {}}),
         (tool.execute, "execute(instance_id, parameters, agent_data=...)", ("", {}), {"agent_data": None}),
         (tool.calc_reward, "calc_reward(instance_id)", ("",), {}),
         (tool.release, "release(instance_id)", ("",), {}),
-    ):
+    )
+    for method, form, args, kwargs in calls:
         try:
             inspect.signature(method).bind(*args, **kwargs)
         except TypeError as error:

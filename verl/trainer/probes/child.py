@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import pickle
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 from verl.extension.external import KEY, import_external
@@ -22,7 +23,8 @@ def main(socket_fd: int, parent_pid: int) -> None:
     os.set_inheritable(socket_fd, False)
     end_with_parent(parent_pid)
     connection = Connection(socket_fd)
-    probes, missing = {}, {}
+    probes: dict[str, Callable[[Context], None]] = {}
+    missing: dict[str, ImportError] = {}
     try:
         for kind in connection.recv():
             try:
