@@ -16,6 +16,7 @@ def main(model_dir: str) -> None:
     from vllm import AsyncEngineArgs
     from vllm.platforms import current_platform
     from vllm.plugins import load_general_plugins
+    from vllm_ascend.ascend_config import get_ascend_config
 
     from verl.config import ModelConfig, RolloutConfig
     from verl.utils.quantization.schemes import weight_format
@@ -43,6 +44,9 @@ def main(model_dir: str) -> None:
         "worker": config.parallel_config.worker_cls,
         "extension": config.parallel_config.worker_extension_cls,
         "sleep_mode": config.model_config.enable_sleep_mode,
+        "additional_config": config.additional_config,
+        # 0.18.0 reads the environment variable only.
+        "weight_nz_mode": getattr(get_ascend_config(), "weight_nz_mode", None),
         "patched again": apply_patches(),
     }
     sys.stdout.write(f"\n{json.dumps(facts)}\n")

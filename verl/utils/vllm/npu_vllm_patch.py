@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-from verl.utils.quantization.formats import MX_BLOCK_SIZE
+from verl.utils.quantization.formats import MX_BLOCK_SIZE, W8A8_MXFP8
 from verl.utils.vllm.vllm_fp8_utils import record_kernel_layout
 
 logger = logging.getLogger(__name__)
@@ -211,8 +211,9 @@ def _check_no_group_is_lost(name: str, key: str, shapes: Mapping[str, tuple[int,
 
 
 def _patch_layouts() -> str | None:
-    schemes = import_module("vllm_ascend.quantization.methods.w8a8_mxfp8")
-    linear, experts = schemes.AscendW8A8MXFP8DynamicLinearMethod, schemes.AscendW8A8MXFP8DynamicFusedMoEMethod
+    # The modules of the schemes have other names from 0.27 on; this registry is in all releases.
+    scheme_class = import_module("vllm_ascend.quantization.methods").get_scheme_class
+    linear, experts = scheme_class(W8A8_MXFP8, "linear"), scheme_class(W8A8_MXFP8, "moe")
     if hasattr(linear, "restore_weights_for_rl_loading"):
         return "this release records layouts itself"
     name = "process_weights_after_loading"

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch_npu
 from contract.vllm_ascend.harness import (
+    RELEASE,
     AscendModelSlimConfig,
     build_model,
     engine,
@@ -129,6 +130,31 @@ def test_experts_of_a_model_without_a_packing_table_in_the_release(tmp_path):
     )
     assert kind(release, "model.layers.1.mlp.experts", {}) == MX
     assert kind(release, "model.layers.1.mlp.gate", {}) == "FLOAT"
+
+
+@pytest.mark.skipif(RELEASE in ("0.18.0", "0.23.0", "0.26.0rc1"), reason="the release looks at the first projection")
+def test_shards_of_an_expert_must_be_alike(tmp_path):
+    """verl rejects such a description before."""
+    config, tensors = small_decoder(experts=4)
+    entries = build_description(write_header_checkpoint(tmp_path, config, tensors)).to_json_dict()
+    entries["model.layers.1.mlp.experts.0.down_proj.weight"] = "FLOAT"
+    with pytest.raises(ValueError, match=r"Not all shards of model\.layers\.1\.mlp\.experts"):
+        kind(AscendModelSlimConfig(entries), "model.layers.1.mlp.experts", {})
+
+
+def test_checkpoint_whose_values_are_its_keys_has_no_v_proj(tmp_path):
+    """Gemma 4's `attention_k_eq_v`: from 0.27 on the release accepts the missing entry."""
+    config, tensors = small_decoder()
+    tensors = {name: value for name, value in tensors.items() if "v_proj" not in name}
+    release = AscendModelSlimConfig(
+        build_description(write_header_checkpoint(tmp_path, config, tensors)).to_json_dict()
+    )
+    mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    if RELEASE in ("0.18.0", "0.23.0", "0.26.0rc1"):
+        with pytest.raises(KeyError, match="v_proj"):
+            kind(release, "model.layers.1.self_attn.qkv_proj", mapping)
+    else:
+        assert kind(release, "model.layers.1.self_attn.qkv_proj", mapping) == MX
 
 
 class _Placeholder(types.ModuleType):
