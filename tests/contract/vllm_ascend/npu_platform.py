@@ -44,7 +44,6 @@ def main(model_dir: str) -> None:
         "worker": config.parallel_config.worker_cls,
         "extension": config.parallel_config.worker_extension_cls,
         "sleep_mode": config.model_config.enable_sleep_mode,
-        "additional_config": config.additional_config,
         # 0.18.0 reads the environment variable only.
         "weight_nz_mode": getattr(get_ascend_config(), "weight_nz_mode", None),
         "patched again": apply_patches(),

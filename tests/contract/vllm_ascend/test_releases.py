@@ -11,7 +11,7 @@ from contract.vllm_ascend import emulation
 from contract.vllm_ascend.build_env import RELEASES, REPOSITORY, build
 
 from fixtures.tiny import write_tiny_model
-from verl.utils.vllm.npu_settings import npu_additional_config, npu_environment
+from verl.utils.vllm.npu_settings import npu_environment
 
 NPU_PLATFORM = Path(__file__).with_name("npu_platform.py")
 pytestmark = pytest.mark.contract
@@ -66,7 +66,6 @@ def test_engine_configuration_on_the_platform_of_the_release(release, tmp_path):
         "worker": "vllm_ascend.worker.worker.NPUWorker",
         "extension": "verl.workers.rollout.vllm_rollout.worker_extension.WeightUpdateExtension",
         "sleep_mode": True,
-        "additional_config": npu_additional_config(release),
         "weight_nz_mode": None if release == "0.18.0" else 0,
         "patched again": [],
     }

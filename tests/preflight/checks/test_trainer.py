@@ -5,13 +5,15 @@ import pytest
 
 from verl.config import load_config
 from verl.config.errors import ConfigError
-from verl.preflight.checks.trainer import check_rollout_lag
+from verl.preflight.checks import trainer as trainer_checks
+from verl.preflight.checks.trainer import check_environment, check_rollout_lag
 from verl.preflight.findings import Findings
 from verl.preflight.target import HARDWARE
 
 LAG = "trainer__rollout_lag"
 NNODES = "actor_rollout_ref__rollout__nnodes"
 ROLLOUT = "actor_rollout_ref.rollout"
+ADDITIONAL = f"{ROLLOUT}.engine_kwargs.vllm.additional_config"
 STANDALONE = {f"{ROLLOUT}.nnodes": 1, f"{ROLLOUT}.checkpoint_engine.backend": "hccl"}
 
 
@@ -212,3 +214,36 @@ def test_checkpoints_without_contents_are_an_error(problem_of, problems_of, plan
     starts = [problem.split("=")[0] for problem in problems_of(**both, trainer__save_freq=5)]
     assert starts == [f"{role}.checkpoint.save_contents" for role in ("actor_rollout_ref.actor", "critic")]
     plan_of(**both)
+
+
+# ---- settings of an engine on an NPU --------------------------------------------------------------------------------
+
+
+def npu_findings(monkeypatch, release, additional, environment=()):
+    monkeypatch.setattr(trainer_checks, "installed_vllm_ascend", lambda: release)
+    config = load_config([])
+    config.actor_rollout_ref.rollout.engine_kwargs = {"vllm": {"additional_config": additional}}
+    found = Findings()
+    check_environment(config, "npu", dict(environment), found)
+    return found
+
+
+@pytest.mark.parametrize("release", [None, "0.26.0rc1", "0.30.0rc2"])
+@pytest.mark.parametrize("key", ["weight_nz_mode", "enable_fused_mc2"])
+def test_engine_arguments_that_prevent_updates_are_errors_before_the_start(monkeypatch, release, key):
+    assert npu_findings(monkeypatch, release, {key: 0}).errors == []
+    (error,) = npu_findings(monkeypatch, release, {key: 1}).errors
+    assert error.startswith(f"{ADDITIONAL}.{key}=1: ") and "use 0, or remove the key" in error
+
+
+def test_variables_that_the_release_does_not_read_are_no_errors(monkeypatch):
+    variables = {"VLLM_ASCEND_ENABLE_NZ": "1"}
+    assert npu_findings(monkeypatch, "0.30.0rc2", {}, variables).errors == []
+    (error,) = npu_findings(monkeypatch, "0.26.0rc1", {}, variables).errors
+    assert "set VLLM_ASCEND_ENABLE_NZ=0" in error
+
+
+def test_release_that_was_not_tested_is_a_warning(monkeypatch):
+    assert npu_findings(monkeypatch, "0.30.0rc2", {}).warnings == []
+    (warning,) = npu_findings(monkeypatch, "0.31.0", {}).warnings
+    assert "vllm-ascend 0.31.0 is newer than the newest release tested with verl, 0.30.0rc2" in warning

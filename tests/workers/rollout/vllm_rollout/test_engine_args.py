@@ -9,6 +9,7 @@ from transformers import AutoConfig
 from fixtures.tiny import write_tiny_model
 from verl.config import CriticConfig, ModelConfig, PPOConfig, RolloutConfig
 from verl.config.schema import key_of
+from verl.workers.rollout.vllm_rollout import engine_args as engine_args_module
 from verl.workers.rollout.vllm_rollout.engine_args import engine_args, engine_environment
 
 # The sides that each key of `actor_rollout_ref.model` must reach, and a value other than the default.
@@ -122,3 +123,27 @@ def test_only_the_end_ids_of_the_generation_config_act(tmp_path):
     model = AsyncEngineArgs(**arguments_of(ModelConfig(path=str(path)))).create_model_config()
     assert model.get_diff_sampling_param() == {}
     assert model.try_get_generation_config()["eos_token_id"] == [2, 5]
+
+
+@pytest.mark.parametrize(
+    ("release", "expected"),
+    [(None, None), ("0.18.0", {}), ("0.23.0", {"weight_nz_mode": 0}), ("0.30.0rc2", {"weight_nz_mode": 0})],
+)
+def test_engine_on_an_npu_gets_the_switch_that_its_release_reads(model_dirs, monkeypatch, release, expected):
+    monkeypatch.setattr(engine_args_module, "installed_vllm_ascend", lambda: release)
+    model = ModelConfig(path=model_dirs["model"])
+    arguments = arguments_of(model, device="npu")
+    assert arguments.get("additional_config") == expected
+    given = {"additional_config": {"enable_cpu_binding": False}}
+    arguments = arguments_of(model, device="npu", engine_kwargs=given)
+    assert arguments["additional_config"] == {**given["additional_config"], **(expected or {})}
+    assert "additional_config" not in arguments_of(model, device="cuda")
+
+
+def test_only_models_with_latent_attention_get_the_rl_config(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine_args_module, "installed_vllm_ascend", lambda: "0.30.0rc2")
+    directory = write_tiny_model(tmp_path)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "kv_lora_rank": 64}))
+    arguments = arguments_of(ModelConfig(path=str(directory)), device="npu")
+    assert arguments["additional_config"] == {"weight_nz_mode": 0, "rl_config": {"enabled": True}}
