@@ -43,10 +43,11 @@ def release_worker(pool, model, config):
     worker.bases = []
     worker.body = [node for node in worker.body if getattr(node, "name", "") in ("sleep", "wake_up")]
     module = ast.Module([worker], [])
-    from vllm_ascend import envs
+    from vllm_ascend import envs, utils
     from vllm_ascend.ascend_config import get_ascend_config
 
     names = {"torch": torch, "envs_ascend": envs, "get_ascend_config": get_ascend_config, "GiB_bytes": 2**30}
+    names |= {"vllm_version_is": getattr(utils, "vllm_version_is", None)}  # used by 0.28
     names |= {"CaMemAllocator": types.SimpleNamespace(get_instance=lambda: pool), "logger": logging.getLogger("worker")}
     exec(compile(module, str(path), "exec"), names)
     made = names["NPUWorker"]()
