@@ -131,9 +131,9 @@ class PolicyObjective:
             )
         loss, metrics = returned
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-            given = list(loss.shape) if isinstance(loss, torch.Tensor) else type(loss).__name__
+            kind = str(list(loss.shape)) if isinstance(loss, torch.Tensor) else type(loss).__name__
             raise ValueError(
-                f"{name} returned the loss as {given}; return a scalar tensor, for example the result of agg_loss"
+                f"{name} returned the loss as {kind}; return a scalar tensor, for example the result of agg_loss"
             )
         return loss.reshape(()), metrics
 

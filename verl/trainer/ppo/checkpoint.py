@@ -339,8 +339,12 @@ def check_storable(state: object) -> None:
 
 def _short_reason(error: Exception) -> str:
     """Return the error's text; of torch's long refusal, only the type that was refused."""
-    refused = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
-    return f"it contains {refused[1]}" if refused else f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    refused = re.search(r"Unsupported global: GLOBAL (\S+)|but got <class '(.+?)'>", str(error))
+    return (
+        f"it contains {refused[1] or refused[2]}"
+        if refused
+        else f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    )
 
 
 def _load_plain(file: Path | io.BytesIO) -> Any:

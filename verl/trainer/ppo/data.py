@@ -79,9 +79,10 @@ def _sampled_loader(
 ) -> SampledDataLoader:
     """Build the loader of a sampler; check that checkpoints, if the run writes any, can hold its state."""
     name = config.data.sampler.class_name
-    if config.trainer.save_freq > 0 and hasattr(sampler, STATE_METHODS[0]):
+    state_dict = getattr(sampler, STATE_METHODS[0], None)
+    if config.trainer.save_freq > 0 and state_dict is not None:
         try:
-            check_storable(sampler.state_dict())
+            check_storable(state_dict())
         except ValueError as error:
             raise ValueError(
                 f"data.sampler.class_name={name}: a checkpoint cannot hold the value of state_dict ({error}); return "

@@ -79,8 +79,8 @@ def _report(context: Context, label: str, error: BaseException, *, on_cpu: bool)
 
 def _knows_columns(context: Context) -> bool:
     """Return True if the made-up batch has all columns of the run's batches."""
-    loops = {context.config.actor_rollout_ref.rollout.agent.default_agent_loop}
-    loops |= {sample.row.get("agent_name") for sample in context.samples}
+    default = context.config.actor_rollout_ref.rollout.agent.default_agent_loop
+    loops = {default, *(sample.row.get("agent_name") for sample in context.samples)}
     return bool(context.rewards) and loops <= {"single_turn_agent", None}
 
 
@@ -148,7 +148,7 @@ def _probe_loss(context: Context, batch: DataProto, label: str) -> None:
         1,
         loss_scale_factor=config.actor.loss_scale_factor or context.config.data.max_response_length,
     )
-    columns: dict[str, torch.Tensor] = dict(shard.batch.items())
+    columns: dict[str, torch.Tensor] = {str(name): shard.batch[name] for name in shard.batch.keys()}  # noqa: SIM118
     mask = columns["response_mask"].bool()
     log_probs = columns["old_log_probs"] + 0.01 * mask
     selector = get_token_selector(loss_mode)
