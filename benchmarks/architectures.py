@@ -29,7 +29,8 @@ _TEXT = {
 }
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 128}
 _VISION = {"depth": 2, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 256}
-_MLA = {"q_lora_rank": 64, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32}
+# vLLM's latent attention on a CPU computes with a cache of 512 + 64 values only.
+_MLA = {"q_lora_rank": 64, "kv_lora_rank": 512, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64, "v_head_dim": 64}
 _MLA |= {"num_key_value_heads": 4, "head_dim": None, "n_shared_experts": 1, "first_k_dense_replace": 1}
 
 

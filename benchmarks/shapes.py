@@ -100,8 +100,7 @@ def count(config: PretrainedConfig) -> Counts:
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
     tensors = {name: TensorInfo(shape, "BF16") for name, shape in shapes.items()}
     layers = read_layers(CheckpointIndex(Path("shape"), config.to_dict(), tensors))
-    description = AscendDescription("shape", 1, layers, frozenset(tensors))
-    biases = sum(math.prod(shape) for name, shape in shapes.items() if description.layer(name) is None)
+    description = AscendDescription("shape", 1, layers, tensors)
     sizes = [(layer, math.prod(layer.info.shape)) for layer in layers]
     experts = sum(size for layer, size in sizes if layer.experts)
     chosen = config.num_experts_per_tok / config.num_experts if experts else 0.0
@@ -117,6 +116,6 @@ def count(config: PretrainedConfig) -> Counts:
         layers=config.num_hidden_layers,
         attention=config.num_attention_heads * config.head_dim,
         kv_elements=2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim,
-        mxfp8_bytes=description.engine_bytes(2) + 2 * biases,
+        mxfp8_bytes=description.engine_bytes(2),
         tensors=len(shapes),
     )

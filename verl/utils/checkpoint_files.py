@@ -53,7 +53,7 @@ def step_of(path: str | Path) -> int:
 
 def list_checkpoints(root: Path) -> list[Path]:
     """Return the published checkpoints of a run, complete or damaged, in order of their steps."""
-    if not root.is_dir():
+    if not os.path.isdir(root):  # False for names that are too long, where pathlib raises
         return []
     found = [path for path in root.iterdir() if _PUBLISHED.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=step_of)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from verl.config import PPOConfig
+from verl.preflight.inputs import RunInputs
 from verl.trainer.ppo.checkpoint import CheckpointError, CheckpointStore
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.utils.tracking.jsonl import read_steps
@@ -28,6 +29,7 @@ def trainer(tmp_path):
     made.runtime = SimpleNamespace(
         processes=SimpleNamespace(trainers=Ranks("")),
         config=made.config,
+        inputs=RunInputs({}, {}, "", {}),
         data=SimpleNamespace(total_steps=9, prompts=SimpleNamespace(state=SimpleNamespace(loader={}, draws=4))),
         kl_controller=SimpleNamespace(value=0.1),
         sampler=SimpleNamespace(carried_prompts=list),

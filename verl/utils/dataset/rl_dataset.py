@@ -159,10 +159,16 @@ class RLHFDataset(Dataset[dict[str, Any]]):
         return truncate_prompt(token_ids, self.config.max_prompt_length, self.config.truncation)
 
     def _messages(self, row: dict[str, Any]) -> Messages:
-        """Call `_build_messages`; an override may also have upstream verl's second parameter, the prompt's column."""
+        """Call `_build_messages`; an override may also have upstream verl's second parameter, the prompt's column.
+
+        Raises:
+            ValueError: an override returns something else than messages, of which a chat template can make any text.
+        """
         build: Callable[..., Messages] = self._build_messages
         arguments = (row, self.config.prompt_key) if len(inspect.signature(build).parameters) > 1 else (row,)
-        return build(*arguments)
+        messages = build(*arguments)
+        own = type(self)._build_messages is RLHFDataset._build_messages
+        return messages if own else check_messages(messages, "the result of _build_messages")
 
     def _build_messages(self, row: dict[str, Any]) -> Messages:
         """Return the messages of one row, a dict of all columns. Errors need not name the row, the caller adds it."""

@@ -13,6 +13,7 @@ from verl.utils.quantization_scheme import QuantizationScheme
 from verl.utils.vllm.apply_delta import DeltaApplier
 from verl.utils.vllm.layerwise import (
     LayerSubset,
+    absorbed_projections,
     begin_reload,
     finish_reload,
     keeps_derived_copy,
@@ -25,6 +26,9 @@ from verl.utils.vllm.npu_vllm_patch import restore_expert_parameters
 
 class EngineDelta:
     """Applies deltas, once a full load has been recorded.
+
+    A model with multi-head latent attention takes none: its attention computes with matrices that vLLM derives from a
+    projection, and would keep those of the last full update.
 
     Args:
         model: the engine's model.
@@ -42,11 +46,12 @@ class EngineDelta:
     ):
         self._model, self._model_config, self._context, self._hooks = model, model_config, context, hooks
         self._applier: DeltaApplier | None = None
+        self._supported = not absorbed_projections(model)
 
     @property
     def needs_record(self) -> bool:
         """Whether the next full load must be recorded."""
-        return self._applier is None
+        return self._supported and self._applier is None
 
     @property
     def accepted(self) -> bool:
@@ -108,6 +113,8 @@ class EngineDelta:
         restore_expert_parameters(self._model)
         if self._hooks is not None:
             self._hooks.begin_delta(self._model)
+        if not self._supported:
+            raise RuntimeError("cannot apply a delta: multi-head latent attention needs a full update")
         if not self.accepted:
             raise RuntimeError("cannot apply a delta: no full load of this engine was recorded yet")
         moved = self._require_applier().moved_parameter()

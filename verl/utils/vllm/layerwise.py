@@ -56,6 +56,7 @@ def begin_reload(layers: LayerSubset) -> None:
     from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
     _forget_packed_experts(layers)
+    _restore_absorbed_projections(layers)
     initialize_layerwise_reload(layers)  # type: ignore[arg-type]  # a subset is enough: it walks modules()
 
 
@@ -177,3 +178,25 @@ def _forget_packed_experts(layers: LayerSubset) -> None:
         quant_method: Any = getattr(layer, "quant_method", None)
         if getattr(quant_method, "moe_kernel", None) is not None:
             quant_method.moe_kernel = None
+
+
+def absorbed_projections(model: nn.Module | LayerSubset) -> list[nn.Module]:
+    """Return the projections that multi-head latent attention multiplies into others when weights are processed."""
+    found = (getattr(layer, "kv_b_proj", None) for layer in model.modules())
+    return [layer for layer in found if layer is not None]
+
+
+def _restore_absorbed_projections(layers: LayerSubset) -> None:
+    """Allocate the weights that attention has freed after it had absorbed them, as on a CPU with AMX (vLLM 0.32).
+
+    The reload copies new weights into them before the attention absorbs and frees them again.
+    """
+    from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor
+
+    for projection in absorbed_projections(layers):
+        info = layer_info(projection)
+        for name, loaded in info.restore_metadata[0].items():
+            parameter = projection._parameters.get(name)
+            if parameter is not None and not parameter.numel():
+                with info.restore_device:
+                    projection.register_parameter(name, materialize_meta_tensor(loaded))
