@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,15 @@ class Architecture:
         example: a public model of it.
         fields: fields of its config that differ from the common ones; None leaves a common field out.
         vision: True if it is a vision-language model.
+        dtype: the only dtype in which vLLM runs it on every CPU; None for any.
+        published: name in the public checkpoints' config.json, if it differs from that in transformers.
     """
 
     example: str
     fields: dict[str, Any] = field(default_factory=dict)
     vision: bool = False
+    dtype: str | None = None
+    published: str | None = None
 
     def config(self, name: str) -> PretrainedConfig:
         """Return the config; `name` is the prefix of its class."""
@@ -107,14 +112,19 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Qwen3Moe": Architecture("Qwen3-30B-A3B", {"num_experts": 4, **_EXPERTS}),
     "Olmoe": Architecture("OLMoE-1B-7B", {"num_experts": 4, "num_experts_per_tok": 2}),
     "GraniteMoe": Architecture("granite-3.1-3b-a800m", {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "Phimoe": Architecture("Phi-3.5-MoE", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": None}),
+    "Phimoe": Architecture(
+        "Phi-3.5-MoE",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": None},
+        published="PhiMoEForCausalLM",
+    ),
     "Glm4Moe": Architecture(
         "GLM-4.5-Air", {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, **_EXPERTS}
     ),
-    "DeepseekV2": Architecture("DeepSeek-V2-Lite", {"n_routed_experts": 4, **_MLA, **_EXPERTS}),
+    "DeepseekV2": Architecture("DeepSeek-V2-Lite", {"n_routed_experts": 4, **_MLA, **_EXPERTS}, dtype="bfloat16"),
     "DeepseekV3": Architecture(
         "DeepSeek-V3",
         {"n_routed_experts": 4, "topk_method": "noaux_tc", "n_group": 1, "topk_group": 1, **_MLA, **_EXPERTS},
+        dtype="bfloat16",
     ),
     "GptOss": Architecture(
         "gpt-oss-20b",
@@ -128,6 +138,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "layer_types": ["linear_attention", "full_attention"],
             **_EXPERTS,
         },
+        dtype="bfloat16",
     ),
     "Qwen2_5_VL": Architecture(
         "Qwen2.5-VL-7B", {"text_config": _TEXT, "vision_config": _VISION, "pad_token_id": 0}, vision=True
@@ -153,4 +164,7 @@ def write_architecture(name: str, directory: Path) -> None:
             if parameter.dim() == 1:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     model.save_pretrained(directory)
+    if architecture.published is not None:
+        file = directory / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"architectures": [architecture.published]}))
     models.write_tokenizer(VOCABULARY, directory)

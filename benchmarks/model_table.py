@@ -56,6 +56,7 @@ class Outcome:
 def run(name: str, quantization: str | None, root: Path, timeout: float) -> Outcome:
     """Train the model of an architecture and evaluate the result."""
     directory = root / f"{name}-{quantization}"
+    dtype = "bfloat16" if quantization == "fp8" else ARCHITECTURES[name].dtype
     keys = runs.keys(
         LOAD,
         root / name,
@@ -69,7 +70,7 @@ def run(name: str, quantization: str | None, root: Path, timeout: float) -> Outc
             "actor_rollout_ref.actor.checkpoint.save_contents": "[model,hf_model]",
             "trainer.save_freq": 2,
             "trainer.logger": "[file,console]",
-            **({"actor_rollout_ref.rollout.dtype": "bfloat16"} if quantization == "fp8" else {}),
+            **({"actor_rollout_ref.rollout.dtype": dtype} if dtype else {}),
         },
     )
     process = runs.start(keys)
@@ -147,6 +148,22 @@ def text_of(outcomes: dict[tuple[str, str | None], Outcome]) -> str:
     return f"{tables.caption('make models')}\n\n{tables.markdown(head, rows)}\n\n{notes}"
 
 
+def outcomes_of(text: str) -> dict[tuple[str, str | None], Outcome]:
+    """Return the outcomes that a document contains: the reverse of `text_of`."""
+    section = text.partition("<!-- models -->")[2].partition("<!-- /models -->")[0]
+    reasons = dict(re.findall(r"^(\d+)\. (.+)$", section, re.MULTILINE))
+    found = {}
+    for line in section.splitlines():
+        if not line.startswith("| `"):
+            continue
+        name, _, *cells, packs = (cell.strip() for cell in line.strip("|").split("|"))
+        for quantization, cell in zip(QUANTIZATIONS, cells, strict=True):
+            word, _, mark = cell.partition(" ")
+            packed = {"yes": True, "no": False}.get(packs) if not mark else None
+            found[name.strip("`"), quantization] = Outcome(not mark, word, reasons.get(mark.strip("[]"), ""), packed)
+    return found
+
+
 def rows_of(text: str) -> set[str]:
     """Return the rows of the table in a document, without the numbers of the reasons and without alignment."""
     rows = (line for line in text.splitlines() if line.startswith("| `"))
@@ -180,6 +197,10 @@ def main() -> None:
 
         outcomes = dict(zip(cases, pool.map(one, cases), strict=True))
     cluster.shutdown()
+    if arguments.write and not arguments.check:
+        # Rows that were not measured stay as they are.
+        merged = outcomes_of(arguments.write.read_text(encoding="utf-8")) | outcomes
+        outcomes = {(name, q): merged[name, q] for name in ARCHITECTURES for q in QUANTIZATIONS if (name, q) in merged}
     text = text_of(outcomes)
     print(text)
     if arguments.check:
@@ -188,7 +209,7 @@ def main() -> None:
         differing = {row for row in rows_of(text) - written if row.split("|")[1] in known}
         if differing:
             raise SystemExit("rows that differ from the document:\n" + "\n".join(sorted(differing)))
-    if arguments.write:
+    elif arguments.write:
         tables.write_section(arguments.write, "models", text)
 
 
