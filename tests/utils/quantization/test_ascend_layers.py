@@ -21,6 +21,14 @@ def test_model_without_a_known_decoder_is_rejected(tmp_path):
         build_description(directory)
 
 
+def test_experts_that_vllm_takes_apart_are_rejected(tmp_path):
+    config, tensors = small_decoder()
+    name = "model.layers.1.block_sparse_moe.input_linear.weight"
+    directory = write_header_checkpoint(tmp_path, config, tensors | {name: ((4, 64, 32), "BF16")})
+    with pytest.raises(ValueError, match=rf"{name} \[4, 64, 32\]: .* takes them apart without their scales"):
+        build_description(directory)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(("h", "i"), [(64, 96), (64, 32), (64, 64)])
 def test_layout_of_fused_experts_is_found(tmp_path, h, i, transposed):

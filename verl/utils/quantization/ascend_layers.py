@@ -52,6 +52,8 @@ _ROUTERS = {"gate", "router", "shared_expert_gate"}
 _TOWERS = re.compile(r"(^|\.)(visual|vision\w*|vit|image\w*|audio\w*|multi_modal_projector|mm_projector)(\.|$)")
 _EXPERT = re.compile(r"^(?P<experts>.+\.experts)\.(?P<index>\d+)\.(?P<projection>[^.]+)$")
 _FUSED_EXPERTS = re.compile(r"^(?P<experts>.+\.experts)\.(?P<projection>gate_up_proj|down_proj)(\.weight)?$")
+# All experts of a layer in Granite's checkpoints; vLLM's loader takes weights apart only.
+_SPLIT_EXPERTS = ("block_sparse_moe.input_linear", "block_sparse_moe.output_linear")
 
 VECTOR = "vector"
 EMBEDDING = "embedding"
@@ -198,6 +200,12 @@ def _layer(index: CheckpointIndex, name: str, info: TensorInfo, number: int | No
     if not name.endswith(".weight") and not fused:
         return None
     module = name.removesuffix(".weight")
+    if len(info.shape) == 3 and module.endswith(_SPLIT_EXPERTS):
+        raise ValueError(
+            f"{index.model_dir}: {name} {list(info.shape)}: vLLM quantizes these experts, but takes them apart without "
+            f"their scales; models of type {index.config.get('model_type')!r} cannot be quantized: set "
+            "actor_rollout_ref.rollout.quantization=null"
+        )
     expert = _EXPERT.match(module)
     last = module.rpartition(".")[2]
     reason = _reason(module, info, number, count, fused is not None)
