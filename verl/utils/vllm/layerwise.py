@@ -199,4 +199,4 @@ def _restore_absorbed_projections(layers: LayerSubset) -> None:
             parameter = projection._parameters.get(name)
             if parameter is not None and not parameter.numel():
                 with info.restore_device:
-                    projection.register_parameter(name, materialize_meta_tensor(loaded))
+                    projection.register_parameter(name, cast(nn.Parameter, materialize_meta_tensor(loaded)))
