@@ -101,9 +101,9 @@ def test_a_plain_run_may_return_an_awaitable(loop):
 
 def test_an_unknown_loop_of_a_row_is_an_error(loop, run):
     run.script.rows([row(agent_name="ask_once")] * 4)
-    found = loop(LOOP, name="ask_twice")
+    found = loop(LOOP, name="ask_again")
     (text,) = found.of("error")
-    assert "agent_name of the data has 'ask_once'" in text and "ask_twice" in text
+    assert "agent_name of the data has 'ask_once'" in text and "ask_again" in text
 
 
 def test_a_right_tool_is_constructed_and_not_called(tool):
