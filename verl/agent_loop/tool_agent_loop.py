@@ -151,7 +151,7 @@ class ToolAgentLoop(AgentLoopBase):
 
     def _max_response_tokens(self, prompt_tokens: int) -> int:
         """Return the smaller of the response limit and the rest of the context length, in tokens."""
-        context_length = self.rollout_config.max_model_len or self.prompt_length + self.response_length
+        context_length = self.rollout_config.sequence_limit(self.prompt_length, self.response_length)
         return min(self.response_length, context_length - prompt_tokens)
 
 
