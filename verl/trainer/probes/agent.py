@@ -28,8 +28,8 @@ def probe(context: Context) -> None:
         except AgentLoopFileError as error:
             context.failed(error)
             return
-    named = (sample.row.get("agent_name") or agent.default_agent_loop for sample in context.samples)
-    chosen = {name for name in (agent.default_agent_loop, *named) if name is not None}
+    named = {name for sample in context.samples if (name := sample.row.get("agent_name"))}
+    chosen = {agent.default_agent_loop, *named}
     known = agent_loop_names()
     for name in sorted(chosen - set(known)):
         context.error(
