@@ -58,6 +58,42 @@ class OptimConfig(ConfigSection):
 
 
 @dataclass
+class QatConfig(ConfigSection):
+    """Quantization-aware training: the trainer computes with the numbers that the quantized rollout engine uses."""
+
+    enable: str | bool = key(
+        False,
+        "use the engine's rounded weights and inputs in forward passes; gradients reach the unrounded weights; "
+        "auto: if the rollout is quantized in a format that has it",
+        choices=("auto", True, False),
+    )
+    mode: str | None = key(
+        None,
+        "w8a8_mxfp8: as the engine; w8a16_mxfp8: round the weights, not the inputs; null: as the engine",
+        choices=names.QAT_MODES,
+        unsupported=("w4a16", "w4a4"),
+        use="use null: the format of the engine",
+        only_with=unless("enable", False),
+    )
+    ignore_patterns: list[str] = key(
+        list(names.QAT_IGNORED),
+        "layers that are not rounded: a part of the name, or re: and a regular expression; the engine must not "
+        "quantize them either (rollout.quantization_config_file)",
+        only_with=unless("enable", False),
+    )
+    mask_saturated: bool = key(
+        False,
+        "no gradient for numbers beyond the largest of their block's format, whose rounded value does not follow them",
+        only_with=unless("enable", False),
+    )
+    group_size: int = unsupported(16, "another group size; MX formats have groups of 32")
+    activation_observer: str = unsupported("static_minmax", "calibrated scales; MX formats compute them for each token")
+    quantization_config_path: str | None = unsupported(
+        None, "a file for the trainer only", "use actor_rollout_ref.rollout.quantization_config_file"
+    )
+
+
+@dataclass
 class FSDPConfig(ConfigSection):
     """Sharding of a model over the trainer's ranks with FSDP2."""
 
@@ -74,6 +110,7 @@ class FSDPConfig(ConfigSection):
         use="use auto, float32 or bfloat16",
     )
     reshard_after_forward: bool = key(True, "free the gathered weights of a layer between forward and backward")
+    qat: QatConfig = section(QatConfig, "quantization-aware training")
     fsdp_size: int = unsupported(-1, "hybrid sharding", "use -1: all ranks share one copy of the model")
     param_offload: bool = unsupported(False, "offload to host memory")
     optimizer_offload: bool = unsupported(False, "offload to host memory")

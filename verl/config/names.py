@@ -127,3 +127,9 @@ CHECKPOINT_CONTENTS = ("model", "optimizer", "extra", "hf_model")
 AGENT_LOOPS = ("single_turn_agent", "tool_agent")
 TOOL_FORMATS = ("hermes",)
 UNSUPPORTED_TOOL_FORMATS = ("gemma4", "gpt-oss", "qwen3_coder")
+
+# `fsdp_config.qat`: modes, of which the first computes as the engine, and layers that are ignored by default, as in
+# upstream verl.
+QAT_AS_ENGINE = "w8a8_mxfp8"
+QAT_MODES = (QAT_AS_ENGINE, "w8a16_mxfp8")
+QAT_IGNORED = ("lm_head", "embed_tokens", "re:.*mlp.gate$")

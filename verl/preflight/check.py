@@ -17,6 +17,7 @@ from verl.preflight.checks.data_rows import check_rows
 from verl.preflight.checks.lora import check_lora
 from verl.preflight.checks.memory import check_device_memory, check_host_memory
 from verl.preflight.checks.model import check_model
+from verl.preflight.checks.qat import check_qat
 from verl.preflight.checks.quantization import check_planned_quantization, check_quantization
 from verl.preflight.checks.resume import check_contents, check_resume, describe_resume
 from verl.preflight.checks.reward import check_reward
@@ -141,6 +142,8 @@ def _check_sections(config: PPOConfig, target: Target, invalid: set[str], found:
     before_quantization = len(found.errors)
     if device is not None and model is not None and not invalid:
         quantization = _check_quantization(config, device, model, target, found)
+    if not invalid:
+        check_qat(config, device, quantization, found)
     valid = not invalid and lora_valid and len(found.errors) == before_quantization
     return _Inputs(device, model, critic, data, prompt_lengths, quantization, valid)
 

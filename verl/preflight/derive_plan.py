@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from verl.config.ppo import PPOConfig
+from verl.config.qat import qat_mode
 from verl.config.record import VAL_ONLY_DIRECTORY
 from verl.config.roles import resolve_critic
 from verl.config.weight_updates import full_update_reason, resolve_backend
@@ -43,6 +44,7 @@ def derive_plan(
         rollout_dtype=engine.name,
         rollout_why=engine.why,
         rollout_weights=None if quantization is None else quantization.summary(),
+        qat=qat_mode(actor.fsdp_config, rollout),
         master_dtype=choose_dtype(device, actor.fsdp_config.model_dtype).name,
         prompts_per_step=config.data.train_batch_size,
         samples_per_step=samples,

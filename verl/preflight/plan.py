@@ -74,6 +74,7 @@ class Plan:
         compute_dtype, rollout_dtype: torch dtype names in which trainer and engine compute.
         compute_why, rollout_why: reasons for these dtypes.
         rollout_weights: the engine's format of quantized weights; None if weights are not quantized.
+        qat: mode of quantization-aware training; None without it.
         master_dtype: dtype of the weights that the optimizer updates.
         prompts_per_step, samples_per_step: of one training step.
         optimizer_steps_per_step: mini-batches of a training step times `ppo_epochs`.
@@ -110,6 +111,7 @@ class Plan:
     rollout_dtype: str
     rollout_why: str
     rollout_weights: str | None
+    qat: str | None
     master_dtype: str
     prompts_per_step: int
     samples_per_step: int
@@ -214,6 +216,8 @@ class Plan:
             rows += self.critic.rows()
         if self.rollout_weights is not None:
             rows.append(("engine's weights", self.rollout_weights))
+        if self.qat is not None:
+            rows.append(("quantization-aware", f"the trainer computes with the engine's numbers ({self.qat})"))
         if self.update_bytes is not None:
             later = "later updates are deltas"
             if self.full_update_reason is not None:

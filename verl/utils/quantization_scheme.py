@@ -96,6 +96,32 @@ class QuantizationScheme:
         """Return the report of the encoding since the last call."""
         return EncodeReport()
 
+    def adopt_report(self, report: EncodeReport) -> None:
+        """Add the report of weights that were encoded before, and are sent now."""
+        return
+
+    # ---- quantization-aware training ----
+
+    def quantized_names(self) -> Iterable[str]:
+        """Return the checkpoint names of the weights that the engine holds quantized."""
+        return ()
+
+    def decode_weight(self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        """Return the numbers that the engine multiplies with.
+
+        Args:
+            parts: a result of `encode_weight`, or whole rows of it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} decodes no weights")
+
+    def round_activations(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x [..., K] as the engine's kernels see the input of a quantized layer, in the dtype of x."""
+        raise NotImplementedError(f"{type(self).__name__} rounds no activations")
+
+    def saturated(self, x: torch.Tensor) -> torch.Tensor:
+        """Return, as a mask, the elements of x [..., K] beyond the largest number of their block."""
+        raise NotImplementedError(f"{type(self).__name__} does not tell which numbers saturate")
+
     # ---- in the engine's workers ----
 
     @staticmethod

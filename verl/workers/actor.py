@@ -16,7 +16,16 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from verl.algorithms.losses import get_policy_loss_fn, get_token_selector
-from verl.config import ActorConfig, ActorRolloutRefConfig, FSDPConfig, OptimConfig, RefConfig, RolloutConfig
+from verl.config import (
+    ActorConfig,
+    ActorRolloutRefConfig,
+    FSDPConfig,
+    OptimConfig,
+    RefConfig,
+    RolloutConfig,
+    names,
+)
+from verl.config.qat import qat_mode
 from verl.config.rollout_correction import Correction
 from verl.extension.external import import_external
 from verl.protocol import DataProto
@@ -26,9 +35,12 @@ from verl.workers.engine.base import PolicyEngine
 from verl.workers.engine.export import ExportUnit
 from verl.workers.engine.fsdp import FSDPEngine
 from verl.workers.engine.micro_batch import MicroBatching, micro_batching
+from verl.workers.engine.qat import QatOptions
 from verl.workers.policy_objective import PolicyObjective, select_tokens
 from verl.workers.process_group import join_process_group, peak_memory_gb, select_device
+from verl.workers.rollout.quantization import get_scheme
 from verl.workers.update_loop import run_updates
+from verl.workers.weight_sync.manifest import dtype_from_name
 
 _T = TypeVar("_T")
 
@@ -127,6 +139,19 @@ class ActorWorker:
             max_model_len=self._max_model_len,
             optim_config=optim_config,
             total_training_steps=self._total_training_steps,
+            qat=self._qat_options(fsdp_config),
+        )
+
+    def _qat_options(self, fsdp_config: FSDPConfig) -> QatOptions | None:
+        rollout, mode = self._config.rollout, qat_mode(fsdp_config, self._config.rollout)
+        if mode is None:
+            return None
+        assert self._config.model.path is not None, "preflight checks that it is set"
+        return QatOptions(
+            get_scheme(rollout, self._config.model.path),
+            dtype_from_name(choose_dtype(self._device_type, rollout.dtype).name),
+            activations=mode == names.QAT_AS_ENGINE,
+            mask_saturated=fsdp_config.qat.mask_saturated,
         )
 
     @property

@@ -13,7 +13,8 @@ from verl.trainer.ppo.eager_reference import ReferenceUnavailable, reference_log
 FORMATS = {
     "trainer_dtype": "float32",
     "engine_dtype": "float32",
-    "quantized": False,
+    "trainer_quantized": False,
+    "engine_quantized": False,
     "max_model_len": 64,
     "trust_remote_code": False,
 }
@@ -75,7 +76,7 @@ def test_rope_is_chosen_by_the_limit_of_the_engine(tmp_path):
 
 def test_a_coarser_format_explains_a_larger_difference(model_dir):
     batch = batch_of([list(range(4, 60))] * 2, [20, 20], 1.0)
-    result = reference_log_probs(model_dir, batch, **FORMATS | {"trainer_dtype": "bfloat16", "quantized": True})
+    result = reference_log_probs(model_dir, batch, **FORMATS | {"trainer_dtype": "bfloat16", "engine_quantized": True})
     by_bfloat16, by_quantization = (
         (side - result.log_probs).abs().mean() for side in (result.as_trainer, result.as_engine)
     )

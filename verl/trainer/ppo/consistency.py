@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from verl.agent_loop.padding import pad_right, pad_samples
+from verl.config import names
 from verl.protocol import DataProto
 from verl.timeline.spans import spanned
 from verl.trainer.ppo.eager_reference import ReferenceLogProbs, ReferenceUnavailable, reference_log_probs
@@ -203,7 +204,7 @@ def _limits(dtype: str) -> tuple[float, float]:
 def _engine_limits(runtime: Runtime) -> tuple[float, float]:
     """Return the mean difference that needs no explanation, and the one that is tolerated without a reference."""
     sides = [_limits(runtime.plan.compute_dtype), _limits(runtime.plan.rollout_dtype)]
-    if runtime.plan.rollout_weights is not None:
+    if runtime.plan.rollout_weights is not None and runtime.plan.qat != names.QAT_AS_ENGINE:
         sides.append(_QUANTIZED)
     return max(sides)
 
@@ -240,7 +241,8 @@ async def _reference(runtime: Runtime, version: int, batch: DataProto) -> Refere
             batch,
             trainer_dtype=runtime.plan.compute_dtype,
             engine_dtype=runtime.plan.rollout_dtype,
-            quantized=runtime.plan.rollout_weights is not None,
+            trainer_quantized=runtime.plan.qat is not None,
+            engine_quantized=runtime.plan.rollout_weights is not None,
             max_model_len=config.max_model_len,
             trust_remote_code=bool(config.actor_rollout_ref.model.trust_remote_code),
         )

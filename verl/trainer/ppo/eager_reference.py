@@ -41,7 +41,8 @@ def reference_log_probs(
     *,
     trainer_dtype: str,
     engine_dtype: str,
-    quantized: bool,
+    trainer_quantized: bool,
+    engine_quantized: bool,
     max_model_len: int,
     trust_remote_code: bool,
 ) -> ReferenceLogProbs:
@@ -51,7 +52,7 @@ def reference_log_probs(
         directory: Hugging Face directory.
         batch: columns of a forward pass; meta_info `temperature`.
         trainer_dtype, engine_dtype: torch dtype names.
-        quantized: True if the engine's weights are quantized.
+        trainer_quantized, engine_quantized: True if the side computes with quantized weights.
         max_model_len: the engine's limit of a sequence in tokens; see `verl.workers.engine.rope`.
 
     Raises:
@@ -65,13 +66,14 @@ def reference_log_probs(
         rounded = {"float32": _log_probs(model, batch)}
         for dtype in sorted({trainer_dtype, engine_dtype} - rounded.keys()):
             rounded[dtype] = _log_probs(_in_dtype(model, dtype), batch)
-        as_engine = rounded[engine_dtype]
-        if quantized:
+        as_trainer, as_engine = rounded[trainer_dtype], rounded[engine_dtype]
+        if trainer_quantized or engine_quantized:
             _add_noise(model)
-            as_engine = _log_probs(_in_dtype(model, engine_dtype), batch)
+            noisy = _log_probs(_in_dtype(model, engine_dtype), batch)
+            as_trainer, as_engine = noisy if trainer_quantized else as_trainer, noisy if engine_quantized else as_engine
     except (ValueError, RuntimeError, OSError, ImportError, TypeError, KeyError, AttributeError) as error:
         raise ReferenceUnavailable(f"transformers cannot compute it ({type(error).__name__}: {error})") from error
-    return ReferenceLogProbs(rounded["float32"], rounded[trainer_dtype], as_engine)
+    return ReferenceLogProbs(rounded["float32"], as_trainer, as_engine)
 
 
 @torch.no_grad()

@@ -46,6 +46,11 @@ class EncodeReport:
         """
         self._sums[name] = sums
 
+    def update(self, other: EncodeReport) -> None:
+        """Add the weights and the time of another report."""
+        self._sums |= other._sums
+        self.seconds += other.seconds
+
     def to_message(self) -> EncodeReportMessage:
         """Return the report as plain values."""
         values = torch.stack(list(self._sums.values())).tolist() if self._sums else []

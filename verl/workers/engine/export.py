@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from verl.utils.quantization_scheme import QuantizationScheme
-from verl.utils.tensor_diff import diff_and_update_rounded_
+from verl.utils.tensor_diff import diff_and_update_, diff_and_update_rounded_
 from verl.workers.engine.export_rows import LocalRows, RowRange, find_row_ranges, local_rows
 from verl.workers.engine.loading import decoder_layer_names
 from verl.workers.engine.lora import merged_view
@@ -60,9 +60,10 @@ class RowShardedParam(ExportUnit):
         ranges: tuple[RowRange, ...],
         dtype: torch.dtype | None,
         encoder: QuantizationScheme | None,
+        encoded: Mapping[str, torch.Tensor] | None = None,
     ):
         self.name, self.ranges, self.first, self.sends = name, ranges, held.first, held.sends
-        self._shard, self._dtype, self._encoder = shard, dtype, encoder
+        self._shard, self._dtype, self._encoder, self._encoded = shard, dtype, encoder, encoded
         self._local = _local(shard)
         self.nbytes = _nbytes(shard, dtype)
 
@@ -71,8 +72,10 @@ class RowShardedParam(ExportUnit):
     def parts(self) -> dict[str, torch.Tensor]:
         """This rank's rows [..., elements per row] in the form in which they are sent, by suffix of the tensor's name.
 
-        They may share memory with the parameter.
+        They may share memory with the parameter, or with what keeps rows that were encoded before.
         """
+        if self._encoded is not None:
+            return dict(self._encoded)
         if self._encoder is None:
             return {"": _cast(self._local, self._dtype)}
         return self._encoder.encode_weight(self.name, self._local, self._dtype)
@@ -84,17 +87,19 @@ class RowShardedParam(ExportUnit):
         Returns:
             by suffix, the changed indices in the flattened part, int64 ascending.
         """
+        if self._encoded is not None:
+            return {suffix: diff_and_update_(kept[suffix], part) for suffix, part in self._encoded.items()}
         if self._encoder is None:
             return {"": diff_and_update_rounded_(kept[""], self._local.contiguous())}
         return self._encoder.diff_and_update_(self.name, self._local, kept, self._dtype)
 
     def is_copy(self, part: torch.Tensor) -> bool:
-        """Return True if a part has its own memory, so that it does not change with the parameter."""
-        return part.untyped_storage().data_ptr() != self._local.untyped_storage().data_ptr()
+        """Return True if a part has its own memory, which nothing else reads or changes."""
+        return self._encoded is None and part.untyped_storage().data_ptr() != self._local.untyped_storage().data_ptr()
 
     def gather(self) -> dict[str, torch.Tensor]:
         return self.to_checkpoint_tensors(
-            {suffix: _gather_rows(part, self._shard) for suffix, part in self.parts.items()}
+            {suffix: gather_rows(part, self._shard) for suffix, part in self.parts.items()}
         )
 
     def sizes(self, part: torch.Tensor) -> list[int] | None:
@@ -161,6 +166,7 @@ class WeightExport:
         dtype: torch.dtype | None = None,
         exceptions: Mapping[str, torch.dtype] | None = None,
         encoder: QuantizationScheme | None = None,
+        encoded: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
     ) -> Iterator[ExportUnit]:
         """Iterate over all parameters, a tied weight once.
 
@@ -173,8 +179,9 @@ class WeightExport:
             encoder: encodes rows before they are gathered, so that the ranks exchange fewer bytes. This needs a
                 parameter whose shards are whole rows (FSDP2 shards the first dimension), and whose checkpoint tensors
                 consist of whole rows in this order. Other parameters are gathered without encoding.
+            encoded: this rank's rows of some parameters, encoded before: parameter -> suffix -> rows.
         """
-        model, others = self._model, exceptions or {}
+        model, others, done = self._model, exceptions or {}, encoded or {}
         shards, adapters = merged_view(model.state_dict(keep_vars=True), model)
 
         def merged(name: str, dtype: torch.dtype | None) -> torch.Tensor:
@@ -191,13 +198,24 @@ class WeightExport:
                     rest.append(name)
                 else:
                     (cast,) = dtypes
-                    shard = merged(name, cast)
-                    yield RowShardedParam(name, shard, held, ranges[name], cast, encoder if encodes else None)
+                    parts = done.get(name) if encodes else None
+                    shard = merged(name, cast) if parts is None else shards[name]
+                    yield RowShardedParam(name, shard, held, ranges[name], cast, encoder if encodes else None, parts)
             separate = [[name] for name in rest if name in ranges]
             for together in (*separate, [name for name in rest if name not in ranges]):
                 if together:
                     shards_together = {name: merged(name, None if others else dtype) for name in together}
                     yield GatheredParams(model, shards_together, dtype, others)
+
+    @torch.no_grad()
+    def row_ranges(self) -> Iterator[tuple[str, torch.Tensor, tuple[RowRange, ...]]]:
+        """Iterate over the parameters whose rows can be encoded where they are held: name, parameter, ranges."""
+        model = self._model
+        shards, _ = merged_view(model.state_dict(keep_vars=True), model)
+        for names in _groups(model, shards, by_layer=bool(getattr(model, "_weight_conversions", None))):
+            for name, ranges in self._ranges_of(tuple(names), shards).items():
+                if self._held[name] is not None:
+                    yield name, shards[name], ranges
 
     def _ranges_of(self, names: tuple[str, ...], shards: dict[str, torch.Tensor]) -> dict[str, tuple[RowRange, ...]]:
         if names not in self._ranges:
@@ -333,7 +351,7 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
-def _gather_rows(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def gather_rows(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Return the parts [rows of this rank, ...] of all ranks, sharded like `like`, as one tensor."""
     if not isinstance(like, DTensor) or like.device_mesh.size() == 1:
         return part

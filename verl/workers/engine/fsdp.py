@@ -36,6 +36,7 @@ from verl.workers.engine.log_probs import token_log_probs
 from verl.workers.engine.metric_sums import MeanShare, MetricSums
 from verl.workers.engine.micro_batch import AlignedBatch, Layout, MicroBatch, MicroBatching, call_model
 from verl.workers.engine.packed_attention import packs_sequences
+from verl.workers.engine.qat import QatOptions, QuantizedForward
 
 # Counts that are summed together with the metrics, to compute `padding_fraction`.
 _TOKENS, _POSITIONS = "tokens", "positions"
@@ -53,6 +54,7 @@ class FSDPTrainEngine(TrainEngine):
         max_model_len: limit of a sequence in tokens, the same as in the rollout engine.
         optim_config: the `optim` section; None for an engine without an optimizer, which only runs forward.
         total_training_steps: length of the learning-rate schedule.
+        qat: the engine's quantization, for a policy that computes with its numbers.
     """
 
     _value_head = False
@@ -69,6 +71,7 @@ class FSDPTrainEngine(TrainEngine):
         max_model_len: int,
         optim_config: OptimConfig | None = None,
         total_training_steps: int = 0,
+        qat: QatOptions | None = None,
     ):
         self._model_config = model_config
         self._device = device
@@ -101,6 +104,7 @@ class FSDPTrainEngine(TrainEngine):
         self._schedule_step = 0
         self._mini_batch: DataProto | None = None
         self._export = WeightExport(self.model)
+        self._quantized = None if qat is None else QuantizedForward(self.model, self._export, qat)
         self._offloads = not trains and fsdp_config.param_offload
         self._offload()
         self._on_model_loaded()
@@ -126,6 +130,7 @@ class FSDPTrainEngine(TrainEngine):
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.step()
+        self._note_new_weights()
         self._optimizer.zero_grad(set_to_none=True)
         self._mini_batch = None
         return {"grad_norm": norm, "lr": lr}
@@ -140,7 +145,13 @@ class FSDPTrainEngine(TrainEngine):
         exceptions: Mapping[str, torch.dtype] | None = None,
         encoder: QuantizationScheme | None = None,
     ) -> Iterator[ExportUnit]:
-        return self._export.units(dtype=dtype, exceptions=exceptions, encoder=encoder)
+        encoded = None
+        if encoder is not None and self._quantized is not None:
+            # The engine receives the bytes with which the trainer computes.
+            self._quantized.refresh()
+            encoder.adopt_report(self._quantized.report)
+            encoded = self._quantized.encoded
+        return self._export.units(dtype=dtype, exceptions=exceptions, encoder=encoder, encoded=encoded)
 
     def save(self, path: str | Path, contents: Sequence[str] = checkpoint.CONTENTS) -> None:
         checkpoint.save_state(
@@ -162,6 +173,7 @@ class FSDPTrainEngine(TrainEngine):
             device=self._device,
             group=self._group,
         )
+        self._note_new_weights()
         if step is not None:
             self._schedule_step = step
 
@@ -190,6 +202,7 @@ class FSDPTrainEngine(TrainEngine):
             the positions that the model processed.
         """
         self._mini_batch = mini_batch
+        self._prepare_weights()
         aligned = AlignedBatch(mini_batch, self._device, self._layout)
         sums = MetricSums()
         losses, samples = [], []
@@ -225,6 +238,7 @@ class FSDPTrainEngine(TrainEngine):
         """
         if self._offloads:
             move_model(self.model, self._device)
+        self._prepare_weights()
         aligned = AlignedBatch(data, self._device, self._layout)
         shape = aligned.response_mask.shape
         columns = [torch.zeros(shape, dtype=torch.float32, device=self._device) for _ in range(count)]
@@ -238,6 +252,15 @@ class FSDPTrainEngine(TrainEngine):
         self._reshard()
         self._offload()
         return [column.cpu() for column in columns]
+
+    def _note_new_weights(self) -> None:
+        if self._quantized is not None:
+            self._quantized.mark_stale()
+
+    def _prepare_weights(self) -> None:
+        """Encode the weights for quantized forward passes, if they have changed. Collective."""
+        if self._quantized is not None:
+            self._quantized.refresh()
 
     def _offload(self) -> None:
         """Move this rank's shards to the host until the next forward pass, with `fsdp_config.param_offload`."""

@@ -109,6 +109,29 @@ def has_adapters(model: nn.Module) -> bool:
     return next(_lora_layers(model), None) is not None
 
 
+class LayerAdapter:
+    """The adapter of one layer in a forward pass.
+
+    Attributes:
+        base_layer: the layer without it.
+    """
+
+    def __init__(self, layer: Any):
+        self._layer, self.base_layer = layer, layer.base_layer
+
+    def update(self, x: torch.Tensor) -> torch.Tensor:
+        """Return what the adapter adds to the output: scale * B @ A @ x, for x [..., in]."""
+        a, b = self._layer.lora_A[_NAME], self._layer.lora_B[_NAME]
+        return self._layer.scaling[_NAME] * b(a(x.to(a.weight.dtype))).to(x.dtype)
+
+
+def adapter_of(module: nn.Module) -> LayerAdapter | None:
+    """Return the adapter of a module; None if it has none."""
+    from peft.tuners.lora import LoraLayer
+
+    return LayerAdapter(module) if isinstance(module, LoraLayer) else None
+
+
 def merged_view(state: dict[str, torch.Tensor], model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, Adapter]]:
     """Return the state dict under the names of the model without adapters, and the adapters by name of the weight."""
     state = dict(state)

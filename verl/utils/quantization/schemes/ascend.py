@@ -18,6 +18,7 @@ class AscendFormat(ScaledFormat):
     name = "ascend"
     devices = ("cpu", "npu")
     alternative = "fp8"
+    qat_modes = ("w8a8_mxfp8", "w8a16_mxfp8")
 
     @functools.cached_property
     def description(self) -> AscendDescription:

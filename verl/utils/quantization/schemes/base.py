@@ -43,6 +43,7 @@ class WeightFormat(ABC):
         devices: devices whose engines support it; `alternative` is the value to use on the others.
         reads_checkpoint: it depends on the names and shapes of the checkpoint's tensors.
         trainer_encodes: with `quantization_side=sender` the trainer encodes weights before it sends them.
+        qat_modes: values of `fsdp_config.qat.mode` in which the trainer can compute with the engine's numbers.
 
     Args:
         settings: the section `actor_rollout_ref.rollout`.
@@ -55,6 +56,7 @@ class WeightFormat(ABC):
     alternative: ClassVar[str] = ""
     reads_checkpoint: ClassVar[bool] = False
     trainer_encodes: ClassVar[bool] = False
+    qat_modes: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self, settings: RolloutSettings, model_dir: str | Path, read_index: Callable[[], CheckpointIndex] | None = None

@@ -8,7 +8,14 @@ import torch
 from torch import nn
 
 from verl.utils.quantization.formats import MX_BLOCK_SIZE
-from verl.utils.quantization.mx import mxfp8_encode, mxfp8_requantize, npu_mxfp8_quantize, squared_error
+from verl.utils.quantization.mx import (
+    mxfp8_dequantize,
+    mxfp8_encode,
+    mxfp8_quantize,
+    mxfp8_requantize,
+    npu_mxfp8_quantize,
+    squared_error,
+)
 from verl.utils.quantization.schemes.ascend import AscendFormat
 from verl.utils.vllm.layout_map import Target
 from verl.utils.vllm.vllm_fp8_utils import (
@@ -40,6 +47,20 @@ class AscendScheme(ScaledScheme):
         rounded = weight.to(dtype)
         values, scales = npu_mxfp8_quantize(rounded)
         return values, scales, squared_error(rounded, values, scales)
+
+    def quantized_names(self) -> list[str]:
+        return [layer.parameter for layer in self.format.layers if layer.quantized]
+
+    def decode_weight(self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        return mxfp8_dequantize(parts[""], parts[self.scaled.suffix], dtype)
+
+    def round_activations(self, x: torch.Tensor) -> torch.Tensor:
+        return mxfp8_dequantize(*_quantize(x), x.dtype)
+
+    def saturated(self, x: torch.Tensor) -> torch.Tensor:
+        values, scales = _quantize(x)
+        largest = values.float().abs() == torch.finfo(values.dtype).max
+        return largest & (x.abs() > mxfp8_dequantize(values, scales, x.dtype).abs())
 
     def requantize(
         self, weight: torch.Tensor, dtype: torch.dtype, values: torch.Tensor, scales: torch.Tensor
@@ -76,3 +97,7 @@ class AscendScheme(ScaledScheme):
     @staticmethod
     def refresh(model: nn.Module, indices: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         refresh_after_delta(model, indices)
+
+
+def _quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return npu_mxfp8_quantize(x) if x.device.type == "npu" else mxfp8_quantize(x)

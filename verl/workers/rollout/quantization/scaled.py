@@ -153,6 +153,9 @@ class ScaledScheme(QuantizationScheme, ABC):
         report, self._report = self._report, EncodeReport()
         return report
 
+    def adopt_report(self, report: EncodeReport) -> None:
+        self._report.update(report)
+
     @classmethod
     def check_tensor(cls, name: str, tensor: torch.Tensor, received: Mapping[str, ReceivedTensor]) -> None:
         cls.scaled.check_pair(name, received)

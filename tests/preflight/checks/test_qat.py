@@ -1,0 +1,77 @@
+"""Checks of quantization-aware training: what disagrees with the engine is refused before the start."""
+
+import pytest
+
+from fixtures.tiny import write_tiny_model
+
+ACTOR, REF = "actor_rollout_ref__actor__fsdp_config__qat__", "actor_rollout_ref__ref__fsdp_config__qat__"
+QUANTIZATION = "actor_rollout_ref__rollout__quantization"
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    return {"actor_rollout_ref__model__path": write_tiny_model(tmp_path / "tiny")}
+
+
+@pytest.mark.parametrize(
+    ("enable", "quantization", "mode"),
+    [
+        (False, "ascend", None),
+        (True, "ascend", "w8a8_mxfp8"),
+        ("auto", "ascend", "w8a8_mxfp8"),
+        ("auto", "null", None),
+    ],
+)
+def test_auto_follows_the_rollout(tiny, plan_of, enable, quantization, mode):
+    plan = plan_of(**tiny, **{f"{ACTOR}enable": enable, QUANTIZATION: quantization})
+    assert plan.qat == mode
+    assert ("quantization-aware" in plan.render()) == (mode is not None)
+
+
+@pytest.mark.parametrize("quantization", ["null", "fp8", "torchao"])
+@pytest.mark.parametrize("prefix", [ACTOR, REF])
+def test_a_rollout_without_numbers_to_train_on_is_refused(tiny, problems_of, prefix, quantization):
+    field = prefix.replace("__", ".") + "enable=True: "
+    problems = problems_of(**tiny, **{f"{prefix}enable": True, QUANTIZATION: quantization})
+    [problem] = [problem for problem in problems if problem.startswith(field)]
+    assert f"quantization={quantization} " in problem
+    assert "set actor_rollout_ref.rollout.quantization=ascend" in problem
+
+
+def test_the_critic_is_not_rounded(tiny, problem_of):
+    problem = problem_of(**tiny, critic__fsdp__qat__enable=True, **{QUANTIZATION: "ascend"})
+    assert problem.startswith("critic.fsdp.qat.enable=True: ")
+
+
+@pytest.mark.parametrize("mode", ["w4a16", "w4a4", "int8"])
+def test_another_format_than_the_engines_is_refused(tiny, problem_of, mode):
+    problem = problem_of(**tiny, **{f"{ACTOR}enable": True, f"{ACTOR}mode": mode, QUANTIZATION: "ascend"})
+    assert f"qat.mode={mode}" in problem.replace("'", "")
+
+
+def test_dtypes_that_round_differently_are_refused(tiny, problem_of):
+    keys = {"actor_rollout_ref__actor__fsdp_config__dtype": "float32", "actor_rollout_ref__rollout__dtype": "bfloat16"}
+    problem = problem_of(**tiny, **keys, **{f"{ACTOR}enable": True, QUANTIZATION: "ascend"})
+    assert "fsdp_config.dtype=float32 with qat" in problem and "actor_rollout_ref.rollout.dtype=bfloat16" in problem
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("q_proj", "matches model.layers.0.self_attn.q_proj, which the engine quantizes"),
+        ("re:.*mlp", "matches model.layers.0.mlp"),
+        ("lm_haed", "matches no layer"),
+        ("re:(", "not a regular expression"),
+    ],
+)
+def test_patterns_that_disagree_with_the_engine_are_refused(tiny, problem_of, pattern, words):
+    keys = {f"{ACTOR}enable": True, f"{ACTOR}ignore_patterns": f"['{pattern}']", QUANTIZATION: "ascend"}
+    problem = problem_of(**tiny, **keys)
+    assert problem.startswith("actor_rollout_ref.actor.fsdp_config.qat.ignore_patterns: ") and words in problem
+
+
+def test_a_layer_that_both_leave_out_may_be_ignored(tiny, plan_of, tmp_path):
+    file = tmp_path / "ignore.json"
+    file.write_text('{"ignore": ["re:.*o_proj"]}')
+    keys = {f"{ACTOR}enable": True, f"{ACTOR}ignore_patterns": "[lm_head,o_proj]", QUANTIZATION: "ascend"}
+    assert plan_of(**tiny, **keys, **{f"{QUANTIZATION}_config_file": file}).qat == "w8a8_mxfp8"
