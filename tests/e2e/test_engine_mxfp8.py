@@ -53,7 +53,9 @@ def test_log_probs_after_four_updates_equal_those_of_a_fake_quantized_model(mode
     engine, scheme = engines.get(first, ROLLOUT)
     addresses = engine.rpc("verl_parameter_addresses")
     for number, source in enumerate([*others, first]):
+        engine.checked("verl_check_engine", engine.quantization, True)
         engine.update(scheme.encode(weights_of(source).items()), bucket_bytes=20_000 if number % 2 else 1 << 24)
+        engine.checked("verl_check_engine", engine.quantization, True)  # changes nothing
         responses, log_probs = engine.sample()
         check_equal_up_to_rounding(log_probs, log_probs_of(fake_quantized(source), responses))
         assert engine.rpc("verl_parameter_addresses") == addresses

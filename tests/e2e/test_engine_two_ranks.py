@@ -43,6 +43,7 @@ def test_two_ranks_hold_their_shares(start, kind):
     addresses = engine.rpc("verl_parameter_addresses")
     for source in (second, first, second):
         engine.update(scheme.encode(weights_of(source).items()), bucket_bytes=20_000)
+        engine.checked("verl_check_engine", engine.quantization, True)  # the self-test: passes, and changes nothing
         responses, log_probs = engine.sample()
         check_equal_up_to_rounding(log_probs, log_probs_of(fake_quantized(source), responses))
         assert engine.rpc("verl_parameter_addresses") == addresses

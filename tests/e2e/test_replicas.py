@@ -55,9 +55,19 @@ class Sender:
         return exported(self.sender)
 
 
-def replica(rank, model_dir, quantization=None, partial_rollout=False, response_length=64, **server):
+def replica(
+    rank,
+    model_dir,
+    quantization=None,
+    partial_rollout=False,
+    response_length=64,
+    self_test=None,
+    library=None,
+    **server,
+):
     rollout = RolloutConfig(
         quantization=quantization,
+        quantization_self_test=self_test,
         partial_rollout=partial_rollout,
         tensor_model_parallel_size=1,
         dtype="float32",
@@ -73,7 +83,8 @@ def replica(rank, model_dir, quantization=None, partial_rollout=False, response_
         "prompt_length": 64,
         "response_length": response_length,
     }
-    environment = engine_environment(device="cpu", threads=1, tensor_parallel_size=1)
+    external_lib = [str(library)] if library else None
+    environment = engine_environment(device="cpu", threads=1, tensor_parallel_size=1, external_lib=external_lib)
     return vLLMReplica(rank, arguments, {"num_cpus": 0}, environment)
 
 
@@ -221,7 +232,7 @@ class Remote:
 async def test_processes_killed_in_the_middle_of_a_quantized_update(tmp_path, ray_session):
     model_dir = write_tiny_model(tmp_path / "model")
     reports = {}
-    replicas = [replica(rank, model_dir, quantization="ascend") for rank in (0, 1)]
+    replicas = [replica(rank, model_dir, quantization="ascend", self_test=True) for rank in (0, 1)]
     rollout = RolloutConfig(quantization="ascend", tensor_model_parallel_size=1)
     pool = ReplicaSet(replicas, on_start=reports.__setitem__)
     client = LLMServerClient(pool)
@@ -257,6 +268,27 @@ async def test_processes_killed_in_the_middle_of_a_quantized_update(tmp_path, ra
         await update_weights(sender(), pool.alive, 4)
         assert (await client.generate(PROMPT, SAMPLING)).weight_versions[0] == 4
         assert [await each.parameter_hashes() for each in replicas] == [hashes, hashes]
+    finally:
+        await pool.stop()
+
+
+async def test_engine_that_fails_its_self_test_does_not_start(tmp_path, ray_session):
+    """The user's library, which every process of the engine imports, breaks the products of quantized layers."""
+    library = tmp_path / "broken_products.py"
+    library.write_text(
+        "from verl.utils.vllm.ascend_cpu import AscendCpuLinearMethod\n"
+        "right = AscendCpuLinearMethod.apply\n"
+        "AscendCpuLinearMethod.apply = lambda self, layer, x, bias=None: 2 * right(self, layer, x, bias)\n"
+    )
+    model_dir = write_tiny_model(tmp_path / "model")
+    broken = replica(0, model_dir, quantization="ascend", self_test=True, library=library)
+    pool = ReplicaSet([broken])
+    message = (
+        r"replica 0, worker 0: .*self-test failed in model\.layers\.\d\.\S+ with verl's emulation .*the product with"
+    )
+    try:
+        with pytest.raises(WeightUpdateError, match=message):
+            await pool.start()
     finally:
         await pool.stop()
 

@@ -298,6 +298,12 @@ class RolloutConfig(ConfigSection):
         choices=("sender", "receiver"),
         only_with=unless("quantization", None),
     )
+    quantization_self_test: bool | None = key(
+        None,
+        "ascend: each engine loads known weights into one layer of each kind at its start, and stops if their bytes, "
+        "their addresses or a product are wrong; null: on an NPU only",
+        only_with=when("quantization", "ascend"),
+    )
     data_parallel_size: int = unsupported(
         1, "data parallelism inside a replica", "use 1: the replicas are data parallel"
     )

@@ -7,7 +7,7 @@ verl.workers.rollout.quantization; their torch-free half is in verl.utils.quanti
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -130,6 +130,18 @@ class QuantizationScheme:
 
         Raises:
             RuntimeError: a layer with an unknown layout or memory format; the message names it.
+        """
+        return
+
+    @staticmethod
+    def self_test(model: nn.Module, vllm_config: Any) -> None:
+        """Load known weights into the engine's quantized layers, check them there, and put the old ones back.
+
+        Args:
+            vllm_config: the engine's `VllmConfig`.
+
+        Raises:
+            RuntimeError: what differed; the message names layer and release.
         """
         return
 

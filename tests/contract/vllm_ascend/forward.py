@@ -10,8 +10,6 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import nn
-from vllm.config import VllmConfig
-from vllm.forward_context import get_forward_context, set_forward_context
 from vllm.model_executor.layers.attention import Attention
 
 
@@ -77,35 +75,18 @@ _OWN_LAYER = {
 }
 
 
-@torch.no_grad()
-def experts_output(
-    config: VllmConfig, layer: nn.Module, x: torch.Tensor, router_logits: torch.Tensor, top_k: int
-) -> torch.Tensor:
-    """Run the release's scheme on tokens x [M, H]: choice of experts, dispatch, both products, combination."""
+def complete_experts(model: nn.Module) -> dict[str, nn.Module]:
+    """Set what the release's model runner and layer class set, and return the layers with experts by module name."""
     from vllm_ascend import utils
     from vllm_ascend.ascend_config import get_ascend_config
-    from vllm_ascend.ascend_forward_context import MoECommType
-    from vllm_ascend.ops.fused_moe.moe_comm_method import AllGatherCommImpl
 
-    if hasattr(utils, "set_weight_prefetch_method"):  # before 0.26; the release's model runner does it
+    layers = expert_layers(model)
+    if layers and hasattr(utils, "set_weight_prefetch_method"):  # before 0.26
         utils.set_weight_prefetch_method(get_ascend_config().weight_prefetch_config)
-    if getattr(layer, "swiglu_limit", None) is None:
-        layer.swiglu_limit = 0  # as in the release's own layer class
-    method = layer.quant_method
-    accepted = inspect.signature(method.apply).parameters
-    with set_forward_context(None, config):
-        context = get_forward_context()
-        context.moe_comm_type, context.moe_comm_method = MoECommType.ALLGATHER, AllGatherCommImpl(layer.moe_config)
-        # The method frees its input.
-        if "topk_ids" in accepted:  # from 0.27 on a router chooses the experts
+    for layer in layers.values():
+        if getattr(layer, "swiglu_limit", None) is None:
+            layer.swiglu_limit = 0
+        if "topk_ids" in inspect.signature(layer.quant_method.apply).parameters:
             for name, value in _OWN_LAYER.items():
                 setattr(layer, name, value)
-            weights, experts = router_logits.float().softmax(-1).topk(top_k, dim=-1)
-            weights = (weights / weights.sum(-1, keepdim=True)).to(x.dtype)
-            output = method.apply(layer, x.clone(), weights, experts.to(torch.int32))
-        else:
-            count = next(name for name in ("num_experts", "global_num_experts") if name in accepted)
-            output = method.apply(
-                layer, x.clone(), router_logits, top_k=top_k, renormalize=True, **{count: router_logits.shape[1]}
-            )
-    return output.routed_out
+    return layers

@@ -6,10 +6,14 @@ Import it only in an environment of `build_env.py`.
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from contract.vllm_ascend.forward import complete_experts
 from contract.vllm_ascend.harness import build_model, engine, make_vllm_config
 from contract.vllm_ascend.reference import assert_same, engine_parameters, parameters_of
 from contract.vllm_ascend.updates import Updates, addresses, scheme_of, weights_of
 
+from verl.utils.vllm.vllm_fp8_utils import mxfp8_layers
+from verl.workers.rollout.quantization.mxfp8_self_test import run_self_test
 from verl.workers.weight_sync.manifest import WeightUpdateError
 
 
@@ -39,6 +43,34 @@ def update(rank: int, ranks: int, sources: list[Path], padded: str) -> str:
         updates.send(weights_of(others[0]))
         assert_same(parameters_of(model), engine_parameters(weights_of(others[0]), rank=rank, ranks=ranks))
     return message
+
+
+def self_test(rank: int, ranks: int, source: Path, paddings: list[tuple[int, int]]) -> None:
+    """Run the self-test on one rank after the other, while the others wait for their turn.
+
+    Args:
+        paddings: by rank, the zeros before and after the inputs of `down_proj`.
+    """
+    scheme = scheme_of(source, tensor_model_parallel_size=ranks)
+    config = make_vllm_config(
+        source,
+        scheme.format.description.to_json_dict(),
+        load_format="dummy",
+        tensor_parallel_size=ranks,
+        distributed_executor_backend="mp",
+    )
+    with engine(config, rank, ranks):
+        model = build_model(config)
+        complete_experts(model)
+        before, values = addresses(model), parameters_of(model)
+        found = {vars(layer).get("mxfp8_tp_padding", (0, 0)) for layer in mxfp8_layers(model).values()}
+        assert paddings[rank] in found
+        for turn in range(ranks):
+            if turn == rank:
+                run_self_test(model, config, "this release")
+            dist.barrier()
+        assert addresses(model) == before
+        assert_same(parameters_of(model), values)
 
 
 def _rejection(updates: Updates, encoded: list[tuple[str, torch.Tensor]], name: str) -> str:

@@ -30,6 +30,7 @@ def emulated(tmp_path_factory):
     return output
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("release", RELEASES)
 def test_release_passes_its_tests(release, emulated):
     environment = build(release)
@@ -37,15 +38,16 @@ def test_release_passes_its_tests(release, emulated):
     arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", inside]
     done = environment.run(
         arguments,
-        timeout=900,
+        timeout=1500,
         capture_output=True,
         text=True,
         cwd=environment.repository,
-        env={"CONTRACT_EMULATION": str(emulated)},
+        env={"CONTRACT_EMULATION": str(emulated), "CONTRACT_RESULTS": "1"},
     )
     assert done.returncode == 0, f"{done.stdout[-8000:]}\n{done.stderr[-4000:]}"
 
 
+@pytest.mark.feature("platform")
 @pytest.mark.parametrize("release", RELEASES)
 def test_engine_configuration_on_the_platform_of_the_release(release, tmp_path):
     """With the entry points of vllm-ascend, as in an installation: platform, configuration, and verl's plugin."""

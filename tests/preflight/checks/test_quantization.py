@@ -87,6 +87,13 @@ def test_unused_file_and_side_are_noted(decoder, plan_of, tmp_path):
     assert "quantization_config_file" in note and "quantization_side" in note
 
 
+def test_self_test_of_an_unquantized_engine_is_rejected(decoder, problem_of):
+    problem = problem_of(**{f"{FIELD}_self_test": True})
+    assert problem.startswith(
+        "actor_rollout_ref.rollout.quantization_self_test=True: quantization=null has no self-test"
+    )
+
+
 def problems_on(device, run_files, value="ascend"):
     from verl.config import load_config
 

@@ -97,3 +97,4 @@ def test_release_newer_than_the_tested_ones_has_a_warning():
         text = untested_release(newer)
         assert text is not None
         assert f"vllm-ascend {newer} is newer than the newest release tested with verl, 0.30.0rc2" in text
+        assert "only after a self-test" in text

@@ -24,6 +24,8 @@ _PAIR = 2 * MX_BLOCK_SIZE
 _PADS_LINEAR = Version("0.23.0")
 # The first release that pads a share of a row-parallel layer that begins or ends inside a group.
 _PADS_SHARES = Version("0.28.0")
+# The first release that looks up the exact name of a layer in the description.
+_EXACT_NAMES = Version("0.27.0")
 # The newest release whose code was read and run. No release up to it pads the scales of experts.
 NEWEST_READ, NEWEST_TESTED = "0.30.0", "0.30.0rc2"
 
@@ -46,13 +48,18 @@ def pads_shares(release: str) -> bool:
     return _final(release) >= _PADS_SHARES
 
 
+def reads_exact_names(release: str) -> bool:
+    """Return whether a release tells a layer from one whose name starts with the layer's name."""
+    return _final(release) >= _EXACT_NAMES
+
+
 def untested_release(release: str) -> str | None:
     """Return a warning for a release that is newer than those whose code was run; None for others."""
     if _final(release) <= Version(NEWEST_READ):
         return None
     return (
         f"vllm-ascend {release} is newer than the newest release tested with verl, {NEWEST_TESTED}: the engine starts "
-        "only if its weights have the known layouts and memory format"
+        "only after a self-test, and if its weights have the known layouts and memory format"
     )
 
 

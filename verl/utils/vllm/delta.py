@@ -135,6 +135,8 @@ class EngineDelta:
         """Complete a delta after its last bucket."""
         with self._context():
             self._require_applier().finish()
+        if self._hooks is not None:
+            self._hooks.check_engine(self._model)
 
     def _require_applier(self) -> DeltaApplier:
         assert self._applier is not None, "no full load was recorded"

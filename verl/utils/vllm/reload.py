@@ -178,6 +178,8 @@ class LayerwiseLoadSession:
             derived = {name: compute for name, layer in tied.items() if (compute := post_processing(layer)) is not None}
             for compute in derived.values():
                 compute()
+        if self._hooks is not None:
+            self._hooks.check_engine(self._model)  # the layers that vLLM reloaded too
         if self._trace is not None:
             self._trace.flush()
             self.delta.record(self._trace.map, self._owners, self._expected, tied, derived)

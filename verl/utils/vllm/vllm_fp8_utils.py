@@ -272,6 +272,11 @@ def _pair(name: str, layer: MXFP8Layer, key: str, shapes: Mapping[str, tuple[int
     before, after = vars(layer).get("mxfp8_tp_padding", (0, 0))
     pair = _Pair(weight, scale, weight.data, scale.data, groups, slice(before, before + k))
     expected = ((*lead, before + k + after, n), (*lead, -(-groups // 2), n, 2))
+    if not weight.numel():
+        raise RuntimeError(
+            f"{name}.{key}: vllm-ascend has released these weights, because its fused experts use copies that no "
+            "update reaches; remove actor_rollout_ref.rollout.engine_kwargs.vllm.additional_config.enable_fused_mc2"
+        )
     if (tuple(weight.shape), tuple(scale.shape)) != expected:
         raise RuntimeError(
             f"{name}.{key}: the checkpoint shapes {list(shapes[key])} and {list(shapes[key + _SCALE])} became "

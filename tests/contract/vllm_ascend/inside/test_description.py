@@ -22,6 +22,9 @@ from transformers import DeepseekV3Config
 from fixtures.header_checkpoint import small_decoder, tensors_of_config, write_header_checkpoint
 from fixtures.tiny import write_tiny_model
 from verl.utils.quantization.ascend_description import build_description
+from verl.utils.quantization.ascend_releases import reads_exact_names
+
+pytestmark = pytest.mark.feature("description")
 
 MX = "W8A8_MXFP8"
 LINEAR, MOE = "AscendW8A8MXFP8DynamicLinearMethod", "AscendW8A8MXFP8DynamicFusedMoEMethod"
@@ -142,15 +145,24 @@ def test_shards_of_an_expert_must_be_alike(tmp_path):
         kind(AscendModelSlimConfig(entries), "model.layers.1.mlp.experts", {})
 
 
+def test_name_that_starts_with_another_layers_name(tmp_path):
+    """Up to 0.26 the layer is left unquantized, so verl refuses such names for these releases."""
+    entries = build_description(write_header_checkpoint(tmp_path, *small_decoder())).to_json_dict()
+    release = AscendModelSlimConfig(entries | {"model.layers.1.mlp.down_proj_extra.weight": "FLOAT"})
+    found = kind(release, "model.layers.1.mlp.down_proj", {})
+    assert (found == MX) == reads_exact_names(RELEASE)
+    assert kind(release, "model.layers.0.mlp.down_proj", {}) == MX
+
+
 def test_checkpoint_whose_values_are_its_keys_has_no_v_proj(tmp_path):
-    """Gemma 4's `attention_k_eq_v`: from 0.27 on the release accepts the missing entry."""
+    """Gemma 4's `attention_k_eq_v`: from 0.26 on the release accepts the missing entry."""
     config, tensors = small_decoder()
     tensors = {name: value for name, value in tensors.items() if "v_proj" not in name}
     release = AscendModelSlimConfig(
         build_description(write_header_checkpoint(tmp_path, config, tensors)).to_json_dict()
     )
     mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
-    if RELEASE in ("0.18.0", "0.23.0", "0.26.0rc1"):
+    if RELEASE in ("0.18.0", "0.23.0"):
         with pytest.raises(KeyError, match="v_proj"):
             kind(release, "model.layers.1.self_attn.qkv_proj", mapping)
     else:

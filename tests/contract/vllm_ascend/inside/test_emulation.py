@@ -9,6 +9,8 @@ from contract.vllm_ascend.emulation import CASES, UPDATES, checkpoint, digests, 
 from contract.vllm_ascend.harness import RELEASE, build_model, engine, make_vllm_config
 from contract.vllm_ascend.updates import Updates, scheme_of, weights_of
 
+pytestmark = pytest.mark.feature("emulation")
+
 EMULATED = os.environ.get("CONTRACT_EMULATION")
 
 

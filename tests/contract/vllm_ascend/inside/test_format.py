@@ -7,7 +7,9 @@ from contract.vllm_ascend.harness import RELEASE, build_model, engine, make_vllm
 from contract.vllm_ascend.reference import assert_same, engine_parameters, parameters_of
 from contract.vllm_ascend.updates import Updates, addresses, checkpoints, config_of, scheme_of, weights_of
 
-from verl.utils.vllm import vllm_fp8_utils
+from fixtures.deltas import nudged
+from verl.utils.vllm import reload, vllm_fp8_utils
+from verl.utils.vllm.apply_delta import DeltaApplier
 from verl.utils.vllm.vllm_fp8_utils import check_kernel_layouts, mxfp8_layers, restore_kernel_parameters
 
 ND, FRACTAL_NZ = 2, 29
@@ -28,6 +30,7 @@ def formats(model):
     return {torch_npu.get_npu_format(weight.data) for key, weight in parameters if key.endswith("weight")}
 
 
+@pytest.mark.feature("nz")
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
 def test_weights_are_strided_with_the_settings_of_verl(tmp_path, kind):
     first, second = checkpoints(tmp_path, kind, 2)
@@ -43,6 +46,7 @@ def test_weights_are_strided_with_the_settings_of_verl(tmp_path, kind):
             assert addresses(model) == before
 
 
+@pytest.mark.feature("nz")
 @casts_mxfp8
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
 def test_update_of_weights_in_nz_is_refused_and_changes_nothing(tmp_path, kind):
@@ -63,6 +67,7 @@ def test_update_of_weights_in_nz_is_refused_and_changes_nothing(tmp_path, kind):
         assert_same(parameters_of(model), before)
 
 
+@pytest.mark.feature("nz")
 @casts_mxfp8
 def test_format_that_an_update_changes_is_refused_after_it(tmp_path):
     """A release could cast weights while it processes loaded ones."""
@@ -82,6 +87,32 @@ def test_format_that_an_update_changes_is_refused_after_it(tmp_path):
         scheme.process_weights_after_loading = casting
         with pytest.raises(RuntimeError, match=r"model\.layers\.1\.mlp\.down_proj\.weight: its memory format"):
             updates.send(weights_of(second))
+
+
+@pytest.mark.feature("nz")
+@casts_mxfp8
+@pytest.mark.parametrize("delta", [False, True], ids=["full", "delta"])
+def test_format_of_an_unquantized_layer_is_read_after_an_update(tmp_path, monkeypatch, delta):
+    """vLLM reloads these layers after the hooks have finished."""
+    first, second = checkpoints(tmp_path, "qwen3", 2)
+    config = config_of(first)
+    with engine(config):
+        model = build_model(config)
+        updates = Updates(model, config, scheme_of(first))
+        for source in (first, second):
+            updates.send(weights_of(source))
+        owner, name = (DeltaApplier, "finish") if delta else (reload, "finish_reload")
+        finish = getattr(owner, name)
+
+        def casting(*arguments):
+            finish(*arguments)
+            weight = model.get_parameter("model.embed_tokens.weight")
+            weight.data = torch_npu.npu_format_cast(weight.data, FRACTAL_NZ)
+
+        monkeypatch.setattr(owner, name, casting)
+        weights = weights_of(second)
+        with pytest.raises(RuntimeError, match=r"model\.embed_tokens\.weight: its memory format is FRACTAL_NZ"):
+            updates.send_delta(weights, nudged(weights, 0, 1e-2)) if delta else updates.send(weights)
 
 
 @casts_mxfp8

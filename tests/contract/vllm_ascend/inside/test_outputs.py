@@ -3,14 +3,17 @@
 import numpy as np
 import pytest
 import torch
-from contract.vllm_ascend.forward import expert_layers, experts_output, in_float32, log_probs
+from contract.vllm_ascend.forward import complete_experts, in_float32, log_probs
 from contract.vllm_ascend.harness import build_model, engine
 from contract.vllm_ascend.reference import canonical, packed, rounded
 from contract.vllm_ascend.updates import Updates, checkpoints, config_of, scheme_of, weights_of
 from transformers import AutoModelForCausalLM
 
 from fixtures.fake_quant import fake_quantized
+from verl.utils.vllm.npu_experts import experts_output
 from verl.utils.vllm.vllm_fp8_utils import mxfp8_layers
+
+pytestmark = pytest.mark.feature("products")
 
 
 def assert_rounded(output, expected):
@@ -90,12 +93,12 @@ def test_experts_after_every_update(tmp_path):
         for source in others:
             updates.send(weights_of(source))
             weights = packed(weights_of(source))
-            layers = expert_layers(model)
+            layers = complete_experts(model)
             assert len(layers) == 2
             for name, layer in layers.items():
                 x = torch.randn(9, 64, generator=generator, dtype=torch.bfloat16)
                 logits = torch.randn(9, 4, generator=generator, dtype=torch.bfloat16)
-                output = experts_output(config, layer, x, logits, 2)
+                output = experts_output(layer, config, x, logits)
                 w13, w2 = weights[f"{name}.w13_weight"], weights[f"{name}.w2_weight"]
                 expected, largest = experts_by_hand(x, logits, w13, w2, 2)
                 assert output.dtype == torch.bfloat16

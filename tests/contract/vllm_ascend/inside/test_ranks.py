@@ -14,6 +14,7 @@ SIZES = {"hidden_size": 128, "intermediate_size": 256}
 O_PROJ, DOWN = "model.layers.1.self_attn.o_proj.weight_scale", "model.layers.0.mlp.experts.3.down_proj.weight_scale"
 
 
+@pytest.mark.feature("shares")
 @pytest.mark.skipif(RELEASE in ("0.18.0", "0.23.0", "0.26.0rc1"), reason="the release does not pad shares")
 @pytest.mark.parametrize("inner", [96, 80], ids=["48 inputs each", "40 inputs each"])
 def test_shares_that_begin_inside_a_group_are_padded(tmp_path, inner):
@@ -22,6 +23,7 @@ def test_shares_that_begin_inside_a_group_are_padded(tmp_path, inner):
     run_ranks(2, ranks.update, 2, sources, O_PROJ)
 
 
+@pytest.mark.feature("ranks")
 @pytest.mark.parametrize(
     ("kind", "over", "padded"),
     [("qwen3", {}, O_PROJ), ("llama", {"tied": False}, O_PROJ), ("qwen3_moe", {"moe_intermediate_size": 128}, DOWN)],

@@ -15,6 +15,8 @@ from verl.utils.quantization.ascend_description import build_description
 from verl.utils.vllm.server import build_openai_app, openai_functions
 from verl.workers.rollout.vllm_rollout.engine_args import engine_args
 
+pytestmark = pytest.mark.feature("server")
+
 
 @pytest.mark.parametrize("device", ["npu", "cpu"])
 def test_every_engine_argument_exists(tmp_path, device):

@@ -66,6 +66,7 @@ def loaders(model):
     return {name for name, parameter in model.named_parameters() if hasattr(parameter, "weight_loader")}
 
 
+@pytest.mark.feature("sleep")
 @pytest.mark.parametrize("tags", [(["weights"], ["kv_cache"]), (None,)], ids=["weights, kv_cache", "all at once"])
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
 def test_updates_between_sleeps(tmp_path, worker, kind, tags):
@@ -99,6 +100,7 @@ def test_updates_between_sleeps(tmp_path, worker, kind, tags):
             assert addresses(model) == before
 
 
+@pytest.mark.feature("left_out")
 def test_updates_of_unquantized_experts_between_sleeps(tmp_path, worker):
     """0.18.0 replaces their parameters too; the layer-wise reload must find the old ones."""
     first, *others = checkpoints(tmp_path, "qwen3_moe", 3)

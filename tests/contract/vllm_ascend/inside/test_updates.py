@@ -21,12 +21,14 @@ from fixtures.deltas import nudged
 from verl.workers.weight_sync.manifest import WeightUpdateError
 
 
+@pytest.mark.feature("updates")
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe", "llama"])
 def test_every_update_writes_the_expected_bytes_at_the_same_addresses(tmp_path, kind, tied):
     assert_every_update_lands(checkpoints(tmp_path, kind, tied=tied))
 
 
+@pytest.mark.feature("deltas")
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
 def test_delta_leaves_the_bytes_of_a_full_update(tmp_path, kind):
     (source,) = checkpoints(tmp_path, kind, 1, tied=kind == "qwen3")
@@ -46,6 +48,7 @@ def test_delta_leaves_the_bytes_of_a_full_update(tmp_path, kind):
             assert addresses(model) == before
 
 
+@pytest.mark.feature("left_out")
 def test_ignored_layers_are_updated_unquantized(tmp_path):
     """This includes unquantized experts, which the release keeps transposed."""
     first, *others = checkpoints(tmp_path, "qwen3_moe", 3)
@@ -103,6 +106,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.feature("refused")
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
 def test_faults_are_rejected_by_name_and_a_full_update_recovers(tmp_path, kind):
     first, second = checkpoints(tmp_path, kind, 2)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from fixtures.header_checkpoint import small_decoder, write_header_checkpoint
 from fixtures.scheme_models import EMBEDDING, Q_PROJ
 from verl.utils.quantization.schemes import ascend
 
@@ -48,3 +49,41 @@ def test_release_decides_whether_a_share_may_begin_inside_a_block(dense, make, m
 def test_plan_for_an_npu_assumes_the_newest_release(dense, make):
     """Does not raise."""
     make("ascend", dense, tensor_model_parallel_size=2, dtype="bfloat16").validate("npu", installed=False)
+
+
+@pytest.mark.parametrize(("release", "exact"), [("0.23.0", False), ("0.26.0rc1", False), ("0.28.0rc1", True)])
+def test_release_decides_whether_a_name_may_start_with_another(tmp_path, make, monkeypatch, release, exact):
+    monkeypatch.setattr(ascend, "check_vllm_ascend", lambda: release)
+    config, tensors = small_decoder()
+    tensors["model.layers.1.self_attn.o_proj_extra.weight"] = ((64, 64), "BF16")
+    chosen = make("ascend", write_header_checkpoint(tmp_path, config, tensors), dtype="bfloat16")
+    chosen.validate("cpu", installed=True)
+    chosen.validate("npu", installed=False)
+    if exact:
+        chosen.validate("npu", installed=True)
+        return
+    with pytest.raises(
+        ValueError, match=rf"o_proj is quantized and .*o_proj_extra is not.*vllm-ascend {release} would"
+    ):
+        chosen.validate("npu", installed=True)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "device", "runs"),
+    [(None, "npu", True), (None, "cpu", False), (True, "cpu", True), (True, "npu", True), (False, "npu", False)],
+)
+def test_self_test_is_on_by_default_on_an_npu_only(dense, make, chosen, device, runs):
+    assert make("ascend", dense, quantization_self_test=chosen).runs_self_test(device) is runs
+
+
+def test_untested_release_needs_the_self_test(dense, make, monkeypatch):
+    monkeypatch.setattr(ascend, "check_vllm_ascend", lambda: "0.31.0rc1")
+    for chosen in (None, True):
+        make("ascend", dense, dtype="bfloat16", quantization_self_test=chosen).validate("npu", installed=True)
+    message = (
+        r"quantization_self_test=False: vllm-ascend 0\.31\.0rc1 is newer than .* 0\.30\.0rc2, .*use null, or install"
+    )
+    with pytest.raises(ValueError, match=message):
+        make("ascend", dense, dtype="bfloat16", quantization_self_test=False).engine_overrides("npu")
+    monkeypatch.setattr(ascend, "check_vllm_ascend", lambda: "0.30.0rc2")
+    make("ascend", dense, dtype="bfloat16", quantization_self_test=False).engine_overrides("npu")

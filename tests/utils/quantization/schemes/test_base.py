@@ -40,3 +40,16 @@ def test_engine_cannot_start_from_the_checkpoint(wide, make, name):
     with pytest.raises(ValueError, match=r"rollout\.load_format=auto: .*use dummy"):
         make(name, wide, load_format="auto").engine_overrides("cpu")
     assert make(name, wide).engine_overrides("cpu")["quantization"] == name
+
+
+@pytest.mark.parametrize(("name", "shown"), [(None, "null"), ("fp8", "fp8"), ("torchao", "torchao")])
+def test_self_test_of_another_scheme_is_rejected(tmp_path, wide, make, name, shown):
+    (tmp_path / "torchao.json").write_text("{}")
+    over = {"quantization_config_file": str(tmp_path / "torchao.json")} if name == "torchao" else {}
+    message = rf"rollout\.quantization_self_test=True: quantization={shown} has no self-test; use quantization=ascend"
+    with pytest.raises(ValueError, match=message):
+        make(name, wide, quantization_self_test=True, **over).engine_overrides("cpu")
+    for chosen in (None, False):
+        format_ = make(name, wide, quantization_self_test=chosen, **over)
+        format_.validate_settings("cpu")
+        assert format_.runs_self_test("npu") is False

@@ -11,7 +11,7 @@ names, shapes and dtypes of the tensors. It rejects by name everything that the 
 from verl.utils.quantization.ascend_description.build import build_description
 from verl.utils.quantization.ascend_description.description import DESCRIPTION_FILE, AscendDescription
 from verl.utils.quantization.ascend_description.load import load_description, resolve_description
-from verl.utils.quantization.ascend_description.validation import validate_tensor_parallel
+from verl.utils.quantization.ascend_description.validation import validate_name_prefixes, validate_tensor_parallel
 
 __all__ = [
     "DESCRIPTION_FILE",
@@ -19,5 +19,6 @@ __all__ = [
     "build_description",
     "load_description",
     "resolve_description",
+    "validate_name_prefixes",
     "validate_tensor_parallel",
 ]

@@ -11,12 +11,7 @@ from typing import Any
 from verl.utils.model_dir.index import CheckpointIndex, read_checkpoint_index, read_json_object
 from verl.utils.quantization.ascend_description.build import build_description
 from verl.utils.quantization.ascend_description.description import DESCRIPTION_FILE, AscendDescription, similar_name
-from verl.utils.quantization.ascend_description.validation import (
-    FIELD,
-    validate_name_prefixes,
-    validate_unquantized,
-    validated_description,
-)
+from verl.utils.quantization.ascend_description.validation import FIELD, validate_unquantized, validated_description
 from verl.utils.quantization.ascend_layers import DESCRIBED, NEVER, Layer, read_layers
 from verl.utils.quantization.formats import ASCEND_METHOD, FLOAT, MX_BLOCK_SIZE, W8A8_MXFP8
 
@@ -117,7 +112,6 @@ def _load(
     types = _described_types(path, raw)
     layers = read_layers(index)
     _validate_names(path, types, layers, index)
-    validate_name_prefixes({f"{name}.weight": kind for name, kind in types.items()}, f"{path}: ")
     described = [_as_described(path, layer, types, tp_size) for layer in layers]
     return validated_description(index, described, tp_size, expert_parallel, padded_shares)
 

@@ -39,7 +39,6 @@ def validated_description(
     _validate_packed_names(index, layers)
     validate_tensor_parallel(layers, tp_size, expert_parallel=expert_parallel, padded_shares=padded_shares)
     description = AscendDescription(str(index.model_dir), tp_size, tuple(layers), dict(index.tensors))
-    validate_name_prefixes(description.to_json_dict())
     if not description.quantized_layers:
         raise ValueError(
             f"{index.model_dir}: no layer is left to quantize; leave out fewer, or set actor_rollout_ref.rollout."
@@ -82,14 +81,14 @@ def validate_unquantized(index: CheckpointIndex) -> None:
         )
 
 
-def validate_name_prefixes(entries: Mapping[str, Any], source: str = "") -> None:
-    """Reject names that vllm-ascend confuses.
+def validate_name_prefixes(entries: Mapping[str, Any], release: str) -> None:
+    """Reject names that vllm-ascend before 0.27 confuses.
 
     It (`is_layer_skipped_ascend`) skips a layer as soon as the name of a FLOAT entry *starts with* the layer's name.
 
     Args:
         entries: the fields of a description.
-        source: beginning of the error message.
+        release: version of vllm-ascend, for the message.
     """
     floats = sorted(key for key, kind in entries.items() if key.endswith(".weight") and kind == FLOAT)
     for name, kind in entries.items():
@@ -100,8 +99,9 @@ def validate_name_prefixes(entries: Mapping[str, Any], source: str = "") -> None
         if position < len(floats) and floats[position].startswith(prefix):
             other = floats[position].removesuffix(".weight")
             raise ValueError(
-                f"{source}{prefix} is quantized and {other} is not: the second name starts with the first, so "
-                "vllm-ascend would confuse them and leave both unquantized; quantize both or neither"
+                f"{prefix} is quantized and {other} is not: the second name starts with the first, so vllm-ascend "
+                f"{release} would confuse them and leave both unquantized; quantize both or neither, or use "
+                "vllm-ascend 0.28.0rc1 or newer"
             )
 
 

@@ -5,11 +5,24 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from verl.utils.quantization.ascend_description import AscendDescription, resolve_description, validate_tensor_parallel
+from verl.utils.quantization.ascend_description import (
+    AscendDescription,
+    resolve_description,
+    validate_name_prefixes,
+    validate_tensor_parallel,
+)
 from verl.utils.quantization.ascend_layers import Layer
-from verl.utils.quantization.ascend_releases import NEWEST_READ, check_vllm_ascend, pads_shares, validate_paired_groups
+from verl.utils.quantization.ascend_releases import (
+    NEWEST_READ,
+    NEWEST_TESTED,
+    check_vllm_ascend,
+    pads_shares,
+    reads_exact_names,
+    untested_release,
+    validate_paired_groups,
+)
 from verl.utils.quantization.formats import ASCEND_METHOD
-from verl.utils.quantization.schemes.base import ScaledFormat
+from verl.utils.quantization.schemes.base import FIELD, ScaledFormat
 
 
 class AscendFormat(ScaledFormat):
@@ -19,6 +32,7 @@ class AscendFormat(ScaledFormat):
     devices = ("cpu", "npu")
     alternative = "fp8"
     qat_modes = ("w8a8_mxfp8", "w8a16_mxfp8")
+    has_self_test = True
 
     @functools.cached_property
     def description(self) -> AscendDescription:
@@ -44,7 +58,14 @@ class AscendFormat(ScaledFormat):
         tp_size, padded_shares = self.settings.tensor_model_parallel_size, False
         if device == "npu":
             release = check_vllm_ascend() if installed else NEWEST_READ
+            if untested_release(release) is not None and not self.runs_self_test(device):
+                raise ValueError(
+                    f"{FIELD}_self_test=False: vllm-ascend {release} is newer than the newest release tested with "
+                    f"verl, {NEWEST_TESTED}, and is used only after a self-test; use null, or install {NEWEST_TESTED}"
+                )
             validate_paired_groups(self.layers, tp_size, release)
+            if not reads_exact_names(release):
+                validate_name_prefixes(self.description.to_json_dict(), release)
             padded_shares = pads_shares(release)
         validate_tensor_parallel(self.layers, tp_size, padded_shares=padded_shares)
         super()._validate_engine(device, installed)

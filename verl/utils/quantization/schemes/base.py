@@ -26,6 +26,8 @@ class RolloutSettings(Protocol):
     @property
     def quantization_side(self) -> str: ...
     @property
+    def quantization_self_test(self) -> bool | None: ...
+    @property
     def tensor_model_parallel_size(self) -> int: ...
     @property
     def load_format(self) -> str: ...
@@ -44,6 +46,7 @@ class WeightFormat(ABC):
         reads_checkpoint: it depends on the names and shapes of the checkpoint's tensors.
         trainer_encodes: with `quantization_side=sender` the trainer encodes weights before it sends them.
         qat_modes: values of `fsdp_config.qat.mode` in which the trainer can compute with the engine's numbers.
+        has_self_test: engines can test their quantized layers at their start (`quantization_self_test`).
 
     Args:
         settings: the section `actor_rollout_ref.rollout`.
@@ -57,6 +60,7 @@ class WeightFormat(ABC):
     reads_checkpoint: ClassVar[bool] = False
     trainer_encodes: ClassVar[bool] = False
     qat_modes: ClassVar[tuple[str, ...]] = ()
+    has_self_test: ClassVar[bool] = False
 
     def __init__(
         self, settings: RolloutSettings, model_dir: str | Path, read_index: Callable[[], CheckpointIndex] | None = None
@@ -78,6 +82,16 @@ class WeightFormat(ABC):
                 f"{FIELD}={self.name}: runs on {' and '.join(self.devices)}, not on {device}; use {self.alternative} "
                 "there"
             )
+        if self.settings.quantization_self_test and not self.has_self_test:
+            raise ValueError(
+                f"{FIELD}_self_test=True: quantization={self.name or 'null'} has no self-test; use "
+                "quantization=ascend, or remove the key"
+            )
+
+    def runs_self_test(self, device: str) -> bool:
+        """Return whether an engine tests its quantized layers at its start; `device` as of `validate`."""
+        chosen = self.settings.quantization_self_test
+        return self.has_self_test and (device == "npu" if chosen is None else chosen)
 
     def validate(self, device: str, *, installed: bool) -> None:
         """Check the settings and the layers of the checkpoint.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
+from verl.utils.quantization.ascend_releases import installed_vllm_ascend
 from verl.utils.quantization.formats import MX_BLOCK_SIZE
 from verl.utils.quantization.mx import (
     mxfp8_dequantize,
@@ -27,6 +29,7 @@ from verl.utils.vllm.vllm_fp8_utils import (
     restore_kernel_parameters,
     restore_mxfp8_weights_for_loading,
 )
+from verl.workers.rollout.quantization.mxfp8_self_test import run_self_test
 from verl.workers.rollout.quantization.scaled import ScaledScheme, ScaledWeights
 
 _NAN_SCALE = 255
@@ -76,6 +79,12 @@ class AscendScheme(ScaledScheme):
     @staticmethod
     def check_engine(model: nn.Module) -> None:
         check_kernel_layouts(model)
+
+    @staticmethod
+    def self_test(model: nn.Module, vllm_config: Any) -> None:
+        release = installed_vllm_ascend()
+        maker = "verl's emulation on a CPU" if release is None else f"vllm-ascend {release}"
+        run_self_test(model, vllm_config, maker)
 
     @staticmethod
     def begin(model: nn.Module) -> Mapping[str, nn.Module]:

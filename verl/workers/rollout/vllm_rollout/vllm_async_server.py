@@ -88,6 +88,8 @@ class vLLMHttpServer:
         self._device = device
         self._response_length = response_length
         assert model.path is not None, "preflight checks that it is set"
+        chosen = weight_format(rollout, model.path)
+        self._self_test = chosen.runs_self_test(device)
         self._args = engine_args(
             rollout,
             model,
@@ -96,7 +98,7 @@ class vLLMHttpServer:
             prompt_length=prompt_length,
             response_length=response_length,
             seed=seed + replica_rank,
-            quantization=weight_format(rollout, model.path).engine_overrides(device),
+            quantization=chosen.engine_overrides(device),
         )
         self._version: int | None = None
         self._refusal: str | None = None
@@ -112,7 +114,8 @@ class vLLMHttpServer:
         Raises:
             ValueError: vLLM refuses the arguments of the engine.
             RuntimeError: the engine's processes ended.
-            WeightUpdateError: weights in the layouts of the engine's layers cannot be replaced.
+            WeightUpdateError: weights in the layouts of the engine's layers cannot be replaced, or the self-test of
+                these layers failed.
         """
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -133,7 +136,7 @@ class vLLMHttpServer:
             await call_workers(
                 self._engine, WeightUpdateExtension.verl_join_timeline, self._timeline, f"replica {self._rank}"
             )
-        await self._workers(WeightUpdateExtension.verl_check_engine, worker_settings(self._rollout))
+        await self._workers(WeightUpdateExtension.verl_check_engine, worker_settings(self._rollout), self._self_test)
         if self._device == "npu" and (warning := untested_release(installed_vllm_ascend() or "0")) is not None:
             logger.warning(warning)
         self._max_len = config.model_config.max_model_len

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from verl.config import RolloutConfig
 from verl.timeline.spans import Timeline, join_timeline, spanned
+from verl.utils.quantization_scheme import QuantizationScheme
 from verl.utils.vllm.reload import load_session
 from verl.workers.rollout.quantization import WorkerSettings, scheme_class, worker_scheme, worker_settings
 from verl.workers.weight_sync.manifest import WeightUpdateError
@@ -44,9 +45,14 @@ class WeightUpdateExtension:
         for method, name in (("execute_model", "forward"), ("sample_tokens", "sample")):
             setattr(self.model_runner, method, spanned(name, "engine")(getattr(self.model_runner, method)))
 
-    def verl_check_engine(self, settings: WorkerSettings) -> WorkerReply[None]:
-        """Check that this worker's weights can be replaced; see `QuantizationScheme.check_engine`."""
-        return _reply(scheme_class(settings["quantization"]).check_engine, self.model_runner.model)
+    def verl_check_engine(self, settings: WorkerSettings, self_test: bool = False) -> WorkerReply[None]:
+        """Check that this worker's weights can be replaced; see `QuantizationScheme.check_engine` and `.self_test`."""
+        return _reply(self._verl_check, scheme_class(settings["quantization"]), self_test)
+
+    def _verl_check(self, scheme: type[QuantizationScheme], self_test: bool) -> None:
+        scheme.check_engine(self.model_runner.model)
+        if self_test:
+            scheme.self_test(self.model_runner.model, self.vllm_config)
 
     @spanned("update: begin")
     def verl_begin_update(
