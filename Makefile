@@ -3,7 +3,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 python := .venv/bin/python
 
-.PHONY: help setup quickstart test test-all unit e2e e2e-short e2e-rest browser contract lint format reference docs \
+.PHONY: help setup quickstart test test-all unit unit-slow e2e e2e-short e2e-rest browser contract lint format reference docs \
 	sweep study lock models bench bench-update bench-step bench-overhead bench-growth bench-scale
 
 help: ## print this list
@@ -17,10 +17,16 @@ quickstart: setup ## train a tiny language model with GRPO, a few minutes on two
 
 test: lint unit e2e-short ## lint, unit tests and a short end-to-end set; 12 minutes at most on two cores
 
-test-all: test e2e-rest ## all tests except those of `make contract`
+test-all: test unit-slow e2e-rest ## all tests except those of `make contract`
 
-unit: setup ## unit tests: those that start no vLLM engine
-	$(python) -m pytest -q -n 2 --dist worksteal tests --ignore=tests/e2e $(ARGS)
+# Many tests wait for a process that starts, so three workers use two cores better than two.
+unit_tests := $(python) -m pytest -q -n 3 --dist worksteal tests --ignore=tests/e2e
+
+unit: setup ## unit tests: those that start no vLLM engine, but the slowest
+	$(unit_tests) -m "not slow and not contract" $(ARGS)
+
+unit-slow: setup ## the unit tests that are not in `make test`: further cases of what it checks
+	$(unit_tests) -m "slow and not contract" $(ARGS)
 
 # An engine changes the process that starts it (vLLM silences loggers): engines never run in the process of unit tests.
 # Start-up takes most of an end-to-end test and keeps one core busy, so two tests run at a time.

@@ -9,7 +9,7 @@ from ray.cluster_utils import Cluster
 from verl.config import PPOConfig
 from verl.single_controller.placement import place_processes, shared_devices
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 
 class Probe:

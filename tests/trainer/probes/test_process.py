@@ -41,7 +41,10 @@ def test_findings_reach_the_parent(run):
 
 @pytest.mark.parametrize(
     ("code", "words"),
-    [("while True: pass", "did not finish within 10 s"), ("import os; os._exit(3)", "(exit code 3)")],
+    [
+        pytest.param("while True: pass", "did not finish within 10 s", marks=pytest.mark.slow),
+        ("import os; os._exit(3)", "(exit code 3)"),
+    ],
 )
 def test_the_kinds_behind_a_call_that_hangs_or_ends_the_process_are_checked(run, code, words):
     run.reward(HEAD + code)

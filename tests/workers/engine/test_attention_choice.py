@@ -36,7 +36,12 @@ def eager_log_probs(path, data):
     return log_probs * columns["response_mask"]
 
 
-@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "Phi3"])  # see test_rope.py
+# One architecture for each kind of attention, and all others in the slow tests; for Phi3 see test_rope.py.
+FIRST = ("Llama", "Gemma2", "GptOss")
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES if name not in (*FIRST, "Phi3")]
+
+
+@pytest.mark.parametrize("architecture", [*FIRST, *OTHERS])
 def test_the_engine_computes_what_eager_attention_computes(tmp_path, architecture):
     path = write_architecture(tmp_path, architecture)
     data = make_batch(8)

@@ -23,10 +23,26 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=CASES)
-def model_dir(request, tmp_path_factory):
-    kind, over = CASES[request.param]
-    return str(write_tiny_model(tmp_path_factory.mktemp("model"), kind=kind, **over))
+SLOW = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def write(tmp_path_factory):
+    """Return a function that writes the model of a case, once."""
+    written = {}
+
+    def model_dir(case):
+        if case not in written:
+            kind, over = CASES[case]
+            written[case] = str(write_tiny_model(tmp_path_factory.mktemp("model"), kind=kind, **over))
+        return written[case]
+
+    return model_dir
+
+
+@pytest.fixture(params=CASES)
+def model_dir(request, write):
+    return write(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +76,7 @@ def test_log_probs_equal_those_of_an_independently_rounded_model(model_dir, mode
     assert (log_probs - plain).abs().mean() > 1e-3, "nothing was quantized"
 
 
+@SLOW
 def test_two_ranks_compute_what_one_computes(model_dir):
     data = make_batch()
     with torch.no_grad():
@@ -69,9 +86,14 @@ def test_two_ranks_compute_what_one_computes(model_dir):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"activations": False}, {"mask_saturated": True}], ids=["w8a8", "w8a16", "masked"]
+    "options",
+    [
+        pytest.param({}, id="w8a8"),
+        pytest.param({"activations": False}, id="w8a16", marks=SLOW),
+        pytest.param({"mask_saturated": True}, id="masked", marks=SLOW),
+    ],
 )
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=SLOW)])
 def test_gradients_equal_straight_through_gradients_in_float64(model_dir, ranks, options):
     data = make_batch()
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64, experts_implementation="eager")
