@@ -105,10 +105,15 @@ def test_a_patch_is_applied_and_logged_once(monkeypatch, caplog):
 
 
 def test_an_outdated_patch_is_skipped_and_logged(caplog):
-    """vLLM 0.32, installed here, needs neither of the first two, and there is no vllm-ascend for the third."""
+    """vLLM 0.32, installed here, needs neither of the first two, and there is no vllm-ascend for the others."""
     with caplog.at_level(logging.INFO):
         assert apply_patches() == []
-    for name in ("ApplyRotaryEmb", "FusedMoE.weight_loader", "MXFP8 layouts"):
+    for name in (
+        "ApplyRotaryEmb",
+        "FusedMoE.weight_loader",
+        "MXFP8 layouts",
+        "MXFP8 layers in vLLM's layer-wise reload",
+    ):
         assert f"skipped the patch of {name}" in caplog.text
     assert "checks for flash-attention's kernel" in caplog.text
 

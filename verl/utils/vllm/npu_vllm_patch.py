@@ -16,6 +16,7 @@ from importlib import import_module
 from typing import Any
 
 from verl.utils.quantization.formats import MX_BLOCK_SIZE, W8A8_MXFP8
+from verl.utils.vllm.layerwise import awaits_weights, layer_info
 from verl.utils.vllm.vllm_fp8_utils import record_kernel_layout
 
 logger = logging.getLogger(__name__)
@@ -221,6 +222,119 @@ def _patch_layouts() -> str | None:
     return obstacle or _replace(experts, name, lambda process: recording_layout(process, ("w13_weight", "w2_weight")))
 
 
+# ---- MXFP8 layers in vLLM's layer-wise reload ----
+
+
+def processing_reloaded(process: Callable, keys: tuple[str, ...]) -> Callable:
+    """Wrap a scheme's `process_weights_after_loading` so that it also processes weights of vLLM's layer-wise reload.
+
+    The method skips a layer with the mark `_mxfp8_transformed`. vLLM's reload gives the layer new parameters in
+    checkpoint layout and leaves the mark, so the checkpoint layout would be copied into the kernel layout: an error, or
+    for a square weight wrong values. The wrapper removes the mark during a reload. The method then writes into the
+    buffers of the first load, which the reload copies onto themselves: addresses stay.
+
+    Args:
+        keys: names of its weights; their scales have the suffix `_scale`.
+
+    Raises (the wrapper):
+        ValueError: the update has not all values and scales of the layer in MXFP8; nothing could quantize them here.
+    """
+    names = [name for key in keys for name in (key, f"{key}_scale")]
+
+    @functools.wraps(process)
+    def wrapper(self: Any, layer: Any) -> None:
+        info = layer_info(layer)
+        reloaded = awaits_weights(info) and info.kernel_tensors is not None
+        if not (reloaded and getattr(layer, "_mxfp8_transformed", False)):
+            process(self, layer)
+            return
+        _check_reloaded(layer, info, names)
+        layer._mxfp8_transformed = False
+        try:
+            process(self, layer)
+        finally:
+            # After an error the layer gets its former tensors back, which have the kernel layout.
+            layer._mxfp8_transformed = True
+
+    return wrapper
+
+
+def _check_reloaded(layer: Any, info: Any, names: list[str]) -> None:
+    """Raise if vLLM's reload has not received all values and scales of a layer, in their own dtypes."""
+    cure = (
+        "vLLM's layer-wise reload does not quantize: send values (float8_e4m3fn) and scales (uint8, `<name>_scale`) of "
+        'every weight, or use weight_transfer_config.backend="verl" with quantization_side=receiver'
+    )
+    dtypes: dict[str, set[Any]] = {name: set() for name in names}
+    for name, arguments in info.loaded_weights:
+        tensors = (value for key, value in arguments.arguments.items() if key != "param" and hasattr(value, "dtype"))
+        dtypes.setdefault(name, set()).update(tensor.dtype for tensor in tensors)
+    for name in names:
+        expected = getattr(layer, name).dtype
+        if dtypes[name] != {expected}:
+            received = ", ".join(sorted(map(str, dtypes[name]))) or "nothing"
+            raise ValueError(f"{_name(layer)}.{name}: received {received}, expected {expected}; {cure}")
+    # Padding is no part of a checkpoint. The padding of these layers is added later, by the method itself.
+    if info.load_numel < info.load_numel_total:
+        raise ValueError(
+            f"{_name(layer)}: received {info.load_numel} of {info.load_numel_total} elements of its weights, so a "
+            f"projection or an expert is missing; {cure}"
+        )
+
+
+def with_vllm_config(method: Callable) -> Callable:
+    """Wrap a method of a weight transfer engine that processes layers, so that vLLM's configuration is the current one.
+
+    Quantized layers read it. vLLM's worker sets it around these calls, vllm-ascend's does not.
+    """
+
+    @functools.wraps(method)
+    def wrapper(self: Any, *arguments: Any) -> None:
+        from vllm.config import set_current_vllm_config
+
+        with set_current_vllm_config(self.vllm_config):
+            method(self, *arguments)
+
+    return wrapper
+
+
+def refusing_mxfp8(start: Callable) -> Callable:
+    """Wrap `start_weight_update` of a weight transfer that loads into the kernel layout, to refuse MXFP8 layers."""
+
+    @functools.wraps(start)
+    def wrapper(self: Any) -> None:
+        for name, layer in self.model.named_modules():
+            if hasattr(layer, "_mxfp8_transformed"):
+                raise NotImplementedError(
+                    f"{name}: this vllm-ascend's weight transfer npu_ipc loads into the kernel layout of MXFP8 layers; "
+                    'use vllm-ascend 0.30.0 or newer, or weight_transfer_config.backend="hccl" or "verl"'
+                )
+        start(self)
+
+    return wrapper
+
+
+def _patch_reload() -> str | None:
+    transfers = [
+        import_module("vllm_ascend.distributed.weight_transfer.hccl_engine").HCCLWeightTransferEngine,
+        import_module("vllm_ascend.distributed.weight_transfer.npu_ipc_engine").NPUIPCWeightTransferEngine,
+    ]
+    scheme_class = import_module("vllm_ascend.quantization.methods").get_scheme_class
+    keys = {"linear": ("weight",), "moe": ("w13_weight", "w2_weight")}
+    for kind, names in keys.items():
+        wrap = functools.partial(processing_reloaded, keys=names)
+        obstacle = _replace(scheme_class(W8A8_MXFP8, kind), "process_weights_after_loading", wrap)
+        if obstacle is not None:
+            return obstacle
+    for transfer in transfers:
+        _replace(transfer, "receive_weights", with_vllm_config)
+        _replace(transfer, "finish_weight_update", with_vllm_config)
+        # Up to 0.29 npu_ipc does not run the reload.
+        if "initialize_layerwise_reload" not in transfer.start_weight_update.__code__.co_names:
+            _replace(transfer, "start_weight_update", refusing_mxfp8)
+    return None
+
+
 PATCHES = (
     Patch(
         "ApplyRotaryEmb",
@@ -239,5 +353,11 @@ PATCHES = (
         "vllm-ascend 0.18",
         "its layers do not record their checkpoint layout, so it cannot be restored",
         _patch_layouts,
+    ),
+    Patch(
+        "MXFP8 layers in vLLM's layer-wise reload",
+        "vllm-ascend 0.27.1 to 0.30",
+        "its weight transfer (hccl, npu_ipc) leaves MXFP8 layers marked as transformed, so new weights are not",
+        _patch_reload,
     ),
 )
