@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 
 def register() -> None:
     """Register verl's additions to vLLM; may be called again.
 
     CPU: quantization "ascend", fp8 without AMX, the permission to use AMX, and idle processes that block instead of
-    spinning. NPU: patches. Everywhere: the user's modules (`model.external_lib`), which may register models.
+    spinning. NPU: patches. Everywhere: the user's modules (`model.external_lib`), which may register models, and the
+    weight transfer backend "verl".
     """
     import torch
     from vllm.platforms import current_platform
@@ -15,6 +18,7 @@ def register() -> None:
     from verl.extension.external import import_from_environment
 
     import_from_environment()
+    _register_weight_transfer()
     if current_platform.is_cpu():
         from verl.utils.vllm import ascend_cpu, cpu_sleep_when_idle, fp8_cpu
 
@@ -29,3 +33,15 @@ def register() -> None:
         from verl.utils.vllm.npu_vllm_patch import apply_patches
 
         apply_patches()
+
+
+@functools.cache
+def _register_weight_transfer() -> None:
+    """Register `weight_transfer_config.backend="verl"`; its module is imported only by engines that select it."""
+    try:
+        from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+    except ImportError:
+        return  # this vLLM has no weight transfer, so nobody can select a backend
+    WeightTransferEngineFactory.register_engine(
+        "verl", "verl.workers.rollout.vllm_rollout.weight_transfer", "VerlWeightTransferEngine"
+    )

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from verl.config import RolloutConfig
 from verl.timeline.spans import Timeline, join_timeline, spanned
 from verl.utils.quantization_scheme import QuantizationScheme
-from verl.utils.vllm.reload import load_session
-from verl.workers.rollout.quantization import WorkerSettings, scheme_class, worker_scheme, worker_settings
+from verl.workers.rollout.quantization import WorkerSettings, scheme_class, worker_settings
+from verl.workers.rollout.vllm_rollout.create_receiver import create_receiver
 from verl.workers.weight_sync.manifest import WeightUpdateError
 from verl.workers.weight_sync.messages import Bucket, BucketReport, EngineReport, ManifestMessage, WorkerReply
 from verl.workers.weight_sync.receiver import WeightReceiver
@@ -67,10 +67,8 @@ class WeightUpdateExtension:
 
     def _verl_begin(self, version: int, settings: WorkerSettings, base: int | None) -> None:
         if self._verl_receiver is None:
-            scheme = worker_scheme(settings, self.vllm_config.model_config.model)
-            session = load_session(self.model_runner.model, self.vllm_config, torch.device(self.device), scheme)
-            encodes = settings["quantization_side"] == "receiver"
-            self._verl_receiver = WeightReceiver(session, scheme, encodes=encodes)
+            model, device = self.model_runner.model, torch.device(self.device)
+            self._verl_receiver = create_receiver(model, self.vllm_config, device, settings)
         self._verl_receiver.begin(version, base)
 
     @spanned("update: load a bucket")
