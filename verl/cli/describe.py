@@ -1,4 +1,4 @@
-"""`verl describe`: show which layers of a model run in MXFP8 on Ascend."""
+"""`verl describe`: show which layers of a model run in MXFP8 or MXFP4 on Ascend."""
 
 from __future__ import annotations
 

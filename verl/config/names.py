@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from verl.utils.quantization import schemes
+from verl.utils.quantization import formats, schemes
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,7 @@ REWARD_MANAGERS = ("dapo", "gdpo", "naive")
 UNSUPPORTED_REWARD_MANAGERS = ("batch", "prime", "rate_limited", "remote")
 
 QUANTIZATIONS = schemes.SCHEME_NAMES
+ASCEND_SCHEMES = formats.ASCEND_SCHEMES
 
 LOGGERS = ("console", "file", "swanlab", "tensorboard", "wandb")
 UNSUPPORTED_LOGGERS = ("clearml", "mlflow", "rl_insight", "trackio", "vemlp_wandb")

@@ -280,14 +280,21 @@ class RolloutConfig(ConfigSection):
     )
     quantization: str | None = key(
         None,
-        "format of the engine's weights; ascend: MXFP8 by vllm-ascend, emulated on a CPU; null: the format of the "
-        "weights that it receives",
+        "format of the engine's weights; ascend: MXFP8 or MXFP4 by vllm-ascend, emulated on a CPU; null: the format of "
+        "the weights that it receives",
         choices=(*names.QUANTIZATIONS, None),
+    )
+    quantization_scheme: str | None = key(
+        None,
+        "ascend: scheme of every quantized layer; W8A8_MXFP8: weights and activations in MXFP8; W4A8_MXFP: weights in "
+        "MXFP4, activations in MXFP8, needs vllm-ascend 0.28; null: W8A8_MXFP8, or by layer as in "
+        "quantization_config_file",
+        choices=(*names.ASCEND_SCHEMES, None),
     )
     quantization_config_file: str | None = key(
         None,
-        "ascend: JSON file of layers that stay unquantized, or a ModelSlim description; torchao: JSON file of its "
-        "config",
+        "ascend: JSON file of layers that stay unquantized, or a description with the scheme of each layer; torchao: "
+        "JSON file of its config",
         path=True,
         only_with=unless("quantization", None),
     )

@@ -58,7 +58,7 @@ def test_ignored_layers_are_not_counted(decoder, plan_of, tmp_path):
         ('{"ignore": [', "damaged JSON"),
         ('{"ignore": ["model.layers.7.mlp.up_proj"]}', "matches no layer"),
         ('{"model.layers.9.mlp.up_proj.weight": "W8A8_MXFP8"}', "describes another model"),
-        ('{"model.layers.0.mlp.up_proj.weight": "W8A8_DYNAMIC"}', "only W8A8_MXFP8 and FLOAT"),
+        ('{"model.layers.0.mlp.up_proj.weight": "W8A8_DYNAMIC"}', "only W8A8_MXFP8, W4A8_MXFP and FLOAT"),
     ],
 )
 def test_description_that_does_not_fit_is_rejected(decoder, problem_of, tmp_path, content, words):

@@ -44,7 +44,7 @@ def test_layout_of_fused_experts_is_found(tmp_path, h, i, transposed):
     gate_up = description.layer("model.layers.1.mlp.experts.gate_up_proj")
     down = description.layer("model.layers.1.mlp.experts.down_proj")
     assert (gate_up.k, down.k) == (h, i)
-    assert gate_up.mxfp8_nbytes == 4 * 2 * i * (h + h // 32)
+    assert gate_up.engine_nbytes == 4 * 2 * i * (h + h // 32)
     assert gate_up.axis == down.axis == (-2 if transposed else -1)
     layers = description.to_json_dict()
     for name in ("experts.0.gate_proj", "experts.0.up_proj", "experts.0.down_proj", "experts"):

@@ -143,7 +143,7 @@ class Layer(nn.Module):
     def __init__(self, method, shapes):
         super().__init__()
         self.quant_method = method
-        self._mxfp8_compute_dtype = torch.float32
+        self._mx_compute_dtype = torch.float32
         for key, shape in shapes.items():
             scale_shape = (*shape[:-1], groups(shape[-1]))
             self.register_parameter(key, parameter(shape, torch.float8_e4m3fn))

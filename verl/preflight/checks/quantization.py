@@ -58,7 +58,8 @@ def _checked(
 ) -> WeightFormat | None:
     """Run a check and record its error under the name of the key."""
     rollout = config.actor_rollout_ref.rollout
-    if rollout.quantization is None and device != "npu" and not rollout.quantization_self_test:
+    given = rollout.quantization_scheme is not None or rollout.quantization_self_test
+    if rollout.quantization is None and device != "npu" and not given:
         return None
     file = rollout.quantization_config_file
     problem = None if file is None else file_problem(file)

@@ -14,7 +14,7 @@ from typing import Any
 
 from verl.utils.model_dir.index import CheckpointIndex
 from verl.utils.model_dir.safetensors_header import TensorInfo
-from verl.utils.quantization.formats import MX_BLOCK_SIZE
+from verl.utils.quantization.formats import FLOAT, MX_BLOCK_SIZE, W4A8_MXFP, W8A8_MXFP8
 
 COLUMN, ROW, REPLICATED = "column", "row", "replicated"
 
@@ -83,6 +83,7 @@ class Layer:
         info: stored shape, [N, K] or, for fused experts, [E, N, K] or [E, K, N]; dtype.
         split: "column", "row" or "replicated" by the table above; empty if unknown.
         reason: why it stays unquantized; empty if it is quantized.
+        scheme: its format if it is quantized, W8A8_MXFP8 or W4A8_MXFP.
         axis: the dimension that the matrix product sums over (K), -1 or -2.
         experts: the module that holds the experts of a MoE layer; empty for any other layer.
         expert: number of the expert, 0 for fused experts; None for any other layer.
@@ -93,6 +94,7 @@ class Layer:
     info: TensorInfo
     split: str = ""
     reason: str = ""
+    scheme: str = W8A8_MXFP8
     axis: int = -1
     experts: str = ""
     expert: int | None = None
@@ -103,17 +105,23 @@ class Layer:
         return not self.reason
 
     @property
+    def described_as(self) -> str:
+        """Its entry in a description: the scheme, or FLOAT."""
+        return self.scheme if self.quantized else FLOAT
+
+    @property
     def k(self) -> int:
         """Length of the dimension that blocks run along."""
         return self.info.shape[self.axis]
 
     @property
-    def mxfp8_nbytes(self) -> int:
-        """Bytes in an MXFP8 engine: 1 byte per weight plus the scales; unquantized layers as stored."""
+    def engine_nbytes(self) -> int:
+        """Bytes in the engine: 1 byte per weight (W4A8_MXFP: half) plus the scales; unquantized layers as stored."""
         if not self.quantized:
             return self.info.nbytes
         elements = math.prod(self.info.shape)
-        return elements + elements // self.k * math.ceil(self.k / MX_BLOCK_SIZE)
+        values = elements // 2 if self.scheme == W4A8_MXFP else elements
+        return values + elements // self.k * math.ceil(self.k / MX_BLOCK_SIZE)
 
     @property
     def packed_with(self) -> str:

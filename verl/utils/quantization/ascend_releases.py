@@ -14,8 +14,8 @@ from importlib import import_module, metadata
 
 from packaging.version import Version
 
-from verl.utils.quantization.ascend_layers import ROW, Layer
-from verl.utils.quantization.formats import MX_BLOCK_SIZE
+from verl.utils.quantization.ascend_layers import COLUMN, ROW, Layer
+from verl.utils.quantization.formats import MX_BLOCK_SIZE, W4A8_MXFP
 
 OLDEST_VLLM_ASCEND = "0.18.0"
 _FIELD = "actor_rollout_ref.rollout.quantization"
@@ -26,6 +26,9 @@ _PADS_LINEAR = Version("0.23.0")
 _PADS_SHARES = Version("0.28.0")
 # The first release that looks up the exact name of a layer in the description.
 _EXACT_NAMES = Version("0.27.0")
+# The first release that can restore the checkpoint layout of W4A8_MXFP layers, and the rows of a block of FRACTAL_NZ,
+# in which it holds their weights.
+_RELOADS_MXFP4, _NZ_ROWS = Version("0.28.0"), 16
 # The newest release whose code was read and run. No release up to it pads the scales of experts.
 NEWEST_READ, NEWEST_TESTED = "0.30.0", "0.30.0rc2"
 
@@ -116,4 +119,33 @@ def validate_paired_groups(layers: Iterable[Layer], tp_size: int, release: str) 
                 f"inputs on a rank (tensor_model_parallel_size={tp_size}); vllm-ascend {release} takes multiples of "
                 f"{_PAIR} {'in experts ' if layer.experts else ''}only: {newer}leave it out: {json.dumps(ignored)} in "
                 f"{_FIELD}_config_file"
+            )
+
+
+def validate_mxfp4(layers: Iterable[Layer], tp_size: int, release: str) -> None:
+    """Check that the release can replace the weights of W4A8_MXFP layers.
+
+    An update copies a weight into the memory that graphs were captured with. torch_npu copies the memory of FRACTAL_NZ
+    as it is only if its blocks of 16 rows have no padding.
+
+    Args:
+        layers, tp_size, release: as of `validate_paired_groups`.
+
+    Raises:
+        ValueError: the release is too old, or a layer whose outputs do not fit; what to do.
+    """
+    for layer in layers:
+        if layer.described_as != W4A8_MXFP:
+            continue
+        if _final(release) < _RELOADS_MXFP4:
+            raise ValueError(
+                f"{_FIELD}=ascend: {layer.name} is {W4A8_MXFP}, and vllm-ascend {release} cannot replace such weights: "
+                f"use vllm-ascend {_RELOADS_MXFP4} or newer, or W8A8_MXFP8 ({_FIELD}_scheme, {_FIELD}_config_file)"
+            )
+        outputs = layer.info.shape[-2] / (tp_size if layer.split == COLUMN else 1)
+        if outputs % _NZ_ROWS:
+            raise ValueError(
+                f"{_FIELD}=ascend: {layer.name} {list(layer.info.shape)} is {W4A8_MXFP} and has {outputs:g} outputs on "
+                f"a rank (tensor_model_parallel_size={tp_size}), must be a multiple of {_NZ_ROWS}: give it another "
+                f"value in {_FIELD}_config_file"
             )

@@ -16,30 +16,32 @@ kept.
 """
 
 import ctypes
-import functools
-import importlib
-import logging
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from verl.utils.native import library as native
 from verl.utils.quantization.formats import MX_BLOCK_SIZE
+from verl.utils.quantization.mx_blocks import (
+    EAGER_PIECE,
+    FLOAT32_INF_BITS,
+    as_scale_bytes,
+    ceil_div,
+    check_out,
+    check_source,
+    from_blocks,
+    fused,
+    npu_operator,
+    to_blocks,
+    trim_scales,
+)
 from verl.utils.tensor_diff import diff_and_update_
 
-logger = logging.getLogger(__name__)
-
 _NATIVE_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-_FLOAT32_INF_BITS = 0x7F800000
 # e4m3: 448 = 1.75 * 2^8. Adding this to float32 bits carries into the exponent exactly where the mantissa exceeds 1.75.
 _ROUND_UP_CARRY = 0x1FFFFF
-# Elements per piece of the uncompiled path on a CPU: bounds its dozen int32 temporaries, and is enough for threads.
-_EAGER_PIECE = 1 << 22
-# Below this size a GPU kernel is launch-bound, so compiling it does not pay off.
-_COMPILE_FROM = 1 << 20
 
 
 def mxfp8_quantize(
@@ -78,21 +80,21 @@ def mxfp8_quantize(
         TypeError: x is not a plain tensor of one of these dtypes.
         ValueError: x has no dimension, block_size or scale_alg is out of range, or `out` does not fit.
     """
-    _check_source(x, "x")
+    check_source(x, "x")
     if block_size < 1:
         raise ValueError(f"block_size={block_size}: must be 1 or more; MXFP8 uses 32")
     if scale_alg not in (0, 1):
         raise ValueError(f"scale_alg={scale_alg}: must be 0 (OCP MX, floor) or 1 (round up)")
     x = x.detach()
     k = x.shape[-1]
-    scale_shape = (*x.shape[:-1], _ceil_div(k, block_size))
+    scale_shape = (*x.shape[:-1], ceil_div(k, block_size))
     if out is None:
         values = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
         scales = torch.empty(scale_shape, dtype=torch.uint8, device=x.device)
     else:
         values, scales = out
-        _check_out(values, "out values", x.shape, torch.float8_e4m3fn, x.device)
-        _check_out(scales, "out scales", scale_shape, torch.uint8, x.device)
+        check_out(values, "out values", x.shape, torch.float8_e4m3fn, x.device)
+        check_out(scales, "out scales", scale_shape, torch.uint8, x.device)
     if x.numel() == 0:
         return values, scales
     if block_size == MX_BLOCK_SIZE and (library := _native_library(x.device)) is not None:
@@ -138,7 +140,7 @@ def mxfp8_dequantize(
     if out is None:
         out = torch.empty(values.shape, dtype=dtype, device=values.device)
     else:
-        _check_out(out, "out", values.shape, dtype, values.device)
+        check_out(out, "out", values.shape, dtype, values.device)
     if values.numel() == 0:
         return out
     if block_size == MX_BLOCK_SIZE and (library := _native_library(values.device)) is not None:
@@ -149,9 +151,9 @@ def mxfp8_dequantize(
         kernel = getattr(library, f"mx_dequantize_{_NATIVE_NAMES[native_dtype]}")
         kernel(values.data_ptr(), scales.data_ptr(), target.data_ptr(), rows, k, torch.get_num_threads())
         return target if target is out else out.copy_(target)
-    codes, factors = _blocks(values.view(torch.uint8), block_size), scales.reshape(-1, 1)
-    decoded = _fused(_dequantize_blocks, codes)(codes, factors)
-    return out.copy_(_unblock(decoded, values.shape, block_size))
+    codes, factors = to_blocks(values.view(torch.uint8), block_size), scales.reshape(-1, 1)
+    decoded = fused(_dequantize_blocks, codes)(codes, factors)
+    return out.copy_(from_blocks(decoded, values.shape, block_size))
 
 
 class QuantizationError(NamedTuple):
@@ -196,14 +198,14 @@ def mxfp8_encode(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, tor
     Raises:
         TypeError, ValueError: as `mxfp8_quantize`.
     """
-    _check_source(x, "x")
+    check_source(x, "x")
     library = _encoding_library(x, dtype)
     if library is None:
         rounded = x.to(dtype)
         values, scales = mxfp8_quantize(rounded)
         return values, scales, squared_error(rounded, values, scales)
     values = torch.empty(x.shape, dtype=torch.float8_e4m3fn)
-    scales = torch.empty((*x.shape[:-1], _ceil_div(x.shape[-1], MX_BLOCK_SIZE)), dtype=torch.uint8)
+    scales = torch.empty((*x.shape[:-1], ceil_div(x.shape[-1], MX_BLOCK_SIZE)), dtype=torch.uint8)
     return values, scales, _encode(library.mx_encode_f32_bf16, x, values, scales)
 
 
@@ -223,10 +225,10 @@ def mxfp8_requantize(
     Raises:
         TypeError, ValueError: as `mxfp8_quantize`, or `values` and `scales` do not have the shape of x.
     """
-    _check_source(x, "x")
+    check_source(x, "x")
     values, scales = _check_pair(values, scales, MX_BLOCK_SIZE)
-    _check_out(values, "values", x.shape, torch.float8_e4m3fn, x.device)
-    _check_out(scales, "scales", scales.shape, torch.uint8, x.device)
+    check_out(values, "values", x.shape, torch.float8_e4m3fn, x.device)
+    check_out(scales, "scales", scales.shape, torch.uint8, x.device)
     library = _encoding_library(x, dtype)
     if library is None:
         new_values, new_scales, error = mxfp8_encode(x, dtype)
@@ -251,7 +253,7 @@ def _encode(
 ) -> torch.Tensor:
     """Run a kernel that rounds, quantizes and measures in one pass; return the squared error."""
     source, stride, rows, k = _as_rows(x.detach())
-    parts = torch.empty(rows * _ceil_div(_ceil_div(k, MX_BLOCK_SIZE), 64), 2, dtype=torch.float64)
+    parts = torch.empty(rows * ceil_div(ceil_div(k, MX_BLOCK_SIZE), 64), 2, dtype=torch.float64)
     pointers = (tensor.data_ptr() for tensor in (values, scales, parts))
     more = (tensor.data_ptr() for tensor in outputs)
     kernel(source.data_ptr(), stride, *pointers, rows, k, 0, torch.get_num_threads(), *more)
@@ -266,7 +268,7 @@ def _error_parts(
     Args:
         kernel: `error` for all three columns, `squares` for the first two.
     """
-    _check_source(x, "x")
+    check_source(x, "x")
     values, scales = _check_pair(values, scales, MX_BLOCK_SIZE)
     if x.shape != values.shape:
         raise ValueError(f"x has shape {tuple(x.shape)}, values {tuple(values.shape)}: must be the same")
@@ -274,7 +276,7 @@ def _error_parts(
     if x.numel() and (library := _native_library(x.device)) is not None:
         values, scales = values.contiguous(), scales.contiguous()
         source, stride, rows, k = _as_rows(x)
-        runs = rows * _ceil_div(_ceil_div(k, MX_BLOCK_SIZE), 64)
+        runs = rows * ceil_div(ceil_div(k, MX_BLOCK_SIZE), 64)
         parts = torch.empty(runs, columns, dtype=torch.float64)
         measure = getattr(library, f"mx_{kernel}_{_NATIVE_NAMES[x.dtype]}")
         pointers = values.data_ptr(), scales.data_ptr(), parts.data_ptr()
@@ -283,8 +285,8 @@ def _error_parts(
     # An NPU has no float64 arithmetic.
     wide = torch.float32 if x.device.type == "npu" else torch.float64
     pieces = []
-    blocks = (_blocks(x, MX_BLOCK_SIZE), _blocks(values.view(torch.uint8), MX_BLOCK_SIZE), scales.reshape(-1, 1))
-    for source, codes, factors in zip(*(t.split(_EAGER_PIECE // MX_BLOCK_SIZE) for t in blocks), strict=True):
+    blocks = (to_blocks(x, MX_BLOCK_SIZE), to_blocks(values.view(torch.uint8), MX_BLOCK_SIZE), scales.reshape(-1, 1))
+    for source, codes, factors in zip(*(t.split(EAGER_PIECE // MX_BLOCK_SIZE) for t in blocks), strict=True):
         source = source.to(wide)
         error = _dequantize_blocks(codes, factors).to(wide) - source
         top = source.abs().amax(-1)
@@ -292,30 +294,6 @@ def _error_parts(
         worst = ratio.max() if len(ratio) else ratio.sum()
         pieces.append(torch.stack([error.square().sum(), source.square().sum(), worst.square()])[:columns])
     return torch.stack(pieces)
-
-
-def trim_scales(padded: torch.Tensor, k: int, *, block_size: int = MX_BLOCK_SIZE) -> torch.Tensor:
-    """Remove the padding that `npu_dynamic_mx_quant` adds to the scales of K values for an even number of blocks.
-
-    Args:
-        padded: uint8 or float8_e8m0fnu [..., ceil(ceil(K / block_size) / 2), 2], as the operator returns it.
-        k: K, the length of the quantized dimension.
-
-    Returns:
-        uint8 [..., ceil(K / block_size)], contiguous.
-
-    Raises:
-        TypeError, ValueError: a dtype that is not supported, or a shape that does not fit K.
-    """
-    padded = _scale_bytes(padded, "padded")
-    groups = _ceil_div(k, block_size)
-    expected = (_ceil_div(groups, 2), 2)
-    if tuple(padded.shape[-2:]) != expected:
-        raise ValueError(
-            f"padded scales have shape {tuple(padded.shape)}, expected [..., {expected[0]}, 2] for {k} values in "
-            f"blocks of {block_size}; check that they are not trimmed yet and belong to this tensor"
-        )
-    return padded.flatten(-2)[..., :groups].contiguous()
 
 
 def npu_mxfp8_quantize(
@@ -335,11 +313,11 @@ def npu_mxfp8_quantize(
         TypeError, ValueError: as `mxfp8_quantize`, or the operator returned another dtype or shape.
         RuntimeError: torch_npu is not installed, or lacks the operator.
     """
-    _check_source(x, "x")
+    check_source(x, "x")
     if scale_alg not in (0, 1):
         raise ValueError(f"scale_alg={scale_alg}: must be 0 (OCP MX, floor) or 1 (round up)")
     if operator is None:
-        operator = _npu_operator()
+        operator = npu_operator()
     # The operator's default dst_type is FP4. Older releases have no scale_alg; its default is 0.
     options = {"scale_alg": scale_alg} if scale_alg else {}
     values, padded = operator(x.detach(), dst_type=torch.float8_e4m3fn, **options)
@@ -353,61 +331,13 @@ def npu_mxfp8_quantize(
     return values, trim_scales(padded, x.shape[-1])
 
 
-@functools.cache
-def _npu_operator() -> Callable:
-    try:
-        return importlib.import_module("torch_npu").npu_dynamic_mx_quant
-    except (ImportError, AttributeError) as error:
-        raise RuntimeError(
-            f"npu_dynamic_mx_quant is not available ({error}): MXFP8 on an NPU needs a torch_npu built for Ascend 950"
-        ) from error
-
-
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _check_source(x: torch.Tensor, name: str) -> None:
-    if not isinstance(x, torch.Tensor) or hasattr(x, "to_local"):
-        raise TypeError(f"{name} is a {type(x).__name__}, expected a plain tensor (for a DTensor, pass `.to_local()`)")
-    if x.dtype not in _NATIVE_NAMES:
-        raise TypeError(
-            f"{name} has dtype {x.dtype}, shape {tuple(x.shape)}; the dtype must be float32, bfloat16 or float16"
-        )
-    if x.dim() == 0:
-        raise ValueError(
-            f"{name} has shape () and dtype {x.dtype}; it must have at least one dimension, along which blocks run"
-        )
-
-
-def _check_out(
-    tensor: torch.Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> None:
-    fits = tensor.shape == tuple(shape) and tensor.dtype == dtype and tensor.device == device
-    if not fits or not tensor.is_contiguous():
-        raise ValueError(
-            f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device} with strides {tensor.stride()}, "
-            f"expected contiguous {dtype} {tuple(shape)} on {device}"
-        )
-
-
-def _scale_bytes(scales: torch.Tensor, name: str) -> torch.Tensor:
-    if scales.dtype == torch.float8_e8m0fnu:
-        return scales.view(torch.uint8)
-    if scales.dtype != torch.uint8:
-        raise TypeError(
-            f"{name} has dtype {scales.dtype}, shape {tuple(scales.shape)}; E8M0 bytes must be uint8 or float8_e8m0fnu"
-        )
-    return scales
-
-
 def _check_pair(values: torch.Tensor, scales: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     if values.dtype != torch.float8_e4m3fn:
         raise TypeError(f"values has dtype {values.dtype}, shape {tuple(values.shape)}, expected float8_e4m3fn")
-    scales = _scale_bytes(scales, "scales")
+    scales = as_scale_bytes(scales, "scales")
     if values.dim() == 0:
         raise ValueError("values has shape (); it must have at least one dimension, along which blocks run")
-    expected = (*values.shape[:-1], _ceil_div(values.shape[-1], block_size))
+    expected = (*values.shape[:-1], ceil_div(values.shape[-1], block_size))
     if tuple(scales.shape) != expected:
         raise ValueError(
             f"scales has shape {tuple(scales.shape)}, expected {expected} for values of shape {tuple(values.shape)} in "
@@ -437,29 +367,17 @@ def _as_rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int, int]:
     return x, k, x.numel() // k, k
 
 
-def _blocks(x: torch.Tensor, block_size: int) -> torch.Tensor:
-    """Reshape [..., K] to [number of blocks, block_size]; the last block of each row is padded with zeros."""
-    short = -x.shape[-1] % block_size
-    return (F.pad(x, (0, short)) if short else x).reshape(-1, block_size)
-
-
-def _unblock(blocks: torch.Tensor, shape: torch.Size, block_size: int) -> torch.Tensor:
-    """Invert `_blocks`."""
-    groups = _ceil_div(shape[-1], block_size)
-    return blocks.reshape(*shape[:-1], groups * block_size)[..., : shape[-1]].contiguous()
-
-
 def _quantize_with_torch(
     x: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, block_size: int, scale_alg: int
 ) -> None:
     carry = _ROUND_UP_CARRY if scale_alg else 0
-    blocks = _blocks(x, block_size)
+    blocks = to_blocks(x, block_size)
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        pieces = [_quantize_blocks(piece, carry) for piece in blocks.split(max(1, _EAGER_PIECE // block_size))]
+        pieces = [_quantize_blocks(piece, carry) for piece in blocks.split(max(1, EAGER_PIECE // block_size))]
         codes, scale_bytes = (torch.cat(part) for part in zip(*pieces, strict=True))
     else:
-        codes, scale_bytes = _fused(_quantize_blocks, blocks)(blocks, carry)
-    values.view(torch.uint8).copy_(_unblock(codes, x.shape, block_size))
+        codes, scale_bytes = fused(_quantize_blocks, blocks)(blocks, carry)
+    values.view(torch.uint8).copy_(from_blocks(codes, x.shape, block_size))
     scales.copy_(scale_bytes.reshape(scales.shape))
 
 
@@ -472,7 +390,7 @@ def _quantize_blocks(x: torch.Tensor, carry: int) -> tuple[torch.Tensor, torch.T
     magnitude = x.abs()
     # amax propagates NaN with an undefined sign; the mask removes it for the comparison below.
     top = magnitude.amax(-1, keepdim=True).view(torch.int32) & 0x7FFFFFFF
-    special = top >= _FLOAT32_INF_BITS
+    special = top >= FLOAT32_INF_BITS
     byte = (((top + carry) >> 23) - 8).clamp(0, 254)
     scaled = magnitude * ((254 - byte) << 23).view(torch.float32)
     bits = scaled.view(torch.int32)
@@ -495,24 +413,3 @@ def _dequantize_blocks(codes: torch.Tensor, scale_bytes: torch.Tensor) -> torch.
     decoded = torch.where(code >= 0x80, -decoded, decoded)
     factor = torch.where(byte == 0, 0x00400000, byte << 23).view(torch.float32)
     return decoded * torch.where(byte == 255, math.nan, factor)
-
-
-def _fused(function: Callable, blocks: torch.Tensor) -> Callable:
-    """Return `function` compiled if the blocks are on a GPU that Triton supports and large enough; else unchanged."""
-    if blocks.device.type != "cuda" or blocks.numel() < _COMPILE_FROM or torch.compiler.is_compiling():
-        return function
-    return _compiled(function) if _triton_works() else function
-
-
-@functools.cache
-def _compiled(function: Callable) -> Callable:
-    # Blocks are rows of a matrix for every layer, and the only dynamic dimension is their number: no recompilation from
-    # layer to layer.
-    return torch.compile(function, dynamic=True)
-
-
-@functools.cache
-def _triton_works() -> bool:
-    from torch.utils._triton import has_triton
-
-    return has_triton()

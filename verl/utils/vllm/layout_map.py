@@ -55,12 +55,15 @@ class Target:
         kernel_tensor: the tensor that kernels read.
         steps: from the flattened parameter in the checkpoint layout to the storage of `kernel_tensor`; empty if both
             layouts are equal.
+        buffer: the tensor that deltas are written to instead, if elements of `kernel_tensor` cannot be written. A
+            refresh of the layer copies it to the kernel layout.
     """
 
     name: str
     layer: str
     kernel_tensor: torch.Tensor
     steps: Steps
+    buffer: torch.Tensor | None = None
 
     @classmethod
     def same_layout(cls, name: str, layer: str, kernel_tensor: torch.Tensor) -> Target:
@@ -84,9 +87,18 @@ class Target:
             raise ValueError(f"{name}: two dimensions of the checkpoint layout have the same stride: {merged}")
         return cls(name, layer, kernel_tensor, merged)
 
+    @classmethod
+    def buffered(cls, name: str, layer: str, kernel_tensor: torch.Tensor, buffer: torch.Tensor) -> Target:
+        """Return a parameter whose elements are changed in a contiguous buffer in the checkpoint layout."""
+        return cls(name, layer, kernel_tensor, ((1, buffer.numel(), 1),), buffer)
+
+    @property
+    def _written(self) -> torch.Tensor:
+        return self.kernel_tensor if self.buffer is None else self.buffer
+
     def memory(self) -> torch.Tensor:
-        """Return the whole storage behind `kernel_tensor`, flat, as integers of the element size."""
-        tensor = self.kernel_tensor
+        """Return the whole storage behind the tensor that deltas change, flat, as integers of the element size."""
+        tensor = self._written
         return bits(torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage()))
 
     def offsets(self, indices: torch.Tensor) -> torch.Tensor:
@@ -103,7 +115,7 @@ class Target:
             part = position * target if target != 1 else position
             offsets = part if offsets is None else offsets + part
         assert offsets is not None
-        return offsets + int(self.kernel_tensor.storage_offset())
+        return offsets + int(self._written.storage_offset())
 
 
 @dataclass(frozen=True)

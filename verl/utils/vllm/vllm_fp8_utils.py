@@ -23,16 +23,14 @@ vllm-ascend's own hooks (0.19.1rc1 and later) are used if they are correct: for 
 (0.26), an even number of groups and no padding. Earlier hooks move the scales; odd numbers of groups and padded weights
 raise.
 
-Elements can only be written through a view if they are in memory where the strides say. An NPU can hold a tensor in
-another format (FRACTAL_NZ), and vllm-ascend 0.28 and later does so by default. No operation raises then, so the formats
-are read before and after each update (`check_memory_formats`).
+An NPU can hold a tensor in a format that its strides do not describe; `memory_formats` checks the formats before and
+after each update. Layers in MXFP4 (W4A8_MXFP) are in `mxfp4_layers`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any, cast
 
 import torch
@@ -40,15 +38,12 @@ from torch import nn
 
 from verl.utils.quantization.formats import ASCEND_METHOD, MX_BLOCK_SIZE, MXFP8_DESCRIPTION, W8A8_MXFP8
 from verl.utils.vllm.layout_map import Target
+from verl.utils.vllm.memory_formats import MXFP8_SCHEMES, ascend_scheme, check_memory_formats
 
 MXFP8_BLOCK_QUANT_KWARGS: dict[str, Any] = dict(MXFP8_DESCRIPTION)
 _SCALE = "_scale"
 _RECORD = "_verl_mxfp8_record"
 _ASCEND_CONFIGS = {("vllm_ascend", "AscendModelSlimConfig"), ("verl", "AscendCpuConfig")}
-# torch_npu's numbers of the formats with strided memory: NCHW, ND, NCDHW. A new tensor has the one of its dimensions.
-_STRIDED_FORMATS = (0, 2, 30)
-_FORMAT_NAMES = {3: "NC1HWC0", 4: "FRACTAL_Z", 29: "FRACTAL_NZ"}
-_ASCEND_SCHEMES = {"AscendW8A8MXFP8DynamicLinearMethod", "AscendW8A8MXFP8DynamicFusedMoEMethod"}
 
 
 def is_mxfp8_vllm_ascend(quant_config: Any) -> bool:
@@ -123,33 +118,12 @@ def mxfp8_layers(model: nn.Module) -> dict[str, MXFP8Layer]:
     for name, layer in model.named_modules():
         if hasattr(layer, "_mxfp8_transformed"):
             found[name] = cast(MXFP8Layer, layer)
-        elif type(_scheme(layer)).__name__ in _ASCEND_SCHEMES:
+        elif type(ascend_scheme(layer)).__name__ in MXFP8_SCHEMES:
             raise RuntimeError(
                 f"{name}: this release of vllm-ascend does not record the layout of the layer's weights, and verl's "
                 "plugin, which records it, was not loaded before the model: VLLM_PLUGINS must be unset or include verl"
             )
     return found
-
-
-def check_memory_formats(model: nn.Module) -> None:
-    """Check that the memory of each parameter has a strided format, if vllm-ascend made the model's MXFP8 layers.
-
-    Raises:
-        RuntimeError: a parameter has another format; names it, the format and the setting that avoids it.
-    """
-    ascend = [layer for layer in mxfp8_layers(model).values() if type(_scheme(layer)).__name__ in _ASCEND_SCHEMES]
-    if not ascend:
-        return
-    format_of = import_module("torch_npu").get_npu_format
-    device = next(ascend[0].parameters()).device.type
-    for name, parameter in model.named_parameters():
-        if parameter.device.type != device or (found := int(format_of(parameter.data))) in _STRIDED_FORMATS:
-            continue
-        raise RuntimeError(
-            f"{name}: its memory format is {_FORMAT_NAMES.get(found, 'unknown')} ({found}), expected ND (2): an update "
-            "would corrupt the weights; start the engine with actor_rollout_ref.rollout.engine_kwargs.vllm."
-            "additional_config.weight_nz_mode=0, or with VLLM_ASCEND_ENABLE_NZ=0 for vllm-ascend before 0.27"
-        )
 
 
 def check_kernel_layouts(model: nn.Module) -> None:
@@ -169,8 +143,9 @@ def restore_mxfp8_weights_for_loading(model: nn.Module) -> None:
     Raises:
         RuntimeError: a layout or a memory format in which weights cannot be replaced. Nothing was changed then.
     """
+    layers = mxfp8_layers(model)
     check_memory_formats(model)
-    for name, layer in mxfp8_layers(model).items():
+    for name, layer in layers.items():
         if layer._mxfp8_transformed:
             _restore(name, layer)
 
@@ -213,14 +188,15 @@ def restore_kernel_parameters(model: nn.Module) -> None:
     Raises:
         RuntimeError: as `restore_mxfp8_weights_for_loading`.
     """
+    layers = mxfp8_layers(model)
     check_memory_formats(model)
-    for name, layer in mxfp8_layers(model).items():
+    for name, layer in layers.items():
         if layer._mxfp8_transformed:
             _own_parameters_back(layer, _record(name, layer))
 
 
 def refresh_after_delta(model: nn.Module, indices: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-    """Notify layers that keep data derived from their weights about the changed elements.
+    """Notify MXFP8 layers that keep data derived from their weights about the changed elements.
 
     Args:
         indices: by layer and parameter, int64 indices into the flattened parameter in checkpoint layout.
@@ -228,7 +204,7 @@ def refresh_after_delta(model: nn.Module, indices: Mapping[str, Mapping[str, tor
     for name, changed in indices.items():
         layer = model.get_submodule(name)
         refresh = getattr(getattr(layer, "quant_method", None), "refresh_after_delta", None)
-        if refresh is not None:
+        if refresh is not None and hasattr(layer, "_mxfp8_transformed"):
             refresh(layer, changed)
 
 
@@ -245,11 +221,6 @@ def record_kernel_layout(layer: MXFP8Layer, load_shapes: Mapping[str, tuple[int,
     layer._mxfp8_original_shapes = {name: tuple(shape) for name, shape in load_shapes.items()}
     layer._mxfp8_transformed = True
     _record(type(layer).__name__, layer)
-
-
-def _scheme(layer: nn.Module) -> Any:
-    """Return the scheme that vllm-ascend stores in a layer's quantization method."""
-    return getattr(getattr(layer, "quant_method", None), "quant_method", None)
 
 
 def _record(name: str, layer: MXFP8Layer) -> dict[str, _Pair]:
@@ -295,7 +266,7 @@ def _pair(name: str, layer: MXFP8Layer, key: str, shapes: Mapping[str, tuple[int
 
 def _release_restores(layer: MXFP8Layer) -> bool:
     """Return True if the release's own hooks keep a layer's addresses and its scales correct."""
-    scheme = _scheme(layer)
+    scheme = ascend_scheme(layer)
     own_buffers = hasattr(layer, "_mxfp8_weight_buf") and hasattr(layer, "_mxfp8_scale_buf")
     if not own_buffers or not hasattr(scheme, "restore_weights_for_rl_loading"):
         return False
@@ -314,7 +285,7 @@ def _restore(name: str, layer: MXFP8Layer) -> None:
                 f"{name}.{key}: its memory was replaced after the load; captured graphs would use the old memory"
             )
     if _release_restores(layer):
-        _scheme(layer).restore_weights_for_rl_loading(layer)
+        ascend_scheme(layer).restore_weights_for_rl_loading(layer)
         return
     for pair in record.values():
         pair.weight.data = pair.unpadded_weight.transpose(-1, -2)
@@ -337,7 +308,7 @@ def _apply(name: str, layer: MXFP8Layer) -> None:
         layer.quant_method.process_weights_after_loading(layer)
         _record(name, layer)
     elif _release_restores(layer):
-        _scheme(layer).process_weights_after_loading(layer)
+        ascend_scheme(layer).process_weights_after_loading(layer)
     else:
         for pair in record.values():
             loaded, run = pair.scale.data, pair.kernel_scale

@@ -78,7 +78,7 @@ def test_bytes_before_and_after_quantization(model_dir):
     rest = 2 * (vocab * h + h + 28 * (2 * h + 2 * 128))
     layers = build_description(model_dir("Qwen3-0.6B")).layers
     assert sum(layer.info.nbytes for layer in layers) == 28 * before + rest
-    assert sum(layer.mxfp8_nbytes for layer in layers) == 28 * after + rest
+    assert sum(layer.engine_nbytes for layer in layers) == 28 * after + rest
 
 
 @pytest.mark.parametrize(("k", "groups"), [(80, 3), (96, 3), (4304, 135)])
@@ -86,4 +86,4 @@ def test_inputs_with_a_partial_last_block_are_quantized(tmp_path, k, groups):
     description = build_description(write_header_checkpoint(tmp_path, *small_decoder(intermediate_size=k)))
     layer = description.layer("model.layers.0.mlp.down_proj.weight")
     assert layer.quantized and layer.k == k
-    assert layer.mxfp8_nbytes == 64 * k + 64 * groups
+    assert layer.engine_nbytes == 64 * k + 64 * groups

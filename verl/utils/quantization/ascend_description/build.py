@@ -11,6 +11,7 @@ from verl.utils.model_dir.index import CheckpointIndex, read_checkpoint_index
 from verl.utils.quantization.ascend_description.description import AscendDescription, similar_name
 from verl.utils.quantization.ascend_description.validation import validate_unquantized, validated_description
 from verl.utils.quantization.ascend_layers import IGNORED, Layer, read_layers
+from verl.utils.quantization.formats import W8A8_MXFP8
 
 
 def build_description(
@@ -18,6 +19,7 @@ def build_description(
     *,
     tp_size: int = 1,
     ignore: Iterable[str] = (),
+    scheme: str = W8A8_MXFP8,
     expert_parallel: bool = False,
     padded_shares: bool = False,
     index: CheckpointIndex | None = None,
@@ -29,17 +31,19 @@ def build_description(
         tp_size: tensor-parallel size of the rollout.
         ignore: modules to leave out: exact names (`model.layers.0.self_attn.q_proj`), or `re:` and a regular expression
             that must match the whole name.
+        scheme: W8A8_MXFP8 or W4A8_MXFP, for every quantized layer.
         expert_parallel: each rank holds whole experts instead of a slice of each.
         padded_shares: accept shares of row-parallel layers that vllm-ascend 0.28 pads; see `validate_tensor_parallel`.
         index: the names and shapes of the checkpoint, if they were read already or derived from config.json.
 
     Raises:
         ValueError: the checkpoint is damaged or already quantized; an `ignore` that matches nothing; shards of a packed
-            layer that are not alike; inputs of a row-parallel layer that blocks of 32 do not divide among the ranks.
+            layer that are not alike; inputs of a row-parallel layer that blocks of 32 do not divide among the ranks;
+            inputs of a W4A8_MXFP layer that are not a multiple of 64 on each rank.
     """
     index = index or read_checkpoint_index(model_dir)
     validate_unquantized(index)
-    layers = _leave_out(read_layers(index), tuple(ignore))
+    layers = [replace(layer, scheme=scheme) for layer in _leave_out(read_layers(index), tuple(ignore))]
     return validated_description(index, layers, tp_size, expert_parallel, padded_shares)
 
 

@@ -12,6 +12,7 @@ from verl.utils.model_dir.shapes_from_config import read_index_or_config
 from verl.utils.quantization.ascend_description.build import build_description
 from verl.utils.quantization.ascend_description.description import DESCRIPTION_FILE
 from verl.utils.quantization.ascend_description.table import render_table
+from verl.utils.quantization.formats import ASCEND_SCHEMES, W8A8_MXFP8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model_dir",
         metavar="MODEL_DIR",
         help="local Hugging Face directory; config.json is enough, weights are not read",
+    )
+    parser.add_argument(
+        "--scheme",
+        choices=ASCEND_SCHEMES,
+        default=W8A8_MXFP8,
+        help="format of the quantized layers (default: %(default)s); the file may be edited layer by layer",
     )
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel size of the rollout (default: 1)")
     parser.add_argument(
@@ -37,6 +44,7 @@ def run(options: argparse.Namespace) -> int:
         description = build_description(
             options.model_dir,
             tp_size=options.tp,
+            scheme=options.scheme,
             ignore=options.ignore,
             expert_parallel=options.expert_parallel,
             index=read_index_or_config(options.model_dir),
@@ -53,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `verl describe` under the name of this package."""
     parser = argparse.ArgumentParser(
         prog="python3 -m verl.utils.quantization.ascend_description",
-        description="Print which layers of a checkpoint run in MXFP8 on Ascend, and write vllm-ascend's description.",
+        description="Print which layers of a checkpoint run in MXFP8 or MXFP4, and write vllm-ascend's description.",
     )
     add_arguments(parser)
     return run(parser.parse_args(arguments))

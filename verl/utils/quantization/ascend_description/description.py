@@ -11,7 +11,7 @@ from typing import Any
 from verl.utils.byte_size import format_bytes
 from verl.utils.model_dir.safetensors_header import TensorInfo
 from verl.utils.quantization.ascend_layers import Layer
-from verl.utils.quantization.formats import FLOAT, MXFP8_DESCRIPTION, W8A8_MXFP8
+from verl.utils.quantization.formats import ASCEND_SCHEMES, MXFP8_DESCRIPTION, WEIGHT_FORMATS
 
 DESCRIPTION_FILE = "quant_model_description.json"
 # Parameters that vLLM holds in float32, whatever its dtype: router biases, decay rates of linear attention.
@@ -20,7 +20,7 @@ _IN_FLOAT32 = ("e_score_correction_bias", ".A_log")
 
 @dataclass(frozen=True)
 class AscendDescription:
-    """The weights of a checkpoint that the engine holds in MXFP8.
+    """The weights of a checkpoint that the engine holds in MXFP8 or MXFP4.
 
     Attributes:
         model_dir: directory of the checkpoint.
@@ -58,14 +58,25 @@ class AscendDescription:
         return layer
 
     def is_quantized(self, weight_name: str) -> bool:
-        """Return whether the engine holds a checkpoint tensor in MXFP8; ValueError for an unknown name."""
+        """Return whether the engine holds a checkpoint tensor quantized; ValueError for an unknown name."""
         layer = self.layer(weight_name)
         return layer is not None and layer.quantized
+
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """The schemes of its layers: W8A8_MXFP8, W4A8_MXFP or both."""
+        used = {layer.scheme for layer in self.layers if layer.quantized}
+        return tuple(scheme for scheme in ASCEND_SCHEMES if scheme in used)
+
+    @property
+    def weight_formats(self) -> str:
+        """The number formats of its quantized layers, for example `MXFP8` or `MXFP8 and MXFP4`."""
+        return " and ".join(WEIGHT_FORMATS[scheme] for scheme in self.schemes)
 
     def summary(self) -> str:
         """Return one line: the number of quantized weights, and the bytes of all weights, stored and in the engine."""
         before = sum(layer.info.nbytes for layer in self.layers)
-        after = sum(layer.mxfp8_nbytes for layer in self.layers)
+        after = sum(layer.engine_nbytes for layer in self.layers)
         return (
             f"{len(self.quantized_layers)} of {len(self.layers)} weights, tensor-parallel size {self.tp_size}: "
             f"{format_bytes(before)} stored, {format_bytes(after)} in the engine ({after / before:.0%})"
@@ -73,7 +84,7 @@ class AscendDescription:
 
     def engine_bytes(self, itemsize: int) -> int:
         """Bytes of all tensors, with `itemsize` bytes per element of unquantized ones that are not `_IN_FLOAT32`."""
-        encoded = {layer.parameter: layer.mxfp8_nbytes for layer in self.layers if layer.quantized}
+        encoded = {layer.parameter: layer.engine_nbytes for layer in self.layers if layer.quantized}
         return sum(
             encoded.get(name) or math.prod(info.shape) * (4 if name.endswith(_IN_FLOAT32) else itemsize)
             for name, info in self.parameters.items()
@@ -86,8 +97,8 @@ class AscendDescription:
         """
         entries: dict[str, str] = {}
         for layer in self.layers:
-            entries |= dict.fromkeys(layer.description_keys(), W8A8_MXFP8 if layer.quantized else FLOAT)
-        return {**MXFP8_DESCRIPTION, **entries}
+            entries |= dict.fromkeys(layer.description_keys(), layer.described_as)
+        return {**MXFP8_DESCRIPTION, "model_quant_type": self.schemes[0], **entries}
 
 
 def similar_name(name: str, names: Iterable[str]) -> str:

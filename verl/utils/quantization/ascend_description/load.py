@@ -11,17 +11,22 @@ from typing import Any
 from verl.utils.model_dir.index import CheckpointIndex, read_checkpoint_index, read_json_object
 from verl.utils.quantization.ascend_description.build import build_description
 from verl.utils.quantization.ascend_description.description import DESCRIPTION_FILE, AscendDescription, similar_name
-from verl.utils.quantization.ascend_description.validation import FIELD, validate_unquantized, validated_description
+from verl.utils.quantization.ascend_description.validation import (
+    FIELD,
+    SCHEME_FIELD,
+    validate_unquantized,
+    validated_description,
+)
 from verl.utils.quantization.ascend_layers import DESCRIBED, NEVER, Layer, read_layers
-from verl.utils.quantization.formats import ASCEND_METHOD, FLOAT, MX_BLOCK_SIZE, W8A8_MXFP8
+from verl.utils.quantization.formats import ASCEND_METHOD, ASCEND_SCHEMES, FLOAT, MX_BLOCK_SIZE, W8A8_MXFP8
 
 logger = logging.getLogger(__name__)
 
-# Fields that are not about a layer, with the values that MXFP8 allows.
+# Fields that are not about a layer, with their possible values.
 _METADATA: dict[str, set[Any]] = {
     "quant_method": {ASCEND_METHOD},
     "group_size": {MX_BLOCK_SIZE},
-    "model_quant_type": {W8A8_MXFP8, FLOAT},
+    "model_quant_type": {*ASCEND_SCHEMES, FLOAT},
 }
 _INFORMATIVE = {"version", "metadata"}
 # Each of these switches quantization of the KV cache on.
@@ -40,11 +45,11 @@ def load_description(
 ) -> AscendDescription:
     """Read a `quant_model_description.json`, from ModelSlim or from `verl describe`, and check it.
 
-    A weight without an entry is FLOAT if MXFP8 cannot hold it. A projection without an entry is an error.
+    A weight without an entry is FLOAT if it cannot be quantized. A projection without an entry is an error.
 
     Raises:
         ValueError: the file is damaged, describes another model or only a part of this one, has other values than
-            W8A8_MXFP8 and FLOAT, or fails a check of `build_description`.
+            W8A8_MXFP8, W4A8_MXFP and FLOAT, or fails a check of `build_description`.
     """
     index = index or read_checkpoint_index(model_dir)
     return _load(Path(path), read_json_object(Path(path)), index, tp_size, expert_parallel, padded_shares)
@@ -55,6 +60,7 @@ def resolve_description(
     quantization_config_file: str | Path | None = None,
     tp_size: int = 1,
     *,
+    scheme: str | None = None,
     expert_parallel: bool = False,
     padded_shares: bool = False,
     index: CheckpointIndex | None = None,
@@ -62,11 +68,12 @@ def resolve_description(
     """Return the description to use: from the given file, else from the model directory, else a built one.
 
     Args:
-        padded_shares: see `build_description`.
         quantization_config_file: JSON, either `{"ignore": [...]}` (see `build_description`) or a ModelSlim description.
+        scheme: for every layer of a built description, see `build_description`; None for W8A8_MXFP8.
+        padded_shares: see `build_description`.
 
     Raises:
-        ValueError: as `build_description` and `load_description`.
+        ValueError: as `build_description` and `load_description`; a scheme beside a description from a file.
     """
     index = index or read_checkpoint_index(model_dir)
     options: Any = {"expert_parallel": expert_parallel, "padded_shares": padded_shares, "index": index}
@@ -81,10 +88,14 @@ def resolve_description(
         ignore = _ignore_list(path, raw)
         return build_description(model_dir, tp_size=tp_size, ignore=ignore, **options)
     if own.is_file():
+        if scheme is not None:
+            raise ValueError(
+                f"{SCHEME_FIELD}={scheme}: {own} already describes the layers; remove the key, or the file"
+            )
         logger.info("per-layer description: %s", own)
         return load_description(own, model_dir, tp_size, **options)
     logger.info("per-layer description: derived from %s", model_dir)
-    return build_description(model_dir, tp_size=tp_size, **options)
+    return build_description(model_dir, tp_size=tp_size, scheme=scheme or W8A8_MXFP8, **options)
 
 
 def _ignore_list(path: Path, raw: Mapping[str, Any]) -> list[str]:
@@ -123,15 +134,16 @@ def _described_types(path: Path, raw: Mapping[str, Any]) -> dict[str, str]:
         if key in _METADATA:
             if value not in _METADATA[key]:
                 allowed = " or ".join(repr(known) for known in sorted(_METADATA[key], key=str))
-                raise ValueError(f"{path}: {key}={value!r} is not supported: MXFP8 needs {allowed}")
+                raise ValueError(f"{path}: {key}={value!r} is not supported: must be {allowed}")
         elif key in _KV_FIELDS or key.endswith(_KV_ENTRIES):
             raise ValueError(f"{path}: {key}={value!r}: quantized KV caches are not supported; remove the entry")
         elif key in _INFORMATIVE:
             continue
         elif "." not in key or not isinstance(value, str):
             raise ValueError(f"{path}: unknown field {key}={value!r}; remove it")
-        elif value not in (W8A8_MXFP8, FLOAT):
-            raise ValueError(f"{path}: {key} is {value!r}; only {W8A8_MXFP8} and {FLOAT} are supported")
+        elif value not in (*ASCEND_SCHEMES, FLOAT):
+            supported = f"{', '.join(ASCEND_SCHEMES)} and {FLOAT}"
+            raise ValueError(f"{path}: {key} is {value!r}; only {supported} are supported")
         else:
             module, _, tensor = key.rpartition(".")
             # Entries for a module's other tensors (bias, weight_scale) repeat the entry of its weight.
@@ -164,16 +176,17 @@ def _as_described(path: Path, layer: Layer, types: Mapping[str, str], tp_size: i
         keys = (f"{layer.experts}.0.{layer.name.rpartition('.')[2]}.weight",)
     kinds = {types[name] for name in (layer.name, *(key.removesuffix(".weight") for key in keys)) if name in types}
     if len(kinds) > 1:
-        raise ValueError(f"{what}: its entries ({', '.join(keys)}) differ; make them all {W8A8_MXFP8} or all {FLOAT}")
+        raise ValueError(f"{what}: its entries ({', '.join(keys)}) differ: {sorted(kinds)}; give them one value")
     if not kinds and layer.quantized:
-        raise ValueError(f"{what} is not described: add {keys[0]!r} as {W8A8_MXFP8!r} or {FLOAT!r}")
-    if kinds != {W8A8_MXFP8}:
+        raise ValueError(f"{what} is not described: add {keys[0]!r} as {W8A8_MXFP8!r} or another value")
+    kind = kinds.pop() if kinds else FLOAT
+    if kind == FLOAT:
         return replace(layer, reason=DESCRIBED) if layer.quantized else layer
     if layer.reason in NEVER:
-        raise ValueError(f"{what} is {W8A8_MXFP8}, but cannot be ({layer.reason}); make it {FLOAT}")
+        raise ValueError(f"{what} is {kind}, but cannot be ({layer.reason}); make it {FLOAT}")
     if layer.reason and tp_size > 1 and layer.k % (MX_BLOCK_SIZE * tp_size):
         raise ValueError(
-            f"{what} is {W8A8_MXFP8}, but verl does not know how tensor parallelism cuts it, and its {layer.k} inputs "
+            f"{what} is {kind}, but verl does not know how tensor parallelism cuts it, and its {layer.k} inputs "
             f"do not divide into blocks of {MX_BLOCK_SIZE} on tensor_model_parallel_size={tp_size}; make it {FLOAT}"
         )
-    return replace(layer, reason="")
+    return replace(layer, reason="", scheme=kind)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from verl.utils.byte_size import format_bytes
 from verl.utils.quantization.ascend_description.description import AscendDescription
 from verl.utils.quantization.ascend_layers import UNKNOWN, Layer, name_pattern
+from verl.utils.quantization.formats import WEIGHT_FORMATS
 
 _HEADER = ("layer", "count", "shape", "dtype", "cut", "before", "after", "in the engine")
 _RIGHT_ALIGNED = {1, 5, 6}
@@ -12,23 +13,24 @@ _RIGHT_ALIGNED = {1, 5, 6}
 
 def render_table(description: AscendDescription) -> str:
     """Render count, shape, tensor-parallel cut and bytes before and after, one row per kind of layer."""
-    groups: dict[tuple[str, tuple[int, ...], str], list[Layer]] = {}
+    groups: dict[tuple[str, tuple[int, ...], str, str], list[Layer]] = {}
     for layer in description.layers:
-        groups.setdefault((name_pattern(layer.name), layer.info.shape, layer.reason), []).append(layer)
-    rows = [_HEADER, *(_row(pattern, layers) for (pattern, _, _), layers in groups.items())]
+        kind = name_pattern(layer.name), layer.info.shape, layer.reason, layer.described_as
+        groups.setdefault(kind, []).append(layer)
+    rows = [_HEADER, *(_row(pattern, layers) for (pattern, *_), layers in groups.items())]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
     lines = [_line(row, widths) for row in rows]
     lines.insert(1, "-" * max(map(len, lines)))
     unknown = sum(layer.reason == UNKNOWN for layer in description.layers)
     if unknown:
         lines.append(f"Warning: {unknown} layers are of an unknown kind and stay unquantized.")
-    lines.append(f"In MXFP8: {description.summary()}")
+    lines.append(f"In {description.weight_formats}: {description.summary()}")
     return "\n".join(lines)
 
 
 def _row(pattern: str, layers: list[Layer]) -> tuple[str, ...]:
     first = layers[0]
-    before, after = len(layers) * first.info.nbytes, len(layers) * first.mxfp8_nbytes
+    before, after = len(layers) * first.info.nbytes, len(layers) * first.engine_nbytes
     return (
         pattern,
         str(len(layers)),
@@ -37,7 +39,7 @@ def _row(pattern: str, layers: list[Layer]) -> tuple[str, ...]:
         first.split if first.quantized else "",
         format_bytes(before),
         format_bytes(after),
-        first.reason or "MXFP8",
+        first.reason or WEIGHT_FORMATS[first.scheme],
     )
 
 

@@ -11,9 +11,12 @@ from typing import Any
 from verl.utils.model_dir.index import CheckpointIndex
 from verl.utils.quantization.ascend_description.description import AscendDescription
 from verl.utils.quantization.ascend_layers import NEVER, ROW, Layer, name_pattern
-from verl.utils.quantization.formats import FLOAT, MX_BLOCK_SIZE, W8A8_MXFP8
+from verl.utils.quantization.formats import ASCEND_SCHEMES, FLOAT, MX_BLOCK_SIZE, W4A8_MXFP
 
 FIELD = "actor_rollout_ref.rollout.quantization_config_file"
+SCHEME_FIELD = "actor_rollout_ref.rollout.quantization_scheme"
+# vllm-ascend stores the scales of two groups of MXFP4 weights next to each other, and pads none.
+_MXFP4_INPUTS = 2 * MX_BLOCK_SIZE
 # Models whose checkpoint packs two projections that vLLM's `packed_modules_mapping` of the model names separately.
 _LOOKS_UP_PARTS = ("glm", "glm4")
 # Models that vLLM packs without a `packed_modules_mapping`: the description would need entries that no checkpoint has.
@@ -38,12 +41,14 @@ def validated_description(
     _validate_packed_layers(layers)
     _validate_packed_names(index, layers)
     validate_tensor_parallel(layers, tp_size, expert_parallel=expert_parallel, padded_shares=padded_shares)
+    _validate_mxfp4_inputs(layers, tp_size, expert_parallel)
     description = AscendDescription(str(index.model_dir), tp_size, tuple(layers), dict(index.tensors))
     if not description.quantized_layers:
         raise ValueError(
             f"{index.model_dir}: no layer is left to quantize; leave out fewer, or set actor_rollout_ref.rollout."
             "quantization=null"
         )
+    validate_name_prefixes(description.to_json_dict())
     return description
 
 
@@ -92,7 +97,7 @@ def validate_name_prefixes(entries: Mapping[str, Any], release: str) -> None:
     """
     floats = sorted(key for key, kind in entries.items() if key.endswith(".weight") and kind == FLOAT)
     for name, kind in entries.items():
-        if not name.endswith(".weight") or kind != W8A8_MXFP8:
+        if not name.endswith(".weight") or kind not in ASCEND_SCHEMES:
             continue
         prefix = name.removesuffix(".weight")
         position = bisect.bisect_left(floats, prefix)
@@ -106,7 +111,7 @@ def validate_name_prefixes(entries: Mapping[str, Any], release: str) -> None:
 
 
 def _validate_packed_layers(layers: Sequence[Layer]) -> None:
-    """Check that the shards of each packed layer are all quantized or all unquantized."""
+    """Check that the shards of each packed layer have the same scheme or are all unquantized."""
     packed: dict[str, list[Layer]] = {}
     for layer in layers:
         # Without a fused first projection, `q_a_proj` is alone in its list, and a list of one is never mixed.
@@ -119,6 +124,33 @@ def _validate_packed_layers(layers: Sequence[Layer]) -> None:
             raise ValueError(
                 f"{name}: the engine packs these {len(shards)} layers into one, and they must be alike: {quantized} "
                 f"is quantized, {unquantized[0]} is not ({len(unquantized)} such); leave out all of them or none"
+            )
+        other = next((layer for layer in shards if layer.described_as != shards[0].described_as), None)
+        if other is not None:
+            raise ValueError(
+                f"{name}: the engine packs these {len(shards)} layers into one, and they must be alike: "
+                f"{shards[0].name} is {shards[0].scheme}, {other.name} is {other.scheme}; give them one value in "
+                f"{FIELD}"
+            )
+
+
+def _validate_mxfp4_inputs(layers: Sequence[Layer], tp_size: int, expert_parallel: bool) -> None:
+    """Check that each W4A8_MXFP layer has a multiple of 64 inputs on a rank.
+
+    vllm-ascend has no scales for a partial group, and an odd number of groups fails while it loads weights.
+    """
+    for layer in layers:
+        if layer.described_as != W4A8_MXFP:
+            continue
+        # It is not known how a layer of an unknown kind is cut.
+        cut = layer.split in (ROW, "") and not (layer.experts and expert_parallel)
+        ranks = tp_size if cut else 1
+        if layer.k % (_MXFP4_INPUTS * ranks):
+            raise ValueError(
+                f"{layer.name} {list(layer.info.shape)} has {layer.k / ranks:g} inputs on a rank "
+                f"(tensor_model_parallel_size={tp_size}), and {W4A8_MXFP} takes multiples of {_MXFP4_INPUTS} only: use "
+                f"another tensor_model_parallel_size, or give it another value in the file that `verl describe "
+                f"--scheme {W4A8_MXFP}` writes, as {FIELD}"
             )
 
 

@@ -1,4 +1,4 @@
-"""`rollout.quantization=ascend`: MXFP8 in vllm-ascend on an Ascend 950, or in its emulation on a CPU."""
+"""`rollout.quantization=ascend`: MXFP8 or MXFP4 in vllm-ascend on an Ascend 950, or in its emulation on a CPU."""
 
 from __future__ import annotations
 
@@ -19,18 +19,20 @@ from verl.utils.quantization.ascend_releases import (
     pads_shares,
     reads_exact_names,
     untested_release,
+    validate_mxfp4,
     validate_paired_groups,
 )
-from verl.utils.quantization.formats import ASCEND_METHOD
+from verl.utils.quantization.formats import ASCEND_METHOD, ASCEND_SCHEMES
 from verl.utils.quantization.schemes.base import FIELD, ScaledFormat
 
 
 class AscendFormat(ScaledFormat):
-    """1 byte per weight, plus 1 scale byte per 32, for each layer that the description marks."""
+    """For each layer that the description marks: 1 byte per weight (W4A8_MXFP: half), plus 1 scale byte per 32."""
 
     name = "ascend"
     devices = ("cpu", "npu")
     alternative = "fp8"
+    takes_scheme = True
     qat_modes = ("w8a8_mxfp8", "w8a16_mxfp8")
     has_self_test = True
 
@@ -41,6 +43,7 @@ class AscendFormat(ScaledFormat):
             self.model_dir,
             self.settings.quantization_config_file,
             self.settings.tensor_model_parallel_size,
+            scheme=self.settings.quantization_scheme,
             padded_shares=True,  # depends on device and release: `_validate_engine`
             index=self._read_index(),
         )
@@ -51,6 +54,14 @@ class AscendFormat(ScaledFormat):
 
     def validate_settings(self, device: str) -> None:
         super().validate_settings(device)
+        scheme, file = self.settings.quantization_scheme, self.settings.quantization_config_file
+        if scheme is not None and scheme not in ASCEND_SCHEMES:
+            raise ValueError(f"{FIELD}_scheme={scheme}: must be null or one of {', '.join(ASCEND_SCHEMES)}")
+        if scheme is not None and file is not None:
+            raise ValueError(
+                f"{FIELD}_scheme={scheme}: {FIELD}_config_file={file} describes the layers one by one; remove one of "
+                f"the two (`verl describe --scheme {scheme}` writes such a file)"
+            )
         if device == "npu":
             self._validate_bfloat16(device)
 
@@ -64,6 +75,7 @@ class AscendFormat(ScaledFormat):
                     f"verl, {NEWEST_TESTED}, and is used only after a self-test; use null, or install {NEWEST_TESTED}"
                 )
             validate_paired_groups(self.layers, tp_size, release)
+            validate_mxfp4(self.layers, tp_size, release)
             if not reads_exact_names(release):
                 validate_name_prefixes(self.description.to_json_dict(), release)
             padded_shares = pads_shares(release)
@@ -77,7 +89,7 @@ class AscendFormat(ScaledFormat):
         }
 
     def summary(self) -> str:
-        return f"MXFP8: {self.description.summary()}"
+        return f"{self.description.weight_formats}: {self.description.summary()}"
 
     def engine_bytes(self, itemsize: int) -> int:
         return self.description.engine_bytes(itemsize)

@@ -24,6 +24,8 @@ class RolloutSettings(Protocol):
     @property
     def quantization_config_file(self) -> str | None: ...
     @property
+    def quantization_scheme(self) -> str | None: ...
+    @property
     def quantization_side(self) -> str: ...
     @property
     def quantization_self_test(self) -> bool | None: ...
@@ -44,6 +46,7 @@ class WeightFormat(ABC):
         name: the value of `rollout.quantization`.
         devices: devices whose engines support it; `alternative` is the value to use on the others.
         reads_checkpoint: it depends on the names and shapes of the checkpoint's tensors.
+        takes_scheme: it reads `rollout.quantization_scheme`.
         trainer_encodes: with `quantization_side=sender` the trainer encodes weights before it sends them.
         qat_modes: values of `fsdp_config.qat.mode` in which the trainer can compute with the engine's numbers.
         has_self_test: engines can test their quantized layers at their start (`quantization_self_test`).
@@ -58,6 +61,7 @@ class WeightFormat(ABC):
     devices: ClassVar[tuple[str, ...]] = DEVICES
     alternative: ClassVar[str] = ""
     reads_checkpoint: ClassVar[bool] = False
+    takes_scheme: ClassVar[bool] = False
     trainer_encodes: ClassVar[bool] = False
     qat_modes: ClassVar[tuple[str, ...]] = ()
     has_self_test: ClassVar[bool] = False
@@ -86,6 +90,12 @@ class WeightFormat(ABC):
             raise ValueError(
                 f"{FIELD}_self_test=True: quantization={self.name or 'null'} has no self-test; use "
                 "quantization=ascend, or remove the key"
+            )
+        scheme = self.settings.quantization_scheme
+        if scheme is not None and not self.takes_scheme:
+            raise ValueError(
+                f"{FIELD}_scheme={scheme}: {FIELD}={self.name or 'null'} has no schemes; use quantization=ascend, or "
+                "remove the key"
             )
 
     def runs_self_test(self, device: str) -> bool:
@@ -152,7 +162,7 @@ class WeightFormat(ABC):
 
 
 class ScaledFormat(WeightFormat):
-    """A format of e4m3 values with scales, made from the projections of the decoder."""
+    """A format of values with scales, made from the projections of the decoder."""
 
     reads_checkpoint = True
     trainer_encodes = True
@@ -166,7 +176,7 @@ class ScaledFormat(WeightFormat):
         super().validate_settings(device)
         load_format = self.settings.load_format
         if load_format != "dummy":
-            # The engine would read a checkpoint that has neither e4m3 values nor scales.
+            # The engine would read a checkpoint that has neither quantized values nor scales.
             raise ValueError(
                 f"actor_rollout_ref.rollout.load_format={load_format}: with quantization={self.name} the engine's "
                 "first weights come from the trainer; use dummy"

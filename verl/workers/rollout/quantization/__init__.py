@@ -17,6 +17,7 @@ class WorkerSettings(TypedDict, total=False):
     """The keys of `rollout` that an engine's worker needs to build its scheme. A missing key has its default."""
 
     quantization: str | None
+    quantization_scheme: str | None
     quantization_config_file: str | None
     quantization_side: str
     tensor_model_parallel_size: int
@@ -43,6 +44,7 @@ def worker_settings(rollout: RolloutConfig) -> WorkerSettings:
     """Return the settings that an engine's worker receives in place of the config."""
     return {
         "quantization": rollout.quantization,
+        "quantization_scheme": rollout.quantization_scheme,
         "quantization_config_file": rollout.quantization_config_file,
         "quantization_side": rollout.quantization_side,
         "tensor_model_parallel_size": rollout.tensor_model_parallel_size,

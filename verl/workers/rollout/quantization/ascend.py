@@ -1,4 +1,4 @@
-"""`rollout.quantization=ascend`: MXFP8, by vllm-ascend on an Ascend 950 and by its emulation on a CPU."""
+"""`rollout.quantization=ascend`: MXFP8 and MXFP4, by vllm-ascend on an Ascend 950 and by its emulation on a CPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from verl.utils.quantization.ascend_releases import installed_vllm_ascend
-from verl.utils.quantization.formats import MX_BLOCK_SIZE
+from verl.utils.quantization.formats import MX_BLOCK_SIZE, W4A8_MXFP
 from verl.utils.quantization.mx import (
     mxfp8_dequantize,
     mxfp8_encode,
@@ -18,8 +18,17 @@ from verl.utils.quantization.mx import (
     npu_mxfp8_quantize,
     squared_error,
 )
+from verl.utils.quantization.mxfp4 import PACKED, mxfp4_dequantize, mxfp4_encode
 from verl.utils.quantization.schemes.ascend import AscendFormat
 from verl.utils.vllm.layout_map import Target
+from verl.utils.vllm.mxfp4_layers import (
+    apply_mxfp4_transformation_after_loading,
+    check_mxfp4_kernel_layouts,
+    mxfp4_layers,
+    mxfp4_targets,
+    refresh_mxfp4_after_delta,
+    restore_mxfp4_weights_for_loading,
+)
 from verl.utils.vllm.vllm_fp8_utils import (
     apply_mxfp8_transformation_after_loading,
     check_kernel_layouts,
@@ -36,15 +45,31 @@ _NAN_SCALE = 255
 
 
 class AscendScheme(ScaledScheme):
-    """Scales are E8M0 bytes (uint8), one for 32 values along K, so encoding commutes with row slicing."""
+    """Scales are E8M0 bytes (uint8), one for 32 values along K, so encoding commutes with row slicing.
+
+    Values are float8_e4m3fn [N, K] in MXFP8, and uint8 [N, K / 2] in MXFP4, which packs two of them in a byte.
+    """
 
     format: AscendFormat
-    scaled = ScaledWeights("_scale", "uint8", lambda shape: (*shape[:-1], -(-shape[-1] // MX_BLOCK_SIZE)))
+    scaled = ScaledWeights(
+        "_scale",
+        "uint8",
+        lambda shape: (*shape[:-1], -(-shape[-1] // MX_BLOCK_SIZE)),
+        {"float8_e4m3fn": 1, "uint8": PACKED},
+    )
 
     def encodes_rows(self, name: str) -> bool:
         return name in self.format.description.parameters and self.quantizes(name)
 
-    def quantize(self, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _is_mxfp4(self, name: str) -> bool:
+        layer = self.format.description.layer(name)
+        return layer is not None and layer.scheme == W4A8_MXFP
+
+    def quantize(
+        self, name: str, weight: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if self._is_mxfp4(name):
+            return mxfp4_encode(weight, dtype)
         if weight.device.type != "npu":
             return mxfp8_encode(weight, dtype)
         rounded = weight.to(dtype)
@@ -66,10 +91,10 @@ class AscendScheme(ScaledScheme):
         return largest & (x.abs() > mxfp8_dequantize(values, scales, x.dtype).abs())
 
     def requantize(
-        self, weight: torch.Tensor, dtype: torch.dtype, values: torch.Tensor, scales: torch.Tensor
+        self, name: str, weight: torch.Tensor, dtype: torch.dtype, values: torch.Tensor, scales: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if weight.device.type == "npu":
-            return super().requantize(weight, dtype, values, scales)
+        if self._is_mxfp4(name) or weight.device.type == "npu":
+            return super().requantize(name, weight, dtype, values, scales)
         return mxfp8_requantize(weight, dtype, values, scales)
 
     @staticmethod
@@ -79,6 +104,7 @@ class AscendScheme(ScaledScheme):
     @staticmethod
     def check_engine(model: nn.Module) -> None:
         check_kernel_layouts(model)
+        check_mxfp4_kernel_layouts(model)
 
     @staticmethod
     def self_test(model: nn.Module, vllm_config: Any) -> None:
@@ -89,15 +115,17 @@ class AscendScheme(ScaledScheme):
     @staticmethod
     def begin(model: nn.Module) -> Mapping[str, nn.Module]:
         restore_mxfp8_weights_for_loading(model)
-        return mxfp8_layers(model)
+        restore_mxfp4_weights_for_loading(model)
+        return {**mxfp8_layers(model), **mxfp4_layers(model)}
 
     @staticmethod
     def finish(model: nn.Module) -> None:
         apply_mxfp8_transformation_after_loading(model)
+        apply_mxfp4_transformation_after_loading(model)
 
     @staticmethod
     def targets(model: nn.Module) -> list[tuple[torch.Tensor, Target]]:
-        return kernel_layout_targets(model)
+        return kernel_layout_targets(model) + mxfp4_targets(model)
 
     @staticmethod
     def begin_delta(model: nn.Module) -> None:
@@ -106,6 +134,7 @@ class AscendScheme(ScaledScheme):
     @staticmethod
     def refresh(model: nn.Module, indices: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
         refresh_after_delta(model, indices)
+        refresh_mxfp4_after_delta(model, indices)
 
 
 def _quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,7 +14,9 @@ class Fp8Scheme(ScaledScheme):
 
     scaled = ScaledWeights("_scale_inv", "float32", scale_shape)
 
-    def quantize(self, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def quantize(
+        self, name: str, weight: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         weight = weight.to(dtype)
         values, scales = fp8_block_quantize(weight)
         weight = weight.float()
