@@ -1,4 +1,4 @@
-"""Parameters of the CPU emulation of MXFP8, for comparison with the releases.
+"""Parameters of the CPU emulation of MXFP8 and MXFP4, for comparison with the releases.
 
     .venv/bin/python tests/contract/vllm_ascend/emulation.py OUTPUT.json   # in the main environment
 
@@ -26,7 +26,14 @@ CASES: dict[str, dict[str, Any]] = {
     "experts": {"kind": "qwen3_moe", "moe_intermediate_size": 128},
     "odd groups": {"kind": "qwen3", "hidden_size": 96, "intermediate_size": 160},
     "partial groups": {"kind": "qwen3", "hidden_size": 80, "intermediate_size": 4304},
+    "dense in MXFP4": {"kind": "qwen3"},
+    "experts in MXFP4": {"kind": "qwen3_moe", "moe_intermediate_size": 128},
 }
+
+
+def rollout_keys(case: str) -> dict[str, str]:
+    """Return the keys of the section `rollout` that a case needs."""
+    return {"quantization_scheme": "W4A8_MXFP"} if "MXFP4" in case else {}
 
 
 def checkpoint(directory: Path, case: str) -> Path:
@@ -62,7 +69,7 @@ def _emulated(case: str, directory: Path) -> list[dict[str, list]]:
 
     plugin.register()
     source = checkpoint(directory, case)
-    rollout = RolloutConfig(quantization="ascend", tensor_model_parallel_size=1)
+    rollout = RolloutConfig(quantization="ascend", tensor_model_parallel_size=1, **rollout_keys(case))
     scheme = get_scheme(rollout, str(source))
     engine = Engine(source, rollout, **scheme.format.engine_overrides("cpu"))
     result = []

@@ -17,14 +17,19 @@ from verl.workers.rollout.quantization.mxfp8_self_test import run_self_test
 from verl.workers.weight_sync.manifest import WeightUpdateError
 
 
-def update(rank: int, ranks: int, sources: list[Path], padded: str) -> str:
+def update(rank: int, ranks: int, sources: list[Path], padded: str, quantization_scheme: str | None = None) -> str:
     """Check that every update leaves this rank's share, and that padded scales of `padded` are rejected.
 
     Returns:
         The error message for the padded scales.
     """
     first, *others = sources
-    scheme = scheme_of(first, tensor_model_parallel_size=ranks)
+    scheme = scheme_of(first, tensor_model_parallel_size=ranks, quantization_scheme=quantization_scheme)
+
+    def expected(source: Path) -> dict:
+        fp4 = quantization_scheme == "W4A8_MXFP"
+        return engine_parameters(weights_of(source), rank=rank, ranks=ranks, fp4=lambda name: fp4)
+
     config = make_vllm_config(
         first,
         scheme.format.description.to_json_dict(),
@@ -37,11 +42,11 @@ def update(rank: int, ranks: int, sources: list[Path], padded: str) -> str:
         updates, before = Updates(model, config, scheme), addresses(model)
         for source in [*others, first]:
             updates.send(weights_of(source))
-            assert_same(parameters_of(model), engine_parameters(weights_of(source), rank=rank, ranks=ranks))
+            assert_same(parameters_of(model), expected(source))
             assert addresses(model) == before
         message = _rejection(updates, updates.encoded(weights_of(first)), padded)
         updates.send(weights_of(others[0]))
-        assert_same(parameters_of(model), engine_parameters(weights_of(others[0]), rank=rank, ranks=ranks))
+        assert_same(parameters_of(model), expected(others[0]))
     return message
 
 

@@ -5,12 +5,13 @@ Names are vLLM's, without the differences between its releases (`canonical`); by
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 
 GROUP = 32
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 ROW_PARALLEL = ("o_proj", "down_proj")
 _SHARDS = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
 _SHARDS |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
@@ -51,6 +52,33 @@ def _nearest(scaled: np.ndarray) -> np.ndarray:
     to_above, to_below = _E4M3[above] - magnitude, magnitude - _E4M3[above - 1]
     take_above = (to_above < to_below) | ((to_above == to_below) & (above % 2 == 0))
     return (np.where(take_above, above, above - 1) | np.where(np.signbit(scaled), 128, 0)).astype(np.uint8)
+
+
+def quantized_fp4(weight: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Do the same with e2m1: packed codes [.., N, K / 2], the first of two values in the low bits, and E8M0 bytes."""
+    values = weight.double().numpy()
+    blocks = values.reshape(*values.shape[:-1], -1, GROUP)
+    largest = np.abs(blocks).max(-1)
+    exponent = np.frexp(np.where(largest == 0, 1, largest))[1] - 1 - 2
+    bytes_ = np.where(largest == 0, 0, np.clip(exponent + 127, 0, 254))
+    scaled = blocks / 2.0 ** (bytes_[..., None] - 127.0)
+    # The nearest of the eight magnitudes; of two equally near ones, the one with the even code.
+    distance = np.abs(np.abs(scaled)[..., None] - E2M1)
+    nearest = distance == distance.min(-1, keepdims=True)
+    codes = np.where(nearest, np.where(np.arange(8) % 2, 8, 0) + np.arange(8), 99).argmin(-1)
+    codes = (codes + np.where(np.signbit(scaled), 8, 0)).reshape(values.shape)
+    return (codes[..., 0::2] + 16 * codes[..., 1::2]).astype(np.uint8), bytes_.astype(np.uint8)
+
+
+def dequantized_fp4(packed: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Return the float64 values [.., N, K] of packed codes and scales."""
+    codes = np.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:-1], -1)
+    return np.where(codes & 8, -1.0, 1.0) * E2M1[codes & 7] * np.repeat(2.0 ** (scales - 127.0), GROUP, axis=-1)
+
+
+def rounded_fp4(x: torch.Tensor) -> np.ndarray:
+    """Return x [.., K] after a round trip through MXFP4, in float64."""
+    return dequantized_fp4(*quantized_fp4(x))
 
 
 def dequantized(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
@@ -94,18 +122,26 @@ def packed(checkpoint: Mapping[str, torch.Tensor], *, rank: int = 0, ranks: int 
 
 
 def engine_parameters(
-    checkpoint: Mapping[str, torch.Tensor], *, rank: int = 0, ranks: int = 1, left_out: tuple[str, ...] = ()
+    checkpoint: Mapping[str, torch.Tensor],
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    left_out: tuple[str, ...] = (),
+    fp4: Callable[[str], bool] = lambda name: False,
 ) -> dict[str, np.ndarray]:
     """Return every parameter of tensor-parallel `rank` of `ranks`, without padding: uint8 if quantized, else float32.
 
     Args:
         left_out: parts of the names of layers that are not quantized.
+        fp4: returns whether the weight of a parameter is in MXFP4, not in MXFP8.
     """
     result = {}
     whole = packed(checkpoint)
     for name, tensor in packed(checkpoint, rank=rank, ranks=ranks).items():
         if is_projection(name) and not any(part in name for part in left_out):
-            if name.split(".")[-2] in ROW_PARALLEL:  # a share can begin or end inside a group of the checkpoint
+            if fp4(name):
+                codes, scales = quantized_fp4(tensor)
+            elif name.split(".")[-2] in ROW_PARALLEL:  # a share can begin or end inside a group of the checkpoint
                 codes, scales = quantized(whole[name])
                 share = codes.shape[1] // ranks
                 start, end = rank * share, (rank + 1) * share
@@ -125,7 +161,7 @@ def _shard_order(name: str) -> tuple[str, int]:
 
 
 def is_projection(name: str) -> bool:
-    """Return whether a packed tensor can be quantized to MXFP8."""
+    """Return whether a packed tensor can be quantized."""
     return ".experts." in name or name.split(".")[-2] in {*_SHARDS.values(), *ROW_PARALLEL}
 
 

@@ -1,4 +1,4 @@
-"""A stand-in for torch_npu on a machine without an NPU: the parts that vllm-ascend's MXFP8 path needs, on the CPU.
+"""A stand-in for torch_npu on a machine without an NPU: the parts that vllm-ascend's MX formats need, on the CPU.
 
 A missing name raises AttributeError, as in a torch_npu that lacks it: callers check with `hasattr`. An operator accepts
 only arguments with a known meaning and rejects the others, so that no test passes for a reason that does not hold on an
@@ -34,6 +34,7 @@ from torch_npu._moe import (
     npu_moe_gating_top_k_softmax,
     npu_moe_init_routing_v2,
     npu_moe_token_unpermute,
+    npu_swiglu_group_quant,
 )
 from torch_npu._mx import npu_dynamic_mx_quant, npu_quant_matmul
 
@@ -66,6 +67,14 @@ __all__ = [
     "op_plugin",
     "profiler",
 ]
+
+# vllm-ascend compiles this operator itself.
+_ascend_operators = torch.library.Library("_C_ascend", "FRAGMENT")
+_ascend_operators.define(
+    "npu_swiglu_group_quant(Tensor x, *, Tensor? topk_weight=None, Tensor? group_index=None, "
+    "ScalarType dst_type=float8_e4m3fn, int quant_mode=0, float clamp_value=0.0) -> (Tensor, Tensor, Tensor)"
+)
+_ascend_operators.impl("npu_swiglu_group_quant", npu_swiglu_group_quant, "CompositeExplicitAutograd")
 
 torch.npu = npu
 sys.modules["torch.npu"] = npu

@@ -26,6 +26,13 @@ def require_e8m0(name: str, dtype) -> None:
         raise NotImplementedError(f"{name}={dtype}: the stand-in supports only scales of float8_e8m0fnu")
 
 
+def is_fp4(name: str, dtype) -> bool:
+    """Return whether the dtype of a weight is packed FP4; None is the dtype of its tensor."""
+    if dtype not in (None, float4_e2m1fn_x2):
+        raise NotImplementedError(f"{name}={dtype}: the stand-in supports only float4_e2m1fn_x2 and None")
+    return dtype is not None
+
+
 def reject(operator: str, **arguments) -> None:
     """Reject arguments that the stand-in does not support."""
     for name, value in arguments.items():

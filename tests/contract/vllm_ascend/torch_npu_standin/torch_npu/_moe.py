@@ -6,9 +6,9 @@ Tokens are sorted by expert; `group_list` holds the tokens per expert as counts 
 import torch
 
 from torch_npu._dense import npu_swiglu
-from torch_npu._dtypes import reject, require_e4m3, require_e8m0
+from torch_npu._dtypes import is_fp4, reject, require_e4m3, require_e8m0
 from torch_npu._format import as_operators_read
-from torch_npu._mx import dequantize_rows, dequantize_weight, npu_dynamic_mx_quant
+from torch_npu._mx import dequantize_fp4_weight, dequantize_rows, dequantize_weight, npu_dynamic_mx_quant
 
 
 def _counts(group_list: torch.Tensor, group_list_type: int) -> list[int]:
@@ -50,13 +50,17 @@ def npu_grouped_matmul(
     group_list_type: int = 0,
     output_dtype: torch.dtype | None = None,
     scale_dtype=None,
+    antiquant_scale=None,
     per_token_scale_dtype=None,
     x_dtype=None,
     weight_dtype=None,
     **others,
 ) -> list[torch.Tensor]:
-    """Return [rows of x times their expert's weight [E, K, N]]; with scales in MXFP8, computed in float32."""
-    reject("npu_grouped_matmul", x_dtype=x_dtype, weight_dtype=weight_dtype, **others)
+    """Return [rows of x times their expert's weight [E, K, N]]; with scales in MXFP8, computed in float32.
+
+    FP4 weights have `antiquant_scale`, and the dtypes of x and weight are given.
+    """
+    reject("npu_grouped_matmul", **others)
     if split_item not in (2, 3) or group_type != 0:
         raise NotImplementedError(
             f"npu_grouped_matmul: {split_item=}, {group_type=}: only one x grouped by rows is supported"
@@ -65,6 +69,15 @@ def npu_grouped_matmul(
         raise NotImplementedError("npu_grouped_matmul: bias is not supported by the stand-in")
     x, weight = _one(x, "x"), _one(weight, "weight")
     counts = _counts(group_list, group_list_type)
+    what = "npu_grouped_matmul"
+    if is_fp4(f"{what}: weight_dtype", weight_dtype):
+        reject(what, scale=scale, scale_dtype=scale_dtype)
+        require_e4m3(f"{what}: x_dtype", x_dtype)
+        require_e8m0(f"{what}: per_token_scale_dtype", per_token_scale_dtype)
+        left = dequantize_rows(x, _one(per_token_scale, "per_token_scale"), f"{what}: x")
+        right = dequantize_fp4_weight(weight, _one(antiquant_scale, "antiquant_scale"), f"{what}: weight")
+        return [_grouped(left, right, counts).to(output_dtype)]
+    reject(what, x_dtype=x_dtype, antiquant_scale=antiquant_scale)
     if scale is None:
         return [_grouped(x, as_operators_read(weight), counts).to(output_dtype or x.dtype)]
     require_e8m0("npu_grouped_matmul: scale_dtype", scale_dtype)
@@ -211,3 +224,27 @@ def npu_moe_token_unpermute(
         raise NotImplementedError(f"npu_moe_token_unpermute: {padded_mode=}, probs={probs}")
     rows = permuted_tokens[sorted_indices.abs().long()].view(*probs.shape, -1)
     return (rows.float() * probs.float()[..., None]).sum(1).to(permuted_tokens.dtype)
+
+
+def npu_swiglu_group_quant(
+    x: torch.Tensor,
+    topk_weight: torch.Tensor | None = None,
+    group_index: torch.Tensor | None = None,
+    dst_type: torch.dtype = torch.float8_e4m3fn,
+    quant_mode: int = 0,
+    clamp_value: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Compute silu of the first half times the second, and quantize it; mode 2 is MXFP8.
+
+    vllm-ascend has this operator in its own compiled code (`torch.ops._C_ascend`). `group_index` holds the rows of each
+    group, whose sum is the number of rows to compute; the others stay zero here.
+    """
+    reject("npu_swiglu_group_quant", topk_weight=topk_weight)
+    if quant_mode != 2 or clamp_value:
+        raise NotImplementedError(f"npu_swiglu_group_quant: {quant_mode=}, {clamp_value=}")
+    require_e4m3("npu_swiglu_group_quant: dst_type", dst_type)
+    hidden = npu_swiglu(x.float())
+    if group_index is not None:
+        hidden[int(group_index.sum()) :] = 0
+    values, scales = npu_dynamic_mx_quant(hidden, dst_type=dst_type)
+    return values, scales, x.new_empty(0)

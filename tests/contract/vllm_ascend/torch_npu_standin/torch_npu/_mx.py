@@ -1,4 +1,4 @@
-"""MXFP8 operators: quantization of activations, and the product of quantized matrices.
+"""MX operators: quantization of activations to MXFP8, and their products with matrices in MXFP8 or MXFP4.
 
 Scales are pairs of groups: the quantized axis has ceil(ceil(K / 32) / 2) entries, and a trailing axis has 2. With an
 odd number of groups the last byte is padding (0), which no operator here reads.
@@ -6,9 +6,10 @@ odd number of groups the last byte is padding (0), which no operator here reads.
 
 import torch
 
-from torch_npu._dtypes import float4_e2m1fn_x2, reject, require_e4m3, require_e8m0
-from torch_npu._format import as_operators_read
+from torch_npu._dtypes import float4_e2m1fn_x2, is_fp4, reject, require_e4m3, require_e8m0
+from torch_npu._format import FRACTAL_NZ_C0_16, as_operators_read, get_npu_format
 from verl.utils.quantization.mx import MX_BLOCK_SIZE, mxfp8_dequantize, mxfp8_quantize
+from verl.utils.quantization.mxfp4 import mxfp4_dequantize
 
 
 def npu_dynamic_mx_quant(
@@ -63,6 +64,20 @@ def dequantize_weight(weight: torch.Tensor, scale: torch.Tensor, what: str) -> t
     return dequantize_rows(rows, scale.transpose(-2, -3), what).transpose(-1, -2)
 
 
+def dequantize_fp4_weight(weight: torch.Tensor, scale: torch.Tensor, what: str) -> torch.Tensor:
+    """Do the same for packed FP4: uint8 [..., K / 2, N] in FRACTAL_NZ with scales [..., K / 64, N, 2]."""
+    if get_npu_format(weight) != FRACTAL_NZ_C0_16:
+        raise RuntimeError(f"{what}: an FP4 weight must be in FRACTAL_NZ, cast for activations in FP8")
+    rows, scales = as_operators_read(weight).transpose(-1, -2), scale.transpose(-2, -3)
+    expected = (*rows.shape[:-1], rows.shape[-1] // MX_BLOCK_SIZE, 2)
+    if weight.dtype != torch.uint8 or tuple(scales.shape) != expected or rows.shape[-1] % MX_BLOCK_SIZE:
+        raise RuntimeError(
+            f"{what}: uint8 rows {list(rows.shape)} need scales {list(expected)}; got {weight.dtype} and scales "
+            f"{list(scales.shape)}"
+        )
+    return mxfp4_dequantize(rows.contiguous(), scales.flatten(-2).contiguous()).transpose(-1, -2)
+
+
 def npu_quant_matmul(
     x1: torch.Tensor,
     x2: torch.Tensor,
@@ -81,19 +96,21 @@ def npu_quant_matmul(
 ) -> torch.Tensor:
     """Multiply x1 [M, K] with pertoken_scale [M, ceil(K / 64), 2] by x2 [K, N] with scale [ceil(K / 64), N, 2].
 
+    With x2_dtype=float4_e2m1fn_x2, x2 is packed FP4 [K / 2, N].
     Sums are in float32, as on an NPU, whose order of summation is unknown.
     """
-    reject("npu_quant_matmul", offset=offset, x1_dtype=x1_dtype, x2_dtype=x2_dtype, y_scale=y_scale)
+    reject("npu_quant_matmul", offset=offset, x1_dtype=x1_dtype, y_scale=y_scale)
+    fp4 = is_fp4("npu_quant_matmul: x2_dtype", x2_dtype)
     require_e8m0("npu_quant_matmul: scale_dtype", scale_dtype)
     require_e8m0("npu_quant_matmul: pertoken_scale_dtype", pertoken_scale_dtype)
-    if list(group_sizes or ()) != [1, 1, MX_BLOCK_SIZE]:
-        raise NotImplementedError(f"npu_quant_matmul: {group_sizes=}: MXFP8 is [1, 1, 32]")
+    if list(group_sizes or ()) != [*((0, 0) if fp4 else (1, 1)), MX_BLOCK_SIZE]:
+        raise NotImplementedError(f"npu_quant_matmul: {group_sizes=}: MXFP8 is [1, 1, 32], FP4 weights [0, 0, 32]")
     if bias is not None and (bias.dtype != torch.float32 or tuple(bias.shape) != (x2.shape[1],)):
         raise RuntimeError(
             f"npu_quant_matmul: bias must be float32 [{x2.shape[1]}], got {bias.dtype} {list(bias.shape)}"
         )
     left = dequantize_rows(x1, pertoken_scale, "npu_quant_matmul: x1")
-    right = dequantize_weight(x2, scale, "npu_quant_matmul: x2")
+    right = (dequantize_fp4_weight if fp4 else dequantize_weight)(x2, scale, "npu_quant_matmul: x2")
     product = left @ right
     if bias is not None:
         product += bias

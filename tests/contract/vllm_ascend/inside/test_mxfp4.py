@@ -1,0 +1,376 @@
+"""W4A8_MXFP with the release's own scheme: weights in MXFP4, which the release holds in FRACTAL_NZ."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch_npu
+from contract.vllm_ascend import ranks
+from contract.vllm_ascend.forward import expert_layers, experts_output, in_float32, log_probs
+from contract.vllm_ascend.harness import RELEASE, build_model, engine, make_vllm_config, schemes
+from contract.vllm_ascend.reference import (
+    assert_same,
+    canonical,
+    engine_parameters,
+    packed,
+    parameters_of,
+    rounded,
+    rounded_fp4,
+)
+from contract.vllm_ascend.updates import Updates, addresses, checkpoints, config_of, scheme_of, weights_of
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+from vllm_ascend.quantization.methods import get_scheme_class
+
+from fixtures.deltas import nudged
+from fixtures.fake_quant import fake_quantized, mxfp4_round_trip
+from fixtures.ranks import run_ranks
+from verl.utils.quantization.ascend_releases import validate_mxfp4
+from verl.utils.vllm.mxfp4_layers import (
+    check_mxfp4_kernel_layouts,
+    mxfp4_layers,
+    restore_mxfp4_weights_for_loading,
+)
+from verl.workers.weight_sync.manifest import WeightUpdateError
+
+FRACTAL_NZ_C0_16 = 50
+W4A8 = {"quantization_scheme": "W4A8_MXFP"}
+OLD = RELEASE in ("0.18.0", "0.23.0", "0.26.0rc1")
+replaceable = pytest.mark.skipif(OLD, reason="verl refuses the scheme before 0.28: see below")
+KINDS = pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
+
+
+def fp4(name):
+    return True
+
+
+def built(first, **over):
+    config = config_of(first, **W4A8)
+    return config, scheme_of(first, **W4A8)
+
+
+@pytest.mark.skipif(not OLD, reason="later releases restore the weights of this scheme")
+def test_release_that_cannot_restore_the_weights_is_refused(tmp_path):
+    try:
+        scheme = get_scheme_class("W4A8_MXFP", "linear")
+    except (KeyError, ValueError, NotImplementedError):
+        scheme = None
+    assert not hasattr(scheme, "restore_weights_for_rl_loading")
+    (first,) = checkpoints(tmp_path, "qwen3", 1)
+    layers = scheme_of(first, **W4A8).format.layers
+    with pytest.raises(ValueError, match=rf"q_proj is W4A8_MXFP, and vllm-ascend {RELEASE} cannot replace"):
+        validate_mxfp4(layers, 1, RELEASE)
+
+
+@replaceable
+@KINDS
+def test_release_moves_the_weights(tmp_path, kind):
+    """The reason for the hooks: its own restore and transformation make new tensors."""
+    first, second = checkpoints(tmp_path, kind, 2)
+    config, scheme = built(first)
+    with engine(config):
+        model = build_model(config)
+        weights = {
+            name: p.data for name, p in model.named_parameters() if name.endswith("weight") and p.dtype == torch.uint8
+        }
+        assert weights
+        for layer in mxfp4_layers(model).values():
+            layer.quant_method.quant_method.restore_weights_for_rl_loading(layer)
+        model.load_weights(scheme.encode(weights_of(second).items()))
+        for layer in mxfp4_layers(model).values():
+            layer.quant_method.process_weights_after_loading(layer)
+        assert_same(parameters_of(model), engine_parameters(weights_of(second), fp4=fp4))
+        parameters = dict(model.named_parameters())
+        assert all(parameters[name].data_ptr() != weight.data_ptr() for name, weight in weights.items())
+
+
+@replaceable
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@KINDS
+def test_every_update_writes_the_expected_bytes_at_the_same_addresses(tmp_path, kind, tied):
+    first, *others = checkpoints(tmp_path, kind, tied=tied)
+    config, scheme = built(first)
+    with engine(config):
+        model = build_model(config)
+        check_mxfp4_kernel_layouts(model)
+        updates, before = Updates(model, config, scheme), addresses(model)
+        for source in [*others, first, others[0]]:
+            updates.send(weights_of(source))
+            assert_same(parameters_of(model), engine_parameters(weights_of(source), fp4=fp4))
+            assert addresses(model) == before
+            found = {
+                torch_npu.get_npu_format(p.data) for p in model.parameters() if p.dtype == torch.uint8 and p.ndim < 4
+            }
+            assert FRACTAL_NZ_C0_16 in found
+
+
+@replaceable
+@KINDS
+def test_update_equals_a_load_of_the_release(tmp_path, kind):
+    """vLLM loads an encoded checkpoint by itself; the memory of every parameter is the same, blocks included."""
+    first, second = checkpoints(tmp_path, kind, 2)
+    config, scheme = built(first)
+
+    def memory(model):
+        return {
+            name: (torch_npu.get_npu_format(p.data), p.data.untyped_storage().tolist())
+            for name, p in model.named_parameters()
+            if p.dtype == torch.uint8
+        }
+
+    with engine(config):
+        model = build_model(config)
+        Updates(model, config, scheme).send(weights_of(second))
+        updated = memory(model)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in scheme.encode(weights_of(second).items())},
+        second / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    config = make_vllm_config(second, scheme.format.description.to_json_dict())
+    with engine(config):
+        assert memory(build_model(config)) == updated
+
+
+@replaceable
+@KINDS
+def test_delta_leaves_the_bytes_of_a_full_update(tmp_path, kind):
+    (source,) = checkpoints(tmp_path, kind, 1, tied=kind == "qwen3")
+    config, scheme = built(source)
+    weights = weights_of(source)
+    with engine(config):
+        model = build_model(config)
+        updates, before = Updates(model, config, scheme), addresses(model)
+        updates.send(weights)
+        if not updates.accepts_delta:  # the next full update keeps the sources of derived tensors
+            updates.send(weights)
+        assert updates.accepts_delta
+        for step in range(5):
+            old, weights = weights, nudged(weights, step, 10 ** (step - 5))
+            updates.send_delta(old, weights)
+            assert_same(parameters_of(model), engine_parameters(weights, fp4=fp4))
+            assert addresses(model) == before
+        updates.send(weights_of(source))
+        assert_same(parameters_of(model), engine_parameters(weights_of(source), fp4=fp4))
+
+
+@replaceable
+@KINDS
+def test_schemes_are_mixed_by_layer(tmp_path, kind):
+    """Attention of one layer in MXFP8, one down_proj or the experts of one layer unquantized, the rest in MXFP4."""
+    first, *others = checkpoints(tmp_path, kind, 4)
+    plain = "layers.0.mlp.experts" if kind == "qwen3_moe" else "layers.0.mlp.down_proj"
+    entries = scheme_of(first, **W4A8).format.description.to_json_dict()
+    for key in [key for key, value in entries.items() if value == "W4A8_MXFP" and "." in key]:
+        if "layers.1.self_attn" in key:
+            entries[key] = "W8A8_MXFP8"
+        elif plain in key:
+            entries[key] = "FLOAT"
+    file = tmp_path / "description.json"
+    file.write_text(json.dumps(entries))
+    config = config_of(first, quantization_config_file=str(file))
+    scheme = scheme_of(first, quantization_config_file=str(file))
+    with engine(config):
+        model = build_model(config)
+        assert len(mxfp4_layers(model)) < len([name for name in schemes(model).values() if "MXFP" in name])
+        updates, before = Updates(model, config, scheme), addresses(model)
+        for source in [*others, first, others[0]]:
+            updates.send(weights_of(source))
+            expected = engine_parameters(
+                weights_of(source), left_out=(plain,), fp4=lambda name: "layers.1.self_attn" not in name
+            )
+            if kind == "qwen3_moe":
+                for name in ("w13_weight", "w2_weight"):
+                    key = f"model.layers.0.mlp.experts.{name}"
+                    expected[key] = np.swapaxes(expected[key], 1, 2)
+            assert_same(parameters_of(model), expected)
+            assert addresses(model) == before
+
+
+def assert_rounded(output, expected):
+    """Check equality with float64 `expected` up to rounding to bfloat16 and float32 sums."""
+    error = np.abs(output.double().numpy() - expected)
+    assert (error <= 2.0**-8 * np.abs(expected) + 1e-6 * np.abs(expected).max()).all(), error.max()
+
+
+@replaceable
+def test_linear_layers_after_every_update(tmp_path):
+    first, *others = checkpoints(tmp_path, "qwen3")
+    config, scheme = built(first)
+    generator = torch.Generator().manual_seed(0)
+    with engine(config):
+        model = build_model(config)
+        updates = Updates(model, config, scheme)
+        for source in others:
+            updates.send(weights_of(source))
+            weights = packed(weights_of(source))
+            layers = mxfp4_layers(model)
+            assert len(layers) == 8
+            for name, layer in layers.items():
+                weight = weights[f"{canonical(name)}.weight"]
+                x = torch.randn(5, weight.shape[1], generator=generator, dtype=torch.bfloat16)
+                output, _ = layer(x.clone())
+                assert output.dtype == torch.bfloat16
+                assert_rounded(output, rounded(x) @ rounded_fp4(weight).T)
+
+
+@replaceable
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+def test_dense_model_equals_a_fake_quantized_one(tmp_path, kind):
+    first, *others = checkpoints(tmp_path, kind, std=0.02)
+    config, scheme = built(first)
+    ids = torch.randint(4, 100, (60,), generator=torch.Generator().manual_seed(0))
+    with engine(config):
+        model = in_float32(build_model(config))
+        updates = Updates(model, config, scheme)
+        for source in [*others, first]:
+            updates.send(weights_of(source))
+            actual = log_probs(model, ids)
+            reference = fake_quantized(source, weights=lambda name: mxfp4_round_trip)
+            with torch.no_grad():
+                expected = torch.log_softmax(reference(ids[None]).logits[0].double(), -1)
+                plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)(ids[None]).logits[0]
+            difference = (actual - expected).abs()
+            assert difference.mean() <= 5e-5
+            assert difference.median() <= 1e-6
+            assert (actual - torch.log_softmax(plain.double(), -1)).abs().mean() > 1e-3, "nothing was quantized"
+
+
+def experts_by_hand(x, logits, w13, w2, top_k):
+    """Compute every token with each of its experts: the first product is rounded to bfloat16, as in the release."""
+    scores = np.exp(logits.double().numpy())
+    scores /= scores.sum(-1, keepdims=True)
+    x, w13, w2 = rounded(x), rounded_fp4(w13), rounded_fp4(w2)
+    total, largest = np.zeros((len(x), w2.shape[1])), 0.0
+    for token in range(len(x)):
+        chosen = np.argsort(-scores[token])[:top_k]
+        weights = scores[token][chosen] / scores[token][chosen].sum()
+        for expert, weight in zip(chosen, weights, strict=True):
+            product = torch.from_numpy(w13[expert] @ x[token]).bfloat16().double().numpy()
+            gate, up = np.split(product, 2)
+            inner = rounded(torch.from_numpy(gate / (1 + np.exp(-gate)) * up)[None])[0]
+            product = w2[expert] @ inner
+            total[token] += weight * product
+            largest = max(largest, np.abs(product).max())
+    return total, largest
+
+
+@replaceable
+def test_experts_after_every_update(tmp_path):
+    first, *others = checkpoints(tmp_path, "qwen3_moe")
+    config, scheme = built(first)
+    generator = torch.Generator().manual_seed(0)
+    with engine(config):
+        model = build_model(config)
+        updates = Updates(model, config, scheme)
+        for source in others:
+            updates.send(weights_of(source))
+            weights = packed(weights_of(source))
+            layers = expert_layers(model)
+            assert len(layers) == 2
+            for name, layer in layers.items():
+                x = torch.randn(9, 64, generator=generator, dtype=torch.bfloat16)
+                logits = torch.randn(9, 4, generator=generator, dtype=torch.bfloat16)
+                output = experts_output(config, layer, x, logits, 2)
+                w13, w2 = weights[f"{name}.w13_weight"], weights[f"{name}.w2_weight"]
+                expected, largest = experts_by_hand(x, logits, w13, w2, 2)
+                # An expert's output, its weight and their sum are rounded to bfloat16, each by 2**-8 at most.
+                assert np.abs(output.double().numpy() - expected).max() <= 3 * 2.0**-8 * largest
+
+
+@replaceable
+@pytest.mark.parametrize(("kind", "over"), [("qwen3", {}), ("qwen3_moe", {"moe_intermediate_size": 128})])
+def test_each_rank_holds_its_share(tmp_path, kind, over):
+    sources = checkpoints(tmp_path, kind, 4, hidden_size=128, intermediate_size=256, **over)
+    name = "model.layers.1.self_attn.o_proj.weight_scale"
+    for message in run_ranks(2, ranks.update, 2, sources, name, "W4A8_MXFP"):
+        assert re.search(rf"{re.escape(name)}.*not padded", message)
+
+
+@replaceable
+def test_padded_memory_is_refused(tmp_path):
+    """qkv_proj has 72 outputs, which blocks of 16 rows pad."""
+    sizes = {"num_attention_heads": 16, "num_key_value_heads": 1, "head_dim": 4}
+    (first,) = checkpoints(tmp_path, "qwen3", 1, **sizes)
+    config, scheme = built(first)
+    with pytest.raises(ValueError, match=r"k_proj \[4, 64\] is W4A8_MXFP and has 4 outputs .* multiple of 16"):
+        validate_mxfp4(scheme.format.layers, 1, RELEASE)
+    with engine(config):
+        model = build_model(config)
+        message = r"qkv_proj\.weight: 72 outputs take 2560 bytes for 2304, so its memory is padded"
+        with pytest.raises(RuntimeError, match=message):
+            check_mxfp4_kernel_layouts(model)
+
+
+@replaceable
+def test_format_that_an_update_changes_is_refused(tmp_path):
+    first, second = checkpoints(tmp_path, "qwen3", 2)
+    config, scheme = built(first)
+    with engine(config):
+        model = build_model(config)
+        updates = Updates(model, config, scheme)
+        own = model.get_submodule("model.layers.1.mlp.down_proj").quant_method.quant_method
+        process = own.process_weights_after_loading
+
+        def casting_back(layer):
+            process(layer)
+            layer.weight.data = torch_npu.npu_format_cast(layer.weight.data.transpose(-1, -2), 2).transpose(-1, -2)
+
+        own.process_weights_after_loading = casting_back
+        message = (
+            r"model\.layers\.1\.mlp\.down_proj\.weight: its memory format became .* \(2\), the first load made .*50"
+        )
+        with pytest.raises(RuntimeError, match=message):
+            updates.send(weights_of(second))
+
+
+@replaceable
+def test_moved_weights_are_refused(tmp_path):
+    (first,) = checkpoints(tmp_path, "qwen3", 1)
+    config, _ = built(first)
+    with engine(config):
+        model = build_model(config)
+        check_mxfp4_kernel_layouts(model)
+        layer = model.get_submodule("model.layers.1.mlp.down_proj")
+        layer.weight.data = layer.weight.data.clone()
+        with pytest.raises(RuntimeError, match=r"model\.layers\.1\.mlp\.down_proj\.weight: its memory was replaced"):
+            restore_mxfp4_weights_for_loading(model)
+
+
+@replaceable
+def test_other_weights_in_nz_are_refused(tmp_path):
+    """Only weights in MXFP4 may have this format; here a scale gets it."""
+    first, second = checkpoints(tmp_path, "qwen3", 2)
+    config, scheme = built(first)
+    with engine(config):
+        model = build_model(config)
+        norm = model.get_submodule("model.embed_tokens")
+        norm.weight.data = torch_npu.npu_format_cast(norm.weight.data, 29)
+        with pytest.raises(RuntimeError, match=r"embed_tokens\.weight: its memory format is FRACTAL_NZ \(29\)"):
+            Updates(model, config, scheme).send(weights_of(second))
+
+
+@replaceable
+@KINDS
+def test_faults_are_rejected_by_name_and_a_full_update_recovers(tmp_path, kind):
+    first, second = checkpoints(tmp_path, kind, 2)
+    config, scheme = built(first)
+    weights = weights_of(second)
+    name = next(name for name in weights if name.endswith("up_proj.weight"))
+    with engine(config):
+        model = build_model(config)
+        updates, before = Updates(model, config, scheme), addresses(model)
+        encoded = dict(updates.encoded(weights))
+        faults = [
+            ({f"{name}_scale": torch.nn.functional.pad(encoded[f"{name}_scale"], (0, 2))}, "not padded"),
+            ({name: weights[name]}, "bfloat16"),
+            ({name: encoded[name][:-1]}, "shape"),
+        ]
+        for change, message in faults:
+            with pytest.raises((WeightUpdateError, ValueError), match=rf"{name}.*{message}"):
+                updates.stream((encoded | change).items())
+        updates.send(weights)
+        assert_same(parameters_of(model), engine_parameters(weights, fp4=fp4))
+        assert addresses(model) == before
