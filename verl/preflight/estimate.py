@@ -61,7 +61,7 @@ def estimate_memory(
 ) -> MemoryEstimate | None:
     """Return the host memory that the run needs; None if the files do not give the model's size.
 
-    On an accelerator, models use the device's memory, so only the processes themselves count.
+    On an accelerator, models use the device's memory, so the processes themselves count, and buffers of updates.
 
     Args:
         critic: the critic's files; None without a critic.
@@ -76,17 +76,19 @@ def estimate_memory(
     buckets = rollout.checkpoint_engine.buckets_in_flight * min(bucket, engine_bytes)
     other = buckets + _DRIVER_BASE + config.reward.workers * _REWARD_WORKER
     trainer, replica, cache = _TRAINER_BASE, _REPLICA_BASE, 0
+    scheme = weight_format_class(rollout.quantization)
     if device == "cpu":
         trainer += _cpu_trainer_bytes(config, model, model.parameters, critic)
         cache = cpu_kv_cache_bytes(model, itemsize, config.max_model_len, rollout.max_num_seqs)
-        scheme = weight_format_class(rollout.quantization)
-        held = scheme.estimated_bytes(model.parameters, itemsize)
+        held = scheme.estimated_bytes(model.parameters, itemsize, rollout.quantization_scheme)
         # A full update holds the weights in checkpoint layout and in kernel layout at the same time. On a CPU there is
         # also a packed or dequantized copy, which the kernels read.
         replica += engine_bytes + 2 * held + cache
         if full_update_reason(rollout, device) is None:
             # Deltas need the last sent weights.
             trainer += (held if scheme.trainer_encodes else engine_bytes) // ranks
+    else:
+        replica += scheme.host_bytes(model.parameters, rollout.quantization_scheme)
     nodes = config.trainer.nnodes
     local_ranks = ranks // nodes
     local_replicas = 0 if replica_nodes(config, device) else replica_count(config) // nodes

@@ -183,3 +183,61 @@ def test_experts_need_pairs_of_blocks_on_each_rank(examine_on, tp, fits):
     _, found = examine_on("Qwen3-30B-A3B", {"actor_rollout_ref.rollout.tensor_model_parallel_size": tp})
     about = [text for text in found.errors if "96 inputs on a rank" in text and "quantization_config_file" in text]
     assert bool(about) is not fits
+
+
+SCHEME = f"{FIELD}_scheme"
+
+
+@pytest.fixture
+def fitting(decoder, monkeypatch):
+    """The decoder with inputs that are multiples of 64."""
+    monkeypatch.setitem(SIZES, "inner", 128)
+    decoder()
+
+
+def test_plan_of_mxfp4(fitting, plan_of):
+    """Half a byte per weight and 1 byte per 32 of them, bfloat16 for others; the plan names the format."""
+    keys = {FIELD: "ascend", SCHEME: "W4A8_MXFP", "actor_rollout_ref__rollout__dtype": "bfloat16"}
+    plan = plan_of(**keys)
+    assert plan.rollout_weights.startswith("MXFP4: 14 of 17 weights")
+    hidden, inner = SIZES["hidden"], SIZES["inner"]
+    elements = 2 * (4 * hidden * hidden + 3 * hidden * inner)
+    assert plan.update_bytes == elements * 17 // 32 + 2 * (32 * hidden + hidden)
+    eight = plan_of(**{**keys, SCHEME: "W8A8_MXFP8"})
+    assert eight.rollout_weights.startswith("MXFP8") and eight.memory.replica_bytes > plan.memory.replica_bytes
+
+
+@pytest.mark.parametrize("value", ["fp8", "null"])
+def test_scheme_of_another_quantization_is_rejected(fitting, problem_of, value):
+    problem = problem_of(**{FIELD: value, SCHEME: "W4A8_MXFP"})
+    assert f"quantization_scheme=W4A8_MXFP: actor_rollout_ref.rollout.quantization={value} has no schemes" in problem
+
+
+def test_scheme_beside_a_file_is_rejected(fitting, problem_of, tmp_path):
+    file = tmp_path / "ignore.json"
+    file.write_text('{"ignore": []}')
+    problem = problem_of(**{FIELD: "ascend", SCHEME: "W4A8_MXFP", FILE: file})
+    assert f"quantization_config_file={file} describes the layers one by one; remove one of the two" in problem
+
+
+def test_unknown_scheme_is_rejected(fitting, problem_of):
+    problem = problem_of(**{FIELD: "ascend", SCHEME: "W4A4_MXFP4"})
+    assert "rollout.quantization_scheme=W4A4_MXFP4" in problem and "W8A8_MXFP8, W4A8_MXFP, null" in problem
+
+
+def test_inputs_that_are_no_multiple_of_64_are_rejected(decoder, problem_of):
+    problem = problem_of(**{FIELD: "ascend", SCHEME: "W4A8_MXFP"})
+    assert "model.layers.0.mlp.down_proj [64, 96] has 96 inputs on a rank" in problem
+    assert "W4A8_MXFP takes multiples of 64 only" in problem and "verl describe" in problem
+
+
+def test_host_memory_of_mxfp4_on_an_npu(examine_on):
+    """The engine keeps half a byte per weight for updates."""
+    keys = {"actor_rollout_ref.rollout.tensor_model_parallel_size": 1}
+    eight, _ = examine_on("Qwen3-8B", keys)
+    four, _ = examine_on("Qwen3-8B", {**keys, "actor_rollout_ref.rollout.quantization_scheme": "W4A8_MXFP"})
+    hidden, width, layers, kv, words = 4096, 12288, 36, 1024, 151936
+    parameters = layers * hidden * (2 * hidden + 2 * kv + 3 * width) + 2 * words * hidden
+    parameters += layers * (2 * hidden + 256) + hidden
+    assert four.memory.replica_bytes - eight.memory.replica_bytes == parameters // 2
+    assert four.update_bytes < 0.7 * eight.update_bytes

@@ -2,13 +2,19 @@
 
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 
 from fixtures.tiny import write_tiny_model
 from verl.utils.quantization import ascend_releases
 from verl.utils.quantization.ascend_description import build_description
-from verl.utils.quantization.ascend_releases import check_vllm_ascend, untested_release, validate_paired_groups
+from verl.utils.quantization.ascend_releases import (
+    check_vllm_ascend,
+    untested_release,
+    validate_mxfp4,
+    validate_paired_groups,
+)
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +104,29 @@ def test_release_newer_than_the_tested_ones_has_a_warning():
         assert text is not None
         assert f"vllm-ascend {newer} is newer than the newest release tested with verl, 0.30.0rc2" in text
         assert "only after a self-test" in text
+
+
+def mxfp4_layers(layers, kind, tp_size=1, **sizes):
+    return [replace(layer, scheme="W4A8_MXFP") for layer in layers(kind, tp_size, **sizes)]
+
+
+@pytest.mark.parametrize("release", ["0.18.0", "0.23.0", "0.26.0rc1", "0.27.1"])
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
+def test_mxfp4_weights_are_rejected_before_0_28(layers, release, kind):
+    found = mxfp4_layers(layers, kind)
+    message = rf"\S+_proj is W4A8_MXFP, and vllm-ascend {release} cannot replace such weights: use .* 0\.28\.0"
+    with pytest.raises(ValueError, match=message):
+        validate_mxfp4(found, 1, release)
+    for newer in ("0.28.0rc1", "0.28.0", "0.30.0rc2"):
+        validate_mxfp4(found, 1, newer)
+    validate_mxfp4(layers(kind), 1, release)  # MXFP8
+
+
+def test_mxfp4_weights_need_full_blocks_of_rows_on_each_rank(layers):
+    """64 outputs of gate_proj: 16 on each of four ranks, 8 on each of eight."""
+    found = [layer for layer in mxfp4_layers(layers, "qwen3", intermediate_size=64) if "gate_proj" in layer.name]
+    validate_mxfp4(found, 4, "0.30.0")
+    with pytest.raises(
+        ValueError, match=r"gate_proj \[64, 64\] is W4A8_MXFP and has 8 outputs .*size=8\), must be a multiple of 16"
+    ):
+        validate_mxfp4(found, 8, "0.30.0")

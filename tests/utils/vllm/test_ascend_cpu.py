@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from verl.utils.vllm import ascend_cpu, plugin
+from verl.utils.vllm.mxfp4_layers import apply_mxfp4_transformation_after_loading, restore_mxfp4_weights_for_loading
 from verl.utils.vllm.vllm_fp8_utils import (
     apply_mxfp8_transformation_after_loading,
     is_mxfp8_vllm_ascend,
@@ -98,6 +99,74 @@ def test_the_layout_equals_vllm_ascends():
     assert layer._mxfp8_original_shapes == {"weight": (6, 96), "weight_scale": (6, 3)}
 
 
+E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
+
+
+def mxfp4_linear(n, k, dtype=torch.float32):
+    layer = nn.Module()
+    layer.quant_method = ascend_cpu.AscendCpuMxfp4LinearMethod()
+    layer.quant_method.create_weights(layer, k, [n], k, n, dtype)
+    return layer
+
+
+def fill_mxfp4(layer, generator):
+    """Load random bytes; return the weight [N, K] that they mean, one number at a time."""
+    layer.weight.data.copy_(torch.randint(0, 256, layer.weight.shape, generator=generator, dtype=torch.uint8))
+    layer.weight_scale.data.copy_(
+        torch.randint(120, 130, layer.weight_scale.shape, generator=generator, dtype=torch.uint8)
+    )
+    n, half = layer.weight.shape
+    exact = torch.zeros(n, 2 * half, dtype=torch.float64)
+    for row in range(n):
+        for column in range(2 * half):
+            code = int(layer.weight[row, column // 2]) >> 4 * (column % 2) & 15
+            exact[row, column] = E2M1[code] * 2.0 ** (int(layer.weight_scale[row, column // 32]) - 127)
+    return exact
+
+
+@pytest.mark.parametrize("k", [64, 192])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mxfp4_linear_multiplies_quantized_activations_with_packed_weights(k, dtype):
+    generator = torch.Generator().manual_seed(k)
+    layer = mxfp4_linear(6, k, dtype)
+    model = nn.Sequential(layer)
+    for update in range(3):
+        x = torch.randn(3, k, generator=generator).to(dtype)
+        bias = torch.randn(6, generator=generator).to(dtype)
+        restore_mxfp4_weights_for_loading(model)
+        weight = fill_mxfp4(layer, generator)
+        if update:
+            apply_mxfp4_transformation_after_loading(model)
+        else:
+            layer.quant_method.process_weights_after_loading(layer)
+        expected = decoded(*encoded(x)) @ weight.T + bias.double()
+        rounding = 1e-6 if dtype == torch.float32 else 2**-8
+        result = layer.quant_method.apply(layer, x, bias)
+        assert torch.allclose(result.double(), expected, rtol=rounding, atol=100 * rounding)
+
+
+def test_the_mxfp4_layout_equals_vllm_ascends():
+    layer = mxfp4_linear(6, 128)
+    assert (layer.weight.shape, layer.weight.dtype) == ((6, 64), torch.uint8)
+    assert (layer.weight_scale.shape, layer.weight_scale.dtype) == ((6, 4), torch.uint8)
+    fill_mxfp4(layer, torch.Generator().manual_seed(0))
+    packed, scales = layer.weight.data.clone(), layer.weight_scale.data.clone()
+    layer.quant_method.process_weights_after_loading(layer)
+    assert torch.equal(layer.weight.data, packed.T) and layer.weight_scale.shape == (2, 6, 2)
+    for row in range(6):
+        for group in range(4):
+            assert layer.weight_scale[group // 2, row, group % 2] == scales[row, group]
+    assert layer._mxfp4_transformed and not hasattr(layer, "_mxfp8_transformed")
+    assert layer._mxfp4_original_shapes == {"weight": (6, 64), "weight_scale": (6, 4)}
+    assert {name for name, _ in layer.named_parameters()} == {"weight", "weight_scale"}
+
+
+@pytest.mark.parametrize("k", [96, 80, 32])
+def test_mxfp4_inputs_that_are_no_multiple_of_64_are_refused(k):
+    with pytest.raises(ValueError, match=f"weight has {k} inputs, W4A8_MXFP takes multiples of 64"):
+        mxfp4_linear(6, k)
+
+
 def test_processing_twice_changes_nothing():
     layer = linear(6, 96)
     fill(layer, torch.randn(6, 96, generator=torch.Generator().manual_seed(0)))
@@ -131,6 +200,11 @@ DESCRIPTION = {
     "model.layers.0.mlp.up_proj.weight": "FLOAT",
     "model.layers.0.mlp.down_proj.weight": "FLOAT",
     "model.layers.0.self_attn.o_proj.weight": "W8A8_DYNAMIC",
+    "model.layers.1.self_attn.q_proj.weight": "W8A8_MXFP8",
+    "model.layers.1.self_attn.k_proj.weight": "W4A8_MXFP",
+    "model.layers.1.self_attn.v_proj.weight": "W8A8_MXFP8",
+    "model.layers.1.mlp.gate_proj.weight": "W4A8_MXFP",
+    "model.layers.1.mlp.up_proj.weight": "W4A8_MXFP",
     "lm_head.weight": "FLOAT",
 }
 
@@ -151,6 +225,7 @@ def test_the_description_selects_the_layers():
 
     assert isinstance(method_of("model.layers.0.self_attn.qkv_proj"), ascend_cpu.AscendCpuLinearMethod)
     assert isinstance(method_of("model.layers.0.mlp.down_proj"), UnquantizedLinearMethod)
+    assert isinstance(method_of("model.layers.1.mlp.gate_up_proj"), ascend_cpu.AscendCpuMxfp4LinearMethod)
 
 
 @pytest.mark.parametrize(
@@ -158,6 +233,7 @@ def test_the_description_selects_the_layers():
     [
         ("model.layers.0.mlp.gate_up_proj", r"gate_proj.*up_proj.*must all be"),
         ("model.layers.0.self_attn.o_proj", r"o_proj.*W8A8_DYNAMIC"),
+        ("model.layers.1.self_attn.qkv_proj", r"k_proj.*\['W4A8_MXFP', 'W8A8_MXFP8'\].*must all be"),
         ("model.layers.1.mlp.down_proj", r"no entry 'model\.layers\.1\.mlp\.down_proj\.weight'"),
     ],
 )
@@ -168,6 +244,8 @@ def test_an_inconsistent_description_is_refused(prefix, message):
 
 def test_the_hooks_recognize_the_config():
     assert is_mxfp8_vllm_ascend(ascend_cpu.AscendCpuConfig(DESCRIPTION))
+    mxfp4 = {"quant_method": "ascend", "model_quant_type": "W4A8_MXFP", "lm_head.weight": "FLOAT"}
+    assert not is_mxfp8_vllm_ascend(ascend_cpu.AscendCpuConfig(mxfp4))
 
 
 # ---- registration ----

@@ -124,7 +124,7 @@ def mxfp4_squared_error(x: torch.Tensor, packed: torch.Tensor, scales: torch.Ten
     # An NPU has no float64 arithmetic.
     wide = torch.float32 if x.device.type == "npu" else torch.float64
     parts = to_blocks(x.detach(), MX_BLOCK_SIZE), to_blocks(packed, _PACKED_BLOCK), scales.reshape(-1, 1)
-    (sums,) = _in_pieces(lambda *pieces: (_squared_errors(*pieces, wide),), *parts)
+    (sums,) = _in_pieces(lambda source, codes, bytes_: (_squared_errors(source, codes, bytes_, wide),), *parts)
     return sums.sum(0)
 
 

@@ -32,3 +32,13 @@ def test_errors_are_one_line_on_stderr(dense, tmp_path, capsys):
     captured = capsys.readouterr()
     assert captured.err.startswith("ignore 'nothing': matches no layer") and captured.err.count("\n") == 1
     assert not (tmp_path / "out.json").exists()
+
+
+def test_scheme_of_the_quantized_layers(dense, tmp_path, capsys):
+    output = tmp_path / "out.json"
+    assert main([str(dense), "--scheme", "W4A8_MXFP", "-o", str(output)]) == 0
+    assert json.loads(output.read_text()) == build_description(dense, scheme="W4A8_MXFP").to_json_dict()
+    printed = capsys.readouterr().out
+    # 64 x 128 weights in two layers: half a byte each and one scale byte for 32
+    assert re.search(r"mlp.down_proj +2 +64 x 128 +BF16 +row +32.0 KiB +8.5 KiB +MXFP4", printed), printed
+    assert "In MXFP4: 14 of" in printed

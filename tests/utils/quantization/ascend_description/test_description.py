@@ -87,3 +87,25 @@ def test_inputs_with_a_partial_last_block_are_quantized(tmp_path, k, groups):
     layer = description.layer("model.layers.0.mlp.down_proj.weight")
     assert layer.quantized and layer.k == k
     assert layer.engine_nbytes == 64 * k + 64 * groups
+
+
+def test_bytes_of_mxfp4(model_dir):
+    """Half a byte per weight, plus 1 scale byte per 32."""
+    h, i = 1024, 3072
+    projections = [(2048, h), (1024, h), (1024, h), (h, 2048), (i, h), (i, h), (h, i)]
+    description = build_description(model_dir("Qwen3-0.6B"), scheme="W4A8_MXFP")
+    quantized = sum(layer.engine_nbytes for layer in description.layers if layer.quantized)
+    assert quantized == 28 * sum(n * k // 2 + n * k // 32 for n, k in projections)
+    rest = sum(layer.info.nbytes for layer in description.layers if not layer.quantized)
+    norms = sum(2 * info.shape[0] for info in description.parameters.values() if len(info.shape) == 1)
+    matrices = sum(layer.info.nbytes for layer in description.layers if layer.reason and len(layer.info.shape) == 2)
+    assert description.engine_bytes(2) == quantized + norms + matrices and rest >= matrices
+
+
+def test_scheme_of_every_entry(dense):
+    eight, four = (build_description(dense, scheme=scheme).to_json_dict() for scheme in ("W8A8_MXFP8", "W4A8_MXFP"))
+    assert eight["model_quant_type"] == "W8A8_MXFP8" and four["model_quant_type"] == "W4A8_MXFP"
+    assert {
+        key: value.replace("W8A8_MXFP8", "W4A8_MXFP") if isinstance(value, str) else value
+        for key, value in eight.items()
+    } == four

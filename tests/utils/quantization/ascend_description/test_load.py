@@ -112,3 +112,57 @@ def test_damaged_file_is_rejected(dense, tmp_path, text, message):
         path.write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=f"{re.escape(str(path))}.*{re.escape(message)}"):
         resolve_description(dense, path)
+
+
+def test_schemes_are_mixed_by_layer(dense):
+    change = {f"model.layers.0.self_attn.{name}_proj.weight": "W4A8_MXFP" for name in "qkv"}
+    change["model.layers.1.mlp.down_proj.weight"] = "W4A8_MXFP"
+    description = load_description(given_file(dense, change), dense)
+    entries = description.to_json_dict()
+    assert {key for key, value in entries.items() if value == "W4A8_MXFP"} == set(change)
+    assert entries["model.layers.0.mlp.down_proj.weight"] == MX and entries["model_quant_type"] == MX
+    assert description.schemes == (MX, "W4A8_MXFP") and description.weight_formats == "MXFP8 and MXFP4"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"model.layers.0.self_attn.k_proj.weight": "W4A8_MXFP"},
+            r"q_proj,k_proj,v_proj.*: \S+q_proj is W8A8_MXFP8, \S+k_proj is W4A8_MXFP; give them one value",
+        ),
+        ({"model.layers.1.mlp.up_proj.weight": "W4A8_MXFP"}, r"gate_proj,up_proj.*up_proj is W4A8_MXFP"),
+        ({"lm_head.weight": "W4A8_MXFP"}, r"lm_head \[128, 64\] is W4A8_MXFP, but cannot be"),
+    ],
+)
+def test_mixed_shards_of_a_packed_layer_are_rejected(dense, change, message):
+    with pytest.raises(ValueError, match=message):
+        load_description(given_file(dense, change), dense)
+
+
+def test_mixed_experts_are_rejected(moe):
+    file = given_file(moe, {"model.layers.1.mlp.experts.3.up_proj.weight": "W4A8_MXFP"})
+    with pytest.raises(ValueError, match=r"layers.1.mlp.experts: the engine packs these 12 .*3.up_proj is W4A8_MXFP"):
+        load_description(file, moe)
+
+
+@pytest.mark.parametrize(("inputs", "tp_size"), [(96, 1), (80, 1), (192, 2)])
+def test_mxfp4_inputs_that_are_no_multiple_of_64_are_rejected(tmp_path, inputs, tp_size):
+    directory = write_header_checkpoint(tmp_path, *small_decoder(intermediate_size=inputs))
+    file = given_file(directory, {f"model.layers.{layer}.mlp.down_proj.weight": "W4A8_MXFP" for layer in (0, 1)})
+    smaller = "use tensor_model_parallel_size=1, or " if tp_size > 1 else ""
+    message = (
+        rf"down_proj \[64, {inputs}\] has {inputs // tp_size} inputs on a rank .*of 64 only: {smaller}give it another"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_description(file, directory, tp_size=tp_size)
+
+
+def test_scheme_beside_a_description_of_the_model_is_rejected(dense):
+    own = dense / "quant_model_description.json"
+    own.write_text(json.dumps(build_description(dense).to_json_dict()))
+    with pytest.raises(ValueError, match=r"quantization_scheme=W4A8_MXFP: .*quant_model_description.json already"):
+        resolve_description(dense, scheme="W4A8_MXFP")
+    own.unlink()
+    assert resolve_description(dense, scheme="W4A8_MXFP").schemes == ("W4A8_MXFP",)
+    assert resolve_description(dense).schemes == (MX,)

@@ -87,3 +87,55 @@ def test_untested_release_needs_the_self_test(dense, make, monkeypatch):
         make("ascend", dense, dtype="bfloat16", quantization_self_test=False).engine_overrides("npu")
     monkeypatch.setattr(ascend, "check_vllm_ascend", lambda: "0.30.0rc2")
     make("ascend", dense, dtype="bfloat16", quantization_self_test=False).engine_overrides("npu")
+
+
+def test_scheme_of_every_quantized_layer(wide, make):
+    overrides = make("ascend", wide, quantization_scheme="W4A8_MXFP").engine_overrides("cpu")
+    description = overrides["hf_overrides"]["quantization_config"]
+    assert description[Q_PROJ] == "W4A8_MXFP" and description[EMBEDDING] == "FLOAT"
+    assert make("ascend", wide, quantization_scheme="W4A8_MXFP").summary().startswith("MXFP4: 14 of")
+    assert make("ascend", wide, quantization_scheme="W8A8_MXFP8").summary() == make("ascend", wide).summary()
+
+
+@pytest.mark.parametrize("name", ["fp8", "torchao", None])
+def test_scheme_of_another_quantization_is_rejected(wide, make, tmp_path, name):
+    file = {"quantization_config_file": str(tmp_path / "torchao.json")} if name == "torchao" else {}
+    chosen = make(name, wide, quantization_scheme="W4A8_MXFP", **file)
+    message = (
+        rf"quantization_scheme=W4A8_MXFP: \S+quantization={name or 'null'} has no schemes; use quantization=ascend"
+    )
+    with pytest.raises(ValueError, match=message):
+        chosen.validate_settings("cpu")
+
+
+def test_scheme_beside_a_file_is_rejected(wide, make, tmp_path):
+    chosen = make("ascend", wide, quantization_scheme="W4A8_MXFP", quantization_config_file=str(tmp_path / "x.json"))
+    with pytest.raises(
+        ValueError, match=r"quantization_scheme=W4A8_MXFP: .*quantization_config_file=.*x.json describes"
+    ):
+        chosen.validate_settings("cpu")
+
+
+def test_unknown_scheme_is_rejected(wide, make):
+    with pytest.raises(
+        ValueError, match="quantization_scheme=W4A4_MXFP4: must be null or one of W8A8_MXFP8, W4A8_MXFP"
+    ):
+        make("ascend", wide, quantization_scheme="W4A4_MXFP4").validate_settings("cpu")
+
+
+@pytest.mark.parametrize(("release", "fits"), [("0.26.0rc1", False), ("0.28.0rc1", True)])
+def test_release_decides_whether_weights_may_be_in_mxfp4(wide, make, monkeypatch, release, fits):
+    monkeypatch.setattr(ascend, "check_vllm_ascend", lambda: release)
+    chosen = make("ascend", wide, quantization_scheme="W4A8_MXFP")
+    if fits:
+        chosen.validate("npu", installed=True)
+        return
+    with pytest.raises(ValueError, match=r"W4A8_MXFP, and vllm-ascend 0\.26\.0rc1 cannot replace such weights"):
+        chosen.validate("npu", installed=True)
+
+
+def test_inputs_that_are_no_multiple_of_64_are_rejected(dense, make):
+    with pytest.raises(
+        ValueError, match=r"down_proj \[96, 80\] has 80 inputs on a rank .*W4A8_MXFP takes multiples of 64"
+    ):
+        make("ascend", dense, quantization_scheme="W4A8_MXFP").engine_overrides("cpu")

@@ -9,8 +9,8 @@ from verl.workers.rollout.quantization import get_scheme
 
 @pytest.fixture
 def scheme():
-    """Build the scheme of a value of `rollout.quantization` for the checkpoint of a directory."""
-    return lambda name, model_dir: get_scheme(rollout(name), str(model_dir))
+    """Build the scheme of a value of `rollout.quantization` for a directory and other keys of `rollout`."""
+    return lambda name, model_dir, **over: get_scheme(rollout(name, **over), str(model_dir))
 
 
 @pytest.fixture

@@ -3,9 +3,12 @@
 import pytest
 import torch
 
-from fixtures.fake_quant import mxfp8_round_trip
+from fixtures.fake_quant import mxfp4_round_trip, mxfp8_round_trip
+from fixtures.scheme_models import Q_PROJ
 from verl.utils.quantization.encode_report import errors_by_depth, merged_errors, worst_error
 from verl.utils.quantization.mx import mxfp8_dequantize
+from verl.utils.quantization.mxfp4 import mxfp4_dequantize
+from verl.workers.weight_sync.manifest import WeightUpdateError
 
 
 def test_encoding_equals_an_independent_quantizer(dense, scheme, weights_of):
@@ -71,3 +74,47 @@ def test_each_expert_is_encoded(experts, scheme, weights_of):
     assert sent["model.layers.1.mlp.experts.3.down_proj.weight"].dtype == torch.float8_e4m3fn
     assert sent["model.layers.1.mlp.experts.3.down_proj.weight_scale"].shape == (64, 2)
     assert sent["model.layers.1.mlp.gate.weight"].dtype == torch.float32
+
+
+def test_mxfp4_encoding_equals_an_independent_quantizer(wide, scheme, weights_of):
+    weights = weights_of(wide)
+    chosen = scheme("ascend", wide, quantization_scheme="W4A8_MXFP")
+    sent = dict(chosen.encode(weights.items()))
+    projections = {name for name in weights if name.endswith("_proj.weight")}
+    assert set(sent) == set(weights) | {f"{name}_scale" for name in projections}
+    for name in projections:
+        values, scales, (n, k) = sent[name], sent[f"{name}_scale"], weights[name].shape
+        assert (values.dtype, tuple(values.shape)) == (torch.uint8, (n, k // 2))
+        assert (scales.dtype, tuple(scales.shape)) == (torch.uint8, (n, k // 32))
+        assert torch.equal(mxfp4_dequantize(values, scales), mxfp4_round_trip(weights[name]))
+        rows = chosen.encode_weight(name, weights[name][16:48])
+        assert chosen.encodes_rows(name) and torch.equal(rows[""], values[16:48])
+        assert torch.equal(rows["_scale"], scales[16:48])
+    again = dict(chosen.encode(sent.items()))
+    assert all(again[name] is tensor for name, tensor in sent.items()), "encoded tensors pass through"
+    report = chosen.pop_report().to_message()["errors"]
+    for name in projections:
+        exact, rounded = weights[name].double(), mxfp4_round_trip(weights[name]).double()
+        assert report[name][0] == pytest.approx(float((rounded[16:48] - exact[16:48]).square().sum()))
+
+
+def test_requantizing_mxfp4_returns_the_changed_indices(wide, scheme, weights_of):
+    chosen = scheme("ascend", wide, quantization_scheme="W4A8_MXFP")
+    name, weight = next((n, w) for n, w in weights_of(wide).items() if n.endswith("up_proj.weight"))
+    kept = {key: part.clone() for key, part in chosen.encode_weight(name, weight).items()}
+    before = {key: part.clone() for key, part in kept.items()}
+    moved = weight + 0.002 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    indices = chosen.diff_and_update_(name, moved, kept)
+    now = chosen.encode_weight(name, moved)
+    for key, part in now.items():
+        assert torch.equal(kept[key], part)
+        assert torch.equal(indices[key], (before[key] != part).flatten().nonzero().squeeze(-1))
+    assert 0 < len(indices[""]) < weight.numel() // 2
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_mxfp4_weights_that_are_not_finite_are_rejected(wide, scheme, weights_of, value):
+    weights = weights_of(wide)
+    weights[Q_PROJ][1, 2] = value
+    with pytest.raises(WeightUpdateError, match=f"{Q_PROJ}.*NaN or Inf"):
+        list(scheme("ascend", wide, quantization_scheme="W4A8_MXFP").encode(weights.items()))

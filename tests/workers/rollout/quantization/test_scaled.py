@@ -67,3 +67,24 @@ def test_checks_need_no_instance():
     received = specs(("a.weight_scale", (1, 2), "uint8"))
     with pytest.raises(WeightUpdateError, match=r"'a\.weight_scale'.*NaN"):
         scheme_class("ascend").check_tensor("a.weight_scale", nan, received)
+
+
+PACKED = ScaledWeights("_scale", "uint8", lambda s: (*s[:-1], -(-s[-1] // 32)), {"float8_e4m3fn": 1, "uint8": 2})
+
+
+def test_scales_of_packed_weights():
+    """40 bytes of a row hold 80 values, which have 3 scales."""
+    fitting = specs(("a.weight", (6, 40), "uint8"), ("a.weight_scale", (6, 3), "uint8"))
+    for name in fitting:
+        PACKED.check_pair(name, fitting)
+    PACKED.check_complete(fitting)
+    with pytest.raises(
+        WeightUpdateError, match=r"scale shape is \[6, 2\], expected \[6, 3\] .* uint8 of shape \[6, 40\]"
+    ):
+        PACKED.check_pair("a.weight", specs(("a.weight", (6, 40), "uint8"), ("a.weight_scale", (6, 2), "uint8")))
+    with pytest.raises(WeightUpdateError, match=r"'a\.weight': its scales \(a\.weight_scale\) did not arrive"):
+        PACKED.check_complete(specs(("a.weight", (6, 40), "uint8")))
+    with pytest.raises(WeightUpdateError, match="is bfloat16, expected float8_e4m3fn or uint8"):
+        PACKED.check_pair("a.weight", specs(("a.weight", (6, 80), "bfloat16"), ("a.weight_scale", (6, 3), "uint8")))
+    with pytest.raises(WeightUpdateError, match="is uint8, expected float8_e4m3fn"):
+        SCALED.check_pair("a.weight", fitting)

@@ -146,11 +146,13 @@ def _validate_mxfp4_inputs(layers: Sequence[Layer], tp_size: int, expert_paralle
         cut = layer.split in (ROW, "") and not (layer.experts and expert_parallel)
         ranks = tp_size if cut else 1
         if layer.k % (_MXFP4_INPUTS * ranks):
+            sizes = [str(size) for size in range(1, ranks) if layer.k % (_MXFP4_INPUTS * size) == 0]
+            smaller = f"use tensor_model_parallel_size={' or '.join(sizes)}, or " if sizes else ""
             raise ValueError(
                 f"{layer.name} {list(layer.info.shape)} has {layer.k / ranks:g} inputs on a rank "
-                f"(tensor_model_parallel_size={tp_size}), and {W4A8_MXFP} takes multiples of {_MXFP4_INPUTS} only: use "
-                f"another tensor_model_parallel_size, or give it another value in the file that `verl describe "
-                f"--scheme {W4A8_MXFP}` writes, as {FIELD}"
+                f"(tensor_model_parallel_size={tp_size}), and {W4A8_MXFP} takes multiples of {_MXFP4_INPUTS} only: "
+                f"{smaller}give it another value in the file that `verl describe --scheme {W4A8_MXFP}` writes, and use "
+                f"that file as {FIELD}"
             )
 
 

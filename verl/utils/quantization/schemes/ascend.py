@@ -22,7 +22,7 @@ from verl.utils.quantization.ascend_releases import (
     validate_mxfp4,
     validate_paired_groups,
 )
-from verl.utils.quantization.formats import ASCEND_METHOD, ASCEND_SCHEMES
+from verl.utils.quantization.formats import ASCEND_METHOD, ASCEND_SCHEMES, W4A8_MXFP
 from verl.utils.quantization.schemes.base import FIELD, ScaledFormat
 
 
@@ -93,6 +93,14 @@ class AscendFormat(ScaledFormat):
 
     def engine_bytes(self, itemsize: int) -> int:
         return self.description.engine_bytes(itemsize)
+
+    @classmethod
+    def estimated_bytes(cls, parameters: int, itemsize: int, scheme: str | None = None) -> int:
+        return parameters * (17 if scheme == W4A8_MXFP else 33) // 32
+
+    @classmethod
+    def host_bytes(cls, parameters: int, scheme: str | None) -> int:
+        return parameters // 2 if scheme == W4A8_MXFP else 0
 
     def quantizes(self, name: str) -> bool:
         return self.description.is_quantized(name)

@@ -149,12 +149,20 @@ class WeightFormat(ABC):
         return self.engine_bytes(itemsize) if self.settings.quantization_side == "sender" else None
 
     @classmethod
-    def estimated_bytes(cls, parameters: int, itemsize: int) -> int:
+    def estimated_bytes(cls, parameters: int, itemsize: int, scheme: str | None = None) -> int:
         """Estimate the bytes of a model's weights in the engine from its size alone.
 
         The default is 1 byte per weight, plus 1 scale byte per 32.
+
+        Args:
+            scheme: `rollout.quantization_scheme`.
         """
         return parameters * 33 // 32
+
+    @classmethod
+    def host_bytes(cls, parameters: int, scheme: str | None) -> int:
+        """Estimate the host memory that an engine on an accelerator keeps for weight updates; arguments as above."""
+        return 0
 
     def quantizes(self, name: str) -> bool:
         """Return whether the trainer or the engine's workers encode a checkpoint tensor before it is loaded."""

@@ -30,5 +30,5 @@ class UnquantizedFormat(WeightFormat):
         return "not quantized"
 
     @classmethod
-    def estimated_bytes(cls, parameters: int, itemsize: int) -> int:
+    def estimated_bytes(cls, parameters: int, itemsize: int, scheme: str | None = None) -> int:
         return parameters * itemsize
