@@ -75,3 +75,10 @@ def test_a_layer_that_both_leave_out_may_be_ignored(tiny, plan_of, tmp_path):
     file.write_text('{"ignore": ["re:.*o_proj"]}')
     keys = {f"{ACTOR}enable": True, f"{ACTOR}ignore_patterns": "[lm_head,o_proj]", QUANTIZATION: "ascend"}
     assert plan_of(**tiny, **keys, **{f"{QUANTIZATION}_config_file": file}).qat == "w8a8_mxfp8"
+
+
+def test_mxfp4_weights_are_refused(tiny, problem_of, tmp_path):
+    keys = {f"{ACTOR}enable": True, QUANTIZATION: "ascend"}
+    problem = problem_of(**tiny, **keys, **{f"{QUANTIZATION}_scheme": "W4A8_MXFP"})
+    assert problem.startswith("actor_rollout_ref.actor.fsdp_config.qat.enable=True: ")
+    assert "the engine's MXFP4 weights (W4A8_MXFP) yet; use False, or W8A8_MXFP8" in problem

@@ -7,11 +7,14 @@ import torch
 from torch import nn
 
 from verl.utils.vllm import ascend_cpu, plugin
-from verl.utils.vllm.mxfp4_layers import apply_mxfp4_transformation_after_loading, restore_mxfp4_weights_for_loading
 from verl.utils.vllm.vllm_fp8_utils import (
     apply_mxfp8_transformation_after_loading,
     is_mxfp8_vllm_ascend,
     restore_mxfp8_weights_for_loading,
+)
+from verl.workers.rollout.quantization.mxfp4_layers import (
+    apply_mxfp4_transformation_after_loading,
+    restore_mxfp4_weights_for_loading,
 )
 
 

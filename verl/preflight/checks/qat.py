@@ -51,8 +51,8 @@ def check_qat(config: PPOConfig, device: str | None, quantization: WeightFormat 
             )
         if _has_mxfp4(roles.rollout.quantization_scheme, quantization):
             found.errors.append(
-                f"{field}.qat.enable={show(fsdp.qat.enable)}: the trainer cannot compute with the engine's MXFP4 weights "
-                f"({W4A8_MXFP}) yet; use False, or W8A8_MXFP8 for all layers"
+                f"{field}.qat.enable={show(fsdp.qat.enable)}: the trainer cannot compute with the engine's MXFP4 "
+                f"weights ({W4A8_MXFP}) yet; use False, or W8A8_MXFP8 for all layers"
             )
         if device is not None:
             _check_dtypes(config, field, fsdp, device, found)

@@ -1,10 +1,11 @@
 """Weights of the layers that `ascend_cpu` emulates: parameters, layouts, and the dequantized copies for products.
 
-Parameters and layouts are those of vllm-ascend; the hooks of `vllm_fp8_utils` and `mxfp4_layers` reload them. There is
-no FRACTAL_NZ on a CPU: an MXFP4 weight in the kernel layout is a transposed view of new memory.
+Parameters and layouts are those of vllm-ascend; the hooks of `vllm_fp8_utils` and of
+verl.workers.rollout.quantization.mxfp4_layers reload them. There is no FRACTAL_NZ on a CPU: an MXFP4 weight in the
+kernel layout is a transposed view of new memory.
 
 Memory: each weight is kept twice, quantized (MXFP8 1 1/32 bytes per weight, MXFP4 17/32 bytes and as much again for the
-buffer of `mxfp4_layers`) and dequantized (2 or 4 bytes), once per update. Dequantizing in every step would cost many
+buffer of updates) and dequantized (2 or 4 bytes), once per update. Dequantizing in every step would cost many
 times the product of a small batch.
 """
 

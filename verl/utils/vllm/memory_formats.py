@@ -40,7 +40,7 @@ def format_name(number: int | None) -> str:
 def check_memory_formats(model: nn.Module) -> None:
     """Check that the memory of each parameter has a strided format, if vllm-ascend made quantized layers of the model.
 
-    Weights in MXFP4 are excepted: `mxfp4_layers` replaces them as a whole.
+    Weights in MXFP4 are excepted: they are replaced as a whole.
 
     Raises:
         RuntimeError: a parameter has another format; names it, the format and the setting that avoids it.

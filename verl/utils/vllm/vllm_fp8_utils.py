@@ -24,7 +24,8 @@ vllm-ascend's own hooks (0.19.1rc1 and later) are used if they are correct: for 
 raise.
 
 An NPU can hold a tensor in a format that its strides do not describe; `memory_formats` checks the formats before and
-after each update. Layers in MXFP4 (W4A8_MXFP) are in `mxfp4_layers`.
+after each update. Layers in MXFP4 (W4A8_MXFP) are
+in verl.workers.rollout.quantization.mxfp4_layers.
 """
 
 from __future__ import annotations

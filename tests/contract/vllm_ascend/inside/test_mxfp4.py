@@ -28,7 +28,7 @@ from fixtures.deltas import nudged
 from fixtures.fake_quant import fake_quantized, mxfp4_round_trip
 from fixtures.ranks import run_ranks
 from verl.utils.quantization.ascend_releases import validate_mxfp4
-from verl.utils.vllm.mxfp4_layers import (
+from verl.workers.rollout.quantization.mxfp4_layers import (
     check_mxfp4_kernel_layouts,
     mxfp4_layers,
     restore_mxfp4_weights_for_loading,

@@ -10,8 +10,8 @@ from contract.vllm_ascend.updates import Updates, checkpoints, config_of, scheme
 from transformers import AutoModelForCausalLM
 
 from fixtures.fake_quant import fake_quantized
-from verl.utils.vllm.npu_experts import experts_output
 from verl.utils.vllm.vllm_fp8_utils import mxfp8_layers
+from verl.workers.rollout.quantization.npu_experts import experts_output
 
 pytestmark = pytest.mark.feature("products")
 

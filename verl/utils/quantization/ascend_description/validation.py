@@ -48,7 +48,6 @@ def validated_description(
             f"{index.model_dir}: no layer is left to quantize; leave out fewer, or set actor_rollout_ref.rollout."
             "quantization=null"
         )
-    validate_name_prefixes(description.to_json_dict())
     return description
 
 

@@ -18,17 +18,9 @@ from verl.utils.quantization.mx import (
     npu_mxfp8_quantize,
     squared_error,
 )
-from verl.utils.quantization.mxfp4 import PACKED, mxfp4_dequantize, mxfp4_encode
+from verl.utils.quantization.mxfp4 import PACKED, mxfp4_encode
 from verl.utils.quantization.schemes.ascend import AscendFormat
 from verl.utils.vllm.layout_map import Target
-from verl.utils.vllm.mxfp4_layers import (
-    apply_mxfp4_transformation_after_loading,
-    check_mxfp4_kernel_layouts,
-    mxfp4_layers,
-    mxfp4_targets,
-    refresh_mxfp4_after_delta,
-    restore_mxfp4_weights_for_loading,
-)
 from verl.utils.vllm.vllm_fp8_utils import (
     apply_mxfp8_transformation_after_loading,
     check_kernel_layouts,
@@ -37,6 +29,14 @@ from verl.utils.vllm.vllm_fp8_utils import (
     refresh_after_delta,
     restore_kernel_parameters,
     restore_mxfp8_weights_for_loading,
+)
+from verl.workers.rollout.quantization.mxfp4_layers import (
+    apply_mxfp4_transformation_after_loading,
+    check_mxfp4_kernel_layouts,
+    mxfp4_layers,
+    mxfp4_targets,
+    refresh_mxfp4_after_delta,
+    restore_mxfp4_weights_for_loading,
 )
 from verl.workers.rollout.quantization.mxfp8_self_test import run_self_test
 from verl.workers.rollout.quantization.scaled import ScaledScheme, ScaledWeights

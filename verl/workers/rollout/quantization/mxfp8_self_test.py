@@ -24,13 +24,13 @@ from torch import nn
 
 from verl.utils.quantization.ascend_releases import NEWEST_TESTED
 from verl.utils.quantization.formats import MX_BLOCK_SIZE
-from verl.utils.vllm.npu_experts import experts_output
 from verl.utils.vllm.vllm_fp8_utils import (
     MXFP8Layer,
     apply_mxfp8_transformation_after_loading,
     mxfp8_layers,
     restore_mxfp8_weights_for_loading,
 )
+from verl.workers.rollout.quantization.npu_experts import experts_output
 
 logger = logging.getLogger(__name__)
 

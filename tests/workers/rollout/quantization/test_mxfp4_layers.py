@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from verl.utils.vllm.mxfp4_layers import (
+from verl.utils.vllm.vllm_fp8_utils import mxfp8_layers
+from verl.workers.rollout.quantization.mxfp4_layers import (
     apply_mxfp4_transformation_after_loading,
     check_mxfp4_kernel_layouts,
     mxfp4_layers,
@@ -17,7 +18,6 @@ from verl.utils.vllm.mxfp4_layers import (
     refresh_mxfp4_after_delta,
     restore_mxfp4_weights_for_loading,
 )
-from verl.utils.vllm.vllm_fp8_utils import mxfp8_layers
 
 
 class Scheme028:
