@@ -42,7 +42,7 @@ SUBCOMMANDS = {
     ),
     "describe": Subcommand(
         "describe",
-        "show which layers of a model run in MXFP8 on Ascend, and write vllm-ascend's description of them",
+        "show which layers of a model run in MXFP8 or MXFP4 on Ascend, and write vllm-ascend's description of them",
         "verl describe /path/to/Qwen3-8B --tp 2 -o description.json",
     ),
     "export": Subcommand(

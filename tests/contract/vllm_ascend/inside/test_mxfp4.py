@@ -35,6 +35,8 @@ from verl.workers.rollout.quantization.mxfp4_layers import (
 )
 from verl.workers.weight_sync.manifest import WeightUpdateError
 
+pytestmark = pytest.mark.feature("mxfp4")
+
 FRACTAL_NZ_C0_16 = 50
 W4A8 = {"quantization_scheme": "W4A8_MXFP"}
 OLD = RELEASE in ("0.18.0", "0.23.0", "0.26.0rc1")
