@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch_npu
 from contract.vllm_ascend import ranks
-from contract.vllm_ascend.forward import expert_layers, experts_output, in_float32, log_probs
+from contract.vllm_ascend.forward import complete_experts, in_float32, log_probs
 from contract.vllm_ascend.harness import RELEASE, build_model, engine, make_vllm_config, schemes
 from contract.vllm_ascend.reference import (
     assert_same,
@@ -33,6 +33,7 @@ from verl.workers.rollout.quantization.mxfp4_layers import (
     mxfp4_layers,
     restore_mxfp4_weights_for_loading,
 )
+from verl.workers.rollout.quantization.npu_experts import experts_output
 from verl.workers.weight_sync.manifest import WeightUpdateError
 
 pytestmark = pytest.mark.feature("mxfp4")
@@ -40,7 +41,7 @@ pytestmark = pytest.mark.feature("mxfp4")
 FRACTAL_NZ_C0_16 = 50
 W4A8 = {"quantization_scheme": "W4A8_MXFP"}
 OLD = RELEASE in ("0.18.0", "0.23.0", "0.26.0rc1")
-replaceable = pytest.mark.skipif(OLD, reason="verl refuses the scheme before 0.28: see below")
+replaceable = pytest.mark.skipif(OLD, reason="verl refuses W4A8_MXFP before 0.28")
 KINDS = pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
 
 
@@ -270,12 +271,12 @@ def test_experts_after_every_update(tmp_path):
         for source in others:
             updates.send(weights_of(source))
             weights = packed(weights_of(source))
-            layers = expert_layers(model)
+            layers = complete_experts(model)
             assert len(layers) == 2
             for name, layer in layers.items():
                 x = torch.randn(9, 64, generator=generator, dtype=torch.bfloat16)
                 logits = torch.randn(9, 4, generator=generator, dtype=torch.bfloat16)
-                output = experts_output(config, layer, x, logits, 2)
+                output = experts_output(layer, config, x, logits)
                 w13, w2 = weights[f"{name}.w13_weight"], weights[f"{name}.w2_weight"]
                 expected, largest = experts_by_hand(x, logits, w13, w2, 2)
                 # An expert's output, its weight and their sum are rounded to bfloat16, each by 2**-8 at most.
