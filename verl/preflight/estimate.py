@@ -8,6 +8,7 @@ from verl.config.actor import ActorConfig
 from verl.config.critic import CriticConfig
 from verl.config.lora import adapter_parameters, lora_options
 from verl.config.ppo import PPOConfig
+from verl.config.qat import qat_mode
 from verl.config.roles import needs_ref, resolve_critic
 from verl.config.weight_updates import full_update_reason
 from verl.preflight.attention_parts import soft_cap, uses_eager_attention
@@ -114,13 +115,29 @@ def _cpu_trainer_bytes(config: PPOConfig, model: ModelFiles, parameters: int, cr
 def trainer_state_bytes(config: PPOConfig, parameters: int, ranks: int, adapters: int | None = None) -> int:
     """Return one rank's shard of master weights, gradients, AdamW's two moments and the reference model's weights.
 
+    With quantization-aware training also its encoded rows.
+
     Args:
         adapters: number of parameters of LoRA adapters, which are float32. The model itself then has neither gradients
             nor moments. None without LoRA.
     """
     master = itemsize_of(config.actor_rollout_ref.actor.fsdp_config.model_dtype)
     trained = parameters * (4 if adapters is None else 1) * master + (adapters or 0) * 4 * itemsize_of("float32")
-    return trained // ranks + ref_state_bytes(config, parameters, ranks)
+    return trained // ranks + ref_state_bytes(config, parameters, ranks) + _qat_bytes(config, parameters, ranks)
+
+
+def _qat_bytes(config: PPOConfig, parameters: int, ranks: int) -> int:
+    """Return the bytes of encoded weights that one rank keeps, at most; see `verl.workers.engine.qat`."""
+    roles = config.actor_rollout_ref
+    encoded = weight_format_class(roles.rollout.quantization).estimated_bytes(parameters, 0)
+    total = 0
+    if qat_mode(roles.actor.fsdp_config, roles.rollout) is not None:
+        total += encoded // ranks
+        if ranks > 1 and not roles.model.enable_gradient_checkpointing:
+            total += encoded  # gathered for the forward pass, and kept for the backward pass
+    if needs_ref(config) and qat_mode(roles.ref.fsdp_config, roles.rollout) is not None:
+        total += encoded // ranks
+    return total
 
 
 def gathered_bytes(model: ModelFiles, itemsize: int) -> int:
