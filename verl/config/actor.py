@@ -69,8 +69,9 @@ class QatConfig(ConfigSection):
     )
     mode: str | None = key(
         None,
-        "w8a8_mxfp8: as the engine; w8a16_mxfp8: round the weights, not the inputs; null: as the engine",
-        choices=names.QAT_MODES,
+        "w8a8_mxfp8, w4a8_mxfp: as an engine in this format; w8a16_mxfp8: round the weights, not the inputs; null: as "
+        "the engine",
+        choices=tuple(names.QAT_MODES),
         unsupported=("w4a16", "w4a4"),
         use="use null: the format of the engine",
         only_with=unless("enable", False),

@@ -217,7 +217,7 @@ class Plan:
         if self.rollout_weights is not None:
             rows.append(("engine's weights", self.rollout_weights))
         if self.qat is not None:
-            rows.append(("quantization-aware", f"the trainer computes with the engine's numbers ({self.qat})"))
+            rows.append(("quantization-aware", f"the trainer computes with the engine's numbers (mode: {self.qat})"))
         if self.update_bytes is not None:
             later = "later updates are deltas"
             if self.full_update_reason is not None:

@@ -118,8 +118,12 @@ class QuantizationScheme:
         """Return x [..., K] as the engine's kernels see the input of a quantized layer, in the dtype of x."""
         raise NotImplementedError(f"{type(self).__name__} rounds no activations")
 
-    def saturated(self, x: torch.Tensor) -> torch.Tensor:
-        """Return, as a mask, the elements of x [..., K] beyond the largest number of their block."""
+    def saturated(self, x: torch.Tensor, parts: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
+        """Return, as a mask, the elements of x [..., K] beyond the largest number of their block.
+
+        Args:
+            parts: `encode_weight` of x; None for the input of a layer.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not tell which numbers saturate")
 
     # ---- in the engine's workers ----

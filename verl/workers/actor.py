@@ -150,7 +150,7 @@ class ActorWorker:
         return QatOptions(
             get_scheme(rollout, self._config.model.path),
             dtype_from_name(choose_dtype(self._device_type, rollout.dtype).name),
-            activations=mode == names.QAT_AS_ENGINE,
+            activations=mode != names.QAT_WEIGHTS_ONLY,
             mask_saturated=fsdp_config.qat.mask_saturated,
         )
 

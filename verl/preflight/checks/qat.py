@@ -15,6 +15,7 @@ from verl.utils.dtypes import choose_dtype
 from verl.utils.quantization.ascend_layers import Layer
 from verl.utils.quantization.formats import W4A8_MXFP
 from verl.utils.quantization.schemes import SCHEME_NAMES, WeightFormat, weight_format_class
+from verl.utils.quantization.schemes.ascend import AscendFormat
 from verl.utils.quantization.schemes.base import ScaledFormat
 
 _ROLLOUT = "actor_rollout_ref.rollout"
@@ -37,25 +38,16 @@ def check_qat(config: PPOConfig, device: str | None, quantization: WeightFormat 
         mode = qat_mode(fsdp, roles.rollout)
         if mode is None:
             continue
-        modes = weight_format_class(roles.rollout.quantization).qat_modes
-        if not modes:
+        if not weight_format_class(roles.rollout.quantization).supports_qat:
             found.errors.append(
                 f"{field}.qat.enable=True: {_ROLLOUT}.quantization={show(roles.rollout.quantization)} has no numbers "
                 f"to train on; set {_ROLLOUT}.quantization={_with_qat()}, or {field}.qat.enable=False"
             )
             continue
-        if mode not in modes:
-            found.errors.append(
-                f"{field}.qat.mode={mode}: {_ROLLOUT}.quantization={roles.rollout.quantization} computes in "
-                f"another format; use null or one of {', '.join(modes)}"
-            )
-        if _has_mxfp4(roles.rollout.quantization_scheme, quantization):
-            found.errors.append(
-                f"{field}.qat.enable={show(fsdp.qat.enable)}: the trainer cannot compute with the engine's MXFP4 "
-                f"weights ({W4A8_MXFP}) yet; use False, or W8A8_MXFP8 for all layers"
-            )
         if device is not None:
             _check_dtypes(config, field, fsdp, device, found)
+        if isinstance(quantization, AscendFormat) and mode in names.QAT_MODES:
+            _check_mode(f"{field}.qat.mode={mode}", names.QAT_MODES[mode], quantization.description.schemes, found)
         if isinstance(quantization, ScaledFormat):
             _check_patterns(f"{field}.qat.ignore_patterns", fsdp.qat.ignore_patterns, quantization.layers, found)
 
@@ -67,7 +59,15 @@ def _has_mxfp4(scheme: str | None, quantization: WeightFormat | None) -> bool:
 
 
 def _with_qat() -> str:
-    return " or ".join(name for name in SCHEME_NAMES if weight_format_class(name).qat_modes)
+    return " or ".join(name for name in SCHEME_NAMES if weight_format_class(name).supports_qat)
+
+
+def _check_mode(field: str, scheme: str, schemes: Iterable[str], found: Findings) -> None:
+    others = sorted(set(schemes) - {scheme})
+    if others:
+        found.errors.append(
+            f"{field}: the engine holds layers in {' and '.join(others)}; use null, which computes as the engine does"
+        )
 
 
 def _check_dtypes(config: PPOConfig, field: str, fsdp: FSDPConfig, device: str, found: Findings) -> None:

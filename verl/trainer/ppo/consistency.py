@@ -204,7 +204,7 @@ def _limits(dtype: str) -> tuple[float, float]:
 def _engine_limits(runtime: Runtime) -> tuple[float, float]:
     """Return the mean difference that needs no explanation, and the one that is tolerated without a reference."""
     sides = [_limits(runtime.plan.compute_dtype), _limits(runtime.plan.rollout_dtype)]
-    if runtime.plan.rollout_weights is not None and runtime.plan.qat != names.QAT_AS_ENGINE:
+    if runtime.plan.rollout_weights is not None and runtime.plan.qat in (None, names.QAT_WEIGHTS_ONLY):
         sides.append(_QUANTIZED)
     return max(sides)
 

@@ -232,7 +232,7 @@ class _StraightThrough(torch.autograd.Function):
         ctx.options, ctx.counts, ctx.suffixes = options, counts, tuple(held.parts)
         ctx.save_for_backward(rounded, *encoded, *((x, weight) if options.mask_saturated else ()))
         products = [
-            F.linear(rows, _decoded(ctx, encoded, expert, rounded.dtype), bias)
+            F.linear(rows, options.scheme.decode_weight(_parts(ctx, encoded, expert), rounded.dtype), bias)
             for expert, rows in _of_experts(rounded, counts)
         ]
         return torch.cat(products)
@@ -243,24 +243,26 @@ class _StraightThrough(torch.autograd.Function):
         rounded, *saved = ctx.saved_tensors
         encoded, sources = saved[: len(ctx.suffixes)], saved[len(ctx.suffixes) :]
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        saturated = ctx.options.scheme.saturated
+        scheme = ctx.options.scheme
         grad_x, grad_weight = [], None
         if needs_weight:
-            grad_weight = torch.zeros(encoded[0].shape, dtype=rounded.dtype, device=grad.device)
+            shape = (*encoded[0].shape[:-1], rounded.shape[-1])
+            grad_weight = torch.zeros(shape, dtype=rounded.dtype, device=grad.device)
         for (expert, rows), (_, inputs) in zip(
             _of_experts(grad, ctx.counts), _of_experts(rounded, ctx.counts), strict=True
         ):
-            decoded = _decoded(ctx, encoded, expert, rounded.dtype)
+            parts = _parts(ctx, encoded, expert)
             if needs_x:
-                grad_x.append(rows @ decoded)
+                grad_x.append(rows @ scheme.decode_weight(parts, rounded.dtype))
             if grad_weight is not None:
-                torch.mm(rows.T, inputs, out=grad_weight if expert is None else grad_weight[expert])
+                of_expert = grad_weight if expert is None else grad_weight[expert]
+                torch.mm(rows.T, inputs, out=of_expert)
                 if sources:
                     weight = sources[1] if expert is None else sources[1][expert]
-                    grad_weight[... if expert is None else expert].masked_fill_(saturated(weight), 0)
+                    of_expert.masked_fill_(scheme.saturated(weight, parts), 0)
         x = torch.cat(grad_x) if needs_x else None
         if x is not None and sources:
-            x = x.masked_fill(saturated(sources[0]), 0)
+            x = x.masked_fill(scheme.saturated(sources[0]), 0)
         return x, grad_weight, grad.sum(0) if needs_bias else None, None, None, None, None
 
 
@@ -277,10 +279,10 @@ def _of_experts(x: torch.Tensor, counts: Sequence[int] | None) -> Iterator[tuple
             yield expert, rows
 
 
-def _decoded(ctx: Any, encoded: Sequence[torch.Tensor], expert: int | None, dtype: torch.dtype) -> torch.Tensor:
-    """Return the numbers [N, K] that the engine multiplies with."""
-    parts = encoded if expert is None else [part[expert] for part in encoded]
-    return ctx.options.scheme.decode_weight(dict(zip(ctx.suffixes, parts, strict=True)), dtype)
+def _parts(ctx: Any, encoded: Sequence[torch.Tensor], expert: int | None) -> dict[str, torch.Tensor]:
+    """Return the encoded rows of a linear layer (None) or of an expert, by suffix."""
+    rows = encoded if expert is None else [part[expert] for part in encoded]
+    return dict(zip(ctx.suffixes, rows, strict=True))
 
 
 def _rounded(x: torch.Tensor, options: QatOptions) -> torch.Tensor:

@@ -33,7 +33,7 @@ class AscendFormat(ScaledFormat):
     devices = ("cpu", "npu")
     alternative = "fp8"
     takes_scheme = True
-    qat_modes = ("w8a8_mxfp8", "w8a16_mxfp8")
+    supports_qat = True
     has_self_test = True
 
     @functools.cached_property

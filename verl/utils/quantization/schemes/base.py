@@ -48,7 +48,7 @@ class WeightFormat(ABC):
         reads_checkpoint: it depends on the names and shapes of the checkpoint's tensors.
         takes_scheme: it reads `rollout.quantization_scheme`.
         trainer_encodes: with `quantization_side=sender` the trainer encodes weights before it sends them.
-        qat_modes: values of `fsdp_config.qat.mode` in which the trainer can compute with the engine's numbers.
+        supports_qat: the trainer can compute with the engine's numbers (`fsdp_config.qat`).
         has_self_test: engines can test their quantized layers at their start (`quantization_self_test`).
 
     Args:
@@ -63,7 +63,7 @@ class WeightFormat(ABC):
     reads_checkpoint: ClassVar[bool] = False
     takes_scheme: ClassVar[bool] = False
     trainer_encodes: ClassVar[bool] = False
-    qat_modes: ClassVar[tuple[str, ...]] = ()
+    supports_qat: ClassVar[bool] = False
     has_self_test: ClassVar[bool] = False
 
     def __init__(

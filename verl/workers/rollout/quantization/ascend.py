@@ -18,7 +18,7 @@ from verl.utils.quantization.mx import (
     npu_mxfp8_quantize,
     squared_error,
 )
-from verl.utils.quantization.mxfp4 import PACKED, mxfp4_encode
+from verl.utils.quantization.mxfp4 import PACKED, mxfp4_dequantize, mxfp4_encode
 from verl.utils.quantization.schemes.ascend import AscendFormat
 from verl.utils.vllm.layout_map import Target
 from verl.utils.vllm.vllm_fp8_utils import (
@@ -42,6 +42,8 @@ from verl.workers.rollout.quantization.mxfp8_self_test import run_self_test
 from verl.workers.rollout.quantization.scaled import ScaledScheme, ScaledWeights
 
 _NAN_SCALE = 255
+# The largest numbers of e4m3 and, two in a byte, of e2m1.
+_LARGEST = {torch.float8_e4m3fn: 448.0, torch.uint8: 6.0}
 
 
 class AscendScheme(ScaledScheme):
@@ -80,15 +82,16 @@ class AscendScheme(ScaledScheme):
         return [layer.parameter for layer in self.format.layers if layer.quantized]
 
     def decode_weight(self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-        return mxfp8_dequantize(parts[""], parts[self.scaled.suffix], dtype)
+        values, scales = parts[""], parts[self.scaled.suffix]
+        return (mxfp4_dequantize if values.dtype == torch.uint8 else mxfp8_dequantize)(values, scales, dtype)
 
     def round_activations(self, x: torch.Tensor) -> torch.Tensor:
-        return mxfp8_dequantize(*_quantize(x), x.dtype)
+        return mxfp8_dequantize(*_quantize_activations(x), x.dtype)
 
-    def saturated(self, x: torch.Tensor) -> torch.Tensor:
-        values, scales = _quantize(x)
-        largest = values.float().abs() == torch.finfo(values.dtype).max
-        return largest & (x.abs() > mxfp8_dequantize(values, scales, x.dtype).abs())
+    def saturated(self, x: torch.Tensor, parts: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
+        values, scales = _quantize_activations(x) if parts is None else (parts[""], parts[self.scaled.suffix])
+        largest = _LARGEST[values.dtype] * torch.exp2(scales.float() - 127)
+        return x.abs() > largest.repeat_interleave(MX_BLOCK_SIZE, -1)[..., : x.shape[-1]]
 
     def requantize(
         self, name: str, weight: torch.Tensor, dtype: torch.dtype, values: torch.Tensor, scales: torch.Tensor
@@ -137,5 +140,5 @@ class AscendScheme(ScaledScheme):
         refresh_mxfp4_after_delta(model, indices)
 
 
-def _quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize_activations(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return npu_mxfp8_quantize(x) if x.device.type == "npu" else mxfp8_quantize(x)
