@@ -52,12 +52,14 @@ class QuantizationScheme:
         return False
 
     def encode_weight(
-        self, name: str, weight: torch.Tensor, dtype: torch.dtype | None = None
+        self, name: str, weight: torch.Tensor, dtype: torch.dtype | None = None, *, report_as: str | None = None
     ) -> dict[str, torch.Tensor]:
         """Encode a weight, or some of its rows if `encodes_rows`.
 
         Args:
+            name: checkpoint name; of several tensors in one parameter, which all have the same scheme, any of them.
             weight: [..., K]; rounded to `dtype` first, None for its own.
+            report_as: name in the report; None for `name`.
 
         Returns:
             Suffix of the tensor name -> tensor with the same leading shape.
@@ -65,7 +67,13 @@ class QuantizationScheme:
         raise NotImplementedError(f"{type(self).__name__} encodes no single weights")
 
     def diff_and_update_(
-        self, name: str, weight: torch.Tensor, kept: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None
+        self,
+        name: str,
+        weight: torch.Tensor,
+        kept: Mapping[str, torch.Tensor],
+        dtype: torch.dtype | None = None,
+        *,
+        report_as: str | None = None,
     ) -> dict[str, torch.Tensor]:
         """Update `kept`, an earlier result of `encode_weight`, to the result for `weight`.
 

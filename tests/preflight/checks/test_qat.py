@@ -77,8 +77,11 @@ def test_a_layer_that_both_leave_out_may_be_ignored(tiny, plan_of, tmp_path):
     assert plan_of(**tiny, **keys, **{f"{QUANTIZATION}_config_file": file}).qat == "as the engine"
 
 
-def test_mxfp4_weights_are_refused(tiny, problem_of, tmp_path):
-    keys = {f"{ACTOR}enable": True, QUANTIZATION: "ascend"}
-    problem = problem_of(**tiny, **keys, **{f"{QUANTIZATION}_scheme": "W4A8_MXFP"})
-    assert problem.startswith("actor_rollout_ref.actor.fsdp_config.qat.enable=True: ")
-    assert "the engine's MXFP4 weights (W4A8_MXFP) yet; use False, or W8A8_MXFP8" in problem
+@pytest.mark.parametrize("mode", ["null", "w4a8_mxfp", "w8a8_mxfp8", "w8a16_mxfp8"])
+def test_the_mode_must_be_that_of_the_layers(tiny, plan_of, problem_of, mode):
+    keys = {f"{ACTOR}enable": True, f"{ACTOR}mode": mode, QUANTIZATION: "ascend", f"{QUANTIZATION}_scheme": "W4A8_MXFP"}
+    if mode.startswith("w8"):
+        problem = problem_of(**tiny, **keys)
+        assert f"qat.mode={mode}: the engine holds layers in W4A8_MXFP; use null" in problem
+    else:
+        assert plan_of(**tiny, **keys).qat == {"null": "as the engine"}.get(mode, mode)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from fixtures.engine_cases import make_batch
-from fixtures.fake_quant import LEFT_OUT, fake_quantized
+from fixtures.fake_quant import LEFT_OUT, fake_quantized, mxfp4_round_trip
 from fixtures.qat_cases import qat_gradient_program, qat_log_prob_program, qat_step_program, straight_through
 from fixtures.ranks import run_ranks
 from fixtures.tiny import write_tiny_model
@@ -157,5 +157,25 @@ def test_layers_that_the_engine_does_not_quantize_are_not_rounded(tmp_path, dens
     data = make_batch()
     with torch.no_grad():
         expected = log_probs_of(fake_quantized(dense, (*LEFT_OUT, "gate_proj", "up_proj", "down_proj")), data)
-    [log_probs] = run_ranks(1, qat_log_prob_program, dense, [data], {"file": str(file)}, {})
+    [log_probs] = run_ranks(
+        1, qat_log_prob_program, dense, [data], {"rollout": {"quantization_config_file": str(file)}}, {}
+    )
     check_close(log_probs, expected)
+
+
+@pytest.mark.parametrize("case", ["qwen3", pytest.param("experts", marks=SLOW)])
+def test_weights_in_mxfp4(write, case):
+    data, directory = make_batch(), write(case)
+    with torch.no_grad():
+        expected = log_probs_of(fake_quantized(directory, weights=lambda name: mxfp4_round_trip), data)
+        mxfp8 = log_probs_of(fake_quantized(directory), data)
+    options = {"rollout": {"quantization_scheme": "W4A8_MXFP"}}
+    [log_probs] = run_ranks(1, qat_log_prob_program, directory, [data], options, {})
+    check_close(log_probs, expected)
+    assert (mxfp8 - expected).abs().mean() > 1e-2
+    [found] = run_ranks(1, qat_gradient_program, directory, [data], options | {"mask_saturated": True}, {})
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64, experts_implementation="eager")
+    log_probs_of(straight_through(model, mask=True, weight_bits=4), data).sum().backward()
+    for name, parameter in model.named_parameters():
+        error = (found[name] - parameter.grad.float()).norm() / parameter.grad.norm()
+        assert error < 2e-2, f"{name}: relative error {error:.3g}"

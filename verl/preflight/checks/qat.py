@@ -13,7 +13,6 @@ from verl.config.schema import show
 from verl.preflight.findings import Findings
 from verl.utils.dtypes import choose_dtype
 from verl.utils.quantization.ascend_layers import Layer
-from verl.utils.quantization.formats import W4A8_MXFP
 from verl.utils.quantization.schemes import SCHEME_NAMES, WeightFormat, weight_format_class
 from verl.utils.quantization.schemes.ascend import AscendFormat
 from verl.utils.quantization.schemes.base import ScaledFormat
@@ -50,12 +49,6 @@ def check_qat(config: PPOConfig, device: str | None, quantization: WeightFormat 
             _check_mode(f"{field}.qat.mode={mode}", names.QAT_MODES[mode], quantization.description.schemes, found)
         if isinstance(quantization, ScaledFormat):
             _check_patterns(f"{field}.qat.ignore_patterns", fsdp.qat.ignore_patterns, quantization.layers, found)
-
-
-def _has_mxfp4(scheme: str | None, quantization: WeightFormat | None) -> bool:
-    """Return whether the engine holds a weight in MXFP4, as far as the keys and the layers of the model show it."""
-    layers = quantization.layers if isinstance(quantization, ScaledFormat) else ()
-    return scheme == W4A8_MXFP or any(layer.described_as == W4A8_MXFP for layer in layers)
 
 
 def _with_qat() -> str:

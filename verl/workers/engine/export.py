@@ -78,7 +78,7 @@ class RowShardedParam(ExportUnit):
             return dict(self._encoded)
         if self._encoder is None:
             return {"": _cast(self._local, self._dtype)}
-        return self._encoder.encode_weight(self.name, self._local, self._dtype)
+        return self._encoder.encode_weight(self.ranges[0].name, self._local, self._dtype, report_as=self.name)
 
     @torch.no_grad()
     def diff_and_update_(self, kept: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -91,7 +91,7 @@ class RowShardedParam(ExportUnit):
             return {suffix: diff_and_update_(kept[suffix], part) for suffix, part in self._encoded.items()}
         if self._encoder is None:
             return {"": diff_and_update_rounded_(kept[""], self._local.contiguous())}
-        return self._encoder.diff_and_update_(self.name, self._local, kept, self._dtype)
+        return self._encoder.diff_and_update_(self.ranges[0].name, self._local, kept, self._dtype, report_as=self.name)
 
     def is_copy(self, part: torch.Tensor) -> bool:
         """Return True if a part has its own memory, which nothing else reads or changes."""

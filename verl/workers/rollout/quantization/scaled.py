@@ -116,23 +116,29 @@ class ScaledScheme(QuantizationScheme, ABC):
         """Return whether the weight with these scales was finite."""
 
     def encode_weight(
-        self, name: str, weight: torch.Tensor, dtype: torch.dtype | None = None
+        self, name: str, weight: torch.Tensor, dtype: torch.dtype | None = None, *, report_as: str | None = None
     ) -> dict[str, torch.Tensor]:
         # NaN and Inf are left to `check_sent`.
         started = time.perf_counter()
         values, scales, error = self.quantize(name, weight, dtype or weight.dtype)
-        self._report.add(name, error)
+        self._report.add(report_as or name, error)
         self._report.seconds += time.perf_counter() - started
         return {"": values, self.scaled.suffix: scales}
 
     def diff_and_update_(
-        self, name: str, weight: torch.Tensor, kept: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None
+        self,
+        name: str,
+        weight: torch.Tensor,
+        kept: Mapping[str, torch.Tensor],
+        dtype: torch.dtype | None = None,
+        *,
+        report_as: str | None = None,
     ) -> dict[str, torch.Tensor]:
         started = time.perf_counter()
         suffix = self.scaled.suffix
         exact = dtype or weight.dtype
         values_indices, scales_indices, error = self.requantize(name, weight, exact, kept[""], kept[suffix])
-        self._report.add(name, error)
+        self._report.add(report_as or name, error)
         self._report.seconds += time.perf_counter() - started
         return {"": values_indices, suffix: scales_indices}
 
