@@ -1,5 +1,6 @@
 """Patches against the signatures of the vLLM releases they are for."""
 
+import inspect
 import logging
 import sys
 import types
@@ -9,10 +10,12 @@ import torch
 from torch import nn
 
 from verl.utils.vllm import npu_vllm_patch
+from verl.utils.vllm.layerwise import layer_info
 from verl.utils.vllm.npu_vllm_patch import (
     Patch,
     apply_patches,
     loading_transposed,
+    processing_reloaded,
     recording_layout,
     recording_transposition,
     restore_expert_parameters,
@@ -213,3 +216,79 @@ def test_a_layer_that_would_lose_a_group_is_refused(k, scales):
     layer.weight, layer.weight_scale = torch.empty(6, k), torch.empty(6, scales)
     with pytest.raises(ValueError, match=rf"down_proj\.weight has {k} inputs .*{scales} scales.*0\.23\.0 or newer"):
         recording_layout(lambda self, layer: None, ("weight",))(None, layer)
+
+
+# ---- MXFP8 layers in vLLM's layer-wise reload ----
+
+
+class MXFP8Linear(nn.Module):
+    """A layer with weights of 2 x 32, marked as transformed."""
+
+    prefix = "model.layers.0.o_proj"
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2, 32, dtype=torch.float8_e4m3fn), requires_grad=False)
+        self.weight_scale = nn.Parameter(torch.zeros(2, 1, dtype=torch.uint8), requires_grad=False)
+        self._mxfp8_transformed = True
+
+
+def reloading(layer, weight, scale, numel=66):
+    """Put vLLM's state of a layer where it is when a reload has received these two tensors."""
+
+    def load(param, loaded_weight):
+        raise AssertionError("the arguments are only recorded")
+
+    info = layer_info(layer)
+    info.kernel_tensors = (dict(layer._parameters), {})
+    info.load_numel, info.load_numel_total = numel, 66
+    signature = inspect.signature(load)
+    for name, tensor in (("weight", weight), ("weight_scale", scale)):
+        if tensor is not None:
+            info.loaded_weights.append((name, signature.bind(getattr(layer, name), tensor)))
+
+
+VALUES, SCALES = torch.zeros(2, 32, dtype=torch.float8_e4m3fn), torch.zeros(2, 1, dtype=torch.uint8)
+
+
+def processed(process, **loaded):
+    layer = MXFP8Linear()
+    if loaded:
+        reloading(layer, **loaded)
+    processing_reloaded(process, ("weight",))(None, layer)
+    return layer
+
+
+def test_mark_is_removed_during_a_reload_only():
+    seen = []
+    processed(lambda self, layer: seen.append(layer._mxfp8_transformed))
+    processed(lambda self, layer: seen.append(layer._mxfp8_transformed), weight=VALUES, scale=SCALES)
+    assert seen == [True, False]
+
+
+def test_layer_whose_processing_fails_stays_marked():
+    """It gets its former tensors back, which have the kernel layout."""
+
+    def fail(self, layer):
+        layers.append(layer)
+        raise RuntimeError("no memory")
+
+    layers = []
+    with pytest.raises(RuntimeError, match="no memory"):
+        processed(fail, weight=VALUES, scale=SCALES)
+    assert layers[0]._mxfp8_transformed
+
+
+@pytest.mark.parametrize(
+    ("loaded", "message"),
+    [
+        ({"weight": VALUES.bfloat16(), "scale": SCALES}, r"weight: received torch\.bfloat16, expected"),
+        ({"weight": VALUES, "scale": SCALES.float()}, r"weight_scale: received torch\.float32, expected torch\.uint8"),
+        ({"weight": VALUES, "scale": None}, r"weight_scale: received nothing"),
+        ({"weight": None, "scale": SCALES}, r"weight: received nothing"),
+        ({"weight": VALUES, "scale": SCALES, "numel": 65}, r"received 65 of 66 elements"),
+    ],
+)
+def test_reload_without_all_values_and_scales_is_refused(loaded, message):
+    with pytest.raises(ValueError, match=rf"model\.layers\.0\.o_proj.*{message}.*quantization_side=receiver"):
+        processed(lambda self, layer: pytest.fail("it was processed"), **loaded)

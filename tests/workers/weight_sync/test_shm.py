@@ -26,16 +26,31 @@ def count_mappings():
     return Path("/proc/self/maps").read_text().count("memfd:verl-weights")
 
 
-def test_reader_unmaps_the_memory_of_ended_processes_when_it_maps_another_segment():
-    context, reader, before = multiprocessing.get_context("spawn"), SegmentReader(), count_mappings()
-    for _ in range(3):
-        ours, theirs = context.Pipe()
-        process = context.Process(target=own_segment, args=(theirs,))
-        process.start()
-        assert reader.open(ours.recv())[:3].tolist() == [7, 7, 7]
+def mapped_and_ended(reader):
+    """Map a segment of a process, end the process, and return the handle."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=own_segment, args=(theirs,))
+    process.start()
+    handle = ours.recv()
+    assert reader.open(handle)[:3].tolist() == [7, 7, 7]
+    ours.send(None)
+    process.join()
+    return handle
+
+
+def test_reader_unmaps_the_memory_of_ended_processes():
+    reader, before = SegmentReader(), count_mappings()
+    for _ in range(2):
+        handle = mapped_and_ended(reader)
+        # Mapping the second segment has dropped the first one.
         assert count_mappings() == before + 1
-        ours.send(None)
-        process.join()
+    with pytest.raises(WeightUpdateError, match="cannot be opened"):
+        reader.open({**handle, "fd": handle["fd"] + 1})
+    assert count_mappings() == before
+    mapped_and_ended(reader)
+    reader.drop_ended()
+    assert count_mappings() == before
 
 
 def test_segment_is_shared_between_processes_and_leaves_no_name():

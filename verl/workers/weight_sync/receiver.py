@@ -106,6 +106,7 @@ class WeightReceiver:
             WeightUpdateError: the engine does not serve `base`, or accepts no deltas.
         """
         serving, self.version, self._open = self.version, None, None
+        self._reader.drop_ended()
         if base is None:
             self._open = _FullUpdate(version, self._session, self._quantization, self._encodes)
         else:

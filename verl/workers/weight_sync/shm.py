@@ -84,6 +84,7 @@ class SegmentReader:
         try:
             fd = os.open(path, os.O_RDWR)
         except OSError as error:
+            self.drop_ended()
             raise WeightUpdateError(
                 f"the weight bucket in process {key.pid} cannot be opened ({error.strerror}): the sender ended, or it "
                 "runs on another host, in another container or as another user"
@@ -99,10 +100,13 @@ class SegmentReader:
             os.close(fd)
         tensor = torch.frombuffer(memory, dtype=torch.uint8)
         if known is None:
-            # A mapping keeps the memory of a process that has ended, so drop the mappings of such processes.
-            self._maps = {name: entry for name, entry in self._maps.items() if os.path.exists(f"/proc/{name[0]}")}
+            self.drop_ended()
         self._maps[key.pid, key.fd] = (key, tensor)
         return tensor
+
+    def drop_ended(self) -> None:
+        """Drop the mappings of processes that have ended, which would keep their memory."""
+        self._maps = {name: entry for name, entry in self._maps.items() if os.path.exists(f"/proc/{name[0]}")}
 
     def close(self) -> None:
         """Drop every mapping."""

@@ -34,7 +34,7 @@ from torch import nn
 from vllm.distributed.parallel_state import get_world_group
 from vllm.distributed.weight_transfer import base
 
-from verl.workers.rollout.quantization import WorkerSettings, scheme_class
+from verl.workers.rollout.quantization import WorkerSettings, worker_scheme
 from verl.workers.rollout.vllm_rollout.create_receiver import create_receiver
 from verl.workers.rollout.vllm_rollout.serving_block import ServingBlock
 from verl.workers.weight_sync.manifest import WeightUpdateError, check_used, dtype_from_name
@@ -43,7 +43,7 @@ from verl.workers.weight_sync.receiver import WeightReceiver
 
 _BACKEND = 'weight_transfer_config.backend="verl"'
 _SIDES = ("sender", "receiver")
-# vLLM 0.28 to 0.32: what the constructor of a backend receives, and the methods that vLLM requires of it.
+# vLLM 0.28 to 0.33: what the constructor of a backend receives, and the methods that vLLM requires of it.
 _ARGUMENTS = ["self", "config", "vllm_config", "device", "model"]
 _METHODS = ["finish_weight_update", "init_transfer_engine", "receive_weights", "shutdown", "start_weight_update"]
 
@@ -59,7 +59,7 @@ def check_api(backend: type) -> None:
     if (arguments, methods) != (_ARGUMENTS, _METHODS):
         raise NotImplementedError(
             f"{_BACKEND} is not supported with the weight transfer of vLLM {vllm.__version__}: a backend there takes "
-            f"{', '.join(arguments[1:])} and has the methods {', '.join(methods)}; use vLLM 0.28 to 0.32"
+            f"{', '.join(arguments[1:])} and has the methods {', '.join(methods)}; use vLLM 0.28 to 0.33"
         )
 
 
@@ -171,11 +171,13 @@ class VerlWeightTransferEngine(base.WeightTransferEngine[VerlInitInfo, VerlUpdat
             "quantization_side": init_info.quantization_side,
             "tensor_model_parallel_size": self.parallel_config.tensor_parallel_size,
         }
-        scheme = scheme_class(init_info.quantization)
+        device = torch.device(self.device)
+        scheme = worker_scheme(settings, self.model_config.model)
+        scheme.format.validate(device.type, installed=True)
         scheme.check_engine(self.model)
-        if torch.device(self.device).type == "npu":
+        if device.type == "npu":
             scheme.self_test(self.model, self.vllm_config)
-        return create_receiver(self.model, self.vllm_config, torch.device(self.device), settings)
+        return create_receiver(self.model, self.vllm_config, device, settings)
 
     def start_weight_update(self) -> None:
         """Stop serving. The first bucket brings the weights to the checkpoint layout.
