@@ -119,6 +119,32 @@ def test_transposed_parameter_that_is_loaded_in_place_is_written_in_its_kernel_l
     assert sorted(seen[0]["a"]["weight"].tolist()) == list(range(30))
 
 
+def test_elements_of_a_buffered_parameter_are_written_to_its_buffer():
+    """MXFP4 weights: elements of the kernel layout cannot be written, so a refresh of the layer copies the buffer."""
+    model = nn.Module()
+    model.a = Layer(weight=(5, 6))
+    kernel, buffer = model.a.weight.data, torch.zeros(6, 5)
+    in_place = {storage_of(buffer): (buffer, Target.buffered("a.weight", "a", kernel, buffer))}
+    tensors = {"up": numbered(4, 5), "gate": numbered(2, 5, start=50.0)}
+
+    def load(tensors):
+        buffer[:4].copy_(tensors["up"])
+        buffer[4:].copy_(tensors["gate"])
+
+    layout = traced(model, in_place, load, tensors)
+    assert layout.opaque == set() and layout.mapped_elements() == {"a.weight": 30}
+    seen, expected = [], buffer.clone()
+    applier = make_applier(model, layout, refresh=seen.append)
+    assert applier.moved_parameter() is None
+    applier.apply_chunk("gate", torch.tensor([1, 7]), 0, torch.tensor([-1.0, -2.0]))
+    applier.finish()
+    expected[4, 1], expected[5, 2] = -1.0, -2.0
+    assert torch.equal(buffer, expected) and not kernel.any()
+    assert seen[0]["a"]["weight"].tolist() == [21, 27]
+    model.a.weight.data = kernel.clone()
+    assert applier.moved_parameter() == "a.weight"
+
+
 def test_a_kernel_layout_with_two_dimensions_of_the_same_stride_is_refused():
     with pytest.raises(ValueError, match=r"a\.scale: two dimensions .* have the same stride"):
         Target.kernel_layout("a.scale", "a", torch.zeros(2, 4), [(1, 4, 2), (1, 2, 1)])

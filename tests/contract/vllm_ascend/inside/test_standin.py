@@ -143,3 +143,83 @@ def test_operators_read_fractal_nz_and_writes_through_views_corrupt_it():
     assert torch.equal(product(blocked), expected)
     blocked.transpose(0, 1).copy_(wq)
     assert not torch.equal(product(blocked), expected)
+
+
+def packed_fp4(shape, seed):
+    """Return random bytes [.., N, K / 2] and scales [.., N, K / 64, 2], and the values that they mean, one by one."""
+    generator = torch.Generator().manual_seed(seed)
+    packed = torch.randint(0, 256, (*shape[:-1], shape[-1] // 2), generator=generator, dtype=torch.uint8)
+    scales = torch.randint(124, 130, (*shape[:-1], shape[-1] // 64, 2), generator=generator, dtype=torch.uint8)
+    magnitudes = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+    exact = torch.zeros(shape, dtype=torch.float64)
+    rows = zip(
+        exact.view(-1, shape[-1]), packed.view(-1, shape[-1] // 2), scales.view(-1, shape[-1] // 32), strict=True
+    )
+    for row, codes, factors in rows:
+        for column in range(shape[-1]):
+            code = int(codes[column // 2]) >> 4 * (column % 2) & 15
+            sign = -1 if code & 8 else 1
+            row[column] = sign * magnitudes[code & 7] * 2.0 ** (int(factors[column // 32]) - 127)
+    return packed, scales, exact
+
+
+def in_blocks(packed):
+    return torch_npu.npu_format_cast(
+        packed, 29, customize_dtype=torch.float8_e4m3fn, input_dtype=torch_npu.float4_e2m1fn_x2
+    )
+
+
+@pytest.mark.parametrize("shape", [(64, 128), (40, 64), (2, 16, 192)])
+def test_cast_of_fp4_weights_permutes_blocks_of_16_rows_and_32_values(shape):
+    packed, _, _ = packed_fp4(shape, 1)
+    blocked = in_blocks(packed)
+    assert torch_npu.get_npu_format(blocked) == torch_npu.get_npu_format(blocked.transpose(-1, -2)) == 50
+    assert blocked.shape == packed.shape and blocked.stride() == packed.stride()
+    memory = torch.empty(0, dtype=torch.uint8).set_(blocked.untyped_storage())
+    rows, columns = packed.shape[-2:]
+    row_blocks, column_blocks = -(-rows // 16), -(-columns // 16)
+    assert len(memory) == packed.numel() // (rows * columns) * row_blocks * column_blocks * 256
+    for matrix, expected in enumerate(packed.view(-1, rows, columns)):
+        start = matrix * row_blocks * column_blocks * 256
+        for row in range(rows):
+            for column in range(columns):
+                block = column // 16 * row_blocks + row // 16
+                assert memory[start + (block * 16 + row % 16) * 16 + column % 16] == expected[row, column]
+    assert torch.equal(torch_npu.npu_format_cast(blocked, 2), packed)
+    assert not torch.equal(memory[: packed.numel()], packed.flatten())
+    with pytest.raises(RuntimeError, match="a view of a tensor in FRACTAL_NZ"):
+        torch_npu.npu_format_cast(blocked.transpose(-1, -2), 2)
+
+
+def test_products_with_fp4_weights_equal_loops():
+    x = torch.randn(6, 128, generator=torch.Generator().manual_seed(2), dtype=torch.bfloat16)
+    xq, xs = torch_npu.npu_dynamic_mx_quant(x, dst_type=torch.float8_e4m3fn)
+    left = dequantize(xq, xs)
+    packed, scales, exact = packed_fp4((48, 128), 3)
+    fp4 = torch_npu.float4_e2m1fn_x2
+    options = {"pertoken_scale": xs, "pertoken_scale_dtype": E8M0, "scale_dtype": E8M0, "output_dtype": torch.float32}
+    kernel, kernel_scale = in_blocks(packed).transpose(0, 1), scales.transpose(0, 1)
+    product = torch_npu.npu_quant_matmul(xq, kernel, kernel_scale, x2_dtype=fp4, group_sizes=[0, 0, 32], **options)
+    torch.testing.assert_close(product.double(), left @ exact.T, rtol=1e-5, atol=1e-4)
+    with pytest.raises(RuntimeError, match="must be in FRACTAL_NZ"):
+        torch_npu.npu_quant_matmul(xq, packed.t(), kernel_scale, x2_dtype=fp4, group_sizes=[0, 0, 32], **options)
+    with pytest.raises(NotImplementedError, match="group_sizes"):
+        torch_npu.npu_quant_matmul(xq, kernel, kernel_scale, x2_dtype=fp4, group_sizes=[1, 1, 32], **options)
+    packed, scales, exact = packed_fp4((2, 48, 128), 4)
+    [grouped] = torch_npu.npu_grouped_matmul(
+        x=[xq], weight=[in_blocks(packed).transpose(1, 2)], antiquant_scale=[scales.transpose(1, 2)],
+        per_token_scale=[xs], per_token_scale_dtype=E8M0, x_dtype=torch.float8_e4m3fn, weight_dtype=fp4,
+        split_item=2, group_type=0, group_list=torch.tensor([4, 2]), group_list_type=1, output_dtype=torch.float32,
+    )  # fmt: skip
+    expected = torch.cat([left[:4] @ exact[0].T, left[4:] @ exact[1].T])
+    torch.testing.assert_close(grouped.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_fused_activation_equals_swiglu_then_quantizing():
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(5), dtype=torch.bfloat16)
+    operator = torch.ops._C_ascend.npu_swiglu_group_quant
+    values, scales, _ = operator(x, group_index=torch.tensor([1, 2]), dst_type=torch.float8_e4m3fn, quant_mode=2)
+    hidden = torch_npu.npu_swiglu(x.float())
+    hidden[3:] = 0
+    expected, expected_scales = torch_npu.npu_dynamic_mx_quant(hidden, dst_type=torch.float8_e4m3fn)
+    assert torch.equal(values.view(torch.uint8), expected.view(torch.uint8)) and torch.equal(scales, expected_scales)
