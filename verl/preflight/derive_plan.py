@@ -44,6 +44,7 @@ def derive_plan(
         rollout_dtype=engine.name,
         rollout_why=engine.why,
         rollout_weights=None if quantization is None else quantization.summary(),
+        weight_error=None if quantization is None else quantization.weight_error,
         qat=qat_mode(actor.fsdp_config, rollout),
         master_dtype=choose_dtype(device, actor.fsdp_config.model_dtype).name,
         prompts_per_step=config.data.train_batch_size,

@@ -74,6 +74,7 @@ class Plan:
         compute_dtype, rollout_dtype: torch dtype names in which trainer and engine compute.
         compute_why, rollout_why: reasons for these dtypes.
         rollout_weights: the engine's format of quantized weights; None if weights are not quantized.
+        weight_error: relative root mean square error of these weights; None if weights are not quantized.
         qat: mode of quantization-aware training; None without it.
         master_dtype: dtype of the weights that the optimizer updates.
         prompts_per_step, samples_per_step: of one training step.
@@ -111,6 +112,7 @@ class Plan:
     rollout_dtype: str
     rollout_why: str
     rollout_weights: str | None
+    weight_error: float | None
     qat: str | None
     master_dtype: str
     prompts_per_step: int

@@ -9,12 +9,14 @@ from fixtures.architectures import longrope, write_architecture
 from fixtures.tiny import write_tiny_model
 from verl.protocol import DataProto
 from verl.trainer.ppo.eager_reference import ReferenceUnavailable, reference_log_probs
+from verl.utils.quantization.formats import E4M3_ERROR, MXFP4_ERROR
 
 FORMATS = {
     "trainer_dtype": "float32",
     "engine_dtype": "float32",
     "trainer_quantized": False,
     "engine_quantized": False,
+    "weight_error": None,
     "max_model_len": 64,
     "trust_remote_code": False,
 }
@@ -76,11 +78,13 @@ def test_rope_is_chosen_by_the_limit_of_the_engine(tmp_path):
 
 def test_a_coarser_format_explains_a_larger_difference(model_dir):
     batch = batch_of([list(range(4, 60))] * 2, [20, 20], 1.0)
-    result = reference_log_probs(model_dir, batch, **FORMATS | {"trainer_dtype": "bfloat16", "engine_quantized": True})
-    by_bfloat16, by_quantization = (
-        (side - result.log_probs).abs().mean() for side in (result.as_trainer, result.as_engine)
-    )
-    assert 0 < 3 * by_bfloat16 < by_quantization
+    differences = []
+    for error in (E4M3_ERROR, MXFP4_ERROR):
+        formats = FORMATS | {"trainer_dtype": "bfloat16", "engine_quantized": True, "weight_error": error}
+        result = reference_log_probs(model_dir, batch, **formats)
+        differences += [(side - result.log_probs).abs().mean() for side in (result.as_trainer, result.as_engine)]
+    by_bfloat16, by_mxfp8, again, by_mxfp4 = differences
+    assert by_bfloat16 == again and 0 < 3 * by_bfloat16 < by_mxfp8 and 2 * by_mxfp8 < by_mxfp4
 
 
 def test_a_coarser_format_rounds_the_parameters_that_transformers_rounds(tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from verl.utils.quantization import mxfp4
+from verl.utils.quantization.formats import MXFP4_ERROR
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -153,6 +154,12 @@ def test_encoding_equals_rounding_quantizing_and_measuring(dtype):
     difference = table[codes.numpy()] * factors - rounded.double().numpy()
     assert error.tolist() == pytest.approx([float((difference**2).sum()), float((rounded.double() ** 2).sum())])
     assert 0.05 < math.sqrt(error[0] / error[1]) < 0.2
+
+
+def test_documented_error_is_that_of_normal_values():
+    x = torch.randn(500, 1024, generator=torch.Generator().manual_seed(8))
+    error, norm = mxfp4.mxfp4_encode(x, torch.float32)[2].tolist()
+    assert math.sqrt(error / norm) == pytest.approx(MXFP4_ERROR, rel=0.02)
 
 
 def test_compiled_and_eager_bits_agree():

@@ -11,10 +11,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from verl.protocol import DataProto
 from verl.workers.engine.rope import fix_rope_length
 
-# Relative root mean square error of rounding to e4m3 (3 bits of mantissa): 2^-4 / sqrt(3) times the mean of a mantissa
-# relative to its upper bound, about 3/4.
-_E4M3_ERROR = 0.027
-
 
 class ReferenceUnavailable(RuntimeError):
     """There is no reference; the message gives the reason."""
@@ -27,7 +23,7 @@ class ReferenceLogProbs:
     Attributes:
         log_probs: of the float32 model.
         as_trainer, as_engine: of the same model with an error as large as the rounding of trainer and engine: computed
-            in their dtype, and for quantized weights with noise of e4m3's relative error.
+            in their dtype, and for quantized weights with noise of the relative error of their format.
     """
 
     log_probs: torch.Tensor
@@ -43,6 +39,7 @@ def reference_log_probs(
     engine_dtype: str,
     trainer_quantized: bool,
     engine_quantized: bool,
+    weight_error: float | None,
     max_model_len: int,
     trust_remote_code: bool,
 ) -> ReferenceLogProbs:
@@ -53,6 +50,8 @@ def reference_log_probs(
         batch: columns of a forward pass; meta_info `temperature`.
         trainer_dtype, engine_dtype: torch dtype names.
         trainer_quantized, engine_quantized: True if the side computes with quantized weights.
+        weight_error: relative root mean square error of these weights, see `WeightFormat.weight_error`; None if no side
+            computes with quantized weights.
         max_model_len: the engine's limit of a sequence in tokens; see `verl.workers.engine.rope`.
 
     Raises:
@@ -67,8 +66,8 @@ def reference_log_probs(
         for dtype in sorted({trainer_dtype, engine_dtype} - rounded.keys()):
             rounded[dtype] = _log_probs(_in_dtype(model, dtype), batch)
         as_trainer, as_engine = rounded[trainer_dtype], rounded[engine_dtype]
-        if trainer_quantized or engine_quantized:
-            _add_noise(model)
+        if weight_error is not None and (trainer_quantized or engine_quantized):
+            _add_noise(model, weight_error)
             noisy = _log_probs(_in_dtype(model, engine_dtype), batch)
             as_trainer, as_engine = noisy if trainer_quantized else as_trainer, noisy if engine_quantized else as_engine
     except (ValueError, RuntimeError, OSError, ImportError, TypeError, KeyError, AttributeError) as error:
@@ -100,11 +99,11 @@ def _in_dtype(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
     return model
 
 
-def _add_noise(model: PreTrainedModel) -> None:
-    """Multiply every weight of the decoder layers by 1 + noise of the relative error of e4m3."""
+def _add_noise(model: PreTrainedModel, error: float) -> None:
+    """Multiply every weight of the decoder layers by 1 + normal noise of a relative error."""
     generator = torch.Generator().manual_seed(0)
     embeddings = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
     for parameter in model.parameters():
         if parameter.ndim > 1 and id(parameter) not in embeddings:
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
-            parameter.data.mul_(1 + _E4M3_ERROR * noise)
+            parameter.data.mul_(1 + error * noise)

@@ -5,6 +5,11 @@ MX_BLOCK_SIZE = 32
 # Float8 e4m3 in square blocks: rows and columns that share one float32 scale.
 FP8_BLOCK_SIZE = 128
 
+# Relative root mean square errors of rounding weights with a bell-shaped distribution. e4m3 has 3 bits of mantissa:
+# 2^-4 / sqrt(3) times the mean of a mantissa relative to its upper bound, about 3/4. e2m1 with a scale for 32 values:
+# measured with random normal values.
+E4M3_ERROR, MXFP4_ERROR = 0.027, 0.115
+
 # Vocabulary of vllm-ascend: its quantization method, and the values of an entry in a per-layer description: weights in
 # MXFP8, weights in MXFP4 (activations in MXFP8 for both), unquantized.
 ASCEND_METHOD = "ascend"

@@ -95,6 +95,8 @@ def test_scheme_of_every_quantized_layer(wide, make):
     assert description[Q_PROJ] == "W4A8_MXFP" and description[EMBEDDING] == "FLOAT"
     assert make("ascend", wide, quantization_scheme="W4A8_MXFP").summary().startswith("MXFP4: 14 of")
     assert make("ascend", wide, quantization_scheme="W8A8_MXFP8").summary() == make("ascend", wide).summary()
+    errors = [make("ascend", wide, quantization_scheme=scheme).weight_error for scheme in ("W4A8_MXFP", None)]
+    assert errors[0] > 4 * errors[1] > 0
 
 
 @pytest.mark.parametrize("name", ["fp8", "torchao", None])

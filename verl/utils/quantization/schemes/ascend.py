@@ -22,7 +22,7 @@ from verl.utils.quantization.ascend_releases import (
     validate_mxfp4,
     validate_paired_groups,
 )
-from verl.utils.quantization.formats import ASCEND_METHOD, ASCEND_SCHEMES, W4A8_MXFP
+from verl.utils.quantization.formats import ASCEND_METHOD, ASCEND_SCHEMES, MXFP4_ERROR, W4A8_MXFP
 from verl.utils.quantization.schemes.base import FIELD, ScaledFormat
 
 
@@ -96,6 +96,10 @@ class AscendFormat(ScaledFormat):
 
     def summary(self) -> str:
         return f"{self.description.weight_formats}: {self.description.summary()}"
+
+    @property
+    def weight_error(self) -> float:
+        return MXFP4_ERROR if W4A8_MXFP in self.description.schemes else super().weight_error
 
     def engine_bytes(self, itemsize: int) -> int:
         return self.description.engine_bytes(itemsize)

@@ -12,6 +12,7 @@ from verl.utils.devices import DEVICES
 from verl.utils.dtypes import choose_dtype
 from verl.utils.model_dir.index import CheckpointIndex, read_checkpoint_index
 from verl.utils.quantization.ascend_layers import Layer
+from verl.utils.quantization.formats import E4M3_ERROR
 
 FIELD = "actor_rollout_ref.rollout.quantization"
 
@@ -135,6 +136,11 @@ class WeightFormat(ABC):
     @abstractmethod
     def summary(self) -> str:
         """Describe in one line how the engine holds the weights."""
+
+    @property
+    def weight_error(self) -> float:
+        """Relative root mean square error of a quantized weight; by default that of e4m3."""
+        return E4M3_ERROR
 
     def engine_bytes(self, itemsize: int) -> int | None:
         """Bytes of all weights in the engine, with `itemsize` bytes per element of an unquantized weight.
