@@ -1,12 +1,13 @@
-"""Does a quantized rollout need correction? GRPO on the quickstart's task with three rollouts, several seeds each.
+"""Does a quantized rollout need correction? GRPO on the quickstart's task in five ways, several seeds each.
 
     python benchmarks/correction_study.py [--steps 50] [--seeds 1 2 3] [--picture docs/rollout_correction.png]
                                           [--write docs/rollout_correction.md]
 
-The three rollouts: float32; MXFP8 without correction; MXFP8 with truncated importance weights per token (preset
-decoupled_token_is). Nothing else differs within a seed. Prints a table and draws two charts: the reward in training,
-and the KL between rollout and trainer. Lines are means over the seeds; bands range from the lowest to the highest seed.
-Takes about 20 minutes on two cores.
+The rollouts: float32; MXFP8 without correction; MXFP8 with truncated importance weights per token (preset
+decoupled_token_is); MXFP8 with quantization-aware training, without and with these weights. Nothing else differs within
+a seed. Prints a table and draws two charts: the reward in training, and the KL between rollout and trainer. Lines are
+means over the seeds; bands range from the lowest to the highest seed.
+Takes about 35 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -22,13 +23,17 @@ from quickstart_runs import run, series, validation
 from tables import write_section
 
 QUANTIZATION = "actor_rollout_ref.rollout.quantization"
+_QAT = "actor_rollout_ref.actor.fsdp_config.qat.enable"
+_PRESET = "algorithm.rollout_correction.preset"
 VARIANTS: dict[str, dict[str, Any]] = {
     "float32": {QUANTIZATION: "null"},
     "MXFP8": {QUANTIZATION: "ascend"},
     "MXFP8, token TIS": {
         QUANTIZATION: "ascend",
-        "algorithm.rollout_correction.preset": "decoupled_token_is",
+        _PRESET: "decoupled_token_is",
     },
+    "MXFP8, QAT": {QUANTIZATION: "ascend", _QAT: True},
+    "MXFP8, QAT, token TIS": {QUANTIZATION: "ascend", _QAT: True, _PRESET: "decoupled_token_is"},
 }
 REWARD, MISMATCH = "critic/score/mean", "rollout_corr/k3_kl"
 Steps = dict[int, dict[str, Any]]
@@ -41,8 +46,9 @@ def table(runs: dict[str, list[Steps]], options: argparse.Namespace) -> str:
         f"`make study`, {options.steps} steps, seeds {', '.join(map(str, options.seeds))}; {described['date']}, "
         f"{described['kind']}, {described['cores']}.",
         "",
-        "| rollout | validation reward before | after, by seed | mean | KL (k3) in the first step | mean | last step |",
-        "|-|-|-|-|-|-|-|",
+        "| rollout | validation reward before | after, by seed | mean | KL (k3) in the first step | mean | last step "
+        "| seconds per step |",
+        "|-|-|-|-|-|-|-|-|",
     ]
     for name, seeds in runs.items():
         before = [validation(steps)[0][1] for steps in seeds]
@@ -51,9 +57,10 @@ def table(runs: dict[str, list[Steps]], options: argparse.Namespace) -> str:
         first, mean, last = (
             statistics.mean(f(values) for values in kl) for f in (lambda v: v[0], statistics.mean, lambda v: v[-1])
         )
+        seconds = statistics.median(value for steps in seeds for _, value in series(steps, "timing_s/step"))
         lines.append(
             f"| {name} | {statistics.mean(before):.3f} | {', '.join(f'{value:.3f}' for value in after)} "
-            f"| {statistics.mean(after):.3f} | {first:.1e} | {mean:.1e} | {last:.1e} |"
+            f"| {statistics.mean(after):.3f} | {first:.1e} | {mean:.1e} | {last:.1e} | {seconds:.2f} |"
         )
     return "\n".join(lines)
 
