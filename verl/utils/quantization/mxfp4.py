@@ -16,7 +16,7 @@ in a block whose scale byte is 0, that is, if every magnitude is below 2^-124. H
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -62,7 +62,7 @@ def mxfp4_quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ValueError: x has no dimension, or K is odd.
     """
     _check_even(x)
-    parts = _in_pieces(_quantize_blocks, to_blocks(x.detach(), MX_BLOCK_SIZE))
+    parts = _fused_or_in_pieces(_quantize_blocks, to_blocks(x.detach(), MX_BLOCK_SIZE))
     return _as_rows(parts, x)
 
 
@@ -99,7 +99,7 @@ def mxfp4_dequantize(
     if not packed.numel():
         return out
     blocks = to_blocks(packed, _PACKED_BLOCK)
-    (decoded,) = _in_pieces(lambda p, s: (_dequantize_blocks(p, s),), blocks, scales.reshape(-1, 1))
+    (decoded,) = _fused_or_in_pieces(_dequantize_blocks, blocks, scales.reshape(-1, 1))
     return out.copy_(from_blocks(decoded, shape, MX_BLOCK_SIZE))
 
 
@@ -191,14 +191,21 @@ def _check_pair(packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 
 def _in_pieces(function: Callable[..., tuple[torch.Tensor, ...]], *blocks: torch.Tensor) -> list[torch.Tensor]:
-    """Apply a function of rows to blocks [N, ...]: fused on a GPU, in pieces on other devices."""
-    if blocks[0].device.type == "cuda" or torch.compiler.is_compiling() or not len(blocks[0]):
-        return list(fused(function, blocks[0])(*blocks))
+    """Apply a function of rows to blocks [N, ...] in pieces, and concatenate its results."""
     pieces = zip(*(part.split(EAGER_PIECE // MX_BLOCK_SIZE) for part in blocks), strict=True)
     return [torch.cat(part) for part in zip(*(function(*piece) for piece in pieces), strict=True)]
 
 
-def _as_rows(parts: list[torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _fused_or_in_pieces(
+    function: Callable[..., tuple[torch.Tensor, ...]], *blocks: torch.Tensor
+) -> Sequence[torch.Tensor]:
+    """Do the same, but at once on a GPU, where `torch.compile` fuses the function; it is compiled once."""
+    if blocks[0].device.type == "cuda" or torch.compiler.is_compiling() or not len(blocks[0]):
+        return fused(function, blocks[0])(*blocks)
+    return _in_pieces(function, *blocks)
+
+
+def _as_rows(parts: Sequence[torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return packed blocks and scales in the shapes of the result for x."""
     packed, scales = parts
     shape = torch.Size((*x.shape[:-1], x.shape[-1] // PACKED))
@@ -228,7 +235,7 @@ def _quantize_blocks(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (first | (second << 4)).to(torch.uint8), torch.where(special, 255, byte).squeeze(-1).to(torch.uint8)
 
 
-def _dequantize_blocks(packed: torch.Tensor, scale_bytes: torch.Tensor) -> torch.Tensor:
+def _dequantize_blocks(packed: torch.Tensor, scale_bytes: torch.Tensor) -> tuple[torch.Tensor]:
     """Dequantize packed codes uint8 [N, 16] with scale_bytes uint8 [N, 1] to float32 [N, 32]."""
     pair, byte = packed.to(torch.int32), scale_bytes.to(torch.int32)
     code = torch.stack([pair & 15, pair >> 4], -1).flatten(-2)
@@ -237,7 +244,7 @@ def _dequantize_blocks(packed: torch.Tensor, scale_bytes: torch.Tensor) -> torch
     decoded = torch.where(magnitude < 2, magnitude.float() * 0.5, normal)
     decoded = torch.where(code >= 8, -decoded, decoded)
     factor = torch.where(byte == 0, 0x00400000, byte << 23).view(torch.float32)
-    return decoded * torch.where(byte == 255, math.nan, factor)
+    return (decoded * torch.where(byte == 255, math.nan, factor),)
 
 
 def _squared_errors(
@@ -245,5 +252,5 @@ def _squared_errors(
 ) -> torch.Tensor:
     """Return [1, 2], sum of squared errors and sum of squares, of blocks x [N, 32]."""
     source = x.to(wide)
-    error = _dequantize_blocks(packed, scale_bytes).to(wide) - source
+    error = _dequantize_blocks(packed, scale_bytes)[0].to(wide) - source
     return torch.stack([error.square().sum(), source.square().sum()])[None]
