@@ -33,6 +33,7 @@ from verl.workers.rollout.quantization.mxfp4_layers import (
     mxfp4_layers,
     restore_mxfp4_weights_for_loading,
 )
+from verl.workers.rollout.quantization.mxfp4_self_test import run_mxfp4_self_test
 from verl.workers.rollout.quantization.npu_experts import experts_output
 from verl.workers.weight_sync.manifest import WeightUpdateError
 
@@ -377,3 +378,77 @@ def test_faults_are_rejected_by_name_and_a_full_update_recovers(tmp_path, kind):
         updates.send(weights)
         assert_same(parameters_of(model), engine_parameters(weights, fp4=fp4))
         assert addresses(model) == before
+
+
+@replaceable
+@pytest.mark.parametrize(("kind", "over"), [("qwen3", {}), ("qwen3_moe", {"moe_intermediate_size": 128})])
+def test_self_test_passes_and_updates_follow(tmp_path, kind, over):
+    first, second = checkpoints(tmp_path, kind, 2, **over)
+    config, scheme = built(first)
+    with engine(config):
+        model = build_model(config)
+        complete_experts(model)
+        before = addresses(model)
+        run_mxfp4_self_test(model, config, RELEASE)
+        assert addresses(model) == before
+        updates = Updates(model, config, scheme)
+        updates.send(weights_of(second))
+        assert_same(parameters_of(model), engine_parameters(weights_of(second), fp4=fp4))
+        assert addresses(model) == before
+
+
+def strided_writes(monkeypatch, layer):
+    """As if a copy between tensors in NZ format wrote elements in the order of their strides."""
+    own = layer.quant_method.quant_method
+    process = own.process_weights_after_loading
+
+    def processing(loaded):
+        plain = {key: loaded._parameters[key].data.clone() for key in own_weights(loaded)}
+        process(loaded)
+        for key, weight in plain.items():
+            made = loaded._parameters[key].data.transpose(-1, -2)
+            torch.empty(0, dtype=torch.uint8).set_(made.untyped_storage()).copy_(weight.flatten())
+
+    monkeypatch.setattr(own, "process_weights_after_loading", processing)
+
+
+def own_weights(layer):
+    return [key for key in layer._mxfp4_original_shapes if not key.endswith("_scale")]
+
+
+def other_group(monkeypatch, layer):
+    """As if the operators read other scales than the layout says."""
+    own = layer.quant_method.quant_method
+    apply = own.apply
+
+    def shifted(*arguments, **options):
+        if "x" in options:
+            options["x"] = options["x"].roll(32, -1)
+        else:
+            arguments = (arguments[0], arguments[1].roll(32, -1), *arguments[2:])
+        return apply(*arguments, **options)
+
+    monkeypatch.setattr(own, "apply", shifted)
+
+
+FAULTS = {
+    "memory": (strided_writes, r"weight: \d+ of \d+ bytes of the kernel layout are not those that load 1 wrote"),
+    "product": (other_group, r"the product with .*weight differs"),
+}
+
+
+@replaceable
+@pytest.mark.parametrize("fault", FAULTS)
+@KINDS
+def test_self_test_names_a_fault(tmp_path, monkeypatch, kind, fault):
+    damage, message = FAULTS[fault]
+    (first,) = checkpoints(tmp_path, kind, 1)
+    config, _ = built(first)
+    with engine(config):
+        model = build_model(config)
+        complete_experts(model)
+        for name, layer in mxfp4_layers(model).items():
+            if ("experts" in name) == (kind == "qwen3_moe"):
+                damage(monkeypatch, layer)
+        with pytest.raises(RuntimeError, match=rf"MXFP4 self-test failed in model\.\S+ with {RELEASE}: .*{message}"):
+            run_mxfp4_self_test(model, config, RELEASE)

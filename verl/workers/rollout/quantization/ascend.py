@@ -38,6 +38,7 @@ from verl.workers.rollout.quantization.mxfp4_layers import (
     refresh_mxfp4_after_delta,
     restore_mxfp4_weights_for_loading,
 )
+from verl.workers.rollout.quantization.mxfp4_self_test import run_mxfp4_self_test
 from verl.workers.rollout.quantization.mxfp8_self_test import run_self_test
 from verl.workers.rollout.quantization.scaled import ScaledScheme, ScaledWeights
 
@@ -114,6 +115,7 @@ class AscendScheme(ScaledScheme):
         release = installed_vllm_ascend()
         maker = "verl's emulation on a CPU" if release is None else f"vllm-ascend {release}"
         run_self_test(model, vllm_config, maker)
+        run_mxfp4_self_test(model, vllm_config, maker)
 
     @staticmethod
     def begin(model: nn.Module) -> Mapping[str, nn.Module]:

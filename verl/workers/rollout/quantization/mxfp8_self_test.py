@@ -35,17 +35,17 @@ from verl.workers.rollout.quantization.npu_experts import experts_output
 logger = logging.getLogger(__name__)
 
 _SCALE = "_scale"
-_LOADS = 2
+LOADS = 2
 _CHUNK_BYTES = 1 << 25
 # A prime: other distances than its multiples separate elements that a wrong order of rows or groups would exchange.
-_PERIOD = 65_521
-_TOKENS, _OUTPUTS = 4, 64
+PERIOD = 65_521
+TOKENS, OUTPUTS = 4, 64
 # Float32 sums of products: 2^-24 for each addition, twice that for units that truncate.
 _ADDITION = 2.0**-23
 
 # Bytes of e4m3 without NaN. Scales of 2^-63 .. 2^63 for the first load, and of 2^-8 .. 2^7 for one with a product.
 _ANY_CODE = tuple(code for code in range(256) if code & 127 != 127)
-_ANY_SCALE, _MODERATE_SCALE = tuple(range(64, 191)), tuple(range(119, 135))
+ANY_SCALE, MODERATE_SCALE = tuple(range(64, 191)), tuple(range(119, 135))
 # For the first product of experts: 2^4 .. 2^7, times 2 or 4. See `_check_experts`.
 _POWERS_OF_TWO, _SMALL_POWERS = (88, 96, 104, 112), (128, 129)
 
@@ -98,12 +98,12 @@ def _padding(layer: nn.Module) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class _Known:
+class KnownBytes:
     """Known bytes of a parameter in checkpoint layout, as a function of the index in the flattened tensor.
 
     Attributes:
         shape: shape of the parameter.
-        bytes: uint8 [`_PERIOD`] on the CPU, repeated until the tensor is full.
+        bytes: uint8 [`PERIOD`] on the CPU, repeated until the tensor is full.
     """
 
     shape: tuple[int, ...]
@@ -116,8 +116,8 @@ class _Known:
         for number, index in enumerate(itertools.product(*map(range, lead))):
             for first in range(0, n, step):
                 rows = slice(first, min(n, first + step))
-                count, offset = (rows.stop - first) * k, (number * n + first) * k % _PERIOD
-                repeated = source.repeat(-(-(offset + count) // _PERIOD))
+                count, offset = (rows.stop - first) * k, (number * n + first) * k % PERIOD
+                repeated = source.repeat(-(-(offset + count) // PERIOD))
                 yield index, rows, repeated[offset : offset + count].view(-1, k)
 
     def at(self, *indices: torch.Tensor | int) -> torch.Tensor:
@@ -125,32 +125,32 @@ class _Known:
         flat = torch.zeros((), dtype=torch.int64)
         for index, size in zip(indices, self.shape, strict=True):
             flat = flat * size + index
-        return self.bytes[flat % _PERIOD]
+        return self.bytes[flat % PERIOD]
 
 
-def _known_weights(layer: MXFP8Layer, load: int) -> dict[str, _Known]:
+def _known_weights(layer: MXFP8Layer, load: int) -> dict[str, KnownBytes]:
     """Return the bytes of each parameter for load 0 or 1."""
     known = {}
     for number, (key, shape) in enumerate(layer._mxfp8_original_shapes.items()):
         is_scale = key.endswith(_SCALE)
         if load == 0:
-            values = _ANY_SCALE if is_scale else _ANY_CODE
+            values = ANY_SCALE if is_scale else _ANY_CODE
         elif key.startswith("w13"):
             values = _SMALL_POWERS if is_scale else _POWERS_OF_TWO
         else:
-            values = _MODERATE_SCALE if is_scale else _ANY_CODE
+            values = MODERATE_SCALE if is_scale else _ANY_CODE
         generator = torch.Generator().manual_seed(100 * load + number)
-        choice = torch.randint(len(values), (_PERIOD,), generator=generator)
-        known[key] = _Known(tuple(shape), torch.tensor(values, dtype=torch.uint8)[choice])
+        choice = torch.randint(len(values), (PERIOD,), generator=generator)
+        known[key] = KnownBytes(tuple(shape), torch.tensor(values, dtype=torch.uint8)[choice])
     return known
 
 
-def _values(known: Mapping[str, _Known], key: str, first: int, *indices: torch.Tensor | int) -> torch.Tensor:
+def _values(known: Mapping[str, KnownBytes], key: str, first: int, *indices: torch.Tensor | int) -> torch.Tensor:
     """Return the float64 values of a weight's elements: e4m3 times a power of two for each group of 32 inputs.
 
     Args:
         first: position of the first input in its group.
-        indices: as of `_Known.at`; the last one is that of the input.
+        indices: as of `KnownBytes.at`; the last one is that of the input.
     """
     codes = known[key].at(*indices).int()
     exponent, mantissa = codes >> 3 & 15, (codes & 7).double()
@@ -164,7 +164,7 @@ def _values(known: Mapping[str, _Known], key: str, first: int, *indices: torch.T
 def _test(layer: MXFP8Layer, vllm_config: Any) -> None:
     with _weights_put_back(layer):
         before = _addresses(layer)
-        for load in range(_LOADS):
+        for load in range(LOADS):
             known = _known_weights(layer, load)
             restore_mxfp8_weights_for_loading(layer)
             for key, weights in known.items():
@@ -234,7 +234,7 @@ def _put_back(layer: MXFP8Layer, saved: _Saved) -> str | None:
     return None
 
 
-def _check_kernel_layout(layer: MXFP8Layer, known: Mapping[str, _Known], load: int) -> None:
+def _check_kernel_layout(layer: MXFP8Layer, known: Mapping[str, KnownBytes], load: int) -> None:
     """Compare the kernel layout with the known bytes: weight [K, N], scales [ceil(G / 2), N, 2]; padding is zero."""
     before, _ = _padding(layer)
     for key, weights in known.items():
@@ -256,30 +256,34 @@ def _check_kernel_layout(layer: MXFP8Layer, known: Mapping[str, _Known], load: i
             )
 
 
-def _spread(size: int, count: int) -> torch.Tensor:
+def spread(size: int, count: int) -> torch.Tensor:
     """Return up to `count` indices from 0 to size - 1, the first and the last included."""
     return torch.linspace(0, size - 1, min(size, count), dtype=torch.float64).long()
 
 
-def _check_product(layer: Any, known: Mapping[str, _Known], dtype: torch.dtype) -> None:
+def exact_inputs(k: int) -> torch.Tensor:
+    """Return inputs [`TOKENS`, k] of similar size, float64, which a round trip through MXFP8 does not change."""
+    generator = torch.Generator().manual_seed(7)
+    significand = 8 + torch.randint(7, (TOKENS, k), generator=generator).double()
+    sign = 1 - 2 * torch.randint(2, (TOKENS, k), generator=generator)
+    return sign * torch.ldexp(significand, -3 - torch.randint(4, (TOKENS, k), generator=generator))
+
+
+def _check_product(layer: Any, known: Mapping[str, KnownBytes], dtype: torch.dtype) -> None:
     """Compare the layer's product with that of the dequantized weight, for some of its outputs.
 
     Inputs are e4m3 numbers of similar size, so quantizing them changes nothing. A sum of K exact products in float32
     differs by at most K 2^-24 times the sum of their magnitudes (Higham, Accuracy and Stability, 2002, section 3.1).
     """
     n, k = known["weight"].shape
-    generator = torch.Generator().manual_seed(7)
-    significand = 8 + torch.randint(7, (_TOKENS, k), generator=generator).double()
-    sign = 1 - 2 * torch.randint(2, (_TOKENS, k), generator=generator)
-    x = sign * torch.ldexp(significand, -3 - torch.randint(4, (_TOKENS, k), generator=generator))
-    outputs = _spread(n, _OUTPUTS)
+    x, outputs = exact_inputs(k), spread(n, OUTPUTS)
     weight = _values(known, "weight", _padding(layer)[0], outputs[:, None], torch.arange(k))
     with torch.no_grad():
         product = layer.quant_method.apply(layer, x.to(layer.weight.device, dtype))
-    _compare("weight", product[:, outputs.to(product.device)], x @ weight.T, k * (x.abs() @ weight.abs().T))
+    compare("weight", product[:, outputs.to(product.device)], x @ weight.T, k * (x.abs() @ weight.abs().T))
 
 
-def _check_experts(layer: Any, known: Mapping[str, _Known], vllm_config: Any) -> None:
+def _check_experts(layer: Any, known: Mapping[str, KnownBytes], vllm_config: Any) -> None:
     """Compare the output of single experts with that of the dequantized weights, for some of its elements.
 
     A token is 1 at one position, so the first product is a column of w13: powers of two of at least 2^5. Then silu(g)
@@ -291,21 +295,21 @@ def _check_experts(layer: Any, known: Mapping[str, _Known], vllm_config: Any) ->
         logger.info("the MXFP8 self-test compares no product of experts other than silu experts of one rank")
         return
     (_, n, k), (_, hidden, inner) = known["w13_weight"].shape, known["w2_weight"].shape
-    expert = _spread(experts, _TOKENS).repeat_interleave(2)
+    expert = spread(experts, TOKENS).repeat_interleave(2)
     position = torch.tensor([0, k - 1]).repeat(len(expert) // 2)
     x = torch.zeros(len(expert), k).scatter_(1, position[:, None], 1.0)
     logits = torch.zeros(len(expert), experts).scatter_(1, expert[:, None], 256.0)  # exp(-256) is 0
     columns = _values(known, "w13_weight", 0, expert[:, None], torch.arange(n), position[:, None])
     gate, up = columns.chunk(2, dim=1)
-    outputs = _spread(hidden, _OUTPUTS)
+    outputs = spread(hidden, OUTPUTS)
     w2 = _values(known, "w2_weight", 0, expert[:, None, None], outputs[:, None], torch.arange(inner))
     terms = (gate / (1 + torch.exp(-gate)) * up)[:, None] * w2
     device, dtype = layer.w13_weight.device, vllm_config.model_config.dtype
     product = experts_output(layer, vllm_config, x.to(device, dtype), logits.to(device, dtype))
-    _compare("w13_weight and w2_weight", product[:, outputs.to(device)], terms.sum(-1), inner * terms.abs().sum(-1))
+    compare("w13_weight and w2_weight", product[:, outputs.to(device)], terms.sum(-1), inner * terms.abs().sum(-1))
 
 
-def _compare(what: str, product: torch.Tensor, expected: torch.Tensor, magnitude: torch.Tensor) -> None:
+def compare(what: str, product: torch.Tensor, expected: torch.Tensor, magnitude: torch.Tensor) -> None:
     """Compare a product with a float64 reference.
 
     Args:
