@@ -3,6 +3,7 @@
 Import it only in an environment of `build_env.py`.
 """
 
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -48,6 +49,30 @@ def update(rank: int, ranks: int, sources: list[Path], padded: str, quantization
         updates.send(weights_of(others[0]))
         assert_same(parameters_of(model), expected(others[0]))
     return message
+
+
+def transfer(rank: int, ranks: int, sources: list[Path]) -> None:
+    """Check that every update by the release's weight transfer leaves this rank's share; only HCCL is left out."""
+    backend = import_module("vllm_ascend.distributed.weight_transfer.hccl_engine").HCCLWeightTransferEngine
+    first, *others = sources
+    scheme = scheme_of(first, tensor_model_parallel_size=ranks)
+    config = make_vllm_config(
+        first,
+        scheme.format.description.to_json_dict(),
+        load_format="dummy",
+        tensor_parallel_size=ranks,
+        distributed_executor_backend="mp",
+    )
+    with engine(config, rank, ranks):
+        model = build_model(config)
+        target, before = backend(None, config, torch.device("cpu"), model), addresses(model)
+        for source in [*others, first]:
+            target.start_weight_update()
+            for pair in scheme.encode(weights_of(source).items()):
+                model.load_weights([pair])
+            target.finish_weight_update()
+            assert_same(parameters_of(model), engine_parameters(weights_of(source), rank=rank, ranks=ranks))
+            assert addresses(model) == before
 
 
 def self_test(rank: int, ranks: int, source: Path, paddings: list[tuple[int, int]]) -> None:

@@ -298,16 +298,16 @@ def with_vllm_config(method: Callable) -> Callable:
     return wrapper
 
 
-def refusing_mxfp8(start: Callable) -> Callable:
-    """Wrap `start_weight_update` of a weight transfer that loads into the kernel layout, to refuse MXFP8 layers."""
+def refusing_layers(start: Callable, marks: tuple[str, ...]) -> Callable:
+    """Wrap `start_weight_update` of a weight transfer that cannot update layers with one of the marks."""
 
     @functools.wraps(start)
     def wrapper(self: Any) -> None:
         for name, layer in self.model.named_modules():
-            if hasattr(layer, "_mxfp8_transformed"):
+            if any(hasattr(layer, mark) for mark in marks):
                 raise NotImplementedError(
-                    f"{name}: this vllm-ascend's weight transfer npu_ipc loads into the kernel layout of MXFP8 layers; "
-                    'use vllm-ascend 0.30.0 or newer, or weight_transfer_config.backend="hccl" or "verl"'
+                    f"{name}: {type(self).__name__} of this vllm-ascend does not update layers of this format "
+                    '(docs/weight_transfer.md); use weight_transfer_config.backend="verl"'
                 )
         start(self)
 
@@ -319,6 +319,8 @@ def _patch_reload() -> str | None:
         import_module("vllm_ascend.distributed.weight_transfer.hccl_engine").HCCLWeightTransferEngine,
         import_module("vllm_ascend.distributed.weight_transfer.npu_ipc_engine").NPUIPCWeightTransferEngine,
     ]
+    if list(inspect.signature(transfers[0].receive_weights).parameters) != ["self", "update_info"]:
+        return "in this release the worker runs the reload, not the weight transfer: read its code first"
     scheme_class = import_module("vllm_ascend.quantization.methods").get_scheme_class
     keys = {"linear": ("weight",), "moe": ("w13_weight", "w2_weight")}
     for kind, names in keys.items():
@@ -329,9 +331,11 @@ def _patch_reload() -> str | None:
     for transfer in transfers:
         _replace(transfer, "receive_weights", with_vllm_config)
         _replace(transfer, "finish_weight_update", with_vllm_config)
-        # Up to 0.29 npu_ipc does not run the reload.
-        if "initialize_layerwise_reload" not in transfer.start_weight_update.__code__.co_names:
-            _replace(transfer, "start_weight_update", refusing_mxfp8)
+        # npu_ipc of 0.28 does not run the reload: it loads into the kernel layout.
+        reloads = "initialize_layerwise_reload" in transfer.start_weight_update.__code__.co_names
+        # The reload does not update MXFP4 weights for the same reason, and they get new addresses.
+        marks = ("_mxfp4_transformed",) if reloads else ("_mxfp4_transformed", "_mxfp8_transformed")
+        _replace(transfer, "start_weight_update", functools.partial(refusing_layers, marks=marks))
     return None
 
 

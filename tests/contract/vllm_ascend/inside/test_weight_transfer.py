@@ -6,18 +6,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from contract.vllm_ascend import ranks
 from contract.vllm_ascend.harness import RELEASE, build_model, engine
 from contract.vllm_ascend.reference import assert_same, engine_parameters, parameters_of
 from contract.vllm_ascend.updates import BUCKET, Updates, addresses, checkpoints, config_of, scheme_of, weights_of
 from vllm.config import vllm as vllm_config_module
 from vllm_ascend.quantization.methods import get_scheme_class
 
+from fixtures.ranks import run_ranks
 from verl.utils.vllm import npu_vllm_patch
 from verl.workers.weight_sync.manifest import WeightUpdateError
 from verl.workers.weight_sync.sender import WeightSender
 
 if RELEASE in ("0.18.0", "0.23.0", "0.26.0rc1"):
-    pytest.skip("the release has no weight transfer of its own", allow_module_level=True)
+    pytest.skip("the release has no weight transfer, or one whose reload its worker runs", allow_module_level=True)
 
 hccl_engine, npu_ipc_engine = (
     import_module(f"vllm_ascend.distributed.weight_transfer.{name}_engine") for name in ("hccl", "npu_ipc")
@@ -135,6 +137,15 @@ def test_every_transfer_writes_the_expected_bytes_at_the_same_addresses(tmp_path
             assert addresses(model) == before
 
 
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [("qwen3", {"intermediate_size": 96}), ("qwen3_moe", {"moe_intermediate_size": 128})],
+    ids=["padded shares", "experts"],
+)
+def test_each_of_two_ranks_gets_its_share(tmp_path, kind, sizes):
+    run_ranks(2, ranks.transfer, 2, checkpoints(tmp_path, kind, 3, hidden_size=128, **sizes))
+
+
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
 def test_transfers_and_updates_of_verl_may_alternate(tmp_path, transfer, kind):
     first, *others = checkpoints(tmp_path, kind, 4)
@@ -182,15 +193,20 @@ def test_incomplete_or_plain_weights_are_refused_and_the_next_update_of_verl_suc
         assert addresses(model) == before
 
 
-@pytest.mark.skipif(npu_ipc in RELOADING, reason="npu_ipc of this release runs the layer-wise reload")
-def test_transfer_into_the_kernel_layout_is_refused(tmp_path, transfer):
+REFUSED = [("W4A8_MXFP", hccl), ("W4A8_MXFP", npu_ipc)] + ([] if npu_ipc in RELOADING else [(None, npu_ipc)])
+
+
+@pytest.mark.parametrize(("quantization_scheme", "backend"), REFUSED)
+def test_layers_that_the_release_cannot_update_are_refused(tmp_path, transfer, quantization_scheme, backend):
+    """npu_ipc of 0.28 loads into the kernel layout; of MXFP4 layers the reload keeps the mark, as of MXFP8 ones."""
     first, second = checkpoints(tmp_path, "qwen3", 2)
-    config, scheme = config_of(first), scheme_of(first)
+    rollout = {"quantization_scheme": quantization_scheme}
+    config, scheme = config_of(first, **rollout), scheme_of(first, **rollout)
     with engine(config):
         model = build_model(config)
         before = parameters_of(model)
-        with pytest.raises(NotImplementedError, match=r"npu_ipc loads into the kernel layout.*0\.30\.0 or newer"):
-            transfer(npu_ipc, model, config, scheme.encode(weights_of(second).items()))
+        with pytest.raises(NotImplementedError, match=rf"{backend.__name__} .* does not update.*backend=\"verl\""):
+            transfer(backend, model, config, scheme.encode(weights_of(second).items()))
         assert_same(parameters_of(model), before)
 
 
@@ -226,5 +242,5 @@ def test_backend_of_verl_updates_the_layers_of_the_release(tmp_path, kind, side)
 def test_patch_is_applied_once():
     linear = get_scheme_class("W8A8_MXFP8", "linear")
     assert getattr(linear, PROCESS)._verl_patched
-    assert getattr(npu_ipc.start_weight_update, "_verl_patched", False) == (RELEASE == "0.28.0rc1")
+    assert hccl.start_weight_update._verl_patched and npu_ipc.start_weight_update._verl_patched
     assert npu_vllm_patch.apply_patches() == []

@@ -73,11 +73,13 @@ class VerlInitInfo(base.WeightTransferInitInfo):
 
     Attributes:
         quantization: the quantization that the engine was started with.
+        quantization_scheme: the scheme that the engine's description was made with.
         quantization_side: `sender`: the client sends encoded weights; `receiver`: it sends plain ones.
         quantization_config_file: the file that the engine's description was made with.
     """
 
     quantization: str | None = None
+    quantization_scheme: str | None = None
     quantization_side: str = "sender"
     quantization_config_file: str | None = None
 
@@ -167,6 +169,7 @@ class VerlWeightTransferEngine(base.WeightTransferEngine[VerlInitInfo, VerlUpdat
             )
         settings: WorkerSettings = {
             "quantization": init_info.quantization,
+            "quantization_scheme": init_info.quantization_scheme,
             "quantization_config_file": init_info.quantization_config_file,
             "quantization_side": init_info.quantization_side,
             "tensor_model_parallel_size": self.parallel_config.tensor_parallel_size,
