@@ -64,7 +64,7 @@ def test_release_that_cannot_restore_the_weights_is_refused(tmp_path):
     assert not hasattr(scheme, "restore_weights_for_rl_loading")
     (first,) = checkpoints(tmp_path, "qwen3", 1)
     layers = scheme_of(first, **W4A8).format.layers
-    with pytest.raises(ValueError, match=rf"q_proj is W4A8_MXFP, and vllm-ascend {RELEASE} cannot replace"):
+    with pytest.raises(ValueError, match=rf"_proj is W4A8_MXFP, and vllm-ascend {RELEASE} cannot replace"):
         validate_mxfp4(layers, 1, RELEASE)
 
 
