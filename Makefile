@@ -3,8 +3,8 @@ SHELL := bash
 .DEFAULT_GOAL := help
 python := .venv/bin/python
 
-.PHONY: help setup quickstart test test-all unit unit-slow e2e e2e-short e2e-rest browser contract lint format reference docs \
-	sweep study lock models bench bench-update bench-step bench-overhead bench-growth bench-scale
+.PHONY: help setup quickstart test test-all unit unit-slow e2e e2e-short e2e-rest browser contract contract-table lint format \
+	reference docs sweep study lock models bench bench-update bench-step bench-overhead bench-growth bench-scale
 
 help: ## print this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 24
@@ -46,6 +46,9 @@ browser: ## install the Chromium in which tests open `verl report`; on Debian, a
 
 contract: setup ## run the code of five vllm-ascend releases with a stand-in for torch_npu; downloads them once
 	$(python) -m pytest -q -m contract tests/contract $(ARGS)
+
+contract-table: setup ## write docs/ascend_compatibility.md from the results of the last `make contract`
+	$(python) tests/contract/vllm_ascend/feature_table.py
 
 lint: setup ## ruff, import contracts, import circles, mypy and the word list
 	.venv/bin/ruff check .

@@ -1,6 +1,7 @@
 """Features of the quantized rollout and the outcome of their tests, by vllm-ascend release.
 
-A test belongs to a feature by `pytest.mark.feature(KEY)`. `conftest.py` records the outcomes of a run.
+A test belongs to a feature by `pytest.mark.feature(KEY)`. `conftest.py` records the outcomes of a run, and
+`feature_table.py` writes them into docs/ascend_compatibility.md.
 """
 
 from __future__ import annotations

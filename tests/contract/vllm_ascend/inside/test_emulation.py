@@ -18,9 +18,9 @@ EMULATED = os.environ.get("CONTRACT_EMULATION")
 @pytest.mark.parametrize("case", CASES)
 def test_emulation_and_release_have_equal_parameters(tmp_path, case):
     if RELEASE == "0.18.0" and "groups" in case:
-        pytest.skip("0.18.0 supports only multiples of 64 inputs: test_groups.py")
+        pytest.skip("0.18.0 supports only multiples of 64 inputs")
     if RELEASE in ("0.18.0", "0.23.0", "0.26.0rc1") and "MXFP4" in case:
-        pytest.skip("before 0.28 no update of MXFP4 weights is possible: test_mxfp4.py")
+        pytest.skip("before 0.28 no update of MXFP4 weights is possible")
     expected = json.loads(Path(EMULATED).read_text())[case]
     source = checkpoint(tmp_path, case)
     scheme = scheme_of(source, **rollout_keys(case))

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 _SCALE = "_scale"
 LOADS = 2
-_CHUNK_BYTES = 1 << 25
+_CHUNK_BYTES = 1 << 21
 # A prime: other distances than its multiples separate elements that a wrong order of rows or groups would exchange.
 PERIOD = 65_521
 TOKENS, OUTPUTS = 4, 64
@@ -67,9 +67,9 @@ def run_self_test(model: nn.Module, vllm_config: Any, release: str) -> None:
             _test(layer, vllm_config)
         except Exception as error:
             raise RuntimeError(
-                f"the MXFP8 self-test failed in {name} with {release}: {error}. The engine would generate from other "
-                f"weights than those it is sent; use another release (the newest tested one is {NEWEST_TESTED}), or "
-                "actor_rollout_ref.rollout.quantization=null"
+                f"the MXFP8 self-test failed in {name} with {release}: {str(error).lstrip('.')}. The engine would "
+                "generate from other weights than those it is sent; use another release (the newest tested one is "
+                f"{NEWEST_TESTED}), or actor_rollout_ref.rollout.quantization=null"
             ) from error
     logger.info("MXFP8 self-test: %d layers in %.2f s", len(tested), time.perf_counter() - started)
 
@@ -211,11 +211,17 @@ def _weights_put_back(layer: MXFP8Layer) -> Iterator[None]:
 _Saved = dict[str, tuple[nn.Parameter, torch.Tensor, torch.Tensor]]
 
 
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.data.view(torch.uint8)
+
+
 def _save(layer: MXFP8Layer) -> _Saved:
     """Return each parameter, its memory, and a copy of its bytes."""
     parameters = {key: getattr(layer, key) for key in layer._mxfp8_original_shapes}
     # The copy is on the host: the key-value cache has taken the memory of the device.
-    return {key: (p, p.data, p.data.view(torch.uint8).cpu().clone()) for key, p in parameters.items()}
+    return {
+        key: (p, p.data, torch.empty_like(_bytes(p), device="cpu").copy_(_bytes(p))) for key, p in parameters.items()
+    }
 
 
 def _put_back(layer: MXFP8Layer, saved: _Saved) -> str | None:
@@ -223,13 +229,13 @@ def _put_back(layer: MXFP8Layer, saved: _Saved) -> str | None:
     for key, (parameter, data, values) in saved.items():
         layer._parameters[key] = parameter
         parameter.data = data
-        data.view(torch.uint8).copy_(values)
+        _bytes(data).copy_(values)
     layer._mxfp8_transformed = True
     refresh = getattr(layer.quant_method, "refresh_after_loading", None)
     if refresh is not None:
         refresh(layer)
     for key, (_, data, values) in saved.items():
-        if wrong := int(torch.count_nonzero(data.view(torch.uint8).cpu() != values)):
+        if wrong := int(torch.count_nonzero(_bytes(data).cpu() != values)):
             return f"the layer did not get its weights back: {wrong} bytes of {key} differ"
     return None
 
@@ -238,7 +244,7 @@ def _check_kernel_layout(layer: MXFP8Layer, known: Mapping[str, KnownBytes], loa
     """Compare the kernel layout with the known bytes: weight [K, N], scales [ceil(G / 2), N, 2]; padding is zero."""
     before, _ = _padding(layer)
     for key, weights in known.items():
-        kernel = getattr(layer, key).data.view(torch.uint8)
+        kernel = _bytes(getattr(layer, key))
         wrong = torch.zeros((), dtype=torch.int64, device=kernel.device)
         for index, rows, expected in weights.parts(kernel.device):
             if key.endswith(_SCALE):
