@@ -307,8 +307,8 @@ class RolloutConfig(ConfigSection):
     )
     quantization_self_test: bool | None = key(
         None,
-        "ascend: each engine loads known weights into one layer of each kind at its start, and stops if their bytes, "
-        "their addresses or a product are wrong; null: on an NPU only",
+        "ascend: each engine loads known weights into one MXFP8 layer of each kind at its start, and stops if their "
+        "bytes, their addresses or a product are wrong; null: on an NPU only",
         only_with=when("quantization", "ascend"),
     )
     data_parallel_size: int = unsupported(
