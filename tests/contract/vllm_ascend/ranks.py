@@ -95,10 +95,16 @@ def self_test(rank: int, ranks: int, source: Path, paddings: list[tuple[int, int
         before, values = addresses(model), parameters_of(model)
         found = {vars(layer).get("mxfp8_tp_padding", (0, 0)) for layer in mxfp8_layers(model).values()}
         assert paddings[rank] in found
+        failure = None
         for turn in range(ranks):
             if turn == rank:
-                run_self_test(model, config, "this release")
+                try:
+                    run_self_test(model, config, "this release")
+                except RuntimeError as error:  # the other ranks wait for this one
+                    failure = error
             dist.barrier()
+        if failure is not None:
+            raise failure
         assert addresses(model) == before
         assert_same(parameters_of(model), values)
 
