@@ -114,9 +114,11 @@ def check_mxfp4_kernel_layouts(model: nn.Module) -> None:
     Raises:
         RuntimeError: a layout in which weights cannot be replaced; names the parameter.
     """
-    for name, layer in mxfp4_layers(model).items():
+    layers = mxfp4_layers(model)
+    for name, layer in layers.items():
         _record(name, layer)
-    check_memory_formats(model)
+    if layers:
+        check_memory_formats(model)
 
 
 def restore_mxfp4_weights_for_loading(model: nn.Module) -> None:
@@ -128,7 +130,8 @@ def restore_mxfp4_weights_for_loading(model: nn.Module) -> None:
         RuntimeError: a layout in which weights cannot be replaced, or memory that was moved.
     """
     layers = mxfp4_layers(model)
-    check_memory_formats(model)
+    if layers:
+        check_memory_formats(model)
     for name, layer in layers.items():
         if layer._mxfp4_transformed:
             _restore(name, layer)
