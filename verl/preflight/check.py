@@ -16,7 +16,7 @@ from verl.preflight.checks.data import DataInfo, check_data
 from verl.preflight.checks.data_rows import check_rows
 from verl.preflight.checks.lora import check_lora
 from verl.preflight.checks.memory import check_device_memory, check_host_memory
-from verl.preflight.checks.model import check_model
+from verl.preflight.checks.model import check_latent_attention, check_model
 from verl.preflight.checks.qat import check_qat
 from verl.preflight.checks.quantization import check_planned_quantization, check_quantization
 from verl.preflight.checks.resume import check_contents, check_resume, describe_resume
@@ -137,6 +137,8 @@ def _check_sections(config: PPOConfig, target: Target, invalid: set[str], found:
         check_contents(config, found)
         check_resume(config, data, found)
     device = None if "trainer.device" in invalid else check_device(config, target, found)
+    if device is not None and model is not None:
+        check_latent_attention("actor_rollout_ref.model.path", model, device, found)
     if device is not None:
         _check_on_device(config, device, target, invalid, sizes_valid, found)
     before_quantization = len(found.errors)

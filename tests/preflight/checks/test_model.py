@@ -35,6 +35,8 @@ def test_a_damaged_config_is_an_error(problem_of, run_files, content):
         ({"audio_config": {}}, "multi-modal model (audio_config"),
         ({"model_type": "gpt_oss"}, "gpt_oss is not supported"),
         ({"model_type": "phi"}, "phi is not supported"),
+        ({"model_type": "phimoe"}, "phimoe is not supported"),
+        ({"model_type": "deepseek_v3", "kv_lora_rank": 512}, "latent attention (kv_lora_rank in its config.json)"),
     ],
 )
 def test_an_architecture_that_cannot_be_trained_is_an_error(problem_of, run_files, fields, words):

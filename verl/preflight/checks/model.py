@@ -97,6 +97,7 @@ _NOT_RELOADED = {
     "gpt_oss": "loads its experts and attention sinks in one form and keeps them in another, so new weights cannot be "
     "loaded",
     "phi": "makes a new bias of the output head at each load, so the one in use would keep its old values",
+    "phimoe": "loads its attention under other names than transformers gives it, so it would never be updated",
 }
 
 
@@ -115,6 +116,20 @@ def check_architecture(field: str, files: ModelFiles, found: Findings) -> None:
     elif (kind := files.config.get("model_type")) in _NOT_RELOADED:
         found.errors.append(
             f"{field}={files.path}: {kind} is not supported, because vLLM {_NOT_RELOADED[kind]}; use another model"
+        )
+
+
+def check_latent_attention(field: str, files: ModelFiles, device: str, found: Findings) -> None:
+    """Refuse multi-head latent attention on a CPU, where vLLM 0.32 fails or computes something else (docs/models.md).
+
+    Args:
+        field: the key that names the model.
+        device: `cpu`, `cuda` or `npu`.
+    """
+    if device == "cpu" and files.number("kv_lora_rank") is not None:
+        found.errors.append(
+            f"{field}={files.path}: vLLM's multi-head latent attention (kv_lora_rank in its config.json) does not work "
+            "on a CPU; train it on an NPU or GPU, or use another model"
         )
 
 
