@@ -75,6 +75,7 @@ def test_every_file_of_the_packages_is_in_the_wheel(wheel):
     assert "licenses/LICENSE" in info
 
 
+@pytest.mark.slow
 def test_the_wheel_runs_the_doctor_and_composes_a_config(environment, tmp_path):
     """Run in an empty directory: the command, metadata, C sources, YAML files and Hydra's plugin are found."""
     python = environment / "bin" / "python"

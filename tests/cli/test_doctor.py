@@ -152,6 +152,7 @@ def test_missing_packaging_is_an_error(tmp_path):
     assert done.stderr == "verl doctor: the package packaging is not installed; run `pip install packaging`\n"
 
 
+@pytest.mark.slow
 def test_doctor_on_this_machine_reports_broken_packages(tmp_path):
     """Two packages are broken; one of them ends its process."""
     (tmp_path / "ray.py").write_text("raise ImportError('libray.so: cannot open')")

@@ -64,6 +64,7 @@ def complete(line):
     return done.stdout.split()
 
 
+@pytest.mark.slow
 def test_completion_in_bash():
     assert complete("verl de") == ["describe"]
     assert "--without-files" in complete("verl check --")

@@ -67,6 +67,7 @@ def test_no_word_occurs_twice(script, tmp_path):
     assert max(both.values()) == 1
 
 
+@pytest.mark.slow
 def test_test_words_are_never_demonstrated(script, tmp_path, monkeypatch):
     demonstrated = set()
 

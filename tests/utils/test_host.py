@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from verl.utils.host import available_memory_bytes, cpu_environment, cpu_features, thread_environment
 
 AVX2 = "processor\t: 0\nmodel name\t: X\nflags\t\t: fpu avx2 fma\n\nprocessor\t: 1\nflags\t\t: fpu avx512_bf16\n"
@@ -41,6 +43,7 @@ def test_available_memory_of_this_machine_is_positive():
     assert available_memory_bytes() > 1 << 20
 
 
+@pytest.mark.slow
 def test_cpu_environment_preloads_an_allocator_that_keeps_freed_memory(monkeypatch):
     for name in ("LD_PRELOAD", "MALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)

@@ -100,6 +100,7 @@ def test_entropy_bonus_and_kl_loss_contribute_to_the_gradient(model_dir):
     assert norms["nothing"] == 0 and norms["entropy"] > 0.01 and norms["kl"] > 0.01
 
 
+@pytest.mark.slow
 def test_the_entropy_bonus_raises_the_entropy(model_dir):
     data = make_batch(12)
     data.batch["advantages"].zero_()
@@ -108,6 +109,7 @@ def test_the_entropy_bonus_raises_the_entropy(model_dir):
     assert after.batch["entropys"].sum() > before.batch["entropys"].sum()
 
 
+@pytest.mark.slow
 def test_a_positive_advantage_raises_the_probability(model_dir):
     data = make_batch(12)
     data.batch["advantages"] = torch.ones_like(data.batch["advantages"])
@@ -126,6 +128,7 @@ def test_a_positive_advantage_raises_the_probability(model_dir):
     assert metrics["actor/pg_clipfrac"] == 0.0
 
 
+@pytest.mark.slow
 def test_epochs_repeat_the_mini_batches_and_the_schedule_counts_updates(model_dir):
     data = make_batch(12)
     optim = optim_config(lr=1e-3, lr_warmup_steps=4)
@@ -280,7 +283,7 @@ def test_bypass_mode_uses_its_loss_and_returns_training_log_probs(model_dir, los
         assert reference[0]["actor/pg_loss"] != pytest.approx(plain["actor/pg_loss"], rel=1e-3)
 
 
-@pytest.mark.parametrize("loss_mode", ["clip_cov", "kl_cov"])
+@pytest.mark.parametrize("loss_mode", ["clip_cov", pytest.param("kl_cov", marks=pytest.mark.slow)])
 def test_tokens_are_selected_from_the_whole_mini_batch(model_dir, loss_mode):
     data = make_batch(12)
     data.meta_info["global_step"] = 7

@@ -1,5 +1,7 @@
 """The policy loss that docs/extending.md adds to verl, from the diff in the document."""
 
+import pytest
+
 from fixtures.doc_diffs import apply_documented_diff, run_in
 
 CODE = """
@@ -29,6 +31,7 @@ assert metrics["actor/pg_clipfrac"] == 0.25
 """
 
 
+@pytest.mark.slow
 def test_documented_loss_is_computed_through_the_registry(tmp_path):
     folder = tmp_path / "verl_with_loss"
     assert apply_documented_diff("A policy loss inside verl", folder) == [

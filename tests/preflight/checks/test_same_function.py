@@ -37,7 +37,6 @@ def test_dropout_of_the_checkpoint_is_noted(plan_of, run_files):
         ("phi3", {"factor": 3.0}, r"rope_scaling.factor=3.0: vLLM ignores it and uses 4"),
         ("phi3", {"attention_factor": 1.5}, r"rope_scaling.attention_factor=1.5: vLLM ignores it and uses 1.22474"),
         ("phi3", {"long_mscale": 1.5}, r"rope_scaling.long_mscale=1.5: transformers ignores it and uses 1.22474"),
-        ("phimoe", {}, "long_factor: transformers ignores it for phimoe, but vLLM uses it for max_model_len=32"),
         ("llama", {"rope_type": "dynamic", "factor": 2.0, "max_trained_positions": 8}, "max_trained_positions=8: vLLM"),
         ("llama", {"rope_type": "dynamic", "factor": 2.0, "alpha": 8.0}, "alpha=8.0: vLLM uses it"),
     ],
@@ -60,11 +59,6 @@ def test_rope_that_transformers_and_vllm_scale_differently_is_an_error(problem_o
 )
 def test_rope_that_both_scale_alike_is_accepted(plan_of, run_files, model, rope):
     rewrite_config(run_files, model_type=model, original_max_position_embeddings=16, rope_scaling=LONGROPE | rope)
-    assert plan_of()
-
-
-def test_phimoe_is_accepted_within_its_original_length(plan_of, run_files):
-    rewrite_config(run_files, model_type="phimoe", original_max_position_embeddings=32, rope_scaling=LONGROPE)
     assert plan_of()
 
 

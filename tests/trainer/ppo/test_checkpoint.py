@@ -221,7 +221,7 @@ def flip_byte(file: Path, position: int) -> None:
     file.write_bytes(data)
 
 
-@pytest.mark.parametrize("lora_rank", [0, 2])
+@pytest.mark.parametrize("lora_rank", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_flipped_byte_in_any_file_is_named_and_the_older_checkpoint_is_used(tmp_path, caplog, lora_rank):
     """The checkpoint is a real one of two ranks, with a Hugging Face directory and the driver's state."""
     source = str(write_tiny_model(tmp_path / "source"))
@@ -381,6 +381,7 @@ def test_a_complete_checkpoint_exists_after_sigkill_at_any_time(tmp_path):
     assert interrupted >= 5, "too few kills interrupted a save"
 
 
+@pytest.mark.slow
 def test_a_complete_checkpoint_exists_after_a_stop_before_any_system_call(tmp_path):
     """A random SIGKILL rarely hits short calls, so stop the save before each call that changes the disk."""
     changing = ("rename", "mkdir", "fsync", "rmdir", "unlink")

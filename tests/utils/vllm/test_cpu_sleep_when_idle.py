@@ -3,6 +3,8 @@
 import multiprocessing
 import time
 
+import pytest
+
 from verl.utils.vllm.plugin import register
 
 
@@ -21,6 +23,7 @@ def read_two(handle, connection):
     connection.send(time.process_time() - begin)
 
 
+@pytest.mark.slow
 def test_the_reader_of_a_queue_sleeps_until_the_next_message():
     from vllm.distributed.device_communicators.shm_broadcast import MessageQueue
 

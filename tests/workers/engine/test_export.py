@@ -204,7 +204,7 @@ def test_shards_are_cast_before_they_are_gathered(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_trainer_sends_each_checkpoint_weight_in_mxfp8(tmp_path, kind, ranks):
     source = write_tiny_model(tmp_path, kind=kind, hidden_size=96)
     (sent, _), *others = outcomes = run_ranks(ranks, scheme_program, str(source))

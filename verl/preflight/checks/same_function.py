@@ -84,7 +84,7 @@ def check_rope(section: str, files: ModelFiles, length: int, found: Findings) ->
     for key, rope in rope_sections(files):
         field = f"{section}.path={files.path}: {key}"
         if rope_type(rope) == "longrope":
-            found.errors += [f"{field}.{text}" for text in _longrope_problems(rope, files, positions, length, kind)]
+            found.errors += [f"{field}.{text}" for text in _longrope_problems(rope, files, positions)]
         elif rope_type(rope) == "dynamic":
             found.errors += [f"{field}.{text}" for text in _dynamic_problems(rope, positions, kind)]
 
@@ -121,9 +121,7 @@ def rope_type(rope: dict[str, Any]) -> str:
     return "longrope" if name == "su" else name
 
 
-def _longrope_problems(
-    rope: dict[str, Any], files: ModelFiles, positions: int | None, length: int, kind: str
-) -> Iterator[str]:
+def _longrope_problems(rope: dict[str, Any], files: ModelFiles, positions: int | None) -> Iterator[str]:
     original = rope.get("original_max_position_embeddings", files.config.get("original_max_position_embeddings"))
     if not isinstance(original, int) or positions is None:
         return
@@ -136,16 +134,10 @@ def _longrope_problems(
                 f"{name}={value}: vLLM ignores it and uses {expected:.6g}, from max_position_embeddings and "
                 "original_max_position_embeddings; remove it"
             )
-    if kind != "phimoe":
-        for name in ("short_mscale", "long_mscale"):
-            value = rope.get(name)
-            if isinstance(value, int | float) and not math.isclose(value, scale, rel_tol=1e-3):
-                yield f"{name}={value}: transformers ignores it and uses {scale:.6g}; remove it"
-    elif length > original:
-        yield (
-            f"long_factor: transformers ignores it for phimoe, but vLLM uses it for max_model_len={length}; lower "
-            f"data.max_prompt_length + data.max_response_length and rollout.max_model_len to at most {original}"
-        )
+    for name in ("short_mscale", "long_mscale"):
+        value = rope.get(name)
+        if isinstance(value, int | float) and not math.isclose(value, scale, rel_tol=1e-3):
+            yield f"{name}={value}: transformers ignores it and uses {scale:.6g}; remove it"
 
 
 def _dynamic_problems(rope: dict[str, Any], positions: int | None, kind: str) -> Iterator[str]:
