@@ -38,6 +38,7 @@ def test_check_accepts_the_noise_of_another_order_of_summation(model, responses)
         norm.data = plain
 
 
+@pytest.mark.slow
 def test_check_finds_one_block_with_a_wrong_scale_in_any_weight(model, responses):
     expected = log_probs_of(model, responses)
     for name, parameter in model.named_parameters():

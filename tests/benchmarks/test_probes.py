@@ -67,7 +67,8 @@ def test_both_loads_make_the_same_number_of_passes():
         assert load.longest == probes.FEW.longest == 32
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_every_rank_probes_its_share_of_the_machine(ranks):
     device = probes.this_machine(models.config("shallow"), probes.FEW, ranks, at_least=0.05)
     rates = (device.train_flops, device.generate_flops, device.read_bandwidth, device.copy_bandwidth)

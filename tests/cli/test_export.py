@@ -13,6 +13,8 @@ from verl.config.record import write_record
 from verl.trainer.ppo.checkpoint import CheckpointStore
 from verl.utils.checkpoint_files import TRACKER
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def checkpoint(tmp_path, request):

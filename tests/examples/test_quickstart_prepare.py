@@ -141,6 +141,7 @@ def test_model_and_tokenizer_load_and_the_chat_template_ends_before_the_answer(p
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id == ids[-1]
 
 
+@pytest.mark.slow
 def test_complete_files_are_reused_unless_force_is_given(script, copy, capsys):
     settings = script.Settings(**SMALL)
     weights = copy / "model/model.safetensors"
@@ -167,6 +168,7 @@ def test_a_damaged_file_is_detected(script, copy, name, damage):
     assert name in script.why_not_reusable(copy, script.Settings(**SMALL))
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_written_again(script, prepared, copy):
     (copy / "train.parquet").write_bytes(b"PAR1")
     assert script.prepare(copy, script.Settings(**SMALL)) is True

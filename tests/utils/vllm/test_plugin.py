@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
 import ctypes
 
@@ -26,6 +28,7 @@ print(torch.cpu._is_amx_tile_supported(), before, may_use_tiles())
 """
 
 
+@pytest.mark.slow
 def test_a_cpu_with_amx_may_use_it():
     """Otherwise Linux ends the engine with "illegal instruction" as soon as attention in bfloat16 starts."""
     output = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True).stdout

@@ -67,7 +67,7 @@ CHOICES = {
 }
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*FIRST, *OTHERS, pytest.param("Phi3", marks=pytest.mark.slow)])
 def test_choices(architecture):
     config = architecture_config(architecture)
     before = config.to_dict()

@@ -11,7 +11,7 @@ from fixtures.tiny import write_tiny_model
 from verl.trainer.ppo.batching import split_mini_batches
 
 
-@pytest.fixture(scope="module", params=["qwen3", "qwen3_moe"])
+@pytest.fixture(scope="module", params=["qwen3", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
 def model_dir(request, tmp_path_factory):
     # With 127 tokens, two ranks hold different numbers of rows.
     return str(write_tiny_model(tmp_path_factory.mktemp(request.param), kind=request.param, vocab_size=127))
