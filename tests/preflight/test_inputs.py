@@ -1,6 +1,7 @@
 """The files that a config names, and the changes that are found in them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -145,3 +146,16 @@ def test_damaged_or_unknown_inputs_are_none(tmp_path, text):
 def test_no_change_without_files():
     empty = RunInputs({}, {}, "")
     assert changed_inputs(empty, empty) == []
+
+
+def test_other_versions_and_other_code_are_changes(inputs_of):
+    now = inputs_of()
+    versions = {**now.versions, "torch": "2.0.0", "vllm-ascend": "0.23.0"}
+    before = replace(now, versions=versions)
+    present = {name: now.versions.get(name, "none") for name in ("torch", "vllm-ascend")}
+    assert changed_inputs(before, now) == [
+        f"torch: 2.0.0 -> {present['torch']}",
+        f"vllm-ascend: 0.23.0 -> {present['vllm-ascend']}",
+    ]
+    [line] = changed_inputs(replace(now, verl_code="other"), now)
+    assert line.startswith("verl: other source code under the same version ")
