@@ -15,9 +15,8 @@ setup: ## create .venv from the lock
 quickstart: setup ## train a tiny language model with GRPO, a few minutes on two cores
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" examples/quickstart/run.sh $(ARGS)
 
-# The end-to-end tests mostly wait for processes that start, so they run beside the unit tests.
-test: lint ## lint, unit tests and a short end-to-end set; 12 minutes at most on two cores
-	@scripts/in_parallel.sh "$(MAKE) --no-print-directory unit" "$(MAKE) --no-print-directory e2e-short"
+# One after the other: Ray connects to a cluster that runs on the machine already.
+test: lint unit e2e-short ## lint, unit tests and a short end-to-end set; 12 minutes at most on two cores
 
 test-all: test unit-slow e2e-rest ## all tests except those of `make contract`
 
@@ -37,7 +36,7 @@ e2e: setup ## end-to-end tests: Ray and a real vLLM engine
 	$(end_to_end) $(ARGS)
 
 e2e-short: setup ## the end-to-end tests of `make test`: start, learn, update in MXFP8, resume, stop
-	$(python) -m pytest -q -n 1 tests/e2e -m smoke $(ARGS)
+	$(end_to_end) -m smoke $(ARGS)
 
 e2e-rest: setup ## the end-to-end tests that are not in `make test`
 	$(end_to_end) -m "not smoke" $(ARGS)
