@@ -132,5 +132,9 @@ UNSUPPORTED_TOOL_FORMATS = ("gemma4", "gpt-oss", "qwen3_coder")
 # `fsdp_config.qat`: its modes with the schemes of `ascend` that they compute in, and layers that are ignored by
 # default, as in upstream verl. `QAT_WEIGHTS_ONLY` leaves inputs as they are, unlike the engine.
 QAT_WEIGHTS_ONLY = "w8a16_mxfp8"
-QAT_MODES = {"w8a8_mxfp8": "W8A8_MXFP8", "w4a8_mxfp": "W4A8_MXFP", QAT_WEIGHTS_ONLY: "W8A8_MXFP8"}
+QAT_MODES = {
+    "w8a8_mxfp8": formats.W8A8_MXFP8,
+    "w4a8_mxfp": formats.W4A8_MXFP,
+    QAT_WEIGHTS_ONLY: formats.W8A8_MXFP8,
+}
 QAT_IGNORED = ("lm_head", "embed_tokens", "re:.*mlp.gate$")

@@ -15,7 +15,6 @@ FORMATS = {
     "trainer_dtype": "float32",
     "engine_dtype": "float32",
     "trainer_quantized": False,
-    "engine_quantized": False,
     "weight_error": None,
     "max_model_len": 64,
     "trust_remote_code": False,
@@ -80,7 +79,7 @@ def test_a_coarser_format_explains_a_larger_difference(model_dir):
     batch = batch_of([list(range(4, 60))] * 2, [20, 20], 1.0)
     differences = []
     for error in (E4M3_ERROR, MXFP4_ERROR):
-        formats = FORMATS | {"trainer_dtype": "bfloat16", "engine_quantized": True, "weight_error": error}
+        formats = FORMATS | {"trainer_dtype": "bfloat16", "weight_error": error}
         result = reference_log_probs(model_dir, batch, **formats)
         differences += [(side - result.log_probs).abs().mean() for side in (result.as_trainer, result.as_engine)]
     by_bfloat16, by_mxfp8, again, by_mxfp4 = differences

@@ -242,7 +242,6 @@ async def _reference(runtime: Runtime, version: int, batch: DataProto) -> Refere
             trainer_dtype=runtime.plan.compute_dtype,
             engine_dtype=runtime.plan.rollout_dtype,
             trainer_quantized=runtime.plan.qat is not None,
-            engine_quantized=runtime.plan.rollout_weights is not None,
             weight_error=runtime.plan.weight_error,
             max_model_len=config.max_model_len,
             trust_remote_code=bool(config.actor_rollout_ref.model.trust_remote_code),

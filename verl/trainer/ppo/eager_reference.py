@@ -38,7 +38,6 @@ def reference_log_probs(
     trainer_dtype: str,
     engine_dtype: str,
     trainer_quantized: bool,
-    engine_quantized: bool,
     weight_error: float | None,
     max_model_len: int,
     trust_remote_code: bool,
@@ -49,9 +48,9 @@ def reference_log_probs(
         directory: Hugging Face directory.
         batch: columns of a forward pass; meta_info `temperature`.
         trainer_dtype, engine_dtype: torch dtype names.
-        trainer_quantized, engine_quantized: True if the side computes with quantized weights.
-        weight_error: relative root mean square error of these weights, see `WeightFormat.weight_error`; None if no side
-            computes with quantized weights.
+        trainer_quantized: True if the trainer computes with the engine's quantized weights.
+        weight_error: relative root mean square error of the engine's weights, see `WeightFormat.weight_error`; None if
+            they are not quantized.
         max_model_len: the engine's limit of a sequence in tokens; see `verl.workers.engine.rope`.
 
     Raises:
@@ -66,10 +65,10 @@ def reference_log_probs(
         for dtype in sorted({trainer_dtype, engine_dtype} - rounded.keys()):
             rounded[dtype] = _log_probs(_in_dtype(model, dtype), batch)
         as_trainer, as_engine = rounded[trainer_dtype], rounded[engine_dtype]
-        if weight_error is not None and (trainer_quantized or engine_quantized):
+        if weight_error is not None:
             _add_noise(model, weight_error)
-            noisy = _log_probs(_in_dtype(model, engine_dtype), batch)
-            as_trainer, as_engine = noisy if trainer_quantized else as_trainer, noisy if engine_quantized else as_engine
+            as_engine = _log_probs(_in_dtype(model, engine_dtype), batch)
+            as_trainer = as_engine if trainer_quantized else as_trainer
     except (ValueError, RuntimeError, OSError, ImportError, TypeError, KeyError, AttributeError) as error:
         raise ReferenceUnavailable(f"transformers cannot compute it ({type(error).__name__}: {error})") from error
     return ReferenceLogProbs(rounded["float32"], as_trainer, as_engine)
