@@ -12,7 +12,9 @@ from contract.vllm_ascend.forward import complete_experts
 from contract.vllm_ascend.harness import build_model, engine, make_vllm_config
 from contract.vllm_ascend.reference import assert_same, engine_parameters, parameters_of
 from contract.vllm_ascend.updates import Updates, addresses, scheme_of, weights_of
+from vllm.config import VllmConfig
 
+from verl.utils.quantization_scheme import QuantizationScheme
 from verl.utils.vllm.vllm_fp8_utils import mxfp8_layers
 from verl.workers.rollout.quantization.mxfp8_self_test import run_self_test
 from verl.workers.weight_sync.manifest import WeightUpdateError
@@ -31,13 +33,7 @@ def update(rank: int, ranks: int, sources: list[Path], padded: str, quantization
         fp4 = quantization_scheme == "W4A8_MXFP"
         return engine_parameters(weights_of(source), rank=rank, ranks=ranks, fp4=lambda name: fp4)
 
-    config = make_vllm_config(
-        first,
-        scheme.format.description.to_json_dict(),
-        load_format="dummy",
-        tensor_parallel_size=ranks,
-        distributed_executor_backend="mp",
-    )
+    config = _config(first, scheme, ranks)
     with engine(config, rank, ranks):
         model = build_model(config)
         updates, before = Updates(model, config, scheme), addresses(model)
@@ -56,13 +52,7 @@ def transfer(rank: int, ranks: int, sources: list[Path]) -> None:
     backend = import_module("vllm_ascend.distributed.weight_transfer.hccl_engine").HCCLWeightTransferEngine
     first, *others = sources
     scheme = scheme_of(first, tensor_model_parallel_size=ranks)
-    config = make_vllm_config(
-        first,
-        scheme.format.description.to_json_dict(),
-        load_format="dummy",
-        tensor_parallel_size=ranks,
-        distributed_executor_backend="mp",
-    )
+    config = _config(first, scheme, ranks)
     with engine(config, rank, ranks):
         model = build_model(config)
         target, before = backend(None, config, torch.device("cpu"), model), addresses(model)
@@ -82,13 +72,7 @@ def self_test(rank: int, ranks: int, source: Path, paddings: list[tuple[int, int
         paddings: by rank, the zeros before and after the inputs of `down_proj`.
     """
     scheme = scheme_of(source, tensor_model_parallel_size=ranks)
-    config = make_vllm_config(
-        source,
-        scheme.format.description.to_json_dict(),
-        load_format="dummy",
-        tensor_parallel_size=ranks,
-        distributed_executor_backend="mp",
-    )
+    config = _config(source, scheme, ranks)
     with engine(config, rank, ranks):
         model = build_model(config)
         complete_experts(model)
@@ -107,6 +91,16 @@ def self_test(rank: int, ranks: int, source: Path, paddings: list[tuple[int, int
             raise failure
         assert addresses(model) == before
         assert_same(parameters_of(model), values)
+
+
+def _config(source: Path, scheme: QuantizationScheme, ranks: int) -> VllmConfig:
+    return make_vllm_config(
+        source,
+        scheme.format.description.to_json_dict(),
+        load_format="dummy",
+        tensor_parallel_size=ranks,
+        distributed_executor_backend="mp",
+    )
 
 
 def _rejection(updates: Updates, encoded: list[tuple[str, torch.Tensor]], name: str) -> str:

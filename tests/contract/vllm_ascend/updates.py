@@ -3,7 +3,7 @@
 Import it only in an environment of `build_env.py`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 from vllm.config import VllmConfig
 
-from fixtures.deltas import OneBucketDelta
+from fixtures.deltas import OneBucketDelta, nudged
 from fixtures.tiny import write_tiny_model
 from verl.config import RolloutConfig
 from verl.utils.quantization_scheme import QuantizationScheme
@@ -111,6 +111,32 @@ def assert_every_update_lands(sources: list[Path]) -> None:
             updates.send(weights_of(source))
             assert_same(parameters_of(model), engine_parameters(weights_of(source)))
             assert addresses(model) == before
+
+
+def assert_every_delta_lands(source: Path, *, fp4: Callable[[str], bool] = lambda name: False, **rollout) -> None:
+    """Send deltas of growing size and then `source` again; check each time as `assert_every_update_lands`.
+
+    Args:
+        fp4: whether the engine holds a weight in MXFP4, by name.
+        rollout: keys of the rollout's section.
+    """
+    config, scheme = config_of(source, **rollout), scheme_of(source, **rollout)
+    weights = weights_of(source)
+    with engine(config):
+        model = build_model(config)
+        updates, before = Updates(model, config, scheme), addresses(model)
+        updates.send(weights)
+        if not updates.accepts_delta:  # the next full update keeps the sources of derived tensors
+            updates.send(weights)
+        assert updates.accepts_delta
+        for step in range(5):
+            old, weights = weights, nudged(weights, step, 10 ** (step - 5))
+            updates.send_delta(old, weights)
+            assert_same(parameters_of(model), engine_parameters(weights, fp4=fp4))
+            assert addresses(model) == before
+        updates.send(weights_of(source))
+        assert_same(parameters_of(model), engine_parameters(weights_of(source), fp4=fp4))
+        assert addresses(model) == before
 
 
 def addresses(model: nn.Module) -> dict[str, tuple]:

@@ -1,5 +1,6 @@
 """W4A8_MXFP with the release's own scheme: weights in MXFP4, which the release holds in FRACTAL_NZ."""
 
+import functools
 import json
 import re
 
@@ -8,23 +9,22 @@ import pytest
 import torch
 import torch_npu
 from contract.vllm_ascend import ranks
-from contract.vllm_ascend.forward import complete_experts, in_float32, log_probs
+from contract.vllm_ascend.forward import complete_experts
 from contract.vllm_ascend.harness import RELEASE, build_model, engine, make_vllm_config, schemes
-from contract.vllm_ascend.reference import (
-    assert_same,
-    canonical,
-    engine_parameters,
-    packed,
-    parameters_of,
-    rounded,
-    rounded_fp4,
+from contract.vllm_ascend.products import assert_dense_outputs, assert_expert_products, assert_linear_products
+from contract.vllm_ascend.reference import assert_same, engine_parameters, parameters_of, rounded_fp4
+from contract.vllm_ascend.updates import (
+    Updates,
+    addresses,
+    assert_every_delta_lands,
+    checkpoints,
+    config_of,
+    scheme_of,
+    weights_of,
 )
-from contract.vllm_ascend.updates import Updates, addresses, checkpoints, config_of, scheme_of, weights_of
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
 from vllm_ascend.quantization.methods import get_scheme_class
 
-from fixtures.deltas import nudged
 from fixtures.fake_quant import fake_quantized, mxfp4_round_trip
 from fixtures.ranks import run_ranks
 from verl.utils.quantization.ascend_releases import validate_mxfp4
@@ -34,7 +34,6 @@ from verl.workers.rollout.quantization.mxfp4_layers import (
     restore_mxfp4_weights_for_loading,
 )
 from verl.workers.rollout.quantization.mxfp4_self_test import run_mxfp4_self_test
-from verl.workers.rollout.quantization.npu_experts import experts_output
 from verl.workers.weight_sync.manifest import WeightUpdateError
 
 pytestmark = pytest.mark.feature("mxfp4")
@@ -142,22 +141,7 @@ def test_update_equals_a_load_of_the_release(tmp_path, kind):
 @KINDS
 def test_delta_leaves_the_bytes_of_a_full_update(tmp_path, kind):
     (source,) = checkpoints(tmp_path, kind, 1, tied=kind == "qwen3")
-    config, scheme = built(source)
-    weights = weights_of(source)
-    with engine(config):
-        model = build_model(config)
-        updates, before = Updates(model, config, scheme), addresses(model)
-        updates.send(weights)
-        if not updates.accepts_delta:  # the next full update keeps the sources of derived tensors
-            updates.send(weights)
-        assert updates.accepts_delta
-        for step in range(5):
-            old, weights = weights, nudged(weights, step, 10 ** (step - 5))
-            updates.send_delta(old, weights)
-            assert_same(parameters_of(model), engine_parameters(weights, fp4=fp4))
-            assert addresses(model) == before
-        updates.send(weights_of(source))
-        assert_same(parameters_of(model), engine_parameters(weights_of(source), fp4=fp4))
+    assert_every_delta_lands(source, fp4=fp4, **W4A8)
 
 
 @replaceable
@@ -193,95 +177,26 @@ def test_schemes_are_mixed_by_layer(tmp_path, kind):
             assert addresses(model) == before
 
 
-def assert_rounded(output, expected):
-    """Check equality with float64 `expected` up to rounding to bfloat16 and float32 sums."""
-    error = np.abs(output.double().numpy() - expected)
-    assert (error <= 2.0**-8 * np.abs(expected) + 1e-6 * np.abs(expected).max()).all(), error.max()
-
-
 @replaceable
 def test_linear_layers_after_every_update(tmp_path):
-    first, *others = checkpoints(tmp_path, "qwen3")
-    config, scheme = built(first)
-    generator = torch.Generator().manual_seed(0)
-    with engine(config):
-        model = build_model(config)
-        updates = Updates(model, config, scheme)
-        for source in others:
-            updates.send(weights_of(source))
-            weights = packed(weights_of(source))
-            layers = mxfp4_layers(model)
-            assert len(layers) == 8
-            for name, layer in layers.items():
-                weight = weights[f"{canonical(name)}.weight"]
-                x = torch.randn(5, weight.shape[1], generator=generator, dtype=torch.bfloat16)
-                output, _ = layer(x.clone())
-                assert output.dtype == torch.bfloat16
-                assert_rounded(output, rounded(x) @ rounded_fp4(weight).T)
+    assert_linear_products(checkpoints(tmp_path, "qwen3"), mxfp4_layers, rounded_fp4, **W4A8)
 
 
 @replaceable
 @pytest.mark.parametrize("kind", ["qwen3", "llama"])
 def test_dense_model_equals_a_fake_quantized_one(tmp_path, kind):
-    first, *others = checkpoints(tmp_path, kind, std=0.02)
-    config, scheme = built(first)
-    ids = torch.randint(4, 100, (60,), generator=torch.Generator().manual_seed(0))
-    with engine(config):
-        model = in_float32(build_model(config))
-        updates = Updates(model, config, scheme)
-        for source in [*others, first]:
-            updates.send(weights_of(source))
-            actual = log_probs(model, ids)
-            reference = fake_quantized(source, weights=lambda name: mxfp4_round_trip)
-            with torch.no_grad():
-                expected = torch.log_softmax(reference(ids[None]).logits[0].double(), -1)
-                plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)(ids[None]).logits[0]
-            difference = (actual - expected).abs()
-            assert difference.mean() <= 5e-5
-            assert difference.median() <= 1e-6
-            assert (actual - torch.log_softmax(plain.double(), -1)).abs().mean() > 1e-3, "nothing was quantized"
-
-
-def experts_by_hand(x, logits, w13, w2, top_k):
-    """Compute every token with each of its experts: the first product is rounded to bfloat16, as in the release."""
-    scores = np.exp(logits.double().numpy())
-    scores /= scores.sum(-1, keepdims=True)
-    x, w13, w2 = rounded(x), rounded_fp4(w13), rounded_fp4(w2)
-    total, largest = np.zeros((len(x), w2.shape[1])), 0.0
-    for token in range(len(x)):
-        chosen = np.argsort(-scores[token])[:top_k]
-        weights = scores[token][chosen] / scores[token][chosen].sum()
-        for expert, weight in zip(chosen, weights, strict=True):
-            product = torch.from_numpy(w13[expert] @ x[token]).bfloat16().double().numpy()
-            gate, up = np.split(product, 2)
-            inner = rounded(torch.from_numpy(gate / (1 + np.exp(-gate)) * up)[None])[0]
-            product = w2[expert] @ inner
-            total[token] += weight * product
-            largest = max(largest, np.abs(product).max())
-    return total, largest
+    reference = functools.partial(fake_quantized, weights=lambda name: mxfp4_round_trip)
+    assert_dense_outputs(checkpoints(tmp_path, kind, std=0.02), reference, **W4A8)
 
 
 @replaceable
 def test_experts_after_every_update(tmp_path):
-    first, *others = checkpoints(tmp_path, "qwen3_moe")
-    config, scheme = built(first)
-    generator = torch.Generator().manual_seed(0)
-    with engine(config):
-        model = build_model(config)
-        updates = Updates(model, config, scheme)
-        for source in others:
-            updates.send(weights_of(source))
-            weights = packed(weights_of(source))
-            layers = complete_experts(model)
-            assert len(layers) == 2
-            for name, layer in layers.items():
-                x = torch.randn(9, 64, generator=generator, dtype=torch.bfloat16)
-                logits = torch.randn(9, 4, generator=generator, dtype=torch.bfloat16)
-                output = experts_output(layer, config, x, logits)
-                w13, w2 = weights[f"{name}.w13_weight"], weights[f"{name}.w2_weight"]
-                expected, largest = experts_by_hand(x, logits, w13, w2, 2)
-                # An expert's output, its weight and their sum are rounded to bfloat16, each by 2**-8 at most.
-                assert np.abs(output.double().numpy() - expected).max() <= 3 * 2.0**-8 * largest
+    """The release rounds the first product to bfloat16."""
+
+    def in_bfloat16(product):
+        return torch.from_numpy(product).bfloat16().double().numpy()
+
+    assert_expert_products(checkpoints(tmp_path, "qwen3_moe"), rounded_fp4, in_bfloat16, **W4A8)
 
 
 @replaceable

@@ -10,6 +10,7 @@ from contract.vllm_ascend.reference import assert_same, engine_parameters, param
 from contract.vllm_ascend.updates import (
     Updates,
     addresses,
+    assert_every_delta_lands,
     assert_every_update_lands,
     checkpoints,
     config_of,
@@ -17,7 +18,6 @@ from contract.vllm_ascend.updates import (
     weights_of,
 )
 
-from fixtures.deltas import nudged
 from verl.workers.weight_sync.manifest import WeightUpdateError
 
 
@@ -32,20 +32,7 @@ def test_every_update_writes_the_expected_bytes_at_the_same_addresses(tmp_path, 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
 def test_delta_leaves_the_bytes_of_a_full_update(tmp_path, kind):
     (source,) = checkpoints(tmp_path, kind, 1, tied=kind == "qwen3")
-    config, scheme = config_of(source), scheme_of(source)
-    weights = weights_of(source)
-    with engine(config):
-        model = build_model(config)
-        updates, before = Updates(model, config, scheme), addresses(model)
-        updates.send(weights)
-        if not updates.accepts_delta:  # the next full update keeps the sources of derived tensors
-            updates.send(weights)
-        assert updates.accepts_delta
-        for step in range(5):
-            old, weights = weights, nudged(weights, step, 10 ** (step - 5))
-            updates.send_delta(old, weights)
-            assert_same(parameters_of(model), engine_parameters(weights))
-            assert addresses(model) == before
+    assert_every_delta_lands(source)
 
 
 @pytest.mark.feature("left_out")
