@@ -60,9 +60,13 @@ def log_probs_of(model, data):
 
 
 def check_close(log_probs, expected):
-    """Check equality up to the order of sums, which now and then moves a number over a rounding boundary."""
-    difference = (log_probs - expected).abs()
-    assert difference.mean() < 5e-5 and difference.median() < 1e-6
+    """Check the tokens of the responses: all but a few are equal.
+
+    Another order of sums, which depends on the machine, now and then moves a number over a rounding boundary. That
+    changes the rest of its sequence a little, whereas a layer that rounds otherwise changes every token.
+    """
+    difference = (log_probs - expected)[expected != 0].abs()
+    assert (difference < 1e-5).float().mean() > 0.75 and difference.max() < 0.1
 
 
 @pytest.mark.parametrize("model", [{}, {"use_remove_padding": False}, {"enable_gradient_checkpointing": True}], ids=str)
