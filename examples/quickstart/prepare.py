@@ -53,6 +53,7 @@ class Settings:
     warm_batch: int = 128  # demonstrations per step
     warm_lr: float = 2e-3
     noise: float = 0.65  # share of the demonstrations that show another word's answer
+    experts: int = 0  # experts of a layer, two of which compute a token; 0: a dense model
 
 
 def entries(settings: Settings, count: int, seed: int, taken: set[str]) -> list[dict[str, Any]]:
@@ -128,16 +129,20 @@ def make_tokenizer():
     return fast
 
 
-def make_model(seed: int):
-    """Create a Qwen3 model with 0.8 million random float32 weights."""
+def make_model(seed: int, experts: int):
+    """Create a Qwen3 model with 0.8 million random float32 weights; with eight experts they are 1.8 million."""
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    config = Qwen3Config(
+    kind: dict[str, Any] = {"model_type": "qwen3", "intermediate_size": 384}
+    if experts:
+        kind = {"model_type": "qwen3_moe", "moe_intermediate_size": 128, "num_experts": experts}
+        kind |= {"num_experts_per_tok": 2, "norm_topk_prob": True}
+    config = AutoConfig.for_model(
+        **kind,
         vocab_size=32,
         hidden_size=128,
-        intermediate_size=384,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -148,7 +153,7 @@ def make_model(seed: int):
         bos_token_id=BOS,
         eos_token_id=EOS,
     )
-    model = Qwen3ForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config)
     model.generation_config.eos_token_id = EOS
     model.generation_config.pad_token_id = PAD
     return model
@@ -205,7 +210,7 @@ def write_model(directory: Path, words: list[str], settings: Settings) -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = make_model(settings.seed)
+    model = make_model(settings.seed, settings.experts)
     warm_start(model, words, settings)
     model.save_pretrained(directory)
     make_tokenizer().save_pretrained(directory)
