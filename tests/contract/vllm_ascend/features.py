@@ -28,6 +28,7 @@ FEATURES = {
     "emulation": "Holds the same bytes as the emulation on a CPU",
     "nz": "Weights in NZ format: switched off, and refused if they occur",
     "mega_moe": "Experts that MegaMoE disposed of are refused",
+    "transfer": "Weight transfer of the release (hccl, npu_ipc) with verl's patch, and verl's backend for it",
     "mxfp4": "Weights in MXFP4 (W4A8_MXFP): updates, deltas, mixed schemes, tensor parallelism 2, products",
     "self_test": "Self-test at the start: passes, changes nothing, finds faults",
 }

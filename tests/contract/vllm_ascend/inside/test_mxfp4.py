@@ -23,7 +23,6 @@ from contract.vllm_ascend.updates import (
     weights_of,
 )
 from safetensors.torch import save_file
-from vllm_ascend.quantization.methods import get_scheme_class
 
 from fixtures.fake_quant import fake_quantized, mxfp4_round_trip
 from fixtures.ranks import run_ranks
@@ -52,19 +51,6 @@ def fp4(name):
 def built(first, **over):
     config = config_of(first, **W4A8)
     return config, scheme_of(first, **W4A8)
-
-
-@pytest.mark.skipif(not OLD, reason="later releases restore the weights of this scheme")
-def test_release_that_cannot_restore_the_weights_is_refused(tmp_path):
-    try:
-        scheme = get_scheme_class("W4A8_MXFP", "linear")
-    except (KeyError, ValueError, NotImplementedError):
-        scheme = None
-    assert not hasattr(scheme, "restore_weights_for_rl_loading")
-    (first,) = checkpoints(tmp_path, "qwen3", 1)
-    layers = scheme_of(first, **W4A8).format.layers
-    with pytest.raises(ValueError, match=rf"_proj is W4A8_MXFP, and vllm-ascend {RELEASE} cannot replace"):
-        validate_mxfp4(layers, 1, RELEASE)
 
 
 @replaceable

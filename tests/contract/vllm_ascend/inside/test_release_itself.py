@@ -10,7 +10,10 @@ from vllm.model_executor.layers import fused_moe
 from vllm.model_executor.layers.rotary_embedding.common import ApplyRotaryEmb
 from vllm_ascend.quantization.methods import get_scheme_class
 
+from verl.utils.quantization.ascend_releases import validate_mxfp4
 from verl.utils.vllm.npu_vllm_patch import apply_patches
+
+BEFORE_0_28 = ("0.18.0", "0.23.0", "0.26.0rc1")
 
 
 def built(directory):
@@ -51,7 +54,7 @@ def test_patches_applied_to_the_release():
         return getattr(getattr(owner, name), "_verl_patched", False)
 
     # 0.18.0 records no layout; from 0.27.1 on vLLM's layer-wise reload of the weight transfer is repaired.
-    reloads = RELEASE in ("0.28.0rc1", "0.30.0rc2")
+    reloads = RELEASE not in BEFORE_0_28
     for kind in ("linear", "moe"):
         scheme = get_scheme_class("W8A8_MXFP8", kind)
         assert patched(scheme, "process_weights_after_loading") == (RELEASE == "0.18.0" or reloads)
@@ -69,3 +72,16 @@ def test_patches_applied_to_the_release():
     experts = module.AscendUnquantizedFusedMoEMethod
     assert patched(experts, "process_weights_after_loading") == is_class
     assert apply_patches() == []
+
+
+@pytest.mark.skipif(RELEASE not in BEFORE_0_28, reason="later releases restore the weights of this scheme")
+def test_release_that_cannot_restore_mxfp4_weights_is_refused(tmp_path):
+    try:
+        scheme = get_scheme_class("W4A8_MXFP", "linear")
+    except (KeyError, ValueError, NotImplementedError):
+        scheme = None
+    assert not hasattr(scheme, "restore_weights_for_rl_loading")
+    (first,) = checkpoints(tmp_path, "qwen3", 1)
+    layers = scheme_of(first, quantization_scheme="W4A8_MXFP").format.layers
+    with pytest.raises(ValueError, match=rf"_proj is W4A8_MXFP, and vllm-ascend {RELEASE} cannot replace"):
+        validate_mxfp4(layers, 1, RELEASE)

@@ -18,13 +18,18 @@ from verl.utils.vllm import npu_vllm_patch
 from verl.workers.weight_sync.manifest import WeightUpdateError
 from verl.workers.weight_sync.sender import WeightSender
 
-if RELEASE in ("0.18.0", "0.23.0", "0.26.0rc1"):
-    pytest.skip("the release has no weight transfer, or one whose reload its worker runs", allow_module_level=True)
-
-hccl_engine, npu_ipc_engine = (
-    import_module(f"vllm_ascend.distributed.weight_transfer.{name}_engine") for name in ("hccl", "npu_ipc")
-)
-hccl, npu_ipc = hccl_engine.HCCLWeightTransferEngine, npu_ipc_engine.NPUIPCWeightTransferEngine
+OLD = RELEASE in ("0.18.0", "0.23.0", "0.26.0rc1")
+pytestmark = [
+    pytest.mark.feature("transfer"),
+    pytest.mark.skipif(OLD, reason="the release has no weight transfer, or one whose reload its worker runs"),
+]
+if OLD:
+    hccl = npu_ipc = None
+else:
+    hccl_engine, npu_ipc_engine = (
+        import_module(f"vllm_ascend.distributed.weight_transfer.{name}_engine") for name in ("hccl", "npu_ipc")
+    )
+    hccl, npu_ipc = hccl_engine.HCCLWeightTransferEngine, npu_ipc_engine.NPUIPCWeightTransferEngine
 RELOADING = [hccl] if RELEASE == "0.28.0rc1" else [hccl, npu_ipc]
 PROCESS = "process_weights_after_loading"
 
@@ -123,7 +128,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("backend", RELOADING, ids=lambda backend: backend.__name__)
+@pytest.mark.parametrize("backend", RELOADING, ids=["hccl", "npu_ipc"][: len(RELOADING)])
 @pytest.mark.parametrize(("kind", "sizes"), CASES.values(), ids=CASES)
 def test_every_transfer_writes_the_expected_bytes_at_the_same_addresses(tmp_path, transfer, kind, sizes, backend):
     first, *others = checkpoints(tmp_path, kind, 3, **sizes)
