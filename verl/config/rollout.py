@@ -8,6 +8,7 @@ from typing import Any
 
 from verl.config import names
 from verl.config.conditions import any_of, first_of, micro_batches, on_accelerator, unless, validates, when
+from verl.config.quantization_guard import QuantizationGuardConfig
 from verl.config.schema import ConfigSection, key, section, unsupported
 
 # vLLM samples at this temperature if a lower one is given; 0 is greedy decoding.
@@ -310,6 +311,11 @@ class RolloutConfig(ConfigSection):
         "ascend: each engine loads known weights into one MXFP8 layer of each kind at its start, and stops if their "
         "bytes, their addresses or a product are wrong; null: on an NPU only",
         only_with=when("quantization", "ascend"),
+    )
+    quantization_guard: QuantizationGuardConfig = section(
+        QuantizationGuardConfig,
+        "limit of the mismatch between a quantized rollout and the trainer, and the action if it is exceeded",
+        only_with=unless("actor_rollout_ref.rollout.quantization_guard.max_k3_kl", None),
     )
     data_parallel_size: int = unsupported(
         1, "data parallelism inside a replica", "use 1: the replicas are data parallel"

@@ -19,6 +19,7 @@ from verl.preflight.checks.memory import check_device_memory, check_host_memory
 from verl.preflight.checks.model import check_latent_attention, check_model
 from verl.preflight.checks.qat import check_qat
 from verl.preflight.checks.quantization import check_planned_quantization, check_quantization
+from verl.preflight.checks.quantization_guard import check_quantization_guard
 from verl.preflight.checks.resume import check_contents, check_resume, describe_resume
 from verl.preflight.checks.reward import check_reward
 from verl.preflight.checks.rollout import check_engine_kwargs, check_rollout, check_transport
@@ -131,6 +132,7 @@ def _check_sections(config: PPOConfig, target: Target, invalid: set[str], found:
     check_reward(config, found)
     check_agent(config, found)
     check_rollout_correction(config, found)
+    check_quantization_guard(config, found)
     if target.hardware is None:
         check_loggers(config, found)
         check_directories(config, found)

@@ -5,8 +5,10 @@ from types import SimpleNamespace
 import pytest
 
 from verl.config import PPOConfig
+from verl.config.quantization_guard import QuantizationGuardConfig
 from verl.preflight.inputs import RunInputs
 from verl.trainer.ppo.checkpoint import CheckpointError, CheckpointStore
+from verl.trainer.ppo.quantization_guard import QuantizationGuard, QuantizationGuardError
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.utils.tracking.jsonl import read_steps
 
@@ -32,6 +34,7 @@ def trainer(tmp_path):
         inputs=RunInputs({}, {}, "", {}),
         data=SimpleNamespace(total_steps=9, prompts=SimpleNamespace(state=SimpleNamespace(loader={}, draws=4))),
         kl_controller=SimpleNamespace(value=0.1),
+        guard=None,
         sampler=SimpleNamespace(carried_prompts=list),
     )
     return made
@@ -65,7 +68,25 @@ async def test_a_validation_alone_changes_no_file_of_the_training(trainer, tmp_p
 
 class Log:
     def log(self, data, step, backend=None):
-        self.step = step
+        self.step, self.data = step, getattr(self, "data", {}) | data
+
+    def update(self, step, data):
+        assert step == self.step
+
+
+@pytest.mark.parametrize(("save_freq", "saved"), [(100, True), (0, False)])
+async def test_a_guard_ends_the_run_after_the_log_and_a_checkpoint(trainer, save_freq, saved):
+    trainer.config.trainer.save_freq = save_freq
+    trainer.runtime.guard = QuantizationGuard(QuantizationGuardConfig(max_k3_kl=0.01, steps=2))
+    log = Log()
+    await trainer.finish_step({"rollout_corr/k3_kl": 0.02}, log, log)
+    assert log.data["rollout_corr/guard_steps_above"] == 1 and trainer.store.latest() is None
+    trainer.step = 5
+    with pytest.raises(QuantizationGuardError, match=r"0\.03 in step 5"):
+        await trainer.finish_step({"rollout_corr/k3_kl": 0.03}, log, log)
+    assert log.step == 5 and log.data["rollout_corr/guard_steps_above"] == 2
+    found = trainer.store.latest()
+    assert (None if found is None else found.name) == ("global_step_5" if saved else None)
 
 
 async def test_a_failed_export_ends_the_run_after_the_resumable_part_is_published(trainer):

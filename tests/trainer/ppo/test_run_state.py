@@ -5,8 +5,10 @@ from types import SimpleNamespace
 import pytest
 
 from verl.config import PPOConfig
+from verl.config.quantization_guard import QuantizationGuardConfig
 from verl.preflight.inputs import RunInputs, read_inputs
 from verl.trainer.ppo.checkpoint import CheckpointError, load_driver_state, save_driver_state
+from verl.trainer.ppo.quantization_guard import QuantizationGuard
 from verl.trainer.ppo.run_state import HFExportError, export_run, load_run, save_run
 from verl.trainer.rollouts.prompts import LoaderState, PromptId
 
@@ -32,6 +34,7 @@ class Run:
         self.with_critic = with_critic
         self.inputs = RunInputs({"data.train_files": {}}, {"device": "cpu"}, "code")
         self.kl_controller = SimpleNamespace(value=0.1)
+        self.guard = None
         self.ranks, self.visible, self.resumed = Ranks(), [], None
         self.processes = SimpleNamespace(trainers=self.ranks, check_visible=self.check_visible)
         self.data = SimpleNamespace(prompts=SimpleNamespace(state=LoaderState(7, LOADER), restore=self.restore))
@@ -75,6 +78,17 @@ async def test_a_saved_state_is_restored(tmp_path):
     assert other.data.prompts.state == LoaderState(7, LOADER)
     assert other.resumed == [PromptId(8, 2, 3), PromptId(9, 2, 4)]
     assert other.kl_controller.value == 0.25
+
+
+async def test_the_state_of_a_guard_is_restored(tmp_path):
+    run, other = Run(), Run()
+    for each in (run, other):
+        each.guard = QuantizationGuard(QuantizationGuardConfig(max_k3_kl=0.01, steps=1, action="correct"))
+    run.guard.observe(3, {"rollout_corr/k3_kl": 0.02})
+    await save_run(run, tmp_path, 3)
+    assert load_driver_state(tmp_path)["guard"] == {"steps_above": 1, "correcting": True}
+    await load_run(other, tmp_path)
+    assert other.guard.state == run.guard.state
 
 
 async def test_the_order_of_a_sampler_is_recorded(tmp_path):

@@ -28,7 +28,7 @@ def check_rollout_correction(config: PPOConfig, found: Findings) -> None:
             f"{_LOSS_MODE}=bypass_mode with {PREFIX}bypass_mode=False: this loss uses the rollout's log-probabilities "
             f"as the old ones; set {_BYPASS}, which selects this loss automatically"
         )
-    elif (stale := _stale_tokens_key(config)) and not correction.active:
+    elif (stale := stale_tokens_key(config)) and not correction.active:
         found.warnings.append(
             f"{stale} without a rollout correction: tokens from older weights are trained as if the current weights "
             f"had generated them; set {PREFIX}rollout_is=token"
@@ -37,7 +37,7 @@ def check_rollout_correction(config: PPOConfig, found: Findings) -> None:
         _check_log_probs(config, correction, found)
 
 
-def _stale_tokens_key(config: PPOConfig) -> str | None:
+def stale_tokens_key(config: PPOConfig) -> str | None:
     """Return key and value by which the run trains on tokens of older weights, or None."""
     if config.actor_rollout_ref.rollout.partial_rollout:
         return f"{_ROLLOUT}partial_rollout=True"
@@ -79,13 +79,22 @@ def _check_bypass(config: PPOConfig, correction: Correction, found: Findings) ->
 
 def _check_log_probs(config: PPOConfig, correction: Correction, found: Findings) -> None:
     """Check that the engine returns log-probabilities of the distribution that it samples from."""
-    rollout = config.actor_rollout_ref.rollout
     user = _BYPASS if correction.bypass_mode else f"{PREFIX}rollout_is or {PREFIX}rollout_rs"
-    if not rollout.calculate_log_probs:
-        found.errors.append(
-            f"{_ROLLOUT}calculate_log_probs=False: {user} needs the log-probabilities of the engine; set it to True"
-        )
+    if config.actor_rollout_ref.rollout.calculate_log_probs:
+        check_sampled_distribution(config, user, found)
         return
+    found.errors.append(
+        f"{_ROLLOUT}calculate_log_probs=False: {user} needs the log-probabilities of the engine; set it to True"
+    )
+
+
+def check_sampled_distribution(config: PPOConfig, user: str, found: Findings) -> None:
+    """Warn if engine and trainer compute log-probabilities of different distributions.
+
+    Args:
+        user: the keys that compare the two.
+    """
+    rollout = config.actor_rollout_ref.rollout
     cut = [f"{_ROLLOUT}top_p={rollout.top_p}"] if rollout.top_p != 1 else []
     cut += [f"{_ROLLOUT}top_k={rollout.top_k}"] if rollout.top_k not in (-1, 0) else []
     mode = (rollout.engine_kwargs.get("vllm") or {}).get("logprobs_mode", rollout.logprobs_mode)

@@ -141,11 +141,7 @@ class RayPPOTrainer:
                                 metrics |= await self.validate(tracking)
                     rollouts.on_new_weights(self.step)
                     metrics |= advantage_metrics | self.step_metrics(batch, timing)
-                    tracking.log(metrics, self.step)
-                    progress.update(self.step, metrics)
-                    if self.due(trainer.save_freq):
-                        # Save after the log: a kill in between repeats a step, but loses no line of the log.
-                        await self.save(tracking)
+                    await self.finish_step(metrics, tracking, progress)
 
     # ---- stages that are more than one call ----
 
@@ -172,6 +168,23 @@ class RayPPOTrainer:
             log_probs = await self.runtime.training_log_probs(batch)
             metrics |= mismatch_metrics(batch, log_probs, self.runtime.correction)
         return metrics
+
+    async def finish_step(self, metrics: dict[str, Any], tracking: Tracking, progress: Progress) -> None:
+        """Log the metrics of a step and save if it is due.
+
+        Raises:
+            QuantizationGuardError: the guard ends the run; a checkpoint is written before, unless the run writes none.
+        """
+        guard, save_freq = self.runtime.guard, self.config.trainer.save_freq
+        metrics |= {} if guard is None else guard.observe(self.step, metrics)
+        stopped = None if guard is None else guard.error
+        tracking.log(metrics, self.step)
+        progress.update(self.step, metrics)
+        if self.due(save_freq) or (stopped is not None and save_freq > 0):
+            # Save after the log: a kill in between repeats a step, but loses no line of the log.
+            await self.save(tracking)
+        if stopped is not None:
+            raise stopped
 
     def due(self, every: int) -> bool:
         """Return True if an action with interval `every` (in steps) is due; it always is at the last step."""

@@ -10,6 +10,7 @@ from typing import Any, NotRequired, TypedDict, cast
 from verl.config.record import write_record
 from verl.preflight.inputs import write_inputs
 from verl.trainer.ppo.checkpoint import CheckpointError, load_driver_state, save_driver_state
+from verl.trainer.ppo.quantization_guard import GuardState, restore_guard
 from verl.trainer.ppo.runtime import Runtime
 from verl.trainer.rollouts.prompts import LoaderState, PromptId
 from verl.utils.dataset.loader import ORDER_KEYS
@@ -26,6 +27,7 @@ class DriverState(TypedDict):
         draws: number of draws before that state; `step` in checkpoints that lack it.
         kl_coef: weight of the KL penalty in the reward.
         carried: fields of the `PromptId`s that partial rollouts have in progress.
+        guard: state of the guard of a quantized rollout, if the run has one.
     """
 
     step: int
@@ -33,6 +35,7 @@ class DriverState(TypedDict):
     draws: NotRequired[int]
     kl_coef: NotRequired[float]
     carried: NotRequired[list[tuple[int, ...]]]
+    guard: NotRequired[GuardState]
 
 
 class HFExportError(OSError):
@@ -57,6 +60,8 @@ async def save_run(runtime: Runtime, directory: Path, step: int) -> None:
         kl_coef=runtime.kl_controller.value,
         carried=[tuple(prompt) for prompt in runtime.sampler.carried_prompts()],
     )
+    if runtime.guard is not None:
+        state["guard"] = runtime.guard.state
     save_driver_state(directory, state)
     write_record(runtime.config, directory)
     order = {name: loader.loader[name] for name in (*ORDER_KEYS, "sampler") if name in loader.loader}
@@ -99,4 +104,5 @@ async def load_run(runtime: Runtime, directory: Path) -> int:
     runtime.sampler.resume_prompts([PromptId(*prompt) for prompt in state.get("carried", ())])
     if config.algorithm.kl_ctrl.type == "adaptive":
         runtime.kl_controller.value = state.get("kl_coef", runtime.kl_controller.value)
+    restore_guard(runtime.guard, state.get("guard"))
     return int(state["step"])

@@ -14,7 +14,7 @@ from verl.agent_loop.generation import SampleGenerator
 from verl.algorithms.kl_in_reward import get_kl_controller
 from verl.config import PPOConfig
 from verl.config.roles import needs_critic, needs_ref, resolve_critic
-from verl.config.rollout_correction import resolve
+from verl.config.rollout_correction import Correction, resolve
 from verl.config.weight_updates import full_update_reason, resolve_backend
 from verl.preflight import Plan
 from verl.preflight.inputs import RunInputs, collect_inputs
@@ -25,6 +25,7 @@ from verl.trainer.ppo.data import TrainingData, load_data
 from verl.trainer.ppo.estimator_columns import estimator_columns
 from verl.trainer.ppo.metrics import compute_seqlen_metrics
 from verl.trainer.ppo.processes import Processes
+from verl.trainer.ppo.quantization_guard import QuantizationGuard
 from verl.trainer.ppo.trainer_sender import TrainerSender
 from verl.trainer.rollouts.forward_passes import ForwardPass, ForwardPasses, RankRows
 from verl.trainer.rollouts.sampling import RolloutSampler
@@ -51,7 +52,7 @@ class Runtime:
 
     Attributes:
         with_critic, with_ref: True if the run has a critic, a reference model.
-        correction: the rollout correction.
+        guard: the guard of a quantized rollout; None without one.
         kl_controller: weight of the KL penalty in the reward.
         processes: trainer ranks and replicas.
 
@@ -63,7 +64,9 @@ class Runtime:
         self.config, self.plan = config, plan
         self.with_ref, self.with_critic = needs_ref(config), needs_critic(config)
         self._critic = resolve_critic(config) if self.with_critic else None
-        self.correction = resolve(config.algorithm.rollout_correction)
+        self._correction = resolve(config.algorithm.rollout_correction)
+        limits = config.actor_rollout_ref.rollout.quantization_guard
+        self.guard = None if limits.max_k3_kl is None else QuantizationGuard(limits)
         self.kl_controller = get_kl_controller(**dataclasses.asdict(config.algorithm.kl_ctrl))
         self._estimator_columns = estimator_columns(config, self.correction)
         self.processes = Processes(
@@ -87,6 +90,11 @@ class Runtime:
         self._data: TrainingData | None = None
         self._rewards: RewardLoop | None = None
         self._sampler: RolloutSampler | None = None
+
+    @property
+    def correction(self) -> Correction:
+        """The rollout correction of the present step."""
+        return self._correction if self.guard is None else self.guard.correction(self._correction)
 
     # ---- start and stop ----
 
