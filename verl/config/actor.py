@@ -8,6 +8,7 @@ from typing import Any
 
 from verl.config import names
 from verl.config.conditions import any_of, first_of, read_by_loss, unless, when
+from verl.config.old_log_probs import OldLogProbsConfig
 from verl.config.schema import ConfigSection, key, section, unsupported
 
 _HF_MODEL = "hf_model"
@@ -322,6 +323,11 @@ class ActorConfig(ConfigSection):
         unsupported=names.UNSUPPORTED_KL_TYPES,
         use="use low_var_kl",
         only_with=when("use_kl_loss"),
+    )
+    old_log_probs_from_rollout: OldLogProbsConfig = section(
+        OldLogProbsConfig,
+        "reuse of the rollout's log-probabilities as old_log_probs, in steps in which a sample of them is right",
+        only_with=when("actor_rollout_ref.actor.old_log_probs_from_rollout.enable"),
     )
     policy_loss: PolicyLossConfig = section(PolicyLossConfig, "choice of the policy loss, and its settings")
     optim: OptimConfig = section(OptimConfig, "AdamW and its learning rate schedule")

@@ -17,8 +17,8 @@ class QuantizationGuardConfig(ConfigSection):
 
     max_k3_kl: float | None = key(
         None,
-        "maximum of rollout_corr/k3_kl, the KL divergence between rollout and trainer; null: no limit",
-        unit="nats per token",
+        "maximum of rollout_corr/k3_kl, the KL divergence between rollout and trainer, in nats per token; null: no "
+        "limit",
         above=0,
     )
     steps: int = key(

@@ -17,6 +17,7 @@ from verl.preflight.checks.data_rows import check_rows
 from verl.preflight.checks.lora import check_lora
 from verl.preflight.checks.memory import check_device_memory, check_host_memory
 from verl.preflight.checks.model import check_latent_attention, check_model
+from verl.preflight.checks.old_log_probs import check_old_log_probs
 from verl.preflight.checks.qat import check_qat
 from verl.preflight.checks.quantization import check_planned_quantization, check_quantization
 from verl.preflight.checks.quantization_guard import check_quantization_guard
@@ -133,6 +134,7 @@ def _check_sections(config: PPOConfig, target: Target, invalid: set[str], found:
     check_agent(config, found)
     check_rollout_correction(config, found)
     check_quantization_guard(config, found)
+    check_old_log_probs(config, found)
     if target.hardware is None:
         check_loggers(config, found)
         check_directories(config, found)

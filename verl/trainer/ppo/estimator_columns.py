@@ -27,11 +27,12 @@ def estimator_columns(config: PPOConfig, correction: Correction) -> tuple[str, .
     name = config.algorithm.adv_estimator
     required = required_columns(get_adv_estimator_fn(name))
     bypass, with_log_probs = correction.bypass_mode, config.actor_rollout_ref.rollout.calculate_log_probs
+    reuse = config.actor_rollout_ref.actor.old_log_probs_from_rollout.enable
     available = {
         *COMMON_COLUMNS,
         "old_log_probs",
         *(("rollout_log_probs",) if with_log_probs else ()),
-        *(() if bypass else ("entropys", "sum_pi_squared")),
+        *(() if bypass or reuse else ("entropys", "sum_pi_squared")),
         *(("ref_log_prob",) if needs_ref(config) else ()),
         *(("values",) if needs_critic(config) else ()),
         *(("rollout_is_weights",) if correction.rollout_is and not bypass else ()),

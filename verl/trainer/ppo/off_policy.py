@@ -8,6 +8,7 @@ from verl.algorithms.rollout_correction import apply_rollout_correction, correct
 from verl.config.rollout_correction import Correction
 from verl.protocol import DataProto
 from verl.trainer.ppo.metrics import compute_mismatch_metrics
+from verl.trainer.ppo.rollout_log_probs import RECOMPUTED
 
 
 def correct_rollout(batch: DataProto, correction: Correction) -> tuple[DataProto, dict[str, float]]:
@@ -17,13 +18,18 @@ def correct_rollout(batch: DataProto, correction: Correction) -> tuple[DataProto
     at the last token, and the advantages would lose it if that token were rejected here.
 
     Returns:
-        The batch, and the metrics of `mismatch_metrics`.
+        The batch, and the metrics of `mismatch_metrics`. With a column `recomputed_samples` the mismatch is that of
+        these samples: the `old_log_probs` of the others are the rollout's.
     """
     columns = batch.batch
     arguments = columns["old_log_probs"], columns["rollout_log_probs"], columns["response_mask"]
     weights, accepted, metrics = apply_rollout_correction(*arguments, correction)
     added = {"accepted_mask": accepted} | ({} if weights is None else {"rollout_is_weights": weights})
-    return batch.union(DataProto.from_dict(tensors=added)), {**compute_mismatch_metrics(*arguments), **metrics}
+    old, rollout, measured = arguments
+    if RECOMPUTED in columns:
+        measured = measured * columns[RECOMPUTED].unsqueeze(-1)
+    mismatch = compute_mismatch_metrics(old, rollout, measured)
+    return batch.union(DataProto.from_dict(tensors=added)), {**mismatch, **metrics}
 
 
 def mismatch_metrics(batch: DataProto, training_log_probs: torch.Tensor, correction: Correction) -> dict[str, float]:

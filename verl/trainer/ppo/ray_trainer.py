@@ -19,7 +19,8 @@ One step, and the columns that each stage reads and adds (`DataProto`, B samples
 
 The config decides which stages run: `ref_log_prob` runs with a KL term, `values` and `update_critic` with an estimator
 that needs a critic. Columns after a semicolon exist if the estimator requires them. In bypass mode the rollout's
-log-probabilities are used as `old_log_probs`, and the loss applies the correction.
+log-probabilities are used as `old_log_probs`, and the loss applies the correction. With
+`actor.old_log_probs_from_rollout`, `old_log_probs` run after the pipeline, for as many samples as their check requires.
 
 Schedule of step k (`pipeline.py`; v: the version of the weights, `passes`: old_log_probs, ref_log_prob, values):
 
@@ -121,6 +122,7 @@ class RayPPOTrainer:
                     timing: dict[str, float] = {}
                     with marked_timer("step", timing, step=self.step):
                         batch, metrics, runtime.data.prompts.state = await rollouts.finish(self.step, timing)
+                        batch, reuse_metrics = await self.add_old_log_probs(batch, timing)
                         with marked_timer("adv", timing):
                             batch, advantage_metrics = self.advantages(batch)
                         if runtime.with_critic:
@@ -140,7 +142,7 @@ class RayPPOTrainer:
                             with marked_timer("testing", timing):
                                 metrics |= await self.validate(tracking)
                     rollouts.on_new_weights(self.step)
-                    metrics |= advantage_metrics | self.step_metrics(batch, timing)
+                    metrics |= reuse_metrics | advantage_metrics | self.step_metrics(batch, timing)
                     await self.finish_step(metrics, tracking, progress)
 
     # ---- stages that are more than one call ----
@@ -155,6 +157,14 @@ class RayPPOTrainer:
             last_step=self.runtime.data.total_steps,
             overlaps_forward=self.runtime.overlaps_forward,
         )
+
+    async def add_old_log_probs(self, batch: DataProto, timing: dict[str, float]) -> tuple[DataProto, dict[str, float]]:
+        """Add `old_log_probs` if the pipeline does not, because `RolloutLogProbs` does; return batch and metrics."""
+        reuse = self.runtime.rollout_log_probs
+        if reuse is None:
+            return batch, {}
+        with marked_timer("old_log_prob", timing):
+            return await reuse.add_old_log_probs(batch, self.step, self.runtime.old_log_probs)
 
     def advantages(self, batch: DataProto) -> tuple[DataProto, dict[str, float]]:
         """Correct for the rollout policy, compute advantages and drop rejected tokens; return batch and metrics."""

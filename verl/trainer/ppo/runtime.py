@@ -26,6 +26,7 @@ from verl.trainer.ppo.estimator_columns import estimator_columns
 from verl.trainer.ppo.metrics import compute_seqlen_metrics
 from verl.trainer.ppo.processes import Processes
 from verl.trainer.ppo.quantization_guard import QuantizationGuard
+from verl.trainer.ppo.rollout_log_probs import RolloutLogProbs
 from verl.trainer.ppo.trainer_sender import TrainerSender
 from verl.trainer.rollouts.forward_passes import ForwardPass, ForwardPasses, RankRows
 from verl.trainer.rollouts.sampling import RolloutSampler
@@ -53,6 +54,7 @@ class Runtime:
     Attributes:
         with_critic, with_ref: True if the run has a critic, a reference model.
         guard: the guard of a quantized rollout; None without one.
+        rollout_log_probs: takes `old_log_probs` from the rollout; None in a run that computes all of them.
         kl_controller: weight of the KL penalty in the reward.
         processes: trainer ranks and replicas.
 
@@ -67,6 +69,10 @@ class Runtime:
         self._correction = resolve(config.algorithm.rollout_correction)
         limits = config.actor_rollout_ref.rollout.quantization_guard
         self.guard = None if limits.max_k3_kl is None else QuantizationGuard(limits)
+        reuse = config.actor_rollout_ref.actor.old_log_probs_from_rollout
+        self.rollout_log_probs: RolloutLogProbs | None = None
+        if reuse.enable:
+            self.rollout_log_probs = RolloutLogProbs(reuse, seed=config.trainer.seed, ranks=plan.trainer_ranks)
         self.kl_controller = get_kl_controller(**dataclasses.asdict(config.algorithm.kl_ctrl))
         self._estimator_columns = estimator_columns(config, self.correction)
         self.processes = Processes(
@@ -156,11 +162,14 @@ class Runtime:
     # ---- stages ----
 
     def forward_passes(self) -> ForwardPasses:
-        """Return the passes that every sample needs before it is trained on, in the order in which they run."""
+        """Return the passes that every sample needs before it is trained on, in the order in which they run.
+
+        With `rollout_log_probs` only some samples need `old_log_probs`; `RayPPOTrainer.add_old_log_probs` adds them.
+        """
         roles, critic = self.config.actor_rollout_ref, self._critic
         passes: dict[str, ForwardPass] = {}
         limits: list[MicroBatching] = []
-        if not self.correction.bypass_mode:
+        if not self.correction.bypass_mode and self.rollout_log_probs is None:
             passes["old_log_prob"] = self.old_log_probs
             limits.append(log_prob_limits(roles.rollout, roles.actor))
         if self.with_ref:
