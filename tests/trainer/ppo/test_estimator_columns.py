@@ -21,10 +21,11 @@ def columns(monkeypatch):
     """Return a function that computes the required columns of `estimator` for a run."""
     monkeypatch.setattr(estimator_columns, "get_adv_estimator_fn", lambda name: estimator)
 
-    def compute(*, critic, bypass=False):
+    def compute(*, critic, bypass=False, reuse=False):
         config = PPOConfig()
         config.critic.enable = critic
         config.algorithm.rollout_correction.bypass_mode = bypass
+        config.actor_rollout_ref.actor.old_log_probs_from_rollout.enable = reuse
         return estimator_columns.estimator_columns(config, resolve(config.algorithm.rollout_correction))
 
     return compute
@@ -42,3 +43,8 @@ def test_values_without_a_critic_are_rejected(columns):
 def test_entropies_in_bypass_mode_are_rejected(columns):
     with pytest.raises(ValueError, match="requires the columns entropys, but this run has only"):
         columns(critic=True, bypass=True)
+
+
+def test_entropies_with_log_probs_of_the_rollout_are_rejected(columns):
+    with pytest.raises(ValueError, match=r"columns entropys, .*set .*old_log_probs_from_rollout\.enable=False"):
+        columns(critic=True, reuse=True)

@@ -12,7 +12,8 @@ import torch
 
 from verl.config.old_log_probs import OldLogProbsConfig
 from verl.protocol import DataProto
-from verl.trainer.ppo.rollout_log_probs import RolloutLogProbs
+from verl.trainer.ppo.rollout_log_probs import RECOMPUTED, RolloutLogProbs
+from verl.workers.reward.loop import RESERVED_NAMES
 
 B, T, STEP = 40, 6, 5
 
@@ -41,6 +42,10 @@ class Trainer:
         rows = batch.batch["row"].tolist()
         self.calls.append(rows)
         return DataProto.from_dict(tensors={"old_log_probs": self.table[rows]})
+
+
+def test_no_other_column_may_have_the_name():
+    assert RECOMPUTED in RESERVED_NAMES
 
 
 def reuse(ranks=1, seed=0, **settings):

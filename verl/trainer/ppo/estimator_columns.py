@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from verl.algorithms.advantages import get_adv_estimator_fn, required_columns
 from verl.config import PPOConfig
+from verl.config.old_log_probs import PREFIX as REUSE
 from verl.config.roles import needs_critic, needs_ref
 from verl.config.rollout_correction import Correction
 
@@ -39,6 +40,8 @@ def estimator_columns(config: PPOConfig, correction: Correction) -> tuple[str, .
     }
     if missing := [column for column in required if column not in available]:
         hint = "; set critic.enable=True for values" if "values" in missing else ""
+        if reuse and not {"entropys", "sum_pi_squared"}.isdisjoint(missing):
+            hint += f"; set {REUSE}enable=False for columns of the trainer's forward pass"
         raise ValueError(
             f"algorithm.adv_estimator={name} requires the columns {', '.join(missing)}, but this run has only "
             f"{', '.join(sorted(available))}{hint}"

@@ -45,7 +45,7 @@ RESERVED_NAMES = frozenset(
         ),
         *("token_level_scores", "rollout_log_probs", "reward_baselines", "old_log_probs", "entropys", "sum_pi_squared"),
         *("ref_log_prob", "values", "rollout_is_weights", "accepted_mask", "token_level_rewards", "advantages"),
-        *("returns", "sample_index", "selected_tokens"),
+        *("returns", "sample_index", "selected_tokens", "recomputed_samples"),
         *("tool_rewards", "rollout_reward_scores", "tool_call_counts", "tool_failures", "tool_seconds"),
     )
 )
