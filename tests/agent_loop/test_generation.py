@@ -9,6 +9,7 @@ import pytest
 from verl.agent_loop.agent_loop import AgentLoopBase, AgentLoopOutput, register
 from verl.agent_loop.generation import SampleGenerator, ScoredSample, to_batch
 from verl.config import CustomRewardFunctionConfig, PPOConfig, RewardConfig, RewardManagerConfig
+from verl.utils.sampling_masks import SamplingMasks
 from verl.workers.reward import RewardLoop, RewardResult
 from verl.workers.reward.loop import RESERVED_NAMES
 
@@ -113,3 +114,31 @@ def test_the_names_of_columns_are_reserved_and_a_loop_must_not_use_them():
     output.extra_fields["responses"] = "mine"
     with pytest.raises(ValueError, match="the agent loop returns responses, which the batch already has"):
         to_batch([sample], pad_token_id=0, with_log_probs=True)
+
+
+def masked(response, response_mask, ids, counts):
+    row = {"uid": "0", "data_source": "d", "reward_model": {}, "raw_prompt": []}
+    masks = SamplingMasks(np.array(ids, np.int32), np.array(counts, np.int32))
+    output = AgentLoopOutput([7], response, response_mask, sampling_masks=masks)
+    return ScoredSample(row, output, RewardResult(1.0, {}, None, 0.0))
+
+
+def test_sampling_masks_are_a_column():
+    samples = [masked([4, 5], [1, 1], [4, 9, 5], [2, 1]), masked([6, 1, 2], [1, 0, 1], [6, 3], [2, 0, 0])]
+    batch = to_batch(samples, pad_token_id=0, with_log_probs=False, with_sampling_masks=True)
+    assert batch.non_tensor_batch["sampling_masks"].tolist() == [each.output.sampling_masks for each in samples]
+    assert "sampling_masks" in RESERVED_NAMES
+    assert "sampling_masks" not in to_batch(samples, pad_token_id=0, with_log_probs=False).non_tensor_batch
+
+
+@pytest.mark.parametrize(
+    ("ids", "counts", "problem"),
+    [
+        ([], [], "an agent loop returned 0 sampling masks for 2 response tokens"),
+        ([4, 5, 5], [1, 1, 1], "returned 3 sampling masks for 2 response tokens"),
+        ([4, 4], [1, 1], "the sampling mask of response token 1 does not contain the token, id 5"),
+    ],
+)
+def test_wrong_sampling_masks_of_an_agent_loop_are_an_error(ids, counts, problem):
+    with pytest.raises(ValueError, match=rf"replay_sampling_mask=True: .*{problem}; return response\.sampling_masks"):
+        to_batch([masked([4, 5], [1, 1], ids, counts)], pad_token_id=0, with_log_probs=False, with_sampling_masks=True)

@@ -15,6 +15,7 @@ from verl.agent_loop.metrics import FAILURES, compute_agent_metrics
 from verl.agent_loop.tool_session import truncate
 from verl.config import PPOConfig
 from verl.utils.dataset.prompts import truncate_prompt
+from verl.utils.sampling_masks import SamplingMasks
 from verl.workers.reward import RewardResult
 from verl.workers.rollout.types import TokenOutput
 
@@ -209,6 +210,20 @@ async def test_surplus_tokens_of_the_client_are_cut(bench):
     bench.config.data.max_response_length = 5
     output = await bench.run(TokenOutput(list(range(9)), [-1.0] * 9, "length", [3] * 9))
     assert output.response_ids == [0, 1, 2, 3, 4]
+
+
+async def test_sampling_masks_follow_the_tokens_of_all_turns(bench):
+    responses = [bench.ids(tool_call("echo", text="a")), bench.ids("done")]
+    masks = [SamplingMasks(np.repeat(ids, 2).astype(np.int32), np.full(len(ids), 2, np.int32)) for ids in responses]
+    output = await bench.run(
+        *(
+            TokenOutput(ids, [-1.0] * len(ids), "stop", [3] * len(ids), mask)
+            for ids, mask in zip(responses, masks, strict=True)
+        )
+    )
+    tools = output.response_mask.count(0)
+    assert tools and output.sampling_masks == masks[0] + SamplingMasks.full(tools) + masks[1]
+    assert not len((await bench.run("done")).sampling_masks)
 
 
 async def test_the_context_length_of_the_engine_limits_the_response(bench):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from verl.utils.sampling_masks import SamplingMasks
 from verl.workers.rollout.types import TokenOutput
 
 
@@ -19,7 +20,7 @@ class AgentData:
         tools_kwargs: the row's `extra_info.tools_kwargs`.
         request_id: identifies the sample; the same for all of its turns.
         prompt_ids: the tokens before the model's first token.
-        response_ids, response_mask, response_logprobs, weight_versions: as in `AgentLoopOutput`.
+        response_ids, response_mask, response_logprobs, weight_versions, sampling_masks: as in `AgentLoopOutput`.
         assistant_turns, user_turns: number of responses of the model, and of rounds of tool responses.
         tool_rewards: rewards of the calls so far.
         extra_fields: values that tools store. Numbers, strings, and lists and dicts of them become columns of the
@@ -34,6 +35,7 @@ class AgentData:
     response_mask: list[int] = field(default_factory=list)
     response_logprobs: list[float] = field(default_factory=list)
     weight_versions: list[int] = field(default_factory=list)
+    sampling_masks: SamplingMasks = field(default_factory=lambda: SamplingMasks.full(0))
     assistant_turns: int = 0
     user_turns: int = 0
     tool_rewards: list[float] = field(default_factory=list)
@@ -46,10 +48,13 @@ class AgentData:
         self.response_mask += [1] * len(tokens)
         self.response_logprobs += response.log_probs[: len(tokens)]
         self.weight_versions += response.weight_versions[: len(tokens)]
+        self.sampling_masks += response.sampling_masks[: len(tokens)]
         self.assistant_turns += 1
 
     def add_tool_responses(self, tokens: list[int], with_log_probs: bool) -> None:
         """Append tokens that the model did not generate."""
+        if len(self.sampling_masks):
+            self.sampling_masks += SamplingMasks.full(len(tokens))
         self.response_ids += tokens
         self.response_mask += [0] * len(tokens)
         self.response_logprobs += [0.0] * len(tokens) if with_log_probs else []

@@ -18,6 +18,7 @@ from verl.config import PPOConfig
 from verl.extension.registry import registered_name
 from verl.extension.user_class import refuse_uncalled
 from verl.utils.dataset.prompts import prompt_token_ids
+from verl.utils.sampling_masks import SamplingMasks
 from verl.workers.rollout.client import LLMServerClient
 from verl.workers.rollout.types import TokenOutput
 
@@ -32,6 +33,8 @@ class AgentLoopOutput:
         response_mask: 1 for tokens of the model, 0 for others; as long as `response_ids`.
         response_logprobs: log-probability of each response token, 0.0 if its mask is 0; empty if not requested.
         weight_versions: version of the weights that generated each response token, -1 if its mask is 0.
+        sampling_masks: the tokens that each response token was sampled from, `SamplingMasks.full(1)` if its mask is 0;
+            required with `rollout.replay_sampling_mask`, otherwise unused.
         stop_reason: `stop`, `length`, `abort`, or `turns` (the turn limit was reached).
         num_turns: number of messages, the prompt included.
         extra_fields: further columns of this sample: numbers, strings, lists and dicts. Samples without such a field
@@ -45,6 +48,7 @@ class AgentLoopOutput:
     response_mask: list[int]
     response_logprobs: list[float] = field(default_factory=list)
     weight_versions: list[int] = field(default_factory=list)
+    sampling_masks: SamplingMasks = field(default_factory=lambda: SamplingMasks.full(0))
     stop_reason: str = "stop"
     num_turns: int = 2
     extra_fields: dict[str, Any] = field(default_factory=dict)

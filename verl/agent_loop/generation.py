@@ -22,6 +22,7 @@ from verl.protocol import DataProto
 from verl.timeline.spans import spanned
 from verl.utils.asyncio_utils import gather_or_cancel
 from verl.utils.proto_columns import object_array
+from verl.utils.sampling_masks import COLUMN as SAMPLING_MASKS
 from verl.workers.reward import RewardLoop, RewardResult, extra_columns
 from verl.workers.reward.function import BadReturnError, read_return
 from verl.workers.rollout.client import LLMServerClient
@@ -147,22 +148,27 @@ def unscored_table(
     return table
 
 
-def to_batch(samples: Sequence[ScoredSample], *, pad_token_id: int, with_log_probs: bool) -> DataProto:
+def to_batch(
+    samples: Sequence[ScoredSample], *, pad_token_id: int, with_log_probs: bool, with_sampling_masks: bool = False
+) -> DataProto:
     """Turn samples into columns; pad prompts on the left and responses on the right to the longest of the batch.
 
     Args:
         samples: at least one.
         pad_token_id: padding token of prompts and responses.
         with_log_probs: add the column `rollout_log_probs`.
+        with_sampling_masks: add the column `sampling_masks`.
 
     Returns:
         Columns `prompts` [B, P], `responses` [B, T], `input_ids`, `attention_mask`, `position_ids` [B, P + T],
         `response_mask` [B, T] int64; `rollout_log_probs` [B, T] float32; `weight_versions` [B, T] int64, -1 without a
         model token; `token_level_scores` [B, T] float32 with the score at the model's last token. Object columns
-        [B] of the rows, of the rewards' extra values and of the loops' extra fields, None if a sample has none.
+        [B] of the rows, of the rewards' extra values and of the loops' extra fields, None if a sample has none;
+        `sampling_masks` holds a `SamplingMasks` of each response.
 
     Raises:
-        ValueError: an extra value or field has the same name as another column.
+        ValueError: an extra value or field has the same name as another column, or an agent loop returned no sampling
+            masks or wrong ones.
     """
     outputs = [sample.output for sample in samples]
     columns = pad_samples([out.prompt_ids for out in outputs], [out.response_ids for out in outputs], pad_token_id)
@@ -177,10 +183,34 @@ def to_batch(samples: Sequence[ScoredSample], *, pad_token_id: int, with_log_pro
     }
     if with_log_probs:
         columns["rollout_log_probs"] = pad_right([out.response_logprobs for out in outputs], width, 0, np.float32)
+    objects = _object_columns(samples, reserved={*columns, SAMPLING_MASKS})
+    if with_sampling_masks:
+        for out in outputs:
+            _check_sampling_masks(out)
+        objects[SAMPLING_MASKS] = object_array([out.sampling_masks for out in outputs])
     return DataProto.from_dict(
-        tensors={name: torch.from_numpy(column) for name, column in columns.items()},
-        non_tensors=_object_columns(samples, reserved=columns),
+        tensors={name: torch.from_numpy(column) for name, column in columns.items()}, non_tensors=objects
     )
+
+
+def _check_sampling_masks(output: AgentLoopOutput) -> None:
+    """Check that each response token has a mask, and that the masks of the model's tokens contain these tokens."""
+    tokens, masks = np.array(output.response_ids, np.int64), output.sampling_masks
+    cure = (
+        "return response.sampling_masks with the response tokens, joined by +, and SamplingMasks.full(number) of "
+        "verl.agent_loop for tokens that the model did not generate"
+    )
+    if len(masks) != len(tokens):
+        raise ValueError(
+            f"actor_rollout_ref.rollout.replay_sampling_mask=True: an agent loop returned {len(masks)} sampling masks "
+            f"for {len(tokens)} response tokens; {cure}"
+        )
+    excluded = [index for index in masks.excluded(tokens).tolist() if output.response_mask[index]]
+    if excluded:
+        raise ValueError(
+            f"actor_rollout_ref.rollout.replay_sampling_mask=True: the sampling mask of response token {excluded[0]} "
+            f"does not contain the token, id {tokens[excluded[0]]}; {cure}, in the order of the tokens"
+        )
 
 
 def _last_model_token(response_mask: Sequence[int]) -> int:

@@ -20,5 +20,6 @@ class SingleTurnAgentLoop(AgentLoopBase):
             response_mask=[1] * len(tokens),
             response_logprobs=response.log_probs[: len(tokens)],
             weight_versions=response.weight_versions[: len(tokens)],
+            sampling_masks=response.sampling_masks[: len(tokens)],
             stop_reason=response.stop_reason,
         )

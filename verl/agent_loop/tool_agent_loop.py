@@ -88,6 +88,7 @@ class ToolAgentLoop(AgentLoopBase):
             response_mask=data.response_mask,
             response_logprobs=data.response_logprobs,
             weight_versions=data.weight_versions,
+            sampling_masks=data.sampling_masks,
             stop_reason=stop_reason,
             num_turns=1 + data.user_turns + data.assistant_turns,
             extra_fields={

@@ -13,6 +13,8 @@ from verl.config.schema import ConfigSection, key, section, unsupported
 
 # vLLM samples at this temperature if a lower one is given; 0 is greedy decoding.
 MIN_TEMPERATURE = 0.01
+# Largest top_k with sampling masks: the engine returns the log-probabilities of more tokens than that for each token.
+MAX_REPLAYED_TOP_K = 1024
 _GREEDY = when("do_sample", reason="with greedy validation (val_kwargs.do_sample=False)")
 _BETWEEN_NODES = first_of(
     any_of(
@@ -221,6 +223,11 @@ class RolloutConfig(ConfigSection):
         "model's output",
         choices=("processed_logprobs", "raw_logprobs"),
         only_with=when("calculate_log_probs"),
+    )
+    replay_sampling_mask: bool = key(
+        False,
+        "with top_p below 1 or top_k above 0: the engine returns the tokens that it could choose from, and the trainer "
+        "computes log-probabilities over the same tokens; needs top_k",
     )
     calculate_log_probs: bool = key(
         True, "return log-probabilities of the engine, for the metrics training/rollout_probs_diff_*"

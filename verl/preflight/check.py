@@ -25,6 +25,7 @@ from verl.preflight.checks.resume import check_contents, check_resume, describe_
 from verl.preflight.checks.reward import check_reward
 from verl.preflight.checks.rollout import check_engine_kwargs, check_rollout, check_transport
 from verl.preflight.checks.rollout_correction import check_rollout_correction
+from verl.preflight.checks.sampling_mask import check_sampling_mask
 from verl.preflight.checks.trainer import (
     check_critic_warmup,
     check_device,
@@ -133,6 +134,7 @@ def _check_sections(config: PPOConfig, target: Target, invalid: set[str], found:
     check_reward(config, found)
     check_agent(config, found)
     check_rollout_correction(config, found)
+    check_sampling_mask(config, found)
     check_quantization_guard(config, found)
     check_old_log_probs(config, found)
     if target.hardware is None:

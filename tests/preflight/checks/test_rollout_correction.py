@@ -72,6 +72,13 @@ def test_processed_log_probs_of_a_part_of_the_tokens_are_a_warning(plan_of):
         assert f"{key}={value}" in warning and "below 1" in warning
 
 
+@pytest.mark.parametrize(("key", "value"), [("top_p", 0.9), ("top_k", 20)])
+def test_a_truncation_that_the_trainer_does_not_know_is_a_note(plan_of, key, value):
+    (note,) = notes_of(plan_of(**{R + key: value}))
+    assert f"{key}={value}: the engine samples from the most likely tokens only" in note
+    assert "set actor_rollout_ref.rollout.replay_sampling_mask=True" in note
+
+
 @pytest.mark.parametrize("loss_mode", ["vanilla", "bypass_mode"])
 def test_bypass_mode_accepts_the_default_loss_and_its_own(plan_of, loss_mode):
     """Does not raise."""

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from fixtures.engine_cases import make_batch
+from fixtures.mask_cases import with_sampling_masks
 from verl.protocol import DataProto
-from verl.trainer.ppo.batching import split_even, split_mini_batches
+from verl.trainer.ppo.batching import CRITIC_COLUMNS, POLICY_COLUMNS, split_even, split_mini_batches
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 3])
@@ -48,6 +49,17 @@ def test_a_shard_has_only_the_columns_of_the_update():
         "sample_index",
     }
     assert set(shard.non_tensor_batch) == {"uid"}
+
+
+def test_sampling_masks_go_to_the_policy_only():
+    data = with_sampling_masks(make_batch(12), vocab_size=80)
+    masks = data.non_tensor_batch["sampling_masks"]
+    shards, _ = split_even(data, 2, columns=POLICY_COLUMNS)
+    for shard in (*shards, *(part for rank in split_mini_batches(data, 6, 2) for part in rank)):
+        rows = [data.batch["input_ids"].tolist().index(ids) for ids in shard.batch["input_ids"].tolist()]
+        assert shard.non_tensor_batch["sampling_masks"].tolist() == [masks[row] for row in rows]
+    without = [*split_even(data, 2)[0], *split_mini_batches(data, 12, 1, columns=CRITIC_COLUMNS)[0]]
+    assert all(set(shard.non_tensor_batch) == {"uid"} for shard in without)
 
 
 def test_sample_index_is_the_index_in_the_batch():

@@ -24,10 +24,11 @@ from fixtures.engine_cases import (
     train,
     uneven_loss_program,
 )
+from fixtures.mask_cases import masked_gradient_program, with_sampling_masks
 from fixtures.ranks import run_ranks
 from fixtures.tiny import write_tiny_model
 from verl.protocol import DataProto
-from verl.trainer.ppo.batching import split_even, split_mini_batches
+from verl.trainer.ppo.batching import POLICY_COLUMNS, split_even, split_mini_batches
 from verl.trainer.ppo.core_algos import LOSS_AGG_MODES, get_policy_loss_fn
 from verl.workers.engine import MicroBatching
 from verl.workers.engine.micro_batch import AlignedBatch, Layout
@@ -53,6 +54,46 @@ def plain_log_probs(model, data):
     mask = data.batch["response_mask"]
     chosen = log_p.gather(-1, data.batch["responses"].unsqueeze(-1)).squeeze(-1) * mask
     return chosen, -(log_p.exp() * log_p).sum(-1) * mask
+
+
+@pytest.mark.parametrize(
+    ("ranks", "limits", "options"),
+    [
+        pytest.param(1, ALL, {}, id="packed"),
+        pytest.param(1, MicroBatching(size=5), {"use_remove_padding": False}, id="padded", marks=pytest.mark.slow),
+        pytest.param(
+            2,
+            MicroBatching(max_tokens=33),
+            {"enable_gradient_checkpointing": True},
+            id="2 ranks",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_sampling_masks_restrict_log_probs_and_gradients(models, ranks, limits, options):
+    """The reference is a float64 model with padding, whose removed tokens have the logit -inf."""
+    data = with_sampling_masks(make_batch(), vocab_size=128)
+    model = AutoModelForCausalLM.from_pretrained(models["qwen3"], dtype=torch.float64)
+    ids, width = data.batch["input_ids"], data.batch["responses"].shape[1]
+    attention, positions = data.batch["attention_mask"], data.batch["position_ids"]
+    logits = model(input_ids=ids, attention_mask=attention, position_ids=positions).logits[:, -width - 1 : -1]
+    removed = torch.zeros(logits.shape, dtype=torch.bool)
+    for row, masks in enumerate(data.non_tensor_batch["sampling_masks"]):
+        for token in range(len(masks)):
+            if masks.counts[token]:
+                removed[row, token] = True
+                removed[row, token, masks[token : token + 1].ids] = False
+    log_p = (logits / data.meta_info["temperature"]).masked_fill(removed, -math.inf).log_softmax(-1)
+    expected = log_p.gather(-1, data.batch["responses"].unsqueeze(-1))[..., 0] * data.batch["response_mask"]
+    (expected * data.batch["advantages"]).sum().backward()
+
+    shards, inverse = split_even(data, ranks, columns=(*POLICY_COLUMNS, "advantages"))
+    results = run_ranks(ranks, masked_gradient_program, models["qwen3"], shards, limits, options)
+    log_probs = torch.cat([log_probs for log_probs, _ in results])[inverse]
+    torch.testing.assert_close(log_probs.double(), expected.detach(), rtol=0, atol=1e-5)
+    for name, parameter in model.named_parameters():
+        for _, gradient in results:
+            torch.testing.assert_close(gradient[name].double(), parameter.grad, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fixtures.engine_cases import make_batch
+from fixtures.mask_cases import with_sampling_masks
 from verl.workers.engine.micro_batch import AlignedBatch, Layout, MicroBatching, equalize_counts, plan_micro_batches
 
 CPU = torch.device("cpu")
@@ -42,6 +43,24 @@ def test_micro_batches_equal_those_built_by_loops(layout, limits):
         if layout is Layout.PACKED:
             assert [n for count, n in micro_batch.sequences.runs for _ in range(count)] == lengths
     assert sorted(seen) == list(range(12))
+
+
+@pytest.mark.parametrize("layout", Layout)
+def test_sampling_masks_follow_their_tokens(layout):
+    data = with_sampling_masks(make_batch(12), vocab_size=80)
+    masks = data.non_tensor_batch["sampling_masks"]
+    data.batch["response_mask"][5, :2] = 0  # rejected tokens
+    for micro_batch in AlignedBatch(data, CPU, layout).micro_batches(MicroBatching(size=5), None):
+        places = micro_batch.response_indices.tolist()
+        assert len(micro_batch.kept.ids) == len(places)
+        for place, ids, valid in zip(places, micro_batch.kept.ids, micro_batch.kept.valid, strict=True):
+            row, token = micro_batch.sample_indices[place // 7], place % 7
+            assert ids[valid].tolist() == masks[row][token : token + 1].ids.tolist()
+
+
+def test_without_sampling_masks_there_are_no_kept_tokens():
+    (micro_batch,) = AlignedBatch(make_batch(4), CPU).micro_batches(MicroBatching(size=4), None)
+    assert micro_batch.kept is None
 
 
 @settings(max_examples=100, deadline=None)

@@ -1,7 +1,9 @@
 """Responses in parts: sampling parameters of the next part, and joining of the parts by the client."""
 
+import numpy as np
 import pytest
 
+from verl.utils.sampling_masks import SamplingMasks
 from verl.workers.rollout.client import LLMServerClient
 from verl.workers.rollout.continuation import after_cut, check_continuable
 from verl.workers.rollout.types import NoReplicaLeft, ReplicaUnavailable, TokenOutput
@@ -47,7 +49,9 @@ class Counting:
         if what == "refuses":
             raise ReplicaUnavailable(f"replica {self.rank} refuses")
         tokens = list(range(len(answered), len(answered) + count))
-        return TokenOutput(tokens, [-float(token) for token in tokens], what, [version] * count)
+        # Every token is the only one in its mask.
+        masks = SamplingMasks(np.array(tokens, np.int32), np.ones(count, np.int32))
+        return TokenOutput(tokens, [-float(token) for token in tokens], what, [version] * count, masks)
 
 
 class Pool:
@@ -66,6 +70,7 @@ async def test_the_parts_form_one_response():
     assert output.token_ids == list(range(9))
     assert output.log_probs == [-float(token) for token in range(9)]
     assert output.weight_versions == [1, 1, 1, 3, 3, 5, 5, 5, 5]
+    assert output.sampling_masks.ids.tolist() == list(range(9)) and output.sampling_masks.counts.tolist() == [1] * 9
     assert output.stop_reason == "length" and client.cuts == 3
     assert [len(answered) for answered in replica.asked] == [0, 3, 3, 5]
 

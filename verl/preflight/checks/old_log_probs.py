@@ -61,10 +61,10 @@ def _other_distribution(config: PPOConfig) -> list[str]:
             f"the logits by the temperature, and these values do not; use {_ROLLOUT}logprobs_mode=processed_logprobs"
         )
     for name, value, off in (("top_p", rollout.top_p, (1,)), ("top_k", rollout.top_k, (-1, 0))):
-        if value not in off:
+        if value not in off and not rollout.replay_sampling_mask:
             reasons.append(
                 f"{_ROLLOUT}{name}={value}: the engine's values are those of a part of the tokens, the trainer's those "
-                f"of all tokens; use {_ROLLOUT}{name}={off[0]}"
+                f"of all tokens; use {_ROLLOUT}{name}={off[0]}, or {_ROLLOUT}replay_sampling_mask=True"
             )
     return reasons
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from verl.config import names
 from verl.config.errors import ConfigError
 from verl.config.ppo import PPOConfig
+from verl.config.rollout import RolloutConfig
 from verl.config.rollout_correction import PREFIX, Correction, resolve
 from verl.preflight.findings import Findings
 
@@ -33,8 +34,15 @@ def check_rollout_correction(config: PPOConfig, found: Findings) -> None:
             f"{stale} without a rollout correction: tokens from older weights are trained as if the current weights "
             f"had generated them; set {PREFIX}rollout_is=token"
         )
+    rollout = config.actor_rollout_ref.rollout
     if correction.active or correction.bypass_mode:
         _check_log_probs(config, correction, found)
+    elif (cut := _truncation(rollout)) and not rollout.replay_sampling_mask:
+        found.notes.append(
+            f"{', '.join(cut)}: the engine samples from the most likely tokens only, but the trainer's probabilities "
+            f"cover all tokens, so the policy that is trained is not the one that generates; set "
+            f"{_ROLLOUT}replay_sampling_mask=True to train the one that generates"
+        )
 
 
 def stale_tokens_key(config: PPOConfig) -> str | None:
@@ -42,6 +50,12 @@ def stale_tokens_key(config: PPOConfig) -> str | None:
     if config.actor_rollout_ref.rollout.partial_rollout:
         return f"{_ROLLOUT}partial_rollout=True"
     return f"trainer.rollout_lag={config.trainer.rollout_lag}" if config.trainer.rollout_lag else None
+
+
+def _truncation(rollout: RolloutConfig) -> list[str]:
+    """Return keys and values by which the engine samples from a part of the vocabulary."""
+    keys = [f"{_ROLLOUT}top_p={rollout.top_p}"] if rollout.top_p != 1 else []
+    return keys + ([f"{_ROLLOUT}top_k={rollout.top_k}"] if rollout.top_k not in (-1, 0) else [])
 
 
 def _check_bypass(config: PPOConfig, correction: Correction, found: Findings) -> None:
@@ -95,8 +109,7 @@ def check_sampled_distribution(config: PPOConfig, user: str, found: Findings) ->
         user: the keys that compare the two.
     """
     rollout = config.actor_rollout_ref.rollout
-    cut = [f"{_ROLLOUT}top_p={rollout.top_p}"] if rollout.top_p != 1 else []
-    cut += [f"{_ROLLOUT}top_k={rollout.top_k}"] if rollout.top_k not in (-1, 0) else []
+    cut = _truncation(rollout)
     mode = (rollout.engine_kwargs.get("vllm") or {}).get("logprobs_mode", rollout.logprobs_mode)
     if mode.startswith("raw"):
         changed = [f"{_ROLLOUT}temperature={rollout.temperature}"] if rollout.temperature != 1 else []
@@ -106,9 +119,10 @@ def check_sampled_distribution(config: PPOConfig, user: str, found: Findings) ->
                 "distribution and returns log-probabilities of another, so ratios and weights are wrong; use "
                 f"{_ROLLOUT}logprobs_mode=processed_logprobs"
             )
-    elif cut:
+    elif cut and not rollout.replay_sampling_mask:
         found.warnings.append(
             f"{', '.join(cut)} with {user}: the engine samples from the most likely tokens only, but the trainer's "
             "probabilities cover all tokens, so ratios are below 1 by the probability that is cut off, and narrow "
-            f"bands reject many tokens; use {_ROLLOUT}top_p=1 and {_ROLLOUT}top_k=-1"
+            f"bands reject many tokens; set {_ROLLOUT}replay_sampling_mask=True, or {_ROLLOUT}top_p=1 and "
+            f"{_ROLLOUT}top_k=-1"
         )

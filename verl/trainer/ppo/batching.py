@@ -12,10 +12,13 @@ import numpy as np
 import torch
 
 from verl.protocol import DataProto
+from verl.utils.sampling_masks import COLUMN as SAMPLING_MASKS
 from verl.utils.seqlen_balancing import balanced_partition
 
 FORWARD_COLUMNS = ("input_ids", "attention_mask", "responses", "response_mask")
-ACTOR_COLUMNS = (*FORWARD_COLUMNS, "old_log_probs", "ref_log_prob", "advantages", "rollout_is_weights")
+# Columns of a forward pass of the policy. The reference model and the critic do not know the sampler.
+POLICY_COLUMNS = (*FORWARD_COLUMNS, SAMPLING_MASKS)
+ACTOR_COLUMNS = (*POLICY_COLUMNS, "old_log_probs", "ref_log_prob", "advantages", "rollout_is_weights")
 CRITIC_COLUMNS = (*FORWARD_COLUMNS, "values", "returns")
 
 
@@ -34,7 +37,7 @@ def split_mini_batches(
         data: a whole batch.
         mini_batch_size_samples: samples in a mini-batch over all ranks; the last mini-batch may be smaller.
         dp_size: number of ranks.
-        columns: tensor columns of the update; names that `data` lacks are ignored. The only non-tensor column is `uid`.
+        columns: columns of the update besides `uid`; names that `data` lacks are ignored.
         balance: give all ranks about the same number of tokens; otherwise consecutive samples.
         loss_scale_factor: divisor of `seq-mean-token-sum-norm` in tokens; None for the padded response width.
 
@@ -68,7 +71,12 @@ def split_mini_batches(
 
 
 def split_even(
-    data: DataProto, dp_size: int, balance: bool = True, parts: Sequence[np.ndarray] | None = None
+    data: DataProto,
+    dp_size: int,
+    balance: bool = True,
+    parts: Sequence[np.ndarray] | None = None,
+    *,
+    columns: tuple[str, ...] = FORWARD_COLUMNS,
 ) -> tuple[list[DataProto], np.ndarray]:
     """Divide a batch among the ranks for a forward pass.
 
@@ -77,13 +85,14 @@ def split_even(
         dp_size: number of ranks.
         balance: give all ranks about the same number of tokens; otherwise consecutive samples.
         parts: row numbers [b] of each rank; None to choose them here.
+        columns: columns of the pass besides `uid`; names that `data` lacks are ignored.
 
     Returns:
-        The shards with the columns of a forward pass, and `inverse_order` [B] int64:
+        The shards with these columns, and `inverse_order` [B] int64:
         `DataProto.concat(results)[inverse_order]` is in the order of `data`.
     """
     parts = partition(data, dp_size, balance) if parts is None else parts
-    data = _select(data, FORWARD_COLUMNS)
+    data = _select(data, columns)
     return [data[part] for part in parts], np.argsort(np.concatenate(parts), kind="stable")
 
 
@@ -98,5 +107,5 @@ def partition(data: DataProto, dp_size: int, balance: bool) -> list[np.ndarray]:
 def _select(data: DataProto, columns: tuple[str, ...]) -> DataProto:
     return data.select(
         batch_keys=[name for name in columns if name in data.batch.keys()],  # noqa: SIM118 (a TensorDict iterates its rows)
-        non_tensor_batch_keys=[name for name in ("uid",) if name in data.non_tensor_batch],
+        non_tensor_batch_keys=[name for name in ("uid", *columns) if name in data.non_tensor_batch],
     )

@@ -20,7 +20,15 @@ from verl.preflight import Plan
 from verl.preflight.inputs import RunInputs, collect_inputs
 from verl.protocol import DataProto
 from verl.single_controller.worker_group import WorkerGroup
-from verl.trainer.ppo.batching import ACTOR_COLUMNS, CRITIC_COLUMNS, partition, split_even, split_mini_batches
+from verl.trainer.ppo.batching import (
+    ACTOR_COLUMNS,
+    CRITIC_COLUMNS,
+    FORWARD_COLUMNS,
+    POLICY_COLUMNS,
+    partition,
+    split_even,
+    split_mini_batches,
+)
 from verl.trainer.ppo.data import TrainingData, load_data
 from verl.trainer.ppo.estimator_columns import estimator_columns
 from verl.trainer.ppo.metrics import compute_seqlen_metrics
@@ -199,11 +207,11 @@ class Runtime:
             rank_rows: rows of each rank; None to divide them evenly.
         """
         extras = [name for name in ("entropys", "sum_pi_squared") if name in self._estimator_columns]
-        return await self._forward(TrainWorker.compute_log_prob, batch, rank_rows, extras)
+        return await self._forward(TrainWorker.compute_log_prob, batch, rank_rows, extras, columns=POLICY_COLUMNS)
 
     async def update_log_probs(self, batch: DataProto) -> DataProto:
         """Compute `old_log_probs` [B, T] in the mode of an update, without an update; see `check_consistency`."""
-        return await self._forward(TrainWorker.compute_update_log_prob, batch, None)
+        return await self._forward(TrainWorker.compute_update_log_prob, batch, None, columns=POLICY_COLUMNS)
 
     async def ref_log_prob(self, batch: DataProto, rank_rows: RankRows = None) -> DataProto:
         """Compute `ref_log_prob` [B, T]; arguments as for `old_log_probs`."""
@@ -219,11 +227,13 @@ class Runtime:
         batch: DataProto,
         rank_rows: RankRows,
         *arguments: *Ts,
+        columns: tuple[str, ...] = FORWARD_COLUMNS,
     ) -> DataProto:
         """Run one forward pass with each rank's share of the batch; return its columns in the order of the batch."""
-        shards, inverse = split_even(batch, len(self._trainers), self.config.trainer.balance_batch, rank_rows)
-        columns = await self._trainers.each(method, [(shard, *arguments) for shard in shards])
-        return DataProto.concat(columns)[inverse]
+        ranks, balance = len(self._trainers), self.config.trainer.balance_batch
+        shards, inverse = split_even(batch, ranks, balance, rank_rows, columns=columns)
+        results = await self._trainers.each(method, [(shard, *arguments) for shard in shards])
+        return DataProto.concat(results)[inverse]
 
     async def update_critic(self, batch: DataProto) -> dict[str, float]:
         """Train the critic on the batch; return metrics `critic/*`."""

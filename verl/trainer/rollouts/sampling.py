@@ -192,7 +192,12 @@ class RolloutSampler:
     def lay_out(self, samples: Sequence[ScoredSample]) -> DataProto:
         """Turn samples into columns; see `to_batch`."""
         rollout = self._config.actor_rollout_ref.rollout
-        batch = to_batch(samples, pad_token_id=self._tokenizer.pad_token_id, with_log_probs=rollout.calculate_log_probs)
+        batch = to_batch(
+            samples,
+            pad_token_id=self._tokenizer.pad_token_id,
+            with_log_probs=rollout.calculate_log_probs,
+            with_sampling_masks=rollout.replay_sampling_mask,
+        )
         batch.meta_info["temperature"] = rollout.temperature
         return batch
 

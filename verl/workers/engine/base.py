@@ -66,8 +66,8 @@ class LogProbs(NamedTuple):
 
     Attributes:
         log_probs: log-probability of each response token.
-        entropy: entropy of pi.
-        sum_pi_squared: sum of pi(v)^2 over the vocabulary.
+        entropy: entropy of pi, over the whole vocabulary even with sampling masks.
+        sum_pi_squared: sum of pi(v)^2 over the vocabulary, or over the tokens of the sampling mask.
     """
 
     log_probs: torch.Tensor
@@ -145,7 +145,8 @@ class PolicyEngine(TrainEngine):
 
         Args:
             mini_batch: columns input_ids, attention_mask [B, P+T], responses, response_mask [B, T] and those that
-                `loss_fn` reads; meta_info `temperature`. Ranks may hold different numbers of samples, including 0.
+                `loss_fn` reads; meta_info `temperature`; optionally `sampling_masks`, which restrict log-probabilities
+                to the tokens that the sampler kept. Ranks may hold different numbers of samples, including 0.
             micro_batching: size of the micro-batches.
             entropy_grad: True if the loss differentiates the entropy.
 

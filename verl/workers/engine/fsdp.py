@@ -356,7 +356,12 @@ class FSDPEngine(FSDPTrainEngine, PolicyEngine):
         """Return log-probabilities, entropies and, if requested, sums of squares of a micro-batch, [b, T] float32."""
         logits = self._head_input.logits(self.model, micro_batch)
         flat = token_log_probs(
-            logits, micro_batch.targets, temperature, entropy_grad=entropy_grad, sum_pi_squared=sum_pi_squared
+            logits,
+            micro_batch.targets,
+            temperature,
+            entropy_grad=entropy_grad,
+            sum_pi_squared=sum_pi_squared,
+            kept=micro_batch.kept,
         )
         return tuple(_scatter(values, micro_batch, aligned) for values in flat if values is not None)
 

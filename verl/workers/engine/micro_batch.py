@@ -7,7 +7,7 @@ attention mask is needed, and positions count up from 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -18,6 +18,9 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from verl.protocol import DataProto
+from verl.utils.sampling_masks import COLUMN as SAMPLING_MASKS
+from verl.utils.sampling_masks import SamplingMasks
+from verl.workers.engine.log_probs import KeptTokens
 from verl.workers.engine.packed_attention import PackedSequences
 
 
@@ -74,6 +77,7 @@ class MicroBatch:
         predictor_indices: [N] int64, indices into the flattened [R * S] of the positions that predict response tokens.
         targets: [N] int64, the response tokens.
         response_indices: [N] int64, indices of the response tokens in the flattened [b * T] responses.
+        kept: the tokens that each response token was sampled from; None without sampling masks.
     """
 
     input_ids: torch.Tensor
@@ -84,6 +88,7 @@ class MicroBatch:
     predictor_indices: torch.Tensor
     targets: torch.Tensor
     response_indices: torch.Tensor
+    kept: KeptTokens | None = None
 
 
 def call_model(model: PreTrainedModel, micro_batch: MicroBatch, **options: Any) -> Any:
@@ -105,7 +110,7 @@ class AlignedBatch:
     """A rank's samples with their tokens moved to the left, from which micro-batches are made.
 
     Args:
-        data: input_ids, attention_mask [B, P+T]; responses, response_mask [B, T].
+        data: input_ids, attention_mask [B, P+T]; responses, response_mask [B, T]; `sampling_masks` [B], optional.
         device: device of the micro-batches.
         layout: layout of the micro-batches.
 
@@ -136,6 +141,8 @@ class AlignedBatch:
         if bool((self.response_mask & ((self._token_index < 1) | ~mask[:, prompt_width:])).any()):
             raise ValueError("response_mask marks a token that attention_mask hides or that has no token before it")
         self.lengths = mask.sum(dim=1).cpu().numpy()
+        masks = data.non_tensor_batch.get(SAMPLING_MASKS)
+        self._masks = None if masks is None else _MaskTable(masks.tolist(), self.response_width, device)
 
     def micro_batches(self, limits: MicroBatching, group: dist.ProcessGroup | None) -> Iterator[MicroBatch]:
         """Iterate over the micro-batches, the same number on each rank of `group`; some may have no samples."""
@@ -173,7 +180,36 @@ class AlignedBatch:
             predictor_indices=token - 1,
             targets=input_ids.reshape(-1)[token],
             response_indices=sample * self.response_width + column,
+            kept=None if self._masks is None else self._masks.kept(index[sample], column),
         )
+
+
+class _MaskTable:
+    """The sampling masks of a rank's samples, from which those of single tokens are selected.
+
+    Args:
+        masks: [B] masks of each response.
+        width: padded width T of the responses.
+        device: device of the micro-batches.
+    """
+
+    def __init__(self, masks: Sequence[SamplingMasks], width: int, device: torch.device):
+        counts = np.zeros((len(masks), width), np.int64)
+        for row, mask in zip(counts, masks, strict=True):
+            row[: len(mask)] = mask.counts
+        # Padding selects the last id, so that there must be one.
+        self._ids = torch.from_numpy(np.concatenate([*(mask.ids for mask in masks), np.zeros(1, np.int32)])).to(device)
+        self._counts = torch.from_numpy(counts).to(device)
+        self._starts = self._counts.flatten().cumsum(0).view_as(self._counts) - self._counts
+
+    def kept(self, samples: torch.Tensor, columns: torch.Tensor) -> KeptTokens:
+        """Return the masks of N tokens, given by sample and index in the response, both [N] int64."""
+        starts, counts = self._starts[samples, columns], self._counts[samples, columns]
+        width = max(1, int(counts.max())) if len(counts) else 1
+        position = torch.arange(width, device=counts.device)
+        valid = position < counts.unsqueeze(1)
+        index = torch.where(valid, starts.unsqueeze(1) + position, len(self._ids) - 1)
+        return KeptTokens(self._ids[index].long(), valid)
 
 
 def plan_micro_batches(lengths: np.ndarray, limits: MicroBatching, *, packed: bool = True) -> list[np.ndarray]:

@@ -42,6 +42,7 @@ RESERVED_NAMES = frozenset(
             "position_ids",
             "response_mask",
             "weight_versions",
+            "sampling_masks",
         ),
         *("token_level_scores", "rollout_log_probs", "reward_baselines", "old_log_probs", "entropys", "sum_pi_squared"),
         *("ref_log_prob", "values", "rollout_is_weights", "accepted_mask", "token_level_rewards", "advantages"),

@@ -55,10 +55,11 @@ def after_cut(sampling: Mapping[str, Any], num_generated: int) -> dict[str, Any]
 
 
 def joined(so_far: TokenOutput, rest: TokenOutput) -> TokenOutput:
-    """Join two parts of a response. Every token keeps its log-probability and its weight version."""
+    """Join two parts of a response. Every token keeps its log-probability, weight version and mask."""
     return TokenOutput(
         token_ids=so_far.token_ids + rest.token_ids,
         log_probs=so_far.log_probs + rest.log_probs,
         stop_reason=rest.stop_reason,
         weight_versions=so_far.weight_versions + rest.weight_versions,
+        sampling_masks=so_far.sampling_masks + rest.sampling_masks,
     )

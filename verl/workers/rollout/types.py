@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TypedDict
 
+from verl.utils.sampling_masks import SamplingMasks
+
 
 @dataclass
 class TokenOutput:
@@ -17,12 +19,15 @@ class TokenOutput:
         stop_reason: `stop` (end of sequence or a stop token), `length` (token limit), or, from a replica, `abort`: cut
             by a weight update.
         weight_versions: version of the weights that generated each token.
+        sampling_masks: the tokens that each token was sampled from, with `rollout.replay_sampling_mask` and if
+            log-probabilities are requested; otherwise empty.
     """
 
     token_ids: list[int]
     log_probs: list[float] = field(default_factory=list)
     stop_reason: str = "stop"
     weight_versions: list[int] = field(default_factory=list)
+    sampling_masks: SamplingMasks = field(default_factory=lambda: SamplingMasks.full(0))
 
 
 class ReplicaReport(TypedDict):

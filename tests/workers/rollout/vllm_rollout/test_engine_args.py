@@ -47,6 +47,13 @@ def arguments_of(model, *, engine_kwargs=None, quantization=None, device="cpu"):
     return engine_args(rollout, model, device=device, dtype="float32", quantization=quantization, **sizes)
 
 
+def test_sampling_masks_need_a_limit_of_log_probabilities(model_dirs):
+    model, sizes = ModelConfig(path=model_dirs["model"]), {"prompt_length": 8, "response_length": 8, "seed": 0}
+    rollout = RolloutConfig(replay_sampling_mask=True, top_k=20)
+    assert engine_args(rollout, model, device="cpu", dtype="float32", **sizes)["max_logprobs"] == 46
+    assert "max_logprobs" not in arguments_of(model)
+
+
 def environment_of(model):
     sizes = {"device": "cpu", "threads": 1, "tensor_parallel_size": 1}
     return engine_environment(**sizes, external_lib=model.external_lib)

@@ -53,3 +53,10 @@ def test_a_temperature_that_vllm_would_raise_is_an_error(temperature):
 def test_the_room_in_the_context_limits_the_tokens():
     assert build({}).max_tokens == 40 and build({"max_tokens": 9}).max_tokens == 9
     assert build({"max_tokens": 30}, num_generated=10).max_tokens == 20
+
+
+def test_masks_need_the_log_probabilities_of_the_candidates():
+    parameters = build({"logprobs": 0, "top_k": 20}, candidates=46, num_generated=3)
+    assert parameters.logprobs == 46 and parameters.flat_logprobs
+    without = build({"logprobs": 0, "top_k": 20})
+    assert without.logprobs == 0 and not without.flat_logprobs

@@ -14,6 +14,7 @@ from verl.utils.host import cpu_environment
 from verl.utils.model_dir.kv_cache import cpu_kv_cache_bytes
 from verl.utils.model_dir.model_files import read_model, with_overrides
 from verl.utils.quantization.ascend_releases import installed_vllm_ascend
+from verl.utils.sampling_masks import candidates_for_top_k
 from verl.utils.vllm.npu_settings import npu_additional_config, npu_environment
 
 _WORKER_EXTENSION = "verl.workers.rollout.vllm_rollout.worker_extension.WeightUpdateExtension"
@@ -67,6 +68,8 @@ def engine_args(
         # vLLM would use Ray for several, and wait forever for the devices that the trainer's ranks reserve.
         "distributed_executor_backend": "uni" if rollout.tensor_model_parallel_size == 1 else "mp",
     }
+    if rollout.replay_sampling_mask:
+        arguments["max_logprobs"] = candidates_for_top_k(rollout.top_k)
     if device == "cpu":
         # By default vLLM would reserve a share of the machine's memory, which replicas and trainers share.
         arguments["kv_cache_memory_bytes"] = cpu_kv_cache_bytes(

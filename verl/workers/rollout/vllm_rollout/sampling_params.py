@@ -20,7 +20,13 @@ _OWN = {
 
 
 def vllm_sampling_params(
-    given: Mapping[str, Any], *, max_tokens: int, room: int, num_generated: int, partial_rollout: bool
+    given: Mapping[str, Any],
+    *,
+    max_tokens: int,
+    room: int,
+    num_generated: int,
+    partial_rollout: bool,
+    candidates: int = 0,
 ) -> SamplingParams:
     """Return the parameters of a request.
 
@@ -32,6 +38,7 @@ def vllm_sampling_params(
         room: tokens that fit into the context.
         num_generated: tokens of the response before a cut.
         partial_rollout: a weight update may cut the response.
+        candidates: most likely tokens whose log-probabilities the sampling masks need; 0 without masks.
 
     Raises:
         ValueError: unknown or unsupported parameters, or a value that vLLM rejects or would change.
@@ -52,6 +59,9 @@ def vllm_sampling_params(
         check_continuable(given)
     merged = {"max_tokens": max_tokens} | dict(given)
     merged["max_tokens"] = min(merged["max_tokens"], room)
+    if candidates:
+        # The flat format has no object per candidate.
+        merged |= {"logprobs": candidates, "flat_logprobs": True}
     try:
         return SamplingParams(
             **after_cut(merged, num_generated),

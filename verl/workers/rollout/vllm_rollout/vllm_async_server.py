@@ -26,7 +26,9 @@ from verl.timeline.spans import Timeline, join_timeline, spanned
 from verl.utils.heap import freeze_heap
 from verl.utils.quantization.ascend_releases import installed_vllm_ascend, untested_release
 from verl.utils.quantization.schemes import SCHEME_NAMES, weight_format
+from verl.utils.sampling_masks import SamplingMasks
 from verl.utils.vllm.npu_settings import check_npu_settings
+from verl.utils.vllm.sampling_replay import SamplingReplay
 from verl.utils.vllm.server import drain
 from verl.workers.rollout.quantization import worker_settings
 from verl.workers.rollout.request_channel import Request, RequestDesk, Response
@@ -106,6 +108,7 @@ class vLLMHttpServer:
         self._in_flight: set[str] = set()
         self._engine: Any = None
         self._http: Any = None
+        self._replay: SamplingReplay | None = None
         self._desk = RequestDesk(self.generate, (ReplicaUnavailable, ValueError))
 
     async def start(self) -> ReplicaReport:
@@ -140,6 +143,8 @@ class vLLMHttpServer:
         if self._device == "npu" and (warning := untested_release(installed_vllm_ascend() or "0")) is not None:
             logger.warning(warning)
         self._max_len = config.model_config.max_model_len
+        if self._rollout.replay_sampling_mask:
+            self._replay = SamplingReplay(self._rollout.top_k, config.model_config.get_vocab_size())
         if self._rollout.load_format != "dummy":
             self._commit(0)
         address = await self._start_http(arguments) if self._rollout.server.enable_http else None
@@ -184,13 +189,14 @@ class vLLMHttpServer:
 
         Raises:
             ReplicaUnavailable: the replica refuses to serve, or its engine died.
-            ValueError: the prompt leaves no room for a response, a sampling parameter is unknown, or, with
-                `partial_rollout`, does not support a cut.
+            ValueError: the prompt leaves no room for a response, a sampling parameter is unknown or, with
+                `partial_rollout`, does not support a cut, or the sampling masks are not bounded or incomplete.
         """
         from vllm.inputs import TokensPrompt
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        parameters = self._sampling_params(len(prompt_ids), sampling_params, len(generated))
+        candidates = 0 if self._replay is None else self._replay.candidates(sampling_params)
+        parameters = self._sampling_params(len(prompt_ids), sampling_params, len(generated), candidates)
         prompt = TokensPrompt(prompt_token_ids=[*prompt_ids, *generated])
         await self._wait_until_serving()
         version, final = self._version, None
@@ -206,14 +212,26 @@ class vLLMHttpServer:
         assert final is not None and version is not None
         # An update completes or cuts the requests in flight before it begins, so a request sees one version.
         assert version == self._version
+        log_probs, masks = self._log_probs(final, candidates)
         return TokenOutput(
             token_ids=list(final.token_ids),
-            log_probs=_sampled_log_probs(final),
+            log_probs=log_probs,
             stop_reason=final.finish_reason or "abort",
             weight_versions=[version] * len(final.token_ids),
+            sampling_masks=masks,
         )
 
-    def _sampling_params(self, prompt_length: int, given: dict[str, Any], num_generated: int) -> Any:
+    def _log_probs(self, output: Any, candidates: int) -> tuple[list[float], SamplingMasks]:
+        """Return log-probabilities and sampling masks of the generated tokens, each empty if not requested."""
+        if output.logprobs is None:
+            return [], SamplingMasks.full(0)
+        if candidates:
+            assert self._replay is not None, "only it returns candidates"
+            return self._replay.read(output, candidates)
+        values = [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs, strict=True)]
+        return values, SamplingMasks.full(0 if self._replay is None else len(values))
+
+    def _sampling_params(self, prompt_length: int, given: dict[str, Any], num_generated: int, candidates: int) -> Any:
         room = self._max_len - prompt_length
         if room < 1:
             raise ValueError(
@@ -226,6 +244,7 @@ class vLLMHttpServer:
             room=room,
             num_generated=num_generated,
             partial_rollout=self._rollout.partial_rollout,
+            candidates=candidates,
         )
 
     async def _wait_until_serving(self) -> None:
@@ -352,9 +371,3 @@ class vLLMHttpServer:
         if self._engine is not None:
             engine, self._engine = self._engine, None
             await asyncio.to_thread(engine.shutdown)
-
-
-def _sampled_log_probs(output: Any) -> list[float]:
-    if output.logprobs is None:
-        return []
-    return [entry[token].logprob for token, entry in zip(output.token_ids, output.logprobs, strict=True)]
