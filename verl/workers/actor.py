@@ -6,6 +6,7 @@ in the same order, each with its shard of the data.
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from verl.config.rollout_correction import Correction
 from verl.extension.external import import_external
 from verl.protocol import DataProto
 from verl.utils.dtypes import choose_dtype
+from verl.utils.quantization.encode_report import Errors
 from verl.utils.quantization_scheme import QuantizationScheme
 from verl.workers.engine.base import PolicyEngine
 from verl.workers.engine.export import ExportUnit
@@ -143,16 +145,20 @@ class ActorWorker:
         )
 
     def _qat_options(self, fsdp_config: FSDPConfig) -> QatOptions | None:
-        rollout, mode = self._config.rollout, qat_mode(fsdp_config, self._config.rollout)
+        mode = qat_mode(fsdp_config, self._config.rollout)
         if mode is None:
             return None
-        assert self._config.model.path is not None, "preflight checks that it is set"
-        return QatOptions(
-            get_scheme(rollout, self._config.model.path),
-            dtype_from_name(choose_dtype(self._device_type, rollout.dtype).name),
+        return dataclasses.replace(
+            self._numbers_of_engine(),
             activations=mode != names.QAT_WEIGHTS_ONLY,
             mask_saturated=fsdp_config.qat.mask_saturated,
         )
+
+    def _numbers_of_engine(self) -> QatOptions:
+        rollout = self._config.rollout
+        assert self._config.model.path is not None, "preflight checks that it is set"
+        scheme = get_scheme(rollout, self._config.model.path)
+        return QatOptions(scheme, dtype_from_name(choose_dtype(self._device_type, rollout.dtype).name))
 
     @property
     def engine(self) -> PolicyEngine:
@@ -188,6 +194,14 @@ class ActorWorker:
         limits = log_prob_limits(self._config.ref, self._config.actor)
         log_probs = self._ref.log_probs(data, limits, calculate_entropy=False).log_probs
         return DataProto.from_dict(tensors={"ref_log_prob": log_probs})
+
+    def output_errors(self, data: DataProto) -> Errors:
+        """Return the errors of a quantized engine in the output of each layer, for this rank's samples.
+
+        Args:
+            data: as in `compute_log_prob`; one micro-batch.
+        """
+        return self.engine.output_errors(data, MicroBatching(size=max(1, len(data))), self._numbers_of_engine())
 
     def update_actor(self, mini_batches: list[DataProto]) -> dict[str, float]:
         """Train on this rank's share of each mini-batch: `ppo_epochs` epochs, one optimizer step per mini-batch.

@@ -17,7 +17,7 @@ from verl.timeline.spans import Timeline, join_timeline, span, spanned
 from verl.utils.checkpoint_files import write_manifest_part
 from verl.utils.heap import freeze_heap
 from verl.utils.network import choose_gloo_interface
-from verl.utils.quantization.encode_report import EncodeReport, EncodeReportMessage
+from verl.utils.quantization.encode_report import EncodeReport, EncodeReportMessage, Errors
 from verl.utils.quantization_scheme import QuantizationScheme
 from verl.workers.actor import ActorWorker
 from verl.workers.critic import CriticWorker
@@ -147,6 +147,11 @@ class TrainWorker:
     def compute_update_log_prob(self, data: DataProto) -> DataProto:
         """Return `old_log_probs` of this rank's shard in the mode of an update."""
         return self._actor.compute_log_prob(data, updating=True)
+
+    @spanned("output_errors")
+    def output_errors(self, data: DataProto) -> Errors:
+        """Return the errors of a quantized engine by layer; see `ActorWorker.output_errors`."""
+        return self._actor.output_errors(data)
 
     @spanned("compute_ref_log_prob")
     def compute_ref_log_prob(self, data: DataProto) -> DataProto:

@@ -13,7 +13,15 @@ from verl.trainer.ppo.quantization_guard import (
     worst_layers,
 )
 
-ERRORS = {
+OUTPUTS = {
+    "model.layers.2.self_attn.q_proj.weight": [25.0, 100.0],
+    "model.layers.0.mlp.down_proj.weight": [0.0009, 1.0],
+    "model.layers.1.mlp.down_proj.weight": [0.0004, 4.0],
+    "model.layers.2.mlp.down_proj.weight": [0.0016, 1.0],
+    "lm_head.weight": [0.04, 1.0],
+    "model.layers.3.mlp.down_proj.weight": [0.0036, 1.0],
+}
+WEIGHTS = {
     "self_attn.q_proj": [0.026, 0.027, 0.5],
     "mlp.down_proj": [0.03, None, 0.04],
     "lm_head.weight": [0.2],
@@ -25,19 +33,19 @@ def guard(**settings):
 
 
 def run(guarded, *k3_kls, first=1):
-    """Show these steps to a guard; return the metrics of the last one."""
+    """Show these steps to a guard, as the training loop does; return the metrics of the last one."""
     for step, k3_kl in enumerate(k3_kls, first):
-        found = guarded.observe(
-            step, {"rollout_corr/k3_kl": k3_kl, "weight_update/quantization_errors": ERRORS, "actor/lr": 1.0}
-        )
-    return found
+        metrics = {"rollout_corr/k3_kl": k3_kl, "weight_update/quantization_errors": WEIGHTS, "actor/lr": 1.0}
+        if guarded.observe(metrics):
+            guarded.act(step, metrics, OUTPUTS)
+    return guarded.metrics()
 
 
 def test_steps_in_a_row_above_the_limit_are_counted():
     guarded = guard(steps=3)
     counts = [run(guarded, k3_kl)["rollout_corr/guard_steps_above"] for k3_kl in (0.02, 0.01, 0.02, 0.02)]
     assert counts == [1, 0, 1, 2] and guarded.error is None
-    assert guarded.observe(5, {"actor/lr": 1.0}) == {"rollout_corr/guard_steps_above": 2.0}
+    assert not guarded.observe({"actor/lr": 1.0}) and guarded.metrics() == {"rollout_corr/guard_steps_above": 2.0}
     assert run(guarded, 0.011)["rollout_corr/guard_steps_above"] == 3
     assert isinstance(guarded.error, QuantizationGuardError)
 
@@ -54,12 +62,29 @@ def test_the_error_names_limit_steps_and_the_worst_layers():
     run(guarded, 0.02, 0.034, first=6)
     text = str(guarded.error)
     assert "actor_rollout_ref.rollout.quantization_guard.max_k3_kl=0.01: rollout_corr/k3_kl was above it in 2 " in text
-    assert "0.034 in step 7" in text and "  0.5      layers.2.self_attn.q_proj\n  0.2      lm_head.weight" in text
+    assert (
+        "0.034 in step 7" in text
+        and "  0.5      model.layers.2.self_attn.q_proj.weight\n  0.2      lm_head.weight" in text
+    )
     assert "qat.enable=True" in text and "quantization_config_file" in text and "preset=decoupled_token_is" in text
 
 
 def test_the_table_has_the_five_largest_errors():
-    lines = worst_layers(ERRORS).splitlines()[1:]
+    title, *lines = worst_layers(OUTPUTS, WEIGHTS).splitlines()
+    assert "errors in their outputs" in title
+    assert [line.split() for line in lines] == [
+        ["0.5", "model.layers.2.self_attn.q_proj.weight"],
+        ["0.2", "lm_head.weight"],
+        ["0.06", "model.layers.3.mlp.down_proj.weight"],
+        ["0.04", "model.layers.2.mlp.down_proj.weight"],
+        ["0.03", "model.layers.0.mlp.down_proj.weight"],
+    ]
+    assert "lm_head" in worst_layers(OUTPUTS | {"lm_head.weight": [float("nan"), 1.0]}).splitlines()[1]
+
+
+def test_without_errors_of_outputs_the_table_has_those_of_weights():
+    title, *lines = worst_layers({}, WEIGHTS).splitlines()
+    assert "rounding errors of their weights" in title
     assert [line.split() for line in lines] == [
         ["0.5", "layers.2.self_attn.q_proj"],
         ["0.2", "lm_head.weight"],
@@ -67,8 +92,8 @@ def test_the_table_has_the_five_largest_errors():
         ["0.03", "layers.0.mlp.down_proj"],
         ["0.027", "layers.1.self_attn.q_proj"],
     ]
-    assert "lm_head" in worst_layers(ERRORS | {"lm_head.weight": [float("nan")]}).splitlines()[1]
-    assert "unknown" in worst_layers(None) and "unknown" in worst_layers({})
+    assert "lm_head" in worst_layers({}, WEIGHTS | {"lm_head.weight": [float("nan")]}).splitlines()[1]
+    assert "unknown" in worst_layers({}, None) and "unknown" in worst_layers({}, {})
 
 
 def test_correction_is_switched_on_once(caplog):
@@ -88,7 +113,7 @@ def test_correction_is_switched_on_once(caplog):
     assert guarded.correction(configured) == switched, "it stays on"
 
 
-def test_a_resumed_run_goes_on_counting_and_correcting():
+def test_a_resumed_run_goes_on_counting_and_correcting(caplog):
     guarded = guard()
     run(guarded, 0.02)
     resumed = guard()
@@ -99,8 +124,9 @@ def test_a_resumed_run_goes_on_counting_and_correcting():
     guarded = guard(action="correct")
     run(guarded, 0.02, 0.02)
     resumed = guard(action="correct")
+    caplog.clear()
     restore_guard(resumed, guarded.state)
-    assert resumed.correction(Correction()).rollout_is == "token"
+    assert resumed.correction(Correction()).rollout_is == "token" and not caplog.records
 
 
 @pytest.mark.parametrize("resumed", [None, guard()])

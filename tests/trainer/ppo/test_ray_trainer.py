@@ -79,11 +79,18 @@ async def test_a_guard_ends_the_run_after_the_log_and_a_checkpoint(trainer, save
     trainer.config.trainer.save_freq = save_freq
     trainer.runtime.guard = QuantizationGuard(QuantizationGuardConfig(max_k3_kl=0.01, steps=2))
     log = Log()
-    await trainer.finish_step({"rollout_corr/k3_kl": 0.02}, log, log)
+    batch = object()
+
+    async def output_errors(measured):
+        assert measured is batch
+        return {"model.layers.0.mlp.down_proj.weight": [4.0, 1.0]}
+
+    trainer.runtime.output_errors = output_errors
+    await trainer.finish_step(batch, {"rollout_corr/k3_kl": 0.02}, log, log)
     assert log.data["rollout_corr/guard_steps_above"] == 1 and trainer.store.latest() is None
     trainer.step = 5
-    with pytest.raises(QuantizationGuardError, match=r"0\.03 in step 5"):
-        await trainer.finish_step({"rollout_corr/k3_kl": 0.03}, log, log)
+    with pytest.raises(QuantizationGuardError, match=r"0\.03 in step 5\.\n.*outputs.*\n  2 .*down_proj"):
+        await trainer.finish_step(batch, {"rollout_corr/k3_kl": 0.03}, log, log)
     assert log.step == 5 and log.data["rollout_corr/guard_steps_above"] == 2
     found = trainer.store.latest()
     assert (None if found is None else found.name) == ("global_step_5" if saved else None)

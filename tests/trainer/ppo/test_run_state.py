@@ -84,7 +84,8 @@ async def test_the_state_of_a_guard_is_restored(tmp_path):
     run, other = Run(), Run()
     for each in (run, other):
         each.guard = QuantizationGuard(QuantizationGuardConfig(max_k3_kl=0.01, steps=1, action="correct"))
-    run.guard.observe(3, {"rollout_corr/k3_kl": 0.02})
+    assert run.guard.observe({"rollout_corr/k3_kl": 0.02})
+    run.guard.act(3, {"rollout_corr/k3_kl": 0.02}, {})
     await save_run(run, tmp_path, 3)
     assert load_driver_state(tmp_path)["guard"] == {"steps_above": 1, "correcting": True}
     await load_run(other, tmp_path)

@@ -15,11 +15,12 @@ from typing import Any, TypedDict
 
 from verl.config.quantization_guard import CORRECTION_PRESET, PREFIX, QuantizationGuardConfig
 from verl.config.rollout_correction import Correction, RolloutCorrectionConfig, resolve
+from verl.utils.quantization.encode_report import Errors, worst_errors
 
 logger = logging.getLogger(__name__)
 
 _K3_KL = "rollout_corr/k3_kl"
-_ERRORS = "weight_update/quantization_errors"
+_WEIGHT_ERRORS = "weight_update/quantization_errors"
 _SHOWN_LAYERS = 5
 _CURES = (
     "Quantization-aware training (actor_rollout_ref.actor.fsdp_config.qat.enable=True) removes the cause, and "
@@ -78,35 +79,28 @@ class QuantizationGuard:
         """Return the rollout correction of the next step."""
         return resolve(RolloutCorrectionConfig(preset=CORRECTION_PRESET)) if self.correcting else configured
 
-    def observe(self, step: int, metrics: Mapping[str, Any]) -> dict[str, float]:
-        """Take the mismatch of a finished step into account.
+    def observe(self, metrics: Mapping[str, Any]) -> bool:
+        """Count a finished step; return True if `act` has to follow.
 
         Args:
-            step: the training step.
-            metrics: its metrics; without `rollout_corr/k3_kl` (bypass mode in `critic_warmup`) the count stays.
-
-        Returns:
-            `rollout_corr/guard_steps_above`; with the action `correct` also `rollout_corr/guard_correcting`, 1 if the
-            correction is on from the next step on.
+            metrics: of the step; without `rollout_corr/k3_kl` (bypass mode in `critic_warmup`) the count stays.
         """
-        if (k3_kl := metrics.get(_K3_KL)) is not None:
-            # NaN is above every limit.
-            self.steps_above = 0 if k3_kl <= self._limit else self.steps_above + 1
-            if self.steps_above >= self._config.steps:
-                self._act(step, k3_kl, metrics.get(_ERRORS))
-        found = {"rollout_corr/guard_steps_above": float(self.steps_above)}
-        return found | ({"rollout_corr/guard_correcting": float(self.correcting)} if self._corrects else {})
+        if (k3_kl := metrics.get(_K3_KL)) is None:
+            return False
+        # NaN is above every limit.
+        self.steps_above = 0 if k3_kl <= self._limit else self.steps_above + 1
+        return self.steps_above >= self._config.steps and not self.correcting
 
-    @property
-    def _corrects(self) -> bool:
-        return self._config.action == "correct"
+    def act(self, step: int, metrics: Mapping[str, Any], outputs: Errors) -> None:
+        """Switch the correction on, or set `error`.
 
-    def _act(self, step: int, k3_kl: float, errors: Mapping[str, list[float | None]] | None) -> None:
-        if self.correcting:
-            return
+        Args:
+            step, metrics: the finished step.
+            outputs: errors of the layers' outputs, the result of `Runtime.output_errors`.
+        """
         found = (
             f"{PREFIX}max_k3_kl={self._limit:g}: {_K3_KL} was above it in {self.steps_above} steps in a row, and is "
-            f"{k3_kl:.3g} in step {step}.\n{worst_layers(errors)}\n{_CURES}."
+            f"{metrics[_K3_KL]:.3g} in step {step}.\n{worst_layers(outputs, metrics.get(_WEIGHT_ERRORS))}\n{_CURES}."
         )
         if self._corrects:
             self.correcting = True
@@ -116,6 +110,20 @@ class QuantizationGuard:
                 f"{found} algorithm.rollout_correction.preset={CORRECTION_PRESET} corrects for the mismatch. To "
                 f"go on without change, resume with a higher limit or {PREFIX}max_k3_kl=null"
             )
+
+    def metrics(self) -> dict[str, float]:
+        """Return the state after a step.
+
+        Returns:
+            `rollout_corr/guard_steps_above`; with the action `correct` also `rollout_corr/guard_correcting`, 1 if the
+            correction is on from the next step on.
+        """
+        found = {"rollout_corr/guard_steps_above": float(self.steps_above)}
+        return found | ({"rollout_corr/guard_correcting": float(self.correcting)} if self._corrects else {})
+
+    @property
+    def _corrects(self) -> bool:
+        return self._config.action == "correct"
 
 
 _CORRECTION_ENDS = (
@@ -134,20 +142,26 @@ def restore_guard(guard: QuantizationGuard | None, state: GuardState | None) -> 
         logger.warning(_CORRECTION_ENDS)
 
 
-def worst_layers(errors: Mapping[str, list[float | None]] | None) -> str:
-    """Return a table of the weights with the largest rounding errors.
+def worst_layers(outputs: Errors, weights: Mapping[str, list[float | None]] | None = None) -> str:
+    """Return a table of the layers in which the engine's numbers differ most.
 
     Args:
-        errors: the result of `errors_by_depth` for the last weight update; None if the engine rounds by itself.
+        outputs: errors of the layers' outputs; empty if they were not measured.
+        weights: the result of `errors_by_depth` for the last weight update, shown instead; None if the engine rounds
+            by itself.
     """
-    if not errors:
-        return "The rounding errors of the layers are unknown, because the engine quantizes by itself."
-    named = [
-        (error, f"layers.{depth}.{kind}" if len(of_layers) > 1 else kind)
-        for kind, of_layers in errors.items()
-        for depth, error in enumerate(of_layers)
-        if error is not None
-    ]
-    named.sort(key=lambda entry: math.inf if math.isnan(entry[0]) else entry[0], reverse=True)
-    lines = [f"  {error:<8.3g} {name}" for error, name in named[:_SHOWN_LAYERS]]
-    return "\n".join(["The weights with the largest rounding errors (relative to the weight):", *lines])
+    if outputs:
+        title, found = "errors in their outputs (relative to the output)", worst_errors(outputs, _SHOWN_LAYERS)
+    elif weights:
+        title = "rounding errors of their weights (relative to the weight)"
+        named = [
+            (error, f"layers.{depth}.{kind}" if len(of_layers) > 1 else kind)
+            for kind, of_layers in weights.items()
+            for depth, error in enumerate(of_layers)
+            if error is not None
+        ]
+        found = sorted(named, key=lambda entry: math.inf if math.isnan(entry[0]) else entry[0], reverse=True)
+    else:
+        return "The errors of the layers are unknown, because the engine quantizes by itself."
+    lines = [f"  {error:<8.3g} {name}" for error, name in found[:_SHOWN_LAYERS]]
+    return "\n".join([f"The layers with the largest {title}:", *lines])

@@ -143,7 +143,7 @@ class RayPPOTrainer:
                                 metrics |= await self.validate(tracking)
                     rollouts.on_new_weights(self.step)
                     metrics |= reuse_metrics | advantage_metrics | self.step_metrics(batch, timing)
-                    await self.finish_step(metrics, tracking, progress)
+                    await self.finish_step(batch, metrics, tracking, progress)
 
     # ---- stages that are more than one call ----
 
@@ -179,14 +179,19 @@ class RayPPOTrainer:
             metrics |= mismatch_metrics(batch, log_probs, self.runtime.correction)
         return metrics
 
-    async def finish_step(self, metrics: dict[str, Any], tracking: Tracking, progress: Progress) -> None:
+    async def finish_step(
+        self, batch: DataProto, metrics: dict[str, Any], tracking: Tracking, progress: Progress
+    ) -> None:
         """Log the metrics of a step and save if it is due.
 
         Raises:
             QuantizationGuardError: the guard ends the run; a checkpoint is written before, unless the run writes none.
         """
         guard, save_freq = self.runtime.guard, self.config.trainer.save_freq
-        metrics |= {} if guard is None else guard.observe(self.step, metrics)
+        if guard is not None:
+            if guard.observe(metrics):
+                guard.act(self.step, metrics, await self.runtime.output_errors(batch))
+            metrics |= guard.metrics()
         stopped = None if guard is None else guard.error
         tracking.log(metrics, self.step)
         progress.update(self.step, metrics)

@@ -39,6 +39,8 @@ from verl.trainer.ppo.trainer_sender import TrainerSender
 from verl.trainer.rollouts.forward_passes import ForwardPass, ForwardPasses, RankRows
 from verl.trainer.rollouts.sampling import RolloutSampler
 from verl.utils.heap import freeze_heap
+from verl.utils.quantization.encode_report import Errors, added_errors
+from verl.utils.quantization.schemes import weight_format_class
 from verl.workers.actor import log_prob_limits
 from verl.workers.critic import forward_limits
 from verl.workers.engine.micro_batch import MicroBatching
@@ -51,6 +53,7 @@ from verl.workers.weight_sync.transports.create import create_transport
 from verl.workers.weight_sync.updater import PAYS_ACROSS_HOSTS, PAYS_ON_ONE_HOST, WeightUpdater
 
 Ts = TypeVarTuple("Ts")
+_MEASURED_SAMPLES = 4
 
 
 class Runtime:
@@ -277,6 +280,20 @@ class Runtime:
         home = self.processes.nodes[0]
         sender, connected = self._transport.connect(TrainerSender(self._trainers), home, receivers)
         return await self._weight_updater.update(sender, connected, version)
+
+    async def output_errors(self, batch: DataProto) -> Errors:
+        """Return the errors of the quantized rollout in the output of each layer, for the shortest samples of a batch.
+
+        Few and short ones, because the engine may hold most of a device's memory. Empty if the format of the rollout
+        has no numbers that the trainer can compute with.
+        """
+        if not weight_format_class(self.config.actor_rollout_ref.rollout.quantization).supports_qat:
+            return {}
+        count = max(_MEASURED_SAMPLES, len(self._trainers))
+        shortest = batch.batch["attention_mask"].sum(-1).argsort(stable=True)[:count]
+        shards, _ = split_even(batch[shortest], len(self._trainers), balance=False)
+        found = await self._trainers.each(TrainWorker.output_errors, [(shard,) for shard in shards])
+        return added_errors(found)
 
     async def export_float32(self, path: str) -> None:
         """Write the policy's master weights as a Hugging Face directory in float32, on the host of rank 0."""

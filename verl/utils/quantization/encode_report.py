@@ -59,9 +59,14 @@ class EncodeReport:
 
 def merged_errors(reports: Iterable[EncodeReportMessage]) -> Errors:
     """Add up the errors of processes that each encoded other rows."""
+    return added_errors(report["errors"] for report in reports)
+
+
+def added_errors(parts: Iterable[Errors]) -> Errors:
+    """Add up sums of squares, name by name."""
     totals: Errors = {}
-    for report in reports:
-        for name, (error, norm) in report["errors"].items():
+    for part in parts:
+        for name, (error, norm) in part.items():
             total = totals.setdefault(name, [0.0, 0.0])
             total[0] += error
             total[1] += norm
@@ -74,12 +79,14 @@ def worst_error(errors: Errors) -> tuple[float, str] | None:
     Returns:
         None if nothing was quantized.
     """
-    if not errors:
-        return None
-    relative = {name: _relative(*sums) for name, sums in errors.items()}
-    # A NaN counts as larger than any number.
-    name = max(relative, key=lambda key: math.inf if math.isnan(relative[key]) else relative[key])
-    return relative[name], name
+    worst = worst_errors(errors, 1)
+    return worst[0] if worst else None
+
+
+def worst_errors(errors: Errors, count: int) -> list[tuple[float, str]]:
+    """Return up to `count` relative errors and the names of their weights, the largest first; NaN is the largest."""
+    relative = [(_relative(*sums), name) for name, sums in errors.items()]
+    return sorted(relative, key=lambda found: -math.inf if math.isnan(found[0]) else -found[0])[:count]
 
 
 def errors_by_depth(errors: Mapping[str, list[float]]) -> dict[str, list[float | None]]:

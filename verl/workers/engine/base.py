@@ -10,10 +10,12 @@ from typing import NamedTuple, Protocol, TypedDict
 import torch
 
 from verl.protocol import DataProto
+from verl.utils.quantization.encode_report import Errors
 from verl.utils.quantization_scheme import QuantizationScheme
 from verl.workers.engine.export import ExportUnit, gather_all
 from verl.workers.engine.metric_sums import MeanShare
 from verl.workers.engine.micro_batch import MicroBatching
+from verl.workers.engine.qat import QatOptions
 
 
 class LossFn(Protocol):
@@ -173,6 +175,15 @@ class PolicyEngine(TrainEngine):
         Args:
             data: columns and meta_info as in `forward_backward`.
             updating: run the model as `forward_backward` does, with gradients and checkpointing.
+        """
+
+    @abstractmethod
+    def output_errors(self, data: DataProto, micro_batching: MicroBatching, options: QatOptions) -> Errors:
+        """Return the errors that the engine's quantization causes in the output of each layer; see `OutputErrors`.
+
+        Args:
+            data: columns and meta_info as in `forward_backward`; the result is that of this rank's samples.
+            options: the numbers of the engine, whether or not this model computes with them.
         """
 
 

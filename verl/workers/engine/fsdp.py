@@ -17,6 +17,7 @@ from verl.config import FSDPConfig, LoraOptions, ModelConfig, OptimConfig, lora_
 from verl.config.critic import CriticModelConfig
 from verl.protocol import DataProto
 from verl.timeline.spans import span, spanned
+from verl.utils.quantization.encode_report import Errors
 from verl.utils.quantization_scheme import QuantizationScheme
 from verl.workers.engine import checkpoint, optim
 from verl.workers.engine.base import (
@@ -35,6 +36,7 @@ from verl.workers.engine.loading import load_sharded_model, move_model, parse_dt
 from verl.workers.engine.log_probs import token_log_probs
 from verl.workers.engine.metric_sums import MeanShare, MetricSums
 from verl.workers.engine.micro_batch import AlignedBatch, Layout, MicroBatch, MicroBatching, call_model
+from verl.workers.engine.output_errors import OutputErrors
 from verl.workers.engine.packed_attention import packs_sequences
 from verl.workers.engine.qat import QatOptions, QuantizedForward
 
@@ -343,6 +345,11 @@ class FSDPEngine(FSDPTrainEngine, PolicyEngine):
         count = 2 + calculate_sum_pi_squared
         log_probs, entropy, *squares = self._collect(data, micro_batching, count, forward, updating=updating)
         return LogProbs(log_probs, entropy if calculate_entropy else None, squares[0] if squares else None)
+
+    def output_errors(self, data: DataProto, micro_batching: MicroBatching, options: QatOptions) -> Errors:
+        with OutputErrors(self.model, self._export, options) as measured:
+            self.log_probs(data, micro_batching, calculate_entropy=False)
+        return measured.errors
 
     def _forward(
         self,

@@ -18,7 +18,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -30,6 +30,8 @@ from verl.utils.quantization.encode_report import EncodeReport
 from verl.utils.quantization_scheme import QuantizationScheme
 from verl.workers.engine.export import RowShardedParam, WeightExport, gather_rows
 from verl.workers.engine.lora import adapter_of
+
+T = TypeVar("T")
 
 _HOW_TO_LEAVE_OUT = (
     "leave it out of the engine's quantization (actor_rollout_ref.rollout.quantization_config_file), or set "
@@ -133,7 +135,7 @@ class QuantizedForward:
                 "holds it in another form, which is not supported with quantization-aware training; "
                 f"{_HOW_TO_LEAVE_OUT}"
             )
-        for owner, weights in _by_module(self._weights).items():
+        for owner, weights in by_module(self._weights).items():
             module = model.get_submodule(owner)
             module.forward = self._forward_of(owner, module, weights)
 
@@ -145,7 +147,7 @@ class QuantizedForward:
             if adapter is None:
                 return lambda x: self._linear(x, linear.weight, linear.bias, weights["weight"])
             return lambda x: self._adapted(x, linear, adapter, weights["weight"])
-        if weights.keys() == {"gate_up_proj", "down_proj"} and _has_plain_experts(module):
+        if weights.keys() == {"gate_up_proj", "down_proj"} and has_plain_experts(module):
             return lambda *inputs: self._experts(module, weights, *inputs)
         raise NotImplementedError(
             f"{name} ({type(module).__name__}): the engine quantizes it, but quantization-aware training knows linear "
@@ -183,11 +185,7 @@ class QuantizedForward:
         Returns:
             [T, H] in the dtype of hidden_states.
         """
-        chosen = top_k_index.flatten()
-        order = chosen.argsort(stable=True)
-        # Expert parallelism marks the experts of other ranks with numbers beyond the last one.
-        order = order[chosen[order] < module.num_experts]
-        counts = torch.bincount(chosen[order], minlength=module.num_experts).tolist()
+        order, counts = sort_by_expert(top_k_index, module.num_experts)
         token = order // top_k_index.shape[-1]
         rounded = self._last_input.rounded(hidden_states)[token]
 
@@ -233,7 +231,7 @@ class _StraightThrough(torch.autograd.Function):
         ctx.save_for_backward(rounded, *encoded, *((x, weight) if options.mask_saturated else ()))
         products = [
             F.linear(rows, options.scheme.decode_weight(_parts(ctx, encoded, expert), rounded.dtype), bias)
-            for expert, rows in _of_experts(rounded, counts)
+            for expert, rows in rows_of_experts(rounded, counts)
         ]
         return torch.cat(products)
 
@@ -249,7 +247,7 @@ class _StraightThrough(torch.autograd.Function):
             shape = (*encoded[0].shape[:-1], rounded.shape[-1])
             grad_weight = torch.zeros(shape, dtype=rounded.dtype, device=grad.device)
         for (expert, rows), (_, inputs) in zip(
-            _of_experts(grad, ctx.counts), _of_experts(rounded, ctx.counts), strict=True
+            rows_of_experts(grad, ctx.counts), rows_of_experts(rounded, ctx.counts), strict=True
         ):
             parts = _parts(ctx, encoded, expert)
             if needs_x:
@@ -266,7 +264,16 @@ class _StraightThrough(torch.autograd.Function):
         return x, grad_weight, grad.sum(0) if needs_bias else None, None, None, None, None
 
 
-def _of_experts(x: torch.Tensor, counts: Sequence[int] | None) -> Iterator[tuple[int | None, torch.Tensor]]:
+def sort_by_expert(top_k_index: torch.Tensor, experts: int) -> tuple[torch.Tensor, list[int]]:
+    """Return the entries of the flattened `top_k_index` [T, top k], sorted by expert, and their number by expert."""
+    chosen = top_k_index.flatten()
+    order = chosen.argsort(stable=True)
+    # Expert parallelism marks the experts of other ranks with numbers beyond the last one.
+    order = order[chosen[order] < experts]
+    return order, torch.bincount(chosen[order], minlength=experts).tolist()
+
+
+def rows_of_experts(x: torch.Tensor, counts: Sequence[int] | None) -> Iterator[tuple[int | None, torch.Tensor]]:
     """Iterate over the experts and their rows of x [T, K]; over None and all rows for a linear layer.
 
     An expert without rows is left out, but the first one.
@@ -309,16 +316,16 @@ class _LastInput:
         return self._rounded
 
 
-def _by_module(weights: Mapping[str, _Weight]) -> dict[str, dict[str, _Weight]]:
-    """Group parameters by the name of their module."""
-    modules: dict[str, dict[str, _Weight]] = {}
+def by_module(weights: Mapping[str, T]) -> dict[str, dict[str, T]]:
+    """Group the values of parameters by the name of their module."""
+    modules: dict[str, dict[str, T]] = {}
     for name, weight in weights.items():
         owner, _, last = name.rpartition(".")
         modules.setdefault(owner, {})[last] = weight
     return modules
 
 
-def _has_plain_experts(module: Any) -> bool:
+def has_plain_experts(module: Any) -> bool:
     """Return True for transformers' experts whose product `_experts` computes: gate and up in one weight, no biases."""
     flags = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
     if any(getattr(module, name, None) is not value for name, value in flags.items()):
