@@ -67,6 +67,8 @@ ABSORBED = "vllm-ascend absorbs it into attention"
 UNKNOWN = "unknown kind of layer"
 IGNORED = "left out by ignore"
 DESCRIBED = "FLOAT in the description"
+UNFIT = "sizes that the engine cannot hold"
+SENSITIVE = "left out by the budget"
 
 # A description may not quantize layers with these reasons. With another reason it may: its author can know more about
 # the engine than the tables above.

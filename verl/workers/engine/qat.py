@@ -74,8 +74,26 @@ class _Weight:
         return [gather_rows(part, self.shard) for part in self.parts.values()]
 
 
+@dataclass(frozen=True)
+class QuantizedModule:
+    """A module that computes with the engine's numbers.
+
+    Attributes:
+        name: of the module in the model.
+        weights: checkpoint names of its quantized weights.
+        forward: its quantized forward method.
+    """
+
+    name: str
+    weights: frozenset[str]
+    forward: Callable[..., torch.Tensor]
+
+
 class QuantizedForward:
     """The quantized forward pass of one model.
+
+    Attributes:
+        modules: the modules whose forward methods it replaced.
 
     Args:
         model: loaded and sharded; the forward methods of its quantized layers are replaced.
@@ -91,7 +109,7 @@ class QuantizedForward:
         self._stale = True
         self._report = EncodeReport()
         self._last_input = _LastInput(options)
-        self._install(model)
+        self.modules = self._install(model)
 
     @property
     def report(self) -> EncodeReport:
@@ -116,8 +134,9 @@ class QuantizedForward:
                 self._weights[unit.name].parts = {suffix: part.contiguous() for suffix, part in unit.parts.items()}
         self._report, self._stale = self._options.scheme.pop_report(), False
 
-    def _install(self, model: PreTrainedModel) -> None:
-        scheme, reached = self._options.scheme, set()
+    def _install(self, model: PreTrainedModel) -> tuple[QuantizedModule, ...]:
+        scheme = self._options.scheme
+        targets_of: dict[str, frozenset[str]] = {}
         for name, shard, targets in self._export.row_ranges():
             if not any(scheme.quantizes(target.name) for target in targets):
                 continue
@@ -127,17 +146,21 @@ class QuantizedForward:
                     f"quantization-aware training; {_HOW_TO_LEAVE_OUT}"
                 )
             self._weights[name] = _Weight(shard)
-            reached |= {target.name for target in targets}
-        missing = sorted(set(scheme.quantized_names()) - reached)
+            targets_of[name] = frozenset(target.name for target in targets)
+        missing = sorted(set(scheme.quantized_names()) - frozenset().union(*targets_of.values()))
         if missing:
             raise NotImplementedError(
                 f"{missing[0]} ({len(missing)} such weights): the engine quantizes it, but {type(model).__name__} "
                 "holds it in another form, which is not supported with quantization-aware training; "
                 f"{_HOW_TO_LEAVE_OUT}"
             )
+        modules = []
         for owner, weights in by_module(self._weights).items():
             module = model.get_submodule(owner)
             module.forward = self._forward_of(owner, module, weights)
+            names = frozenset().union(*(targets_of[f"{owner}.{last}"] for last in weights))
+            modules.append(QuantizedModule(owner, names, module.forward))
+        return tuple(modules)
 
     def _forward_of(self, name: str, module: nn.Module, weights: Mapping[str, _Weight]) -> Callable[..., torch.Tensor]:
         """Return the forward method of a module whose quantized parameters are `weights`."""

@@ -1,4 +1,4 @@
-"""`python -m verl.utils.quantization.ascend_description`: the same as `verl describe`."""
+"""`python -m verl.utils.quantization.ascend_description`: the same as `verl describe` without `--budget`."""
 
 import sys
 

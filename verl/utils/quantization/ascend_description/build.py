@@ -42,9 +42,21 @@ def build_description(
             inputs of a W4A8_MXFP layer that are not a multiple of 64 on each rank.
     """
     index = index or read_checkpoint_index(model_dir)
-    validate_unquantized(index)
-    layers = [replace(layer, scheme=scheme) for layer in _leave_out(read_layers(index), tuple(ignore))]
+    layers = [replace(layer, scheme=scheme) for layer in select_layers(index, ignore)]
     return validated_description(index, layers, tp_size, expert_parallel, padded_shares)
+
+
+def select_layers(index: CheckpointIndex, ignore: Iterable[str] = ()) -> list[Layer]:
+    """Return every weight of an unquantized checkpoint, the projections of the decoder marked as quantized.
+
+    Args:
+        ignore: projections to leave out, see `build_description`.
+
+    Raises:
+        ValueError: the checkpoint is damaged or already quantized; an `ignore` that matches nothing.
+    """
+    validate_unquantized(index)
+    return _leave_out(read_layers(index), tuple(ignore))
 
 
 def _leave_out(layers: Sequence[Layer], patterns: tuple[str, ...]) -> list[Layer]:

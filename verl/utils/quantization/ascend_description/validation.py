@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from verl.utils.model_dir.index import CheckpointIndex
@@ -40,8 +40,7 @@ def validated_description(
         raise ValueError(f"tensor_model_parallel_size={tp_size}: must be 1 or more")
     _validate_packed_layers(layers)
     _validate_packed_names(index, layers)
-    validate_tensor_parallel(layers, tp_size, expert_parallel=expert_parallel, padded_shares=padded_shares)
-    _validate_mxfp4_inputs(layers, tp_size, expert_parallel)
+    validate_inputs(layers, tp_size, expert_parallel=expert_parallel, padded_shares=padded_shares)
     description = AscendDescription(str(index.model_dir), tp_size, tuple(layers), dict(index.tensors))
     if not description.quantized_layers:
         raise ValueError(
@@ -131,6 +130,32 @@ def _validate_packed_layers(layers: Sequence[Layer]) -> None:
                 f"{shards[0].name} is {shards[0].scheme}, {other.name} is {other.scheme}; give them one value in "
                 f"{FIELD}"
             )
+
+
+def validate_experts(layers: Iterable[Layer]) -> None:
+    """Check that the experts of quantized layers are in separate tensors; NotImplementedError names one that is not."""
+    for layer in layers:
+        if layer.quantized and len(layer.info.shape) == 3:
+            # The order of gate and up in such a tensor differs by model.
+            raise NotImplementedError(
+                f"{layer.name} {list(layer.info.shape)}: experts in one tensor are not supported yet in a "
+                "quantized rollout; use a checkpoint with one tensor per expert, or leave the layer out"
+            )
+
+
+def validate_inputs(
+    layers: Sequence[Layer], tp_size: int, *, expert_parallel: bool = False, padded_shares: bool
+) -> None:
+    """Check that the engine can hold each rank's share of the inputs of quantized layers.
+
+    Args:
+        padded_shares: see `validate_tensor_parallel`.
+
+    Raises:
+        ValueError: layers that do not fit, and what to do.
+    """
+    validate_tensor_parallel(layers, tp_size, expert_parallel=expert_parallel, padded_shares=padded_shares)
+    _validate_mxfp4_inputs(layers, tp_size, expert_parallel)
 
 
 def _validate_mxfp4_inputs(layers: Sequence[Layer], tp_size: int, expert_parallel: bool) -> None:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol
 from verl.utils.devices import DEVICES
 from verl.utils.dtypes import choose_dtype
 from verl.utils.model_dir.index import CheckpointIndex, read_checkpoint_index
+from verl.utils.quantization.ascend_description.validation import validate_experts
 from verl.utils.quantization.ascend_layers import Layer
 from verl.utils.quantization.formats import E4M3_ERROR
 
@@ -197,13 +198,7 @@ class ScaledFormat(WeightFormat):
             )
 
     def _validate_engine(self, device: str, installed: bool) -> None:
-        for layer in self.layers:
-            if layer.quantized and len(layer.info.shape) == 3:
-                # The order of gate and up in such a tensor differs by model.
-                raise NotImplementedError(
-                    f"{layer.name} {list(layer.info.shape)}: experts in one tensor are not supported yet in a "
-                    "quantized rollout; use a checkpoint with one tensor per expert, or leave the layer out"
-                )
+        validate_experts(self.layers)
 
     def _validate_bfloat16(self, device: str) -> None:
         """Check that the engine computes in bfloat16, the only dtype that the kernels take."""
