@@ -128,6 +128,10 @@ def test_sampling_masks_are_a_column():
     batch = to_batch(samples, pad_token_id=0, with_log_probs=False, with_sampling_masks=True)
     assert batch.non_tensor_batch["sampling_masks"].tolist() == [each.output.sampling_masks for each in samples]
     assert "sampling_masks" in RESERVED_NAMES
+    samples[0].output.extra_fields["sampling_masks"] = 1
+    with pytest.raises(ValueError, match="the agent loop returns sampling_masks, which the batch already has"):
+        to_batch(samples, pad_token_id=0, with_log_probs=False, with_sampling_masks=True)
+    del samples[0].output.extra_fields["sampling_masks"]
     assert "sampling_masks" not in to_batch(samples, pad_token_id=0, with_log_probs=False).non_tensor_batch
 
 

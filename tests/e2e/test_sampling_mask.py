@@ -103,11 +103,9 @@ async def test_the_trainer_agrees_with_the_engine_at_top_p(tmp_path, ray_session
     # Without the masks, the trainer's probabilities are those of the engine times the probability that it kept.
     batch.pop(non_tensor_batch_keys=["sampling_masks"])
     plain = trainer_log_probs(model_dir, batch)
-    kept_mass = (plain - engine)[mask].exp()
     assert (plain - engine)[mask].abs().mean() > 0.03
     assert k3(plain, engine)[mask].mean() > 1e-3
-    assert kept_mass.min() >= 0.9 - 1e-4 and kept_mass.max() <= 1 + 1e-4 and kept_mass.mean() < 0.97
-    check_masks(model_dir, outputs)
+    check_masks(model_dir, outputs, plain - engine)
 
 
 def k3(log_probs, rollout_log_probs):
@@ -115,8 +113,12 @@ def k3(log_probs, rollout_log_probs):
     return d.exp() - 1 - d
 
 
-def check_masks(model_dir, outputs):
-    """Check the masks against the smallest sets of tokens with a probability of 0.9, up to rounding at the border."""
+def check_masks(model_dir, outputs, bias):
+    """Compare the masks with a float64 model: which tokens are kept, and which share of the probability.
+
+    Args:
+        bias: [B, T] logarithm of the share, as engine and trainer compute it.
+    """
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64)
     sizes = []
     for i, out in enumerate(outputs):
@@ -128,7 +130,9 @@ def check_masks(model_dir, outputs):
             probs = best.values.softmax(-1)
             expected = best.indices[(probs.cumsum(0) - probs) < TOP_P["top_p"]].tolist()
             found = out.sampling_masks[t : t + 1].ids.tolist()
+            # Rounding may decide about the last token.
             assert len(set(found) ^ set(expected)) <= 1
+            assert bias[i, t].item() == pytest.approx(row.softmax(-1)[found].sum().log().item(), abs=1e-4)
             sizes.append(len(found))
     assert len(set(sizes)) > 5 and np.mean(sizes) > 2, "the masks hardly differ"
 
@@ -137,7 +141,11 @@ def check_masks(model_dir, outputs):
     ("changes", "on_policy"),
     [
         ({"actor_rollout_ref__actor__use_kl_loss": True, "actor_rollout_ref__actor__entropy_coeff": 0.01}, True),
-        ({"algorithm__rollout_correction__bypass_mode": True}, True),
+        (
+            # One mini-batch: bypass mode measures with the weights of the update, which a second one would change.
+            {"algorithm__rollout_correction__bypass_mode": True, "actor_rollout_ref__actor__ppo_mini_batch_size": 8},
+            True,
+        ),
         ({"actor_rollout_ref__rollout__replay_sampling_mask": False}, False),
     ],
     ids=["decoupled", "bypass", "without masks"],
