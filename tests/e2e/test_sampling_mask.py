@@ -154,4 +154,5 @@ def test_a_run_at_top_p_is_on_policy_with_masks_only(tmp_path, ray_address, chan
     run = TinyRun(tmp_path, ray_address)
     run.run(**{**REPLAY, **changes})
     found = [step["rollout_corr/k3_kl"] for step in run.metrics().values()]
+    assert ("sampling_mask/kept_tokens/mean" in run.metrics()[1]) is on_policy
     assert len(found) == 2 and all((value < 1e-8) if on_policy else (value > 1e-3) for value in found), found

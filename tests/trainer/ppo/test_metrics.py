@@ -3,12 +3,14 @@
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 
 from verl.protocol import DataProto
 from verl.trainer.ppo.metrics import (
     compute_data_metrics,
+    compute_mask_metrics,
     compute_mismatch_metrics,
     compute_seqlen_metrics,
     compute_throughput_metrics,
@@ -17,6 +19,7 @@ from verl.trainer.ppo.metrics import (
     off_policy_metrics,
     probability_metrics,
 )
+from verl.utils.sampling_masks import SamplingMasks
 
 P, T = 4, 6
 
@@ -270,3 +273,19 @@ def test_versions_behind_count_from_the_training_weights():
         "training/versions_behind/max": 2.0,
     }
     assert compute_version_metrics(versions[2:], 6) == {}
+
+
+def test_mask_metrics_count_the_tokens_that_have_a_mask():
+    data = make_masks([[0, 1, 4], [], [1, 0, 2, 1]])
+    assert compute_mask_metrics(data) == {
+        "sampling_mask/kept_tokens/mean": 9 / 5,
+        "sampling_mask/kept_tokens/max": 4.0,
+        "sampling_mask/single_fraction": 3 / 5,
+    }
+    assert compute_mask_metrics(make_masks([[0], []])) == {} == compute_mask_metrics(DataProto())
+
+
+def make_masks(counts):
+    """A batch whose masks have these sizes."""
+    masks = [SamplingMasks(np.zeros(sum(row), np.int32), np.array(row, np.int32)) for row in counts]
+    return DataProto.from_dict(non_tensors={"sampling_masks": masks})

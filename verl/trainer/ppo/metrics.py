@@ -12,6 +12,7 @@ import torch
 
 from verl.algorithms.aggregation import LOG_RATIO_BOUND
 from verl.protocol import DataProto
+from verl.utils.sampling_masks import COLUMN as SAMPLING_MASKS
 
 # Stages that process every token. Generation produces only the response tokens.
 ALL_TOKEN_STAGES = ("old_log_prob", "ref", "values", "adv", "update_critic", "update_actor")
@@ -106,6 +107,28 @@ def compute_version_metrics(weight_versions: torch.Tensor, version: int) -> dict
     return {
         "training/versions_behind/min": float(version - versions.max()),
         "training/versions_behind/max": float(version - versions.min()),
+    }
+
+
+def compute_mask_metrics(batch: DataProto) -> dict[str, float]:
+    """Return how many tokens the sampler could choose from.
+
+    Args:
+        batch: `sampling_masks` [B], optional.
+
+    Returns:
+        sampling_mask/kept_tokens/{mean,max}, and sampling_mask/single_fraction, the share of tokens that were the only
+        choice, over the tokens with a mask; empty without such a token.
+    """
+    masks = batch.non_tensor_batch.get(SAMPLING_MASKS, ())
+    counts = np.concatenate([np.zeros(0, np.int32), *(each.counts for each in masks)])
+    counts = counts[counts > 0]
+    if not len(counts):
+        return {}
+    return {
+        "sampling_mask/kept_tokens/mean": float(counts.mean()),
+        "sampling_mask/kept_tokens/max": float(counts.max()),
+        "sampling_mask/single_fraction": float((counts == 1).mean()),
     }
 
 

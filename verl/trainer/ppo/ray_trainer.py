@@ -65,6 +65,7 @@ from verl.trainer.ppo.checkpoint import CheckpointError, CheckpointStore
 from verl.trainer.ppo.consistency import check_consistency
 from verl.trainer.ppo.metrics import (
     compute_data_metrics,
+    compute_mask_metrics,
     compute_throughput_metrics,
     compute_timing_metrics,
     compute_version_metrics,
@@ -255,6 +256,7 @@ class RayPPOTrainer:
             "training/epoch": self.runtime.data.prompts.epoch,
             **compute_data_metrics(batch, data.max_prompt_length, data.max_response_length),
             **compute_agent_metrics(batch),
+            **compute_mask_metrics(batch),
             **compute_version_metrics(batch.batch["weight_versions"], self.step - 1),
             **compute_timing_metrics(batch, timing),
             **compute_throughput_metrics(batch, timing, n_devices),
