@@ -56,7 +56,7 @@ def _check_truncation(rollout: RolloutConfig, found: Findings) -> None:
             found.errors.append(
                 f"{top_k} with {_REPLAY}: {_ROLLOUT}.top_p={rollout.top_p} alone may keep the whole vocabulary, and "
                 f"the engine returns a bounded number of tokens; set top_k to 1 to {MAX_REPLAYED_TOP_K}, for example "
-                "512, which top_p rarely reaches"
+                "100; the smaller, the cheaper"
             )
     elif rollout.top_k > MAX_REPLAYED_TOP_K:
         found.errors.append(
