@@ -10,9 +10,14 @@ QAT = f"{A}fsdp_config__qat__"
 QUANTIZED = {f"{R}quantization": "ascend", f"{QAT}enable": True}
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
 @pytest.fixture
-def reusing(tmp_path):
-    return {"actor_rollout_ref__model__path": write_tiny_model(tmp_path / "tiny"), f"{REUSE}enable": True}
+def reusing(tiny):
+    return {"actor_rollout_ref__model__path": tiny, f"{REUSE}enable": True}
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,15 @@ R, C = "actor_rollout_ref__rollout__", "algorithm__rollout_correction__"
 GUARD = f"{R}quantization_guard__"
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
 @pytest.fixture
-def guarded(tmp_path):
+def guarded(tiny):
     return {
-        "actor_rollout_ref__model__path": write_tiny_model(tmp_path / "tiny"),
+        "actor_rollout_ref__model__path": tiny,
         f"{R}quantization": "ascend",
         f"{GUARD}max_k3_kl": 0.01,
         "trainer__save_freq": 5,
