@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from verl.config import RolloutConfig
 from verl.timeline.spans import Timeline, join_timeline, spanned
 from verl.utils.quantization_scheme import QuantizationScheme
+from verl.utils.vllm.logprobs_mode import apply_logprobs_mode
 from verl.workers.rollout.quantization import WorkerSettings, scheme_class, worker_settings
 from verl.workers.rollout.vllm_rollout.create_receiver import create_receiver
 from verl.workers.weight_sync.manifest import WeightUpdateError
@@ -46,10 +47,14 @@ class WeightUpdateExtension:
             setattr(self.model_runner, method, spanned(name, "engine")(getattr(self.model_runner, method)))
 
     def verl_check_engine(self, settings: WorkerSettings, self_test: bool = False) -> WorkerReply[None]:
-        """Check that this worker's weights can be replaced; see `QuantizationScheme.check_engine` and `.self_test`."""
+        """Check that this worker's weights can be replaced; see `QuantizationScheme.check_engine` and `.self_test`.
+
+        Also apply the engine's `logprobs_mode` to its sampler; see `apply_logprobs_mode`.
+        """
         return _reply(self._verl_check, scheme_class(settings["quantization"]), self_test)
 
     def _verl_check(self, scheme: type[QuantizationScheme], self_test: bool) -> None:
+        apply_logprobs_mode(self.model_runner, self.vllm_config.model_config.logprobs_mode)
         scheme.check_engine(self.model_runner.model)
         if self_test:
             scheme.self_test(self.model_runner.model, self.vllm_config)
