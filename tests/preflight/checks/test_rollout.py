@@ -210,3 +210,10 @@ def test_check_includes_the_transport(problem_of, plan_of):
 def test_arguments_of_the_engine_that_the_trainer_must_know_are_errors(problem_of, argument, key):
     text = problem_of(**{ROLLOUT + "engine_kwargs": f"{{vllm: {{{argument}}}}}"})
     assert f"engine_kwargs.vllm.{argument.partition(':')[0]}=" in text and text.endswith(f"set {key}"), text
+
+
+def test_candidates_of_vllm_ascend_in_place_of_tokens_are_an_error(problem_of, plan_of):
+    key = ROLLOUT + "engine_kwargs"
+    text = problem_of(**{key: "{vllm: {additional_config: {enable_reduce_sample: true}}}"})
+    assert "additional_config.enable_reduce_sample=True: vllm-ascend then returns" in text
+    plan_of(**{key: "{vllm: {additional_config: {enable_reduce_sample: false}}}"})

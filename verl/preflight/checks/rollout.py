@@ -58,6 +58,11 @@ def check_engine_kwargs(config: PPOConfig, found: Findings) -> None:
                 for argument, key in _OWN_KEYS.items()
                 if argument in value
             ]
+            if (value.get("additional_config") or {}).get("enable_reduce_sample"):
+                found.errors.append(
+                    f"{field}.additional_config.enable_reduce_sample=True: vllm-ascend then returns log-probabilities "
+                    "of the candidates of its sampler under the ids of other tokens; remove it"
+                )
 
 
 def check_rollout(config: PPOConfig, target: Target, found: Findings) -> None:

@@ -2,15 +2,20 @@
 
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from contract.vllm_ascend.harness import RELEASE, build_model, engine
 from contract.vllm_ascend.updates import checkpoints, config_of, scheme_of, weights_of
 from vllm.model_executor.layers import fused_moe
 from vllm.model_executor.layers.rotary_embedding.common import ApplyRotaryEmb
 from vllm_ascend.quantization.methods import get_scheme_class
+from vllm_ascend.sample import sampler as ascend_sampler
 
 from verl.utils.quantization.ascend_releases import validate_mxfp4
+from verl.utils.vllm.logprobs_mode import apply_logprobs_mode
 from verl.utils.vllm.npu_vllm_patch import apply_patches
 
 BEFORE_0_28 = ("0.18.0", "0.23.0", "0.26.0rc1")
@@ -85,3 +90,25 @@ def test_release_that_cannot_restore_mxfp4_weights_is_refused(tmp_path):
     layers = scheme_of(first, quantization_scheme="W4A8_MXFP").format.layers
     with pytest.raises(ValueError, match=rf"_proj is W4A8_MXFP, and vllm-ascend {RELEASE} cannot replace"):
         validate_mxfp4(layers, 1, RELEASE)
+
+
+def test_logprobs_mode_reaches_the_sampler(tmp_path, monkeypatch):
+    """The model runner builds the sampler without the mode."""
+    # The choice of a token uses streams, which the stand-in does not have.
+    monkeypatch.setattr(ascend_sampler, "random_sample", lambda probs, *_: probs.argmax(-1))
+    source = find_spec("vllm_ascend.worker.model_runner_v1").origin
+    assert "self.sampler = AscendSampler()\n" in Path(source).read_text()
+    runner = SimpleNamespace(sampler=ascend_sampler.AscendSampler())
+    logits, top_k = torch.randn(4, 20, generator=torch.Generator().manual_seed(0)), torch.full((4,), 3)
+
+    def returned():
+        return runner.sampler.topk_topp_sampler.forward_native(logits.clone(), {}, top_k, None)[1]
+
+    (directory,) = checkpoints(tmp_path, "qwen3", 1)
+    with engine(config_of(directory)):
+        assert returned() is None, "the release passes the mode on"
+        apply_logprobs_mode(runner, "processed_logprobs")
+        found = returned()
+    best = logits.topk(3)
+    expected = torch.full_like(logits, -torch.inf).scatter(1, best.indices, best.values.log_softmax(-1))
+    torch.testing.assert_close(found, expected)
