@@ -75,10 +75,13 @@ class Fault:
 
 
 def hide_the_choice_of_experts(tensors):
-    """Give the experts' biases a common part, beside which bfloat16 rounds away their differences."""
+    """Give the experts biases that alone decide the choice, and whose differences bfloat16 rounds away.
+
+    Scores are between 0 and 1, so the rounding of a bfloat16 engine does not change the choice.
+    """
     for name, bias in tensors.items():
         if name.endswith("e_score_correction_bias"):
-            bias.copy_(100.0 + 0.1 * torch.arange(len(bias), dtype=torch.float32))
+            bias.copy_(4096.0 + 1.2 * torch.arange(len(bias), dtype=torch.float32))
 
 
 FAULTS = {
