@@ -94,8 +94,8 @@ bench-scale: setup ## compare a time model with this machine; writes its tables 
 sweep: setup ## train the quickstart with each estimator and loss; writes its table into docs/algorithms.md
 	$(python) benchmarks/sweep.py --write docs/algorithms.md $(ARGS)
 
-study: setup ## train with and without quantization, correction and QAT; writes docs/quantized_rollout.md, 70 minutes
-	$(python) benchmarks/rollout_study.py --write docs/quantized_rollout.md --picture docs/quantized_rollout.png $(ARGS)
+study: setup ## compare runs with and without quantization, correction and QAT; writes docs/rollout_correction.md
+	$(python) benchmarks/rollout_study.py --write docs/rollout_correction.md --picture docs/rollout_correction.png $(ARGS)
 
 lock: setup ## resolve requirements/cpu.lock again
 	@scripts/lock.sh

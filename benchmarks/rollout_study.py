@@ -1,7 +1,7 @@
 """Does a quantized rollout train as well as an unquantized one? GRPO on two tasks in five ways, several seeds each.
 
     python benchmarks/rollout_study.py [--steps 50] [--seeds 1 2 3] [--tasks dense experts]
-                                       [--picture docs/quantized_rollout.png] [--write docs/quantized_rollout.md]
+                                       [--picture docs/rollout_correction.png] [--write docs/rollout_correction.md]
 
 The tasks: words of five letters spelled backwards by the dense model of the quickstart, and words of six letters by a
 model with experts. The rollouts: float32; MXFP8 without correction; MXFP8 with truncated importance weights per token
