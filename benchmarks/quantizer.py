@@ -21,14 +21,14 @@ import machine
 import torch
 
 from verl.utils.native import library as native
-from verl.utils.quantization import mx
+from verl.utils.quantization import mxfp8
 
 TARGET = 3.0
 
 
 def torch_operators(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize with floating-point operators over the full tensor, the simplest implementation."""
-    blocks = x.reshape(-1, mx.MX_BLOCK_SIZE).float()
+    blocks = x.reshape(-1, mxfp8.MX_BLOCK_SIZE).float()
     amax = blocks.abs().amax(-1, keepdim=True)
     exponent = (torch.floor(torch.log2(amax)) - 8).clamp(-127, 127)
     values = (blocks * torch.exp2(-exponent)).clamp(-448, 448).to(torch.float8_e4m3fn)
@@ -38,31 +38,31 @@ def torch_operators(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def candidates(x: torch.Tensor) -> dict[str, Callable]:
     """Return name to call: the copies for comparison, and calls that quantize, dequantize or check x."""
     half, copied = x.bfloat16(), torch.empty_like(x, dtype=torch.bfloat16)
-    out = mx.mxfp8_quantize(x)
-    values, scales = mx.mxfp8_quantize(x)
+    out = mxfp8.mxfp8_quantize(x)
+    values, scales = mxfp8.mxfp8_quantize(x)
     restored, restored_float = torch.empty_like(half), torch.empty_like(x, dtype=torch.float32)
-    compiled = torch.compile(mx._quantize_blocks, dynamic=True)
-    blocks = x.reshape(-1, mx.MX_BLOCK_SIZE)
+    compiled = torch.compile(mxfp8._quantize_blocks, dynamic=True)
+    blocks = x.reshape(-1, mxfp8.MX_BLOCK_SIZE)
 
     def without_kernels():
-        kept, mx._native_library = mx._native_library, lambda device: None
+        kept, mxfp8._native_library = mxfp8._native_library, lambda device: None
         try:
-            return mx.mxfp8_quantize(x)
+            return mxfp8.mxfp8_quantize(x)
         finally:
-            mx._native_library = kept
+            mxfp8._native_library = kept
 
     return {
         "bf16 copy": lambda: copied.copy_(half),
         "bf16 copy to new memory": lambda: half.clone(),
-        "quantize, C kernels, into `out`": lambda: mx.mxfp8_quantize(x, out=out),
-        "quantize, C kernels": lambda: mx.mxfp8_quantize(x),
+        "quantize, C kernels, into `out`": lambda: mxfp8.mxfp8_quantize(x, out=out),
+        "quantize, C kernels": lambda: mxfp8.mxfp8_quantize(x),
         "quantize, torch.compile": lambda: compiled(blocks, 0),
         "quantize, no compiler": without_kernels,
         "quantize, plain torch operators": lambda: torch_operators(x),
-        "dequantize to bf16, into `out`": lambda: mx.mxfp8_dequantize(values, scales, torch.bfloat16, out=restored),
-        "dequantize to float32, into `out`": lambda: mx.mxfp8_dequantize(values, scales, out=restored_float),
-        "dequantize to float32": lambda: mx.mxfp8_dequantize(values, scales),
-        "quantization_error": lambda: mx.quantization_error(x, values, scales),
+        "dequantize to bf16, into `out`": lambda: mxfp8.mxfp8_dequantize(values, scales, torch.bfloat16, out=restored),
+        "dequantize to float32, into `out`": lambda: mxfp8.mxfp8_dequantize(values, scales, out=restored_float),
+        "dequantize to float32": lambda: mxfp8.mxfp8_dequantize(values, scales),
+        "quantization_error": lambda: mxfp8.quantization_error(x, values, scales),
         "cast to bf16 (for scale)": lambda: restored.copy_(x),
     }
 
@@ -115,8 +115,8 @@ def check_bits(x: torch.Tensor, calls: dict[str, Callable]) -> None:
 def first_call() -> tuple[float, float]:
     """Measure the seconds of a process's first call: with an empty cache (runs the C compiler), then a filled one."""
     code = (
-        "import time, torch; from verl.utils.quantization import mx; x = torch.ones(64, 64); "
-        "start = time.perf_counter(); mx.mxfp8_quantize(x); print(time.perf_counter() - start)"
+        "import time, torch; from verl.utils.quantization import mxfp8; x = torch.ones(64, 64); "
+        "start = time.perf_counter(); mxfp8.mxfp8_quantize(x); print(time.perf_counter() - start)"
     )
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "XDG_CACHE_HOME": cache}
@@ -129,7 +129,7 @@ def small_call(x: torch.Tensor, repeats: int = 2000) -> float:
     """Measure the microseconds of a call on a tensor so small that only the overhead of the call counts."""
     start = time.perf_counter()
     for _ in range(repeats):
-        mx.mxfp8_quantize(x)
+        mxfp8.mxfp8_quantize(x)
     return (time.perf_counter() - start) / repeats * 1e6
 
 

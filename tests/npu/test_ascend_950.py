@@ -18,8 +18,8 @@ from fixtures.fake_quant import fake_quantized, mxfp4_round_trip, mxfp8_round_tr
 from fixtures.tiny import write_tiny_model
 from verl.config import RolloutConfig
 from verl.utils.quantization.ascend_releases import check_vllm_ascend
-from verl.utils.quantization.mx import npu_mxfp8_quantize
 from verl.utils.quantization.mxfp4 import mxfp4_quantize
+from verl.utils.quantization.mxfp8 import npu_mxfp8_quantize
 from verl.utils.vllm.npu_settings import npu_environment
 from verl.workers.rollout.quantization import get_scheme
 

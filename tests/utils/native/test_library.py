@@ -11,21 +11,21 @@ import pytest
 import torch
 
 from verl.utils.native import library as native
-from verl.utils.quantization import mx
+from verl.utils.quantization import mxfp8
 
 # Prints a digest of the results of a fresh process, and whether it loaded the kernels.
 PROGRAM = """
 import hashlib, torch
 from verl.utils.native import library as native
-from verl.utils.quantization import mx
+from verl.utils.quantization import mxfp8
 generator = torch.Generator().manual_seed(0)
 x = torch.randn(40, 300, generator=generator) * torch.exp(torch.randn(40, 300, generator=generator) * 6)
 x[0, 0], x[1, 1], x[2] = float("nan"), float("inf"), 0.0
 digest = hashlib.sha256()
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     for scale_alg in (0, 1):
-        values, scales = mx.mxfp8_quantize(x.to(dtype), scale_alg=scale_alg)
-        back = mx.mxfp8_dequantize(values, scales).nan_to_num(7.0)
+        values, scales = mxfp8.mxfp8_quantize(x.to(dtype), scale_alg=scale_alg)
+        back = mxfp8.mxfp8_dequantize(values, scales).nan_to_num(7.0)
         for part in (values.view(torch.uint8), scales, back.view(torch.uint8)):
             digest.update(part.numpy().tobytes())
 print(digest.hexdigest(), native.kernels() is not None)
@@ -114,8 +114,8 @@ def test_number_of_threads_does_not_change_the_bits():
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            values, scales = mx.mxfp8_quantize(x)
-            error = mx.quantization_error(x, values, scales)
+            values, scales = mxfp8.mxfp8_quantize(x)
+            error = mxfp8.quantization_error(x, values, scales)
             content = values.view(torch.uint8).numpy().tobytes() + scales.numpy().tobytes()
             seen.add((hashlib.sha256(content).hexdigest(), error))
     finally:
@@ -129,10 +129,10 @@ def test_flush_to_zero_does_not_change_the_bits():
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor cannot flush subnormals")
     try:
-        flushed = mx.mxfp8_quantize(tiny)
+        flushed = mxfp8.mxfp8_quantize(tiny)
     finally:
         torch.set_flush_denormal(False)
-    expected = mx.mxfp8_quantize(tiny)
+    expected = mxfp8.mxfp8_quantize(tiny)
     assert torch.equal(flushed[0].view(torch.uint8), expected[0].view(torch.uint8))
     assert torch.equal(flushed[1], expected[1]) and expected[0].float().abs().max() > 0
 
@@ -151,7 +151,7 @@ def test_failing_compiler_is_named_in_one_warning(compiler, words, cache, tmp_pa
             assert native.kernels() is None and native.kernels() is None
         messages = [record.getMessage() for record in caplog.records if "MXFP8" in record.message]
         assert len(messages) == 1 and words in messages[0]
-        values, _ = mx.mxfp8_quantize(torch.ones(1, 32))
+        values, _ = mxfp8.mxfp8_quantize(torch.ones(1, 32))
         assert (values.float() == 256).all()
     finally:
         native.kernels.cache_clear()

@@ -1,8 +1,8 @@
-/* MXFP8 (float8 e4m3 values, one E8M0 byte per 32 values) on a CPU: the loops that mx.py calls through ctypes.
+/* MXFP8 (float8 e4m3 values, one E8M0 byte per 32 values) on a CPU: the loops that mxfp8.py calls through ctypes.
  *
  * Plain C without intrinsics or libraries, written so that a compiler turns the 32-wide loops into vector code on x86
  * and Arm alike. Quantizing is integer arithmetic on the bits of the input wherever a subnormal number could matter, so
- * that the result does not depend on the flush-to-zero mode of the calling thread. mx.py states the arithmetic and its
+ * that the result does not depend on the flush-to-zero mode of the calling thread. mxfp8.py states the arithmetic and its
  * sections of the OCP MX specification; tests compare every branch here with it bit for bit.
  */
 #include "kernels.h"

@@ -20,7 +20,7 @@ from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, Unqu
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from verl.utils.quantization.formats import ASCEND_SCHEMES, FLOAT, W4A8_MXFP, W8A8_MXFP8
-from verl.utils.quantization.mx import mxfp8_dequantize, mxfp8_quantize
+from verl.utils.quantization.mxfp8 import mxfp8_dequantize, mxfp8_quantize
 from verl.utils.vllm.ascend_cpu_weights import EmulatedWeights, Mxfp4Weights, Mxfp8Weights
 
 # Names that checkpoints give an expert's projections: gate, up, down.

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from vllm.model_executor.utils import set_weight_attrs
 
 from verl.utils.quantization.formats import MX_BLOCK_SIZE
-from verl.utils.quantization.mx import mxfp8_dequantize
 from verl.utils.quantization.mxfp4 import PACKED, mxfp4_dequantize
+from verl.utils.quantization.mxfp8 import mxfp8_dequantize
 from verl.utils.vllm.vllm_fp8_utils import record_kernel_layout, scales_in_checkpoint_layout
 
 

@@ -6,8 +6,8 @@ import torch
 from fixtures.fake_quant import mxfp4_round_trip, mxfp8_round_trip
 from fixtures.scheme_models import Q_PROJ
 from verl.utils.quantization.encode_report import errors_by_depth, merged_errors, worst_error
-from verl.utils.quantization.mx import mxfp8_dequantize
 from verl.utils.quantization.mxfp4 import mxfp4_dequantize
+from verl.utils.quantization.mxfp8 import mxfp8_dequantize
 from verl.workers.weight_sync.manifest import WeightUpdateError
 
 

@@ -10,7 +10,8 @@ from torch import nn
 
 from verl.utils.quantization.ascend_releases import installed_vllm_ascend
 from verl.utils.quantization.formats import MX_BLOCK_SIZE, W4A8_MXFP
-from verl.utils.quantization.mx import (
+from verl.utils.quantization.mxfp4 import PACKED, mxfp4_dequantize, mxfp4_encode
+from verl.utils.quantization.mxfp8 import (
     mxfp8_dequantize,
     mxfp8_encode,
     mxfp8_quantize,
@@ -18,7 +19,6 @@ from verl.utils.quantization.mx import (
     npu_mxfp8_quantize,
     squared_error,
 )
-from verl.utils.quantization.mxfp4 import PACKED, mxfp4_dequantize, mxfp4_encode
 from verl.utils.quantization.schemes.ascend import AscendFormat
 from verl.utils.vllm.layout_map import Target
 from verl.utils.vllm.vllm_fp8_utils import (

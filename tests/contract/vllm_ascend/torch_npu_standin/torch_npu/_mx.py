@@ -8,8 +8,8 @@ import torch
 
 from torch_npu._dtypes import float4_e2m1fn_x2, is_fp4, reject, require_e4m3, require_e8m0
 from torch_npu._format import FRACTAL_NZ_C0_16, as_operators_read, get_npu_format
-from verl.utils.quantization.mx import MX_BLOCK_SIZE, mxfp8_dequantize, mxfp8_quantize
 from verl.utils.quantization.mxfp4 import mxfp4_dequantize
+from verl.utils.quantization.mxfp8 import MX_BLOCK_SIZE, mxfp8_dequantize, mxfp8_quantize
 
 
 def npu_dynamic_mx_quant(
