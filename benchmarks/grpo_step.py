@@ -25,6 +25,7 @@ import argparse
 import statistics
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +47,20 @@ LOADS = {
 TARGETS = {"equal": 1.0, "ragged": 1.3}
 WARM_UP = 2
 STAGES = ("old_log_prob", "adv", "update_actor", "update_weights")
+
+
+def add_load_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `chosen_loads` reads."""
+    parser.add_argument("--sizes", nargs="+", default=["0.8M", "135M"], choices=["0.8M", "135M"])
+    parser.add_argument("--lengths", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--prompts", type=int, help="prompts per step; default: those of the load")
+
+
+def chosen_loads(options: argparse.Namespace) -> Iterator[tuple[str, str, Load]]:
+    """Yield size, lengths and load of each chosen pair, in the order of `LOADS`."""
+    for (size, lengths), load in LOADS.items():
+        if size in options.sizes and lengths in options.lengths:
+            yield size, lengths, load.scaled(options.prompts)
 
 
 @dataclass
@@ -122,10 +137,8 @@ def row(size: str, lengths: str, load: Load, outcome: Outcome) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", nargs="+", default=["0.8M", "135M"], choices=["0.8M", "135M"])
-    parser.add_argument("--lengths", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    add_load_options(parser)
     parser.add_argument("--rounds", type=int, default=5, help=f"measured steps, after {WARM_UP} warm-up steps")
-    parser.add_argument("--prompts", type=int, help="prompts per step; default: those of the load")
     parser.add_argument("--without-trl", action="store_true", help="run only our side")
     parser.add_argument("--trl-keeps-memory", action="store_true", help="TRL keeps freed memory, as ours does")
     tables.add_write_option(parser)
@@ -134,13 +147,11 @@ def main() -> None:
     if not options.without_trl:
         subprocess.run([runs.HERE.parent / "scripts/setup_trl.sh"], check=True)
     rows = []
-    for (size, lengths), load in LOADS.items():
-        if size in options.sizes and lengths in options.lengths:
-            load = load.scaled(options.prompts)
-            with tempfile.TemporaryDirectory() as work:
-                outcome = measure(load, models.write_model(size, Path(work) / "model"), Path(work), options)
-            rows.append(row(size, lengths, load, outcome))
-            print(*rows[-1], sep="  ", flush=True)
+    for size, lengths, load in chosen_loads(options):
+        with tempfile.TemporaryDirectory() as work:
+            outcome = measure(load, models.write_model(size, Path(work) / "model"), Path(work), options)
+        rows.append(row(size, lengths, load, outcome))
+        print(*rows[-1], sep="  ", flush=True)
     head = ["model", "lengths", "samples x tokens", "ours, s", "TRL, s", "TRL / ours", "target", "ours by stage, s"]
     text = f"{tables.caption('make bench-step')} Median of {options.rounds} rounds.\n\n{tables.markdown(head, rows)}"
     print(f"\n{text}")

@@ -17,7 +17,7 @@ import machine
 import models
 import runs
 import tables
-from grpo_step import LOADS, WARM_UP
+from grpo_step import WARM_UP, add_load_options, chosen_loads
 from pace import PacedProcess
 
 _ENABLE = "actor_rollout_ref.actor.old_log_probs_from_rollout.enable"
@@ -74,21 +74,17 @@ def row(size: str, lengths: str, load: runs.Load, measured: dict[bool, tuple[lis
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", nargs="+", default=["0.8M", "135M"], choices=["0.8M", "135M"])
-    parser.add_argument("--lengths", nargs="+", default=["equal", "ragged"], choices=["equal", "ragged"])
-    parser.add_argument("--prompts", type=int, help="prompts per step; default: those of the load")
+    add_load_options(parser)
     parser.add_argument("--rounds", type=int, default=5, help=f"measured steps, after {WARM_UP} warm-up steps")
     tables.add_write_option(parser)
     options = parser.parse_args()
     print(machine.header(), flush=True)
     rows = []
-    for (size, lengths), load in LOADS.items():
-        if size in options.sizes and lengths in options.lengths:
-            load = load.scaled(options.prompts)
-            with tempfile.TemporaryDirectory() as work:
-                model_dir = models.write_model(size, Path(work) / "model")
-                rows.append(row(size, lengths, load, measure(load, model_dir, Path(work), options.rounds)))
-            print(*rows[-1], sep="  ", flush=True)
+    for size, lengths, load in chosen_loads(options):
+        with tempfile.TemporaryDirectory() as work:
+            model_dir = models.write_model(size, Path(work) / "model")
+            rows.append(row(size, lengths, load, measure(load, model_dir, Path(work), options.rounds)))
+        print(*rows[-1], sep="  ", flush=True)
     head = ["model", "lengths", "work per step", "without, s", "with, s", "with / without"]
     head += ["the pass, s: without, with", "reused tokens"]
     command = (

@@ -21,7 +21,7 @@ import machine
 import models
 import runs
 import tables
-from grpo_step import LOADS, WARM_UP
+from grpo_step import WARM_UP, add_load_options, chosen_loads
 
 from verl.timeline.reader import Event, StepShares, covered, read_events, step_shares, step_windows
 from verl.timeline.spans import close_timeline, open_timeline, span
@@ -107,20 +107,16 @@ def row(size: str, lengths: str, load: runs.Load, shares: list[StepShares], stag
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", nargs="+", default=["135M", "0.8M"], choices=["135M", "0.8M"])
-    parser.add_argument("--lengths", nargs="+", default=["equal", "ragged"], choices=["equal", "ragged"])
+    add_load_options(parser)
     parser.add_argument("--steps", type=int, default=6, help=f"measured steps, after {WARM_UP} warm-up steps")
-    parser.add_argument("--prompts", type=int, help="prompts per step; default: those of the load")
     tables.add_write_option(parser)
     options = parser.parse_args()
     print(machine.header(), flush=True)
     rows = []
-    for (size, lengths), load in LOADS.items():
-        if size in options.sizes and lengths in options.lengths:
-            load = load.scaled(options.prompts)
-            with tempfile.TemporaryDirectory() as work:
-                rows.append(row(size, lengths, load, *measure(size, load, options.steps, Path(work))))
-            print(*rows[-1], sep="  ", flush=True)
+    for size, lengths, load in chosen_loads(options):
+        with tempfile.TemporaryDirectory() as work:
+            rows.append(row(size, lengths, load, *measure(size, load, options.steps, Path(work))))
+        print(*rows[-1], sep="  ", flush=True)
     head = ["model", "lengths", "work per step", "s", "engine", "trainer", "overhead", "overhead by stage"]
     recorded, unrecorded = (1e6 * seconds for seconds in span_seconds())
     text = (
