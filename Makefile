@@ -3,8 +3,8 @@ SHELL := bash
 .DEFAULT_GOAL := help
 python := .venv/bin/python
 
-.PHONY: help setup quickstart test test-all unit unit-slow e2e e2e-short e2e-rest browser contract contract-table lint format \
-	reference docs sweep study lock models bench bench-update bench-step bench-overhead bench-growth bench-scale
+.PHONY: help setup quickstart test test-all unit unit-slow e2e e2e-short e2e-rest browser contract contract-table lint types format \
+	reference docs scripts-table sweep study lock models bench bench-update bench-step bench-overhead bench-growth bench-scale
 
 help: ## print this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 24
@@ -18,7 +18,7 @@ quickstart: setup ## train a tiny language model with GRPO, a few minutes on two
 # One after the other: Ray connects to a cluster that runs on the machine already.
 test: lint unit e2e-short ## lint, unit tests and a short end-to-end set; 12 minutes at most on two cores
 
-test-all: test unit-slow e2e-rest ## all tests except those of `make contract`
+test-all: test types unit-slow e2e-rest ## all tests except those of `make contract`
 
 unit_tests := $(python) -m pytest -q -n 2 --dist worksteal tests --ignore=tests/e2e
 
@@ -50,13 +50,15 @@ contract: setup ## run the code of five vllm-ascend releases with a stand-in for
 contract-table: setup ## write docs/ascend_compatibility.md from the results of the last `make contract`
 	$(python) tests/contract/vllm_ascend/feature_table.py
 
-lint: setup ## ruff, import contracts, import circles, mypy and the word list
+lint: setup ## ruff, import contracts, import circles and the word list
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/lint-imports --no-cache
 	.venv/bin/python scripts/import_graph.py --check
-	.venv/bin/mypy
 	scripts/lint_words.sh
+
+types: setup ## mypy
+	.venv/bin/mypy
 
 format: setup ## apply the fixes of ruff
 	$(python) -m ruff check --fix .
@@ -65,6 +67,9 @@ format: setup ## apply the fixes of ruff
 reference: setup ## write the YAML files and docs/config.md from the config dataclasses
 	$(python) -m verl.config.write_yaml
 	$(python) -m verl.config.write_reference
+
+scripts-table: setup ## check upstream verl's scripts in CHECKOUT=folder; writes the table of docs/migrating.md
+	@$(python) scripts/upstream_scripts.py "$(CHECKOUT)" $(ARGS)
 
 docs: setup ## build the documentation into build/site; a broken link is an error
 	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build && echo "open build/site/index.html"
@@ -94,8 +99,8 @@ bench-scale: setup ## compare a time model with this machine; writes its tables 
 sweep: setup ## train the quickstart with each estimator and loss; writes its table into docs/algorithms.md
 	$(python) benchmarks/sweep.py --write docs/algorithms.md $(ARGS)
 
-study: setup ## compare runs with and without quantization, correction and QAT; writes docs/rollout_correction.md
-	$(python) benchmarks/rollout_study.py --write docs/rollout_correction.md --picture docs/rollout_correction.png $(ARGS)
+study: setup ## compare runs with and without quantization, correction and QAT; writes docs/quantized_rollout.md
+	$(python) benchmarks/rollout_study.py --write docs/quantized_rollout.md $(ARGS)
 
 lock: setup ## resolve requirements/cpu.lock again
 	@scripts/lock.sh

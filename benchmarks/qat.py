@@ -102,7 +102,10 @@ def main() -> None:
         rows.append([name, f"{statistics.median(taken):.2f}", "" if name == "without" else ratio])
     text = "\n\n".join(
         [
-            tables.caption(f"python benchmarks/qat.py --size {options.size}"),
+            tables.caption(
+                f"python benchmarks/qat.py --size {options.size} --samples {options.samples} --tokens {options.tokens} "
+                f"--steps {options.steps}"
+            ),
             tables.markdown(["`qat.mode`", "seconds of a step", f"times the step without (aim {AIM})"], rows),
         ]
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,24 @@ def run(directory: Path, overrides: dict[str, Any]) -> dict[int, dict[str, Any]]
         ).returncode
     if status:
         raise RuntimeError(f"the run in {directory} ended with status {status}:\n{log.read_text()[-3000:]}")
+    return steps_of(directory)
+
+
+def run_once(directory: Path, overrides: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Return the metrics by step of the run that an earlier call finished in `directory`; otherwise run it.
+
+    A run has this name only when it is finished, so what remains of a stopped one is done again.
+    """
+    if not directory.exists():
+        part = directory.with_name(f"{directory.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        run(part, overrides)
+        part.rename(directory)
+    return steps_of(directory)
+
+
+def steps_of(directory: Path) -> dict[int, dict[str, Any]]:
+    """Return the metrics by step of a run."""
     return {record["step"]: record["data"] for record in read_steps(directory / "metrics.jsonl")}
 
 

@@ -58,6 +58,7 @@ def test_a_broken_link_and_a_page_that_nobody_finds_are_errors(tmp_path):
 
 
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("examples/*/README.md"))]
+FAST = ("README", "index", "ascend", "quickstart")  # the other pages are slow tests
 OVERRIDE = re.compile(r"~?\+{0,2}(data|actor_rollout_ref|critic|algorithm|reward|trainer|ray_kwargs)\.[\w.]+=")
 
 
@@ -76,7 +77,11 @@ def overrides(page):
             yield from (word for word in words if OVERRIDE.match(word))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize(
+    "page",
+    [page if page.stem in FAST else pytest.param(page, marks=pytest.mark.slow) for page in PAGES],
+    ids=lambda page: page.relative_to(ROOT).as_posix(),
+)
 def test_keys_in_the_pages_exist_and_take_their_values(page):
     """Does not raise."""
     for override in overrides(page):

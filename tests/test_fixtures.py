@@ -25,6 +25,7 @@ def responses():
     return torch.randint(4, 90, (len(PROMPTS), 40), generator=generator).tolist()
 
 
+@pytest.mark.slow
 def test_check_accepts_the_noise_of_another_order_of_summation(model, responses):
     expected = log_probs_of(model, responses)
     norms = [parameter for name, parameter in model.named_parameters() if "norm" in name]
@@ -57,6 +58,7 @@ def test_a_slow_start_is_not_called_a_hang(monkeypatch):
         ranks._Pool(2)
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_return_is_called_a_hang(monkeypatch):
     pool = ranks._Pool(2)
     monkeypatch.setattr(ranks, "RUN_TIMEOUT_S", 0)

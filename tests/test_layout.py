@@ -22,6 +22,7 @@ OTHER_SUBJECTS = {
     "e2e": "complete runs",
     "examples": "examples/, which has scripts in several languages",
     "npu": "an Ascend 950",
+    "preflight/test_accepted_scripts.py": "scripts/upstream_scripts.py, with scripts of upstream verl",
     "preflight/test_upstream_scripts.py": "docs/migrating.md, with scripts of upstream verl",
     "report/test_browser.py": "a complete report in a browser",
     "report/test_figures.py": "the modules that draw figures, through the text in their SVG",
@@ -32,6 +33,7 @@ OTHER_SUBJECTS = {
     "test_packaging.py": "the wheel",
     "test_public_imports.py": "imports of upstream verl that user code has",
     "test_workflows.py": ".github/workflows/",
+    "workers/engine/test_sequence_parallel.py": "training by ranks that share sequences",
     "workers/rollout/quantization/test_adding_a_scheme.py": "docs/extending.md",
 }
 

@@ -171,9 +171,10 @@ def test_actions_have_versions_and_files_name_no_package_index():
             assert re.fullmatch(r"[\w-]+/[\w-]+@v\d+", action), action
 
 
-def test_pre_commit_hooks_equal_make_lint():
+def test_pre_commit_hooks_equal_make_lint_and_make_types():
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
-    lint = (ROOT / "Makefile").read_text().partition("\nlint:")[2].partition("\n\n")[0]
+    makefile = (ROOT / "Makefile").read_text()
+    lint = "".join(makefile.partition(f"\n{target}:")[2].partition("\n\n")[0] for target in ("lint", "types"))
     for hook in hooks:
         program, *arguments = hook["entry"].split()
         assert os.access(ROOT / program, os.X_OK)

@@ -30,7 +30,7 @@ async def test_the_agent_loop_of_the_guide_runs(folder):
     agent = config.actor_rollout_ref.rollout.agent
     agent.agent_loop_config_path, agent.default_agent_loop = str(folder / "loops.yaml"), "ask_twice"
     client = ScriptedClient([[11, 12], [13]])
-    loop = SampleGenerator(client, tokenizer, None, config)._agent_loop("ask_twice")
+    loop = SampleGenerator(client, tokenizer, None, config)._loops.make("ask_twice")
     output = await loop.run({}, prompt_token_ids=[5, 6], uid="1.0")
     hint = tokenizer.encode("Are you sure?", add_special_tokens=False)
     assert output.response_ids == [11, 12, *hint, 13]

@@ -58,7 +58,7 @@ async def test_a_loop_from_a_file_gets_its_shared_objects_and_keywords(file):
     path = file("- {name: repeat_in_test, _target_: own.py:Repeat, times: 3}")
     samples = generator(path, "repeat_in_test")
     for _ in range(3):
-        loop = samples._agent_loop("repeat_in_test")
+        loop = samples._loops.make("repeat_in_test")
         assert (await loop.run({})).response_ids == [9, 9, 9]
     assert type(loop).setups == 1
     assert loop.response_length == PPOConfig().data.max_response_length

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from verl.cli.capture import CaptureError, capture, training_arguments
+from verl.cli.capture import CaptureError, capture, training_command
+from verl.config.entry_points import ENTRY_POINTS, MAIN_PPO
 
 TRAIN = "python3 -m verl.trainer.main_ppo"
 
@@ -146,8 +147,68 @@ def test_a_script_is_ended_at_the_time_limit(capture_text):
     assert words(capture_text(f"{TRAIN} k=1\nwhile :; do :; done\n", seconds=0.5)) == [["k=1"]]
 
 
-def test_training_arguments_ignores_other_commands():
-    assert training_arguments(["python3", "-m", "verl.trainer.main_eval", "a=1"]) is None
-    assert training_arguments(["git", "train", "x"]) is None
-    assert training_arguments([str(Path("bin") / "verl"), "train", "x=1"]) == ["x=1"]
-    assert training_arguments(["-m", "verl.trainer.main_ppo"]) == []
+def test_training_command_ignores_other_commands():
+    assert training_command(["python3", "-m", "verl.trainer.main_eval", "a=1"]) is None
+    assert training_command(["git", "train", "x"]) is None
+    assert training_command([str(Path("bin") / "verl"), "train", "x=1"]) == (MAIN_PPO, ["x=1"])
+    assert training_command(["-m", "verl.trainer.main_ppo"]) == (MAIN_PPO, [])
+
+
+@pytest.mark.parametrize("module", ENTRY_POINTS)
+def test_every_entry_point_is_captured_with_its_module(capture_text, module):
+    (command,) = capture_text(f"python3 -m {module} k=1 2>&1 | tee log.txt\n").trainings
+    assert command.entry.module == module and command.words == ("k=1",)
+
+
+def test_reports_of_processes_that_write_at_the_same_time_are_kept_apart(capture_text):
+    """A report is longer than the 4096 bytes that a pipe keeps together, and `tee` reports at the same time."""
+    arguments = " ".join(f"key_{i}={'x' * 90}" for i in range(60))
+    line = f"{TRAIN} {arguments} long={'y' * 9000} | tee log.txt {'z' * 5000}"
+    captured = capture_text("\n".join([line] * 8), seconds=60)
+    assert len(captured.trainings) == 8
+    for command in captured.trainings:
+        assert command.words[:60] == tuple(f"key_{i}={'x' * 90}" for i in range(60))
+        assert command.words[60] == "long=" + "y" * 9000
+    assert [command.words[:2] for command in captured.others] == [("tee", "log.txt")] * 8
+
+
+def test_words_of_several_lines_and_other_alphabets_are_kept(capture_text):
+    long = "äß漢" * 1500
+    (command,) = capture_text(f"{TRAIN} a='1\n2' b={long} c=\n").trainings
+    assert command.words == ("a=1\n2", f"b={long}", "c=")
+
+
+def test_limits_of_this_machine_do_not_end_a_script(capture_text):
+    assert words(capture_text(f"set -e\nulimit -n 99999999\n{TRAIN} k=1\n")) == [["k=1"]]
+
+
+@pytest.mark.parametrize(("npu", "device"), [(True, "npu"), (False, "cuda")])
+def test_a_program_that_prints_the_device_is_answered(capture_text, npu, device):
+    text = (
+        "device=$(python3 - <<'EOF'\nfrom verl.utils.device import get_device_name\nprint(get_device_name())\nEOF\n)\n"
+        f"{TRAIN} trainer.device=$device\n"
+    )
+    assert words(capture_text(text, npu=npu)) == [[f"trainer.device={device}"]]
+
+
+@pytest.mark.parametrize(
+    ("command", "use"),
+    [
+        ("torchrun --nproc_per_node=2 -m verl.trainer.sft_trainer a=1", "supervised fine-tuning is not supported"),
+        ("python3 -m verl.trainer.main_generation_server a=1", "trainer.val_only=True"),
+        ("python3 -m verl.trainer.other a=1", f"use one of {MAIN_PPO.module}"),
+    ],
+)
+def test_another_program_of_upstream_is_named(capture_text, command, use):
+    module = command.split("-m ")[1].split()[0]
+    with pytest.raises(
+        CaptureError, match=f"starts python3 -m {module}, which is not a part of this package"
+    ) as caught:
+        capture_text(f"python3 prepare.py\n{command}\n")
+    assert use in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["set -u\necho $MODEL_DIR\n", "echo ${MODEL_DIR:?give a directory}\n"])
+def test_a_variable_that_the_user_must_set_is_named(capture_text, text):
+    with pytest.raises(CaptureError, match="needs the environment variable MODEL_DIR"):
+        capture_text(f"{text}{TRAIN} k=1\n")

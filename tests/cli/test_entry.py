@@ -42,6 +42,7 @@ def test_help_imports_no_large_packages():
     assert done.returncode == 0 and not loaded & {"torch", "ray", "vllm", "transformers", "hydra", "pyarrow", "numpy"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--cfg", "job"], ["data.nothing=1"]])
 def test_train_equals_the_command_line_of_main_ppo(arguments):
     """Output and exit status are the same."""
@@ -74,3 +75,12 @@ def test_completion_in_bash():
 def test_completion_for_zsh(capsys):
     assert main(["completion", "zsh"]) == 0
     assert "#compdef verl" in capsys.readouterr().out
+
+
+def test_ctrl_c_ends_a_subcommand_with_one_line(monkeypatch, capsys):
+    def interrupt(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("verl.cli.report.run", interrupt)
+    assert main(["report", "run"]) == 130
+    assert capsys.readouterr().err == "verl: stopped by Ctrl-C\n"

@@ -23,6 +23,8 @@ def checkpoint(tmp_path, request):
     source = write_tiny_model(tmp_path / "source", dtype="bfloat16")
     config = PPOConfig()
     config.actor_rollout_ref.model.path, config.actor_rollout_ref.model.lora_rank = str(source), rank
+    # As if ranks had shared the layers; the files of a checkpoint do not depend on that.
+    config.actor_rollout_ref.actor.fsdp_config.tensor_parallel_size = 1 if rank else 2
     with CheckpointStore(tmp_path / "run").writing(3) as directory:
         run_ranks(2, save_program, str(source), str(directory / "actor"), ["model"], {"lora_rank": rank})
         write_record(config, directory)

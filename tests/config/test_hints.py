@@ -17,15 +17,14 @@ from verl.config import PPOConfig, build, hints
         ("algorithm.rollout_correction.use_policy_gradient=True", "loss_type=reinforce"),
         ("algorithm.rollout_correction.rollout_rs_threshold_lower=0.5", "rollout_rs_threshold='0.5_2.0'"),
         ("algorithm.rollout_correction.rollout_token_veto_threshold=1e-4", "a veto by single tokens is not supported"),
-        ("actor_rollout_ref.rollout.multi_turn.tokenization_sanity_check_mode=strict", "leave it out"),
-        ("+actor_rollout_ref.rollout.multi_turn.use_inference_chat_template=False", "leave it out"),
         ("critic.rollout_n=8", "leave it out and use actor_rollout_ref.rollout.n"),
         ("actor_rollout_ref.rollout.trace.backend=weave", "traces of samples"),
-        ("trainer.profile_steps=[1,2]", "use trainer.timeline"),
+        ("trainer.profile_steps=[1,2]", "global_profiler.steps"),
         ("actor_rollout_ref.actor.use_gpg_loss=True", "policy_loss.loss_mode=gpg"),
-        ("trainer.use_legacy_worker_impl=False", "leave it out"),
+        ("async_training.compute_prox_log_prob=True", "bypass_mode=False, with which the trainer computes"),
         ("critic.model.fsdp_config.grad_offload=True", "leave it out"),
         ("actor_rollout_ref.rollout.response_length=64", "data.max_response_length"),
+        ("critic.nccl_timeout=7200", "actor_rollout_ref.nccl_timeout"),
     ],
 )
 def test_key_of_upstream_names_its_replacement(override, words):
@@ -36,18 +35,21 @@ def test_key_of_upstream_names_its_replacement(override, words):
 
 
 def test_unknown_section_is_reported_once(tmp_path):
-    given = ["reward_model.rollout.name=vllm", "reward.reward_model.rollout.n=1", "reward_model.micro_batch_size=2"]
-    text = load_error(*given)
-    assert text.startswith("unknown keys 'reward.reward_model.*'; reward models are not supported") and "\n" not in text
-    assert "examples/reward_model" in text and "reward.custom_reward_function" in text
-    (tmp_path / "mine.yaml").write_text("defaults: [ppo_trainer, _self_]\nreward_model: {rollout: {n: 1, name: x}}\n")
+    text = load_error("rollout.n=4", "rollout.top_p=0.9")
+    assert text.startswith("unknown keys 'rollout.*'; ") and "\n" not in text
+    (tmp_path / "mine.yaml").write_text("defaults: [ppo_trainer, _self_]\nrollout: {n: 4, top_p: 0.9}\n")
     assert load_error(config_path=tmp_path, config_name="mine") == text
 
 
-@pytest.mark.parametrize("section", ["global_profiler", "actor_rollout_ref.actor.profiler", "critic.profiler"])
-def test_profiler_section_is_reported_once_with_the_timeline(section):
-    text = load_error(f"{section}.enable=True", f"{section}.tool=nsys")
-    assert text.startswith(f"unknown keys '{section}.*'; ") and "trainer.timeline" in text and "\n" not in text
+def test_section_of_the_replicas_names_the_section_here():
+    assert (
+        load_error("rollout.n=4") == "unknown keys 'rollout.*'; keys of the replicas are in actor_rollout_ref.rollout"
+    )
+
+
+def test_sampling_of_a_reward_model_is_left_to_its_requests():
+    text = load_error("reward.reward_model.enable=True", "reward.reward_model.rollout.temperature=0.7")
+    assert "unknown key 'reward.reward_model.rollout.temperature'" in text and "request of your reward function" in text
 
 
 def test_hints_only_name_existing_keys():
@@ -56,3 +58,23 @@ def test_hints_only_name_existing_keys():
         assert key not in known
         named = re.findall(r"\b(?:actor_rollout_ref|algorithm|reward|trainer)\.[a-z_.]+\b", text)
         assert all(name in known or key.startswith(f"{name}.") for name in named), (key, named)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["actor_rollout_ref.model.mtp.enable=True", "actor_rollout_ref.model.mtp.method=x"], "multi-token prediction"),
+        (["skip.async_rollout.enable=True", "skip.async_rollout.steps=[1]"], "asynchronous run keeps no rollouts"),
+        (["+actor_rollout_ref.rollout.skip_rollout=True"], "use skip.rollout.enable=True"),
+        (["+actor_rollout_ref.rollout.skip.enable=True"], "use skip.rollout.enable=True"),
+        (
+            ["reward.sandbox_fusion.url=x", "reward.sandbox_fusion.memory_limit_mb=2"],
+            "'reward.sandbox_fusion.*'",
+        ),
+        (["actor_rollout_ref.actor.use_prefix_grouper=True"], "use False, or leave it out"),
+        (["data.function_tool_path=a.py"], "use actor_rollout_ref.rollout.multi_turn.function_tool_path"),
+    ],
+)
+def test_a_feature_of_upstream_is_one_error_without_a_guess(overrides, words):
+    text = load_error(*overrides)
+    assert words in text and "did you mean" not in text and "\n" not in text, text

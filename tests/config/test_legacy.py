@@ -77,3 +77,14 @@ def test_own_keys_of_a_sampler_are_read_from_a_file(tmp_path):
         "defaults: [ppo_trainer, _self_]\ndata:\n  sampler: {class_path: a.py, class_name: B, tau: 3}\n"
     )
     assert load_config(["data.sampler.eta=1"], tmp_path, "mine").data.sampler.kwargs == {"tau": 3, "eta": 1}
+
+
+def test_the_section_model_config_of_overridden_fields_is_unwrapped(tmp_path):
+    key = "actor_rollout_ref.model.override_config"
+    for text in ("model_config.max_position_embeddings=9", "model_config={max_position_embeddings: 9}"):
+        config = load_config([f"+{key}.{text}"])
+        assert config.actor_rollout_ref.model.override_config == {"max_position_embeddings": 9}
+    (tmp_path / "mine.yaml").write_text(
+        "defaults: [ppo_trainer, _self_]\ncritic: {model: {override_config: {model_config: {rope_theta: 2}}}}\n"
+    )
+    assert load_config(config_path=tmp_path, config_name="mine").critic.model.override_config == {"rope_theta": 2}

@@ -27,7 +27,8 @@ def test_unknown_key_without_a_similar_key():
     assert "unknown key" in load_error("xyzzy.plugh=1")
     assert "unknown key 'xyzzy/plugh'" in load_error("xyzzy/plugh=1")
     assert "unknown key 'trainer.project_name.x'" in load_error("trainer.project_name.x=1")
-    assert load_error("xyzzy=1", "trainer.seed=${no.where}") == "unknown key 'xyzzy'; docs/config.md lists all keys"
+    text = load_error("xyzzy=1", "trainer.seed=${no.where}")
+    assert "unknown key 'xyzzy'; docs/config.md lists all keys" in text and "trainer.seed: " in text
 
 
 @pytest.mark.parametrize(

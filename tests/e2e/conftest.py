@@ -16,7 +16,10 @@ HERE = Path(__file__).parent
 
 # Modules that kill processes, or check which processes and files in /dev/shm a run leaves. They run one after another
 # in one worker, because each could see files of another: vLLM with tensor parallelism (test_training) may leave one.
-PROCESSES = ("test_start_and_stop", "test_rollout_lag", "test_replicas", "test_training")
+PROCESSES = (
+    *("test_start_and_stop", "test_rollout_lag", "test_fully_async", "test_replicas", "test_reliability"),
+    "test_training",
+)
 # The next modules, the longest first; the others follow.
 LONGEST = ("test_benchmarks", "test_algorithms", "test_two_nodes", "test_engine_two_ranks")
 

@@ -28,9 +28,9 @@ def by_length(self, x, position_ids):
 Qwen3RotaryEmbedding.forward = by_length
 """
 OTHER_LOGITS = """
-from verl.workers.engine.fsdp import _SelectRows
-logits = _SelectRows.logits
-_SelectRows.logits = lambda self, *arguments: 1.2 * logits(self, *arguments)
+from verl.workers.engine.output_head import OutputHead
+log_probs = OutputHead.log_probs
+OutputHead.log_probs = lambda self, batch, temperature, **options: log_probs(self, batch, temperature / 1.2, **options)
 """
 # Code that the engine's processes load, too; only they have imported vLLM.
 OTHER_ENGINE = """
@@ -193,6 +193,7 @@ def test_rounding_is_not_taken_for_a_fault(tmp_path, ray_address):
         actor_rollout_ref__rollout__quantization="ascend",
         actor_rollout_ref__rollout__dtype="bfloat16",
         actor_rollout_ref__actor__fsdp_config__dtype="bfloat16",
+        actor_rollout_ref__actor__fsdp_config__qat__enable=False,
     )
     # MXFP8 changes this model so much that only the reference tells that nothing else is wrong.
     assert text.count("against an eager float32 model of the same weights the engine differs by") == 2

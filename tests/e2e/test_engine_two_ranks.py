@@ -1,7 +1,8 @@
-"""MXFP8 in a real vLLM engine whose weights are split between two worker processes."""
+"""A real vLLM engine whose weights are split between two worker processes."""
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from fixtures.delta_steps import check_delta_steps
 from fixtures.engine import log_probs_of, weights_of
@@ -47,6 +48,24 @@ def test_two_ranks_hold_their_shares(start, kind):
         responses, log_probs = engine.sample()
         check_equal_up_to_rounding(log_probs, log_probs_of(fake_quantized(source), responses))
         assert engine.rpc("verl_parameter_addresses") == addresses
+
+
+@pytest.mark.parametrize("quantization", ["ascend", None])
+def test_each_rank_holds_whole_experts(tiny_models, engines, quantization):
+    """The 96 inputs of an expert are three blocks, which tensor parallelism would cut in the middle."""
+    first, second = tiny_models(2, kind="qwen3_moe", tied=False, std=0.02, moe_intermediate_size=96)
+    rollout = RolloutConfig(quantization=quantization, tensor_model_parallel_size=2, expert_parallel_size=2)
+    ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "enable_expert_parallel": True}
+    engine, scheme = engines.get(first, rollout, **ranks)
+    for source in (second, first):
+        engine.update(scheme.encode(weights_of(source).items()), bucket_bytes=20_000)
+        responses, log_probs = engine.sample()
+        if quantization is None:
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+            torch.testing.assert_close(log_probs, log_probs_of(model, responses), rtol=0, atol=1e-5)
+        else:
+            check_equal_up_to_rounding(log_probs, log_probs_of(fake_quantized(source), responses))
+    check_delta_steps(engine, scheme, weights_of(first), torch.float32, steps=6)
 
 
 @pytest.mark.parametrize("experts", ["split", "distributed"])

@@ -23,8 +23,8 @@ def test_adapters_are_merged_into_an_mxfp8_rollout(tmp_path, ray_address):
         trainer__save_freq=2,
     )
     for metrics in run.metrics().values():
-        # MXFP8 alone gives 0.001; a weight update without the adapters would give 0.008 in step 2.
-        assert metrics["training/rollout_probs_diff_mean"] < 0.003
+        # The trainer rounds the merged weights too. An update without the adapters would give 0.008 in step 2.
+        assert metrics["training/rollout_probs_diff_mean"] < 1e-5
     assert run.metrics()[2]["weight_update/delta"] == 1.0
     assert run.metrics()[2]["weight_update/delta_mismatches"] == 0.0
     actor = run.out / "global_step_2" / "actor"

@@ -8,7 +8,8 @@ pytestmark = pytest.mark.e2e
 
 REUSE = "actor_rollout_ref__actor__old_log_probs_from_rollout__"
 ROLLOUT = "actor_rollout_ref__rollout__"
-QUANTIZED = {f"{ROLLOUT}quantization": "ascend", "actor_rollout_ref__actor__fsdp_config__qat__enable": True}
+QAT = "actor_rollout_ref__actor__fsdp_config__qat__enable"
+QUANTIZED = {f"{ROLLOUT}quantization": "ascend", QAT: True}
 SAME = (
     "actor/entropy",
     "actor/pg_loss",
@@ -37,7 +38,7 @@ def test_a_run_with_the_rollouts_values_trains_like_one_without(tmp_path, ray_ad
 
 def test_a_guard_switches_correction_on_and_a_resumed_run_stops(tmp_path, ray_address):
     guard = f"{ROLLOUT}quantization_guard__"
-    common = {f"{ROLLOUT}quantization": "ascend", f"{guard}max_k3_kl": 1e-9, "trainer__save_freq": 1}
+    common = {f"{ROLLOUT}quantization": "ascend", QAT: False, f"{guard}max_k3_kl": 1e-9, "trainer__save_freq": 1}
     run = TinyRun(tmp_path, ray_address, std=0.02)
     text = run.run(**common, **{f"{guard}steps": 1, f"{guard}action": "correct"})
     assert "Rollout correction (decoupled_token_is) is on from step 2 on" in text

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import urllib.error
@@ -16,6 +17,7 @@ from transformers import AutoTokenizer
 
 from fixtures.tiny import write_tiny_model
 from verl.config import ModelConfig, RolloutConfig, ServerConfig
+from verl.config.rollout import PrometheusConfig
 from verl.workers.rollout.client import LLMServerClient
 from verl.workers.rollout.quantization import get_scheme
 from verl.workers.rollout.replica import ReplicaSet, vLLMReplica
@@ -63,6 +65,7 @@ def replica(
     response_length=64,
     self_test=None,
     library=None,
+    prometheus=False,
     **server,
 ):
     rollout = RolloutConfig(
@@ -74,6 +77,8 @@ def replica(
         enforce_eager=True,
         max_num_seqs=16,
         server=ServerConfig(**server),
+        prometheus=PrometheusConfig(enable=prometheus, served_model_name="policy"),
+        disable_log_stats=not prometheus,
     )
     arguments = {
         "rollout": rollout,
@@ -101,6 +106,11 @@ def post(base, key, body):
         return error.code, json.loads(error.read() or b"{}")
 
 
+def get(url):
+    with urllib.request.urlopen(url, timeout=60) as response:
+        return response.read().decode()
+
+
 async def processor_share(pid, seconds):
     """Share of one core that a process and its descendants use over a period."""
 
@@ -117,7 +127,7 @@ async def test_life_cycle_of_two_replicas(tmp_path, ray_session):
     model_dir = write_tiny_model(tmp_path / "model")
     weights = load_file(model_dir / "model.safetensors")
     reports = {}
-    replicas = [replica(0, model_dir), replica(1, model_dir, enable_http=True)]
+    replicas = [replica(0, model_dir, prometheus=True), replica(1, model_dir, enable_http=True)]
     pool = ReplicaSet(replicas, on_start=reports.__setitem__)
     client = LLMServerClient(pool)
     try:
@@ -133,6 +143,9 @@ async def test_life_cycle_of_two_replicas(tmp_path, ray_session):
         output = await waiting
         assert len(output.token_ids) == len(output.log_probs) == 6
         assert output.weight_versions == [7] * 6 and output.stop_reason == "length"
+        metrics = await asyncio.to_thread(get, f"{reports[0]['http']}/metrics")
+        counted = re.search(r'vllm:generation_tokens_total\{[^}]*model_name="policy"[^}]*\} (\d+)', metrics)
+        assert counted is not None and int(counted[1]) == 6 and reports[0]["api_key"] is None
 
         # Between requests the replica's processes leave the cores to the trainer.
         assert await processor_share(reports[0]["pid"], 1.0) < 0.1

@@ -1,5 +1,6 @@
 """Start and stop of runs through the command line: files and processes that they leave, kills, signals, errors."""
 
+import contextlib
 import json
 import os
 import re
@@ -110,14 +111,8 @@ def test_a_killed_run_resumes_from_its_last_complete_checkpoint_with_the_same_pr
         trainer__rollout_data_dir=tmp_path / "dumps",
     )
     trace = tmp_path / "trace.json"
-    process = run.start(**settings, trainer__timeline=trace)
-    run.wait_for(lambda: (run.out / "global_step_3").exists(), process)
-    family = descendants(process.pid)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert alive(family) == []
+    saved = run.killed_after(3, **settings, trainer__timeline=trace)
     check_timeline(trace, run.metrics(), ended=False)
-    saved = int((run.out / "latest_checkpointed_iteration.txt").read_text())
     assert saved >= 3
 
     text = run.run(**settings)
@@ -141,12 +136,46 @@ def test_ctrl_c_and_sigterm_end_cleanly(tmp_path, number, status):
     run.wait_for(lambda: (run.out / "metrics.jsonl").exists() and len(run.metrics()) >= 2, process)
     family = descendants(process.pid)
     assert len(family) > 3
+    assert listening(process.pid) <= {"127.0.0.1", "::1"}, "docs/security.md lists the sockets of a run"
     # A terminal sends Ctrl-C to the whole group, a scheduler SIGTERM to the process it started.
     (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
     assert process.wait(60) == status, run.log.read_text()[-3000:]
     assert alive(family) == []
     assert left_in_shared_memory(before) == set()
     assert "Traceback" not in run.log.read_text()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
+def test_a_run_whose_engine_is_loading_ends_cleanly(tmp_path, number, status):
+    run = TinyRun(tmp_path)
+    before = orphaned_shared_memory()
+    process = run.start()
+    run.wait_for(lambda: any("EngineCore" in title for title in titles(process.pid)), process)
+    family = descendants(process.pid)
+    os.kill(process.pid, number)
+    assert process.wait(60) == status, run.log.read_text()[-3000:]
+    assert alive(family) == []
+    assert left_in_shared_memory(before) == set()
+    text = run.log.read_text()
+    assert "Traceback" not in text and "did not stop by itself" not in text
+
+
+def listening(pid):
+    """Addresses on which `pid` and its descendants listen."""
+    main, found = psutil.Process(pid), set()
+    for process in (main, *main.children(recursive=True)):
+        with contextlib.suppress(psutil.Error):
+            found |= {item.laddr.ip for item in process.net_connections("inet") if item.status == psutil.CONN_LISTEN}
+    return {address.removeprefix("::ffff:") for address in found}
+
+
+def titles(pid):
+    """Command lines of all descendants of `pid`, empty for those that have just ended."""
+    found = []
+    for child in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            found.append(" ".join(child.cmdline()))
+    return found
 
 
 def test_an_error_in_a_process_ends_the_run_with_that_error(tmp_path):

@@ -37,6 +37,7 @@ def run(tmp_path_factory, ray_address):
         data__max_response_length=48,
         reward__custom_reward_function__path=EXAMPLE / "reward.py",
         actor_rollout_ref__rollout__agent__default_agent_loop="tool_agent",
+        actor_rollout_ref__rollout__agent__num_workers=2,
         actor_rollout_ref__rollout__multi_turn__enable=True,
         actor_rollout_ref__rollout__multi_turn__tool_config_path=EXAMPLE / "tool_config.yaml",
         actor_rollout_ref__rollout__multi_turn__max_assistant_turns=3,

@@ -8,7 +8,7 @@ from verl.config import RolloutConfig
 
 pytestmark = pytest.mark.e2e
 
-ROLLOUT = RolloutConfig(quantization="ascend", tensor_model_parallel_size=2)
+ROLLOUT = RolloutConfig(quantization="ascend", tensor_model_parallel_size=2, expert_parallel_size=2)
 RANKS = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "enable_expert_parallel": True}
 EXPERT = "model.layers.1.mlp.experts.0.up_proj.weight"  # held by the first worker
 

@@ -2,6 +2,7 @@ import pytest
 
 GB = 10**9
 MODEL, ROLLOUT = "actor_rollout_ref.model", "actor_rollout_ref.rollout"
+WITHOUT_QAT = {"actor_rollout_ref.actor.fsdp_config.qat.enable": False}
 
 
 def stages(plan):
@@ -31,14 +32,17 @@ def test_each_of_twice_as_many_ranks_holds_half_of_the_state(examine_on):
 
 
 def test_with_lora_only_adapters_have_gradients_and_moments(examine_on):
-    plain, lora = (stages(examine_on("Qwen3-8B", {f"{MODEL}.lora_rank": rank})[0])["actor update"] for rank in (0, 32))
+    plain, lora = (
+        stages(examine_on("Qwen3-8B", {f"{MODEL}.lora_rank": rank, **WITHOUT_QAT})[0])["actor update"]
+        for rank in (0, 32)
+    )
     assert lora.parts["gradients"] < plain.parts["gradients"] / 20
     assert lora.parts["state of the trainer"] == pytest.approx(plain.parts["state of the trainer"] / 3, rel=0.05)
 
 
 def test_a_critic_adds_a_stage(examine_on):
     keys = {"algorithm.adv_estimator": "gae", "critic.model.path": "/models/Qwen3-8B"}
-    with_critic, without = stages(examine_on("Qwen3-8B", keys)[0]), stages(examine_on("Qwen3-8B")[0])
+    with_critic, without = (stages(examine_on("Qwen3-8B", {**k, **WITHOUT_QAT})[0]) for k in (keys, {}))
     assert "critic update" in with_critic and "critic update" not in without
     state = [each["generation"].parts["state of the trainer"] for each in (with_critic, without)]
     assert state[0] == pytest.approx(2 * state[1], rel=1e-6)

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from fixtures.architectures import architecture_config
 from verl.config import PPOConfig
-from verl.preflight.estimate import critic_activation_bytes, critic_state_bytes, score_bytes
+from verl.preflight.estimate import critic_activation_bytes, head_bytes, score_bytes
 from verl.utils.model_dir.model_files import model_of_config, read_model
 
 MIB = 1 << 20
@@ -73,7 +73,6 @@ def test_memory_of_a_critic(plan_of, run_files):
     config.actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu = 2
     config.critic.fsdp.model_dtype, config.critic.fsdp.dtype = "bf16", "float32"
     config.critic.model.enable_gradient_checkpointing = False
-    assert critic_state_bytes(config, 1000, 2) == 1000 * 4 * 2 // 2
     # hidden 16, inner 32, 2 layers; 2 samples of 32 tokens in float32
     assert critic_activation_bytes(config, read_model(critic_model), "cpu", 1) == 64 * (8 * 16 + 4 * 32) * 4 * 2
     without, with_critic = (
@@ -81,6 +80,23 @@ def test_memory_of_a_critic(plan_of, run_files):
         plan_of(algorithm__adv_estimator="gae", critic__model__path=critic_model).memory,
     )
     assert with_critic.trainer_bytes >= without.trainer_bytes + 16 * plan_of().parameters
+
+
+@pytest.mark.parametrize(("fused", "itemsize"), [(None, 4), (True, 2), (False, 2), (False, 4)])
+def test_memory_of_the_output_head(fused, itemsize):
+    config = PPOConfig()
+    config.actor_rollout_ref.model.use_fused_kernels = fused
+    model = model_of_config(Path("model"), architecture_config("Qwen3", vocab_size=150_000, hidden_size=1024).to_dict())
+    found = head_bytes(config, model, 16_384, itemsize)
+    if fused is False:
+        # the logits, their gradients, and two working copies of 2^24 elements
+        assert found == 2 * 16_384 * 150_000 * itemsize + 2 * 4 * 2**24
+    else:
+        # four tiles, and the gradient of the hidden states in float32
+        assert found == 4 * 4 * 2**23 + 16_384 * 1024 * 4
+    # one row: no more than four copies
+    one = head_bytes(config, model, 1, itemsize)
+    assert one == (6 * itemsize * 150_000 if fused is False else 16 * 150_000 + 4 * 1024)
 
 
 def kept_score_bytes(config, dtype, rows, length):

@@ -20,6 +20,7 @@ from verl.preflight.inputs import _input_paths as input_paths
 
 # Paths that a run writes to, or whose files are compared by themselves.
 OUTPUTS = {
+    "skip.rollout.dump_dir",
     "trainer.default_local_dir",
     "trainer.resume_from_path",
     "trainer.rollout_data_dir",

@@ -51,6 +51,7 @@ def evil_samples(step):
     return [evil, {"input": "\x00\x1b[31m\ud800", "output": 7, "gts": None, "score": 0.5, "step": step}]
 
 
+@pytest.mark.slow
 def test_text_from_a_run_is_shown_and_never_executed(make_run):
     config = {"data": {EVIL: EVIL}, "trainer": {"experiment_name": EVIL}}
     directory = make_run("<img src=x onerror=alert(1)>", samples=evil_samples, config=config)
@@ -110,6 +111,7 @@ def test_settings_that_differ_come_first(make_run):
     assert [row.differs for row in table] == sorted((row.differs for row in table), reverse=True)
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_path(make_run, capsys, tmp_path):
     directory = make_run("run")
     assert command.run(parse(directory, "--png", tmp_path / "pngs")) == 0

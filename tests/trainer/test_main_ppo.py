@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
@@ -18,11 +19,37 @@ from verl.trainer import main_ppo
 def test_arguments_are_split_into_hydra_options_and_overrides(monkeypatch, tmp_path):
     (tmp_path / "conf").mkdir()
     monkeypatch.chdir(tmp_path)
-    options, overrides = main_ppo.split_arguments(
+    options, overrides, problems = main_ppo.split_arguments(
         ["a=1", "--config-path", "conf", "+b=2", "-cn", "mine", "--cfg=job", "~c", "--resolve", "-cd=nowhere"]
     )
     assert options == ["--config-path", str(tmp_path / "conf"), "-cn", "mine", "--cfg=job", "--resolve", "-cd=nowhere"]
-    assert overrides == ["a=1", "+b=2", "~c"]
+    assert overrides == ["a=1", "+b=2", "~c"] and problems == {}
+
+
+def test_a_config_path_is_also_looked_for_beside_main_ppo(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    options, *_ = main_ppo.split_arguments(["--config-path=./config"])
+    assert options == [f"--config-path={Path(main_ppo.__file__).parent / 'config'}"]
+
+
+def test_all_problems_are_reported_in_one_round(run_files):
+    loaded = main_ppo.compose(
+        [
+            "--config-name=ppo_megatron_trainer",
+            *run_files.overrides(),
+            "trainer.total_epoch=3",
+            "actor_rollout_ref.rollout.name=sglang",
+            "trainer.resume_mode={a: 1}",
+            "data.seed=[1",
+            "actor_rollout_ref.actor.ppo_mini_batch_size=3",
+        ]
+    )
+    with pytest.raises(ConfigError) as caught:
+        main_ppo.checked_plan(loaded)
+    heads = ("--config-name=", "unknown key 'trainer.total_epoch'", "actor_rollout_ref.rollout.name=sglang")
+    heads += ("trainer.resume_mode=", "data.seed=[1", "actor_rollout_ref.actor.ppo_mini_batch_size=3")
+    for head in heads:
+        assert sum(problem.startswith(head) for problem in caught.value.problems) == 1, (head, caught.value.problems)
 
 
 @pytest.mark.parametrize("option", ["-m", "--multirun"])
@@ -95,6 +122,7 @@ def test_a_program_with_its_own_command_line_runs_a_config(run_files, stand_in, 
     assert capsys.readouterr().out.count("prompts per step     8") == 2
 
 
+@pytest.mark.slow
 def test_a_run_of_a_program_raises_its_errors(run_files, stand_in):
     stand_in(fails)
     with pytest.raises(ConfigError, match=r"data\.train_files"):
@@ -163,6 +191,7 @@ def test_warnings_about_user_code_are_part_of_the_plan(run_files):
     assert any("OSError: down" in text for text in plan.warnings) and "OSError: down" in plan.render()
 
 
+@pytest.mark.slow
 def test_config_path_is_relative_to_the_working_directory(tmp_path, run_files):
     conf = tmp_path / "conf"
     conf.mkdir()

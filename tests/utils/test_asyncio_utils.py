@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from verl.utils.asyncio_utils import cancel_and_wait, gather_all, gather_or_cancel
+from verl.utils.asyncio_utils import cancel_and_wait, gather_all, gather_or_cancel, unless_failed
 
 
 class Call:
@@ -78,3 +78,45 @@ async def test_cancel_and_wait_returns_when_all_tasks_have_ended():
     await asyncio.sleep(0)
     await cancel_and_wait(tasks)
     assert [call.ended for call in calls] == ["cancelled", "cancelled"]
+
+
+async def test_unless_failed_returns_the_result_and_ends_its_guards():
+    main, guard = Call("result"), Call()
+    main.go.set()
+    assert await unless_failed(main.run(), guard.run()) == "result"
+    assert guard.ended == "cancelled"
+
+
+async def test_unless_failed_raises_the_error_of_a_guard_and_cancels_the_main_call():
+    main, guard, other = Call(), Call(error=KeyError("guard")), Call()
+    guard.go.set()
+    with pytest.raises(KeyError, match="guard"):
+        await unless_failed(main.run(), guard.run(), other.run())
+    assert (main.ended, other.ended) == ("cancelled", "cancelled")
+
+
+async def test_unless_failed_raises_the_error_of_the_main_call():
+    main = Call(error=ValueError("main"))
+    main.go.set()
+    with pytest.raises(ValueError, match="main"):
+        await unless_failed(main.run(), Call().run())
+
+
+async def test_a_main_call_that_ignores_its_cancellation_does_not_hide_the_error():
+    async def stubborn():
+        while True:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                if released.is_set():
+                    raise
+
+    released = asyncio.Event()
+    guard = Call(error=KeyError("guard"))
+    guard.go.set()
+    main = asyncio.ensure_future(stubborn())
+    with pytest.raises(KeyError, match="guard"):
+        await unless_failed(main, guard.run(), patience=0.01)
+    assert not main.done()
+    released.set()
+    main.cancel()

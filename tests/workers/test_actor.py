@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 from fixtures.engine_cases import (
     actor_config,
     bypass_program,
+    fsdp_config,
     make_batch,
     make_worker,
-    offload_program,
     optim_config,
     pieces_program,
     selecting_program,
@@ -21,6 +21,7 @@ from fixtures.engine_cases import (
     worker_config,
     worker_program,
 )
+from fixtures.memory_cases import offloaded_ref_program
 from fixtures.ranks import run_ranks
 from fixtures.tiny import write_tiny_model
 from verl.config.actor import PolicyLossConfig
@@ -29,7 +30,7 @@ from verl.protocol import DataProto
 from verl.trainer.ppo.batching import split_even, split_mini_batches
 from verl.trainer.rollouts.batch_padding import pad_and_concat
 from verl.trainer.rollouts.forward_passes import join_parts
-from verl.workers.actor import ActorWorker, log_prob_limits, micro_batching
+from verl.workers.actor import ActorWorker, log_prob_limits
 from verl.workers.engine import MicroBatching
 
 
@@ -67,23 +68,26 @@ def test_columns_and_metrics_of_an_update_with_a_frozen_reference(model_dir):
             "actor/pg_clipfrac_lower",
             "actor/ppo_kl",
             "actor/entropy",
+            "actor/entropy_loss",
             "actor/kl_loss",
             "actor/kl_coef",
             "actor/grad_norm",
             "actor/lr",
             "actor/loss",
             "actor/perf/max_memory_allocated_gb",
+            "actor/perf/cpu_memory_used_gb",
         }
         assert all(type(value) is float for value in metrics[0].values())
         reference = reference or metrics[0]
         for name, value in reference.items():
-            if name != "actor/perf/max_memory_allocated_gb":
+            if "memory" not in name:
                 assert metrics[0][name] == pytest.approx(value, rel=1e-4, abs=1e-8), name
         parts = metrics[0]["actor/pg_loss"] - 0.01 * metrics[0]["actor/entropy"] + 0.1 * metrics[0]["actor/kl_loss"]
         assert metrics[0]["actor/loss"] == pytest.approx(parts, rel=1e-5)
         assert 0.05 < metrics[0]["actor/perf/max_memory_allocated_gb"] < 100
 
 
+@pytest.mark.slow
 def test_entropy_bonus_and_kl_loss_contribute_to_the_gradient(model_dir):
     data = make_batch(12)
     data.batch["advantages"].zero_()
@@ -185,24 +189,24 @@ def test_columns_of_pieces_equal_those_of_the_full_batch(model_dir, ranks):
     assert sorted(found.batch.keys()) == ["entropys", "old_log_probs", "ref_log_prob"]
     for name, column in found.batch.items():
         torch.testing.assert_close(column, expected.batch[name], msg=name)
-    with pytest.raises(ValueError, match="micro_batch_size_per_gpu"):
-        micro_batching(False, None, 100)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_an_offloaded_reference_is_moved_only_for_its_forward_passes(model_dir, ranks):
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_an_offloaded_reference_is_on_the_device_only_in_its_passes(model_dir, ranks):
     data = make_batch(12)
     shards, _ = split_even(data, ranks)
     updates = split_mini_batches(data, 6, ranks)
-    config = worker_config(model_dir)
-    kept = run_ranks(ranks, offload_program, config, shards, updates)
+    config = worker_config(model_dir, rollout={"log_prob_micro_batch_size_per_gpu": 6})
+    config.ref.log_prob_micro_batch_size_per_gpu = 12
+    kept = run_ranks(ranks, offloaded_ref_program, config, shards, updates)
     config.ref.fsdp_config.param_offload = True
-    offloaded = run_ranks(ranks, offload_program, config, shards, updates)
-    for (before, moves, after), (expected, none, later) in zip(offloaded, kept, strict=True):
+    offloaded = run_ranks(ranks, offloaded_ref_program, config, shards, updates)
+    for (before, after, found), (expected, later, full) in zip(offloaded, kept, strict=True):
         torch.testing.assert_close(before.batch["ref_log_prob"], expected.batch["ref_log_prob"])
         torch.testing.assert_close(after.batch["ref_log_prob"], later.batch["ref_log_prob"])
-        # Two moves for each of the two passes; in this test, source and target are both the host's memory.
-        assert (len(moves), none) == (4, [])
+        size = full[0]
+        assert size > 1000 and full == [size] * 6
+        assert found == [0, size, 0, 0, size, 0]
 
 
 def test_ref_log_prob_without_a_reference_policy_is_an_error(model_dir):
@@ -262,6 +266,7 @@ def run_bypass(ranks, config, correction, data, mini_batch=6):
     return DataProto.concat(list(before))[inverse], metrics[0], training_log_probs, weights[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss_type", ["ppo_clip", "reinforce"])
 def test_bypass_mode_uses_its_loss_and_returns_training_log_probs(model_dir, loss_type):
     data = make_batch(12)
@@ -305,3 +310,69 @@ def test_tokens_are_selected_from_the_whole_mini_batch(model_dir, loss_mode):
         assert outcomes[0][1]["actor/pg_loss"] == pytest.approx(reference[1]["actor/pg_loss"], rel=1e-4)
         for name, weight in outcomes[0][2].items():
             torch.testing.assert_close(weight, reference[2][name], atol=2e-5, rtol=1e-4)
+
+
+# ---- sequence and tensor parallelism --------------------------------------------------------------------------------
+
+SHARED = pytest.mark.parametrize("shared", ["sequences", "layers"])
+
+
+def shared_config(model_dir, size, shared, **over):
+    """Return a config in which `size` ranks share sequences or layers of the actor, and none of the reference model."""
+    sizes = {"ulysses_sequence_parallel_size": size}
+    if shared == "layers":
+        sizes = {"fsdp_config": fsdp_config(tensor_parallel_size=size)}
+    actor = actor_config(optim=optim_config(lr=2e-5), ppo_epochs=2, **sizes, **over)
+    config = worker_config(model_dir, actor=actor)
+    config.ref.ulysses_sequence_parallel_size = 1
+    return config
+
+
+@pytest.mark.slow
+@SHARED
+def test_ranks_that_share_samples_update_like_one(model_dir, shared):
+    """Log-probabilities of policy and reference before and after an update, and its metrics."""
+    data = make_batch(12)
+    shards, updates = [data], split_mini_batches(data, 6, 1)
+    [expected] = run_ranks(1, worker_program, shared_config(model_dir, 1, shared), shards, updates)
+    for found in run_ranks(2, worker_program, shared_config(model_dir, 2, shared), shards * 2, updates * 2):
+        for ours, theirs in ((found[0], expected[0]), (found[2], expected[2])):
+            assert ours.batch.keys() == theirs.batch.keys()
+            for name, column in theirs.batch.items():
+                torch.testing.assert_close(ours.batch[name], column, rtol=1e-6, atol=1e-5, msg=name)
+        for name in (name for name in expected[1] if not name.startswith("actor/perf/")):
+            assert found[1][name] == pytest.approx(expected[1][name], rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.slow
+@SHARED
+def test_ranks_that_share_samples_select_and_return_the_tokens_of_one(model_dir, shared):
+    """Losses that select tokens of a mini-batch, and the log-probabilities of bypass mode, on two groups of two."""
+    data = make_batch(12)
+    data.meta_info["global_step"] = 7
+    loss = PolicyLossConfig(loss_mode="clip_cov", clip_cov_ratio=0.2, clip_cov_lb=0.1, clip_cov_ub=50.0)
+
+    def run(ranks, size):
+        shards = split_mini_batches(data, 6, ranks // size)
+        config = shared_config(model_dir, size, shared, use_kl_loss=False, policy_loss=loss)
+        selected = run_ranks(ranks, selecting_program, config, [shard for shard in shards for _ in range(size)])
+        shards, _ = split_even(data, ranks // size)
+        updates = split_mini_batches(data, 6, ranks // size)
+        shards, updates = ([part for part in parts for _ in range(size)] for parts in (shards, updates))
+        config = shared_config(model_dir, size, shared, use_kl_loss=False)
+        bypass = run_ranks(ranks, bypass_program, config, Correction(bypass_mode=True), shards, updates)
+        return selected[::size], [trained for _, _, trained, _ in bypass[::size]]
+
+    def in_order(parts):
+        columns = torch.zeros(data.batch["response_mask"].shape)
+        for index, column in parts:
+            columns[index] = column.float()
+        return columns
+
+    selected, trained = run(1, 1)
+    found, found_trained = run(4, 2)
+    chosen = in_order(part for parts, _, _ in selected for part in parts)
+    assert chosen.any()
+    assert torch.equal(in_order(part for parts, _, _ in found for part in parts), chosen)
+    assert found[0][1]["actor/pg_loss"] == pytest.approx(selected[0][1]["actor/pg_loss"], rel=1e-4)
+    torch.testing.assert_close(in_order(found_trained), in_order(trained), rtol=1e-6, atol=1e-5)

@@ -43,6 +43,8 @@ def test_the_loss_is_the_sum_of_its_parts(case, mode):
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(metrics["actor/kl_loss"], kl)
     torch.testing.assert_close(metrics["actor/entropy"], agg_loss(entropy, mask, "token-mean", **denominators))
+    by_mode = agg_loss(entropy, mask, actor.loss_agg_mode, **denominators)
+    torch.testing.assert_close(metrics["actor/entropy_loss"], by_mode)
 
 
 def test_arguments_of_a_registered_policy_loss(case):

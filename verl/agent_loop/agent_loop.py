@@ -205,6 +205,36 @@ def get_agent_loop(name: str | Enum) -> RegisteredLoop:
     return _LOOPS[name]
 
 
+class LoopFactory:
+    """Makes the agent loops of a run.
+
+    Args:
+        client: access to the replicas.
+        tokenizer: the model's tokenizer.
+        config: the whole config.
+
+    Raises:
+        ValueError: the default agent loop is unknown or does not support the config.
+    """
+
+    def __init__(self, client: LLMServerClient, tokenizer: Any, config: PPOConfig):
+        self._arguments = client, tokenizer, config
+        self._shared: dict[str, dict[str, Any]] = {}
+        # Set up the default loop now, so that its errors show before the first sample.
+        self.make(config.actor_rollout_ref.rollout.agent.default_agent_loop)
+
+    def make(self, name: str) -> AgentLoopBase:
+        """Return a new loop for one sample.
+
+        Raises:
+            ValueError: unknown name, or the loop does not support the config.
+        """
+        registered = get_agent_loop(name)
+        if name not in self._shared:
+            self._shared[name] = registered.shared_arguments(*self._arguments[1:])
+        return registered.loop(*self._arguments, **self._shared[name])
+
+
 def agent_loop_names() -> list[str]:
     """Return the names of the registered loops."""
     return sorted(_LOOPS)

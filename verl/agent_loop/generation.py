@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from verl.agent_loop.agent_loop import AgentLoopBase, AgentLoopOutput, get_agent_loop
+from verl.agent_loop.agent_loop import AgentLoopOutput, LoopFactory
 from verl.agent_loop.detokenize import decode
+from verl.agent_loop.loop_pool import LoopPool
 from verl.agent_loop.loops_file import register_from_file
 from verl.agent_loop.manager_rewards import ManagerRewards
 from verl.agent_loop.padding import pad_right, pad_samples
@@ -62,20 +63,28 @@ class SampleGenerator:
     """
 
     def __init__(self, client: LLMServerClient, tokenizer: Any, rewards: RewardLoop, config: PPOConfig):
-        self._client = client
         self._tokenizer = tokenizer
         self._rewards = rewards
-        self._config = config
-        self._shared: dict[str, dict[str, Any]] = {}
-        agent = config.actor_rollout_ref.rollout.agent
-        if agent.agent_loop_config_path is not None:
-            register_from_file(agent.agent_loop_config_path)
         self._manager = None
         if config.reward.reward_manager.name not in REWARD_MANAGERS:
             self._manager = ManagerRewards(config, tokenizer, rewards)
-        # Set up the default loop now, so that its errors show before the first sample.
+        agent = config.actor_rollout_ref.rollout.agent
         self._default_agent_loop = agent.default_agent_loop
-        self._agent_loop(self._default_agent_loop)
+        self._pool = LoopPool(client, config) if agent.num_workers else None
+        self._loops: LoopFactory | None = None
+        if self._pool is None:
+            if agent.agent_loop_config_path is not None:
+                register_from_file(agent.agent_loop_config_path)
+            self._loops = LoopFactory(client, tokenizer, config)
+
+    async def start(self) -> None:
+        """Wait for the processes of the agent loops, if there are any.
+
+        Raises:
+            ValueError: the default agent loop is unknown or does not support the config, or the loops file is invalid.
+        """
+        if self._pool is not None:
+            await self._pool.start()
 
     async def generate(
         self, rows: Sequence[dict[str, Any]], sampling_params: dict[str, Any]
@@ -92,8 +101,7 @@ class SampleGenerator:
 
     @spanned("sample", "sample", overlaps=True)
     async def _sample(self, row: dict[str, Any], sampling_params: dict[str, Any]) -> ScoredSample:
-        loop = self._agent_loop(row.get("agent_name") or self._default_agent_loop)
-        output = await loop.run(sampling_params, **row)
+        output = await self._run_loop(row.get("agent_name") or self._default_agent_loop, sampling_params, row)
         self._generated_at = time.monotonic_ns()
         extra_info = {**(row.get("extra_info") or {}), **output.extra_fields, "num_turns": output.num_turns}
         reward: RewardResult
@@ -109,14 +117,20 @@ class SampleGenerator:
                 row["reward_model"].get("ground_truth"),
                 extra_info,
                 response_length=len(output.response_ids),
+                raw_prompt=row["raw_prompt"],
             )
         return ScoredSample(row, output, reward)
 
-    def _agent_loop(self, name: str) -> AgentLoopBase:
-        registered = get_agent_loop(name)
-        if name not in self._shared:
-            self._shared[name] = registered.shared_arguments(self._tokenizer, self._config)
-        return registered.loop(self._client, self._tokenizer, self._config, **self._shared[name])
+    async def _run_loop(self, name: str, sampling_params: dict[str, Any], row: dict[str, Any]) -> AgentLoopOutput:
+        if self._pool is not None:
+            return await self._pool.run(name, sampling_params, row)
+        assert self._loops is not None
+        return await self._loops.make(name).run(sampling_params, **row)
+
+    def close(self) -> None:
+        """End the processes of the agent loops."""
+        if self._pool is not None:
+            self._pool.close()
 
 
 def _own_reward(score: Any) -> RewardResult:

@@ -7,10 +7,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from verl.agent_loop.agent_loop import AgentLoopBase, agent_loop_names, get_agent_loop, register
 from verl.config.agent_loops_file import AgentLoopFileError, read_agent_loops
+from verl.extension.paths import expand_user
 from verl.extension.user_class import UserClassError, load_class
 
 
@@ -21,7 +20,7 @@ def register_from_file(path: str) -> None:
         AgentLoopFileError: as for `read_agent_loops`; or a class does not import, is not an `AgentLoopBase`, or has the
             name of another loop.
     """
-    folder = Path(path).expanduser().parent
+    folder = expand_user(path).parent
     for entry in read_agent_loops(path):
         try:
             loop = load_class(entry.target, folder, AgentLoopBase)

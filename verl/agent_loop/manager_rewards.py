@@ -45,7 +45,7 @@ class ManagerRewards:
     def __init__(self, config: PPOConfig, tokenizer: Any, rewards: RewardLoop):
         self._rewards = rewards
         self._name = config.reward.reward_manager.name
-        self._timeout = config.reward.timeout
+        self._timeout = config.reward.time_limit
         self._calls = ManagerCalls(self._timeout)
         self._loop: asyncio.AbstractEventLoop | None = None
         cls = get_reward_manager_cls(self._name)

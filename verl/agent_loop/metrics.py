@@ -24,22 +24,23 @@ def compute_agent_metrics(batch: DataProto) -> dict[str, float]:
         for each metric that a loop reports.
     """
     columns = batch.non_tensor_batch
-    metrics = _summary(columns["num_turns"], "num_turns") if "num_turns" in columns else {}
+    metrics = summary(columns["num_turns"], "num_turns") if "num_turns" in columns else {}
     reported = list(columns.get("agent_loop_metrics", ()))
     for name in dict.fromkeys(name for one in reported for name in one):
-        metrics |= _summary([one.get(name) for one in reported], f"agent_loop/{name}")
+        metrics |= summary([one.get(name) for one in reported], f"agent_loop/{name}")
     if "tool_call_counts" not in columns:
         return metrics
     failures = [found for found in columns["tool_failures"] if found is not None]
     return {
         **metrics,
-        **_summary(columns["tool_call_counts"], "tool_call_counts"),
-        **_summary(columns["tool_seconds"], "agent_loop/tool_calls"),
+        **summary(columns["tool_call_counts"], "tool_call_counts"),
+        **summary(columns["tool_seconds"], "agent_loop/tool_calls"),
         **{f"agent_loop/tool_failures/{kind}": sum(found.get(kind, 0) for found in failures) for kind in FAILURES},
     }
 
 
-def _summary(values: Iterable[float | None], name: str) -> dict[str, float]:
+def summary(values: Iterable[float | None], name: str) -> dict[str, float]:
+    """Return `NAME/{min,max,mean}` of the values that are not None; nothing if there is none."""
     known = [float(value) for value in values if value is not None]
     if not known:
         return {}

@@ -6,7 +6,9 @@ few that only read (`TOOLS`). Each program is recorded with its arguments and co
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +17,8 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from verl.config.entry_points import ENTRY_POINTS, MAIN_PPO, EntryPoint
 
 GUARD = Path(__file__).with_name("guard.bash")
 # Programs that only read and print, with any arguments.
@@ -26,7 +30,14 @@ TOOLS = (
 SECONDS = 20.0
 # Environment variables of a program that are recorded.
 VARIABLES = ("VLLM_ASCEND_ENABLE_NZ", "PYTORCH_NPU_ALLOC_CONF", "TASK_QUEUE_ENABLE", "RAY_ADDRESS")
-_MODULE = "verl.trainer.main_ppo"
+
+# Programs of upstream verl that train no policy: a part of the module's name, and what to use.
+_OTHER_MODULES = {
+    "sft": "supervised fine-tuning is not supported; start from a model that was fine-tuned elsewhere",
+    "main_generation": "use trainer.val_only=True, with trainer.validation_data_dir for the samples",
+    "main_eval": "use trainer.val_only=True",
+}
+_USE_ENTRY_POINT = f"use one of {', '.join(ENTRY_POINTS)}"
 
 
 class CaptureError(Exception):
@@ -41,11 +52,13 @@ class Command:
         words: its name and arguments; of a training command only the overrides.
         folder: working directory.
         environment: the `VARIABLES` that are set.
+        entry: the module of a training command.
     """
 
     words: tuple[str, ...]
     folder: Path
     environment: Mapping[str, str] = field(default_factory=dict)
+    entry: EntryPoint = MAIN_PPO
 
 
 @dataclass(frozen=True)
@@ -83,26 +96,34 @@ def capture(script: Path, arguments: Sequence[str] = (), *, npu: bool = False, s
         status, reported, output = _run(bash, folder, [str(script), *arguments], npu, seconds)
     commands = list(_commands(reported))
     trainings = tuple(
-        replace(command, words=tuple(overrides))
+        replace(command, entry=found[0], words=tuple(found[1]))
         for command in commands
-        if (overrides := training_arguments(command.words)) is not None
+        if (found := training_command(command.words)) is not None
     )
-    others = tuple(command for command in commands if training_arguments(command.words) is None)
+    others = tuple(command for command in commands if training_command(command.words) is None)
     if not trainings:
         raise CaptureError(_no_training_error(script, status, others, output, seconds))
     return Capture(trainings, others, output)
 
 
-def training_arguments(words: Sequence[str]) -> list[str] | None:
-    """Return the arguments of `python -m verl.trainer.main_ppo` or `verl train`; None for any other command.
+def training_command(words: Sequence[str]) -> tuple[EntryPoint, list[str]] | None:
+    """Return module and arguments of `python -m verl.trainer.main_ppo` or `verl train`; None for any other command.
 
-    Words before these, such as a launcher, are ignored.
+    All modules in `verl.config.entry_points` are known. Words before these, such as a launcher, are ignored.
     """
     for i, word in enumerate(words):
-        if word == _MODULE and words[i - 1] == "-m" and i:
-            return list(words[i + 1 :])
+        if word in ENTRY_POINTS and words[i - 1] == "-m" and i:
+            return ENTRY_POINTS[word], list(words[i + 1 :])
         if word == "train" and i and Path(words[i - 1]).name == "verl":
-            return list(words[i + 1 :])
+            return MAIN_PPO, list(words[i + 1 :])
+    return None
+
+
+def _upstream_module(words: Sequence[str]) -> str | None:
+    """Return the module of upstream verl that a command starts with `-m`; None for any other command."""
+    for option, module in itertools.pairwise(words):
+        if option == "-m" and module.startswith(("verl.", "recipe.")):
+            return module
     return None
 
 
@@ -164,29 +185,41 @@ def _run(bash: str, tools: str, words: Sequence[str], npu: bool, seconds: float)
 
 
 def _commands(reported: bytes) -> Iterator[Command]:
-    """Yield the reported commands.
+    """Yield the reported commands in the order in which their reports ended.
 
-    A report is the directory, the number of variables, the variables, the number of words, and the words. A NUL byte
-    ends each part.
+    A report is the directory, the number of variables, the variables, and the words. It consists of parts, which a NUL
+    byte ends; parts of several processes may be mixed. See `__verl_send` in guard.bash.
     """
-    parts = iter(reported.decode(errors="surrogateescape").split("\0")[:-1])
-
-    def read_list() -> list[str]:
-        return [next(parts) for _ in range(int(next(parts)))]
-
-    for folder in parts:
-        variables = dict(text.split("=", 1) for text in read_list())
-        yield Command(tuple(read_list()), Path(folder), variables)
+    unfinished: dict[str, list[bytes]] = {}
+    for part in reported.split(b"\0")[:-1]:
+        match = re.match(rb"(\d+)([+we])", part)
+        assert match is not None, part
+        process, text = match[1].decode(), part[match.end() :]
+        words = unfinished.setdefault(process, [b""])
+        words[-1] += text
+        if match[2] == b"w":
+            words.append(b"")
+        elif match[2] == b"e":
+            folder, count, *rest = (word.decode(errors="surrogateescape") for word in unfinished.pop(process)[:-1])
+            variables = dict(text.split("=", 1) for text in rest[: int(count)])
+            yield Command(tuple(rest[int(count) :]), Path(folder), variables)
 
 
 def _no_training_error(script: Path, status: int | None, others: Sequence[Command], output: str, seconds: float) -> str:
+    modules = [module for command in others if (module := _upstream_module(command.words)) is not None]
+    if modules:
+        use = next((use for part, use in _OTHER_MODULES.items() if part in modules[-1]), _USE_ENTRY_POINT)
+        return f"{script}: starts python3 -m {modules[-1]}, which is not a part of this package; {use}"
     end = f"was still running after {seconds:g} s" if status is None else f"ended with status {status}"
     # Lines with + are the trace of `set -x`.
     printed = [line for line in output.splitlines() if line.strip() and not line.startswith("+")]
     last = f"; its last line of output: {printed[-1].strip()}" if printed else ""
+    unset = re.search(r": line \d+: (\w+): ", printed[-1]) if printed and status else None
+    if unset is not None:
+        return f"{script}: needs the environment variable {unset[1]}{last}; set it and check again"
     skipped = ", ".join(dict.fromkeys(Path(command.words[0]).name for command in others))
     why = f"; it may need the output of programs that were not run ({skipped})" if skipped else ""
     return (
-        f"{script}: {end} without a training command (python3 -m {_MODULE} or verl train){last}{why}; give overrides "
-        "(key=value) and no script"
+        f"{script}: {end} without a training command (python3 -m {MAIN_PPO.module} or verl train){last}{why}; give "
+        "overrides (key=value) and no script"
     )

@@ -19,7 +19,10 @@ from pathlib import Path
 from verl.cli import check_output
 from verl.cli.capture import SECONDS, Capture, CaptureError, Command, capture
 from verl.cli.check_output import Run
+from verl.cli.translate import notes, script_text, write_script
+from verl.config.engine_keys import Translation, translate
 from verl.config.errors import ConfigError
+from verl.extension.paths import expand_user
 from verl.preflight.findings import Findings
 from verl.preflight.target import HARDWARE, Hardware, Target
 
@@ -44,6 +47,10 @@ examples:
   verl check train.sh trainer.n_gpus_per_node=16 --json
   verl check data.train_files=train.parquet data.val_files=test.parquet actor_rollout_ref.model.path=model
 """
+_OTHER_ENGINE = (
+    "the command trains with Megatron or VeOmni, and FSDP2 is the only supported training engine: the notes show the "
+    "keys of FSDP2, which the further errors are about; --translate FILE writes a script with them"
+)
 _MISSING = "files were not found: use --without-files to check the rest of the config"
 _MISSING_FROM_SCRIPT = (
     "files were not found, and other programs of the script were not run: if these programs create the files, run them "
@@ -78,6 +85,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="GB/s",
         help="print the duration of a full weight update at this bandwidth, in 10^9 bytes/s",
     )
+    parser.add_argument(
+        "--translate",
+        type=Path,
+        metavar="FILE",
+        help="write the training command of a script for Megatron or VeOmni as a new script for FSDP2",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -86,10 +99,16 @@ def run(options: argparse.Namespace) -> int:
     try:
         target = _target(options)
         captured = _capture(options.target, target.hardware)
+        translations = [translate(command.words) for command in captured.trainings]
+        if options.translate is not None:
+            _translate(captured.trainings, translations, options)
     except (CaptureError, ValueError) as error:
         sys.stderr.write(f"verl check: {error}\n")
         return 2
-    runs = [_examine(command, target) for command in captured.trainings]
+    runs = [
+        examine_command(command, translation, target, written=options.translate is not None)
+        for command, translation in zip(captured.trainings, translations, strict=True)
+    ]
     if not options.without_files and any(run.found.files_missing for run in runs):
         runs[0].found.notes.append(_MISSING_FROM_SCRIPT if captured.others else _MISSING)
     if options.json:
@@ -116,13 +135,41 @@ def _target(options: argparse.Namespace) -> Target:
 
 def _capture(words: Sequence[str], hardware: Hardware | None) -> Capture:
     """Return the training commands of a script, or one command built from overrides if there is no script."""
-    first = Path(words[0]).expanduser()
+    first = expand_user(words[0])
     if "=" in words[0] and not first.is_file():
         return Capture((Command(tuple(words), Path.cwd(), dict(os.environ)),), (), "")
     if not first.is_file():
         raise ValueError(f"{words[0]}: no such script; give a shell script, or overrides as key=value")
     npu = find_spec("torch_npu") is not None if hardware is None else hardware.device == "npu"
     return capture(first, words[1:], npu=npu)
+
+
+def _translate(commands: Sequence[Command], translations: Sequence[Translation], options: argparse.Namespace) -> None:
+    """Write the script of `--translate`.
+
+    Raises:
+        ValueError: not exactly one training command, nothing to translate or no equivalent, or the file exists.
+    """
+    if len(commands) != 1:
+        raise ValueError(f"--translate {options.translate}: the script has {len(commands)} training commands, not one")
+    [translation] = translations
+    if not translation.needed:
+        raise ValueError(f"--translate {options.translate}: the training command names no other engine than FSDP2")
+    if translation.refused:
+        raise ValueError(f"--translate {options.translate}: no equivalent for {'; '.join(translation.refused)}")
+    write_script(options.translate, script_text(commands[0], translation, options.target[0]))
+
+
+def examine_command(command: Command, translation: Translation, target: Target, *, written: bool) -> Run:
+    """Check a command with the keys of FSDP2. One for another engine has an error unless its translation is written."""
+    if not translation.needed:
+        return _examine(command, target)
+    run = _examine(dataclasses.replace(command, words=tuple(translation.overrides)), target)
+    run.found.notes = [*notes(translation), *run.found.notes]
+    run.found.errors = [*translation.refused, *run.found.errors]
+    if not written:
+        run.found.errors.insert(0, _OTHER_ENGINE)
+    return run
 
 
 def _examine(command: Command, target: Target) -> Run:
@@ -133,12 +180,14 @@ def _examine(command: Command, target: Target) -> Run:
     # Relative paths are relative to the script's working directory.
     with contextlib.chdir(command.folder):
         try:
-            config = compose(list(command.words))
-            if config is None:
+            loaded = compose(list(command.words), command.entry)
+            if loaded is None:
                 raise ConfigError(["the command asks Hydra for its help or for the config, and trains nothing"])
+            config = loaded.config
             with Probes(config, starting=False) as probes:
                 import_external_lib(config)
-                plan, found = examine(config, dataclasses.replace(target, environment=command.environment))
+                there = dataclasses.replace(target, environment=command.environment)
+                plan, found = examine(config, there, loaded.problems, loaded.notes)
                 elsewhere = target.hardware is not None or target.without_files
                 probes.check(config, found, device="cpu" if plan is None else plan.device, elsewhere=elsewhere)
         except ConfigError as error:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from verl import __version__
 from verl.utils.console import escape_unencodable
+from verl.utils.process_exit import STOPPED, end_on_interrupt, restore_interrupt
 
 
 class Subcommand(NamedTuple):
@@ -63,9 +64,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Args:
         arguments: words of the command line; None for `sys.argv[1:]`.
+
+    Returns:
+        130 after Ctrl-C.
     """
+    end_on_interrupt()
+    try:
+        return _run(list(sys.argv[1:] if arguments is None else arguments))
+    except KeyboardInterrupt:
+        sys.stderr.write(STOPPED)
+        return 130
+    finally:
+        restore_interrupt()
+
+
+def _run(given: list[str]) -> int:
     escape_unencodable()
-    given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["train"]:
         # Hydra parses all other words, including `--help`.
         from verl.cli import train
@@ -79,6 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         built.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         options.target += rest
+    restore_interrupt()  # from here on there may be files and processes to clean up
     status: int = options.run(options)
     return status
 

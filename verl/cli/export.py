@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from verl.config.actor import FSDPConfig
 from verl.config.errors import ConfigError
 from verl.utils.checkpoint_files import TRACKER, find_damage, later_checkpoints, resume_candidates, step_of
 
@@ -87,7 +88,7 @@ def _export(checkpoint: Path, target: Path, options: argparse.Namespace) -> None
     roles = config.actor_rollout_ref
     import_external(roles.model.external_lib or ())
     model: Any = roles.model
-    fsdp = roles.actor.fsdp_config
+    fsdp: FSDPConfig = roles.actor.fsdp_config
     if options.critic:
         critic = resolve_critic(config)
         model, fsdp = critic.model, critic.fsdp

@@ -14,12 +14,33 @@ __verl_report() {
     local - name variables=()
     set +x
     for name in $VERL_CHECK_VARIABLES; do [[ -z ${!name+set} ]] || variables+=("$name=${!name}"); done
-    printf '%s\0' "$PWD" "${#variables[@]}" ${variables[@]+"${variables[@]}"} "$#" "$@" >&"$VERL_CHECK_FD"
+    __verl_send "$PWD" "${#variables[@]}" ${variables[@]+"${variables[@]}"} "$@"
     # Read stdin to its end: a program that writes to this one would be killed by the broken pipe.
-    if [ -p /dev/stdin ]; then while IFS= read -r _; do :; done; fi
+    if [ -p /dev/stdin ]; then
+        while IFS= read -r name || [ -n "$name" ]; do
+            # `python3 - <<EOF`: the only output that scripts need of such a program is the name of the device.
+            if [[ $name == *get_device_name\(\)* && " $* " == *python*" - "* ]]; then __verl_device; fi
+        done
+    fi
     # Scripts test for an NPU with `python3 -c 'import torch_npu'`.
     [[ " $* " != *" -c "*torch_npu* || -n $VERL_CHECK_NPU ]]
 }
+
+# Write the words of a report in parts. Several processes write at the same time, and a pipe keeps only writes of at most
+# 4096 bytes together. A part is the process, a mark, and text: w ends a word, + does not, and a report ends with mark e.
+__verl_send() {
+    local LC_ALL=C word
+    for word in "$@"; do
+        while ((${#word} > 2000)); do
+            printf '%s\0' "$BASHPID+${word:0:2000}" >&"$VERL_CHECK_FD"
+            word=${word:2000}
+        done
+        printf '%s\0' "${BASHPID}w$word" >&"$VERL_CHECK_FD"
+    done
+    printf '%s\0' "${BASHPID}e" >&"$VERL_CHECK_FD"
+}
+
+__verl_device() { if [[ -n $VERL_CHECK_NPU ]]; then printf 'npu\n'; else printf 'cuda\n'; fi; }
 
 __verl_program() {
     local first=
@@ -36,6 +57,8 @@ command_not_found_handle() { __verl_report "$@"; }
 bash() { if [ -f "${1-}" ]; then __verl_script "$@"; else __verl_report bash "$@"; fi; }
 sh() { bash "$@"; }
 kill() { :; }
+# The limits of this machine are not those of the machine that trains.
+ulimit() { :; }
 which() { printf '%s\n' "$1"; }
 hostname() { printf '%s\n' "${HOSTNAME:-localhost}"; }
 date() {

@@ -23,7 +23,7 @@ from verl.config.data import CustomClassConfig, DataConfig
 from verl.config.errors import ConfigError
 from verl.config.load import from_hydra, load_config
 from verl.config.lora import LoraOptions, lora_options
-from verl.config.model import LoraConfig, ModelConfig
+from verl.config.model import FusedKernelOptions, LoraConfig, ModelConfig
 from verl.config.ppo import ActorRolloutRefConfig, PPOConfig, RayKwargs
 from verl.config.ref import RefConfig
 from verl.config.reward import CustomRewardFunctionConfig, RewardConfig, RewardManagerConfig
@@ -51,6 +51,7 @@ __all__ = [
     "DataConfig",
     "FSDPConfig",
     "FilterGroupsConfig",
+    "FusedKernelOptions",
     "KLCtrlConfig",
     "LoraConfig",
     "LoraOptions",

@@ -7,11 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from verl.config import names
-from verl.config.conditions import any_of, first_of, read_by_loss, unless, when
+from verl.config.conditions import any_of, first_of, has_own_memory, quantization_aware, read_by_loss, unless, when
 from verl.config.old_log_probs import OldLogProbsConfig
-from verl.config.schema import ConfigSection, key, section, unsupported
+from verl.config.profiler import RoleProfilerConfig
+from verl.config.schema import ConfigSection, key, section, unsupported, without_effect
 
+NO_TORCH_COMPILE = "the trainer computes without torch.compile"
+CHUNKED_ENTROPY = "the entropy is always computed in chunks"
+RECOMPUTED_ENTROPY = "the backward pass always computes the entropy again"
 _HF_MODEL = "hf_model"
+_DTYPES, _FLOAT16 = ("float32", "fp32", "bfloat16", "bf16"), ("float16", "fp16")
 _FSDP = "use strategy=fsdp2, the only supported training engine"
 
 
@@ -58,16 +63,20 @@ class OptimConfig(ConfigSection):
     override_optimizer_config: dict[str, Any] | None = unsupported(None, "further optimizer settings")
 
 
-@dataclass
-class QatConfig(ConfigSection):
-    """Quantization-aware training: the trainer computes with the numbers that the quantized rollout engine uses."""
-
-    enable: str | bool = key(
-        False,
+def _enable_qat(default: str | bool) -> Any:
+    return key(
+        default,
         "use the engine's rounded weights and inputs in forward passes; gradients reach the unrounded weights; "
         "auto: if the rollout is quantized in a format that has it",
         choices=("auto", True, False),
     )
+
+
+@dataclass
+class QatConfig(ConfigSection):
+    """Quantization-aware training: the trainer computes with the numbers that the quantized rollout engine uses."""
+
+    enable: str | bool = _enable_qat(False)
     mode: str | None = key(
         None,
         "w8a8_mxfp8, w4a8_mxfp: as an engine in this format; w8a16_mxfp8: round the weights, not the inputs; null: as "
@@ -75,24 +84,61 @@ class QatConfig(ConfigSection):
         choices=tuple(names.QAT_MODES),
         unsupported=("w4a16", "w4a4"),
         use="use null: the format of the engine",
-        only_with=unless("enable", False),
+        only_with=quantization_aware,
     )
     ignore_patterns: list[str] = key(
         list(names.QAT_IGNORED),
         "layers that are not rounded: a part of the name, or re: and a regular expression; the engine must not "
         "quantize them either (rollout.quantization_config_file)",
-        only_with=unless("enable", False),
+        only_with=quantization_aware,
     )
     mask_saturated: bool = key(
         False,
         "no gradient for numbers beyond the largest of their block's format, whose rounded value does not follow them",
-        only_with=unless("enable", False),
+        only_with=quantization_aware,
     )
     group_size: int = unsupported(16, "another group size; MX formats have groups of 32")
     activation_observer: str = unsupported("static_minmax", "calibrated scales; MX formats compute them for each token")
     quantization_config_path: str | None = unsupported(
         None, "a file for the trainer only", "use actor_rollout_ref.rollout.quantization_config_file"
     )
+
+
+@dataclass
+class ActorQatConfig(QatConfig):
+    """Quantization-aware training of the policy, which the rollout samples from."""
+
+    enable: str | bool = _enable_qat("auto")
+
+
+@dataclass
+class MixedPrecisionConfig(ConfigSection):
+    """Dtypes of a model's computation and gradients."""
+
+    param_dtype: str | None = key(
+        None,
+        "dtype of the computation; null: the value of `dtype`",
+        choices=_DTYPES,
+        unsupported=_FLOAT16,
+        use="use float32 or bfloat16",
+    )
+    reduce_dtype: str | None = key(
+        None,
+        "dtype in which gradients are summed over the ranks; null: float32",
+        choices=_DTYPES,
+        unsupported=_FLOAT16,
+        use="use float32 or bfloat16",
+    )
+    buffer_dtype: str | None = key(
+        None,
+        "dtype of the model's buffers, such as rotary frequencies, which are never rounded; null: float32",
+        choices=("float32", "fp32"),
+        unsupported=("bfloat16", "bf16", *_FLOAT16),
+        use="use float32",
+    )
+
+
+_WITHOUT_POLICY = unless("offload_policy")
 
 
 @dataclass
@@ -106,24 +152,67 @@ class FSDPConfig(ConfigSection):
     )
     dtype: str = key(
         "auto",
-        "dtype of the computation; auto: bfloat16 if the device computes it fast, else float32",
-        choices=("auto", "float32", "fp32", "bfloat16", "bf16"),
-        unsupported=("float16", "fp16"),
+        "dtype of the computation; auto: bfloat16 if the device computes it fast, else float32; with "
+        "quantization-aware training, the dtype of the rollout",
+        choices=("auto", *_DTYPES),
+        unsupported=_FLOAT16,
         use="use auto, float32 or bfloat16",
     )
     reshard_after_forward: bool = key(True, "free the gathered weights of a layer between forward and backward")
     qat: QatConfig = section(QatConfig, "quantization-aware training")
-    fsdp_size: int = unsupported(-1, "hybrid sharding", "use -1: all ranks share one copy of the model")
-    param_offload: bool = unsupported(False, "offload to host memory")
-    optimizer_offload: bool = unsupported(False, "offload to host memory")
-    offload_policy: bool = unsupported(False, "offload to host memory")
-    forward_prefetch: bool = unsupported(False, "explicit prefetch")
-    ulysses_sequence_parallel_size: int = unsupported(1, "sequence parallelism")
-    use_torch_compile: bool = unsupported(False, "torch.compile in training")
-    entropy_checkpointing: bool = unsupported(False, "recomputation of the entropy")
-    entropy_from_logits_with_chunking: bool = key(
-        False, "accepted for compatibility; the entropy is always computed in chunks"
+    fsdp_size: int = key(
+        -1,
+        "ranks that share one copy of the weights, such as the devices of a node; it must divide the ranks of the "
+        "trainer. -1: all ranks share one copy",
+        unit="ranks",
+        at_least=-1,
     )
+    param_offload: bool = key(
+        False,
+        "keep the weights in host memory while no pass, update or export uses them",
+        only_with=(has_own_memory, _WITHOUT_POLICY),
+    )
+    optimizer_offload: bool = key(
+        False,
+        "keep the optimizer's state in host memory except in updates",
+        only_with=(has_own_memory, _WITHOUT_POLICY),
+    )
+    offload_policy: bool = key(
+        False,
+        "keep weights, gradients and optimizer state in host memory all the time: each layer is copied to the device "
+        "when it is gathered, and the CPU runs the optimizer",
+        only_with=has_own_memory,
+    )
+    forward_prefetch: bool = key(
+        False, "gather the weights of the next layer while a layer computes; more memory by one layer"
+    )
+    mixed_precision: MixedPrecisionConfig = section(MixedPrecisionConfig, "dtypes of computation and gradients")
+    ulysses_sequence_parallel_size: int = key(
+        1, "the same key of the section above it, which counts if it is above 1", unit="ranks", at_least=1
+    )
+    tensor_parallel_size: int = key(
+        1,
+        "neighboring ranks that share each decoder layer: they process the same samples, each with a part of the "
+        "attention heads, of the MLP and of the experts. It must divide the ranks and these numbers of the model. Not "
+        "supported for the critic",
+        unit="ranks",
+        at_least=1,
+    )
+    use_torch_compile: bool = without_effect(False, NO_TORCH_COMPILE)
+    entropy_checkpointing: bool = without_effect(False, RECOMPUTED_ENTROPY)
+    entropy_from_logits_with_chunking: bool = without_effect(False, CHUNKED_ENTROPY)
+
+    @property
+    def compute_dtype(self) -> str:
+        """Value of `mixed_precision.param_dtype`, or else of `dtype`."""
+        return self.mixed_precision.param_dtype or self.dtype
+
+
+@dataclass
+class ActorFSDPConfig(FSDPConfig):
+    """Sharding of the policy over the trainer's ranks with FSDP2."""
+
+    qat: ActorQatConfig = section(ActorQatConfig, "quantization-aware training")
 
 
 @dataclass
@@ -265,6 +354,10 @@ class ActorConfig(ConfigSection):
             when("actor_rollout_ref.ref.log_prob_use_dynamic_bsz"),
         ),
     )
+    use_rollout_log_probs: bool = key(
+        False,
+        "no effect of its own; algorithm.rollout_correction.bypass_mode decides if old_log_probs are the rollout's",
+    )
     ppo_epochs: int = key(1, "passes over the samples of a training step", at_least=1)
     clip_ratio: float = key(
         0.2,
@@ -331,16 +424,21 @@ class ActorConfig(ConfigSection):
     )
     policy_loss: PolicyLossConfig = section(PolicyLossConfig, "choice of the policy loss, and its settings")
     optim: OptimConfig = section(OptimConfig, "AdamW and its learning rate schedule")
-    fsdp_config: FSDPConfig = section(FSDPConfig, "sharding of the model over the trainer's ranks")
+    fsdp_config: ActorFSDPConfig = section(ActorFSDPConfig, "sharding of the model over the trainer's ranks")
     checkpoint: CheckpointConfig = section(CheckpointConfig, "parts of a checkpoint")
+    profiler: RoleProfilerConfig = section(RoleProfilerConfig, "device profile of this role's stages")
     megatron: MegatronConfig = section(MegatronConfig, "Megatron: not supported")
     shuffle: bool = unsupported(False, "shuffled mini-batches")
-    use_torch_compile: bool = unsupported(False, "torch.compile in training")
-    ulysses_sequence_parallel_size: int = unsupported(1, "sequence parallelism")
-    entropy_checkpointing: bool = unsupported(False, "recomputation of the entropy")
-    entropy_from_logits_with_chunking: bool = key(
-        False, "accepted for compatibility; the entropy is always computed in chunks"
+    use_torch_compile: bool = without_effect(False, NO_TORCH_COMPILE)
+    ulysses_sequence_parallel_size: int = key(
+        1,
+        "neighboring ranks that share the sequences of a micro-batch, for long sequences; they share its memory, and "
+        "limits in tokens per rank apply to each one's part. It must divide the ranks and the model's query heads",
+        unit="ranks",
+        at_least=1,
     )
+    entropy_checkpointing: bool = without_effect(False, RECOMPUTED_ENTROPY)
+    entropy_from_logits_with_chunking: bool = without_effect(False, CHUNKED_ENTROPY)
     ppo_micro_batch_size: int | None = unsupported(
         None, "a micro-batch size over all ranks", "use ppo_micro_batch_size_per_gpu, which counts samples per rank"
     )

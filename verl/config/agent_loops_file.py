@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from verl.extension.paths import expand_user
 from verl.extension.user_class import UserClassError, check_class
 from verl.extension.user_files import check_unique, read_yaml_list
 
@@ -46,7 +47,7 @@ def read_agent_loops(path: str) -> list[AgentLoopEntry]:
         AgentLoopFileError: the file is missing or not YAML, an entry is incomplete, a class does not exist, or two
             entries have the same name.
     """
-    folder = Path(path).expanduser().parent
+    folder = expand_user(path).parent
     try:
         items = read_yaml_list(path, AGENT_LOOPS_KEY, entry="{name, _target_} for each agent loop")
         entries = [_entry(item, location, folder) for location, item in items]

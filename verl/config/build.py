@@ -11,9 +11,10 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from verl.config import hints
+from verl.config import hints, upstream
 from verl.config.errors import ConfigError, unknown_key
 from verl.config.schema import Key, key_of, show
+from verl.extension.paths import path_problem
 from verl.utils.model_dir.hub import cached_model
 
 T = TypeVar("T")
@@ -26,39 +27,62 @@ class _WrongType(Exception):
     """A value has another type than expected; the message describes the expected type."""
 
 
+@dataclasses.dataclass
+class Collected:
+    """Keys that `collect` could not use.
+
+    Attributes:
+        problems: an error text for each value of a wrong type, by key.
+        unknown: values of unknown keys, by dotted name.
+    """
+
+    problems: dict[str, str] = dataclasses.field(default_factory=dict)
+    unknown: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
 def build(cls: type[T], values: Mapping[str, Any]) -> T:
     """Return an instance of the dataclass `cls`; keys that `values` lacks keep their defaults.
 
     Raises:
         ConfigError: lists all unknown keys, with the nearest known ones, and all values of a wrong type.
     """
-    problems: list[str] = []
-    config: T = _build(cls, values, "", cls, problems)
+    config, collected = collect(cls, values)
+    problems = [*collected.problems.values(), *(unknown_key_problem(key, cls) for key in collected.unknown)]
     if problems:
         raise ConfigError(dict.fromkeys(problems))
     return config
 
 
-def _build(cls: type, values: Mapping[str, Any], prefix: str, root: type, problems: list[str]) -> Any:
+def collect(cls: type[T], values: Mapping[str, Any]) -> tuple[T, Collected]:
+    """Return an instance of the dataclass `cls`, and the keys that it could not use; these keep their defaults."""
+    collected = Collected()
+    config: T = _build(cls, values, "", collected)
+    return config, collected
+
+
+def _build(cls: type, values: Mapping[str, Any], prefix: str, collected: Collected) -> Any:
     field_types, arguments = _field_types(cls), {}
     for name, value in values.items():
         path = f"{prefix}{name}"
         hint = field_types.get(str(name))
         if hint is None:
-            problems += [unknown_key_problem(key, root) for key in _leaves(path, value)]
+            collected.unknown |= leaves(path, value)
         elif dataclasses.is_dataclass(hint):
             if isinstance(value, Mapping):
-                arguments[name] = _build(typing.cast(type, hint), value, f"{path}.", root, problems)
+                arguments[name] = _build(typing.cast(type, hint), value, f"{path}.", collected)
             elif value is not None:
-                problems.append(
+                collected.problems[path] = (
                     f"{path}={show(value)}: this is a section; set one of its keys, {_some_keys(hint, path)}"
                 )
         else:
             known = _keys(cls)[name]
+            if known.path and isinstance(value, str) and (problem := path_problem(value)) is not None:
+                collected.problems[path] = f"{path}={_shortened(value)}: {problem}"
+                continue
             try:
                 arguments[name] = _resolve_path(known, convert(_choice_of_bool(value, known.choices), hint))
             except _WrongType as error:
-                problems.append(f"{path}={_shortened(value)}: must be {error}")
+                collected.problems[path] = f"{path}={_shortened(value)}: must be {error}"
     return cls(**arguments)
 
 
@@ -170,7 +194,12 @@ def describe(hint: Any) -> str:
 
 def unknown_key_problem(key: str, cls: type) -> str:
     """Return the error text for an unknown key: the replacement of a key of upstream verl, or the nearest keys."""
-    return hints.upstream_key_hint(key) or unknown_key(key, nearest_keys(key, tuple(key_types(cls))))
+    known = key_types(cls)
+    return (
+        hints.upstream_key_hint(key)
+        or upstream.feature_hint(key, known, sections(cls))
+        or unknown_key(key, nearest_keys(key, tuple(known)))
+    )
 
 
 def nearest_keys(key: str, known: tuple[str, ...]) -> list[str]:
@@ -243,10 +272,11 @@ def _shortened(value: Any) -> str:
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
-def _leaves(path: str, value: Any) -> list[str]:
+def leaves(path: str, value: Any) -> dict[str, Any]:
+    """Return the values inside a mapping by dotted name; a value that is no mapping has the name `path`."""
     if isinstance(value, Mapping) and value:
-        return [leaf for name, item in value.items() for leaf in _leaves(f"{path}.{name}", item)]
-    return [path]
+        return {leaf: inner for name, item in value.items() for leaf, inner in leaves(f"{path}.{name}", item).items()}
+    return {path: value}
 
 
 def _some_keys(hint: Any, path: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 from verl.config import names
 from verl.config.schema import Condition, Run, show
+from verl.utils.quantization.schemes import SCHEME_NAMES, weight_format_class
 
 _ACTOR = "actor_rollout_ref.actor."
 
@@ -63,7 +64,7 @@ def first_of(*conditions: Condition) -> Condition:
 
 def all_words(conditions: tuple[Condition, ...], key: str) -> str:
     """Return the words of conditions that must all hold, for docs/config.md."""
-    return ", and with ".join(condition.words(key) for condition in conditions)
+    return ", and with ".join(words for condition in conditions if (words := condition.words(key)))
 
 
 def micro_batches(switch: str, *, in_tokens: bool) -> Condition:
@@ -78,6 +79,14 @@ def micro_batches(switch: str, *, in_tokens: bool) -> Condition:
         in_tokens,
         null_means=f"{_ACTOR}use_dynamic_bsz",
         reason="without dynamic micro-batches" if in_tokens else "with dynamic micro-batches",
+    )
+
+
+def same_as(name: str) -> Condition:
+    """Return the condition that the key has the same value as the key `name`."""
+    return Condition(
+        lambda run, key: None if run.value(key) == run.value(name) else f"with {name}={show(run.value(name))}",
+        lambda key: f"the value of `{name}`",
     )
 
 
@@ -143,6 +152,10 @@ on_accelerator = Condition(
 """Condition of keys that have no effect on a CPU."""
 
 
+has_own_memory = unless("run.device", "cpu", words="an accelerator", reason="on a CPU, which only has host memory")
+"""Condition of keys that move tensors to host memory."""
+
+
 validates = any_of(
     when("trainer.test_freq", at_least=1),
     when("trainer.val_before_train"),
@@ -151,6 +164,25 @@ validates = any_of(
     words="validation (`trainer.test_freq`, `trainer.val_before_train`, `trainer.val_only`)",
 )
 """Condition of keys that only validation reads."""
+
+
+def _why_not_quantization_aware(run: Run, key: str) -> str | None:
+    section = key.rpartition(".")[0]
+    enable, quantization = run.value(f"{section}.enable"), run.value("actor_rollout_ref.rollout.quantization")
+    described = f"with {section.removeprefix('actor_rollout_ref.')}.enable={show(enable)}"
+    if enable is False:
+        return described
+    known = quantization is None or quantization in SCHEME_NAMES
+    if enable == "auto" and known and not weight_format_class(quantization).supports_qat:
+        return f"{described} and rollout.quantization={show(quantization)}"
+    return None
+
+
+quantization_aware = Condition(
+    _why_not_quantization_aware,
+    lambda key: f"`{key.rpartition('.')[0]}.enable=True`, or `auto` and a rollout in MXFP8 or MXFP4",
+)
+"""Condition of keys that only quantization-aware training reads."""
 
 
 def _why_not_read_by_estimator(run: Run, key: str) -> str | None:

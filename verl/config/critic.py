@@ -8,8 +8,10 @@ from typing import Any
 
 from verl.config import names
 from verl.config.actor import CheckpointConfig, FSDPConfig, MegatronConfig, OptimConfig
-from verl.config.conditions import micro_batches, when
-from verl.config.schema import ConfigSection, key, section, unsupported
+from verl.config.conditions import has_own_memory, micro_batches, when
+from verl.config.model import SHM
+from verl.config.profiler import RoleProfilerConfig
+from verl.config.schema import ConfigSection, key, section, unsupported, without_effect
 
 _LORA = "leave the key out: the whole critic is trained"
 _IN_SAMPLES = micro_batches("use_dynamic_bsz", in_tokens=False)
@@ -58,8 +60,13 @@ class CriticModelConfig(ConfigSection):
         True,
         "run the sequences of a micro-batch without padding, in one row; False: pad them to the maximum lengths",
     )
-    use_shm: bool = unsupported(False, "loading the model through shared memory")
-    enable_activation_offload: bool = unsupported(False, "activation offload")
+    use_shm: bool = without_effect(False, SHM)
+    enable_activation_offload: bool = key(
+        False,
+        "keep the inputs of the layers in host memory between forward and backward pass; needs "
+        "enable_gradient_checkpointing",
+        only_with=has_own_memory,
+    )
     lora_rank: int = unsupported(0, "LoRA in the critic", _LORA)
     lora_alpha: int = unsupported(16, "LoRA in the critic", _LORA)
     target_modules: str | list[str] = unsupported("all-linear", "LoRA in the critic", _LORA)
@@ -129,10 +136,16 @@ class CriticConfig(ConfigSection):
     fsdp: FSDPConfig = section(FSDPConfig, "sharding of the model over the trainer's ranks")
     model: CriticModelConfig = section(CriticModelConfig, "the critic's model and how it is loaded")
     checkpoint: CheckpointConfig = section(CheckpointConfig, "parts of a checkpoint")
+    profiler: RoleProfilerConfig = section(RoleProfilerConfig, "device profile of this role's stages")
     megatron: MegatronConfig = section(MegatronConfig, "Megatron: not supported")
     shuffle: bool = unsupported(False, "shuffled mini-batches")
     data_loader_seed: int = unsupported(42, "a seed for shuffled mini-batches")
-    ulysses_sequence_parallel_size: int = unsupported(1, "sequence parallelism")
+    ulysses_sequence_parallel_size: int = key(
+        1,
+        "neighboring ranks that share the sequences of a micro-batch; see actor_rollout_ref.actor",
+        unit="ranks",
+        at_least=1,
+    )
     ppo_micro_batch_size: int | None = unsupported(
         None, "a micro-batch size over all ranks", "use ppo_micro_batch_size_per_gpu, which counts samples per rank"
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from verl.config.conditions import any_of, unless, validates, when
-from verl.config.schema import ConfigSection, key, section, unsupported
+from verl.config.schema import ConfigSection, key, section, unsupported, without_effect
 
 _OWN_DATASET = unless("data.custom_cls.path", None, words="your own dataset class")
 _NO_SAMPLER = "without your own sampler (data.sampler.class_path)"
@@ -65,7 +65,10 @@ class DataConfig(ConfigSection):
         -1, "rows of the validation files to use; -1: all", unit="prompts", at_least=-1, only_with=validates
     )
     train_batch_size: int = key(
-        1024, "prompts per training step, with rollout.n samples each", unit="prompts", at_least=1
+        1024,
+        "prompts per training step, with rollout.n samples each; a fully asynchronous run derives it",
+        unit="prompts",
+        at_least=1,
     )
     val_batch_size: int | None = key(
         None,
@@ -124,16 +127,17 @@ class DataConfig(ConfigSection):
     gen_batch_size: int | None = key(
         None,
         "prompts to generate for at once with algorithm.filter_groups.enable=True, or prompts in progress with "
-        "rollout.partial_rollout=True; null: train_batch_size",
+        "rollout.partial_rollout=True; null: train_batch_size; a fully asynchronous run derives it",
         unit="prompts",
         at_least=1,
         only_with=any_of(
             when("algorithm.filter_groups.enable"),
             when("actor_rollout_ref.rollout.partial_rollout"),
+            when("async_training.enable"),
             reason="without dynamic sampling (algorithm.filter_groups.enable) and without rollout.partial_rollout",
         ),
     )
-    dataloader_num_workers: int = unsupported(0, "loader processes", "use 0: the driver tokenizes prompts")
+    dataloader_num_workers: int = without_effect(0, "a thread of the driver tokenizes prompts")
     validation_shuffle: bool = unsupported(False, "shuffled validation prompts")
     image_key: str = unsupported("images", "images in prompts")
     video_key: str = unsupported("videos", "videos in prompts")

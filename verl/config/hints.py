@@ -4,20 +4,18 @@ from __future__ import annotations
 
 _CORRECTION = "algorithm.rollout_correction."
 _MULTI_TURN = "actor_rollout_ref.rollout.multi_turn."
-_TOKENS_KEPT = "leave it out: tokens of the model are kept as they were generated, so there is nothing to compare"
 _BYPASS = f"use {_CORRECTION}bypass_mode=True with {_CORRECTION}loss_type=reinforce"
 _VETO = "a veto by single tokens is not supported; rollout_rs=seq_max_k2 rejects a sequence for its most distant token"
 _PARTIAL = (
     "use actor_rollout_ref.rollout.partial_rollout=True: data.gen_batch_size prompts are in progress, and a step uses "
     "the first data.train_batch_size prompts that are finished"
 )
-_LAG = "use trainer.rollout_lag=1"
 _MODELS = ("actor_rollout_ref.actor.fsdp_config", "actor_rollout_ref.ref.fsdp_config", "critic.fsdp")
-_ONE_LOOP = "leave it out: there is only one implementation"
-_LENGTHS = "leave it out and use data.max_prompt_length and data.max_response_length"
-_IMAGES = "leave it out: images in prompts are not supported"
+_LENGTHS = "leave it out and use data.max_prompt_length and data.max_response_length, which are the limits"
 _SAMPLES = "leave it out and use actor_rollout_ref.rollout.n"
+_SKIP = "use skip.rollout.enable=True, with the steps in skip.rollout.steps and skip.rollout.dump_dir"
 _KEYS = {
+    **{f"actor_rollout_ref.rollout.{name}": _SKIP for name in ("skip_rollout", "skip_dump_dir")},
     "actor_rollout_ref.actor.use_token_level_loss": "use actor_rollout_ref.actor.loss_agg_mode=token-mean",
     "actor_rollout_ref.actor.tis_imp_ratio_cap": (
         f"use {_CORRECTION}rollout_is=token, with the cap as {_CORRECTION}rollout_is_threshold"
@@ -35,56 +33,57 @@ _KEYS = {
     "actor_rollout_ref.rollout.response_length": _LENGTHS,
     "actor_rollout_ref.rollout.swap_space": "leave it out: the engine computes preempted requests again",
     "actor_rollout_ref.rollout.chat_scheduler": "use an agent loop: actor_rollout_ref.rollout.agent",
-    "actor_rollout_ref.nccl_timeout": "leave it out: ranks wait at most 30 minutes for each other",
+    "critic.nccl_timeout": "use actor_rollout_ref.nccl_timeout, which is the limit for all ranks of the trainer",
     "data.tokenizer": "use actor_rollout_ref.model.tokenizer_path",
-    "data.return_multi_modal_inputs": _IMAGES,
-    "data.image_patch_size": _IMAGES,
-    "trainer.use_legacy_worker_impl": _ONE_LOOP,
-    "trainer.ray_wait_register_center_timeout": "leave it out",
     "trainer.remove_previous_ckpt_in_save": "use trainer.max_actor_ckpt_to_keep=1",
-    "trainer.profile_steps": "use trainer.timeline, which records every step",
+    "trainer.profile_steps": "use global_profiler.steps",
     "actor_rollout_ref.rollout.over_sample_rate": _PARTIAL,
+    "async_training.compute_prox_log_prob": (
+        f"leave it out for False; for True use {_CORRECTION}bypass_mode=False, with which the trainer computes "
+        "old_log_probs"
+    ),
     f"{_MULTI_TURN}max_turns": f"use {_MULTI_TURN}max_assistant_turns",
-    f"{_MULTI_TURN}tokenization_sanity_check_mode": _TOKENS_KEPT,
-    f"{_MULTI_TURN}use_inference_chat_template": _TOKENS_KEPT,
+    **{
+        f"reward.reward_model.rollout.{name}": "leave it out: the request of your reward function decides it"
+        for name in ("temperature", "top_k", "top_p", "n", "do_sample", "ignore_eos")
+    },
     **{f"{model}.grad_offload": "leave it out: gradients stay on the device" for model in _MODELS},
 }
-_PROFILER = "device profilers are not supported; leave them out and use trainer.timeline, which shows all processes"
-_PROFILED = ("critic", *(f"actor_rollout_ref.{role}" for role in ("actor", "ref", "rollout")))
 # Sections of upstream verl; one message covers all their unknown keys.
 _SECTIONS = {
-    "reward.reward_model": (
-        "reward models are not supported; leave them out and query one in "
-        "reward.custom_reward_function, as in examples/reward_model"
+    "distillation.teacher_models": (
+        "several teachers are not supported; use the keys of distillation.teacher_models.teacher_model, which scores "
+        "every sample"
     ),
-    "async_training": (
-        f"{_PARTIAL}; actor_rollout_ref.rollout.max_staleness limits their age. To generate the next batch during "
-        f"training instead, {_LAG}"
-    ),
-    # From one_step_off_policy.
-    "rollout": (
-        "they are in actor_rollout_ref.rollout; this includes nnodes and n_gpus_per_node of one_step_off_policy, "
-        f"for which you also {_LAG}"
-    ),
+    "rollout": "keys of the replicas are in actor_rollout_ref.rollout",
     "actor_rollout_ref.rollout.trace": (
         "traces of samples are not supported; leave them out and use trainer.rollout_data_dir, which keeps the samples"
     ),
-    "actor_rollout_ref.rollout.prometheus": "Prometheus is not supported; leave them out",
-    "transfer_queue": "leave them out: samples pass through the driver",
     "actor_rollout_ref.actor.router_replay": "routing replay is not supported; leave them out",
-    **{f"{model}.wrap_policy": "leave them out: each decoder layer is sharded separately" for model in _MODELS},
     **{
         f"{role}.{engine}": f"this training engine is not supported; leave them out and use {role}.strategy=fsdp2"
         for role in ("actor_rollout_ref.actor", "actor_rollout_ref.ref", "critic")
         for engine in ("veomni", "torchtitan")
     },
-    "trainer.npu_profile": _PROFILER,
-    "global_profiler": _PROFILER,
-    **{f"{role}.profiler": _PROFILER for role in _PROFILED},
+    "actor_rollout_ref.model.mtp": "multi-token prediction is not supported; leave them out",
+    "skip.async_rollout": "a fully asynchronous run keeps no rollouts; leave them out",
+    "actor_rollout_ref.rollout.skip": _SKIP,
+    **{
+        f"{model}.{section}": f"{feature} is not supported; leave them out"
+        for model in _MODELS
+        for section, feature in (("turbo_config", "the engine fsdp_turbo"), ("mixed_precision", "another precision"))
+    },
+    "trainer.npu_profile": "use global_profiler.tool=npu and actor_rollout_ref.actor.profiler",
 }
 
 # Config files of upstream verl for other training engines.
-_CONFIG_NAMES = ("ppo_megatron_trainer", "ppo_veomni_trainer", "ppo_torchtitan_trainer")
+_CONFIG_NAMES = (
+    "ppo_megatron_trainer",
+    "ppo_veomni_trainer",
+    "ppo_torchtitan_trainer",
+    "one_step_off_ppo_megatron_trainer",
+    "fully_async_ppo_megatron_trainer",
+)
 
 
 def upstream_key_hint(key: str) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from verl.config.errors import ConfigError
@@ -27,6 +27,19 @@ _MOVED = (
     ("reward_model.num_workers", "reward.num_workers"),
     ("reward_model.model.path", "reward.reward_model.model_path"),
     ("reward_model.", "reward.reward_model."),
+    # The section `rollout` of asynchronous runs.
+    ("rollout.nnodes", "actor_rollout_ref.rollout.nnodes"),
+    ("rollout.n_gpus_per_node", "actor_rollout_ref.rollout.n_gpus_per_node"),
+    ("rollout.test_freq", "trainer.test_freq"),
+    ("rollout.total_epochs", "trainer.total_epochs"),
+    ("reward_manager.", "reward.reward_manager."),
+    *(
+        (f"{model}.override_config.model_config{dot}", f"{model}.override_config{dot}")
+        for model in ("actor_rollout_ref.model", "critic.model")
+        for dot in (".", "")
+    ),
+    # Upstream verl has one section for each of its two trainers.
+    ("skip.rollout_tq.", "skip.rollout."),
     ("ray_init.", "ray_kwargs.ray_init."),
     ("ray_init", "ray_kwargs.ray_init"),
     # Further keys of a sampler are its own.
@@ -54,12 +67,18 @@ def current_name(key: str) -> str:
     return key
 
 
-def migrate(values: Mapping[str, Any], given: Collection[str] = ()) -> dict[str, Any]:
+def migrate(
+    values: Mapping[str, Any],
+    given: Collection[str] = (),
+    is_default: Callable[[str, Any], bool] = lambda key, value: False,
+) -> dict[str, Any]:
     """Return nested values with all old names moved to their current names.
 
     Args:
         values: values by old or current name.
         given: current names of keys that an override set; they keep that value.
+        is_default: returns True if an old key has the default of upstream verl. As with null, a value under the current
+            name then has precedence.
 
     Raises:
         ConfigError: an old section is not a mapping.
@@ -68,7 +87,8 @@ def migrate(values: Mapping[str, Any], given: Collection[str] = ()) -> dict[str,
     for old, value in _pop_old_sections(result) + _old_leaves(result):
         _remove(result, old.split("."))
         new = current_name(old)
-        if new not in given:
+        unset = (value is None or is_default(old, value)) and _has(result, new.split("."))
+        if new not in given and not unset:
             _put(result, new.split("."), value)
     return result
 
@@ -110,6 +130,14 @@ def _remove(values: dict[str, Any], path: list[str]) -> None:
         _remove(values[name], inner)
     if not inner or not values[name]:
         del values[name]
+
+
+def _has(values: dict[str, Any], path: list[str]) -> bool:
+    """Return True if a key has a value other than null."""
+    inner: Any = values
+    for name in path:
+        inner = inner.get(name) if isinstance(inner, dict) else None
+    return inner is not None
 
 
 def _put(values: dict[str, Any], path: list[str], value: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,39 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from verl.config import legacy, searchpath
-from verl.config.build import build
+from verl.config import legacy, searchpath, upstream
+from verl.config.build import collect, unknown_key_problem
 from verl.config.errors import ConfigError
-from verl.config.overrides import prepare
+from verl.config.overrides import Prepared, prepare
 from verl.config.ppo import PPOConfig
 from verl.config.rollout_correction import contradictions
+from verl.config.stream import complete
+from verl.extension.paths import expand_user
+
+
+@dataclasses.dataclass
+class Loaded:
+    """A config as far as it could be read.
+
+    Attributes:
+        config: the config; keys with problems have their defaults.
+        problems: error texts, by key.
+        notes: keys that are accepted without effect.
+    """
+
+    config: PPOConfig
+    problems: dict[str, str] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    def valid(self) -> PPOConfig:
+        """Return the config.
+
+        Raises:
+            ConfigError: it has problems.
+        """
+        if self.problems:
+            raise ConfigError(dict.fromkeys(self.problems.values()))
+        return self.config
 
 
 def load_config(
@@ -44,17 +71,17 @@ def load_config(
         with _initialized(config_path):
             composed = compose(config_name, overrides=prepared.overrides)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError([f"{config_name}: {error}"]) from error
+        raise ConfigError([*prepared.problems.values(), f"{config_name}: {error}"]) from error
     finally:
         GlobalHydra.instance().hydra = outer
-    return from_hydra(composed, prepared.given)
+    return read_composed(composed, prepared).valid()
 
 
 def _initialized(config_path: str | Path | None) -> AbstractContextManager[Any]:
     """Return the Hydra context for the user's directory of YAML files, or for verl's."""
     if config_path is None:
         return initialize_config_module("verl.config", version_base="1.3")
-    return initialize_config_dir(str(Path(config_path).expanduser().absolute()), version_base="1.3")
+    return initialize_config_dir(str(expand_user(config_path).absolute()), version_base="1.3")
 
 
 def from_hydra(composed: DictConfig, given: Collection[str] = ()) -> PPOConfig:
@@ -67,7 +94,19 @@ def from_hydra(composed: DictConfig, given: Collection[str] = ()) -> PPOConfig:
 
     Raises:
         ConfigError: an unknown key, a value of a wrong type, an interpolation of a missing key, or a key that
-            contradicts a preset.
+            contradicts a preset or a fully asynchronous run.
+    """
+    return read_composed(composed, Prepared(given=set(given))).valid()
+
+
+def read_composed(composed: DictConfig, prepared: Prepared) -> Loaded:
+    """Convert a composed config to the dataclasses, and collect its problems.
+
+    Args:
+        composed: the config as Hydra composed it from `prepared.overrides`.
+
+    Raises:
+        ConfigError: an interpolation of a missing key, or an old section that is no mapping.
     """
     # Resolve first, because interpolations may use old names; move the old names afterwards.
     try:
@@ -75,14 +114,35 @@ def from_hydra(composed: DictConfig, given: Collection[str] = ()) -> PPOConfig:
         merged = OmegaConf.merge(dataclasses.asdict(PPOConfig()), composed)
         values: Any = OmegaConf.to_container(merged, resolve=True, throw_on_missing=False)
     except OmegaConfBaseException as error:
-        raise ConfigError([f"{getattr(error, 'full_key', None) or 'config'}: {str(error).splitlines()[0]}"]) from error
+        problems = dict(prepared.problems)
+        _judge_unknown(PPOConfig(), prepared.unknown, prepared.old_names, problems)
+        place = getattr(error, "full_key", None) or "config"
+        raise ConfigError([*problems.values(), f"{place}: {str(error).splitlines()[0]}"]) from error
     values.pop("hydra", None)
-    config = build(PPOConfig, _without_missing(legacy.migrate(values, given)))
+    values = _without_missing(legacy.migrate(values, prepared.given, upstream.at_default))
+    config, collected = collect(PPOConfig, values)
+    problems = prepared.problems | collected.problems
+    reasons = _judge_unknown(config, collected.unknown | prepared.unknown, prepared.old_names, problems)
     # Only here can an explicitly given default be told from an omitted key.
-    problems = contradictions(config.algorithm.rollout_correction, given)
-    if problems:
-        raise ConfigError(problems)
-    return config
+    problems |= contradictions(config.algorithm.rollout_correction, prepared.given)
+    problems |= complete(config, prepared.given)
+    return Loaded(config, problems, upstream.notes(reasons))
+
+
+def _judge_unknown(
+    config: PPOConfig, unknown: Mapping[str, Any], old_names: Mapping[str, str], problems: dict[str, str]
+) -> dict[str, str]:
+    """Return why unknown keys have no effect, by key; add a problem for each of the others."""
+    lookup, reasons = upstream.make_lookup(config, unknown), {}
+    for key, value in unknown.items():
+        reason = upstream.reason_without_effect(key, value, lookup)
+        if reason is not None:
+            reasons[key] = reason
+            continue
+        problem = unknown_key_problem(key, PPOConfig)
+        renamed = key in old_names and f"'{key}'" in problem
+        problems[key] = f"{old_names[key]} is now called {key}: {problem}" if renamed else problem
+    return reasons
 
 
 def _without_missing(values: Any) -> Any:

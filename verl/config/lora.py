@@ -64,12 +64,11 @@ def lora_options(model: ModelConfig) -> LoraOptions | None:
     if model.lora_adapter_path is not None:
         return _of_adapter(Path(model.lora_adapter_path), changed)
     if model.lora_rank == 0:
-        for name in ("target_modules", "exclude_modules"):
-            if name in changed:
-                raise ValueError(
-                    f"{_MODEL}{name}={show(changed[name])}: requires adapters, but {_MODEL}lora_rank=0; set "
-                    f"lora_rank, or leave {name} out"
-                )
+        if "target_modules" in changed:
+            raise ValueError(
+                f"{_MODEL}target_modules={show(changed['target_modules'])}: requires adapters, but {_MODEL}"
+                "lora_rank=0; set lora_rank, or leave target_modules out"
+            )
         return None
     _check_modules("target_modules", model.target_modules)
     _check_modules("exclude_modules", model.exclude_modules)
@@ -80,6 +79,8 @@ def _check_modules(name: str, value: str | list[str] | None) -> None:
     if isinstance(value, list):
         if not value and name == "target_modules":
             raise ValueError(f"{_MODEL}{name}=[]: no layer would be trained; use {ALL_LINEAR}, or a list of names")
+    elif value == "":
+        raise ValueError(f"{_MODEL}{name}='': matches no layer; use {ALL_LINEAR}, a list of names, or leave it out")
     elif value is not None and value != ALL_LINEAR:
         try:
             re.compile(value)

@@ -6,8 +6,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from verl.config.conditions import any_of, unless
-from verl.config.schema import ConfigSection, key, section, unsupported
+from verl.config.conditions import any_of, has_own_memory, unless, when
+from verl.config.schema import ConfigSection, key, section, unsupported, without_effect
+
+SHM = "weights are read from the files themselves"
 
 
 @dataclass
@@ -20,12 +22,16 @@ class LoraConfig(ConfigSection):
         only=(0,),
         use="use actor_rollout_ref.model.lora_rank and .lora_alpha",
     )
-    merge: bool = key(
-        True,
-        "add the adapters to the weights before sending, so that the engine serves a plain model",
-        only=(True,),
-        use="use True: the rollout does not support separate adapters",
+    merge: bool = without_effect(
+        True, "adapters are always added to the weights before sending, so that the engine serves a plain model"
     )
+
+
+@dataclass
+class FusedKernelOptions(ConfigSection):
+    """Implementation of the fused log-probability head."""
+
+    impl_backend: str = without_effect("torch", "torch operators compute the head on every device")
 
 
 @dataclass
@@ -54,8 +60,15 @@ class ModelConfig(ConfigSection):
         True,
         "run the sequences of a micro-batch without padding, in one row; False: pad them to the maximum lengths",
     )
-    use_fused_kernels: bool = unsupported(False, "a fused log-probability head")
-    use_shm: bool = unsupported(False, "loading the model through shared memory")
+    use_fused_kernels: bool | None = key(
+        None,
+        "compute log-probabilities in tiles of the logits, which are never in memory as a whole; null: if the model "
+        "permits it; False: keep the logits of a micro-batch",
+    )
+    fused_kernel_options: FusedKernelOptions = section(
+        FusedKernelOptions, "implementation of the fused log-probability head"
+    )
+    use_shm: bool = without_effect(False, SHM)
     use_liger: bool = unsupported(False, "Liger kernels")
     external_lib: list[str] | None = key(
         None,
@@ -66,7 +79,12 @@ class ModelConfig(ConfigSection):
     custom_chat_template: str | None = unsupported(
         None, "a chat template in the config", "set chat_template in the tokenizer's directory (tokenizer_path)"
     )
-    enable_activation_offload: bool = unsupported(False, "activation offload")
+    enable_activation_offload: bool = key(
+        False,
+        "keep the inputs of the layers in host memory between forward and backward pass; needs "
+        "enable_gradient_checkpointing",
+        only_with=has_own_memory,
+    )
     lora_rank: int = key(
         0, "rank of the LoRA adapters; a run with adapters trains nothing else; 0: no adapters", at_least=0
     )
@@ -74,6 +92,7 @@ class ModelConfig(ConfigSection):
         16,
         "scale of the adapters: lora_alpha / lora_rank",
         above=0,
+        same_if=when("lora_rank", 0),
         only_with=any_of(
             unless("lora_rank", 0),
             unless("lora_adapter_path", None),

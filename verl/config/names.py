@@ -104,6 +104,7 @@ LOSS_AGG_MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-tok
 _KL = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")
 KL_TYPES = (*_KL, *(f"{name}+" for name in _KL))
 UNSUPPORTED_KL_TYPES = ("full",)
+DISTILLATION_LOSSES = _KL
 
 UNSUPPORTED_ENGINES = ("megatron", "veomni", "torchtitan")
 
@@ -113,6 +114,12 @@ UNSUPPORTED_REWARD_MANAGERS = ("batch", "prime", "rate_limited", "remote")
 QUANTIZATIONS = schemes.SCHEME_NAMES
 ASCEND_SCHEMES = formats.ASCEND_SCHEMES
 
+# Sources of an engine's first weights: vLLM's loaders, and those of vllm-ascend.
+LOAD_FORMATS = (
+    *("dummy", "auto", "safetensors", "hf", "pt", "npcache", "mistral", "fastsafetensors", "instanttensor"),
+    *("ipc_cache", "modelexpress", "runai_streamer", "runai_streamer_sharded", "sharded_state", "tensorizer"),
+    *("netloader", "rfork"),
+)
 LOGGERS = ("console", "file", "swanlab", "tensorboard", "wandb")
 UNSUPPORTED_LOGGERS = ("clearml", "mlflow", "rl_insight", "trackio", "vemlp_wandb")
 # Loggers that need a package: the package, and the argument of `pip install` that installs it.

@@ -11,8 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from verl.config import build, legacy
-from verl.config.errors import ConfigError
+from verl.config import build, legacy, upstream
 from verl.config.ppo import PPOConfig
 
 _BAND = re.compile(r"[0-9.]+_[0-9.]+")
@@ -20,33 +19,37 @@ _BAND = re.compile(r"[0-9.]+_[0-9.]+")
 
 @dataclass
 class Prepared:
-    """Overrides for Hydra.
+    """Overrides for Hydra, and those that it does not get.
 
     Attributes:
         overrides: the overrides.
         given: current names of the keys that they set.
+        problems: an error text for each override that cannot be used, by the name of its key.
+        unknown: values of unknown keys, by current name.
+        old_names: the names under which unknown keys were given, if these moved.
     """
 
     overrides: list[str] = field(default_factory=list)
     given: set[str] = field(default_factory=set)
+    problems: dict[str, str] = field(default_factory=dict)
+    unknown: dict[str, Any] = field(default_factory=dict)
+    old_names: dict[str, str] = field(default_factory=dict)
 
 
 def prepare(overrides: Sequence[str]) -> Prepared:
     """Check and rewrite overrides.
 
-    `key=value` and `+key=value` of a known key become `++key=value`, which works if a YAML file has the key or not.
-
-    Raises:
-        ConfigError: an override cannot be read, sets an unknown key, deletes a key, or contains several values to try.
+    `key=value` and `+key=value` of a known key become `++key=value`, which works if a YAML file has the key or not. An
+    override is a problem if it cannot be read, deletes a key, or contains several values to try.
     """
-    prepared, problems = Prepared(), []
+    prepared = Prepared()
     for text in overrides:
         text = _quote_band(_quote_home(text))
         try:
             override = OverridesParser.create().parse_override(text)
         except (HydraException, ValueError) as error:  # ValueError: Python refuses integers with thousands of digits
             reason = str(error).splitlines()[0]
-            problems.append(
+            prepared.problems[legacy.current_name(text.partition("=")[0].lstrip("+~"))] = (
                 f"{text:.200}: cannot be read as key=value ({reason}); quote values that contain a comma, = or spaces"
             )
             continue
@@ -57,13 +60,17 @@ def prepare(overrides: Sequence[str]) -> Prepared:
         current = legacy.current_name(name)
         problem = _problem(override, current)
         if problem is not None:
-            renamed = name != current and f"'{current}'" in problem
-            problems.append(f"{name} is now called {current}: {problem}" if renamed else problem)
+            prepared.problems[current] = problem
             continue
+        if not _is_known(current):
+            prepared.unknown |= build.leaves(current, override.value())
+            if name != current:
+                prepared.old_names[current] = name
+            continue
+        if override.value() is None and not _accepts_null(current) and upstream.has_default(current, None):
+            continue  # for example the old name of a key, which is null in upstream verl
         prepared.overrides.append(f"++{current}={text.split('=', 1)[1]}")
         prepared.given.update(_keys(current, override.value()))
-    if problems:
-        raise ConfigError(dict.fromkeys(problems))
     return prepared
 
 
@@ -81,9 +88,18 @@ def _problem(override: Override, name: str) -> str | None:
         if isinstance(value, dict):
             return None
         return f"{override.input_line}: {name} is a section; set one of its keys, as in {name}.key=value"
-    if name in build.key_types(PPOConfig) or any(name.startswith(f"{mapping}.") for mapping in _mapping_keys()):
-        return None
-    return build.unknown_key_problem(name, PPOConfig)
+    return None
+
+
+def _is_known(name: str) -> bool:
+    """Return True for a key, a section, or an entry of a key whose value is a mapping."""
+    if name in build.key_types(PPOConfig) or name in build.sections(PPOConfig):
+        return True
+    return any(name.startswith(f"{mapping}.") for mapping in _mapping_keys())
+
+
+def _accepts_null(name: str) -> bool:
+    return "null" in build.describe(build.key_types(PPOConfig).get(name, Any))
 
 
 def _keys(name: str, value: Any) -> list[str]:

@@ -9,14 +9,18 @@ from typing import Any
 from verl.config import names
 from verl.config.actor import ActorConfig
 from verl.config.algorithm import AlgorithmConfig
+from verl.config.async_training import AsyncRolloutConfig, AsyncTrainingConfig
 from verl.config.conditions import when
 from verl.config.critic import CriticConfig
 from verl.config.data import DataConfig
+from verl.config.distillation import DistillationConfig
 from verl.config.model import ModelConfig
+from verl.config.profiler import GlobalProfilerConfig
 from verl.config.ref import RefConfig
 from verl.config.reward import RewardConfig
 from verl.config.rollout import RolloutConfig
 from verl.config.schema import ConfigSection, key, section, unsupported
+from verl.config.skip import SkipConfig
 from verl.config.trainer import TrainerConfig
 
 
@@ -36,10 +40,16 @@ class ActorRolloutRefConfig(ConfigSection):
         ),
     )
     rollout: RolloutConfig = section(RolloutConfig, "vLLM replicas, sampling, and weight updates")
-    hybrid_engine: bool = unsupported(
-        True,
-        "separate processes for each role",
-        "use True; rollout.nnodes=1 gives the replicas their own devices",
+    nccl_timeout: int = key(
+        1800,
+        "time limit for the trainer's ranks to wait for each other in one operation; the run fails if it is exceeded. "
+        "Operations of some of the ranks (fsdp_size, ulysses_sequence_parallel_size, tensor_parallel_size) have "
+        "torch's own limit",
+        unit="seconds",
+        at_least=1,
+    )
+    hybrid_engine: bool = key(
+        True, "False: rollout.nnodes must give the replicas their own devices; True: rollout.nnodes decides"
     )
 
 
@@ -70,7 +80,20 @@ class PPOConfig(ConfigSection):
     )
     algorithm: AlgorithmConfig = section(AlgorithmConfig, "computation of advantages from rewards")
     reward: RewardConfig = section(RewardConfig, "scoring of responses")
+    distillation: DistillationConfig = section(
+        DistillationConfig, "distillation from a teacher model", only_with=when("distillation.enabled")
+    )
     trainer: TrainerConfig = section(TrainerConfig, "length of the run, devices, validation, checkpoints and logs")
+    async_training: AsyncTrainingConfig = section(
+        AsyncTrainingConfig, "generation that goes on during training", only_with=when("async_training.enable")
+    )
+    rollout: AsyncRolloutConfig = section(
+        AsyncRolloutConfig, "length of a fully asynchronous run", only_with=when("async_training.enable")
+    )
+    global_profiler: GlobalProfilerConfig = section(
+        GlobalProfilerConfig, "device profiles of chosen steps: tool, steps and directory"
+    )
+    skip: SkipConfig = section(SkipConfig, "stages of chosen steps that read their results from files")
     ray_kwargs: RayKwargs = section(RayKwargs, "settings of Ray")
     model_engine: str = key(
         "dp",

@@ -6,9 +6,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from verl.config import names
-from verl.config.actor import FSDPConfig, MegatronConfig
-from verl.config.conditions import micro_batches, unless
-from verl.config.schema import ConfigSection, key, section, unsupported
+from verl.config.actor import CHUNKED_ENTROPY, NO_TORCH_COMPILE, FSDPConfig, MegatronConfig
+from verl.config.conditions import micro_batches
+from verl.config.profiler import RoleProfilerConfig
+from verl.config.schema import ConfigSection, key, section, unsupported, without_effect
 
 _IN_SAMPLES = micro_batches("log_prob_use_dynamic_bsz", in_tokens=False)
 _IN_TOKENS = micro_batches("log_prob_use_dynamic_bsz", in_tokens=True)
@@ -18,11 +19,7 @@ _IN_TOKENS = micro_batches("log_prob_use_dynamic_bsz", in_tokens=True)
 class RefFSDPConfig(FSDPConfig):
     """Sharding of the reference model over the trainer's ranks with FSDP2."""
 
-    param_offload: bool = key(
-        False,
-        "keep the weights of the reference model in host memory while they are not used",
-        only_with=unless("run.device", "cpu", words="an accelerator", reason="on a CPU, which only has host memory"),
-    )
+    optimizer_offload: bool = without_effect(False, "the reference model has no optimizer")
 
 
 @dataclass
@@ -56,12 +53,17 @@ class RefConfig(ConfigSection):
         only_with=_IN_TOKENS,
     )
     fsdp_config: RefFSDPConfig = section(RefFSDPConfig, "sharding of the model over the trainer's ranks")
+    profiler: RoleProfilerConfig = section(RoleProfilerConfig, "device profile of this role's stages")
     megatron: MegatronConfig = section(MegatronConfig, "Megatron: not supported")
-    use_torch_compile: bool = unsupported(False, "torch.compile in training")
-    ulysses_sequence_parallel_size: int = unsupported(1, "sequence parallelism")
-    entropy_from_logits_with_chunking: bool = key(
-        False, "accepted for compatibility; the entropy is always computed in chunks"
+    use_torch_compile: bool = without_effect(False, NO_TORCH_COMPILE)
+    ulysses_sequence_parallel_size: int | None = key(
+        None,
+        "neighboring ranks that share the sequences of a micro-batch; null: the actor's value",
+        unit="ranks",
+        at_least=1,
     )
+    entropy_checkpointing: bool = without_effect(False, "the reference model has no backward pass")
+    entropy_from_logits_with_chunking: bool = without_effect(False, CHUNKED_ENTROPY)
     log_prob_micro_batch_size: int | None = unsupported(
         None,
         "a micro-batch size over all ranks",

@@ -8,11 +8,14 @@ from typing import Any
 
 from verl.config import names
 from verl.config.conditions import any_of, first_of, micro_batches, on_accelerator, unless, validates, when
+from verl.config.profiler import RolloutProfilerConfig
 from verl.config.quantization_guard import QuantizationGuardConfig
 from verl.config.schema import ConfigSection, key, section, unsupported
 
 # vLLM samples at this temperature if a lower one is given; 0 is greedy decoding.
 MIN_TEMPERATURE = 0.01
+# vLLM refuses a higher one.
+MAX_TEMPERATURE = 2.0
 # Largest top_k with sampling masks: the engine returns the log-probabilities of more tokens than that for each token.
 MAX_REPLAYED_TOP_K = 1024
 _GREEDY = when("do_sample", reason="with greedy validation (val_kwargs.do_sample=False)")
@@ -35,6 +38,22 @@ _OLD_LOG_PROBS = when(
 _IN_SAMPLES = micro_batches("log_prob_use_dynamic_bsz", in_tokens=False)
 _IN_TOKENS = micro_batches("log_prob_use_dynamic_bsz", in_tokens=True)
 
+MORE_DEVICES_FOR_EXPERTS = (
+    "to divide experts among more devices, raise tensor_model_parallel_size and set expert_parallel_size to the same "
+    "value"
+)
+
+
+def expert_parallel(one: str) -> Any:
+    """Return the field `expert_parallel_size` of a section of engines, each of which is called `one`."""
+    return key(
+        1,
+        f"devices that share the experts of one {one}, each with whole experts; 1: each device has a slice of every "
+        "expert; else tensor_model_parallel_size",
+        unit="devices",
+        at_least=1,
+    )
+
 
 @dataclass
 class ValKwargs(ConfigSection):
@@ -42,7 +61,9 @@ class ValKwargs(ConfigSection):
 
     n: int = key(1, "samples per validation prompt", unit="samples", at_least=1)
     do_sample: bool = key(False, "sample tokens; False: greedy decoding, which ignores the temperature")
-    temperature: float = key(0.0, "sampling temperature; 0 or at least 0.01", at_least=0, only_with=_GREEDY)
+    temperature: float = key(
+        0.0, "sampling temperature; 0 or at least 0.01", at_least=0, at_most=MAX_TEMPERATURE, only_with=_GREEDY
+    )
     top_p: float = key(1.0, "nucleus sampling", above=0, at_most=1, only_with=_GREEDY)
     top_k: int = key(-1, "sample from this number of the most probable tokens; -1: all", at_least=-1, only_with=_GREEDY)
 
@@ -105,7 +126,12 @@ class AgentConfig(ConfigSection):
         "single_turn_agent",
         "agent loop of rows without the column agent_name: single_turn_agent, tool_agent, or your own",
     )
-    num_workers: int = unsupported(0, "agent loops in separate processes", "use 0: the driver's process runs them")
+    num_workers: int = key(
+        0,
+        "processes that run the agent loops and their tools; all samples of a prompt are in the same one; 0: the "
+        "driver's process runs all of them, which is enough for loops without tools",
+        at_least=0,
+    )
     agent_loop_config_path: str | None = key(
         None, "YAML file with a list of your own agent loops: {name, _target_, further keyword arguments}", path=True
     )
@@ -143,6 +169,9 @@ class MultiTurnConfig(ConfigSection):
     )
 
 
+_PROMETHEUS = when("enable")
+
+
 @dataclass
 class ServerConfig(ConfigSection):
     """OpenAI-compatible HTTP endpoint of vLLM for each replica."""
@@ -154,6 +183,31 @@ class ServerConfig(ConfigSection):
 
 
 @dataclass
+class PrometheusConfig(ConfigSection):
+    """vLLM's metrics for a Prometheus server that the user runs."""
+
+    enable: bool = key(
+        False, "serve vLLM's metrics at /metrics of server.host in each replica, and write the addresses into `file`"
+    )
+    port: int = key(
+        9090,
+        "port of the Prometheus server on this host, which is asked to read `file` again",
+        at_least=1,
+        at_most=65535,
+        only_with=_PROMETHEUS,
+    )
+    file: str = key(
+        "/tmp/ray/session_latest/metrics/prometheus/prometheus.yml",
+        "config file of the Prometheus server; only its job `rollout` is replaced",
+        path=True,
+        only_with=_PROMETHEUS,
+    )
+    served_model_name: str | None = key(
+        None, "label model_name of the metrics; null: model.path", only_with=_PROMETHEUS
+    )
+
+
+@dataclass
 class RolloutConfig(ConfigSection):
     """vLLM replicas, sampling, agent loops, and weight updates."""
 
@@ -162,7 +216,7 @@ class RolloutConfig(ConfigSection):
     )
     mode: str = key("async", "the engine is a server", choices=("async",), unsupported=("sync",), use="use async")
     n: int = key(1, "samples per training prompt", unit="samples", at_least=1)
-    temperature: float = key(1.0, "sampling temperature in training", at_least=MIN_TEMPERATURE)
+    temperature: float = key(1.0, "sampling temperature in training", at_least=MIN_TEMPERATURE, at_most=MAX_TEMPERATURE)
     top_p: float = key(1.0, "nucleus sampling in training", above=0, at_most=1)
     top_k: int = key(-1, "sample from this number of the most probable tokens; -1: all", at_least=-1)
     val_kwargs: ValKwargs = section(ValKwargs, "sampling in validation", only_with=validates)
@@ -200,7 +254,17 @@ class RolloutConfig(ConfigSection):
         ),
     )
     load_format: str = key(
-        "dummy", "source of the engine's first weights; dummy: random weights until the first weight update"
+        "dummy",
+        "source of the engine's first weights; dummy: random weights until the first weight update",
+        choices=names.LOAD_FORMATS,
+        unsupported=("dummy_dtensor", "dummy_hf", "dummy_megatron"),
+        use="use dummy",
+    )
+    max_restarts: int = key(
+        3,
+        "restarts of each replica whose processes die or no longer respond; the run ends if it dies once more; 0: no "
+        "restart",
+        at_least=0,
     )
     enforce_eager: bool = key(False, "run the engine without graphs and without compilation")
     cudagraph_capture_sizes: list[int] | None = key(
@@ -257,12 +321,13 @@ class RolloutConfig(ConfigSection):
         "a training step uses the first data.train_batch_size prompts that are finished; the others are interrupted by "
         "the weight update and continue after it",
     )
-    max_staleness: int = key(
-        8,
-        "maximum weight updates between sampling a token and training on it; a step waits for prompts that reach it",
+    max_staleness: int | None = key(
+        None,
+        "maximum weight updates between sampling a token and training on it; a step waits for prompts that reach it; "
+        "null: 8, or async_training.staleness_threshold rounded up in a fully asynchronous run",
         unit="updates",
         at_least=1,
-        only_with=when("partial_rollout"),
+        only_with=any_of(when("partial_rollout"), when("async_training.enable")),
     )
     checkpoint_engine: CheckpointEngineConfig = section(
         CheckpointEngineConfig, "transfer of new weights from the trainer to the replicas"
@@ -276,8 +341,11 @@ class RolloutConfig(ConfigSection):
     server: ServerConfig = section(
         ServerConfig,
         "OpenAI-compatible HTTP endpoint of each replica",
-        only_with=when("actor_rollout_ref.rollout.server.enable_http"),
+        only_with=any_of(
+            when("actor_rollout_ref.rollout.server.enable_http"), when("actor_rollout_ref.rollout.prometheus.enable")
+        ),
     )
+    prometheus: PrometheusConfig = section(PrometheusConfig, "metrics of the engines for a Prometheus server")
     multi_turn: MultiTurnConfig = section(
         MultiTurnConfig,
         "samples with several turns and tools",
@@ -324,13 +392,21 @@ class RolloutConfig(ConfigSection):
         "limit of the mismatch between a quantized rollout and the trainer, and the action if it is exceeded",
         only_with=unless("actor_rollout_ref.rollout.quantization_guard.max_k3_kl", None),
     )
+    profiler: RolloutProfilerConfig = section(RolloutProfilerConfig, "device profile of the engines")
     data_parallel_size: int = unsupported(
-        1, "data parallelism inside a replica", "use 1: the replicas are data parallel"
+        1,
+        "data parallelism inside a replica",
+        f"use 1: the replicas are data parallel; {MORE_DEVICES_FOR_EXPERTS}",
     )
     pipeline_model_parallel_size: int = unsupported(1, "pipeline parallelism")
-    expert_parallel_size: int = unsupported(1, "expert parallelism")
+    expert_parallel_size: int = expert_parallel("replica")
     layered_summon: bool = key(False, "accepted for compatibility; weights are always gathered tensor by tensor")
-    enable_sleep_mode: bool = unsupported(True, "a second switch for free_cache_engine", "use free_cache_engine")
+    enable_sleep_mode: bool = unsupported(
+        True,
+        "a second switch for free_cache_engine",
+        "use free_cache_engine",
+        same_if=unless("nnodes", 0, words="replicas on devices of their own (`nnodes`), which never sleep"),
+    )
     enable_rollout_routing_replay: bool = unsupported(False, "routing replay")
     ignore_eos: bool = unsupported(False, "responses that continue after the end token")
     do_sample: bool = unsupported(True, "greedy training samples")
@@ -339,6 +415,11 @@ class RolloutConfig(ConfigSection):
         "a micro-batch size over all ranks",
         "use log_prob_micro_batch_size_per_gpu, which counts samples per rank",
     )
+
+    @property
+    def listens(self) -> bool:
+        """True if each replica listens at `server.host`."""
+        return self.server.enable_http or self.prometheus.enable
 
     def sequence_limit(self, prompt_length: int, response_length: int) -> int:
         """Return the token limit of a request: `max_model_len`, or the sum of the limits of prompt and response."""

@@ -34,10 +34,10 @@ class RolloutCorrectionConfig(ConfigSection):
         None, "named values for the other keys: decoupled_token_is, bypass_ppo_clip, ...; null: no preset"
     )
     rollout_is: str | None = key(None, "importance weights: per token, per sequence, or null: no weights")
-    rollout_is_threshold: float | str = key(
+    rollout_is_threshold: float | str | None = key(
         2.0,
         "bounds of the weights; a number: larger weights are truncated to it; a band such as '0.5_5.0': weights "
-        "outside become 0",
+        "outside become 0; null only without weights",
         only_with=_WITH_WEIGHTS,
     )
     rollout_is_batch_normalize: bool = key(
@@ -166,7 +166,10 @@ def resolve(config: RolloutCorrectionConfig) -> Correction:
         value = getattr(config, name)
         if value not in known:
             problems.append(f"{PREFIX}{name}={show(value)}: {unknown_value(value, known)}")
-    weight_band, zero = _weight_band(config.rollout_is_threshold, problems)
+    threshold = config.rollout_is_threshold
+    if threshold is None and config.rollout_is is None:
+        threshold = RolloutCorrectionConfig.rollout_is_threshold
+    weight_band, zero = _weight_band(threshold, problems)
     rejections = _rejections(config, problems)
     if problems:
         raise ConfigError(problems)
@@ -181,17 +184,17 @@ def resolve(config: RolloutCorrectionConfig) -> Correction:
     )
 
 
-def contradictions(config: RolloutCorrectionConfig, given: Collection[str]) -> list[str]:
+def contradictions(config: RolloutCorrectionConfig, given: Collection[str]) -> dict[str, str]:
     """Return an error text for each key in `given` (dotted names) whose value differs from the preset's value."""
     if config.preset not in PRESETS:
-        return []
+        return {}
     preset = _preset_config(config.preset)
-    return [
-        f"{PREFIX}{name}={show(getattr(config, name))}: {PREFIX}preset={config.preset} sets "
+    return {
+        PREFIX + name: f"{PREFIX}{name}={show(getattr(config, name))}: {PREFIX}preset={config.preset} sets "
         f"{show(getattr(preset, name))}; leave one of the two out"
         for name in _keys_of_presets()
         if PREFIX + name in given and not _same(getattr(config, name), getattr(preset, name))
-    ]
+    }
 
 
 def _fill_preset(config: RolloutCorrectionConfig, problems: list[str]) -> RolloutCorrectionConfig:
@@ -206,7 +209,7 @@ def _fill_preset(config: RolloutCorrectionConfig, problems: list[str]) -> Rollou
         return config
     defaults = RolloutCorrectionConfig()
     changed = [name for name in _keys_of_presets() if not _same(getattr(config, name), getattr(defaults, name))]
-    problems += contradictions(config, [PREFIX + name for name in changed])
+    problems += contradictions(config, [PREFIX + name for name in changed]).values()
     return _preset_config(config.preset)
 
 
@@ -230,9 +233,11 @@ def _comparable(value: Any) -> Any:
         return value
 
 
-def _weight_band(threshold: float | str, problems: list[str]) -> tuple[Band, bool]:
+def _weight_band(threshold: float | str | None, problems: list[str]) -> tuple[Band, bool]:
     """Return the bounds of the weights, and True if weights outside become 0."""
     try:
+        if threshold is None:
+            raise ValueError("importance weights need a bound; use 2.0")
         numbers = _numbers(threshold)
         if len(numbers) == 2:
             return _ratio_band(*numbers), True

@@ -8,6 +8,7 @@ from typing import Any
 
 from verl.config import names
 from verl.config.ppo import PPOConfig
+from verl.config.profiles import profiles_rollout
 from verl.config.roles import needs_critic, needs_ref
 from verl.config.rollout_correction import Correction, resolve
 from verl.config.weight_updates import full_update_reason, resolve_backend
@@ -52,6 +53,11 @@ class RunFacts:
     def correction(self) -> Correction:
         """The rollout correction with its preset filled in."""
         return resolve(self.config.algorithm.rollout_correction)
+
+    @property
+    def profiles_rollout(self) -> bool:
+        """True if the rollout engines are profiled."""
+        return profiles_rollout(self.config)
 
     @property
     def loss(self) -> str:

@@ -74,6 +74,7 @@ class Key:
         path: the value is a path on this host; `~` and relative paths become absolute.
         hub: with `path`: the value may also be the name of a model on the Hugging Face hub. It then stands for the
             model's directory in the hub's cache.
+        same_if: with this condition, every value means what is done anyway.
         only_with: the key has no effect in a run unless all these conditions hold.
         entries_only_with: the same for single entries of a mapping, by name.
     """
@@ -92,6 +93,7 @@ class Key:
     required: bool = False
     path: bool = False
     hub: bool = False
+    same_if: Condition | None = None
     only_with: tuple[Condition, ...] = ()
     entries_only_with: Mapping[str, Condition] = dataclasses.field(default_factory=dict)
 
@@ -113,6 +115,7 @@ def key(
     required: bool = False,
     path: bool = False,
     hub: bool = False,
+    same_if: Condition | None = None,
     only_with: Condition | tuple[Condition, ...] = (),
     entries_only_with: Mapping[str, Condition] | None = None,
 ) -> Any:
@@ -132,6 +135,7 @@ def key(
         required=required,
         path=path,
         hub=hub,
+        same_if=same_if,
         only_with=_as_tuple(only_with),
         entries_only_with=entries_only_with or {},
     )
@@ -140,9 +144,22 @@ def key(
     return dataclasses.field(default=default, metadata={_METADATA: known})
 
 
-def unsupported(default: Any, feature: str, use: str = "") -> Any:
-    """Return a field of a feature that is not supported: it accepts only its default, which leaves the feature off."""
-    return key(default, f"{feature}: not supported", only=(default,), use=use or f"use {show(default)}")
+def unsupported(default: Any, feature: str, use: str = "", *, same_if: Condition | None = None) -> Any:
+    """Return a field of a feature that is not supported: it accepts only its default, which leaves the feature off.
+
+    Args:
+        same_if: condition with which all other values mean the same.
+    """
+    return key(
+        default, f"{feature}: not supported", only=(default,), use=use or f"use {show(default)}", same_if=same_if
+    )
+
+
+def without_effect(default: Any, reason: str) -> Any:
+    """Return a field that is accepted for compatibility: no value changes a result; another value than the default is
+    noted with the reason."""
+    never = Condition(lambda run, key: f"because {reason}", lambda key: "")
+    return key(default, f"accepted for compatibility, no effect: {reason}", only_with=never)
 
 
 def section(cls: type, help: str, only_with: Condition | tuple[Condition, ...] = ()) -> Any:

@@ -6,8 +6,70 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from verl.config import names
-from verl.config.conditions import validates, when
+from verl.config.conditions import any_of, same_as, validates, when
 from verl.config.schema import ConfigSection, key, section, unsupported
+from verl.config.watchdog import WatchdogConfig
+
+_SEPARATE = when("trainer.v1.trainer_mode", "separate_async")
+_COLOCATE = when("trainer.v1.trainer_mode", "colocate_async")
+
+
+@dataclass
+class HybridRolloutConfig(ConfigSection):
+    """Replicas on the trainer's devices while it waits."""
+
+    enable_switch: bool = unsupported(False, "replicas on the trainer's devices while it waits")
+
+
+@dataclass
+class SeparateAsyncConfig(ConfigSection):
+    """Generation during training, on devices of the replicas' own."""
+
+    num_warmup_batches: int = key(
+        1,
+        "training batches that are generated ahead, as async_training.staleness_threshold",
+        unit="training batches",
+        at_least=0,
+    )
+    parameter_sync_step: int = key(
+        4,
+        "local updates of the trainer between two weight updates, as async_training.trigger_parameter_sync_step; "
+        "data.train_batch_size is this number of mini-batches",
+        unit="local updates",
+        at_least=1,
+    )
+    hybrid_rollout: HybridRolloutConfig = section(
+        HybridRolloutConfig, "replicas on the trainer's devices while it waits"
+    )
+
+
+@dataclass
+class ColocateAsyncConfig(ConfigSection):
+    """Partial rollouts on the trainer's devices."""
+
+    num_warmup_batches: int = key(
+        1,
+        "training batches in progress besides the one that a step trains on; sets data.gen_batch_size",
+        unit="training batches",
+        choices=(1,),
+    )
+
+
+@dataclass
+class V1SamplerConfig(ConfigSection):
+    """Age of the samples that a step trains on."""
+
+    max_off_policy_threshold: int = key(
+        8,
+        "maximum weight updates between sampling a token and training on it, as rollout.max_staleness",
+        unit="updates",
+        at_least=1,
+    )
+    max_off_policy_strategy: str = key(
+        "drop",
+        "prompts that reach the threshold; both values: a step waits for them, so that none exceeds it or is dropped",
+        choices=("drop", "wait"),
+    )
 
 
 @dataclass
@@ -16,10 +78,18 @@ class V1Config(ConfigSection):
 
     trainer_mode: str = key(
         "sync",
-        "sync: rollout and training alternate",
-        choices=("sync",),
-        unsupported=("colocate_async", "separate_async"),
-        use="use sync; trainer.rollout_lag=1 generates the next batch during training",
+        "sync: rollout and training alternate; colocate_async: with partial rollouts (rollout.partial_rollout); "
+        "separate_async: generation goes on during training (async_training)",
+        choices=("sync", "colocate_async", "separate_async"),
+    )
+    separate_async: SeparateAsyncConfig = section(
+        SeparateAsyncConfig, "generation during training, on devices of the replicas' own", only_with=_SEPARATE
+    )
+    colocate_async: ColocateAsyncConfig = section(
+        ColocateAsyncConfig, "partial rollouts on the trainer's devices", only_with=_COLOCATE
+    )
+    sampler: V1SamplerConfig = section(
+        V1SamplerConfig, "age of the samples that a step trains on", only_with=any_of(_SEPARATE, _COLOCATE)
     )
 
 
@@ -73,6 +143,13 @@ class TrainerConfig(ConfigSection):
         at_least=1,
         only_with=when("save_freq", at_least=1, reason="without checkpoints (trainer.save_freq)"),
     )
+    on_save_error: str = key(
+        "stop",
+        "if the disk refuses a checkpoint: stop the run, or continue it and try again at the next save; the last save "
+        "must succeed",
+        choices=("stop", "continue"),
+        only_with=when("save_freq", at_least=1, reason="without checkpoints (trainer.save_freq)"),
+    )
     default_local_dir: str = key(
         "checkpoints/${trainer.project_name}/${trainer.experiment_name}", "directory of checkpoints and logs", path=True
     )
@@ -110,6 +187,7 @@ class TrainerConfig(ConfigSection):
     balance_batch: bool = key(True, "distribute samples so that all ranks get about the same number of tokens")
     use_v1: bool = key(True, "accepted for compatibility; there is only one training loop")
     v1: V1Config = section(V1Config, "kind of training loop")
+    watchdog: WatchdogConfig = section(WatchdogConfig, "how dead, silent and hanging processes are noticed")
     rollout_lag: int = key(
         0,
         "0: generation and training alternate; 1: the next batch is generated during training, with weights that are "
@@ -122,6 +200,7 @@ class TrainerConfig(ConfigSection):
         None,
         "a different number of checkpoints for the critic",
         "use max_actor_ckpt_to_keep: a checkpoint contains both models",
+        same_if=any_of(same_as("trainer.max_actor_ckpt_to_keep"), when("run.needs_critic", False, words="no critic")),
     )
     default_hdfs_dir: str | None = unsupported(None, "copies on HDFS")
     del_local_ckpt_after_load: bool = unsupported(False, "deleting a checkpoint after it is loaded")

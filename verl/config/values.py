@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from verl.config.errors import unknown_value
+from verl.config.errors import ConfigError, unknown_value
 from verl.config.ppo import PPOConfig
 from verl.config.roles import needs_critic, needs_ref
+from verl.config.run_facts import RunFacts
 from verl.config.schema import Key, key_of, show, walk
 
 # Keys whose names the user's own code can extend, and the registry (module, attribute) that contains these names.
@@ -34,6 +35,8 @@ def value_problems(config: PPOConfig) -> dict[str, str]:
         if name.startswith(unused_roles) and _is_unsupported(key, value):
             continue
         problem = _problem(name, key, value)
+        if problem is not None and _asks_for_nothing(config, name, key, value):
+            continue
         if problem is not None:
             problems[name] = f"{name}={show(value)}{problem}"
     return problems
@@ -44,6 +47,18 @@ def _is_unsupported(key: Key, value: Any) -> bool:
     if key.only is not None:
         return not any(_equal(value, only) for only in key.only)
     return isinstance(value, str) and value in key.unsupported
+
+
+def _asks_for_nothing(config: PPOConfig, name: str, key: Key, value: Any) -> bool:
+    """Return True if all values mean the same, or if an unsupported one has no effect, which a note says."""
+    run = RunFacts(config, device="", rows_choose_loop=False)
+    try:
+        if key.same_if is not None and key.same_if.why_not(run, name) is None:
+            return True
+        unused = any(condition.why_not(run, name) is not None for condition in key.only_with)
+        return unused and _is_unsupported(key, value)
+    except ConfigError:
+        return False  # the check of another section reports its errors
 
 
 def _problem(name: str, key: Key, value: Any) -> str | None:

@@ -15,6 +15,7 @@ from typing import Any
 from verl.config.conditions import all_words
 from verl.config.ppo import PPOConfig
 from verl.config.schema import Key, key_of, show
+from verl.config.upstream import DIFFERENT, SAME, SAME_SECTIONS, Same
 
 _HEAD = """# Config reference
 
@@ -29,7 +30,32 @@ the run; below, "only with" gives the condition of a key's effect.
 
 def reference() -> str:
     """Return the whole page."""
-    return _HEAD + "\n\n".join(_section(*section) for section in _sections(PPOConfig)) + "\n"
+    sections = "\n\n".join(_section(*section) for section in _sections(PPOConfig))
+    return f"{_HEAD}{sections}\n\n{_upstream_keys()}\n"
+
+
+def _upstream_keys() -> str:
+    """Return the section about keys that only upstream verl has."""
+    text = (
+        "## Other keys of upstream verl\n\n"
+        "Keys that only upstream verl has are accepted and noted if they ask for nothing: at their default there, if "
+        "they switch a feature off, or in a section that is switched off. These values mean what is done here anyway:"
+        "\n\n| key | accepted values | why |\n|---|---|---|\n"
+    )
+    rows = [f"| `{name}` | {_same_values(same)} | {same.why} |" for name, same in sorted(SAME.items())]
+    rows += [f"| `{name}.*` | {_same_values(same)} | {same.why} |" for name, same in SAME_SECTIONS.items()]
+    differing = [f"| `{name}` | only its default | {why} |" for name, why in sorted(DIFFERENT.items())]
+    return text + "\n".join(rows + differing)
+
+
+def _same_values(same: Same) -> str:
+    words = ", ".join(f"`{show(value)}`" for value in same.values) or "any"
+    if same.equal_to:
+        words = f"the value of `{same.equal_to}`"
+    if same.only_with is not None:
+        key, values = same.only_with
+        words += f" with `{key}` " + " or ".join(f"`{show(value)}`" for value in values)
+    return words
 
 
 def _sections(cls: type, prefix: str = "", help: str = "", only_with: str = "") -> Iterator[tuple[str, type, str, str]]:
@@ -62,14 +88,19 @@ def _section(name: str, cls: type, help: str, only_with: str) -> str:
 
 def _row(section: str, name: str, hint: Any, default: Any, known: Key) -> str:
     effect = "; ".join([known.help, *_conditions(section, name, known)])
-    cells = [f"`{name}`", f"`{show(default)}`" if default != "" else '`""`', _values(hint, known), effect]
+    cells = [
+        f"`{name}`",
+        f"`{show(default)}`" if default != "" else '`""`',
+        _values(hint, known, f"{section}.{name}"),
+        effect,
+    ]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _conditions(section: str, name: str, known: Key) -> Iterator[str]:
     """Yield the conditions of a key's effect and of its entries' effect; keys of the same section have short names."""
     full = f"{section}.{name}"
-    if known.only_with:
+    if all_words(known.only_with, full):
         yield "only with " + all_words(known.only_with, full).replace(f"`{section}.", "`")
     entries: dict[str, list[str]] = {}
     for entry, condition in known.entries_only_with.items():
@@ -78,10 +109,11 @@ def _conditions(section: str, name: str, known: Key) -> Iterator[str]:
         yield f"{', '.join(names)} only with {words}"
 
 
-def _values(hint: Any, known: Key) -> str:
-    """Return the accepted values: the choices if there are any, else the type with its bounds and unit."""
+def _values(hint: Any, known: Key, full: str) -> str:
+    """Return the accepted values of the key `full`: its choices if it has any, else its type, bounds and unit."""
     if known.only is not None:
-        return "only " + ", ".join(f"`{show(value)}`" for value in known.only)
+        values = "only " + ", ".join(f"`{show(value)}`" for value in known.only)
+        return values if known.same_if is None else f"{values}; any with {known.same_if.words(full)}"
     if known.choices:
         return ", ".join(f"`{show(value)}`" for value in known.choices)
     words = ["path" if known.path else _type_name(hint)]

@@ -41,16 +41,14 @@ _MODULES = {
     "verl.utils.debug": "`verl report` shows times and memory of a run",
     "verl.models": "models are loaded with transformers; nothing has to be registered",
     "verl.interactions": "simulated users are not supported; write an agent loop (docs/agent_loops.md)",
-    "verl.experimental.fully_async_policy": "use trainer.rollout_lag=1 or rollout.partial_rollout=True "
-    "(docs/async_training.md)",
-    "verl.experimental.one_step_off_policy": "use trainer.rollout_lag=1 (docs/async_training.md)",
+    "verl.experimental.fully_async_policy": _LOOP,
+    "verl.experimental.one_step_off_policy": _LOOP,
     "verl.experimental.transfer_queue": _LOOP,
 }
 _NAMES = {
     "verl.trainer.ppo.utils": {
         **dict.fromkeys(("Role", "WorkerType"), _LOOP),
-        "need_reward_model": "reward models inside a run are not supported; query one in "
-        "reward.custom_reward_function, as in examples/reward_model",
+        "need_reward_model": "read config.reward.reward_model.enable",
         "create_rl_dataset": "call verl.utils.dataset.rl_dataset.create_rl_dataset(files, tokenizer, config.data)",
         "create_rl_sampler": "call verl.utils.dataset.sampler.create_rl_sampler(config.data, dataset)",
     },

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
 import importlib.util
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from verl.extension.paths import expand_user
+from verl.extension.source import parse_python
 from verl.extension.user_files import file_problem, import_file, top_level_names
 
 
@@ -28,7 +29,7 @@ def split_spec(spec: str, folder: Path) -> tuple[Path | str, str]:
     """
     source, colon, name = spec.rpartition(":")
     if colon and source.endswith(".py") and name.isidentifier():
-        return folder / Path(source).expanduser(), name
+        return folder / expand_user(source), name
     module, dot, name = spec.rpartition(".")
     if not colon and dot and all(part.isidentifier() for part in [*module.split("."), name]):
         return module, name
@@ -55,7 +56,7 @@ def check_class(spec: str, folder: Path) -> None:
         return
     _check_file(spec, source)
     try:
-        tree = ast.parse(source.read_bytes(), filename=str(source))
+        tree = parse_python(source)
     except OSError as error:
         raise UserClassError(f"{spec}: {source} cannot be read ({error.strerror})") from error
     except (SyntaxError, ValueError) as error:

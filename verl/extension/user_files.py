@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from verl.extension.paths import expand_user
 from verl.extension.user_modules import import_path
 
 
@@ -33,7 +34,7 @@ def read_yaml(path: str | Path) -> Any:
     if problem is not None:
         raise ValueError(f"{problem}; give a YAML file")
     try:
-        return yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+        return yaml.safe_load(expand_user(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"is not YAML ({' '.join(str(error).split())})") from error
     except OSError as error:
@@ -84,7 +85,7 @@ def import_file(path: Path) -> ModuleType:
     Raises:
         Exception: any exception of the file.
     """
-    return import_path(path.expanduser().resolve())
+    return import_path(expand_user(path).resolve())
 
 
 def top_level_names(tree: ast.Module) -> tuple[list[str], bool]:

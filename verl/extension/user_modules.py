@@ -18,6 +18,8 @@ from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 
+from verl.extension.source import parse_python
+
 # Makes this module a package, whose submodules `_Finder` finds.
 __path__: list[str] = []
 
@@ -111,7 +113,7 @@ def _add_folder(file: Path) -> None:
 def _neighbors(file: Path, folder: Path) -> Iterator[str]:
     """Yield the names that a file imports and that a file or a package in `folder` has."""
     try:
-        tree = ast.parse(file.read_bytes())
+        tree = parse_python(file)
     except (OSError, SyntaxError, ValueError):
         return  # the import reports it
     for node in ast.walk(tree):

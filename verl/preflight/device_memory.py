@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from verl.config.lora import adapter_parameters, lora_options
 from verl.config.ppo import PPOConfig
-from verl.config.roles import needs_critic
 from verl.preflight.estimate import (
     activation_bytes,
     critic_activation_bytes,
-    critic_state_bytes,
     gathered_bytes,
-    ref_state_bytes,
-    trainer_state_bytes,
 )
+from verl.preflight.train_state import PlacedState, actor_state, critic_state, placed_states
 from verl.utils.byte_size import GIB
 from verl.utils.dtypes import itemsize_of
 from verl.utils.model_dir.kv_cache import kv_bytes_per_token
@@ -28,9 +24,11 @@ _ENGINE_RESERVE = 4 * GIB
 _ASLEEP = 1 * GIB
 # Accelerators compute in bfloat16.
 _COMPUTE_ITEMSIZE = itemsize_of("bfloat16")
-# Names of parts that the checks look for.
+# Names of parts and stages that the checks look for.
 ACTIVATIONS = "activations and logits"
+LOADED = "loaded from the host"
 GENERATION = "generation"
+WEIGHT_UPDATE = "weight update"
 
 
 @dataclass(frozen=True)
@@ -103,14 +101,14 @@ def device_memory(
     asleep = 0 if not shared else _ASLEEP if rollout.free_cache_engine else share
     awake = weights + _ASLEEP if rollout.free_cache_engine else share
     generation = {"weights": weights, "cache and graphs": share - weights}
-    update = {"state of the trainer": trainer.resident, "largest weight": trainer.largest, "runtime": _RUNTIME}
+    update = {"state of the trainer": trainer.resident, **trainer.exported, "runtime": _RUNTIME}
     if shared:
         generation |= {"state of the trainer": trainer.resident, "runtime": _RUNTIME}
         update |= {"engine": awake}
     stages = [Stage(GENERATION, generation)]
     for name, parts in trainer.updates.items():
         stages.append(Stage(name, parts | ({"engine": asleep} if shared else {})))
-    stages.append(Stage("weight update", update))
+    stages.append(Stage(WEIGHT_UPDATE, update))
     token = kv_bytes_per_token(model, _COMPUTE_ITEMSIZE, rollout.tensor_model_parallel_size)
     tokens = max(0, cache) // max(1, token)
     return DeviceMemory(capacity, tuple(stages), weights, cache, tokens, trainer.resident, shared)
@@ -120,43 +118,39 @@ class _Trainer:
     """Memory of actor, reference model and critic on one device.
 
     Attributes:
-        resident: weights and optimizer state, which stay on the device.
+        resident: weights and optimizer state that stay on the device.
+        exported: weights that are on the device only in a weight update, and copies of the largest one.
         updates: stage name -> parts.
-        largest: copies of the largest weight in a weight update.
     """
 
     def __init__(
         self, config: PPOConfig, model: ModelFiles, device: str, ranks: int, critic: ModelFiles | None
     ) -> None:
-        assert model.parameters is not None
-        lora = lora_options(config.actor_rollout_ref.model)
-        adapters = None if lora is None else adapter_parameters(lora, model.shapes)
-        state = trainer_state_bytes(config, model.parameters, ranks, adapters)
-        if config.actor_rollout_ref.ref.fsdp_config.param_offload:
-            state -= ref_state_bytes(config, model.parameters, ranks)
-        master = itemsize_of(config.actor_rollout_ref.actor.fsdp_config.model_dtype)
-        gradients = (model.parameters if adapters is None else adapters) * master // ranks
-        critic_state = 0
-        if critic is not None and critic.parameters is not None and needs_critic(config):
-            critic_state = critic_state_bytes(config, critic.parameters, ranks)
-        # A quarter of the critic's state is gradients, which exist only in its update.
-        self.resident = state - gradients + critic_state * 3 // 4
+        placed = placed_states(config, model, critic)
+        self.resident = sum(each.resident for each in placed.values())
         embedding = (model.number("vocab_size") or 0) * (model.hidden or 0)
         # The weight in float32 and its copy in the engine's dtype.
-        self.largest = embedding * (itemsize_of("float32") + _COMPUTE_ITEMSIZE)
+        largest = embedding * (itemsize_of("float32") + _COMPUTE_ITEMSIZE)
+        self.exported = {LOADED: placed["actor"].in_export, "largest weight": largest}
         activations = activation_bytes(config, model, _COMPUTE_ITEMSIZE, ranks)
         self.updates: dict[str, dict[str, int]] = {}
-        if critic_state and critic is not None:
+        if critic is not None and critic_state(config, critic).weights:
+            held = critic_activation_bytes(config, critic, device, ranks)
+            gradients = 0 if config.critic.fsdp.offload_policy else critic_state(config, critic).gradients
             self.updates["critic update"] = self._update(
-                critic_state // 4, critic, critic_activation_bytes(config, critic, device, ranks)
+                placed["critic"], gradients, gathered_bytes(critic, _COMPUTE_ITEMSIZE, config.critic.fsdp), held
             )
-        self.updates["actor update"] = self._update(gradients, model, activations)
+        section = config.actor_rollout_ref.actor.fsdp_config
+        gradients = 0 if section.offload_policy else actor_state(config, model).gradients
+        gathered = gathered_bytes(model, _COMPUTE_ITEMSIZE, section)
+        self.updates["actor update"] = self._update(placed["actor"], gradients, gathered, activations)
 
-    def _update(self, gradients: int, model: ModelFiles, activations: int) -> dict[str, int]:
+    def _update(self, placed: PlacedState, gradients: int, gathered: int, activations: int) -> dict[str, int]:
         return {
             "state of the trainer": self.resident,
+            LOADED: placed.in_update - gradients,
             "gradients": gradients,
-            "gathered weights": gathered_bytes(model, _COMPUTE_ITEMSIZE),
+            "gathered weights": gathered,
             ACTIVATIONS: activations,
             "runtime": _RUNTIME,
         }

@@ -87,6 +87,11 @@ def _environment() -> ImmutableSandboxedEnvironment:
     return environment
 
 
+def read_template(folder: Path) -> str | None:
+    """Return the default chat template of a tokenizer; None without one."""
+    return _template(folder, _json(folder / "tokenizer_config.json"))
+
+
 def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():

@@ -42,7 +42,8 @@ class CriticPlan:
         compute_dtype, master_dtype: torch dtype names.
         optimizer_steps_per_step: mini-batches of a training step times `ppo_epochs`.
         samples_per_mini_batch: over all ranks.
-        samples_per_rank: one rank's share of a mini-batch.
+        samples_per_rank: one rank's share of a mini-batch, or that of the ranks that share sequences.
+        sequence_parallel: ranks that share sequences.
     """
 
     parameters: int | None
@@ -51,6 +52,7 @@ class CriticPlan:
     optimizer_steps_per_step: int
     samples_per_mini_batch: int
     samples_per_rank: int
+    sequence_parallel: int
 
     def rows(self) -> list[Row]:
         size = "unknown size" if self.parameters is None else f"{_format_parameters(self.parameters)} parameters"
@@ -60,7 +62,7 @@ class CriticPlan:
                 "",
                 f"{_format_count(self.optimizer_steps_per_step)} optimizer steps per step, mini-batch of "
                 f"{_format_count(self.samples_per_mini_batch)} samples, {_format_count(self.samples_per_rank)} on each "
-                "rank",
+                f"{_ranks_text(self.sequence_parallel)}",
             ),
         ]
 
@@ -80,20 +82,24 @@ class Plan:
         prompts_per_step, samples_per_step: of one training step.
         optimizer_steps_per_step: mini-batches of a training step times `ppo_epochs`.
         samples_per_mini_batch: over all ranks.
-        samples_per_rank: one rank's share of a mini-batch.
+        samples_per_rank: one rank's share of a mini-batch, or that of the ranks that share samples.
+        sequence_parallel: ranks that share the sequences of the actor.
+        layer_parallel: ranks that share the layers of the actor.
         micro_batches_per_rank: number in one mini-batch; None if micro-batches have a token budget.
-        micro_batch_tokens: this token budget, or None.
+        micro_batch_tokens: this token budget, over the ranks that share a micro-batch, or None.
         prompt_tokens, response_tokens: upper limits.
         train_prompts, val_prompts: rows before overlong prompts are dropped; None if a dataset class decides.
         at_most: overlong prompts are dropped, so that the numbers of prompts and steps are upper bounds.
         steps_per_epoch, total_steps: training steps; None if a dataset class or a sampler decides.
         trainer_ranks, replicas, reward_workers: number of processes.
         tensor_parallel: devices of one replica.
+        expert_parallel: devices of one replica that share its experts; 1: each has a slice of every expert.
         trainer_nodes: nodes of the trainer.
         replica_nodes: nodes that hold replicas only; 0 if the replicas are on the trainer's nodes.
         transport: transport of weights to the replicas, the result of `resolve_backend`.
         parameters: parameters of the model; None if its files do not give the number.
         critic: the critic's part; None without a critic.
+        served: name and text of each model beside the policy that engines serve (teacher, reward model).
         update_bytes, update_buckets: minimum size of a full weight update; None if `parameters` is None.
         full_update_reason: reason why every update is full; None if updates after the first can be deltas.
         memory: estimate of the host's memory; None if `parameters` is None.
@@ -120,6 +126,8 @@ class Plan:
     optimizer_steps_per_step: int
     samples_per_mini_batch: int
     samples_per_rank: int
+    sequence_parallel: int
+    layer_parallel: int
     micro_batches_per_rank: int | None
     micro_batch_tokens: int | None
     prompt_tokens: int
@@ -132,12 +140,14 @@ class Plan:
     trainer_ranks: int
     replicas: int
     tensor_parallel: int
+    expert_parallel: int
     reward_workers: int
     trainer_nodes: int
     replica_nodes: int
     transport: str
     parameters: int | None
     critic: CriticPlan | None
+    served: list[Row]
     update_bytes: int | None
     update_buckets: int | None
     full_update_reason: str | None
@@ -151,6 +161,11 @@ class Plan:
     device_memory: DeviceMemory | None = None
     prompt_lengths: PromptLengths | None = None
     resume: list[str] = field(default_factory=list)
+
+    @property
+    def data_parallel(self) -> int:
+        """Number of shards of a batch of the actor: the ranks, or groups of ranks that share samples."""
+        return self.trainer_ranks // (self.sequence_parallel * self.layer_parallel)
 
     def render(self) -> str:
         """Return an aligned table in plain text, followed by notes and warnings."""
@@ -168,11 +183,12 @@ class Plan:
         return [*self._batch_rows(), *self._machine_rows(), *self._device_rows(), *files, *resume]
 
     def _batch_rows(self) -> list[Row]:
-        micro = (
-            f"filled up to {_format_count(self.micro_batch_tokens)} tokens"
-            if self.micro_batch_tokens is not None
-            else f"{_format_count(self.micro_batches_per_rank)} per mini-batch on each rank"
-        )
+        each = _ranks_text(self.sequence_parallel, self.layer_parallel)
+        if self.micro_batch_tokens is None:
+            micro = f"{_format_count(self.micro_batches_per_rank)} per mini-batch on each {each}"
+        else:
+            of_group = f", on each {each}" if each != "rank" else ""
+            micro = f"filled up to {_format_count(self.micro_batch_tokens)} tokens{of_group}"
         most = "at most " if self.at_most else ""
         unknown = "unknown: the dataset class or the sampler decides, or data files were not found"
         steps = unknown if self.total_steps is None else f"{_format_count(self.total_steps)}{self._epoch_text(most)}"
@@ -185,7 +201,7 @@ class Plan:
             ("prompts per step", _format_count(self.prompts_per_step)),
             ("samples per step", _format_count(self.samples_per_step)),
             ("optimizer steps", f"{_format_count(self.optimizer_steps_per_step)} per step"),
-            ("mini-batch", f"{mini} samples, {share} on each rank"),
+            ("mini-batch", f"{mini} samples, {share} on each {each}"),
             ("micro-batches", micro),
             (
                 "token limits",
@@ -205,7 +221,8 @@ class Plan:
         return f" ({most}{_format_count(self.steps_per_epoch)} per epoch{left_out})"
 
     def _machine_rows(self) -> list[Row]:
-        replicas = f"{self.replicas} replica(s) x {self.tensor_parallel} tensor parallel"
+        experts = f" and {self.expert_parallel} expert parallel" if self.expert_parallel > 1 else ""
+        replicas = f"{self.replicas} replica(s) x {self.tensor_parallel} tensor parallel{experts}"
         rows = [
             ("device", self.device if self.hardware is None else f"{self.device}, planned for {self.hardware}"),
             ("processes", f"{self.trainer_ranks} trainer rank(s), {replicas}, {self.reward_workers} reward worker(s)"),
@@ -216,6 +233,7 @@ class Plan:
         ]
         if self.critic is not None:
             rows += self.critic.rows()
+        rows += self.served
         if self.rollout_weights is not None:
             rows.append(("engine's weights", self.rollout_weights))
         if self.qat is not None:
@@ -255,6 +273,12 @@ class Plan:
             rows.append((label, f"{stage.name}: {stage.total / GB:.1f} of {memory.capacity / GB:.0f} GB ({parts})"))
         cache = f"{format_gb(max(0, memory.cache_bytes))} on each device"
         return [*rows, ("engine's KV cache", f"{cache}, {_format_count(memory.cache_tokens)} tokens in a replica")]
+
+
+def _ranks_text(sequence_parallel: int, layer_parallel: int = 1) -> str:
+    if layer_parallel > 1:
+        return f"group of {layer_parallel} ranks, which share each layer"
+    return "rank" if sequence_parallel == 1 else f"group of {sequence_parallel} ranks, which share each sequence"
 
 
 def _format_count(number: int | None) -> str:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from verl.utils.byte_size import GB
+from verl.utils.byte_size import GB, GIB
 
-# Published memory of one device in bytes, by device and model; None: the host's memory. docs/performance.md gives the
-# sources for Ascend 950.
+# Memory of one device in bytes, by device and model; None: the host's memory. GPUs: the whole GiB of the total that
+# CUDA reports, which is more than the GB in their names (80 GiB of HBM, 79.1 of them usable). docs/performance.md gives
+# the sources for Ascend 950.
 _MEMORY = {
     "cpu": None,
-    "cuda:a100": 80 * GB,
-    "cuda:h100": 80 * GB,
-    "cuda:h200": 141 * GB,
+    "cuda:a100": 79 * GIB,
+    "cuda:h100": 79 * GIB,
+    "cuda:h200": 139 * GIB,
     "npu:ascend950dt": 144 * GB,
     "npu:ascend950pr": 128 * GB,
     # The smaller one of the two models, so that a plan that fits here fits both.

@@ -3,6 +3,7 @@
 Hybrid (`rollout.nnodes=0`): replicas share the trainer's devices; replica `r` with tensor parallelism `t` uses the
 devices of trainer ranks `r*t .. r*t + t - 1`. Standalone (`rollout.nnodes=n`): replicas have their own devices on n
 nodes, the same number of replicas on each node. Every trainer node is a different one, and so is every replica node.
+Engines of a teacher and of a reward model always have their own devices.
 On a CPU all processes share the cores, so both modes only choose the node of a process.
 """
 
@@ -17,6 +18,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from verl.config import PPOConfig
+from verl.config.engine_pools import EnginePool, engine_pools
 from verl.utils.devices import devices_environment
 
 _RESOURCE = {"cuda": "GPU", "npu": "NPU"}
@@ -50,11 +52,23 @@ class Placement:
     Attributes:
         trainers: options by trainer rank.
         replicas: options by replica.
+        pools: by section of `engine_pools`, the options by engine.
     """
 
     trainers: list[RayOptions]
     replicas: list[RayOptions]
+    pools: dict[str, list[RayOptions]] = field(default_factory=dict)
     _groups: list[PlacementGroup] = field(default_factory=list)
+
+    def reserve(self, device: str, nodes: int, per_node: int, section: str) -> PlacementGroup:
+        """Reserve a bundle of `per_node` devices on each of `nodes` nodes; `section` names the config keys.
+
+        Raises:
+            RuntimeError: the cluster has fewer devices or nodes.
+        """
+        group = _reserve(device, nodes, per_node, section)
+        self._groups.append(group)
+        return group
 
     def release(self) -> None:
         for group in self._groups:
@@ -72,32 +86,46 @@ def place_processes(config: PPOConfig, device: str) -> Placement:
         RuntimeError: the cluster has fewer devices or nodes than the config asks for.
     """
     nodes, per_node = config.trainer.nnodes, config.trainer.n_gpus_per_node
-    rollout, replicas = config.actor_rollout_ref.rollout, replica_count(config)
+    rollout, replicas, pools = config.actor_rollout_ref.rollout, replica_count(config), engine_pools(config)
     if device == "cpu":
-        return _place_on_cpu(nodes, per_node, rollout.nnodes, replicas)
-    trainer_group = _reserve(device, nodes, per_node, "trainer")
-    ranks = range(nodes * per_node)
-    trainers = [_in_bundle(trainer_group, rank // per_node, _device_request(device, 1)) for rank in ranks]
-    if not rollout.nnodes:
-        # The engine uses the devices of its trainer ranks without requesting them: their bundle already counts them.
-        first_ranks = ranks[:: len(ranks) // replicas]
-        shared = [_in_bundle(trainer_group, rank // per_node, {}) for rank in first_ranks]
-        return Placement(trainers, shared, [trainer_group])
+        return _place_on_cpu(nodes, per_node, rollout.nnodes, replicas, pools)
+    placement = Placement([], [])
     try:
-        rollout_group = _reserve(device, rollout.nnodes, rollout.n_gpus_per_node, "actor_rollout_ref.rollout")
+        trainer_group = placement.reserve(device, nodes, per_node, "trainer")
+        ranks = range(nodes * per_node)
+        placement.trainers = [_in_bundle(trainer_group, rank // per_node, _device_request(device, 1)) for rank in ranks]
+        if rollout.nnodes:
+            group = placement.reserve(device, rollout.nnodes, rollout.n_gpus_per_node, "actor_rollout_ref.rollout")
+            placement.replicas = _own_devices(
+                group, device, replicas, rollout.nnodes, rollout.tensor_model_parallel_size
+            )
+        else:
+            # The engine uses its ranks' devices without requesting them: their bundle already counts them.
+            first_ranks = ranks[:: len(ranks) // replicas]
+            placement.replicas = [_in_bundle(trainer_group, rank // per_node, {}) for rank in first_ranks]
+        for pool in pools:
+            group = placement.reserve(device, pool.nodes, pool.devices_per_node, pool.section)
+            size = pool.engine.tensor_model_parallel_size
+            placement.pools[pool.section] = _own_devices(group, device, pool.engines, pool.nodes, size)
     except RuntimeError:
-        remove_placement_group(trainer_group)
+        placement.release()
         raise
-    size, per_rollout_node = rollout.tensor_model_parallel_size, replicas // rollout.nnodes
-    request = _device_request(device, size)
-    standalone = [_in_bundle(rollout_group, replica // per_rollout_node, request) for replica in range(replicas)]
-    return Placement(trainers, standalone, [trainer_group, rollout_group])
+    return placement
 
 
-def _place_on_cpu(trainer_nodes: int, per_node: int, rollout_nodes: int, replicas: int) -> Placement:
+def _own_devices(group: PlacementGroup, device: str, engines: int, nodes: int, size: int) -> list[RayOptions]:
+    """Place engines of `size` devices each, the same number on each of the nodes of a group."""
+    per_node, request = engines // nodes, _device_request(device, size)
+    return [_in_bundle(group, engine // per_node, request) for engine in range(engines)]
+
+
+def _place_on_cpu(
+    trainer_nodes: int, per_node: int, rollout_nodes: int, replicas: int, pools: Sequence[EnginePool]
+) -> Placement:
     """Place the trainer on the driver's node and those after it, standalone replicas on the nodes after the trainer's.
 
-    If the cluster has a single node, one trainer node and one rollout node may both be that node.
+    If the cluster has a single node, one trainer node and one rollout node may both be that node. Engines of
+    other models are on the driver's node.
     """
     driver_node = ray.get_runtime_context().get_node_id()
     alive = (node["NodeID"] for node in ray.nodes() if node["Alive"])
@@ -112,8 +140,9 @@ def _place_on_cpu(trainer_nodes: int, per_node: int, rollout_nodes: int, replica
     replica_nodes = nodes[trainer_nodes : trainer_nodes + rollout_nodes] or nodes[:trainer_nodes]
     # Ranks and replicas share the cores, so no process reserves any.
     return Placement(
-        [_on_node(nodes[rank // per_node]) for rank in range(trainer_nodes * per_node)],
-        [_on_node(replica_nodes[replica * len(replica_nodes) // replicas]) for replica in range(replicas)],
+        [on_node(nodes[rank // per_node]) for rank in range(trainer_nodes * per_node)],
+        [on_node(replica_nodes[replica * len(replica_nodes) // replicas]) for replica in range(replicas)],
+        {pool.section: [on_node(driver_node)] * pool.engines for pool in pools},
     )
 
 
@@ -155,7 +184,8 @@ def _device_request(device: str, count: int) -> RayOptions:
     return {"num_gpus": count} if device == "cuda" else {"resources": {"NPU": count}}
 
 
-def _on_node(node: str) -> RayOptions:
+def on_node(node: str) -> RayOptions:
+    """Return the options of a task or an actor on the node with this id of Ray."""
     return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
 
 

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
 import ray
 
 from verl.config import PPOConfig
+from verl.single_controller.local_cluster import local_cluster
 from verl.utils.network import ray_cluster, require_ray_cluster
 
 logger = logging.getLogger(__name__)
 
 
 class RaySession:
-    """A context manager around `ray.init` and `ray.shutdown`; `ray.init` gets the keys `ray_kwargs.ray_init.*`."""
+    """A context manager that joins a Ray cluster or starts one; `ray.init` gets the keys `ray_kwargs.ray_init.*`."""
 
     def __init__(self, config: PPOConfig):
         self._options: dict[str, Any] = {
@@ -24,9 +27,10 @@ class RaySession:
             # Workers report through results and exceptions; their output goes to Ray's log directory.
             "log_to_driver": False,
             "logging_level": logging.ERROR,
-            **{key: value for key, value in dict(config.ray_kwargs.ray_init or {}).items() if value is not None},
+            **ray_init_options(config.ray_kwargs.ray_init or {}),
         }
         self._joined = ray.is_initialized()
+        self._stack = ExitStack()
 
     def __enter__(self) -> RaySession:
         if not self._joined:
@@ -35,7 +39,10 @@ class RaySession:
                 for key in ("num_cpus", "num_gpus", "include_dashboard"):
                     self._options.pop(key, None)
                 require_ray_cluster(os.environ, asked=self._options.get("address"))
-            ray.init(**self._options)
+                ray.init(**self._options)
+                self._stack.callback(ray.shutdown)
+            else:
+                self._stack.enter_context(local_cluster(self._options))
         return self
 
     def __exit__(
@@ -43,8 +50,20 @@ class RaySession:
     ) -> None:
         if error is not None and isinstance(error, Exception):
             logger.error("logs of all processes: %s", os.path.join(_session_directory(), "logs"))
-        if not self._joined:
-            ray.shutdown()
+        self._stack.close()
+
+
+def ray_init_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `ray_kwargs.ray_init` as arguments of `ray.init`: without null, and with environment variables as text.
+
+    On a command line `env_vars.NAME=1` is a number, and Ray takes text only.
+    """
+    options = {name: value for name, value in given.items() if value is not None}
+    environment = dict(options.get("runtime_env") or {})
+    if environment.get("env_vars"):
+        environment["env_vars"] = {name: str(value) for name, value in environment["env_vars"].items()}
+        options["runtime_env"] = environment
+    return options
 
 
 def _session_directory() -> str:

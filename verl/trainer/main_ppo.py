@@ -2,11 +2,17 @@
 
     python3 -m verl.trainer.main_ppo key=value ...
 
+Other modules start the same command line with another YAML file (`verl.config.entry_points`).
 Hydra's options are available: `--config-path`, `--config-name`, `--cfg job`, `--help`. Exit status: 2 if the config has
 errors, 1 if the run failed, 130 after Ctrl-C, 143 after SIGTERM.
 """
 
 from __future__ import annotations
+
+if __name__ == "__main__":  # before the other imports, which take seconds
+    from verl.utils.process_exit import end_on_interrupt
+
+    end_on_interrupt()
 
 import logging
 import os
@@ -17,8 +23,10 @@ from collections.abc import Sequence
 import hydra
 from omegaconf import DictConfig
 
-from verl.config import ConfigError, PPOConfig, from_hydra, searchpath
+from verl.config import ConfigError, PPOConfig, searchpath
+from verl.config.entry_points import MAIN_PPO, EntryPoint
 from verl.config.hints import config_name_hint
+from verl.config.load import Loaded, read_composed
 from verl.config.overrides import Prepared, prepare
 from verl.extension import external
 from verl.extension.upstream_names import missing_names
@@ -26,7 +34,7 @@ from verl.preflight import Plan, check
 from verl.preflight.findings import Findings
 from verl.trainer.probes.process import Probes
 from verl.utils.console import escape_unencodable
-from verl.utils.process_exit import limit_exit
+from verl.utils.process_exit import STOPPED, limit_exit, restore_interrupt
 
 __getattr__ = missing_names(__name__)
 
@@ -40,39 +48,41 @@ _WITH_VALUE = (*_NAMES, *_PATHS, "--cfg", "-c", "--package", "-p", "--experiment
 _MULTIRUN = ("--multirun", "-m")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None, entry: EntryPoint = MAIN_PPO) -> None:
     """Run the command line and exit.
 
     Args:
         arguments: None for `sys.argv[1:]`.
+        entry: the module that was started.
     """
     escape_unencodable()
     try:
-        config = compose(list(sys.argv[1:] if arguments is None else arguments))
-        if config is None:
+        loaded = compose(list(sys.argv[1:] if arguments is None else arguments), entry)
+        if loaded is None:
             return
-        plan = checked_plan(config)
+        plan = checked_plan(loaded)
     except ConfigError as error:
         sys.stderr.write(f"verl: the config cannot work: {error}\n")
         raise SystemExit(2) from None
     show_plan(plan)
     try:
-        status = execute(config, plan)
+        status = execute(loaded.config, plan)
     except SystemExit as ended:  # after SIGTERM
         status = ended.code if isinstance(ended.code, int) else 1
     limit_exit(status)
     sys.exit(status)
 
 
-def checked_plan(config: PPOConfig) -> Plan:
+def checked_plan(loaded: Loaded) -> Plan:
     """Check the config, call the user's code once, and return the plan.
 
     Raises:
         ConfigError: lists every problem.
     """
+    config = loaded.config
     with Probes(config, starting=True) as probes:
         import_external_lib(config)
-        plan = check(config)
+        plan = check(config, loaded.problems, loaded.notes)
         found = Findings(warnings=plan.warnings, notes=plan.notes)
         probes.check(config, found, device=plan.device)
     if found.errors:
@@ -80,23 +90,28 @@ def checked_plan(config: PPOConfig) -> Plan:
     return plan
 
 
-def compose(arguments: list[str]) -> PPOConfig | None:
-    """Return the config of a command line; None if Hydra handled it alone (`--help`, `--cfg job`).
+def compose(arguments: list[str], entry: EntryPoint = MAIN_PPO) -> Loaded | None:
+    """Return the config of a command line, with its problems; None if Hydra handled it alone (`--help`, `--cfg job`).
+
+    Args:
+        arguments: options of Hydra, and overrides.
+        entry: the module that was started.
 
     Raises:
-        ConfigError: an override or a file has errors.
+        ConfigError: a file has errors that prevent the composition.
         SystemExit: Hydra could not compose the config and printed the reason; status 2.
     """
-    options, overrides = split_arguments(arguments)
+    options, overrides, problems = split_arguments(arguments)
     prepared = prepare(overrides)
+    prepared.problems = problems | prepared.problems
     composed: list[DictConfig] = []
 
-    @hydra.main(config_path="config", config_name="ppo_trainer", version_base="1.3")
+    @hydra.main(config_path="config", config_name=entry.config_name, version_base="1.3")
     def keep(values: DictConfig) -> None:
         composed.append(values)
 
     searchpath.register()
-    with_argv = [sys.argv[0], *options, *_quiet(prepared), *prepared.overrides]
+    with_argv = [sys.argv[0], *options, *_quiet(prepared), *entry.overrides(), *prepared.overrides]
     original, sys.argv = sys.argv, with_argv
     try:
         keep()
@@ -104,7 +119,11 @@ def compose(arguments: list[str]) -> PPOConfig | None:
         raise SystemExit(2 if error.code else 0) from None
     finally:
         sys.argv = original
-    return from_hydra(composed[0], prepared.given) if composed else None
+    if not composed:
+        return None
+    loaded = read_composed(composed[0], prepared)
+    loaded.problems |= entry.problems(loaded.config)
+    return loaded
 
 
 def import_external_lib(config: PPOConfig) -> None:
@@ -124,14 +143,18 @@ def import_external_lib(config: PPOConfig) -> None:
         raise ConfigError([str(error)]) from error
 
 
-def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return Hydra's options, with absolute directories of configs, and the overrides.
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str], dict[str, str]]:
+    """Return Hydra's options, with absolute directories of configs, the overrides, and problems by option.
+
+    A problem is the name of an upstream config for another training engine. The returned options then choose verl's own
+    config, so that the overrides can be checked too.
 
     Raises:
-        ConfigError: `--multirun`, or the name of an upstream config for another training engine.
+        ConfigError: `--multirun`.
     """
-    options: list[str] = []
+    options: list[list[str]] = []
     overrides: list[str] = []
+    problems: dict[str, str] = {}
     rest = iter(arguments)
     for argument in rest:
         name, equals, value = argument.partition("=")
@@ -144,20 +167,25 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             )
         if name in _WITH_VALUE and not equals:
             following = next(rest, None)
-            options += [name] if following is None else [name, _absolute(name, following)]
+            options.append([name] if following is None else [name, _absolute(name, following)])
             value = following or ""
         else:
-            options.append(f"{name}={_absolute(name, value)}" if equals else argument)
+            options.append([f"{name}={_absolute(name, value)}" if equals else argument])
         problem = config_name_hint(value) if name in _NAMES else None
         if problem is not None:
-            raise ConfigError([problem])
-    return options, overrides
+            problems[name] = problem
+    if problems:
+        options = [words for words in options if words[0].partition("=")[0] not in (*_NAMES, *_PATHS)]
+    return [word for words in options for word in words], overrides, problems
 
 
 def _absolute(option: str, value: str) -> str:
-    """Return a relative directory as an absolute path, because Hydra would resolve it against this file's directory."""
+    """Return a relative directory as an absolute path: in the working directory, or as in Hydra beside this file."""
+    if option not in _PATHS:
+        return value
     path = os.path.expanduser(value)
-    return os.path.abspath(path) if option in _PATHS and os.path.isdir(path) else value
+    beside = os.path.join(os.path.dirname(__file__), path)
+    return next((os.path.abspath(folder) for folder in (path, beside) if os.path.isdir(folder)), value)
 
 
 def _quiet(prepared: Prepared) -> list[str]:
@@ -189,16 +217,17 @@ def run_ppo(config: DictConfig | PPOConfig, task_runner_class: object = None) ->
             "run_ppo: task_runner_class is not supported, because the training loop cannot be replaced; extend it with "
             "registered functions and classes (docs/extending.md)"
         )
-    resolved = config if isinstance(config, PPOConfig) else from_hydra(config)
-    plan = checked_plan(resolved)
+    loaded = Loaded(config) if isinstance(config, PPOConfig) else read_composed(config, Prepared())
+    plan = checked_plan(loaded)
     show_plan(plan)
-    _train(resolved, plan)
+    _train(loaded.config, plan)
 
 
 def _train(config: PPOConfig, plan: Plan) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     from verl.trainer.ppo.ray_trainer import run
 
+    restore_interrupt()
     run(config, plan)
 
 
@@ -207,7 +236,7 @@ def execute(config: PPOConfig, plan: Plan) -> int:
     try:
         _train(config, plan)
     except KeyboardInterrupt:
-        sys.stderr.write("verl: stopped by Ctrl-C\n")
+        sys.stderr.write(STOPPED)
         return 130
     except Exception as error:  # noqa: BLE001  (the top level prints every error, first its message and then its traceback)
         sys.stderr.write(f"verl: the run failed: {type(error).__name__}: {error}\n")

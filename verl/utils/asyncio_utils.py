@@ -50,6 +50,30 @@ async def gather_all(*calls: Awaitable[A]) -> list[A]:
     return results
 
 
+async def unless_failed(main: Awaitable[A], *guards: Awaitable[Any], patience: float = 30.0) -> A:
+    """Return the result of `main`, or raise the error of the first guard that fails before.
+
+    Args:
+        main: is cancelled if a guard fails, or the caller is cancelled.
+        guards: run until `main` ends; each may raise.
+        patience: seconds that `main` may take to end after its cancellation; then it is left alone.
+    """
+    task = asyncio.ensure_future(main)
+    watching = [asyncio.ensure_future(guard) for guard in guards]
+    try:
+        await asyncio.wait([task, *watching], return_when=asyncio.FIRST_COMPLETED)
+        for guard in watching:
+            if guard.done():
+                guard.result()
+        return await task
+    finally:
+        task.cancel()
+        await asyncio.wait([task], timeout=patience)
+        if task.done() and not task.cancelled():
+            task.exception()  # otherwise asyncio logs that nobody asked for it
+        await cancel_and_wait(watching)
+
+
 async def cancel_and_wait(tasks: Iterable[asyncio.Future[Any]]) -> None:
     """Cancel tasks and wait until they have ended. Their errors are ignored."""
     tasks = list(tasks)

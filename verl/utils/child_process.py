@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
+from collections.abc import Sequence
+from typing import IO
 
 
 def interpreter_command(module: str, *arguments: int) -> list[str]:
@@ -12,6 +15,27 @@ def interpreter_command(module: str, *arguments: int) -> list[str]:
     numbers = ", ".join(map(str, arguments))
     code = f"import sys; sys.path[:] = {sys.path!r}; from {module} import main; main({numbers})"
     return [sys.executable, "-c", code]
+
+
+def start_child(
+    module: str, *numbers: int, fds: Sequence[int], output: IO[bytes] | None = None
+) -> subprocess.Popen[bytes]:
+    """Start `main(*numbers, *fds, parent_pid)` of a module in a new session, with one thread for each library.
+
+    Args:
+        fds: open files that the child inherits.
+        output: receives what the child prints; None: it prints where this process does.
+    """
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    return subprocess.Popen(
+        interpreter_command(module, *numbers, *fds, os.getpid()),
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=None if output is None else subprocess.STDOUT,
+        env={**os.environ, **threads},
+        pass_fds=tuple(fds),
+        start_new_session=True,
+    )
 
 
 def end_with_parent(parent_pid: int) -> None:

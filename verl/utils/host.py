@@ -77,6 +77,12 @@ def available_memory_bytes(*, root: Path = Path("/")) -> int | None:
     return min(known) if known else None
 
 
+def used_memory_bytes(*, root: Path = Path("/")) -> int | None:
+    """Return the bytes of the host's memory in use, without page cache that can be dropped; None if not reported."""
+    total, available = _meminfo_bytes(root, "MemTotal"), _meminfo_bytes(root, "MemAvailable")
+    return None if total is None or available is None else total - available
+
+
 def _meminfo_bytes(root: Path, name: str) -> int | None:
     try:
         text = (root / "proc/meminfo").read_text(encoding="ascii")

@@ -1,13 +1,42 @@
-"""The end of a process: threads of other packages, and of the user's code, must not keep it alive."""
+"""The end of a process: Ctrl-C before the run, and threads of other code, which must not keep the process alive."""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 import time
+from types import FrameType
 
 EXIT_SECONDS = 10.0
+STOPPED = "verl: stopped by Ctrl-C\n"
+
+
+def end_on_interrupt() -> None:
+    """Until `restore_interrupt`, let Ctrl-C end the process at once with one line and status 130.
+
+    Imports take seconds, and KeyboardInterrupt would end them with a traceback or as another exception. Has no effect
+    where Ctrl-C is ignored or handled already, and outside the main thread.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler and _in_main_thread():
+        signal.signal(signal.SIGINT, _end)
+
+
+def restore_interrupt() -> None:
+    """Let Ctrl-C raise KeyboardInterrupt again, so that what has been started can be stopped."""
+    if signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    # Not sys.stderr: the interrupt may have come while its lock was held.
+    os.write(2, STOPPED.encode())
+    os._exit(128 + number)
 
 
 def limit_exit(status: int, seconds: float = EXIT_SECONDS) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 
+from verl.extension.paths import expand_user
+
 logger = logging.getLogger(__name__)
 
 _MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -25,7 +27,7 @@ def hf_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTraine
         FileNotFoundError: `path` is not a directory and cannot be a model id.
         ValueError: the tokenizer does not load, has an empty vocabulary, or has neither a pad nor an eos token.
     """
-    directory = Path(path).expanduser()
+    directory = expand_user(path)
     local = directory.is_dir()
     if not local and (directory.exists() or not _MODEL_ID.fullmatch(str(path))):
         problem = "is a file" if directory.exists() else "does not exist"
@@ -60,7 +62,7 @@ def hf_processor(path: str | Path, trust_remote_code: bool = False) -> Processor
         path: a directory (`~` is expanded), or a model id.
         trust_remote_code: allow running Python files of the model.
     """
-    directory = Path(path).expanduser()
+    directory = expand_user(path)
     try:
         processor = AutoProcessor.from_pretrained(
             str(directory) if directory.is_dir() else str(path), trust_remote_code=trust_remote_code

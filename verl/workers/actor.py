@@ -26,20 +26,24 @@ from verl.config import (
     RolloutConfig,
     names,
 )
-from verl.config.qat import qat_mode
+from verl.config.distillation import DistillationLossConfig
+from verl.config.qat import policy_dtype, qat_mode
+from verl.config.rank_groups import actor_ranks_per_sample
 from verl.config.rollout_correction import Correction
+from verl.config.sequence_parallel import actor_sequence_parallel, ref_sequence_parallel
 from verl.extension.external import import_external
 from verl.protocol import DataProto
 from verl.utils.dtypes import choose_dtype
 from verl.utils.quantization.encode_report import Errors
 from verl.utils.quantization_scheme import QuantizationScheme
-from verl.workers.engine.base import PolicyEngine
+from verl.workers.distillation_objective import DistillationObjective
+from verl.workers.engine.base import LossFn, PolicyEngine
 from verl.workers.engine.export import ExportUnit
 from verl.workers.engine.fsdp import FSDPEngine
 from verl.workers.engine.micro_batch import MicroBatching, micro_batching
 from verl.workers.engine.qat import QatOptions
 from verl.workers.policy_objective import PolicyObjective, select_tokens
-from verl.workers.process_group import join_process_group, peak_memory_gb, select_device
+from verl.workers.process_group import join_process_group, memory_metrics, select_device
 from verl.workers.rollout.quantization import get_scheme
 from verl.workers.update_loop import run_updates
 from verl.workers.weight_sync.manifest import dtype_from_name
@@ -48,7 +52,14 @@ _T = TypeVar("_T")
 
 
 def log_prob_limits(section: RolloutConfig | RefConfig, actor: ActorConfig) -> MicroBatching:
-    """Return the micro-batch limit of a forward pass: the section's value of each key, or the actor's if it is None."""
+    """Return the micro-batch limit of a forward pass: the section's value of each key, or the actor's if it is None.
+
+    The rollout section has the limit of the actor's pass.
+    """
+    if isinstance(section, RefConfig):
+        sequence_parallel = ref_sequence_parallel(section, actor)
+    else:
+        sequence_parallel = actor_sequence_parallel(actor)
 
     def either(value: _T | None, fallback: _T) -> _T:
         return fallback if value is None else value
@@ -57,6 +68,7 @@ def log_prob_limits(section: RolloutConfig | RefConfig, actor: ActorConfig) -> M
         either(section.log_prob_use_dynamic_bsz, actor.use_dynamic_bsz),
         either(section.log_prob_micro_batch_size_per_gpu, actor.ppo_micro_batch_size_per_gpu),
         either(section.log_prob_max_token_len_per_gpu, actor.ppo_max_token_len_per_gpu),
+        sequence_parallel,
     )
 
 
@@ -82,6 +94,8 @@ class ActorWorker:
         device: "cpu", "cuda" or "npu"; if several devices are visible, see `select_device`.
         bypass: the rollout correction of bypass mode, in which `old_log_probs` come from the rollout engine and the
             loss corrects for that; None to use the loss of the `actor` section.
+        distillation: the loss that pulls the policy to a teacher, which needs the column `teacher_log_probs`; None
+            without a teacher.
     """
 
     def __init__(
@@ -97,6 +111,7 @@ class ActorWorker:
         with_ref: bool,
         device: str,
         bypass: Correction | None = None,
+        distillation: DistillationLossConfig | None = None,
     ):
         self.rank = rank
         self.world_size = world_size
@@ -107,6 +122,7 @@ class ActorWorker:
         self._with_ref = with_ref
         self._device_type = device
         self._bypass = bypass
+        self._distillation = distillation
         self._device = torch.device("cpu")
         self._engine: PolicyEngine | None = None
         self._ref: PolicyEngine | None = None
@@ -122,25 +138,36 @@ class ActorWorker:
         import_external(self._config.model.external_lib or ())
         loss_mode = actor.policy_loss.loss_mode if self._bypass is None else "bypass_mode"
         self._policy_loss, self._select_tokens = get_policy_loss_fn(loss_mode), get_token_selector(loss_mode)
+        self._ranks_per_sample = actor_ranks_per_sample(actor)
+        sequence_parallel = actor_sequence_parallel(actor)
         self._train_limits = micro_batching(
-            actor.use_dynamic_bsz, actor.ppo_micro_batch_size_per_gpu, actor.ppo_max_token_len_per_gpu
+            actor.use_dynamic_bsz,
+            actor.ppo_micro_batch_size_per_gpu,
+            actor.ppo_max_token_len_per_gpu,
+            sequence_parallel,
         )
         self._device = select_device(self._device_type, self.rank)
-        mesh = join_process_group(self._device_type, self.rank, self.world_size, *self._master)
-        self._engine = self._make_engine(actor.fsdp_config, mesh, optim_config=actor.optim)
+        timeout = self._config.nccl_timeout
+        mesh = join_process_group(self._device_type, self.rank, self.world_size, *self._master, timeout)
+        self._engine = self._make_engine(actor.fsdp_config, mesh, sequence_parallel, optim_config=actor.optim)
         if self._with_ref:
-            self._ref = self._make_engine(self._config.ref.fsdp_config, mesh, optim_config=None)
+            ref = self._config.ref
+            shared = ref_sequence_parallel(ref, actor)
+            self._ref = self._make_engine(ref.fsdp_config, mesh, shared, optim_config=None)
 
-    def _make_engine(self, fsdp_config: FSDPConfig, mesh: DeviceMesh, optim_config: OptimConfig | None) -> FSDPEngine:
+    def _make_engine(
+        self, fsdp_config: FSDPConfig, mesh: DeviceMesh, sequence_parallel: int, optim_config: OptimConfig | None
+    ) -> FSDPEngine:
         return FSDPEngine(
             self._config.model,
             fsdp_config,
             mesh=mesh,
             device=self._device,
-            compute_dtype=choose_dtype(self._device_type, fsdp_config.dtype).name,
+            compute_dtype=policy_dtype(self._device_type, fsdp_config, self._config.rollout).name,
             max_model_len=self._max_model_len,
             optim_config=optim_config,
             total_training_steps=self._total_training_steps,
+            sequence_parallel=sequence_parallel,
             qat=self._qat_options(fsdp_config),
         )
 
@@ -222,8 +249,11 @@ class ActorWorker:
             if self._select_tokens is not None:
                 mini_batch = self._with_selected_tokens(mini_batch, f"{epoch}.{number}")
             objective = PolicyObjective(self._policy_loss, actor, mini_batch.meta_info, self._bypass)
+            loss: LossFn = objective
+            if self._distillation is not None:
+                loss = DistillationObjective(objective, self._distillation, actor, mini_batch.meta_info)
             metrics = self.engine.forward_backward(
-                mini_batch, objective, self._train_limits, entropy_grad=actor.entropy_coeff != 0
+                mini_batch, loss, self._train_limits, entropy_grad=actor.entropy_coeff != 0
             )
             if epoch == 0 and self._bypass is not None:
                 self._training_log_probs += objective.training_log_probs
@@ -234,8 +264,7 @@ class ActorWorker:
         )
         if actor.use_kl_loss:
             metrics["actor/kl_coef"] = actor.kl_loss_coef
-        metrics["actor/perf/max_memory_allocated_gb"] = peak_memory_gb(self._device)
-        return metrics
+        return metrics | memory_metrics("actor", self._device)
 
     def training_log_probs(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return, in bypass mode, the log-probabilities with which the last `update_actor` first trained each sample.
@@ -272,8 +301,9 @@ class ActorWorker:
             "advantages": columns["advantages"][mask],
             "sample": columns["sample_index"].unsqueeze(-1).expand(mask.shape)[mask],
         }
-        parts: list[_TokenColumns] = [own] * self.world_size
-        dist.all_gather_object(parts, own)
+        by_rank: list[_TokenColumns] = [own] * self.world_size
+        dist.all_gather_object(by_rank, own)
+        parts = by_rank[:: self._ranks_per_sample]
         order = torch.cat([part["sample"] for part in parts]).argsort(stable=True)
         selected = select_tokens(
             self._select_tokens,
@@ -285,7 +315,7 @@ class ActorWorker:
         )
         chosen = torch.empty_like(order)
         chosen[order] = selected.to(order.dtype)
-        first = sum(len(part["sample"]) for part in parts[: self.rank])
+        first = sum(len(part["sample"]) for part in parts[: self.rank // self._ranks_per_sample])
         marked = torch.zeros(mask.shape, dtype=torch.int64)
         marked[mask] = chosen[first : first + len(own["sample"])]
         return mini_batch.select().union(DataProto.from_dict(tensors={"selected_tokens": marked}))
@@ -305,6 +335,10 @@ class ActorWorker:
     ) -> Iterator[ExportUnit]:
         """Iterate over the policy's weights before they are gathered; see `TrainEngine.export_units`."""
         return self.engine.export_units(dtype=dtype, exceptions=exceptions, encoder=encoder)
+
+    def release(self) -> None:
+        """Free the device memory of offloaded weights after an export; see `TrainEngine.release`."""
+        self.engine.release()
 
     def save_checkpoint(self, path: str | Path) -> None:
         """Write the resumable parts in `actor.checkpoint.save_contents` into `path`."""

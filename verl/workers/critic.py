@@ -11,19 +11,23 @@ import torch
 
 from verl.algorithms.losses import agg_loss, compute_value_loss
 from verl.config import CriticConfig
+from verl.config.sequence_parallel import critic_sequence_parallel
 from verl.protocol import DataProto
 from verl.utils.dtypes import choose_dtype
 from verl.workers.engine.base import ValueEngine
 from verl.workers.engine.fsdp import FSDPValueEngine
 from verl.workers.engine.micro_batch import MicroBatching, micro_batching
-from verl.workers.process_group import join_process_group, select_device
+from verl.workers.process_group import join_process_group, memory_metrics, select_device
 from verl.workers.update_loop import loss_denominators, run_updates
 
 
 def forward_limits(config: CriticConfig) -> MicroBatching:
     """Return the micro-batch limit of the forward pass that computes values."""
     return micro_batching(
-        bool(config.use_dynamic_bsz), config.forward_micro_batch_size_per_gpu, config.forward_max_token_len_per_gpu
+        bool(config.use_dynamic_bsz),
+        config.forward_micro_batch_size_per_gpu,
+        config.forward_max_token_len_per_gpu,
+        critic_sequence_parallel(config),
     )
 
 
@@ -67,21 +71,25 @@ class CriticWorker:
             ValueError: the checkpoint does not match the model, or a setting is unknown or missing.
         """
         config = self._config
-        dynamic = bool(config.use_dynamic_bsz)
+        sequence_parallel = critic_sequence_parallel(config)
         self._train_limits = micro_batching(
-            dynamic, config.ppo_micro_batch_size_per_gpu, config.ppo_max_token_len_per_gpu
+            bool(config.use_dynamic_bsz),
+            config.ppo_micro_batch_size_per_gpu,
+            config.ppo_max_token_len_per_gpu,
+            sequence_parallel,
         )
         self._forward_limits = forward_limits(config)
-        device = select_device(self._device_type, self.rank)
+        device = self._device = select_device(self._device_type, self.rank)
         self._engine = FSDPValueEngine(
             config.model,
             config.fsdp,
             mesh=join_process_group(self._device_type, self.rank, self.world_size, *self._master),
             device=device,
-            compute_dtype=choose_dtype(self._device_type, config.fsdp.dtype).name,
+            compute_dtype=choose_dtype(self._device_type, config.fsdp.compute_dtype).name,
             max_model_len=self._max_model_len,
             optim_config=config.optim,
             total_training_steps=self._total_training_steps,
+            sequence_parallel=sequence_parallel,
         )
 
     @property
@@ -109,7 +117,7 @@ class CriticWorker:
 
         Returns:
             `critic/{vf_loss,vf_clipfrac,vpred_mean,grad_norm,lr,perf/padding_fraction}`, averaged over the optimizer
-            steps; equal on all ranks.
+            steps, and `memory_metrics`; equal on all ranks.
 
         Raises:
             NonFiniteError: loss or gradient is NaN or infinite; raised on all ranks before the optimizer step.
@@ -120,9 +128,10 @@ class CriticWorker:
             return self.engine.forward_backward(mini_batch, objective, self._train_limits)
 
         epochs = self._config.ppo_epochs or 1
-        return run_updates(
+        metrics = run_updates(
             self.engine, mini_batches, forward_backward, epochs=epochs, prefix="critic", loss_name="critic/vf_loss"
         )
+        return metrics | memory_metrics("critic", self._device)
 
     def save_checkpoint(self, path: str | Path) -> None:
         """Write the resumable parts in `critic.checkpoint.save_contents` into `path`."""

@@ -17,7 +17,10 @@ from verl.workers.update_loop import loss_denominators
 
 _OWN_METRICS = frozenset(
     (
-        *(f"actor/{name}" for name in ("pg_loss", "entropy", "kl_loss", "kl_coef", "loss", "grad_norm", "lr")),
+        *(
+            f"actor/{name}"
+            for name in ("pg_loss", "entropy", "entropy_loss", "kl_loss", "kl_coef", "loss", "grad_norm", "lr")
+        ),
         *("loss", "tokens", "positions", "padding_fraction"),  # of the engine
     )
 )
@@ -112,8 +115,10 @@ class PolicyObjective:
         # The backward pass is collective, and a user's loss may be a constant, e.g. for a micro-batch without samples.
         loss = loss + log_probs[:0].sum()
         metrics["actor/entropy"] = agg_loss(entropy.detach(), mask, "token-mean", **self._denominators)
+        entropy_loss = agg_loss(entropy, mask, mode, **self._denominators)
+        metrics["actor/entropy_loss"] = entropy_loss.detach()
         if actor.entropy_coeff != 0:
-            loss = loss - actor.entropy_coeff * agg_loss(entropy, mask, mode, **self._denominators)
+            loss = loss - actor.entropy_coeff * entropy_loss
         if actor.use_kl_loss:
             kl = kl_penalty(log_probs, columns["ref_log_prob"], actor.kl_loss_type)
             kl_loss = agg_loss(kl, mask, mode, **self._denominators)

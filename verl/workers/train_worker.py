@@ -10,13 +10,16 @@ from pathlib import Path
 import torch
 
 from verl.config import ActorRolloutRefConfig, CriticConfig
+from verl.config.distillation import DistillationLossConfig
 from verl.config.rollout_correction import Correction
 from verl.config.weight_updates import full_update_reason
 from verl.protocol import DataProto
 from verl.timeline.spans import Timeline, join_timeline, span, spanned
 from verl.utils.checkpoint_files import write_manifest_part
 from verl.utils.heap import freeze_heap
+from verl.utils.heartbeat import send_heartbeats_from_environment
 from verl.utils.network import choose_gloo_interface
+from verl.utils.profiler import ProfilerSettings, install_profiler, profiled, start_profile, stop_profile
 from verl.utils.quantization.encode_report import EncodeReport, EncodeReportMessage, Errors
 from verl.utils.quantization_scheme import QuantizationScheme
 from verl.workers.actor import ActorWorker
@@ -49,7 +52,8 @@ class TrainWorker:
         rollout_dtype: name of the dtype in which weights are sent.
         critic: the section `critic`, completed by `resolve_critic`; None for a run without a critic.
         critic_warmup: number of first training steps in which only the critic is trained.
-        bypass: as in `ActorWorker`.
+        bypass, distillation: as in `ActorWorker`.
+        profiles: profiles of the trainer's ranks; None without any.
         timeline: argument of `join_timeline`.
     """
 
@@ -68,13 +72,17 @@ class TrainWorker:
         critic: CriticConfig | None = None,
         critic_warmup: int = 0,
         bypass: Correction | None = None,
+        distillation: DistillationLossConfig | None = None,
+        profiles: ProfilerSettings | None = None,
         timeline: Timeline | None = None,
     ):
+        send_heartbeats_from_environment()
         join_timeline(timeline, f"trainer rank {rank}")
         self._rank, self._world_size, self._config, self._device = rank, world_size, config, device
         self._total_training_steps, self._with_ref, self._seed = total_training_steps, with_ref, seed
         self._max_model_len = max_model_len
         self._critic_config, self._critic_warmup, self._bypass = critic, critic_warmup, bypass
+        self._distillation, self._profiles = distillation, profiles
         self._critic: CriticWorker | None = None
         self._send_dtype = dtype_from_name(rollout_dtype)
         # Tensors that the engines hold in another dtype, by checkpoint name.
@@ -107,6 +115,7 @@ class TrainWorker:
         """
         if address != "127.0.0.1":
             choose_gloo_interface(address)
+        install_profiler(self._profiles, self._rank, self._world_size, self._device)
         if self._reserved_socket is not None:
             # Released as late as possible, so that no other process of the run gets the port.
             self._reserved_socket.close()
@@ -121,6 +130,7 @@ class TrainWorker:
             with_ref=self._with_ref,
             device=self._device,
             bypass=self._bypass,
+            distillation=self._distillation,
         )
         torch.manual_seed(self._seed + self._rank)
         self._actor.init_model()
@@ -138,11 +148,13 @@ class TrainWorker:
             self._critic.init_model()
         freeze_heap()
 
+    @profiled("actor_compute_log_prob", "actor")
     @spanned("compute_log_prob")
     def compute_log_prob(self, data: DataProto, extras: Sequence[str] = ()) -> DataProto:
         """Return `old_log_probs` and the `extras` of this rank's shard; see `ActorWorker.compute_log_prob`."""
         return self._actor.compute_log_prob(data, extras)
 
+    @profiled("actor_compute_update_log_prob", "actor")
     @spanned("compute_update_log_prob")
     def compute_update_log_prob(self, data: DataProto) -> DataProto:
         """Return `old_log_probs` of this rank's shard in the mode of an update."""
@@ -153,30 +165,38 @@ class TrainWorker:
         """Return the errors of a quantized engine by layer; see `ActorWorker.output_errors`."""
         return self._actor.output_errors(data)
 
+    @profiled("ref_compute_log_prob", "ref")
     @spanned("compute_ref_log_prob")
     def compute_ref_log_prob(self, data: DataProto) -> DataProto:
         """Return `ref_log_prob` of this rank's shard; see `ActorWorker.compute_ref_log_prob`."""
         return self._actor.compute_ref_log_prob(data)
 
+    @profiled("actor_update", "actor")
     @spanned("update_actor")
     def update_actor(self, mini_batches: list[DataProto]) -> dict[str, float]:
         """Train the actor on this rank's share of each mini-batch; see `ActorWorker.update_actor`."""
-        return self._actor.update_actor(mini_batches)
+        metrics = self._actor.update_actor(mini_batches)
+        self._return_memory()
+        return metrics
 
     @spanned("training_log_probs")
     def training_log_probs(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return sample indices and log-probabilities of the last update; see `ActorWorker.training_log_probs`."""
         return self._actor.training_log_probs()
 
+    @profiled("compute_values", "critic")
     @spanned("critic: compute_values")
     def compute_values(self, data: DataProto) -> DataProto:
         """Return the critic's `values` of this rank's shard; see `CriticWorker.compute_values`."""
         return self._require_critic().compute_values(data)
 
+    @profiled("critic_update", "critic")
     @spanned("critic: update_critic")
     def update_critic(self, mini_batches: list[DataProto]) -> dict[str, float]:
         """Train the critic on this rank's share of each mini-batch; see `CriticWorker.update_critic`."""
-        return self._require_critic().update_critic(mini_batches)
+        metrics = self._require_critic().update_critic(mini_batches)
+        self._return_memory()
+        return metrics
 
     def save_checkpoint(self, directory: str) -> None:
         """Write the resumable states of the actor and the critic, if any, into subdirectories `actor` and `critic`."""
@@ -210,6 +230,14 @@ class TrainWorker:
     def export_float32(self, path: str) -> None:
         """Write the actor's master weights as the Hugging Face directory `path` in float32."""
         self._actor.engine.export_hf(path, "float32")
+
+    def start_profile(self, first_step: int, last_step: int) -> None:
+        """Begin the profile of these training steps, if this rank is profiled."""
+        start_profile(first_step, last_step)
+
+    def stop_profile(self) -> None:
+        """End the profile and write it."""
+        stop_profile()
 
     def _require_critic(self) -> CriticWorker:
         assert self._critic is not None, "this run has no critic"
@@ -261,6 +289,7 @@ class TrainWorker:
             pack it, and the `full_bytes` of a full update.
         """
         self._last_sent.commit(self._exporting)
+        self._end_export()
         report, sender = self._pop_report(), self._sender
         if sender is None:
             return {"report": report}
@@ -275,6 +304,7 @@ class TrainWorker:
         """Abort an export that was begun; the other ranks still take part in all of its gathers."""
         if self._sender is not None:
             self._sender.abort()
+        self._end_export()
 
     @spanned("export: gather and encode")
     def join_export(self, version: int, base: int | None = None) -> None:
@@ -282,6 +312,16 @@ class TrainWorker:
         self._exporting = version
         for _ in self._export_full() if base is None else self._export_delta(base):
             raise AssertionError("only rank 0 sends weights")
+        self._end_export()
+
+    def _end_export(self) -> None:
+        self._actor.release()
+        self._return_memory()
+
+    def _return_memory(self) -> None:
+        """Return memory that torch keeps for reuse to the device, if a replica needs it next."""
+        if self._device != "cpu" and self._config.rollout.nnodes == 0:
+            torch.get_device_module(self._device).empty_cache()
 
     def _pop_report(self) -> EncodeReportMessage:
         return EncodeReport().to_message() if self._scheme is None else self._scheme.pop_report().to_message()

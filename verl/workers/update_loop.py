@@ -7,6 +7,7 @@ from typing import Any
 
 from verl.algorithms.aggregation import LossDenominators
 from verl.protocol import DataProto
+from verl.utils.profiler import profile_mark
 from verl.workers.engine.base import TrainEngine
 
 
@@ -46,10 +47,11 @@ def run_updates(
     history: list[dict[str, float]] = []
     for epoch in range(epochs):
         for number, mini_batch in enumerate(mini_batches):
-            metrics = forward_backward(epoch, number, mini_batch)
+            with profile_mark(f"mini_batch{number}"):
+                metrics = forward_backward(epoch, number, mini_batch)
+                step = engine.optimizer_step()
             metrics[loss_name] = metrics.pop("loss")
             metrics[f"{prefix}/perf/padding_fraction"] = metrics.pop("padding_fraction")
-            step = engine.optimizer_step()
             metrics[f"{prefix}/grad_norm"], metrics[f"{prefix}/lr"] = step["grad_norm"], step["lr"]
             history.append(metrics)
     engine.schedule_step()

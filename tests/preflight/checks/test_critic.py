@@ -104,11 +104,11 @@ def test_a_missing_tokenizer_is_an_error(problem_of, plan_of, critic_model, tmp_
 
 
 def test_unsupported_values_are_errors_only_with_a_critic(plan_of, problem_of, problems_of, critic_model):
-    changes = {"critic__fsdp__param_offload": True, "critic__shuffle": True, "critic__strategy": "megatron"}
+    changes = {"critic__data_loader_seed": 7, "critic__shuffle": True, "critic__strategy": "megatron"}
     plan = plan_of(**changes)
     assert (
         "no effect without a critic (algorithm.adv_estimator=grpo): "
-        "critic.fsdp.param_offload, critic.shuffle, critic.strategy"
+        "critic.data_loader_seed, critic.shuffle, critic.strategy"
     ) in plan.notes
     assert "critic.strategy=megatrn: megatrn is unknown" in problem_of(critic__strategy="megatrn")
     assert len(problems_of(**GAE, critic__model__path=critic_model, **changes)) == 3

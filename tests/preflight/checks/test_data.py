@@ -123,7 +123,6 @@ def test_a_sampler_that_cannot_be_loaded_is_an_error(problem_of, problems_of, pl
     assert "no effect without your own sampler (data.sampler.class_path): data.sampler.class_name" in plan.notes
 
 
-def test_a_sampler_excludes_loader_processes_and_partial_rollouts(problem_of, sampler):
-    assert "data.dataloader_num_workers=8" in problem_of(**sampler, data__dataloader_num_workers=8)
+def test_a_sampler_excludes_partial_rollouts(problem_of, sampler):
     problem = problem_of(**sampler, actor_rollout_ref__rollout__partial_rollout=True, data__gen_batch_size=12)
     assert "data.sampler.class_path=" in problem and "partial_rollout=True: not supported" in problem

@@ -47,8 +47,8 @@ def with_adapter(path, **changes):
         ({"lora_rank": 4, "lora_alpha": 0}, "lora_alpha=0: must be above 0"),
         ({"lora_rank": 4, "lora_alpha": -2}, "lora_alpha=-2: must be above 0"),
         ({"target_modules": "[q_proj]"}, "target_modules=[q_proj]: requires adapters, but"),
-        ({"exclude_modules": "[q_proj]"}, "exclude_modules=[q_proj]: requires adapters, but"),
         ({"lora_rank": 4, "target_modules": "[]"}, "target_modules=[]: no layer would be trained; use all-linear"),
+        ({"lora_rank": 4, "target_modules": "''"}, "target_modules='': matches no layer; use all-linear"),
         (
             {"lora_rank": 4, "target_modules": "[qproj]"},
             "target_modules: the model has no layer qproj; similar names: q_proj",
@@ -80,7 +80,6 @@ def with_adapter(path, **changes):
         ({"lora_rank": 4, "target_modules": "'q_(proj'"}, "is not a regular expression (missing ), unterminated"),
         ({"lora_rank": 4, "target_parameters": "[gate_up_proj]"}, "target_parameters=[gate_up_proj] is not supported"),
         ({"lora__rank": 4}, "use actor_rollout_ref.model.lora_rank"),
-        ({"lora__merge": False}, "use True: the rollout does not support separate adapters"),
     ],
 )
 def test_invalid_keys_are_errors(problem_of, changes, text):
@@ -107,6 +106,14 @@ def test_layer_names_of_a_model_with_experts_are_not_checked(plan_of, run_files)
     """Does not raise."""
     run_files.write_safetensors(run_files.weights, {"model.layers.0.mlp.experts.0.w1.weight": (8, 16)})
     plan_of(**{M + "lora_rank": 4, M + "target_modules": "[q_proj]"})
+
+
+def test_excluded_modules_without_adapters_are_a_warning(plan_of):
+    (warning,) = plan_of(**{M + "exclude_modules": "DONT_EXCLUDE"}).warnings
+    assert warning == (
+        "actor_rollout_ref.model.exclude_modules=DONT_EXCLUDE has no effect: there are no adapters "
+        "(actor_rollout_ref.model.lora_rank=0)"
+    )
 
 
 def test_alpha_without_a_rank_is_unused(plan_of):

@@ -34,6 +34,7 @@ def test_a_damaged_config_is_an_error(problem_of, run_files, content):
         ({"vision_config": {"depth": 2}, "text_config": {}}, "multi-modal model (vision_config"),
         ({"audio_config": {}}, "multi-modal model (audio_config"),
         ({"model_type": "gpt_oss"}, "gpt_oss is not supported"),
+        ({"model_type": "kimi_k2", "auto_map": {}}, "set actor_rollout_ref.model.trust_remote_code=True"),
         ({"model_type": "phi"}, "phi is not supported"),
         ({"model_type": "phimoe"}, "phimoe is not supported"),
         ({"model_type": "deepseek_v3", "kv_lora_rank": 512}, "latent attention (kv_lora_rank in its config.json)"),
@@ -170,3 +171,27 @@ def test_sizes_of_the_plan_are_those_of_the_overridden_config(plan_of, problem_o
     assert plan_of(**{override: "{max_position_embeddings: 32}"})
     text = problem_of(**{override: "{max_position_embeddings: 31}"})
     assert "32 tokens, but the model has 31 positions" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "refused"),
+    [
+        ("Qwen2.5-VL-7B-Instruct", True),
+        ("Qwen3-Omni-30B-A3B", True),
+        ("GLM-4.1V-9B-Thinking", True),
+        ("MiniCPM-o-2_6", True),
+        ("Qwen3.5-27B", True),
+        ("Qwen3-8B", False),
+        ("GLM-4.5-Air", False),
+        ("MiniCPM4-8B", False),
+    ],
+)
+def test_a_multi_modal_model_is_known_by_name_without_its_files(name, refused):
+    from verl.config import load_config
+    from verl.preflight.check import examine
+    from verl.preflight.target import Hardware, Target
+
+    config = load_config([f"actor_rollout_ref.model.path=/nowhere/{name}"])
+    target = Target(starting=False, hardware=Hardware("cuda:h100"), without_files=True)
+    errors = examine(config, target)[1].errors
+    assert any("has the name of a multi-modal model" in text for text in errors) is refused, errors

@@ -13,6 +13,17 @@ def tiny(tmp_path):
     return {"actor_rollout_ref__model__path": write_tiny_model(tmp_path / "tiny")}
 
 
+@pytest.fixture
+def fp8(tmp_path):
+    directory = write_tiny_model(tmp_path / "fp8", hidden_size=128, intermediate_size=128, head_dim=64)
+    # A CPU without fast bfloat16 would choose float32, which this format does not take.
+    return {
+        QUANTIZATION: "fp8",
+        "actor_rollout_ref__model__path": directory,
+        "actor_rollout_ref__rollout__dtype": "bfloat16",
+    }
+
+
 @pytest.mark.parametrize(
     ("enable", "quantization", "mode"),
     [
@@ -26,6 +37,29 @@ def test_auto_follows_the_rollout(tiny, plan_of, enable, quantization, mode):
     plan = plan_of(**tiny, **{f"{ACTOR}enable": enable, QUANTIZATION: quantization})
     assert plan.qat == mode
     assert ("quantization-aware" in plan.render()) == (mode is not None)
+
+
+def test_by_default_only_the_policy_follows_the_rollout(tiny, plan_of, fp8):
+    common = {**tiny, "actor_rollout_ref__actor__use_kl_loss": True}
+    for rollout, mode in (({QUANTIZATION: "ascend"}, "as the engine"), (fp8, None), ({}, None)):
+        plan = plan_of(**{**common, **rollout})
+        assert plan.qat == mode and not [note for note in plan.notes if "qat" in note]
+
+
+def test_keys_without_effect_are_noted(tiny, plan_of, fp8):
+    def notes(**keys):
+        plan = plan_of(**{**tiny, **keys, f"{ACTOR}mask_saturated": True})
+        return [note for note in plan.notes if "mask_saturated" in note]
+
+    enable, ascend = "with actor.fsdp_config.qat.enable=", {QUANTIZATION: "ascend"}
+    assert not notes(**ascend) and not notes(**ascend, **{f"{ACTOR}enable": True})
+    for keys, reason in (
+        ({}, f"{enable}auto and rollout.quantization=null"),
+        (fp8, f"{enable}auto and rollout.quantization=fp8"),
+        ({**ascend, f"{ACTOR}enable": False}, f"{enable}False"),
+    ):
+        [note] = notes(**keys)
+        assert reason in note
 
 
 @pytest.mark.parametrize("quantization", ["null", "fp8", "torchao"])
@@ -49,10 +83,19 @@ def test_another_format_than_the_engines_is_refused(tiny, problem_of, mode):
     assert f"qat.mode={mode}" in problem.replace("'", "")
 
 
-def test_dtypes_that_round_differently_are_refused(tiny, problem_of):
+@pytest.mark.parametrize("enable", [True, "auto"])
+def test_dtypes_that_round_differently_are_refused(tiny, problem_of, enable):
     keys = {"actor_rollout_ref__actor__fsdp_config__dtype": "float32", "actor_rollout_ref__rollout__dtype": "bfloat16"}
-    problem = problem_of(**tiny, **keys, **{f"{ACTOR}enable": True, QUANTIZATION: "ascend"})
-    assert "fsdp_config.dtype=float32 with qat" in problem and "actor_rollout_ref.rollout.dtype=bfloat16" in problem
+    problem = problem_of(**tiny, **keys, **{f"{ACTOR}enable": enable, QUANTIZATION: "ascend"})
+    assert f"fsdp_config.dtype=float32 with qat.enable={enable}: " in problem
+    assert "actor_rollout_ref.rollout.dtype=bfloat16" in problem
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_by_default_the_trainer_computes_in_the_dtype_of_the_engine(tiny, plan_of, dtype):
+    """On any CPU: one of the two is not the dtype that the CPU computes fast."""
+    plan = plan_of(**tiny, **{QUANTIZATION: "ascend", "actor_rollout_ref__rollout__dtype": dtype})
+    assert plan.compute_dtype == plan.rollout_dtype == dtype
 
 
 @pytest.mark.parametrize(

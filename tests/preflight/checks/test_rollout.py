@@ -40,10 +40,35 @@ def test_sizes_that_do_not_fit_are_errors_with_the_nearest_sizes(problem_of, cha
     assert all(word in text for word in words), text
 
 
+def test_separate_processes_need_devices_of_the_replicas_own(problem_of, plan_of):
+    separate = {"actor_rollout_ref__hybrid_engine": False}
+    text = problem_of(**separate)
+    assert text.startswith("actor_rollout_ref.hybrid_engine=False with actor_rollout_ref.rollout.nnodes=0: "), text
+    assert "nnodes=1" in text and "hybrid_engine=True" in text
+    plan_of(**separate, **{ROLLOUT + "nnodes": 1, ROLLOUT + "n_gpus_per_node": 1})
+
+
 def test_replicas_divide_the_devices_of_each_node(problem_of):
     changes = {ROLLOUT + "nnodes": 2, ROLLOUT + "n_gpus_per_node": 3, ROLLOUT + "tensor_model_parallel_size": 2}
     problem = problem_of(**changes, **{ROLLOUT + "checkpoint_engine__backend": "gloo"})
     assert "n_gpus_per_node=3" in problem and "use 1 or 3" in problem
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"temperature": 3}, "rollout.temperature=3.0: must be at most 2"),
+        (
+            {"val_kwargs__temperature": 2.5, "val_kwargs__do_sample": True},
+            "val_kwargs.temperature=2.5: must be at most 2",
+        ),
+        ({"max_num_batched_tokens": 16, "max_num_seqs": 64}, "max_num_batched_tokens=16: is less than max_num_seqs=64"),
+        ({"load_format": "nonsense"}, "rollout.load_format=nonsense: nonsense is unknown; use one of dummy, auto,"),
+        ({"load_format": "dummy_dtensor"}, "use dummy"),
+    ],
+)
+def test_values_that_the_engine_would_refuse_are_errors(problem_of, changes, words):
+    assert words in problem_of(**{ROLLOUT + name: value for name, value in changes.items()})
 
 
 def test_temperatures_that_vllm_would_raise_are_errors(problem_of, plan_of):
@@ -98,6 +123,14 @@ def test_max_staleness_without_partial_rollouts_is_unused(plan_of):
 
 
 # ---- HTTP endpoints -------------------------------------------------------------------------------------------------
+
+
+def test_metrics_for_prometheus_need_statistics_and_a_free_port(problem_of, plan_of, used_port):
+    prometheus = {"actor_rollout_ref__rollout__prometheus__enable": True}
+    assert "set disable_log_stats=False" in problem_of(**prometheus)
+    prometheus["actor_rollout_ref__rollout__disable_log_stats"] = False
+    plan_of(**prometheus)
+    assert "is in use" in problem_of(**prometheus, **{SERVER + "port": used_port})
 
 
 def test_a_port_in_use_is_an_error(problem_of, plan_of, used_port):
@@ -205,6 +238,8 @@ def test_check_includes_the_transport(problem_of, plan_of):
         ("quantization: fp8", "actor_rollout_ref.rollout.quantization"),
         ("load_format: auto", "actor_rollout_ref.rollout.load_format"),
         ("tensor_parallel_size: 2", "actor_rollout_ref.rollout.tensor_model_parallel_size"),
+        ("data_parallel_size: 2", "actor_rollout_ref.rollout.data_parallel_size"),
+        ("pipeline_parallel_size: 2", "actor_rollout_ref.rollout.pipeline_model_parallel_size"),
     ],
 )
 def test_arguments_of_the_engine_that_the_trainer_must_know_are_errors(problem_of, argument, key):

@@ -8,7 +8,7 @@ import pytest
 from verl.config import OptimConfig, PPOConfig
 from verl.config.run_facts import RunFacts
 from verl.config.schema import key_of
-from verl.workers.engine.fsdp import _make_schedule
+from verl.workers.engine.optim import make_schedule
 
 A = "actor_rollout_ref__actor__"
 R = "actor_rollout_ref__rollout__"
@@ -108,19 +108,33 @@ def test_keys_of_the_schedule_are_noted_if_the_learning_rate_does_not_depend_on_
     facts = RunFacts(run, "cpu", rows_choose_loop=False)
     for name, value in OPTIM.items():
         (condition,) = key_of(OptimConfig.__dataclass_fields__[name]).only_with
-        rates = [_make_schedule(replace(config, **{name: one}), 20) for one in (value, getattr(OptimConfig(), name))]
+        rates = [make_schedule(replace(config, **{name: one}), 20) for one in (value, getattr(OptimConfig(), name))]
         changes = [rates[0](step) != rates[1](step) for step in range(30)]
         assert any(changes) == (condition.why_not(facts, f"{optim}.{name}") is None), name
 
 
-def test_offload_of_the_reference_model_without_one_or_on_a_cpu(plan_of):
+def test_offload_of_the_reference_model_without_one(plan_of):
     offload = {"actor_rollout_ref__ref__fsdp_config__param_offload": True}
     (note,) = [note for note in plan_of(**offload).notes if "on a CPU" not in note]
     assert note.startswith("no effect without a reference model") and note.endswith("ref.fsdp_config.param_offload")
-    notes = plan_of(**offload, **{A + "use_kl_loss": True}).notes
-    assert [note for note in notes if note.endswith("ref.fsdp_config.param_offload")] == [
-        "no effect on a CPU, which only has host memory: actor_rollout_ref.ref.fsdp_config.param_offload"
+
+
+def test_offload_on_a_cpu(plan_of):
+    keys = {A + "fsdp_config__param_offload": True, A + "fsdp_config__optimizer_offload": True}
+    keys |= {"actor_rollout_ref__ref__fsdp_config__param_offload": True, A + "use_kl_loss": True}
+    notes = [note for note in plan_of(**keys).notes if "offload" in note]
+    assert notes == [
+        "no effect on a CPU, which only has host memory: actor_rollout_ref.actor.fsdp_config.optimizer_offload, "
+        "actor_rollout_ref.actor.fsdp_config.param_offload, actor_rollout_ref.ref.fsdp_config.param_offload"
     ]
+
+
+def test_an_optimizer_of_the_reference_model(plan_of):
+    keys = {"actor_rollout_ref__ref__fsdp_config__optimizer_offload": True, A + "use_kl_loss": True}
+    assert (
+        "no effect because the reference model has no optimizer: actor_rollout_ref.ref.fsdp_config.optimizer_offload"
+        in plan_of(**keys).notes
+    )
 
 
 def test_device_memory_keys_are_noted_on_a_cpu(plan_of):
@@ -143,4 +157,4 @@ def test_conditions_only_name_existing_keys_and_facts(device):
     assert len(found) > 70
     for name, condition in found:
         reason = condition.why_not(RunFacts(PPOConfig(), device, rows_choose_loop=False), name)
-        assert reason is None or reason.startswith(("with ", "without ", "on a CPU", "in bypass mode"))
+        assert reason is None or reason.startswith(("with ", "without ", "because ", "on a CPU", "in bypass mode"))

@@ -137,9 +137,13 @@ async def test_a_background_task_that_exits_does_not_stop_the_calls(error):
     async def start():
         start.task = asyncio.create_task(fail())
 
+    async def outcome():
+        return type(start.task.exception())
+
     calls = IsolatedCalls()
     await calls.call(start, timeout=30)
     assert await asyncio.to_thread(ended.wait, 60)
+    assert await calls.call(outcome, timeout=30) is error
     assert await calls.call(add_async, [1], {"b": 2}, timeout=30) == 3
 
 

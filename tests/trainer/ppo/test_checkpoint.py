@@ -478,11 +478,11 @@ def check_full(root: Path, first: list, second: str, expected_errno: int | None)
     assert second == str(root / "global_step_3")
 
 
-@pytest.mark.parametrize(("writer", "number"), [("bytes", errno.EFBIG), ("torch", None)])
+@pytest.mark.parametrize(("writer", "number"), [("bytes", errno.EFBIG), ("torch", errno.EFBIG)])
 def test_a_file_above_the_size_limit_fails_the_save(tmp_path, writer, number):
     first, second = run_full(tmp_path / "run", writer, LIMIT_FILE, [])
     check_full(tmp_path / "run", first, second, number)
-    assert ("File too large" in first[1]) if number else ("RuntimeError" in first[1])
+    assert "File too large" in first[1] if writer == "bytes" else "RuntimeError" in first[1]
 
 
 def test_a_full_disk_fails_the_save(tmp_path):
@@ -503,6 +503,23 @@ def test_a_full_disk_fails_the_save(tmp_path):
     else:
         first, second = run_full(root, "bytes", LIMIT_FILE, [])
         check_full(root, first, second, errno.EFBIG)
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.ENOSPC, "no space is left"),
+        (errno.EDQUOT, "the quota of this user or project is used up"),
+        (errno.EROFS, "the file system is read-only"),
+        (errno.EACCES, "this user may not write there"),
+        (errno.EIO, "the disk reports an input/output error"),
+    ],
+)
+def test_a_failed_save_names_the_cause(tmp_path, number, words):
+    store = CheckpointStore(tmp_path / "run")
+    with pytest.raises(CheckpointError, match=rf"not saved: {words} \(") as caught, store.writing(2):
+        raise OSError(number, os.strerror(number))
+    assert caught.value.errno == number and f"bytes are free on the disk of {tmp_path}" in str(caught.value)
 
 
 @pytest.mark.parametrize("file", ["rng_rank_1.pt", "model/__1_0.distcp"])

@@ -15,6 +15,7 @@ from verl.trainer.ppo.metrics import (
     compute_seqlen_metrics,
     compute_throughput_metrics,
     compute_timing_metrics,
+    compute_variance_proxy_metrics,
     compute_version_metrics,
     off_policy_metrics,
     probability_metrics,
@@ -271,6 +272,7 @@ def test_versions_behind_count_from_the_training_weights():
     assert compute_version_metrics(versions, 6) == {
         "training/versions_behind/min": 0.0,
         "training/versions_behind/max": 2.0,
+        "training/versions_behind/mean": 1.0,
     }
     assert compute_version_metrics(versions[2:], 6) == {}
 
@@ -289,3 +291,55 @@ def make_masks(counts):
     """A batch whose masks have these sizes."""
     masks = [SamplingMasks(np.zeros(sum(row), np.int32), np.array(row, np.int32)) for row in counts]
     return DataProto.from_dict(non_tensors={"sampling_masks": masks})
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_variance_proxies_are_those_of_the_samples_gradients(weighted):
+    """W is the squared norm of the gradient of the log-probability with respect to the logits, from autograd."""
+    generator = torch.Generator().manual_seed(3)
+    samples, width, vocabulary = 3, 4, 5
+    logits = torch.randn(samples, width, vocabulary, generator=generator, dtype=torch.float64)
+    responses = torch.randint(vocabulary, (samples, width), generator=generator)
+    mask = torch.tensor([[1, 1, 1, 0], [1, 0, 1, 1], [1, 1, 0, 0]])
+    advantages = torch.randn(samples, width, generator=generator, dtype=torch.float64)
+    weights = 0.5 + torch.rand(samples, width, generator=generator, dtype=torch.float64)
+    log_probs = logits.log_softmax(-1)
+    columns = {
+        "old_log_probs": log_probs.gather(-1, responses.unsqueeze(-1)).squeeze(-1),
+        "sum_pi_squared": log_probs.exp().square().sum(-1),
+        "advantages": advantages,
+        "response_mask": mask,
+    }
+    if weighted:
+        columns["rollout_is_weights"] = weights
+    found = compute_variance_proxy_metrics(DataProto.from_dict(tensors=columns), gradient_norm=0.25)
+    power, squares, scores = [], [], []
+    for i in range(samples):
+        steps = [t for t in range(width) if mask[i, t]]
+        norms = []
+        for t in steps:
+            leaf = logits[i, t].clone().requires_grad_()
+            leaf.log_softmax(-1)[responses[i, t]].backward()
+            norms.append(float(leaf.grad.square().sum()))
+        advantage = sum(float(advantages[i, t]) for t in steps) / len(steps)
+        w = [float(weights[i, t]) if weighted else 1.0 for t in steps]
+        power.append((sum(w) / len(w)) ** 2 * advantage**2 * sum(norms))
+        squares.append(advantage**2)
+        scores.append(sum(weight**2 * norm for weight, norm in zip(w, norms, strict=True)))
+    expected = {
+        "proxy1_signal_strength": 0.0625,
+        "proxy2_total_power": sum(power) / 3,
+        "proxy3_pure_noise": (sum(power) / 3 - 0.0625) / 2,
+        "expected_a_squared": sum(squares) / 3,
+        "expected_w": sum(scores) / 3,
+    }
+    assert found == pytest.approx({f"variance_proxy/{name}": value for name, value in expected.items()})
+
+
+def test_no_variance_proxy_is_made_up():
+    columns = {name: torch.ones(1, 2) for name in ("old_log_probs", "advantages", "response_mask")}
+    batch = DataProto.from_dict(tensors=columns)
+    assert compute_variance_proxy_metrics(batch, 1.0) == {}
+    batch = DataProto.from_dict(tensors=columns | {"sum_pi_squared": torch.ones(1, 2)})
+    assert "variance_proxy/proxy1_signal_strength" not in compute_variance_proxy_metrics(batch)
+    assert "variance_proxy/proxy3_pure_noise" not in compute_variance_proxy_metrics(batch, 1.0)

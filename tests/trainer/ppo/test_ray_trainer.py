@@ -1,27 +1,32 @@
 """Parts of the training loop that need no processes: saving, and the logs of a validation."""
 
+import errno
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from verl.config import PPOConfig
 from verl.config.quantization_guard import QuantizationGuardConfig
 from verl.preflight.inputs import RunInputs
+from verl.protocol import DataProto
+from verl.single_controller.actor import ActorDied
 from verl.trainer.ppo.checkpoint import CheckpointError, CheckpointStore
 from verl.trainer.ppo.quantization_guard import QuantizationGuard, QuantizationGuardError
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 from verl.utils.tracking.jsonl import read_steps
+from verl.workers.engine.rank_errors import RankFilesError
 
 
 class Ranks:
     """Trainer ranks whose method `fails` raises an error."""
 
-    def __init__(self, fails):
-        self.fails = fails
+    def __init__(self, fails, error=None):
+        self.fails, self.error = fails, error or ValueError("rank 0 failed")
 
     async def all(self, method, directory):
         if method.__name__ == self.fails:
-            raise ValueError("rank 0 failed")
+            raise self.error
 
 
 @pytest.fixture
@@ -108,3 +113,54 @@ async def test_a_failed_save_publishes_nothing(trainer):
     with pytest.raises(CheckpointError, match="was not saved: ValueError: rank 0 failed"):
         await trainer.save(Log())
     assert trainer.store.latest() is None
+
+
+FULL = RankFilesError(errno.ENOSPC, "rank 1: OSError: [Errno 28] No space left on device")
+
+
+@pytest.mark.parametrize("method", ["save_checkpoint", "export_hf"])
+async def test_a_run_may_continue_after_a_save_that_the_disk_refused(trainer, method, caplog):
+    trainer.config.trainer.on_save_error = "continue"
+    trainer.runtime.processes.trainers, log = Ranks(method, FULL), Log()
+    await trainer.save_or_continue(log)
+    assert log.data == {"checkpoint/failed_saves": 1} and log.step == 4
+    assert "step_4" in caplog.text or "step 4" in caplog.text
+    assert "rank 1" in caplog.text and "on_save_error=continue" in caplog.text
+
+    trainer.runtime.processes.trainers, trainer.step = Ranks(""), 5
+    await trainer.save_or_continue(log)
+    assert trainer.store.latest().name == "global_step_5"
+
+
+@pytest.mark.parametrize(
+    ("on_save_error", "step", "error"),
+    [("stop", 4, FULL), ("continue", 9, FULL), ("continue", 4, ActorDied("the TrainWorker process died"))],
+    ids=["stop", "last step", "another error"],
+)
+async def test_a_failed_save_ends_the_run(trainer, on_save_error, step, error):
+    trainer.config.trainer.on_save_error, trainer.step = on_save_error, step
+    trainer.runtime.processes.trainers = Ranks("save_checkpoint", error)
+    with pytest.raises(CheckpointError, match=f"global_step_{step} was not saved"):
+        await trainer.save_or_continue(Log())
+
+
+async def test_a_step_joins_the_batches_and_metrics_of_its_local_updates(trainer):
+    def batch(prompt, tokens):
+        columns = {"prompts": [prompt], "responses": [tokens], "attention_mask": [[1] * len(prompt + tokens)]}
+        return DataProto.from_dict({name: torch.tensor(values) for name, values in columns.items()})
+
+    updates = [
+        (batch([3], [4, 5]), {"actor/loss": 1.0, "actor/perf/max_memory_allocated_gb": 5.0}),
+        (batch([6, 7], [8]), {"actor/loss": 3.0, "actor/perf/max_memory_allocated_gb": 4.0, "reward/num_errors": 2.0}),
+    ]
+    trainer.runtime.local_updates = 2
+    trainer.runtime.data.tokenizer = SimpleNamespace(pad_token_id=0)
+
+    async def local_update(rollouts, timing):
+        return updates.pop(0)
+
+    trainer.local_update = local_update
+    joined, metrics = await trainer.train_step(None, {})
+    assert joined.batch["prompts"].tolist() == [[0, 3], [6, 7]]
+    assert joined.batch["responses"].tolist() == [[4, 5], [8, 0]]
+    assert metrics == {"actor/loss": 2.0, "actor/perf/max_memory_allocated_gb": 5.0, "reward/num_errors": 2.0}

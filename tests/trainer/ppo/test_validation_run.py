@@ -42,7 +42,8 @@ class Generator:
             k = self.seen[number] = self.seen.get(number, -1) + 1
             score = self.score(number, k)
             result = RewardResult(score, {"acc": score}, None, 0.0)
-            samples.append(ScoredSample(row, AgentLoopOutput([1], [2], [1]), result))
+            output = AgentLoopOutput([1], [2], [1], num_turns=2 + 2 * (number == 0))
+            samples.append(ScoredSample(row, output, result))
         return samples, GenerationTimes(0, 0, 0)
 
 
@@ -75,6 +76,8 @@ async def test_rows_with_the_same_prompt_are_separate_prompts(batch_size, caplog
     means = {name: value for name, value in metrics.items() if "/mean@" in name}
     assert means == {"val-core/d/acc/mean@1": pytest.approx(0.98), "val-aux/d/reward/mean@1": pytest.approx(0.98)}
     assert "100 rows of data_source=d have 99 different prompts" in caplog.text
+    turns = {kind: metrics[f"val-aux/num_turns/{kind}"] for kind in ("min", "max", "mean")}
+    assert turns == {"min": 2, "max": 4, "mean": pytest.approx(2.02)}
 
 
 async def test_repeated_problems_have_the_mean_of_all_samples():

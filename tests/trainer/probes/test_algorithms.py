@@ -169,6 +169,7 @@ def test_a_loss_that_needs_the_device_of_the_run_is_a_warning(run):
     assert "only for NPUs" in run.probe("algorithms", device="cpu").of("error")[0]
 
 
+@pytest.mark.slow
 def test_a_loss_that_fails_without_tokens_is_a_warning_with_several_ranks(run):
     def mean(log_prob, advantages, response_mask, **_):
         return -(advantages * log_prob)[response_mask.bool()].mean(), {}

@@ -7,6 +7,7 @@ from verl.trainer.probes.kinds import user_code
 AGENT = "actor_rollout_ref.rollout"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("keys", "kinds"),
     [

@@ -31,6 +31,7 @@ def test_user_code_runs_in_another_process_and_prints_nothing(run, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_findings_reach_the_parent(run):
     run.reward(HEAD + "return extra_info['level']")
     assert "reads extra_info['level']" in check(run).errors[0]
@@ -57,6 +58,7 @@ def test_the_kinds_behind_a_call_that_hangs_or_ends_the_process_are_checked(run,
     assert "agent loop mine" in error
 
 
+@pytest.mark.slow
 def test_exit_handlers_of_the_user_run(run):
     done = run.root / "done"
     run.reward(f"import atexit, pathlib\natexit.register(pathlib.Path({str(done)!r}).touch)\n" + HEAD + "return 1")
@@ -64,6 +66,7 @@ def test_exit_handlers_of_the_user_run(run):
     assert done.exists()
 
 
+@pytest.mark.slow
 def test_nothing_is_called_after_errors(run):
     called = run.root / "called"
     run.reward(f"open({str(called)!r}, 'w')\n" + HEAD + "return 1")
@@ -72,6 +75,7 @@ def test_nothing_is_called_after_errors(run):
     assert "were not called" in found.notes[0]
 
 
+@pytest.mark.slow
 def test_without_user_code_no_process_starts(run, monkeypatch):
     monkeypatch.setattr("subprocess.Popen", None)
     found = check(run, starting=False)

@@ -63,6 +63,7 @@ def test_a_certain_fault_is_an_error(run, source, words):
     assert all(words in text and "my_reward.py" in text for text in errors)
 
 
+@pytest.mark.slow
 def test_an_error_names_row_file_and_line(run):
     run.script.rows([row(**INFO)] * 4)
     run.reward("\n" + HEAD + "return extra_info['difficulty']")

@@ -34,7 +34,7 @@ class World:
     def __init__(self, lag, last_step, overlaps_forward=True, step=0, size=2):
         self.options = {"lag": lag, "last_step": last_step, "overlaps_forward": overlaps_forward, "step": step}
         self.trained = self.served = step
-        self.log, self.generating, self.versions = [], 0, {}
+        self.log, self.generating, self.versions, self.idle = [], 0, {}, None
         self.hold = {}  # step -> future that its last sample waits for
         limits = [MicroBatching(size=size)]
         self.passes = ForwardPasses({"old_log_prob": self.forward}, limits, 1)
@@ -63,6 +63,13 @@ class World:
 
     def lay_out(self, samples):
         return to_columns(samples)
+
+    async def pause(self):
+        self.log.append("pause")
+        return self.idle
+
+    def on_new_weights(self, version):
+        self.log.append(f"weights {version}")
 
     async def forward(self, batch, rank_rows):
         """Return values that depend on the weights, so that the test can tell which weights were used."""
@@ -134,6 +141,24 @@ async def test_with_lag_every_batch_except_the_first_is_one_version_behind(overl
     for k in (1, 2, 3, 4):
         assert order.index(f"generate {k + 1}") < order.index(f"train {k}")
     assert ["wait_for_trainer" in timing for timing in timings] == [True] * 4 + [False]
+
+
+async def test_a_step_of_several_updates_takes_a_rollout_for_each():
+    world = World(0, 2)
+    world.options["updates"], world.idle = 2, 1.5
+    async with world.pipeline() as rollouts:
+        for step in (1, 2):
+            timing = {}
+            for _ in range(2):
+                assert (await rollouts.finish(step, {})).metrics == {"step": step}
+            await rollouts.wait_idle(timing)
+            assert timing["wait_for_trainer"] == 1.5, "as the generator counts it"
+            world.served = step
+            rollouts.on_new_weights(step)
+    turns = [
+        line for step in (1, 2) for line in [f"generate {step}", f"generated {step}"] * 2 + ["pause", f"weights {step}"]
+    ]
+    assert [line for line in world.log if not line.startswith("forward")] == turns
 
 
 async def test_a_resumed_run_starts_with_the_next_step():

@@ -88,6 +88,9 @@ def test_template_kwargs_reach_the_template(tmp_path, tokenizer):
     assert tokenizer.decode(tokens(add_generation_prompt=False)) == "ab"
     with pytest.raises(ValueError, match=r"apply_chat_template_kwargs=.*\['max_length'\] cannot be set"):
         tokens(max_length=3)
+    for name in ("messages", "tools", "conversation"):
+        with pytest.raises(ValueError, match=rf"\['{name}'\] cannot be set"):
+            tokens(**{name: []})
 
 
 def test_collate_keeps_one_cell_per_item(tmp_path, tokenizer):
@@ -159,6 +162,7 @@ def test_filter_drops_only_overlong_prompts(tmp_path, tokenizer):
     assert [len(item["prompt_token_ids"]) for item in data] == [3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_filter_with_processes_gives_the_same_rows(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(prompts, "_ROWS_PER_JOB", 10)  # 21 jobs: three batches for two workers, the last job is short
     path = parquet(tmp_path / "x.parquet", [row("x" * (i % 17), i) for i in range(207)])

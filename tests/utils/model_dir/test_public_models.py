@@ -45,3 +45,21 @@ def test_parameters_of_public_models(tmp_path, name, billions):
 
 def test_other_names_have_no_config():
     assert public_config("/models/Qwen3-8") is None and public_config("/models/Qwen3-8B/mine") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "positions"),
+    [
+        ("Qwen3-4B", 40960),
+        ("Qwen3-4B-Base", 32768),
+        ("Qwen3-4B-Instruct-2507", 262144),
+        ("Qwen3-30B-A3B-Thinking-2507", 262144),
+        ("Qwen2.5-7B", 131072),
+        ("Qwen2.5-7B-Instruct", 32768),
+        ("Qwen2.5-3B", 32768),
+        ("Qwen2.5-Math-7B", 4096),
+    ],
+)
+def test_positions_of_public_models(name, positions):
+    config = public_config(f"/models/{name}")
+    assert config is not None and config["max_position_embeddings"] == positions

@@ -45,6 +45,7 @@ def finish(process: subprocess.Popen) -> tuple[str, bool, str]:
     return digest, compiled == "True", err
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_bits_are_equal_and_one_warning_is_logged(tmp_path):
     """Torch operators replace the kernels if the path has no compiler."""
     reference = start({"XDG_CACHE_HOME": str(tmp_path / "with")})
@@ -56,6 +57,7 @@ def test_without_a_compiler_the_bits_are_equal_and_one_warning_is_logged(tmp_pat
     assert "no gcc, cc or clang" in err and err.count("MXFP8") == 1
 
 
+@pytest.mark.slow
 def test_several_processes_can_build_at_once(tmp_path):
     """No process loads a partial library; one library and no partial file remain."""
     program = "from verl.utils.native import library as native; print('loaded', native.kernels() is not None)"
@@ -71,6 +73,7 @@ def cache(tmp_path, monkeypatch) -> Path:
     return tmp_path / "verl"
 
 
+@pytest.mark.slow
 def test_library_is_built_once_per_processor(cache, monkeypatch):
     compiler = native._find_compiler()
     first = native._build(compiler)

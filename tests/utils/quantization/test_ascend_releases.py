@@ -66,6 +66,18 @@ def test_odd_numbers_of_groups_in_experts_are_rejected_on_known_releases(layers,
     validate_paired_groups(found, 1, "0.31.0")  # unknown: its own load would raise
 
 
+def test_whole_experts_are_counted_whole(layers):
+    """128 inputs of an expert: 64 on each of two ranks, 32 on each of four; 64 outputs: 8 on each of eight."""
+    found = layers("qwen3_moe", tp_size=4, moe_intermediate_size=128)
+    with pytest.raises(ValueError, match=r"down_proj .*32 inputs on a rank.*use \S+expert_parallel_size=4, or leave"):
+        validate_paired_groups(found, 4, "0.26.0")
+    validate_paired_groups(found, 4, "0.26.0", expert_parallel=True)
+    found = [replace(layer, scheme="W4A8_MXFP") for layer in layers("qwen3_moe") if layer.experts and layer.quantized]
+    with pytest.raises(ValueError, match=r"gate_proj .* has 8 outputs on a rank"):
+        validate_mxfp4(found, 8, "0.30.0")
+    validate_mxfp4(found, 8, "0.30.0", expert_parallel=True)
+
+
 def installed(monkeypatch, version, device_type="A5"):
     monkeypatch.setattr(ascend_releases.metadata, "version", lambda name: version)
     monkeypatch.setitem(sys.modules, "vllm_ascend", types.SimpleNamespace(__path__=[]))

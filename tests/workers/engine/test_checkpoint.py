@@ -31,6 +31,7 @@ def halves(shards):
     return [rank[:2] for rank in shards], [rank[2:] for rank in shards]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_resumed_run_equals_an_uninterrupted_run_bit_for_bit(tmp_path, model_dir, actor, ranks):
     shards = shards_of(ranks)

@@ -1,7 +1,6 @@
 """Log-probabilities and steps of the engine, compared with transformers and torch, for any split of the batch."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,7 +30,6 @@ from verl.protocol import DataProto
 from verl.trainer.ppo.batching import POLICY_COLUMNS, split_even, split_mini_batches
 from verl.trainer.ppo.core_algos import LOSS_AGG_MODES, get_policy_loss_fn
 from verl.workers.engine import MicroBatching
-from verl.workers.engine.micro_batch import AlignedBatch, Layout
 from verl.workers.policy_objective import PolicyObjective
 
 KINDS = ["qwen3", "llama", "qwen3_moe"]
@@ -237,6 +235,7 @@ def invariance_cases(data, ranks):
     return cases
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe"])
 def test_a_step_does_not_depend_on_the_split(models, kind):
     data = make_batch(13)
@@ -372,21 +371,3 @@ def test_temperature_must_be_positive(models):
     data = make_batch(4, temperature=0.0)
     with pytest.raises(ValueError, match=r"temperature=0\.0"):
         run_ranks(1, log_prob_program, models["qwen3"], [data], ALL, {})
-
-
-def test_a_model_with_an_unrestricted_head_is_rejected():
-    from verl.workers.engine.fsdp import _SelectRows
-
-    class Wide(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.head = torch.nn.Linear(4, 8)
-
-        def forward(self, input_ids, **_):
-            self.head(torch.zeros(*input_ids.shape, 4))
-            return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 8))
-
-    model = Wide()
-    [micro_batch] = AlignedBatch(make_batch(4), torch.device("cpu"), Layout.ROWS).micro_batches(ALL, None)
-    with pytest.raises(NotImplementedError, match="Wide returned logits of shape"):
-        _SelectRows(model.head).logits(model, micro_batch)

@@ -6,11 +6,17 @@ from safetensors.torch import load_file, save_file
 
 from fixtures.architectures import architecture_config, train_mode_fields, write_architecture
 from fixtures.critic_cases import critic_batch, critic_config, make_value_engine, set_head
-from fixtures.engine_cases import export_program, make_batch, make_engine
+from fixtures.engine_cases import actor_config, export_program, fsdp_config, make_batch, make_engine
+from fixtures.memory_cases import assert_same_training, separate_memory, train_program
 from fixtures.ranks import run_ranks
 from fixtures.tiny import write_tiny_model
+from verl.config.actor import MixedPrecisionConfig
+from verl.trainer.ppo.batching import split_mini_batches
+from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.workers.engine import MicroBatching
+from verl.workers.engine.export import WeightExport
 from verl.workers.engine.loading import parse_dtype
+from verl.workers.policy_objective import PolicyObjective
 
 LIMITS = MicroBatching(size=5)
 
@@ -168,3 +174,83 @@ def test_gradient_checkpointing_computes_each_layer_twice(model_dir, gradient_ch
     [(layers, calls, norm)] = run_ranks(1, program)
     assert calls == [True] * layers * (1 + gradient_checkpointing) + [False] * layers
     assert norm > 0
+
+
+SHARDINGS = [
+    {"offload_policy": True},
+    {"offload_policy": True, "param_offload": True, "optimizer_offload": True, "fsdp_size": 1},
+    {"forward_prefetch": True},
+    {"reshard_after_forward": False, "forward_prefetch": True},
+    {"mixed_precision": MixedPrecisionConfig("float32", "fp32", "fp32")},
+]
+
+
+@pytest.mark.parametrize("keys", SHARDINGS)
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_three_steps_do_not_depend_on_the_sharding(model_dir, ranks, keys):
+    shards = split_mini_batches(make_batch(12), 4, ranks)
+    expected = run_ranks(ranks, train_program, str(model_dir), shards, {}, {})
+    for model in ({}, {"enable_gradient_checkpointing": True}):
+        found = run_ranks(ranks, train_program, str(model_dir), shards, keys, model)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert_same_training(ours, theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("swap", [False, True])
+def test_a_checkpoint_resumes_with_another_sharding(tmp_path, model_dir, ranks, swap):
+    path, shards = str(tmp_path / "checkpoint"), split_mini_batches(make_batch(12), 4, ranks)
+    before, after = ({}, SHARDINGS[0]) if swap else (SHARDINGS[0], {})
+    straight = run_ranks(ranks, train_program, str(model_dir), shards, {}, {})
+    run_ranks(ranks, train_program, str(model_dir), [rank[:1] for rank in shards], before, {}, None, path)
+    resumed = run_ranks(ranks, train_program, str(model_dir), [rank[1:] for rank in shards], after, {}, path)
+    for ours, theirs in zip(resumed, straight, strict=True):
+        assert_same_training(ours._replace(log_probs=theirs.log_probs), theirs._replace(history=theirs.history[1:]))
+
+
+def sharded_engine(model_dir, **keys):
+    with separate_memory():
+        return make_engine(model_dir, actor=actor_config(fsdp_config=fsdp_config(**keys)))
+
+
+def test_layers_gather_the_next_one(model_dir):
+    def program(rank):
+        model = sharded_engine(model_dir, forward_prefetch=True).model
+        units = [model, *model.model.layers]
+        following = [unit._get_fsdp_state()._states_to_forward_prefetch for unit in units]
+        assert following == [*([unit._get_fsdp_state()] for unit in units[1:]), []]
+
+    run_ranks(1, program)
+
+
+def test_gradients_are_summed_in_reduce_dtype(model_dir):
+    def program(rank):
+        gradients, [batch] = [], split_mini_batches(make_batch(12), 12, 1)[0]
+        for dtype in (None, "bf16"):
+            engine = sharded_engine(model_dir, mixed_precision=MixedPrecisionConfig(reduce_dtype=dtype))
+            objective = PolicyObjective(get_policy_loss_fn("vanilla"), actor_config(), batch.meta_info)
+            engine.forward_backward(batch, objective, MicroBatching(size=12))
+            gradients.append(
+                {name: parameter.grad.full_tensor() for name, parameter in engine.model.named_parameters()}
+            )
+        exact, rounded = gradients
+        for name, gradient in exact.items():
+            assert torch.equal(rounded[name], gradient.bfloat16().float()), name
+        assert any(not torch.equal(rounded[name], gradient) for name, gradient in exact.items())
+
+    run_ranks(1, program)
+
+
+def test_weights_on_the_host_are_exported_from_the_device(model_dir):
+    """The device `meta` stands for an accelerator."""
+
+    def program(rank):
+        engine = sharded_engine(model_dir, offload_policy=True)
+        groups = [layer._get_fsdp_state()._fsdp_param_group for layer in engine.model.model.layers]
+        assert all(parameter.offload_to_cpu for group in groups for parameter in group.fsdp_params)
+        units = list(WeightExport(engine.model, torch.device("meta")).units())
+        assert {part.device.type for unit in units for part in unit.parts.values()} == {"meta"}
+        assert {part.device.type for unit in engine.export_units() for part in unit.parts.values()} == {"cpu"}
+
+    run_ranks(1, program)

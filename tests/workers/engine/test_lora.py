@@ -207,6 +207,7 @@ def test_the_reference_policy_has_no_adapters(tmp_path, models):
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_resumed_run_equals_an_uninterrupted_run_bit_for_bit(tmp_path, models, actor, ranks):
     path = str(tmp_path / "checkpoint")

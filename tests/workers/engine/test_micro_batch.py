@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 
 from fixtures.engine_cases import make_batch
 from fixtures.mask_cases import with_sampling_masks
-from verl.workers.engine.micro_batch import AlignedBatch, Layout, MicroBatching, equalize_counts, plan_micro_batches
+from verl.utils.sequence_ranks import SequenceRanks
+from verl.workers.engine.micro_batch import (
+    AlignedBatch,
+    Layout,
+    MicroBatching,
+    equalize_counts,
+    micro_batching,
+    plan_micro_batches,
+)
 
 CPU = torch.device("cpu")
 
@@ -58,6 +66,45 @@ def test_sampling_masks_follow_their_tokens(layout):
             assert ids[valid].tolist() == masks[row][token : token + 1].ids.tolist()
 
 
+@pytest.mark.parametrize("size", [2, 3, 4, 8])
+@pytest.mark.parametrize("limits", [MicroBatching(size=5), MicroBatching(max_tokens=33), MicroBatching(size=1)])
+def test_ranks_that_share_a_row_hold_its_parts(size, limits):
+    """The parts in order are the row with padding, and each token is predicted by one rank."""
+    data = with_sampling_masks(make_batch(12), vocab_size=80)
+    whole = [*AlignedBatch(data, CPU).micro_batches(limits, None), AlignedBatch(data, CPU)._build(np.empty(0, int))]
+    of_ranks = []
+    for rank in range(size):
+        sequence = SequenceRanks()
+        sequence.size, sequence.rank = size, rank
+        aligned = AlignedBatch(data, CPU, sequence=sequence)
+        of_ranks.append([*aligned.micro_batches(limits, None), aligned._build(np.empty(0, int))])
+    for row, *parts in zip(whole, *of_ranks, strict=True):
+        tokens, n = row.input_ids.shape[1], parts[0].input_ids.shape[1]
+        padding = size * n - tokens
+        assert 0 <= padding < size and all(part.input_ids.shape == (1, n) for part in parts)
+        ids, positions = (
+            torch.cat([getattr(part, name) for part in parts], dim=1) for name in ("input_ids", "position_ids")
+        )
+        assert ids[0].tolist() == row.input_ids[0].tolist() + [0] * padding
+        assert positions[0].tolist() == row.position_ids[0].tolist() + list(range(padding))
+        predictors = torch.cat([part.predictor_indices + rank * n for rank, part in enumerate(parts)])
+        assert torch.equal(predictors, row.predictor_indices)
+        assert torch.equal(torch.cat([part.targets for part in parts]), row.targets)
+        everything = list(range(len(row.response_indices)))
+        assert [i for part in parts for i in everything[part.own]] == everything
+        for part in parts:
+            assert torch.equal(part.response_indices, row.response_indices)
+            assert part.tokens == row.tokens and torch.equal(part.sample_indices, row.sample_indices)
+            runs = [length for count, length in part.sequences.runs for _ in range(count)]
+            assert runs == [length for count, length in row.sequences.runs for _ in range(count)] + [padding] * (
+                padding > 0
+            )
+            if part.kept is not None:
+                kept = [ids[valid].tolist() for ids, valid in zip(*part.kept, strict=True)]
+                own = (column[part.own] for column in row.kept)
+                assert kept == [ids[valid].tolist() for ids, valid in zip(*own, strict=True)]
+
+
 def test_without_sampling_masks_there_are_no_kept_tokens():
     (micro_batch,) = AlignedBatch(make_batch(4), CPU).micro_batches(MicroBatching(size=4), None)
     assert micro_batch.kept is None
@@ -83,8 +130,17 @@ def test_samples_of_similar_length_are_grouped():
 
 
 def test_a_sequence_above_the_token_limit_is_an_error():
-    with pytest.raises(ValueError, match=r"a sequence of 51 tokens does not fit into .*max_token_len_per_gpu=50"):
+    with pytest.raises(ValueError, match=r"a sequence of 51 tokens does not fit into .* of 50 tokens"):
         plan_micro_batches(np.array([3, 51]), MicroBatching(max_tokens=50))
+
+
+def test_limits_in_tokens_are_those_of_one_rank():
+    assert micro_batching(True, 3, 100, 4) == MicroBatching(max_tokens=400)
+    assert micro_batching(False, 3, 100, 4) == MicroBatching(size=3)
+    with pytest.raises(ValueError, match="micro_batch_size_per_gpu"):
+        micro_batching(False, None, 100, 1)
+    with pytest.raises(ValueError, match="max_token_len_per_gpu"):
+        micro_batching(True, 3, None, 1)
 
 
 @pytest.mark.parametrize("limits", [{}, {"size": 2, "max_tokens": 5}, {"size": 0}, {"max_tokens": -1}])

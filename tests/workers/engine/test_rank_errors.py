@@ -18,6 +18,7 @@ def block(path):
     return str(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_a_failed_write_of_one_rank_is_an_error_of_all(tmp_path, lora_rank):
     source = write_tiny_model(tmp_path / "source", dtype="bfloat16")

@@ -17,7 +17,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from fixtures.tiny import write_char_tokenizer
 from verl.config.reward import CustomRewardFunctionConfig, RewardConfig, RewardManagerConfig
+from verl.config.reward_model import RewardModelConfig
 from verl.workers.reward import RewardError, RewardFunctionError, RewardLoop, RewardResult, extra_columns
 from verl.workers.reward.counts import check_scored, reward_metrics
 
@@ -463,6 +465,7 @@ def test_a_blocked_event_loop_fails_the_blocking_sample_and_repeats_the_waiting_
     assert [result.error for result in results] == [None] * 5 + ["timeout"] + [None] * 5
 
 
+@pytest.mark.slow
 def test_time_in_the_queue_does_not_count(start):
     for keyword in ("def", "async def"):  # an async function without an await also blocks its queue
         loop = start(
@@ -749,6 +752,7 @@ def test_a_function_that_no_longer_loads_ends_the_run(start, tmp_path):
         score(loop, "good")
 
 
+@pytest.mark.slow
 def test_built_in_scorers_use_the_same_path(start):
     sources = ["openai/gsm8k", "math_dapo"]  # the others are prepared when their first sample comes
     loop = start(data_sources=sources)
@@ -809,6 +813,7 @@ def processor_seconds(loop):
     return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
 
 
+@pytest.mark.slow
 def test_grouped_samples_are_shared_fairly_and_timed_individually(start, tmp_path):
     loop = start(
         f"""
@@ -985,3 +990,38 @@ def test_extra_columns_have_one_value_per_sample():
     ]
     assert extra_columns(results) == {"acc": [1.0, 0.0, True], "pred": ["a", None, None], "note": [None, None, [1]]}
     assert extra_columns([]) == {}
+
+
+@pytest.mark.slow
+def test_a_function_gets_address_and_tokenizer_of_the_reward_model(tmp_path):
+    source = tmp_path / "asks.py"
+    source.write_text(
+        textwrap.dedent(
+            """
+            async def compute_score(solution_str, reward_router_address, reward_model_tokenizer, **others):
+                tokens = reward_model_tokenizer(solution_str)["input_ids"]
+                return {"score": len(tokens), "address": reward_router_address, "others": sorted(others)}
+            """
+        )
+    )
+    section = config(source)
+    section.reward_model = RewardModelConfig(enable=True, model_path=str(write_char_tokenizer(tmp_path / "model")))
+    loop = RewardLoop(section, reward_router_address="127.0.0.1:1")
+    try:
+        (result,) = score(loop, "abc")
+    finally:
+        loop.close()
+    assert (result.score, result.extra["address"]) == (3, "127.0.0.1:1"), result
+    assert result.extra["others"] == ["data_source", "extra_info", "ground_truth"]
+
+
+def test_a_function_that_needs_a_reward_model_names_the_key(start):
+    with pytest.raises(
+        RewardFunctionError, match=r"come from a reward model, so set reward\.reward_model\.enable=True"
+    ):
+        start("def compute_score(reward_router_address, **others): return 0.0")
+
+
+def test_the_time_limit_is_longer_with_a_reward_model():
+    assert config(timeout=None).time_limit == 30 and config(timeout=5.0).time_limit == 5
+    assert config(timeout=None, reward_model=RewardModelConfig(enable=True)).time_limit == 600

@@ -1,5 +1,7 @@
 """Responses in parts: sampling parameters of the next part, and joining of the parts by the client."""
 
+import asyncio
+
 import numpy as np
 import pytest
 
@@ -42,6 +44,7 @@ class Counting:
 
     async def generate(self, prompt_ids, sampling_params, request_id, answered):
         self.asked.append(list(answered))
+        await asyncio.sleep(0)
         what, count, version = self.script.pop(0)
         if what == "dies":
             self.alive = False
@@ -56,10 +59,10 @@ class Counting:
 
 class Pool:
     def __init__(self, *replicas):
-        self.replicas = list(replicas)
+        self.replicas, self.recovery = list(replicas), None
 
     @property
-    def alive(self):
+    def serving(self):
         return [replica for replica in self.replicas if replica.alive]
 
 
@@ -90,3 +93,17 @@ async def test_a_replica_that_refused_is_tried_again_after_an_update():
     assert output.weight_versions == [1, 1, 2]
     with pytest.raises(NoReplicaLeft, match="refuses"):
         await LLMServerClient(Pool(Counting(0, [("refuses", 0, 0)]))).generate([7], SAMPLING)
+
+
+async def test_a_death_is_reported_once_for_all_requests(caplog):
+    first = Counting(0, [("dies", 0, 0)] * 5)
+    pool = Pool(first, Counting(1, [("stop", 1, 2)] * 5))
+    client = LLMServerClient(pool)
+    # All requests reach the first one before it dies.
+    first.in_flight = -100
+    await asyncio.gather(*(client.generate([7], SAMPLING) for _ in range(5)))
+    assert caplog.messages == ["replica 0 died; its requests are sent to 1 other replica(s)"]
+    caplog.clear()
+    with pytest.raises(NoReplicaLeft, match=r"none of 1 replica\(s\) responds: replica 0 died"):
+        await LLMServerClient(Pool(Counting(0, [("dies", 0, 0)]))).generate([7], SAMPLING)
+    assert caplog.messages == ["replica 0 died; there is no other replica"]

@@ -39,6 +39,7 @@ def mapped_and_ended(reader):
     return handle
 
 
+@pytest.mark.slow
 def test_reader_unmaps_the_memory_of_ended_processes():
     reader, before = SegmentReader(), count_mappings()
     for _ in range(2):

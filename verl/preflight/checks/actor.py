@@ -5,8 +5,10 @@ from __future__ import annotations
 from verl.config import names
 from verl.config.actor import ActorConfig
 from verl.config.ppo import PPOConfig
+from verl.config.rank_groups import actor_ranks_per_sample
 from verl.config.roles import needs_ref
 from verl.config.schema import show
+from verl.config.sequence_parallel import actor_sequence_parallel, ref_sequence_parallel
 from verl.preflight.batch_sizes import check_division, check_log_prob_limit, check_micro_batch_limit, longest_sample
 from verl.preflight.findings import Findings
 
@@ -21,11 +23,13 @@ def check_actor(config: PPOConfig, found: Findings) -> None:
 
 
 def _check_batches(config: PPOConfig, found: Findings) -> None:
-    actor, longest = config.actor_rollout_ref.actor, longest_sample(config)
+    actor, ref, longest = config.actor_rollout_ref.actor, config.actor_rollout_ref.ref, longest_sample(config)
+    shared = actor_sequence_parallel(actor)
     micro = (f"{_ACTOR}.ppo_micro_batch_size_per_gpu", actor.ppo_micro_batch_size_per_gpu)
     check_division(
         (f"{_ACTOR}.ppo_mini_batch_size", actor.ppo_mini_batch_size),
         (micro[0], None if actor.use_dynamic_bsz else micro[1]),
+        actor_ranks_per_sample(actor),
         config,
         found,
     )
@@ -34,10 +38,11 @@ def _check_batches(config: PPOConfig, found: Findings) -> None:
         micro,
         (f"{_ACTOR}.ppo_max_token_len_per_gpu", actor.ppo_max_token_len_per_gpu),
         longest,
+        shared,
         found,
     )
     if needs_ref(config):
-        check_log_prob_limit("ref", config.actor_rollout_ref.ref, actor, longest, found)
+        check_log_prob_limit("ref", ref, actor, longest, ref_sequence_parallel(ref, actor), found)
 
 
 def _check_policy_loss(actor: ActorConfig, found: Findings) -> None:

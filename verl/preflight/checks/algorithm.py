@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from verl.config.ppo import PPOConfig
 from verl.config.schema import show
+from verl.config.stream import carries_prompts
 from verl.preflight.findings import Findings
 
 _FILTER = "algorithm.filter_groups"
@@ -83,7 +84,7 @@ def _check_gen_batch_size(config: PPOConfig, found: Findings) -> None:
     """Check that `data.gen_batch_size` has no other value if nothing uses it."""
     data = config.data
     drawn = data.gen_batch_size or data.train_batch_size
-    if drawn != data.train_batch_size and not config.actor_rollout_ref.rollout.partial_rollout:
+    if drawn != data.train_batch_size and not carries_prompts(config):
         found.errors.append(
             f"data.gen_batch_size={drawn}: may differ from data.train_batch_size={data.train_batch_size} only with "
             f"{_FILTER}.enable=True or actor_rollout_ref.rollout.partial_rollout=True; leave it out"

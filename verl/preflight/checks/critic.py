@@ -5,10 +5,13 @@ from __future__ import annotations
 from verl.config import names
 from verl.config.critic import CriticConfig
 from verl.config.ppo import PPOConfig
+from verl.config.rank_groups import actor_ranks_per_sample, critic_ranks_per_sample
 from verl.config.roles import needs_critic, resolve_critic
+from verl.config.sequence_parallel import critic_sequence_parallel
 from verl.preflight.batch_sizes import check_division, check_micro_batch_limit, longest_sample
 from verl.preflight.checks.model import TOKENIZER_FILES, check_override, find_model, has_tokenizer, max_positions
 from verl.preflight.checks.same_function import check_attention, check_train_mode
+from verl.preflight.checks.sequence_parallel import check_shared_sequences
 from verl.preflight.findings import Findings
 from verl.preflight.target import Target
 from verl.utils.model_dir.model_files import ModelFiles, with_overrides
@@ -56,11 +59,18 @@ def _missing_path_error(config: PPOConfig, estimator: str, uses_values: bool) ->
 def _check_batches(config: PPOConfig, found: Findings) -> None:
     own, critic, actor = config.critic, resolve_critic(config), config.actor_rollout_ref.actor
     assert critic.ppo_mini_batch_size is not None
+    shared = critic_sequence_parallel(critic)
     keys = ("ppo_mini_batch_size", "use_dynamic_bsz", "ppo_micro_batch_size_per_gpu")
-    if any(getattr(critic, key) != getattr(actor, key) for key in keys):  # equal values have the actor's check
+    differs = any(getattr(critic, key) != getattr(actor, key) for key in keys)
+    ranks_per_sample = critic_ranks_per_sample(critic)
+    if differs or ranks_per_sample != actor_ranks_per_sample(actor):  # equal values have the actor's check
         micro = None if critic.use_dynamic_bsz else critic.ppo_micro_batch_size_per_gpu
         check_division(
-            (_source(own, keys[0]), critic.ppo_mini_batch_size), (_source(own, keys[2]), micro), config, found
+            (_source(own, keys[0]), critic.ppo_mini_batch_size),
+            (_source(own, keys[2]), micro),
+            ranks_per_sample,
+            config,
+            found,
         )
     for role in ("ppo", "forward"):
         samples, tokens = f"{role}_micro_batch_size_per_gpu", f"{role}_max_token_len_per_gpu"
@@ -73,6 +83,7 @@ def _check_batches(config: PPOConfig, found: Findings) -> None:
             (f"critic.{samples}", getattr(critic, samples)),
             (f"critic.{tokens}", getattr(critic, tokens)),
             longest_sample(config),
+            shared,
             found,
         )
 
@@ -102,6 +113,7 @@ def check_critic_model(
     _check_tokenizer(config.critic.model.tokenizer_path, found)
     overridden = with_overrides(files, override)
     check_attention("critic.model", overridden, found)
+    check_shared_sequences(config, "critic.model", overridden, found)
     longest, positions = longest_sample(config), max_positions(overridden)
     if positions is not None and longest > positions:
         found.errors.append(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from verl.config.ppo import PPOConfig
 from verl.config.schema import show
+from verl.config.stream import carries_prompts, carrying_key
 from verl.extension.user_files import file_problem
 from verl.preflight.findings import Findings
 from verl.utils.dataset.files import column_names, count_rows, data_paths
@@ -48,6 +49,9 @@ def check_data(config: PPOConfig, found: Findings) -> DataInfo:
         if limit == 0:
             found.add_size_error(f"data.{name}_max_samples=0: must be at least 1, or -1 for all rows")
     train, val = _limited(train, data.train_max_samples), _limited(val, data.val_max_samples)
+    if config.async_training.enable:
+        _check_prompts_of_run(config, train, found)
+        return DataInfo(train, val, train if data.sampler.class_path is None else None)
     for name, size in (("train_batch_size", data.train_batch_size), ("gen_batch_size", data.gen_batch_size)):
         if data.sampler.class_path is None and train is not None and size is not None and train < size:
             found.add_size_error(f"data.{name}={size}: data.train_files has only {train} prompts; use at most {train}")
@@ -66,15 +70,25 @@ def _check_sampler(config: PPOConfig, found: Findings) -> None:
     problem = sampler_problem(section)
     if problem is not None:
         found.errors.append(problem)
-    if config.actor_rollout_ref.rollout.partial_rollout:
+    if carries_prompts(config):
         found.errors.append(
-            f"data.sampler.class_path={section.class_path} with actor_rollout_ref.rollout.partial_rollout=True: not "
-            "supported, because prompts in progress cannot be drawn again from a sampler; use one of the two"
+            f"data.sampler.class_path={section.class_path} with {carrying_key(config)}: not supported, because prompts "
+            "in progress cannot be drawn again from a sampler; use one of the two"
         )
     found.notes.append(
         f"data.sampler.class_name={section.class_name} chooses the training prompts; data.shuffle and data.seed have "
         "an effect on their order only if it reads them"
     )
+
+
+def _check_prompts_of_run(config: PPOConfig, rows: int | None, found: Findings) -> None:
+    """Check that a fully asynchronous run, whose steps may cross the end of an epoch, has a step."""
+    step, epochs = config.data.train_batch_size, config.trainer.total_epochs
+    if rows is not None and not config.trainer.total_training_steps and rows * epochs < step:
+        found.add_size_error(
+            f"trainer.total_epochs={epochs}: data.train_files has {rows} prompts, and a training step takes {step}; "
+            f"use at least {-(-step // max(1, rows))}"
+        )
 
 
 def _limited(rows: int | None, limit: int) -> int | None:

@@ -89,7 +89,7 @@ def _check_columns(row: _Row, config: PPOConfig) -> None:
                 f"{column!r} is a {type(row[column]).__name__}; it must be a dict (a struct column in Parquet)"
             )
     read_tools_kwargs(row.get("extra_info") or {})
-    if config.reward.custom_reward_function.path is not None:
+    if config.reward.custom_reward_function.path is not None or config.reward.scored_by_model:
         return
     source = row.get(config.data.reward_fn_key)
     require_scorer("unknown" if source is None else str(source))

@@ -23,6 +23,10 @@ def check_lora(config: PPOConfig, files: ModelFiles, found: Findings) -> None:
     except (ValueError, OSError) as error:
         found.errors.append(str(error))
         return
+    if options is None and (excluded := config.actor_rollout_ref.model.exclude_modules):
+        found.warnings.append(
+            f"{_EXCLUDED}={show(excluded)} has no effect: there are no adapters ({_MODEL}lora_rank=0)"
+        )
     # A model with experts can have other layer names than its checkpoint.
     if options is not None and options.adapter_path is None and not any(".experts." in name for name in files.shapes):
         _check_layers(options, files, found)

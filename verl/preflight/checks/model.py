@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
+from importlib.util import find_spec
 from typing import Any
 
 from verl.config.ppo import PPOConfig
 from verl.preflight.batch_sizes import longest_sample
+from verl.preflight.checks.expert_parallel import check_expert_parallel
 from verl.preflight.checks.same_function import (
     check_attention,
     check_rope,
@@ -15,6 +18,8 @@ from verl.preflight.checks.same_function import (
     rope_sections,
     rope_type,
 )
+from verl.preflight.checks.sequence_parallel import check_shared_sequences
+from verl.preflight.checks.tensor_parallel import check_divided_layers
 from verl.preflight.checks.token_ids import check_token_ids
 from verl.preflight.findings import Findings
 from verl.preflight.target import Target
@@ -31,6 +36,7 @@ from verl.utils.model_dir.public_models import public_config
 
 _MODEL = "actor_rollout_ref.model"
 _PATH = f"{_MODEL}.path"
+_ROLLOUT = "actor_rollout_ref.rollout"
 # Fields of a config.json that trainer and engine do not read from `override_config`.
 _DTYPES = "set dtype and model_dtype in fsdp_config, and actor_rollout_ref.rollout.dtype"
 _SET_BY_OTHER_KEYS = {
@@ -51,18 +57,21 @@ def check_model(config: PPOConfig, target: Target, found: Findings) -> ModelFile
     files = find_model(_PATH, model.path, target, found)
     if files is None:
         return None
-    check_architecture(_PATH, files, found)
+    check_architecture(_PATH, files, model.trust_remote_code, found)
     _check_tokenizer(model.path, model.tokenizer_path, target, found)
     check_override(_MODEL, model.override_config, files, found)
     check_train_mode(_MODEL, model.override_config, files, found)
     files = with_overrides(files, model.override_config)
     check_token_ids(_PATH, files, model.tokenizer_path or model.path, found)
     check_attention(_MODEL, files, found)
+    check_shared_sequences(config, _MODEL, files, found)
+    check_divided_layers(config, files, found)
     check_rope(_MODEL, files, config.max_model_len, found)
     check_sliding_window(_MODEL, files, config.max_model_len, found)
     _check_max_model_len(config, found)
     _check_positions(config, files, found)
     _check_heads(config, files, found)
+    check_expert_parallel(_ROLLOUT, config.actor_rollout_ref.rollout, files, found)
     return files
 
 
@@ -101,17 +110,42 @@ _NOT_RELOADED = {
 }
 
 
-def check_architecture(field: str, files: ModelFiles, found: Findings) -> None:
+# Public names of models for images, video or sound.
+MULTI_MODAL_NAME = re.compile(
+    r"(VL|Omni|MiniCPM-[oV]|GLM-\d(\.\d)?V|LLaVA|Pixtral|Qwen3\.5|Llama-4)(?![a-z])", re.IGNORECASE
+)
+
+
+def _is_in_transformers(files: ModelFiles) -> bool:
+    """Return True if the installed transformers has the model type, without importing it, which takes seconds."""
+    spec = find_spec("transformers")
+    if spec is None or spec.origin is None:
+        return True
+    kind = str(files.config.get("model_type")).replace("-", "_")
+    return os.path.isdir(os.path.join(os.path.dirname(spec.origin), "models", kind))
+
+
+def check_architecture(field: str, files: ModelFiles, trust_remote_code: bool, found: Findings) -> None:
     """Refuse models that start and then fail, or that would lose a part of themselves.
 
     Args:
         field: the key that names the model.
+        trust_remote_code: code that comes with the model may run.
     """
     towers = [name for name in ("vision_config", "audio_config") if name in files.whole_config]
     if towers:
         found.errors.append(
             f"{field}={files.path}: is a multi-modal model ({', '.join(towers)} in its config.json), which is not "
             "supported; use a text-only checkpoint"
+        )
+    elif not files.whole_config and MULTI_MODAL_NAME.search(files.path.name):
+        found.errors.append(
+            f"{field}={files.path}: has the name of a multi-modal model, which is not supported; use a text-only model"
+        )
+    elif "auto_map" in files.whole_config and not trust_remote_code and not _is_in_transformers(files):
+        found.errors.append(
+            f"{field}={files.path}: transformers has no model type {files.config.get('model_type')}, whose code comes "
+            f"with the model; set {field.removesuffix('path')}trust_remote_code=True"
         )
     elif (kind := files.config.get("model_type")) in _NOT_RELOADED:
         found.errors.append(

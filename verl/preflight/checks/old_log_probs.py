@@ -37,6 +37,11 @@ def _other_policy(config: PPOConfig) -> list[str]:
             f"trainer.rollout_lag={config.trainer.rollout_lag}: older weights generate every sample, so none could be "
             "reused; use trainer.rollout_lag=0"
         )
+    if config.async_training.enable:
+        reasons.append(
+            "async_training.enable=True: older weights generate many samples, and its bypass mode takes all values of "
+            "the rollout; leave this out"
+        )
     if rollout.quantization is not None:
         mode, field = qat_mode(roles.actor.fsdp_config, rollout), f"{_ROLLOUT}quantization={rollout.quantization}"
         if not weight_format_class(rollout.quantization).supports_qat:

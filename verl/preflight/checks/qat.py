@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from verl.config import names
 from verl.config.actor import FSDPConfig
 from verl.config.ppo import PPOConfig
-from verl.config.qat import qat_mode
+from verl.config.qat import policy_dtype, qat_mode
 from verl.config.schema import show
 from verl.preflight.findings import Findings
 from verl.utils.dtypes import choose_dtype
@@ -65,11 +65,12 @@ def _check_mode(field: str, scheme: str, schemes: Iterable[str], found: Findings
 
 def _check_dtypes(config: PPOConfig, field: str, fsdp: FSDPConfig, device: str, found: Findings) -> None:
     rollout = config.actor_rollout_ref.rollout
-    trainer, engine = choose_dtype(device, fsdp.dtype).name, choose_dtype(device, rollout.dtype).name
+    trainer, engine = policy_dtype(device, fsdp, rollout).name, choose_dtype(device, rollout.dtype).name
     if trainer != engine:
         found.errors.append(
-            f"{field}.dtype={fsdp.dtype} with qat: the trainer would compute in {trainer}, but the engine rounds to "
-            f"{engine} before it quantizes ({_ROLLOUT}.dtype={rollout.dtype}); use the same dtype for both"
+            f"{field}.dtype={fsdp.compute_dtype} with qat.enable={show(fsdp.qat.enable)}: the trainer would compute in "
+            f"{trainer}, but the engine rounds to {engine} before it quantizes ({_ROLLOUT}.dtype={rollout.dtype}); use "
+            f"the same dtype for both, or {field}.qat.enable=False"
         )
 
 

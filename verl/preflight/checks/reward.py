@@ -8,11 +8,12 @@ from __future__ import annotations
 import ast
 import difflib
 from collections.abc import Collection
-from pathlib import Path
 
 from verl.config.ppo import PPOConfig
-from verl.config.reward import SCORER_ARGUMENTS, CustomRewardFunctionConfig
+from verl.config.reward import REWARD_MODEL_ARGUMENTS, SCORER_ARGUMENTS, CustomRewardFunctionConfig
 from verl.config.reward_kwargs import BUFFER, KWARGS, kwargs_problems, overlong_buffer, scorer_kwargs
+from verl.extension.paths import expand_user
+from verl.extension.source import parse_python
 from verl.extension.user_files import file_problem, top_level_names
 from verl.preflight.findings import Findings
 
@@ -26,7 +27,10 @@ def check_reward(config: PPOConfig, found: Findings) -> None:
     if not problems:
         _check_max_resp_len(config, found)
         _note_no_penalty(config, found)
-    _check_function(config.reward.custom_reward_function, scorer_kwargs(config.reward), found)
+    given = [*scorer_kwargs(config.reward)]
+    if config.reward.reward_model.enable:
+        given += REWARD_MODEL_ARGUMENTS
+    _check_function(config.reward.custom_reward_function, given, found)
 
 
 def _check_max_resp_len(config: PPOConfig, found: Findings) -> None:
@@ -52,14 +56,14 @@ def _note_no_penalty(config: PPOConfig, found: Findings) -> None:
 def _check_function(function: CustomRewardFunctionConfig, shared: Collection[str], found: Findings) -> None:
     if function.path is None:
         return
-    path = Path(function.path).expanduser()
+    path = expand_user(function.path)
     field = f"{_FUNCTION}.path={function.path}"
     problem = file_problem(path)
     if problem is not None:
         found.errors.append(f"{field}: {problem}; give a Python file")
         return
     try:
-        tree = ast.parse(path.read_bytes(), filename=str(path))
+        tree = parse_python(path)
     except (SyntaxError, ValueError) as error:
         line = f", line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
         reason = error.msg if isinstance(error, SyntaxError) else str(error)
@@ -95,6 +99,19 @@ def _check_keywords(
     required = arguments.args[: len(arguments.args) - len(arguments.defaults)]
     required += [argument for argument, default in keyword_only if default is None]
     extra = positional + [argument.arg for argument in required if argument.arg not in given]
+    served = all(name in shared for name in REWARD_MODEL_ARGUMENTS)
+    if not served and (asked := [name for name in extra if name in REWARD_MODEL_ARGUMENTS]):
+        found.errors.append(
+            f"{_FUNCTION}.name={function.name}: {function.name} requires {', '.join(asked)}, which a reward model "
+            "gives; set reward.reward_model.enable=True, or give the parameters a default"
+        )
+        return
+    if served and (lost := [name for name in REWARD_MODEL_ARGUMENTS if name not in parameters]):
+        found.errors.append(
+            f"{_FUNCTION}.name={function.name}: {function.name} has no parameter {', '.join(lost)}, with which it is "
+            "called if reward.reward_model.enable=True; add it, or **kwargs"
+        )
+        return
     if missing or extra:
         parts = [f"has no parameter {', '.join(missing)}"] if missing else []
         parts += [f"requires {', '.join(extra)}, which nothing sets"] if extra else []

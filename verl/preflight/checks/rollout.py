@@ -10,9 +10,13 @@ import errno
 import socket
 
 from verl.config import names
+from verl.config.engine_pools import engine_pools
 from verl.config.errors import unknown_key
+from verl.config.fixed_engine import FixedEngineConfig
 from verl.config.ppo import PPOConfig
-from verl.config.rollout import MIN_TEMPERATURE
+from verl.config.rollout import MIN_TEMPERATURE, RolloutConfig
+from verl.config.sequence_parallel import actor_sequence_parallel
+from verl.config.stream import carries_prompts, carrying_key
 from verl.config.weight_updates import BACKENDS, full_update_reason, resolve_backend
 from verl.preflight.batch_sizes import check_log_prob_limit, longest_sample, nearest_sizes
 from verl.preflight.findings import Findings
@@ -38,6 +42,8 @@ _OWN_KEYS = {
     "quantization": f"{_ROLLOUT}.quantization",
     "load_format": f"{_ROLLOUT}.load_format",
     "tensor_parallel_size": f"{_ROLLOUT}.tensor_model_parallel_size",
+    "data_parallel_size": f"{_ROLLOUT}.data_parallel_size",
+    "pipeline_parallel_size": f"{_ROLLOUT}.pipeline_model_parallel_size",
     "max_model_len": f"{_ROLLOUT}.max_model_len",
 }
 
@@ -65,6 +71,19 @@ def check_engine_kwargs(config: PPOConfig, found: Findings) -> None:
                 )
 
 
+def _check_token_budget(config: PPOConfig, found: Findings) -> None:
+    rollout = config.actor_rollout_ref.rollout
+    engines: list[tuple[str, RolloutConfig | FixedEngineConfig, int]] = [(_ROLLOUT, rollout, config.max_model_len)]
+    engines += [(pool.engine_section, pool.engine, pool.request_tokens) for pool in engine_pools(config)]
+    for section, engine, length in engines:
+        if max(engine.max_num_batched_tokens, length) < engine.max_num_seqs:
+            found.errors.append(
+                f"{section}.max_num_batched_tokens={engine.max_num_batched_tokens}: is less than max_num_seqs="
+                f"{engine.max_num_seqs}, and each running request needs one token of it in a step; raise it, or lower "
+                "max_num_seqs"
+            )
+
+
 def check_rollout(config: PPOConfig, target: Target, found: Findings) -> None:
     """Check sizes of groups, micro-batches and replicas, partial rollouts and the ports of HTTP endpoints."""
     rollout, estimator = config.actor_rollout_ref.rollout, config.algorithm.adv_estimator
@@ -73,17 +92,29 @@ def check_rollout(config: PPOConfig, target: Target, found: Findings) -> None:
             f"{_ROLLOUT}.n=1 with algorithm.adv_estimator={estimator}: this estimator compares the samples of one "
             "prompt with each other; use n=4 or more"
         )
-    check_log_prob_limit("rollout", rollout, config.actor_rollout_ref.actor, longest_sample(config), found)
+    if not config.actor_rollout_ref.hybrid_engine and not rollout.nnodes:
+        found.errors.append(
+            f"actor_rollout_ref.hybrid_engine=False with {_ROLLOUT}.nnodes=0: the replicas have no devices of their "
+            f"own; set {_ROLLOUT}.nnodes=1 and .n_gpus_per_node, or hybrid_engine=True"
+        )
+    actor = config.actor_rollout_ref.actor
+    check_log_prob_limit("rollout", rollout, actor, longest_sample(config), actor_sequence_parallel(actor), found)
     _check_tensor_parallel(config, found)
+    _check_token_budget(config, found)
     temperature = rollout.val_kwargs.temperature
     if rollout.val_kwargs.do_sample and 0 < temperature < MIN_TEMPERATURE:
         found.errors.append(
             f"{_ROLLOUT}.val_kwargs.temperature={temperature}: vLLM would sample at {MIN_TEMPERATURE} instead; use "
             f"{MIN_TEMPERATURE} or more, or val_kwargs.do_sample=False for greedy decoding"
         )
-    if rollout.partial_rollout:
+    if rollout.partial_rollout and not config.async_training.enable:
         _check_partial_rollout(config, found)
-    if target.hardware is None and rollout.server.enable_http:
+    if rollout.prometheus.enable and rollout.disable_log_stats:
+        found.errors.append(
+            f"{_ROLLOUT}.disable_log_stats=True with {_ROLLOUT}.prometheus.enable=True: the engines would have no "
+            "metrics; set disable_log_stats=False"
+        )
+    if target.hardware is None and rollout.listens:
         _check_host(config, found)
         _check_ports(config, found)
 
@@ -118,10 +149,14 @@ def _check_partial_rollout(config: PPOConfig, found: Findings) -> None:
             f"data.train_batch_size={step}, and at most twice as large, so that unfinished prompts fit into the next "
             f"step; use {step + 1} to {2 * step}"
         )
-    if config.algorithm.filter_groups.enable:
+
+
+def check_carried_prompts(config: PPOConfig, found: Findings) -> None:
+    """Check that the prompts of a step are chosen by nothing else, if prompts are carried over to the next one."""
+    if carries_prompts(config) and config.algorithm.filter_groups.enable:
         found.errors.append(
-            f"algorithm.filter_groups.enable=True with {_PARTIAL}: not supported, because a step would have to wait "
-            "for prompts that replace the dropped ones; use one of the two"
+            f"algorithm.filter_groups.enable=True with {carrying_key(config)}: not supported, because a step would "
+            "have to wait for prompts that replace the dropped ones; use one of the two"
         )
 
 
@@ -131,7 +166,7 @@ def _check_host(config: PPOConfig, found: Findings) -> None:
     if loopback and max(config.trainer.nnodes, config.actor_rollout_ref.rollout.nnodes) > 1:
         found.warnings.append(
             f"{_SERVER}.host={host}: each replica can be reached only from its own node; use an address that other "
-            f"nodes can reach, or set {_SERVER}.enable_http=False"
+            f"nodes can reach, or set {_SERVER}.enable_http=False and {_ROLLOUT}.prometheus.enable=False"
         )
 
 

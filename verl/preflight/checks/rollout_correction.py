@@ -7,6 +7,7 @@ from verl.config.errors import ConfigError
 from verl.config.ppo import PPOConfig
 from verl.config.rollout import RolloutConfig
 from verl.config.rollout_correction import PREFIX, Correction, resolve
+from verl.config.stream import carries_prompts, carrying_key
 from verl.preflight.findings import Findings
 
 _ROLLOUT = "actor_rollout_ref.rollout."
@@ -47,8 +48,8 @@ def check_rollout_correction(config: PPOConfig, found: Findings) -> None:
 
 def stale_tokens_key(config: PPOConfig) -> str | None:
     """Return key and value by which the run trains on tokens of older weights, or None."""
-    if config.actor_rollout_ref.rollout.partial_rollout:
-        return f"{_ROLLOUT}partial_rollout=True"
+    if carries_prompts(config):
+        return carrying_key(config)
     return f"trainer.rollout_lag={config.trainer.rollout_lag}" if config.trainer.rollout_lag else None
 
 

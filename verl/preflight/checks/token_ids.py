@@ -64,6 +64,28 @@ def check_token_ids(field: str, files: ModelFiles, tokenizer: str, found: Findin
         )
 
 
+def different_tokens(policy: str, other: str) -> str | None:
+    """Return how the tokens of another tokenizer differ from the policy's; None if they do not, or are not known.
+
+    The other tokenizer may have more tokens: the policy generates none of them.
+
+    Args:
+        policy, other: directories of the tokenizers.
+    """
+    try:
+        (_, tokens), (_, others) = _read(Path(policy)), _read(Path(other))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None  # damaged files are reported where they are used
+    if not tokens or not others:
+        return None
+    different = {text: token for text, token in tokens.items() if others.get(text) != token}
+    if not different:
+        return None
+    return f"its tokenizer lacks {len(different)} of the policy's {len(tokens)} tokens, or has them as other ids: " + (
+        _shown(different)
+    )
+
+
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, int]]:
     """Return the settings of a tokenizer, and the ids of its tokens by text, as far as JSON files show them."""
     settings = _json(folder / _SETTINGS) | _json(folder / "special_tokens_map.json")

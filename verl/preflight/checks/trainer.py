@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from verl.config import names
+from verl.config.engine_pools import engine_pools
 from verl.config.ppo import PPOConfig
 from verl.config.roles import needs_critic
+from verl.config.stream import carries_prompts, carrying_key
 from verl.preflight.findings import Findings
 from verl.preflight.placement import replica_nodes, standalone_devices
 from verl.preflight.target import Hardware, Target
@@ -73,6 +75,17 @@ def _check_device_count(config: PPOConfig, device: str, found: Findings) -> None
         found.errors.append(
             f"trainer.n_gpus_per_node={ranks}: this machine shows {present} {device} device(s); use at most {present}"
         )
+    else:
+        left = present - ranks - standalone
+        for pool in engine_pools(config):
+            devices = pool.nodes * pool.devices_per_node
+            if devices > left:
+                found.errors.append(
+                    f"{pool.section}.nnodes={pool.nodes}, .n_gpus_per_node={pool.devices_per_node}: the {pool.model} "
+                    f"needs {devices} devices, and {max(left, 0)} of the {present} {device} device(s) of this machine "
+                    f"are left; lower them or trainer.n_gpus_per_node, or join a cluster ({_JOIN})"
+                )
+            left -= devices
 
 
 def _check_planned_device(config: PPOConfig, hardware: Hardware, found: Findings) -> str | None:
@@ -84,10 +97,13 @@ def _check_planned_device(config: PPOConfig, hardware: Hardware, found: Findings
         )
         return None
     trainer, rollout = config.trainer, config.actor_rollout_ref.rollout
-    needed = trainer.nnodes + replica_nodes(config, device)
+    apart = replica_nodes(config, device)
+    needed = trainer.nnodes + apart
     if needed > 1 and not config.ray_kwargs.ray_init.get("address"):
+        shared = f" (or {max(trainer.nnodes, apart)} with {trainer.n_gpus_per_node + rollout.n_gpus_per_node} devices)"
         found.notes.append(
-            f"the run needs {needed} nodes: start it in a Ray cluster (`ray start` on each node, and {_JOIN})"
+            f"the run needs {needed} nodes{shared if apart else ''}: start it in a Ray cluster (`ray start` on each "
+            f"node, and {_JOIN})"
         )
     if hardware.nodes is None or needed == hardware.nodes:
         return device
@@ -101,7 +117,10 @@ def _check_planned_device(config: PPOConfig, hardware: Hardware, found: Findings
             f"{f'{_ROLLOUT}.nnodes' if standalone else 'trainer.nnodes'}"
         )
     else:
-        unused = hardware.nodes - needed
+        # Engines of other models may be on nodes of their own, or share one with others.
+        unused = hardware.nodes - needed - sum(pool.nodes for pool in engine_pools(config))
+        if unused <= 0:
+            return device
         found.warnings.append(
             f"--nodes {hardware.nodes}: the run needs {needed} node(s) of {per_node} devices, so {unused} would be "
             f"unused; set {_ROLLOUT}.nnodes={rollout.nnodes + unused} for replicas on their own nodes, or "
@@ -122,6 +141,18 @@ def check_environment(config: PPOConfig, device: str, environment: Mapping[str, 
         )
         if release is not None and (warning := untested_release(release)) is not None:
             found.warnings.append(warning)
+
+
+def check_python_of_workers(config: PPOConfig, found: Findings) -> None:
+    """Refuse workers that start through `uv run`: this package has no uv.lock, so that they would never register."""
+    environment = config.ray_kwargs.ray_init.get("runtime_env")
+    executable = environment.get("py_executable") if isinstance(environment, Mapping) else None
+    if isinstance(executable, str) and executable.split()[:1] == ["uv"]:
+        found.errors.append(
+            f"ray_kwargs.ray_init.runtime_env.py_executable={executable}: not supported, because this package has no "
+            "uv.lock; use null, and start the run with the Python of its environment. Scripts of upstream verl do both "
+            "with VERL_USE_UV=0 in their environment"
+        )
 
 
 def check_critic_warmup(config: PPOConfig, found: Findings) -> None:
@@ -150,10 +181,10 @@ def check_rollout_lag(config: PPOConfig, device: str, found: Findings) -> None:
             "devices, so only one of them can run at a time; give the replicas their own devices with "
             f"{_ROLLOUT}.nnodes=1 and .n_gpus_per_node, or use trainer.rollout_lag=0"
         )
-    if rollout.partial_rollout:
+    if carries_prompts(config):
         found.errors.append(
-            f"trainer.rollout_lag={lag} with {_ROLLOUT}.partial_rollout=True: both generate ahead of training, the "
-            "first whole batches, the second unfinished samples; use one of the two"
+            f"trainer.rollout_lag={lag} with {carrying_key(config)}: both generate ahead of training, the first whole "
+            "batches, the second single prompts; use one of the two"
         )
 
 

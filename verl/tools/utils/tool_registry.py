@@ -21,6 +21,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from verl.extension.paths import expand_user
 from verl.extension.user_class import UserClassError, check_class, load_class
 from verl.extension.user_files import check_unique, read_yaml_list
 from verl.tools.base_tool import BaseTool
@@ -52,7 +53,7 @@ def read_tool_config(path: str) -> list[ToolEntry]:
     Raises:
         ToolConfigError: the file is missing or not YAML, or an entry is invalid.
     """
-    folder = Path(path).expanduser().parent
+    folder = expand_user(path).parent
     try:
         tools = read_yaml_list(path, KEY, section="tools", entry="{class_name} for each tool")
     except ValueError as error:
@@ -114,7 +115,7 @@ def initialize_tools_from_config(path: str | None) -> list[BaseTool]:
     """
     if path is None:
         return []
-    folder = Path(path).expanduser().parent
+    folder = expand_user(path).parent
     tools = []
     for i, entry in enumerate(read_tool_config(path)):
         location = f"{KEY}={path}: tools[{i}]"

@@ -18,7 +18,14 @@ from verl.utils.seqlen_balancing import balanced_partition
 FORWARD_COLUMNS = ("input_ids", "attention_mask", "responses", "response_mask")
 # Columns of a forward pass of the policy. The reference model and the critic do not know the sampler.
 POLICY_COLUMNS = (*FORWARD_COLUMNS, SAMPLING_MASKS)
-ACTOR_COLUMNS = (*POLICY_COLUMNS, "old_log_probs", "ref_log_prob", "advantages", "rollout_is_weights")
+ACTOR_COLUMNS = (
+    *POLICY_COLUMNS,
+    "old_log_probs",
+    "ref_log_prob",
+    "teacher_log_probs",
+    "advantages",
+    "rollout_is_weights",
+)
 CRITIC_COLUMNS = (*FORWARD_COLUMNS, "values", "returns")
 
 

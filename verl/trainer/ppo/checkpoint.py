@@ -10,6 +10,7 @@ After a SIGKILL or a power failure between any two system calls, `CheckpointStor
 checkpoint. Only one run at a time may write to a root. This module imports no Ray, and torch only to store tensors.
 """
 
+import errno
 import io
 import logging
 import os
@@ -40,8 +41,23 @@ _UNFINISHED = re.compile(rf"(?P<name>global_step_\d+|\.{re.escape(TRACKER)})\.(?
 _BEING_WRITTEN: set[Path] = set()
 
 
+# Causes of a failed write by errno, and ways out.
+_CAUSES = {
+    errno.ENOSPC: ("no space is left", "Free disk space"),
+    errno.EDQUOT: ("the quota of this user or project is used up", "Free disk space"),
+    errno.EROFS: ("the file system is read-only", "Make it writable"),
+    errno.EACCES: ("this user may not write there", "Change the permissions"),
+    errno.EPERM: ("this user may not write there", "Change the permissions"),
+    errno.EIO: ("the disk reports an input/output error", "Replace the disk"),
+}
+_PROBE_BYTES = 2**20
+
+
 class CheckpointError(OSError):
-    """A checkpoint could not be written or read; the message has the path, the cause and the last usable checkpoint."""
+    """A checkpoint could not be written or read; the message has the path, the cause and the last usable checkpoint.
+
+    `errno` is None unless the operating system refused to write or read.
+    """
 
 
 class CheckpointStore:
@@ -99,8 +115,9 @@ class CheckpointStore:
             self._publish(temporary, published)
             atomic_write_text(self.root / TRACKER, str(step))
         except Exception as error:
+            number = _errno(error, temporary)
             self._discard(temporary)
-            raise self._failure(published, error) from error
+            raise self._failure(published, error, number) from error
         except BaseException:
             self._discard(temporary)
             raise
@@ -248,17 +265,36 @@ class CheckpointStore:
         except OSError as error:
             logger.warning("%s cannot be removed (%s); delete it manually", path, error)
 
-    def _failure(self, published: Path, error: Exception) -> CheckpointError:
+    def _failure(self, published: Path, error: Exception, number: int | None) -> CheckpointError:
         usable, _ = self._find_complete(contents=False)
         rest = f"{usable} stays usable" if usable is not None else "there is no earlier checkpoint"
         existing = next(path for path in (self.root.absolute(), *self.root.absolute().parents) if path.exists())
         free = shutil.disk_usage(existing).free
+        reason, way_out = f"{type(error).__name__}: {error}", "Free disk space"
+        if number in _CAUSES:
+            cause, way_out = _CAUSES[number]
+            reason = f"{cause} ({reason})"
         text = (
-            f"{published} was not saved: {type(error).__name__}: {error}; {free} bytes are free on its disk; {rest}. "
-            "Free disk space or choose another trainer.default_local_dir, then start again"
+            f"{published} was not saved: {reason}; {free} bytes are free on the disk of {existing}; {rest}. "
+            f"{way_out} or choose another trainer.default_local_dir, then start again"
         )
-        number = error.errno if isinstance(error, OSError) else None
         return CheckpointError(text) if number is None else CheckpointError(number, text)
+
+
+def _errno(error: Exception, directory: Path) -> int | None:
+    """Return the errno of a failed write below `directory`; None if the operating system did not refuse one.
+
+    torch.save raises RuntimeError without errno, so a small write tells whether the disk still takes one.
+    """
+    if isinstance(error, OSError):
+        return error.errno
+    probe = directory / ".probe"
+    try:
+        probe.write_bytes(bytes(_PROBE_BYTES))
+        fsync_path(probe)
+    except OSError as refused:
+        return refused.errno
+    return None
 
 
 def _flush(directory: Path) -> None:

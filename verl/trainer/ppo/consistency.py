@@ -32,6 +32,7 @@ from verl.trainer.ppo.runtime import Runtime
 from verl.utils.asyncio_utils import gather_all
 from verl.utils.host import available_memory_bytes
 from verl.workers.rollout.replica import vLLMReplica
+from verl.workers.rollout.types import ReplicaUnavailable
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ async def check_consistency(runtime: Runtime, version: int) -> None:
         ConsistencyError: they differ by more than their number formats explain.
     """
     prompts = _random_prompts(runtime, seed=version)
-    replicas = runtime.processes.replicas.alive
+    replicas = runtime.processes.replicas.serving
     by_replica = await gather_all(*(_sample(runtime, replica, prompts) for replica in replicas))
     for number, (replica, samples) in enumerate(zip(replicas, by_replica, strict=True)):
         batch = _to_batch(samples, runtime.config.actor_rollout_ref.rollout.temperature)
@@ -106,9 +107,20 @@ async def _sample(runtime: Runtime, replica: vLLMReplica, prompts: Sequence[list
         "ignore_eos": True,
         "logprobs": 0,
     }
-    outputs = await gather_all(
-        *(replica.generate(prompt, parameters, f"consistency-{number}", []) for number, prompt in enumerate(prompts))
-    )
+    while True:
+        changes = runtime.recovery.changes
+        try:
+            outputs = await gather_all(
+                *(
+                    replica.generate(prompt, parameters, f"consistency-{number}", [])
+                    for number, prompt in enumerate(prompts)
+                )
+            )
+            break
+        except ReplicaUnavailable:
+            # It is restarted with the same weights: nothing trains meanwhile.
+            if not await runtime.recovery.wait_for_replica(changes):
+                raise
     return [
         _Sample(prompt, output.token_ids, output.log_probs) for prompt, output in zip(prompts, outputs, strict=True)
     ]
@@ -137,10 +149,10 @@ async def _check_trainer(runtime: Runtime, batch: DataProto, together: torch.Ten
             "while it is trained (dropout, jitter, batch statistics): set it to 0 in "
             f"actor_rollout_ref.model.override_config. {_HOW_TO_SKIP}"
         )
-    # As many samples at a time as there are ranks, so that each of them is alone in its micro-batch.
-    ranks = runtime.plan.trainer_ranks
-    for rows in (np.arange(ranks), np.arange(len(batch) - ranks, len(batch))):
-        alone = await runtime.old_log_probs(batch[rows], [np.array([i]) for i in range(ranks)])
+    # As many samples at a time as there are shards, so that each of them is alone in its micro-batch.
+    count = runtime.plan.data_parallel
+    for rows in (np.arange(count), np.arange(len(batch) - count, len(batch))):
+        alone = await runtime.old_log_probs(batch[rows], [np.array([i]) for i in range(count)])
         gap = _gap(alone.batch["old_log_probs"], together[rows], mask[rows])
         if gap > limit:
             raise ConsistencyError(

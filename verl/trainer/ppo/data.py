@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from verl.config import PPOConfig
+from verl.config.stream import carries_prompts, training_steps
 from verl.preflight.inputs import data_seed
 from verl.trainer.ppo.checkpoint import check_storable
 from verl.trainer.rollouts.prompts import PromptSource
@@ -51,8 +52,7 @@ def load_data(config: PPOConfig) -> TrainingData:
     thread_tokenizer = copy.deepcopy(tokenizer)
     train = create_rl_dataset(data.train_files, thread_tokenizer, data, max_samples=data.train_max_samples)
     seed = data_seed(config)
-    one_by_one = config.actor_rollout_ref.rollout.partial_rollout
-    batch_size = 1 if one_by_one else data.gen_batch_size or data.train_batch_size
+    batch_size = 1 if carries_prompts(config) else data.gen_batch_size or data.train_batch_size
     sampler = create_rl_sampler(data, unwrapped(train))
     rows_per_epoch = len(train)
     if sampler is None:
@@ -69,9 +69,7 @@ def load_data(config: PPOConfig) -> TrainingData:
         seed=seed,
         drop_last=False,
     )
-    steps_per_epoch = rows_per_epoch // data.train_batch_size
-    total_steps = config.trainer.total_training_steps or steps_per_epoch * config.trainer.total_epochs
-    return TrainingData(tokenizer, prompts, val_loader, total_steps)
+    return TrainingData(tokenizer, prompts, val_loader, training_steps(config, rows_per_epoch))
 
 
 def _sampled_loader(

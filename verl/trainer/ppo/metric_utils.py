@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from verl.protocol import DataProto
 from verl.trainer.ppo import metrics
-from verl.trainer.ppo.metrics import compute_timing_metrics
+from verl.trainer.ppo.metrics import compute_timing_metrics, compute_variance_proxy_metrics
 from verl.trainer.ppo.validation import process_validation_metrics
 from verl.utils.metric import reduce_metrics
 
@@ -14,6 +14,7 @@ __all__ = [
     "compute_data_metrics",
     "compute_throughout_metrics",
     "compute_timing_metrics",
+    "compute_variance_proxy_metrics",
     "process_validation_metrics",
     "reduce_metrics",
 ]

@@ -91,6 +91,49 @@ def compute_data_metrics(batch: DataProto, max_prompt_length: int, max_response_
     return metrics
 
 
+def compute_variance_proxy_metrics(batch: DataProto, gradient_norm: float | None = None) -> dict[str, float]:
+    """Return estimates of the variance of the policy gradient, from the probabilities of the tokens.
+
+    W = sum_t (1 - 2 pi(y_t) + sum_v pi(v)^2) over the response tokens of a sample is the squared norm of the gradient
+    of its log-probability with respect to the logits, A its mean advantage, rho its mean importance weight (1 without
+    rollout_is_weights), N the number of samples. The names are those of upstream verl.
+
+    Args:
+        batch: columns sum_pi_squared, old_log_probs, advantages, response_mask, and optional rollout_is_weights [B,T].
+        gradient_norm: norm of the gradient of the update; None if there was none.
+
+    Returns:
+        variance_proxy/proxy2_total_power = E[rho^2 A^2 W], an estimate of the mean squared norm of a sample's gradient;
+        variance_proxy/{expected_a_squared,expected_w} = E[A^2] and E[sum_t w_t^2 (1 - 2 pi + sum pi^2)] with the
+        weights w; with a gradient norm variance_proxy/proxy1_signal_strength, its square, and from two samples on
+        variance_proxy/proxy3_pure_noise = max(0, proxy2 - proxy1) / (N - 1), the variance of the mean gradient. Empty
+        without the column sum_pi_squared, which only the optimal-token-baseline estimators have.
+    """
+    columns = batch.batch
+    if not {"sum_pi_squared", "old_log_probs", "advantages"} <= set(columns.keys()):
+        return {}
+    mask = columns["response_mask"].bool()
+    tokens = mask.sum(-1).clamp(min=1)
+
+    def total(values: torch.Tensor) -> torch.Tensor:
+        return values.double().masked_fill(~mask, 0.0).sum(-1)
+
+    score = 1.0 - 2.0 * columns["old_log_probs"].double().exp() + columns["sum_pi_squared"].double()
+    weights = columns["rollout_is_weights"].double() if "rollout_is_weights" in columns else torch.ones_like(score)
+    advantage, weight = total(columns["advantages"]) / tokens, total(weights) / tokens
+    power = (weight.square() * advantage.square() * total(score).clamp(min=0.0)).mean().item()
+    metrics = {
+        "variance_proxy/proxy2_total_power": power,
+        "variance_proxy/expected_a_squared": advantage.square().mean().item(),
+        "variance_proxy/expected_w": total(weights.square() * score).mean().item(),
+    }
+    if gradient_norm is not None:
+        signal = metrics["variance_proxy/proxy1_signal_strength"] = float(gradient_norm) ** 2
+        if len(mask) > 1:
+            metrics["variance_proxy/proxy3_pure_noise"] = max(0.0, power - signal) / (len(mask) - 1)
+    return metrics
+
+
 def compute_version_metrics(weight_versions: torch.Tensor, version: int) -> dict[str, float]:
     """Return how many updates the weights that generated the tokens are behind the weights that train on them.
 
@@ -99,7 +142,7 @@ def compute_version_metrics(weight_versions: torch.Tensor, version: int) -> dict
         version: version of the weights that the step starts with.
 
     Returns:
-        training/versions_behind/{min,max} over all tokens; empty without a token.
+        training/versions_behind/{min,max,mean} over all tokens; empty without a token.
     """
     versions = weight_versions[weight_versions >= 0]
     if not versions.numel():
@@ -107,6 +150,7 @@ def compute_version_metrics(weight_versions: torch.Tensor, version: int) -> dict
     return {
         "training/versions_behind/min": float(version - versions.max()),
         "training/versions_behind/max": float(version - versions.min()),
+        "training/versions_behind/mean": float(version - versions.double().mean()),
     }
 
 

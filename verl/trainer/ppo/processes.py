@@ -13,13 +13,18 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 from verl.config import CriticConfig, PPOConfig
+from verl.config.engine_pools import EnginePool, engine_pools
+from verl.config.profiles import rollout_profiles, trainer_profiles
 from verl.config.rollout_correction import Correction
 from verl.preflight import Plan
 from verl.single_controller.placement import Placement, place_processes, replica_count, shared_devices
 from verl.single_controller.worker_group import WorkerGroup
 from verl.timeline.spans import current_timeline
+from verl.trainer.ppo.fixed_engines import fixed_replicas
+from verl.trainer.ppo.prometheus_file import PrometheusFile
 from verl.trainer.ppo.shared_files import check_shared_directory, check_visible_paths, input_paths
 from verl.utils.asyncio_utils import gather_or_cancel
+from verl.utils.heartbeat import heartbeat_environment
 from verl.utils.host import cpu_cores, cpu_environment
 from verl.utils.vllm.npu_settings import hccl_environment
 from verl.workers.rollout.replica import ReplicaSet, vLLMReplica
@@ -58,7 +63,10 @@ class Processes:
         self._with_ref, self._critic, self._bypass = with_ref, critic, bypass
         self._placement: Placement | None = None
         self._replicas: ReplicaSet | None = None
+        self._fixed: dict[str, ReplicaSet] = {}
         self._trainers: WorkerGroup[TrainWorker] | None = None
+        prometheus = config.actor_rollout_ref.rollout.prometheus
+        self._prometheus = PrometheusFile(prometheus) if prometheus.enable else None
         self.nodes: list[Node] = []
 
     @property
@@ -73,6 +81,10 @@ class Processes:
         assert self._replicas is not None, "call place() first"
         return self._replicas
 
+    def engines(self, pool: EnginePool) -> ReplicaSet:
+        """Return the engines of a model with fixed weights."""
+        return self._fixed[pool.section]
+
     def place(self) -> None:
         """Reserve devices and create the replica objects; starts no process.
 
@@ -81,20 +93,29 @@ class Processes:
         """
         self._placement = place_processes(self._config, self._plan.device)
         self._replicas = self._make_replicas(self._placement)
+        self._fixed = {
+            pool.section: fixed_replicas(pool, self._placement.pools[pool.section], self._plan.device)
+            for pool in engine_pools(self._config)
+        }
 
-    async def start(self, total_training_steps: int) -> None:
+    async def start(self, total_training_steps: int, local_updates: int = 1) -> None:
         """Start trainer ranks and replicas at the same time.
+
+        Args:
+            total_training_steps: steps of the run.
+            local_updates: updates of the trainer in a step; the learning-rate schedule advances with each of them.
 
         Raises:
             FileNotFoundError: a rank on another node does not see a file or directory that it needs.
         """
         assert self._placement is not None, "call place() first"
-        self._trainers = self._make_trainers(self._placement, total_training_steps)
+        self._trainers = self._make_trainers(self._placement, total_training_steps, local_updates)
         if self._plan.device != "cpu" or is_multi_node():
             # Before the replicas start: they use the devices of their ranks. A file missing on a node shows here too.
             await self._locate_trainers()
         logger.info("starting %d trainer rank(s) and %d replica(s)", len(self.trainers), len(self.replicas.replicas))
-        await gather_or_cancel(self.replicas.start(), self._start_trainers())
+        fixed = (engines.start() for engines in self._fixed.values())
+        await gather_or_cancel(self.replicas.start(), self._start_trainers(), *fixed)
 
     async def stop(self) -> None:
         """End every process that was started, and release the devices."""
@@ -104,6 +125,8 @@ class Processes:
                 stack.callback(self._placement.release)
             if self._replicas is not None:
                 stack.push_async_callback(self._replicas.stop)
+            for engines in self._fixed.values():
+                stack.push_async_callback(engines.stop)
             if self._trainers is not None:
                 stack.callback(self._trainers.stop)
 
@@ -132,6 +155,7 @@ class Processes:
             "prompt_length": config.data.max_prompt_length,
             "response_length": config.data.max_response_length,
             "seed": config.trainer.seed,
+            "profiles": rollout_profiles(config, count),
             "timeline": current_timeline(),
         }
         environment = engine_environment(
@@ -141,13 +165,16 @@ class Processes:
             external_lib=config.actor_rollout_ref.model.external_lib,
         )
         replicas = [
-            vLLMReplica(rank, arguments, options, environment) for rank, options in enumerate(placement.replicas)
+            vLLMReplica(rank, arguments, options, environment | heartbeat_environment(f"replica {rank}"))
+            for rank, options in enumerate(placement.replicas)
         ]
         return ReplicaSet(replicas, on_start=self._on_replica_start)
 
     def _on_replica_start(self, rank: int, report: ReplicaReport) -> None:
         logger.info("replica %d is up after %.1f s (pid %d)", rank, report["seconds"], report["pid"])
-        if report["http"] is None:
+        if report["http"] is not None and self._prometheus is not None:
+            self._prometheus.add(rank, report["http"])
+        if report["http"] is None or report["api_key"] is None:
             return
         # The key is a secret: it goes into a file that only this user can read, never into a log.
         path = Path(self._config.trainer.default_local_dir) / f"http_replica_{rank}.json"
@@ -157,7 +184,9 @@ class Processes:
             json.dump({"base_url": report["http"] + "/v1", "api_key": report["api_key"]}, file)
         logger.info("replica %d serves %s/v1; its key is in %s", rank, report["http"], path)
 
-    def _make_trainers(self, placement: Placement, total_training_steps: int) -> WorkerGroup[TrainWorker]:
+    def _make_trainers(
+        self, placement: Placement, total_training_steps: int, local_updates: int
+    ) -> WorkerGroup[TrainWorker]:
         environment = {}
         if self._plan.device == "cpu":
             environment = cpu_environment(max(1, cpu_cores() // self._config.trainer.n_gpus_per_node))
@@ -165,18 +194,23 @@ class Processes:
             environment = hccl_environment(os.environ)
         return WorkerGroup(
             TrainWorker,
-            [{**option, "runtime_env": {"env_vars": environment}} for option in placement.trainers],
+            [
+                {**option, "runtime_env": {"env_vars": environment | heartbeat_environment(f"trainer rank {rank}")}}
+                for rank, option in enumerate(placement.trainers)
+            ],
             world_size=len(placement.trainers),
             config=self._config.actor_rollout_ref,
             device=self._plan.device,
-            total_training_steps=total_training_steps,
+            total_training_steps=total_training_steps * local_updates,
             max_model_len=self._config.max_model_len,
             with_ref=self._with_ref,
             critic=self._critic,
-            critic_warmup=self._config.trainer.critic_warmup,
+            critic_warmup=self._config.trainer.critic_warmup * local_updates,
             bypass=self._bypass,
+            distillation=self._config.distillation.distillation_loss if self._config.distillation.enabled else None,
             seed=self._config.trainer.seed,
             rollout_dtype=self._plan.rollout_dtype,
+            profiles=trainer_profiles(self._config),
             timeline=current_timeline(),
         )
 

@@ -23,9 +23,9 @@ _K3_KL = "rollout_corr/k3_kl"
 _WEIGHT_ERRORS = "weight_update/quantization_errors"
 _SHOWN_LAYERS = 5
 _CURES = (
-    "Quantization-aware training (actor_rollout_ref.actor.fsdp_config.qat.enable=True) removes the cause, and "
-    "unquantized layers reduce it (actor_rollout_ref.rollout.quantization_config_file; `verl describe MODEL --budget` "
-    "chooses them)"
+    "Quantization-aware training removes the cause where it is off "
+    "(actor_rollout_ref.actor.fsdp_config.qat.enable=True), and unquantized layers reduce it "
+    "(actor_rollout_ref.rollout.quantization_config_file; `verl describe MODEL --budget` chooses them)"
 )
 
 

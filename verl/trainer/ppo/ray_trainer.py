@@ -9,6 +9,7 @@ One step, and the columns that each stage reads and adds (`DataProto`, B samples
       (and rewards)  text, ground truth, as each sample finishes     token_level_scores; reward_baselines [B]
     old_log_probs    input_ids, response_mask                        old_log_probs; entropys, sum_pi_squared
     ref_log_prob     input_ids, response_mask                        ref_log_prob
+    teacher          input_ids, attention_mask                       teacher_log_probs
     values           input_ids, response_mask                        values
     correct_rollout  old_log_probs, rollout_log_probs                rollout_is_weights, accepted_mask
     advantages       token_level_scores, uid, ref_log_prob, values   token_level_rewards, advantages, returns
@@ -17,9 +18,9 @@ One step, and the columns that each stage reads and adds (`DataProto`, B samples
     update_actor     all of the above except values and returns      -
     update_weights   -                                               the replicas serve version `step`
 
-The config decides which stages run: `ref_log_prob` runs with a KL term, `values` and `update_critic` with an estimator
-that needs a critic. Columns after a semicolon exist if the estimator requires them. In bypass mode the rollout's
-log-probabilities are used as `old_log_probs`, and the loss applies the correction. With
+The config decides which stages run: `ref_log_prob` runs with a KL term, `teacher` with distillation, `values` and
+`update_critic` with an estimator that needs a critic. Columns after a semicolon exist if the estimator requires them.
+In bypass mode the rollout's log-probabilities are used as `old_log_probs`, and the loss applies the correction. With
 `actor.old_log_probs_from_rollout`, `old_log_probs` run after the pipeline, for as many samples as their check requires.
 
 Schedule of step k (`pipeline.py`; v: the version of the weights, `passes`: old_log_probs, ref_log_prob, values):
@@ -31,6 +32,10 @@ Schedule of step k (`pipeline.py`; v: the version of the weights, `passes`: old_
     trainer.rollout_lag=1
     trainer   | passes of k, rest | advantages | update k | wait, passes of k+1| new weights | validate | save
     replicas  | generate k+1 (v k-1) ..........................................|    v k      |          | k+2 (v k)
+
+    async_training.enable (S, U: weight updates of the replicas, local updates of the trainer)
+    trainer   | wait for prompts, U | wait, U | ... | S, version k | ...     docs/fully_async.md
+    replicas  | prompts start and end all the time, bounded by the staleness |
 
 The passes process samples as they finish, in full micro-batches. They run after the generation if engine and trainer
 take turns with the memory of a device, or if the samples of a step are chosen from the finished ones.
@@ -61,6 +66,7 @@ from verl.protocol import DataProto
 from verl.single_controller.session import RaySession
 from verl.timeline.spans import close_timeline, open_timeline, spanned
 from verl.tools.utils.isolation import DaemonThreads
+from verl.trainer.ppo.async_metrics import AsyncCounts, idle_metrics
 from verl.trainer.ppo.checkpoint import CheckpointError, CheckpointStore
 from verl.trainer.ppo.consistency import check_consistency
 from verl.trainer.ppo.metrics import (
@@ -68,9 +74,11 @@ from verl.trainer.ppo.metrics import (
     compute_mask_metrics,
     compute_throughput_metrics,
     compute_timing_metrics,
+    compute_variance_proxy_metrics,
     compute_version_metrics,
 )
 from verl.trainer.ppo.off_policy import mismatch_metrics
+from verl.trainer.ppo.profiling import StepProfiles
 from verl.trainer.ppo.rewards_to_advantages import (
     apply_kl_penalty,
     batch_advantages,
@@ -80,7 +88,12 @@ from verl.trainer.ppo.rewards_to_advantages import (
 from verl.trainer.ppo.run_state import HFExportError, export_run, load_run, save_run
 from verl.trainer.ppo.runtime import Runtime
 from verl.trainer.ppo.validation_run import ValidationRun
+from verl.trainer.ppo.watchdog import watching
+from verl.trainer.rollouts.batch_padding import pad_and_concat
+from verl.trainer.rollouts.partial_rollout import staleness_metrics
 from verl.trainer.rollouts.pipeline import RolloutPipeline, rollout_pipeline
+from verl.utils.asyncio_utils import unless_failed
+from verl.utils.metric import reduce_metrics
 from verl.utils.run_lock import run_lock
 from verl.utils.timing import marked_timer
 from verl.utils.tracking import Progress, Tracking
@@ -102,6 +115,8 @@ class RayPPOTrainer:
     def __init__(self, config: PPOConfig, runtime: Runtime, store: CheckpointStore):
         self.config, self.runtime, self.store = config, runtime, store
         self.validation = ValidationRun(config, runtime)
+        self.profiles = StepProfiles(config, runtime.processes)
+        self.async_counts = AsyncCounts()
         self.step = 0
 
     async def fit(self) -> None:
@@ -121,17 +136,9 @@ class RayPPOTrainer:
                 while self.step < runtime.data.total_steps:
                     self.step += 1
                     timing: dict[str, float] = {}
+                    await self.profiles.begin(self.step, runtime.data.total_steps)
                     with marked_timer("step", timing, step=self.step):
-                        batch, metrics, runtime.data.prompts.state = await rollouts.finish(self.step, timing)
-                        batch, reuse_metrics = await self.add_old_log_probs(batch, timing)
-                        with marked_timer("adv", timing):
-                            batch, advantage_metrics = self.advantages(batch)
-                        if runtime.with_critic:
-                            with marked_timer("update_critic", timing):
-                                metrics |= await runtime.update_critic(batch)
-                        if self.step > trainer.critic_warmup:
-                            with marked_timer("update_actor", timing):
-                                metrics |= await self.update_actor(batch)
+                        batch, metrics = await self.train_step(rollouts, timing)
                         # The weights change between two rollouts, never inside one.
                         await rollouts.wait_idle(timing)
                         runtime.data.prompts.on_trained(batch)
@@ -142,8 +149,9 @@ class RayPPOTrainer:
                         if self.due(trainer.test_freq):
                             with marked_timer("testing", timing):
                                 metrics |= await self.validate(tracking)
+                    await self.profiles.end(self.step)
                     rollouts.on_new_weights(self.step)
-                    metrics |= reuse_metrics | advantage_metrics | self.step_metrics(batch, timing)
+                    metrics |= self.step_metrics(batch, timing)
                     await self.finish_step(batch, metrics, tracking, progress)
 
     # ---- stages that are more than one call ----
@@ -154,10 +162,47 @@ class RayPPOTrainer:
             self.runtime.sampler,
             self.runtime.forward_passes(),
             lag=self.config.trainer.rollout_lag,
+            updates=self.runtime.local_updates,
             step=self.step,
             last_step=self.runtime.data.total_steps,
             overlaps_forward=self.runtime.overlaps_forward,
         )
+
+    async def train_step(
+        self, rollouts: RolloutPipeline, timing: dict[str, float]
+    ) -> tuple[DataProto, dict[str, float]]:
+        """Train on the batch of the present step; return the batch and the metrics of its generation and updates.
+
+        The step of a fully asynchronous run has several local updates. Its batch is that of all of them, and a metric
+        is the mean over them, or the maximum or minimum if its name says so.
+        """
+        done = [await self.local_update(rollouts, timing) for _ in range(self.runtime.local_updates)]
+        if len(done) == 1:
+            return done[0]
+        names = dict.fromkeys(name for _, metrics in done for name in metrics)
+        values = {name: [metrics[name] for _, metrics in done if name in metrics] for name in names}
+        pad_token_id = self.runtime.data.tokenizer.pad_token_id
+        return pad_and_concat([batch for batch, _ in done], pad_token_id), reduce_metrics(values)
+
+    async def local_update(
+        self, rollouts: RolloutPipeline, timing: dict[str, float]
+    ) -> tuple[DataProto, dict[str, float]]:
+        """Train on the next batch; return it with all columns, and its metrics."""
+        runtime = self.runtime
+        batch, metrics, state = await rollouts.finish(self.step, timing)
+        if state is not None:
+            runtime.data.prompts.state = state
+        batch, reuse_metrics = await self.add_old_log_probs(batch, timing)
+        with marked_timer("adv", timing):
+            batch, advantage_metrics = self.advantages(batch)
+        if runtime.with_critic:
+            with marked_timer("update_critic", timing):
+                metrics |= await runtime.update_critic(batch)
+        if self.step > self.config.trainer.critic_warmup:
+            with marked_timer("update_actor", timing):
+                metrics |= await self.update_actor(batch)
+        metrics |= compute_variance_proxy_metrics(batch, metrics.get("actor/grad_norm"))
+        return batch, metrics | reuse_metrics | advantage_metrics
 
     async def add_old_log_probs(self, batch: DataProto, timing: dict[str, float]) -> tuple[DataProto, dict[str, float]]:
         """Add `old_log_probs` if the pipeline does not, because `RolloutLogProbs` does; return batch and metrics."""
@@ -198,7 +243,7 @@ class RayPPOTrainer:
         progress.update(self.step, metrics)
         if self.due(save_freq) or (stopped is not None and save_freq > 0):
             # Save after the log: a kill in between repeats a step, but loses no line of the log.
-            await self.save(tracking)
+            await self.save_or_continue(tracking)
         if stopped is not None:
             raise stopped
 
@@ -224,6 +269,21 @@ class RayPPOTrainer:
             logger.info("resumed from %s at step %d", checkpoint, self.step)
         self.resumed = checkpoint is not None
 
+    async def save_or_continue(self, tracking: Tracking) -> None:
+        """Save; if the disk refuses and `trainer.on_save_error` allows it, go on until the next save.
+
+        Raises:
+            CheckpointError: as `save`, at the last step always.
+        """
+        try:
+            await self.save(tracking)
+        except CheckpointError as error:
+            is_last = self.step == self.runtime.data.total_steps
+            if is_last or error.errno is None or self.config.trainer.on_save_error == "stop":
+                raise
+            logger.error("%s. The run continues (trainer.on_save_error=continue) and saves again later", error)
+            tracking.log({"checkpoint/failed_saves": 1}, self.step)
+
     async def save(self, tracking: Tracking) -> None:
         """Write a checkpoint; log its time to the files, without another line on the console.
 
@@ -241,9 +301,10 @@ class RayPPOTrainer:
                 failed = error
         if failed is not None:
             raise CheckpointError(
+                *([] if failed.errno is None else [failed.errno]),
                 f"the checkpoint of step {self.step} was saved, but without the model in Hugging Face format (hf_model "
                 f"in checkpoint.save_contents): {failed}. The same command resumes from it; `verl export` writes the "
-                "model later"
+                "model later",
             ) from failed
         backends = [name for name in self.config.trainer.logger if name != "console"]
         tracking.log({"timing_s/save_checkpoint": timing["save_checkpoint"]}, self.step, backend=backends)
@@ -258,10 +319,26 @@ class RayPPOTrainer:
             **compute_agent_metrics(batch),
             **compute_mask_metrics(batch),
             **compute_version_metrics(batch.batch["weight_versions"], self.step - 1),
+            **self.carried_metrics(batch, timing),
             **compute_timing_metrics(batch, timing),
             **compute_throughput_metrics(batch, timing, n_devices),
+            **self.runtime.utilization_metrics(batch, timing),
             **self.runtime.seqlen_metrics(batch),
+            **self.runtime.recovery.metrics(),
         }
+
+    def carried_metrics(self, batch: DataProto, timing: dict[str, float]) -> dict[str, float]:
+        """Return metrics of the prompts that continue after their step; empty if none does."""
+        counts = self.runtime.sampler.prompt_counts()
+        if counts is None:
+            return {}
+        metrics = staleness_metrics(batch, self.step - 1)
+        metrics["partial_rollout/carried_prompts"] = float(counts.carried)
+        if self.config.async_training.enable:
+            metrics |= self.async_counts.metrics(batch, self.step - 1) | idle_metrics(timing)
+            metrics["fully_async/count/total_generated_samples"] = float(counts.finished)
+            metrics["fully_async/count/staleness_samples"] = float(counts.carried)
+        return metrics
 
     def tracking(self) -> Tracking:
         """Open the loggers of `trainer.logger`; with `val_only` they write to files of their own."""
@@ -293,13 +370,16 @@ async def train(config: PPOConfig, plan: Plan) -> None:
         write_record(config, config.trainer.default_local_dir)
     if config.trainer.timeline is not None:
         open_timeline(config.trainer.timeline)
-    runtime = Runtime(config, plan)
-    try:
-        await runtime.start()
-        await RayPPOTrainer(config, runtime, store).fit()
-    finally:
-        await runtime.stop()
-        close_timeline()
+    async with watching(config) as watchdog:
+        runtime = Runtime(config, plan)
+        try:
+            await unless_failed(runtime.start(), watchdog.failure())
+            runtime.obey(watchdog)
+            fit = RayPPOTrainer(config, runtime, store).fit()
+            await unless_failed(fit, watchdog.failure(), runtime.recovery.failure())
+        finally:
+            await runtime.stop()
+            close_timeline()
 
 
 def run(config: PPOConfig, plan: Plan) -> None:

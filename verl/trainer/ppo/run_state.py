@@ -39,7 +39,7 @@ class DriverState(TypedDict):
 
 
 class HFExportError(OSError):
-    """The models could not be written in Hugging Face format."""
+    """The models could not be written in Hugging Face format. `errno` is None unless the operating system refused."""
 
 
 async def save_run(runtime: Runtime, directory: Path, step: int) -> None:
@@ -80,7 +80,8 @@ async def export_run(runtime: Runtime, directory: Path) -> None:
     except Exception as error:
         for model in ("actor", "critic"):
             shutil.rmtree(directory / model / HF_DIRECTORY, ignore_errors=True)
-        raise HFExportError(f"{type(error).__name__}: {error}") from error
+        number = [error.errno] if isinstance(error, OSError) and error.errno is not None else []
+        raise HFExportError(*number, f"{type(error).__name__}: {error}") from error
 
 
 async def load_run(runtime: Runtime, directory: Path) -> int:

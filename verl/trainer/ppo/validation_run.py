@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from verl.agent_loop.generation import ScoredSample
+from verl.agent_loop.metrics import summary
 from verl.config import PPOConfig
 from verl.trainer.ppo.runtime import Runtime
 from verl.trainer.ppo.validation import (
@@ -55,6 +56,7 @@ class ValidationRun:
                 logger.warning(note)
         self._notes.update(notes)
         metrics = flatten_validation_metrics(process_validation_metrics(sources, prompts, variables))
+        metrics |= summary([sample.output.num_turns for sample in samples], "val-aux/num_turns")
         if trainer.validation_data_dir:
             dump_generations(trainer.validation_data_dir, step, [self._sampler.describe(s) for s in samples])
         texts = [self._sampler.describe(s) for s in samples] if trainer.log_val_generations > 0 else []

@@ -14,6 +14,7 @@ from typing import Any
 
 import verl
 from verl.config import PPOConfig
+from verl.extension.paths import expand_user
 from verl.workers.reward.loop import RewardResult
 
 # Exceptions that a fault of the code or of the config raises, and no missing service or device.
@@ -110,7 +111,7 @@ class Context:
         self.step(f"{label}: loading the tokenizer")
         try:
             # A name on the hub would be looked up in the network.
-            if self.job.elsewhere and not Path(path).expanduser().is_dir():
+            if self.job.elsewhere and not expand_user(path).is_dir():
                 raise FileNotFoundError(f"{path} is not a directory here")
             return hf_tokenizer(path, trust_remote_code=model.trust_remote_code)
         except (ValueError, OSError) as error:

@@ -23,7 +23,7 @@ from verl.config import PPOConfig
 from verl.preflight.findings import Findings
 from verl.trainer.probes.context import Job, with_samples
 from verl.trainer.probes.kinds import user_code
-from verl.utils.child_process import ending, interpreter_command
+from verl.utils.child_process import ending, start_child
 
 STEP_SECONDS = 60.0
 """Limit of one call of user code."""
@@ -116,15 +116,7 @@ class _Child:
         ours, theirs = socket.socketpair()
         self._output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `close`)  # noqa: SIM115 (closed by `close`)
         with theirs:
-            self._process = subprocess.Popen(
-                interpreter_command("verl.trainer.probes.child", theirs.fileno(), os.getpid()),
-                stdin=subprocess.DEVNULL,
-                stdout=self._output,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
-                pass_fds=(theirs.fileno(),),
-                start_new_session=True,
-            )
+            self._process = start_child("verl.trainer.probes.child", fds=[theirs.fileno()], output=self._output)
         self.connection = Connection(ours.detach())
         self.connection.send(kinds)
 

@@ -14,6 +14,7 @@ from typing import Any
 from verl.config.reward_kwargs import scorer_kwargs
 from verl.trainer.probes.context import Context, Sample, place
 from verl.workers.reward.function import (
+    MODEL_ARGUMENTS,
     PATH_KEY,
     BadReturnError,
     NonFiniteScoreError,
@@ -72,7 +73,7 @@ def tracked(value: Any, where: str) -> Any:
 def probe(context: Context) -> None:
     """Load the function, call it for each sample and read its return value."""
     function, label = load(context)
-    if function is None:
+    if function is None or not_callable(context, label):
         return
     if not context.samples:
         context.note(f"{label}: not called, because no row of the data could be read")
@@ -87,10 +88,20 @@ def load(context: Context) -> tuple[ScoreFunction | None, str]:
     label = f"{PATH_KEY}={custom.path}: {custom.name}"
     context.step(f"{label}: the import")
     try:
-        return load_function(custom.path, custom.name, scorer_kwargs(section)), label
+        # The values are those of the run, so only the names are checked here.
+        model_kwargs = dict.fromkeys(MODEL_ARGUMENTS) if section.reward_model.enable else {}
+        return load_function(custom.path, custom.name, scorer_kwargs(section), model_kwargs), label
     except RewardFunctionError as error:
         context.failed(error)
         return None, label
+
+
+def not_callable(context: Context, label: str) -> bool:
+    """Return True, with a note, if the function cannot be called before the run: it may ask the reward model."""
+    if context.config.reward.reward_model.enable:
+        context.note(f"{label}: not called, because the reward model is only served in a run")
+        return True
+    return False
 
 
 def sample_response(row: dict[str, Any]) -> str:
@@ -124,7 +135,7 @@ def _call(context: Context, function: ScoreFunction, sample: Sample, label: str)
         context.raised(label, error, certain=False)
     else:
         seconds = time.monotonic() - started
-        limit = context.config.reward.timeout
+        limit = context.config.reward.time_limit
         if seconds > limit:
             context.warn(f"{label} took {seconds:.0f} s, and reward.timeout={limit:g}; such a sample gets 0.0")
         if note:

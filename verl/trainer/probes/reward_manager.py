@@ -11,7 +11,7 @@ from verl.agent_loop.agent_loop import AgentLoopOutput
 from verl.agent_loop.generation import unscored_table
 from verl.agent_loop.manager_rewards import ManagerRewards
 from verl.trainer.probes.context import Context, Sample
-from verl.trainer.probes.reward import load, sample_response
+from verl.trainer.probes.reward import load, not_callable, sample_response
 from verl.utils.dataset.prompts import prompt_token_ids
 from verl.workers.reward import RewardError, RewardLoop
 from verl.workers.reward_manager import RewardManagerBase, get_reward_manager_cls
@@ -27,12 +27,12 @@ def probe(context: Context) -> None:
     label = f"reward.reward_manager.name={section.reward_manager.name}"
     if section.custom_reward_function.path is not None and load(context)[0] is None:
         return
-    if not _has_signature(context, label):
+    if not _has_signature(context, label) or not_callable(context, label):
         return
     tokenizer = context.tokenizer(label)
     if tokenizer is None:
         return
-    limited = dataclasses.replace(section, timeout=min(section.timeout, _SCORER_SECONDS))
+    limited = dataclasses.replace(section, timeout=min(section.time_limit, _SCORER_SECONDS))
     rewards = RewardLoop(limited, num_workers=1, components=config.algorithm.gdpo_reward_keys or ())
     try:
         context.step(f"{label}: its constructor")

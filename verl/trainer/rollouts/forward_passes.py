@@ -18,9 +18,10 @@ from verl.workers.engine.micro_batch import MicroBatching, plan_micro_batches
 
 T = TypeVar("T")
 
-# Row numbers [b] of each rank; None to divide the rows evenly.
+# Row numbers [b] of each shard; None to divide the rows evenly. A shard belongs to one rank, or to the ranks that share
+# its sequences.
 RankRows = Sequence[np.ndarray] | None
-# (batch, rows of each rank) -> columns [B, T] of the batch.
+# (batch, rows of each shard) -> columns [B, T] of the batch.
 ForwardPass = Callable[[DataProto, RankRows], Awaitable[DataProto]]
 
 
@@ -30,15 +31,15 @@ class ForwardPasses:
     Args:
         passes: each pass by the name of its stage, in the order in which they run.
         limits: micro-batch limits of the passes.
-        ranks: number of trainer ranks.
+        shards: number of shards of a pass; the smallest one if the passes differ.
     """
 
-    def __init__(self, passes: Mapping[str, ForwardPass], limits: Sequence[MicroBatching], ranks: int):
-        self._passes, self._limits, self._ranks = passes, limits, ranks
+    def __init__(self, passes: Mapping[str, ForwardPass], limits: Sequence[MicroBatching], shards: int):
+        self._passes, self._limits, self._shards = passes, limits, shards
 
     def make_accumulator(self) -> MicroBatchAccumulator:
         """Build an accumulator for a batch whose samples go through the passes as they finish."""
-        return MicroBatchAccumulator(self._limits, self._ranks)
+        return MicroBatchAccumulator(self._limits, self._shards)
 
     async def run(self, batch: DataProto, timing: MutableMapping[str, float], rank_rows: RankRows = None) -> DataProto:
         """Run all passes over `batch`, one after the other, and return their columns [B, T]."""
@@ -50,15 +51,15 @@ class ForwardPasses:
 
 
 class MicroBatchAccumulator(Generic[T]):
-    """Collects finished samples until they fill a micro-batch on every rank.
+    """Collects finished samples until they fill a micro-batch of every shard.
 
     Args:
         limits: micro-batch limits of each forward pass that the samples will go through.
-        ranks: number of trainer ranks.
+        shards: number of shards of a pass.
     """
 
-    def __init__(self, limits: Sequence[MicroBatching], ranks: int):
-        self._limits, self._ranks = tuple(dict.fromkeys(limits)), ranks
+    def __init__(self, limits: Sequence[MicroBatching], shards: int):
+        self._limits, self._shards = tuple(dict.fromkeys(limits)), shards
         self._waiting: list[tuple[int, T]] = []
         self._lengths: list[int] = []
 
@@ -68,24 +69,24 @@ class MicroBatchAccumulator(Generic[T]):
         self._lengths.append(tokens)
 
     def pop_micro_batches(self) -> list[list[tuple[int, T]]] | None:
-        """Remove and return the (row, sample) pairs of one micro-batch per rank; None while one would not be full."""
+        """Remove and return the (row, sample) pairs of one micro-batch per shard; None while one would not be full."""
         if not self._limits or not all(self._more_than_full(limits) for limits in self._limits):
             return None
         lengths = np.asarray(self._lengths)
         # Plan for the pass with the largest micro-batches; those of the other passes are cut from them. All but the
         # last micro-batch of a plan are full.
-        plan = min((plan_micro_batches(lengths, limits) for limits in self._limits), key=len)[: self._ranks]
+        plan = min((plan_micro_batches(lengths, limits) for limits in self._limits), key=len)[: self._shards]
         chosen = [[self._waiting[i] for i in part] for part in plan]
         left = sorted(set(range(len(lengths))).difference(*(part.tolist() for part in plan)))
         self._waiting, self._lengths = [self._waiting[i] for i in left], [self._lengths[i] for i in left]
         return chosen
 
     def _more_than_full(self, limits: MicroBatching) -> bool:
-        """True if more samples wait than one micro-batch per rank can hold."""
+        """True if more samples wait than one micro-batch per shard can hold."""
         if limits.size is not None:
-            return len(self._waiting) > limits.size * self._ranks
+            return len(self._waiting) > limits.size * self._shards
         assert limits.max_tokens is not None
-        return sum(self._lengths) > limits.max_tokens * self._ranks
+        return sum(self._lengths) > limits.max_tokens * self._shards
 
 
 def join_parts(parts: Sequence[tuple[Sequence[int], DataProto]], width: int) -> DataProto:

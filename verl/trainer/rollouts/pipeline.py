@@ -10,6 +10,9 @@ lag a step starts its own rollout; with `trainer.rollout_lag=1` the rollout of t
     rollouts.on_new_weights(k)      start rollout k + 2
 
 While the trainer waits, finished samples go through the forward passes, under the weights that will train on them.
+
+In a fully asynchronous run a step has several rollouts, one for each local update of the trainer; `partial_rollout.py`
+generates their prompts all the time, and a rollout only takes those that are finished.
 """
 
 from __future__ import annotations
@@ -38,12 +41,13 @@ class Generated(NamedTuple):
     Attributes:
         batch: in the layout of `verl.agent_loop.generation.to_batch`.
         metrics: metrics of its generation and rewards.
-        loader_state: the loader state after its prompts.
+        loader_state: the loader state after its prompts; None if the prompt source already has it, because the prompts
+            in progress are stored separately.
     """
 
     batch: DataProto
     metrics: dict[str, float]
-    loader_state: LoaderState
+    loader_state: LoaderState | None
 
 
 class BatchGenerator(Protocol):
@@ -56,6 +60,12 @@ class BatchGenerator(Protocol):
 
     def lay_out(self, samples: Sequence[Any]) -> DataProto:
         """Turn samples into columns."""
+
+    async def pause(self) -> float | None:
+        """Prepare for new weights; return seconds in which the replicas were idle, if the generator counts them."""
+
+    def on_new_weights(self, version: int) -> None:
+        """Note that the replicas serve the weights of step `version`."""
 
 
 class Rollout:
@@ -106,6 +116,7 @@ class RolloutPipeline:
         generator: generates the batches.
         passes: the forward passes that every sample needs before it is trained on.
         lag: number of steps by which generation is ahead of training.
+        updates: rollouts in a step; above 1 only without lag.
         step: the last finished step, from which the run continues.
         last_step: no batch is generated for a later step.
         overlaps_forward: True if samples go through the passes as they finish, False if after the last one.
@@ -118,18 +129,22 @@ class RolloutPipeline:
         passes: ForwardPasses,
         *,
         lag: int,
+        updates: int,
         step: int,
         last_step: int,
         overlaps_forward: bool,
     ):
+        assert updates == 1 or not lag, (updates, lag)
         self._group, self._generator, self._passes = group, generator, passes
-        self._lag, self._last_step, self._overlaps_forward = lag, last_step, overlaps_forward
-        self._step = self._last_started = step
+        self._lag, self._updates, self._overlaps_forward = lag, updates, overlaps_forward
+        self._step, self._last_rollout = step, last_step * updates
+        # Rollouts are counted from the first step of the run.
+        self._started = self._taken = step * updates
         self._rollouts: deque[Rollout] = deque()
         self._idle_since: int | None = None
 
     async def finish(self, step: int, timing: MutableMapping[str, float]) -> Generated:
-        """Return the batch of `step` with the columns of all passes; start the next rollout as far as lag allows.
+        """Return the next batch of `step` with the columns of all passes; start the next rollout as far as lag allows.
 
         Args:
             step: the training step.
@@ -137,11 +152,12 @@ class RolloutPipeline:
                 `wait_for_rollout`, the seconds in which the trainer was idle.
         """
         self._step = step
-        self._start_until(step + self._lag)
+        self._start_until(self._taken + 1 + self._lag)
         rollout = self._rollouts[0]
         assert rollout.step == step, (rollout.step, step)
         await self._wait_for(rollout, timing)
         self._rollouts.popleft()
+        self._taken += 1
         generated = rollout.generated
         assert generated is not None and generated.batch.batch is not None
         computed_rows = {row for rows, _ in rollout.computed for row in rows}
@@ -155,13 +171,17 @@ class RolloutPipeline:
         return generated._replace(batch=generated.batch.union(columns))
 
     async def wait_idle(self, timing: MutableMapping[str, float]) -> None:
-        """Wait until no sample is being generated.
+        """Wait until no sample is being generated that new weights must not change.
 
         Args:
             timing: as for `finish`, and `wait_for_trainer`, the seconds in which the replicas were idle.
         """
         for rollout in self._rollouts:
             await self._wait_for(rollout, timing)
+        with marked_timer("wait_for_rollout", timing):
+            idle = await self._generator.pause()
+        if idle is not None:
+            timing["wait_for_trainer"], self._idle_since = idle, None
         if self._idle_since is not None:
             now = time.monotonic_ns()
             add_stage("wait_for_trainer", timing, self._idle_since, now, overlaps=True, step=self._step)
@@ -169,14 +189,15 @@ class RolloutPipeline:
 
     def on_new_weights(self, version: int) -> None:
         """Note that the replicas serve the weights of step `version`; with a lag, start the rollout that uses them."""
+        self._generator.on_new_weights(version)
         if self._lag:
             self._start_until(version + 1 + self._lag)
 
-    def _start_until(self, step: int) -> None:
-        while self._last_started < min(step, self._last_step):
-            self._last_started += 1
+    def _start_until(self, number: int) -> None:
+        while self._started < min(number, self._last_rollout):
             previous = self._rollouts[-1].finished if self._rollouts else None
-            self._rollouts.append(Rollout(self._last_started, self._passes))
+            self._rollouts.append(Rollout(self._started // self._updates + 1, self._passes))
+            self._started += 1
             self._group.create_task(self._generate(self._rollouts[-1], previous))
 
     async def _generate(self, rollout: Rollout, previous: asyncio.Event | None) -> None:
@@ -209,6 +230,7 @@ async def rollout_pipeline(
     step: int,
     last_step: int,
     overlaps_forward: bool,
+    updates: int = 1,
 ) -> AsyncIterator[RolloutPipeline]:
     """Run a `RolloutPipeline` and its background tasks; arguments as for `RolloutPipeline`.
 
@@ -222,6 +244,7 @@ async def rollout_pipeline(
                 generator,
                 passes,
                 lag=lag,
+                updates=updates,
                 step=step,
                 last_step=last_step,
                 overlaps_forward=overlaps_forward,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,9 +16,10 @@ from verl.config import PPOConfig
 from verl.protocol import DataProto
 from verl.timeline.spans import spanned
 from verl.trainer.rollouts.dynamic_sampling import GroupFilter
-from verl.trainer.rollouts.partial_rollout import make_carried_groups, staleness_metrics
+from verl.trainer.rollouts.partial_rollout import make_carried_groups
 from verl.trainer.rollouts.pipeline import Generated, OnSampleFinished
 from verl.trainer.rollouts.prompts import LoaderState, Prompt, PromptId, PromptSource
+from verl.trainer.rollouts.rollout_cache import RolloutCache
 from verl.trainer.rollouts.sample_files import dump_generations
 from verl.utils.asyncio_utils import gather_or_cancel
 from verl.utils.timing import add_stage, marked_timer
@@ -40,6 +43,18 @@ class Sampled(NamedTuple):
     times: GenerationTimes
 
 
+class PromptCounts(NamedTuple):
+    """Numbers of prompts in a run that carries prompts over.
+
+    Attributes:
+        finished: prompts that this process finished.
+        carried: prompts that continued after the last step.
+    """
+
+    finished: int
+    carried: int
+
+
 class RolloutSampler:
     """Generates scored samples with the sampling parameters of the config.
 
@@ -52,6 +67,7 @@ class RolloutSampler:
         sleep: makes the replicas release the memory that the trainer needs.
         with_baselines: True if the estimator compares with a greedy response to each prompt.
         total_steps: number of training steps of the run.
+        cache: samples of earlier runs, and a place for those of this run; None without `skip.rollout`.
     """
 
     def __init__(
@@ -65,12 +81,15 @@ class RolloutSampler:
         sleep: Callable[[], Awaitable[None]],
         with_baselines: bool,
         total_steps: int,
+        cache: RolloutCache | None = None,
     ):
+        self._cache = cache
         self._config, self._generator, self._source, self._rewards = config, generator, source, rewards
         self._tokenizer, self._sleep, self._with_baselines = tokenizer, sleep, with_baselines
-        self._total_steps = total_steps
-        self._carried = make_carried_groups(config, lambda row: self._sample([row]))
-        self._prompts = self._single_prompts()
+        self._carried = make_carried_groups(
+            config, lambda row: self._sample([row]), self._single_prompts(), total_steps
+        )
+        self._updates_of_step = 0
         self._rewards_of_step: list[RewardResult] = []
         self._dump_rows: list[dict[str, Any]] = []
 
@@ -83,9 +102,9 @@ class RolloutSampler:
         """Generate `train_batch_size` prompts with `rollout.n` scored samples each, next to each other.
 
         If the estimator needs a baseline, the column `reward_baselines` [B] holds the score of a greedy response to the
-        same prompt. With `filter_groups` the batch comes from as many draws of prompts as necessary. With partial
-        rollouts it holds the prompts that finish first, while the others keep running. At the end the replicas sleep if
-        the trainer needs their memory.
+        same prompt. With `filter_groups` the batch comes from as many draws of prompts as necessary. If prompts are
+        carried over, it holds those of a local update that finish first, while the others keep running. At the end of a
+        step the replicas sleep if the trainer needs their memory.
 
         Args:
             step: the step that trains on the batch.
@@ -96,6 +115,7 @@ class RolloutSampler:
             RewardError: scoring failed for every sample of the step.
             DynamicSamplingError: not enough groups have samples that differ.
         """
+        state: LoaderState | None
         if self._config.algorithm.filter_groups.enable:
             batch, metrics, state = await self._generate_filtered(step, timing)
         elif self._carried is not None:
@@ -105,7 +125,11 @@ class RolloutSampler:
             batch = await self._generate_rows(draw.rows, step, timing, on_sample_finished)
             metrics, state = {}, draw.state
         batch.meta_info["global_step"] = step
-        return Generated(batch, metrics | await self._finish_step(step), state)
+        self._updates_of_step += 1
+        if self._carried is None or self._updates_of_step == self._carried.updates:
+            self._updates_of_step = 0
+            metrics |= await self._finish_step(step)
+        return Generated(batch, metrics, state)
 
     async def _generate_filtered(
         self, step: int, timing: MutableMapping[str, float]
@@ -124,16 +148,31 @@ class RolloutSampler:
 
     async def _generate_partial(
         self, step: int, timing: MutableMapping[str, float]
-    ) -> tuple[DataProto, dict[str, float], LoaderState]:
+    ) -> tuple[DataProto, dict[str, float], None]:
         assert self._carried is not None
         with marked_timer("gen", timing, step=step):
-            groups = await self._carried.collect(step, self._total_steps - step + 1, self._prompts)
+            groups = await self._carried.collect(step)
         batch = self._add_to_step(
             [sample for group in groups for sample in group.samples],
             [baseline for group in groups for baseline in group.baselines],
         )
-        carried = {"partial_rollout/carried_prompts": float(len(self._carried.prompt_ids()))}
-        return batch, staleness_metrics(batch, step - 1) | carried, self._source.state
+        return batch, {}, None
+
+    def on_new_weights(self, version: int) -> None:
+        """Start prompts that continue after their step, under the weights of step `version`."""
+        if self._carried is not None:
+            self._carried.begin_step(version + 1)
+
+    async def pause(self) -> float | None:
+        """Start no further prompt before the next weights, and wait for others if the config asks for it.
+
+        Returns:
+            Seconds since the last call in which nothing was generated; None if prompts do not start by themselves.
+        """
+        if self._carried is None:
+            return None
+        idle = await self._carried.pause()
+        return idle if self._config.async_training.enable else None
 
     @spanned("generate")
     async def _generate_rows(
@@ -143,10 +182,30 @@ class RolloutSampler:
         timing: MutableMapping[str, float],
         on_sample_finished: OnSampleFinished | None,
     ) -> DataProto:
-        samples, baselines, times = await self._sample(rows, on_sample_finished)
+        samples, baselines, times = await self._cached_or_new(rows, step, on_sample_finished)
         add_stage("gen", timing, times.started, times.generated, step=step)
         add_stage("reward", timing, times.generated, times.scored, step=step)
         return self._add_to_step(samples, baselines)
+
+    async def _cached_or_new(
+        self, rows: Sequence[dict[str, Any]], step: int, on_sample_finished: OnSampleFinished | None
+    ) -> Sampled:
+        """Return the samples that the cache has for this step, or generate them and give them to the cache."""
+        if self._cache is None:
+            return await self._sample(rows, on_sample_finished)
+        started = time.monotonic_ns()
+        cached = await asyncio.to_thread(self._cache.load, step, rows)
+        if cached is None:
+            sampled = await self._sample(rows, on_sample_finished)
+            await asyncio.to_thread(self._cache.save, step, rows, [*sampled.samples, *sampled.baselines])
+            return sampled
+        number = len(rows) * self._config.actor_rollout_ref.rollout.n
+        samples, baselines = cached[:number], cached[number:]
+        if on_sample_finished is not None:
+            for index, sample in enumerate(samples):
+                on_sample_finished(index, sample, len(sample.output.prompt_ids) + len(sample.output.response_ids))
+        read = time.monotonic_ns()
+        return Sampled(samples, baselines, GenerationTimes(started, read, read))
 
     async def _sample(
         self, rows: Sequence[dict[str, Any]], on_sample_finished: OnSampleFinished | None = None
@@ -244,6 +303,10 @@ class RolloutSampler:
             (row,) = draw.rows
             yield Prompt(row, PromptId(draw.state.draws, before["epoch"], before["samples"]))
 
+    def prompt_counts(self) -> PromptCounts | None:
+        """Return the numbers of prompts; None if none continues after its step."""
+        return None if self._carried is None else PromptCounts(self._carried.finished, self._carried.carried)
+
     def carried_prompts(self) -> list[PromptId]:
         """Return the prompts that were drawn and not yet trained on."""
         return [] if self._carried is None else self._carried.prompt_ids()
@@ -254,8 +317,8 @@ class RolloutSampler:
             self._carried.resume([Prompt(self._source.read(prompt), prompt) for prompt in prompts])
         elif prompts:
             logger.warning(
-                "the checkpoint has %d prompts in progress; they are skipped because "
-                "actor_rollout_ref.rollout.partial_rollout is off",
+                "the checkpoint has %d prompts in progress; they are skipped because this run carries no prompts over "
+                "(actor_rollout_ref.rollout.partial_rollout, async_training)",
                 len(prompts),
             )
 

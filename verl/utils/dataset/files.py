@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from verl.extension.paths import expand_user
 from verl.utils.dataset.arrow_values import binary_part, converter, is_json, is_list
 from verl.utils.text import valid_value
 
@@ -207,7 +208,7 @@ def data_paths(files: str | Path | Sequence[str | Path]) -> list[Path]:
         FileNotFoundError: a file does not exist, or is a directory.
         ValueError: no file is given, or a suffix is not .parquet, .json or .jsonl.
     """
-    paths = [Path(file).expanduser() for file in ([files] if isinstance(files, str | Path) else files or [])]
+    paths = [expand_user(file) for file in ([files] if isinstance(files, str | Path) else files or [])]
     if not paths:
         raise ValueError("no data file is given: set data.train_files (or data.val_files) to a path or a list of paths")
     for path in paths:

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from verl.extension.paths import expand_user
 from verl.utils.dataset.files import read_rows, row_name
 from verl.utils.dataset.prompts import check_messages, prefix_errors
 
@@ -134,7 +135,7 @@ def published_files(
         ValueError: there are no such files, or they are in several folders.
         OSError: the hub is not reachable.
     """
-    root = download(repo) if local is None else Path(local).expanduser()
+    root = download(repo) if local is None else expand_user(local)
     if root.is_file():
         if root.suffix not in SUFFIXES:
             raise ValueError(f"{root}: suffix {root.suffix!r} is not supported; use one of {', '.join(SUFFIXES)}")
@@ -195,8 +196,8 @@ def add_save_dir(parser: argparse.ArgumentParser, save_dir: str) -> None:
     parser.add_argument(
         "--local_save_dir",
         "--local_dir",
-        type=lambda text: Path(text).expanduser(),
-        default=Path(save_dir).expanduser(),
+        type=lambda text: expand_user(text),
+        default=expand_user(save_dir),
         metavar="DIR",
         help=f"directory for train.parquet and test.parquet (default: {save_dir})",
     )

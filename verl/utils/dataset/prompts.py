@@ -17,7 +17,11 @@ Messages = list[dict[str, Any]]
 
 # `prompt_token_ids` sets these itself; another value would change its result.
 _RESERVED_TEMPLATE_KWARGS = frozenset(
-    {"tokenize", "return_dict", "return_tensors", "padding", "truncation", "max_length"}
+    {
+        *("conversation", "messages", "tools"),
+        *("tokenize", "return_dict", "return_tensors", "return_assistant_tokens_mask"),
+        *("padding", "truncation", "max_length"),
+    }
 )
 _ROWS_PER_JOB = 500
 _EXAMPLE = '[{"role": "user", "content": "..."}]'

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from verl.extension.paths import expand_user
 from verl.extension.user_class import UserClassError, refuse_uncalled
 from verl.extension.user_files import import_file
 from verl.utils.dataset.files import data_paths, read_rows, row_name
@@ -373,7 +374,7 @@ def load_dataset_class(path: str, name: str | None) -> type[Any]:
         ValueError: no name is given, the import fails, the class is not a subclass of torch.utils.data.Dataset, it
             overrides a method of upstream verl's class that is never called, or it does not take the keywords.
     """
-    file = Path(path).expanduser()
+    file = expand_user(path)
     if not name:
         raise ValueError(
             f"data.custom_cls.name is not set, but data.custom_cls.path={path}; set it to the name of the class"

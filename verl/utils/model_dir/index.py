@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from verl.utils.model_dir.config_fields import config_problem
 from verl.utils.model_dir.errors import ModelFilesError
 from verl.utils.model_dir.safetensors_header import TensorInfo, read_safetensors_header
 
@@ -69,7 +70,7 @@ def read_checkpoint_index(model_dir: str | Path) -> CheckpointIndex:
     directory = Path(model_dir)
     if not directory.is_dir():
         raise ValueError(f"model directory {str(model_dir)!r} does not exist; give a local Hugging Face directory")
-    config = read_json_object(directory / "config.json")
+    config = read_model_config(directory)
     tensors: dict[str, TensorInfo] = {}
     for file, names in weight_files(directory).items():
         stored = _read_safetensors_file(file) if file.suffix == ".safetensors" else _read_torch_file(file)
@@ -90,6 +91,14 @@ def has_weights(directory: Path) -> bool:
     return any(directory.glob("*.safetensors*")) or any(directory.glob("pytorch_model*.bin*"))
 
 
+def read_model_config(directory: Path) -> dict[str, Any]:
+    """Read config.json of a model directory; raises as `read_json_object`, and for a field that no model has."""
+    config = read_json_object(directory / "config.json")
+    if (problem := config_problem(config)) is not None:
+        raise ValueError(f"{directory / 'config.json'}: {problem}")
+    return config
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
@@ -104,6 +113,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: damaged JSON at line {error.lineno}, column {error.colno}: {error.msg}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not a UTF-8 text file (byte {error.start})") from error
+    except RecursionError as error:
+        raise ValueError(f"{path}: nested too deeply") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: holds a JSON {type(value).__name__}, expected an object")
     return value

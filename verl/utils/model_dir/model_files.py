@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from verl.utils.model_dir.config_fields import config_problem
 from verl.utils.model_dir.errors import ModelFilesError
 from verl.utils.model_dir.hub import download_hint
 from verl.utils.model_dir.index import SAFETENSORS_FILE, SAFETENSORS_INDEX, TORCH_FILE, TORCH_INDEX, has_weights
@@ -80,7 +81,7 @@ def read_model(path: str | Path) -> ModelFiles:
             f"{problem}; give the directory of a Hugging Face model (`hf download NAME --local-dir DIR`)"
             + download_hint(str(path))
         )
-    config = _read_json(path / "config.json", "a Hugging Face model needs one")
+    config = _read_config(path)
     weights = _read_weights(path)
     if weights is None:
         return ModelFiles(path, config, _text_config(config), None, None, None)
@@ -99,7 +100,7 @@ def is_config_alone(path: str | Path) -> bool:
 
 def read_config_alone(path: str | Path) -> ModelFiles:
     """Read a directory without weights; ModelFilesError for a damaged config.json."""
-    return model_of_config(path, _read_json(Path(path) / "config.json"))
+    return model_of_config(path, _read_config(Path(path)))
 
 
 def model_of_config(path: str | Path, config: dict[str, Any]) -> ModelFiles:
@@ -146,6 +147,8 @@ def _read_shards(path: Path) -> dict[str, TensorInfo]:
     weight_map = _read_json(path / SAFETENSORS_INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelFilesError(f"{SAFETENSORS_INDEX} has no weight_map; copy it again")
+    if not all(isinstance(name, str) for name in weight_map.values()):
+        raise ModelFilesError(f"{SAFETENSORS_INDEX}: weight_map must map tensors to file names; copy it again")
     tensors: dict[str, TensorInfo] = {}
     for name in sorted(set(weight_map.values())):
         if not (path / name).is_file():
@@ -169,12 +172,19 @@ def _check_torch_files(path: Path, name: str) -> None:
             raise ModelFilesError(f"{file} is damaged or truncated: not a complete PyTorch file; copy it again")
 
 
+def _read_config(folder: Path) -> dict[str, Any]:
+    config = _read_json(folder / "config.json", "a Hugging Face model needs one")
+    if (problem := config_problem(config)) is not None:
+        raise ModelFilesError(f"config.json: {problem}")
+    return config
+
+
 def _read_json(path: Path, reason: str = "") -> dict[str, Any]:
     if not path.is_file():
         raise ModelFilesError(f"has no {path.name}: {reason}; copy it there")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelFilesError(f"{path.name} is damaged ({error}); copy it again") from None
     if not isinstance(value, dict):
         raise ModelFilesError(f"{path.name} does not hold a JSON object; copy it again")

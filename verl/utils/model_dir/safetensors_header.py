@@ -55,7 +55,7 @@ def read_safetensors_header(path: Path) -> dict[str, TensorInfo]:
         raw = file.read(length)
     try:
         header = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise _damaged(path, "its header is not JSON") from None
     if not isinstance(header, dict):
         raise _damaged(path, "its header is not a JSON object")
@@ -75,10 +75,10 @@ def _read_entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int]:
     try:
         start, end = entry["data_offsets"]
         info = TensorInfo(tuple(entry["shape"]), entry["dtype"])
-        nbytes = info.nbytes
+        consistent = 0 <= start <= end and end - start == info.nbytes
     except (KeyError, TypeError, ValueError):
         raise _damaged(path, f"its header does not describe {name} in a known way: {entry}") from None
-    if not 0 <= start <= end or end - start != nbytes:
+    if not consistent:
         raise _damaged(path, f"its header contradicts itself about {name}: {entry}")
     return info, end
 

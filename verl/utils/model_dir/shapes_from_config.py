@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from verl.utils.model_dir.index import CheckpointIndex, has_weights, read_checkpoint_index, read_json_object
+from verl.utils.model_dir.index import CheckpointIndex, has_weights, read_checkpoint_index, read_model_config
 from verl.utils.model_dir.safetensors_header import TensorInfo
 
 
@@ -48,7 +48,7 @@ def read_index_or_config(model_dir: str | Path) -> CheckpointIndex:
     directory = Path(model_dir)
     if not directory.is_dir() or has_weights(directory):
         return read_checkpoint_index(directory)
-    return index_of_config(directory, read_json_object(directory / "config.json"))
+    return index_of_config(directory, read_model_config(directory))
 
 
 def index_of_config(model_dir: Path, config: Mapping[str, Any]) -> CheckpointIndex:
@@ -117,8 +117,18 @@ def _has_experts(config: Mapping[str, Any], number: int) -> bool:
     return number not in config.get("mlp_only_layers", ()) and (number + 1) % step == 0
 
 
+def expert_count(config: Mapping[str, Any]) -> int:
+    """Return the number of experts of a layer; transformers writes another field than published models have.
+
+    Raises:
+        KeyError: the config has neither field.
+    """
+    count: int = config["num_experts"] if "num_experts" in config else config["num_local_experts"]
+    return count
+
+
 def _experts(name: str, config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    hidden, count = config["hidden_size"], config["num_experts"]
+    hidden, count = config["hidden_size"], expert_count(config)
     yield f"{name}.gate.weight", (count, hidden)
     for expert in range(count):
         yield from _mlp(f"{name}.experts.{expert}", hidden, config["moe_intermediate_size"])

@@ -94,13 +94,16 @@ def check_vllm_ascend() -> str:
     return version
 
 
-def validate_paired_groups(layers: Iterable[Layer], tp_size: int, release: str) -> None:
+def validate_paired_groups(
+    layers: Iterable[Layer], tp_size: int, release: str, *, expert_parallel: bool = False
+) -> None:
     """Check that each quantized layer has an even number of groups of 32 inputs, if the release needs that.
 
     Args:
         layers: the layers of a description, see `ascend_description`.
         tp_size: tensor-parallel size of the rollout.
         release: version of vllm-ascend.
+        expert_parallel: each rank holds whole experts instead of a slice of each.
 
     Raises:
         ValueError: a layer that does not fit: its name, its inputs on one rank, and what to do.
@@ -109,11 +112,14 @@ def validate_paired_groups(layers: Iterable[Layer], tp_size: int, release: str) 
     for layer in layers:
         if not layer.quantized:
             continue
-        inputs = layer.k // tp_size if layer.split == ROW else layer.k
+        cut = layer.split == ROW and not (layer.experts and expert_parallel)
+        inputs = layer.k // tp_size if cut else layer.k
         fails = version <= Version(NEWEST_READ) if layer.experts else version < _PADS_LINEAR
         if inputs % _PAIR and fails:
             ignored = {"ignore": [f"re:{re.escape(layer.experts)}\\..*" if layer.experts else layer.name]}
             newer = "" if layer.experts else f"use vllm-ascend {_PADS_LINEAR} or newer, or "
+            if layer.experts and cut and layer.k % _PAIR == 0:
+                newer = f"use actor_rollout_ref.rollout.expert_parallel_size={tp_size}, or "
             raise ValueError(
                 f"{_FIELD}=ascend: {layer.name} {list(layer.info.shape)} has {inputs} "
                 f"inputs on a rank (tensor_model_parallel_size={tp_size}); vllm-ascend {release} takes multiples of "
@@ -122,14 +128,14 @@ def validate_paired_groups(layers: Iterable[Layer], tp_size: int, release: str) 
             )
 
 
-def validate_mxfp4(layers: Iterable[Layer], tp_size: int, release: str) -> None:
+def validate_mxfp4(layers: Iterable[Layer], tp_size: int, release: str, *, expert_parallel: bool = False) -> None:
     """Check that the release can replace the weights of W4A8_MXFP layers.
 
     An update copies a weight into the memory that graphs were captured with. torch_npu copies the memory of FRACTAL_NZ
     as it is only if its blocks of 16 rows have no padding.
 
     Args:
-        layers, tp_size, release: as of `validate_paired_groups`.
+        layers, tp_size, release, expert_parallel: as of `validate_paired_groups`.
 
     Raises:
         ValueError: the release is too old, or a layer whose outputs do not fit; what to do.
@@ -142,7 +148,8 @@ def validate_mxfp4(layers: Iterable[Layer], tp_size: int, release: str) -> None:
                 f"{_FIELD}=ascend: {layer.name} is {W4A8_MXFP}, and vllm-ascend {release} cannot replace such weights: "
                 f"use vllm-ascend {_RELOADS_MXFP4} or newer, or W8A8_MXFP8 ({_FIELD}_scheme, {_FIELD}_config_file)"
             )
-        outputs = layer.info.shape[-2] / (tp_size if layer.split == COLUMN else 1)
+        cut = layer.split == COLUMN and not (layer.experts and expert_parallel)
+        outputs = layer.info.shape[-2] / (tp_size if cut else 1)
         if outputs % _NZ_ROWS:
             raise ValueError(
                 f"{_FIELD}=ascend: {layer.name} {list(layer.info.shape)} is {W4A8_MXFP} and has {outputs:g} outputs on "

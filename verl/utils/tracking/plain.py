@@ -21,7 +21,7 @@ SECRET_LAST_WORDS = {"key", "keys", "token", "tokens"}
 # Keys that end in such a word but name a column or a symbol.
 PUBLIC_KEYS = {
     *("prompt_key", "response_key", "image_key", "video_key", "audio_key", "answer_key", "reward_key"),
-    *("reward_fn_key", "data_source_key", "ground_truth_key", "label_key", "tools_key", "messages_key"),
+    *("reward_fn_key", "data_source_key", "ground_truth_key", "label_key", "tools_key", "messages_key", "teacher_key"),
     *("pad_token", "eos_token", "bos_token", "unk_token", "mask_token", "sep_token", "cls_token"),
 }
 URL_PASSWORD = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*://)(?P<user>[^/\s:@]*):[^/\s@]+@", re.IGNORECASE)

@@ -53,10 +53,9 @@ class DeltaApplier:
         of_reloaded = {
             name for name, found in layout.regions.items() if any(target.layer in reloaded for target, _ in found)
         }
-        # A reloaded layer may have been made from a tensor whose use was not seen.
-        unseen = layout.names - layout.regions.keys() if reloaded else set()
-        # Copies in the checkpoint layout, by checkpoint name; None until a full load brings the tensor.
-        self._copies: dict[str, torch.Tensor | None] = dict.fromkeys(sorted(layout.opaque | of_reloaded | unseen))
+        # Copies in the checkpoint layout, by checkpoint name; None until a full load brings the tensor. Another rank
+        # holds a tensor that is neither: a full update checks that some rank has read it.
+        self._copies: dict[str, torch.Tensor | None] = dict.fromkeys(sorted(layout.opaque | of_reloaded))
         self._regions = {
             name: [(target, region) for target, region in found if target.layer not in reloaded]
             for name, found in layout.regions.items()

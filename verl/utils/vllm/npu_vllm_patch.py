@@ -17,11 +17,11 @@ from typing import Any
 
 from verl.utils.quantization.formats import MX_BLOCK_SIZE, W8A8_MXFP8
 from verl.utils.vllm.layerwise import awaits_weights, layer_info
+from verl.utils.vllm.replace_method import replace_method
 from verl.utils.vllm.vllm_fp8_utils import record_kernel_layout
 
 logger = logging.getLogger(__name__)
 
-_MARK = "_verl_patched"
 _TRANSPOSED, _KERNEL_PARAMETERS = "_verl_transposed", "_verl_kernel_parameters"
 
 
@@ -59,18 +59,6 @@ def apply_patches(patches: tuple[Patch, ...] | None = None) -> list[str]:
     return applied
 
 
-def _replace(owner: type, name: str, wrap: Callable[[Callable], Callable]) -> str | None:
-    original = owner.__dict__.get(name)
-    if original is None:
-        return f"{owner.__name__} has no {name} of its own"
-    if getattr(original, _MARK, False):
-        return "already patched"
-    replacement = wrap(original)
-    setattr(replacement, _MARK, True)
-    setattr(owner, name, replacement)
-    return None
-
-
 # ---- rotary embedding ----
 
 
@@ -100,7 +88,7 @@ def _patch_rotary() -> str | None:
     # vLLM 0.26 tries to import the kernel and handles a missing one.
     if not hasattr(common, "find_spec"):
         return "this vLLM checks for flash-attention's kernel, not only for the package"
-    return _replace(common.ApplyRotaryEmb, "__init__", lambda _: rotary_init(common.ApplyRotaryEmb))
+    return replace_method(common.ApplyRotaryEmb, "__init__", lambda _: rotary_init(common.ApplyRotaryEmb))
 
 
 # ---- unquantized experts ----
@@ -162,8 +150,8 @@ def _patch_experts() -> str | None:
     if not isinstance(fused_moe, type):
         return "in this vLLM FusedMoE is not a class: RoutedExperts loads the experts"
     ascend = import_module("vllm_ascend.ops.fused_moe.fused_moe").AscendUnquantizedFusedMoEMethod
-    obstacle = _replace(ascend, "process_weights_after_loading", recording_transposition)
-    return obstacle or _replace(fused_moe, "weight_loader", loading_transposed)
+    obstacle = replace_method(ascend, "process_weights_after_loading", recording_transposition)
+    return obstacle or replace_method(fused_moe, "weight_loader", loading_transposed)
 
 
 # ---- MXFP8 layouts ----
@@ -218,8 +206,10 @@ def _patch_layouts() -> str | None:
     if hasattr(linear, "restore_weights_for_rl_loading"):
         return "this release records layouts itself"
     name = "process_weights_after_loading"
-    obstacle = _replace(linear, name, lambda process: recording_layout(process, ("weight",)))
-    return obstacle or _replace(experts, name, lambda process: recording_layout(process, ("w13_weight", "w2_weight")))
+    obstacle = replace_method(linear, name, lambda process: recording_layout(process, ("weight",)))
+    return obstacle or replace_method(
+        experts, name, lambda process: recording_layout(process, ("w13_weight", "w2_weight"))
+    )
 
 
 # ---- MXFP8 layers in vLLM's layer-wise reload ----
@@ -325,17 +315,17 @@ def _patch_reload() -> str | None:
     keys = {"linear": ("weight",), "moe": ("w13_weight", "w2_weight")}
     for kind, names in keys.items():
         wrap = functools.partial(processing_reloaded, keys=names)
-        obstacle = _replace(scheme_class(W8A8_MXFP8, kind), "process_weights_after_loading", wrap)
+        obstacle = replace_method(scheme_class(W8A8_MXFP8, kind), "process_weights_after_loading", wrap)
         if obstacle is not None:
             return obstacle
     for transfer in transfers:
-        _replace(transfer, "receive_weights", with_vllm_config)
-        _replace(transfer, "finish_weight_update", with_vllm_config)
+        replace_method(transfer, "receive_weights", with_vllm_config)
+        replace_method(transfer, "finish_weight_update", with_vllm_config)
         # npu_ipc of 0.28 does not run the reload: it loads into the kernel layout.
         reloads = "initialize_layerwise_reload" in transfer.start_weight_update.__code__.co_names
         # The reload does not update MXFP4 weights for the same reason, and they get new addresses.
         marks = ("_mxfp4_transformed",) if reloads else ("_mxfp4_transformed", "_mxfp8_transformed")
-        _replace(transfer, "start_weight_update", functools.partial(refusing_layers, marks=marks))
+        replace_method(transfer, "start_weight_update", functools.partial(refusing_layers, marks=marks))
     return None
 
 

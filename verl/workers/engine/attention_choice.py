@@ -63,9 +63,9 @@ def choose_attention(
         logger.warning("%s: attention %s cannot be compared with eager attention on a CPU", section, requested)
         return AttentionChoice(requested, packs=False)
     try:
-        eager = _small_model(config, EAGER, trust_remote_code)
+        eager = small_model(config, EAGER, trust_remote_code)
         causal, expected = _is_causal(eager), _alone(eager)
-        model = eager if requested == EAGER else _small_model(config, requested, trust_remote_code)
+        model = eager if requested == EAGER else small_model(config, requested, trust_remote_code)
     except Exception as error:  # noqa: BLE001  (code of any model, with sizes for which it was not written)
         logger.warning(
             "%s: a small %s does not run (%s: %s), so its attention is not compared with eager attention, and its "
@@ -97,7 +97,7 @@ def choose_attention(
     )
 
 
-def _small_model(config: PreTrainedConfig, attention: str | None, trust_remote_code: bool) -> PreTrainedModel:
+def small_model(config: PreTrainedConfig, attention: str | None, trust_remote_code: bool) -> PreTrainedModel:
     """Return a model with random weights, the same for any attention, of a size that a test needs."""
     config = copy.deepcopy(config)
     for part in _parts(config):

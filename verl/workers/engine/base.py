@@ -105,7 +105,8 @@ class TrainEngine(ABC):
     ) -> Iterator[ExportUnit]:
         """Iterate over all weights in the form in which this rank holds them, before they are gathered.
 
-        A tied weight occurs once. All ranks must exhaust the iterator.
+        A tied weight occurs once. All ranks must exhaust the iterator. The units use the model's memory until they are
+        gathered; call `release` after that.
 
         Args:
             dtype: dtype to cast to; None keeps the dtype of the master weights.
@@ -116,8 +117,15 @@ class TrainEngine(ABC):
     def export_weights(
         self, *, dtype: torch.dtype | None = None, encoder: QuantizationScheme | None = None
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Iterate over the gathered weights under their checkpoint names and shapes; arguments as in `export_units`."""
+        """Iterate over the gathered weights under their checkpoint names and shapes; see `export_units`."""
         return gather_all(self.export_units(dtype=dtype, encoder=encoder))
+
+    @abstractmethod
+    def release(self) -> None:
+        """Free the device memory of weights that `fsdp_config.param_offload` keeps on the host. Not collective.
+
+        The other methods do it themselves; an export has to be followed by it, once its tensors are not used any more.
+        """
 
     @abstractmethod
     def save(self, path: str | Path, contents: Sequence[str] = ("model", "optimizer", "extra")) -> None:

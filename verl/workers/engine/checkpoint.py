@@ -29,9 +29,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 
 from verl.workers.engine import lora
 from verl.workers.engine.rank_errors import RankErrors, checkpoint_errors
+from verl.workers.engine.tensor_parallel import TensorParallel
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +50,7 @@ def save_state(
     schedule_step: int,
     device: torch.device,
     group: dist.ProcessGroup,
+    tensor: TensorParallel | None = None,
 ) -> None:
     """Write the parts in `contents`: model, optimizer, extra (schedule and random number generators). Collective.
 
@@ -62,14 +65,14 @@ def save_state(
     errors.raise_together(group)
     if "model" in contents:
         with checkpoint_errors():
-            dcp.save(_trained_state(model), checkpoint_id=str(path / "model"), process_group=group)
+            dcp.save(_whole(_trained_state(model), tensor), checkpoint_id=str(path / "model"), process_group=group)
         if lora.has_adapters(model):
-            tensors = lora.gather_adapter(model, keep=rank == 0)
+            tensors = lora.gather_adapter(model, device, keep=rank == 0)
             with errors.collect():
                 if rank == 0:
                     lora.write_adapter(model, tensors, path / lora.DIRECTORY)
     if optimizer is not None and "optimizer" in contents:
-        state = get_optimizer_state_dict(model, optimizer)
+        state = _whole_optimizer(get_optimizer_state_dict(model, optimizer), tensor)
         with checkpoint_errors():
             dcp.save(state, checkpoint_id=str(path / "optimizer"), process_group=group)
     if "extra" in contents:
@@ -98,6 +101,7 @@ def load_state(
     optimizer: torch.optim.Optimizer | None,
     device: torch.device,
     group: dist.ProcessGroup,
+    tensor: TensorParallel | None = None,
 ) -> int | None:
     """Read the state that `save_state` wrote with any number of ranks. Collective.
 
@@ -119,16 +123,18 @@ def load_state(
             )
     if "model" in contents:
         state = _trained_state(model)
-        _check_same_tensors(path, state, model)
+        whole = _whole(state, tensor)
+        _check_same_tensors(path, whole, model)
         with checkpoint_errors():
-            dcp.load(state, checkpoint_id=str(path / "model"), process_group=group)
+            dcp.load(whole, checkpoint_id=str(path / "model"), process_group=group)
         # With adapters, the model also has frozen weights, which `state` does not contain.
         set_model_state_dict(model, state, options=StateDictOptions(strict=not lora.has_adapters(model)))
     if optimizer is not None and "optimizer" in contents:
-        state = get_optimizer_state_dict(model, optimizer)
+        parts = get_optimizer_state_dict(model, optimizer)
+        state = _whole_optimizer(parts, tensor)
         with checkpoint_errors():
             dcp.load(state, checkpoint_id=str(path / "optimizer"), process_group=group)
-        set_optimizer_state_dict(model, optimizer, state)
+        set_optimizer_state_dict(model, optimizer, _parts_of_optimizer(state, parts))
     if "extra" not in contents:
         return None
     engine = json.loads((path / _ENGINE_FILE).read_text(encoding="utf-8"))
@@ -151,6 +157,31 @@ def _trained_state(model: torch.nn.Module) -> dict[str, Any]:
     if not lora.has_adapters(model):
         return state
     return {name: state[name] for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _whole(state: dict[str, Any], tensor: TensorParallel | None) -> dict[str, Any]:
+    """Return the state with undivided parameters, which share the memory of this rank's parts."""
+    return state if tensor is None else {name: tensor.whole(name, part) for name, part in state.items()}
+
+
+def _whole_optimizer(state: dict[str, Any], tensor: TensorParallel | None) -> dict[str, Any]:
+    """Return the optimizer's state for undivided parameters, which shares the memory of this rank's parts."""
+    if tensor is None:
+        return state
+    moments = {
+        name: {key: tensor.whole(name, value) for key, value in values.items()}
+        for name, values in state["state"].items()
+    }
+    return {**state, "state": moments}
+
+
+def _parts_of_optimizer(state: dict[str, Any], parts: dict[str, Any]) -> dict[str, Any]:
+    """Return a state of `_whole_optimizer` with the tensors of `parts`, whose memory it shares."""
+    moments = {
+        name: {key: parts["state"][name][key] if isinstance(value, DTensor) else value for key, value in values.items()}
+        for name, values in state["state"].items()
+    }
+    return {**state, "state": moments}
 
 
 def _check_same_tensors(path: Path, state: dict[str, Any], model: torch.nn.Module) -> None:

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,8 +22,10 @@ from transformers.core_model_loading import revert_weight_conversion
 from verl.utils.quantization_scheme import QuantizationScheme
 from verl.utils.tensor_diff import diff_and_update_, diff_and_update_rounded_
 from verl.workers.engine.export_rows import LocalRows, RowRange, find_row_ranges, local_rows
+from verl.workers.engine.host_memory import to_device
 from verl.workers.engine.loading import decoder_layer_names
 from verl.workers.engine.lora import merged_view
+from verl.workers.engine.tensor_parallel import TensorParallel
 
 # Bytes of all ranks' rows that one collective sends to rank 0, unless a single parameter is larger.
 GATHER_BATCH_BYTES = 8 << 20
@@ -103,14 +106,29 @@ class RowShardedParam(ExportUnit):
         )
 
     def sizes(self, part: torch.Tensor) -> list[int] | None:
-        """Return the bytes of `part`, one of `parts`, on each rank; None if the ranks do not hold disjoint shards."""
-        shard, ranks = self._shard, dist.get_world_size()
-        if not isinstance(shard, DTensor) or tuple(shard.device_mesh.shape) != (ranks,):
+        """Return the bytes of `part`, one of `parts`, that each rank sends; None if no choice of them is complete.
+
+        If several ranks hold the same rows, only the first copy is sent.
+        """
+        shard, ranks, order = self._shard, dist.get_world_size(), self.order
+        if not isinstance(shard, DTensor) or sorted(order) != list(range(ranks)):
             return None
-        if not shard.placements[0].is_shard(0):
+        *outer, split = shard.placements
+        if not split.is_shard(0) or not all(each.is_replicate() or each.is_shard(0) for each in outer):
             return None
-        share, row = -(-shard.shape[0] // ranks), part.dtype.itemsize * prod(part.shape[1:])
-        return [max(0, min(share, shard.shape[0] - rank * share)) * row for rank in range(ranks)]
+        # Rows are divided into slices, each of which is sharded over its ranks; or the first ranks hold the first copy.
+        shards = shard.device_mesh.size(shard.device_mesh.ndim - 1)
+        slices = ranks // shards if outer and outer[0].is_shard(0) else 1
+        length = shard.shape[0] // slices
+        share, row = -(-length // shards), part.dtype.itemsize * prod(part.shape[1:])
+        rows = [max(0, min(share, length - rank * share)) for rank in range(shards)] * slices
+        sizes = dict(zip(order, [count * row for count in rows] + [0] * (ranks - len(rows)), strict=True))
+        return [sizes[rank] for rank in range(ranks)]
+
+    @property
+    def order(self) -> list[int]:
+        """The ranks in the order of the rows that they hold."""
+        return self._shard.device_mesh.mesh.flatten().tolist() if isinstance(self._shard, DTensor) else []
 
     def to_checkpoint_tensors(self, gathered: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the checkpoint tensors as views of the gathered parts of all ranks."""
@@ -152,10 +170,17 @@ class WeightExport:
 
     Created once per model, to remember how transformers converts the rows. The weights of adapters are merged into
     those of their layers; each rank merges the rows that it holds.
+
+    Args:
+        device: device of the exported tensors and of collectives; None for that of the parameters. Parameters that FSDP
+            keeps on the host are copied to it, one unit at a time.
+        tensor: the layers of the model that are divided among ranks.
     """
 
-    def __init__(self, model: PreTrainedModel):
-        self._model = model
+    def __init__(
+        self, model: PreTrainedModel, device: torch.device | None = None, tensor: TensorParallel | None = None
+    ):
+        self._model, self._device, self._tensor = model, device, tensor
         self._ranges: dict[tuple[str, ...], dict[str, tuple[RowRange, ...]]] = {}
         self._held: dict[str, LocalRows | None] = {}
 
@@ -167,6 +192,7 @@ class WeightExport:
         exceptions: Mapping[str, torch.dtype] | None = None,
         encoder: QuantizationScheme | None = None,
         encoded: Mapping[str, Mapping[str, torch.Tensor]] | None = None,
+        whole_rows: bool = True,
     ) -> Iterator[ExportUnit]:
         """Iterate over all parameters, a tied weight once.
 
@@ -180,14 +206,18 @@ class WeightExport:
                 parameter whose shards are whole rows (FSDP2 shards the first dimension), and whose checkpoint tensors
                 consist of whole rows in this order. Other parameters are gathered without encoding.
             encoded: this rank's rows of some parameters, encoded before: parameter -> suffix -> rows.
+            whole_rows: exchange parts of rows that ranks divide for whole rows; without it, such a part is a unit,
+                whose encoded form may be read but not gathered.
         """
         model, others, done = self._model, exceptions or {}, encoded or {}
-        shards, adapters = merged_view(model.state_dict(keep_vars=True), model)
+        held_parts, adapters, groups = self._shards()
+        shards = self._whole(held_parts)
 
         def merged(name: str, dtype: torch.dtype | None) -> torch.Tensor:
-            return adapters[name].merged(shards[name], dtype) if name in adapters else shards[name]
+            shard = to_device(shards[name], self._device)
+            return adapters[name].to(self._device).merged(shard, dtype) if name in adapters else shard
 
-        for names in _groups(model, shards, by_layer=bool(getattr(model, "_weight_conversions", None))):
+        for names in groups:
             ranges = self._ranges_of(tuple(names), shards)
             rest = []
             for name in names:
@@ -200,6 +230,8 @@ class WeightExport:
                     (cast,) = dtypes
                     parts = done.get(name) if encodes else None
                     shard = merged(name, cast) if parts is None else shards[name]
+                    if whole_rows and self._tensor is not None and self._tensor.gives_whole_rows(name, shards[name]):
+                        shard, parts = _with_whole_rows(self._tensor, shard, parts, cast)
                     yield RowShardedParam(name, shard, held, ranges[name], cast, encoder if encodes else None, parts)
             separate = [[name] for name in rest if name in ranges]
             for together in (*separate, [name for name in rest if name not in ranges]):
@@ -210,29 +242,35 @@ class WeightExport:
     @torch.no_grad()
     def row_ranges(self) -> Iterator[tuple[str, torch.Tensor, tuple[RowRange, ...]]]:
         """Iterate over the parameters whose rows can be encoded where they are held: name, parameter, ranges."""
-        model = self._model
-        shards, _ = merged_view(model.state_dict(keep_vars=True), model)
-        for names in _groups(model, shards, by_layer=bool(getattr(model, "_weight_conversions", None))):
-            for name, ranges in self._ranges_of(tuple(names), shards).items():
+        shards, _, groups = self._shards()
+        whole = self._whole(shards)
+        for names in groups:
+            for name, ranges in self._ranges_of(tuple(names), whole).items():
                 if self._held[name] is not None:
                     yield name, shards[name], ranges
+
+    def _shards(self) -> tuple[dict[str, torch.Tensor], dict[str, Any], list[list[str]]]:
+        """Return the parameters, the adapters of some of them, and the names that are converted together."""
+        model = self._model
+        shards, adapters = merged_view(model.state_dict(keep_vars=True), model)
+        groups = _groups(model, shards, by_layer=bool(getattr(model, "_weight_conversions", None)))
+        return shards, adapters, groups
+
+    def _whole(self, shards: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the undivided parameters of which this rank holds parts."""
+        if self._tensor is None:
+            return shards
+        return {name: self._tensor.whole(name, shard) for name, shard in shards.items()}
 
     def _ranges_of(self, names: tuple[str, ...], shards: dict[str, torch.Tensor]) -> dict[str, tuple[RowRange, ...]]:
         if names not in self._ranges:
             self._ranges[names] = find_row_ranges(self._model, {name: shards[name].shape for name in names})
-            self._held |= {name: local_rows(shards[name], dist.get_rank()) for name in names}
+            for name in names:
+                layout = shard = shards[name]
+                if self._tensor is not None and self._tensor.gives_whole_rows(name, shard):
+                    layout = self._tensor.whole_rows(shard, _local(shard).to("meta"))
+                self._held[name] = local_rows(layout, dist.get_rank())
         return self._ranges[names]
-
-
-def export_weights(
-    model: PreTrainedModel, *, dtype: torch.dtype | None = None, encoder: QuantizationScheme | None = None
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Iterate over the tensors that `save_pretrained` would write, full and contiguous, on the model's device.
-
-    At most one export unit is gathered at a time. Collective: every rank must exhaust the iterator. Arguments as in
-    `WeightExport.units`.
-    """
-    return gather_all(WeightExport(model).units(dtype=dtype, encoder=encoder))
 
 
 def gather_all(units: Iterable[ExportUnit]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -269,7 +307,7 @@ class _Share:
 
     Attributes:
         part: this rank's rows.
-        sizes: bytes of the part on each rank.
+        sizes: bytes of the part that each rank sends: all of its part, or nothing.
     """
 
     unit: RowShardedParam
@@ -296,7 +334,8 @@ def _gather_shares(shares: Sequence[_Share]) -> Iterator[tuple[ExportUnit, dict[
     if not shares:
         return
     ranks, is_rank0 = dist.get_world_size(), dist.get_rank() == 0
-    raw = [share.part.contiguous().view(-1).view(torch.uint8) for share in shares]
+    own = dist.get_rank()
+    raw = [share.part.contiguous().view(-1).view(torch.uint8)[: share.sizes[own]] for share in shares]
     sent = raw[0] if len(raw) == 1 else torch.cat(raw)
     rank_bytes = [sum(share.sizes[rank] for share in shares) for rank in range(ranks)]
     received = torch.empty(sum(rank_bytes) if is_rank0 else 0, dtype=torch.uint8, device=sent.device)
@@ -313,10 +352,26 @@ def _gather_shares(shares: Sequence[_Share]) -> Iterator[tuple[ExportUnit, dict[
         blocks_of_ranks = enumerate(received.split(rank_bytes))
         by_rank = [block.split([share.sizes[rank] for share in shares]) for rank, block in blocks_of_ranks]
         for share, blocks in zip(shares, zip(*by_rank, strict=True), strict=True):
-            rows = received if len(shares) == 1 else torch.cat(blocks)
+            order = share.unit.order
+            in_order = len(shares) == 1 and order == sorted(order)
+            rows = received if in_order else torch.cat([blocks[rank] for rank in order])
             gathered[id(share.unit)][1][share.suffix] = rows.view(share.part.dtype).view(-1, *share.part.shape[1:])
     for unit, parts in gathered.values():
         yield unit, unit.to_checkpoint_tensors(parts)
+
+
+def _with_whole_rows(
+    tensor: TensorParallel,
+    shard: torch.Tensor,
+    parts: Mapping[str, torch.Tensor] | None,
+    dtype: torch.dtype | None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor] | None]:
+    """Return a parameter with whole rows, cast before they are exchanged, and its encoded `parts` in their place."""
+    if parts is None:
+        return tensor.whole_rows(shard, _cast(_local(shard), dtype)), None
+    rows = {suffix: tensor.whole_rows(shard, part) for suffix, part in parts.items()}
+    # With encoded parts, only the layout of the parameter is read.
+    return tensor.whole_rows(shard, _local(shard).to("meta")), {suffix: _local(row) for suffix, row in rows.items()}
 
 
 def _encodes(encoder: QuantizationScheme | None, ranges: tuple[RowRange, ...], dimensions: int) -> bool | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -43,7 +44,7 @@ def export_checkpoint(
     try:
         engine = kind(
             model,
-            fsdp,
+            replace(fsdp, tensor_parallel_size=1),  # this process has whole layers
             mesh=init_device_mesh("cpu", (1,)),
             device=torch.device("cpu"),
             compute_dtype="float32",

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from transformers import PreTrainedModel
 
 from verl.config import FSDPConfig, LoraOptions, ModelConfig, OptimConfig, lora_options
 from verl.config.critic import CriticModelConfig
@@ -20,6 +19,7 @@ from verl.timeline.spans import span, spanned
 from verl.utils.quantization.encode_report import Errors
 from verl.utils.quantization_scheme import QuantizationScheme
 from verl.workers.engine import checkpoint, optim
+from verl.workers.engine.activations import ActivationOffload
 from verl.workers.engine.base import (
     LogProbs,
     LossFn,
@@ -32,11 +32,14 @@ from verl.workers.engine.base import (
 from verl.workers.engine.errors import NonFiniteError
 from verl.workers.engine.export import ExportUnit, WeightExport
 from verl.workers.engine.hf_directory import write_hf_directory
-from verl.workers.engine.loading import load_sharded_model, move_model, parse_dtype
-from verl.workers.engine.log_probs import token_log_probs
+from verl.workers.engine.host_memory import host_memory
+from verl.workers.engine.loading import Sharding, load_sharded_model, parse_dtype
+from verl.workers.engine.mesh import make_mesh
 from verl.workers.engine.metric_sums import MeanShare, MetricSums
 from verl.workers.engine.micro_batch import AlignedBatch, Layout, MicroBatch, MicroBatching, call_model
+from verl.workers.engine.offload import OffloadedState
 from verl.workers.engine.output_errors import OutputErrors
+from verl.workers.engine.output_head import OutputHead, try_chunked_head
 from verl.workers.engine.packed_attention import packs_sequences
 from verl.workers.engine.qat import QatOptions, QuantizedForward
 
@@ -45,7 +48,7 @@ _TOKENS, _POSITIONS = "tokens", "positions"
 
 
 class FSDPTrainEngine(TrainEngine):
-    """A model whose parameters, gradients and optimizer state are sharded over the ranks of `mesh`.
+    """A model whose parameters, gradients and optimizer state are sharded over ranks, see `verl.workers.engine.mesh`.
 
     Args:
         model_config: a `model` section.
@@ -56,6 +59,8 @@ class FSDPTrainEngine(TrainEngine):
         max_model_len: limit of a sequence in tokens, the same as in the rollout engine.
         optim_config: the `optim` section; None for an engine without an optimizer, which only runs forward.
         total_training_steps: length of the learning-rate schedule.
+        sequence_parallel: number of neighboring ranks that share the sequences of a micro-batch. They must be given the
+            same data, and return the same. The same holds for `fsdp_config.tensor_parallel_size`.
         qat: the engine's quantization, for a policy that computes with its numbers.
     """
 
@@ -73,16 +78,20 @@ class FSDPTrainEngine(TrainEngine):
         max_model_len: int,
         optim_config: OptimConfig | None = None,
         total_training_steps: int = 0,
+        sequence_parallel: int = 1,
         qat: QatOptions | None = None,
     ):
         self._model_config = model_config
         self._device = device
-        self._group = mesh.get_group()
+        self._mesh = make_mesh(mesh, fsdp_config.fsdp_size, sequence_parallel, fsdp_config.tensor_parallel_size)
+        self._group, self._sequence = self._mesh.group, self._mesh.sequence
         self._path = _required_path(model_config)
         trains = optim_config is not None
+        memory = host_memory(device)
+        on_host = fsdp_config.offload_policy and memory is not None
         self.model = load_sharded_model(
             self._path,
-            mesh=mesh,
+            mesh=self._mesh,
             device=device,
             dtype=parse_dtype(fsdp_config.model_dtype, "fsdp_config.model_dtype"),
             compute_dtype=parse_dtype(compute_dtype, "compute dtype"),
@@ -91,7 +100,8 @@ class FSDPTrainEngine(TrainEngine):
             trust_remote_code=bool(model_config.trust_remote_code),
             override_config=model_config.override_config,
             gradient_checkpointing=trains and model_config.enable_gradient_checkpointing,
-            reshard_after_forward=fsdp_config.reshard_after_forward,
+            activations=ActivationOffload(memory) if model_config.enable_activation_offload and memory else None,
+            sharding=Sharding.of(fsdp_config, on_host=on_host),
             value_head=self._value_head,
             lora=self._lora_options(model_config) if trains or self._keeps_adapters else None,
         )
@@ -100,16 +110,28 @@ class FSDPTrainEngine(TrainEngine):
         self._layout = Layout.FULL_ROWS
         if model_config.use_remove_padding:
             self._layout = Layout.PACKED if packs_sequences(self.model) else Layout.ROWS
-        self._optimizer = None if optim_config is None else _make_optimizer(self.model, optim_config, device)
-        self._lr_at = None if optim_config is None else _make_schedule(optim_config, total_training_steps)
+        self._optimizer = None if optim_config is None else optim.make_optimizer(self.model, optim_config)
+        self._lr_at = None if optim_config is None else optim.make_schedule(optim_config, total_training_steps)
         self._clip = None if optim_config is None else optim_config.clip_grad
         self._schedule_step = 0
         self._mini_batch: DataProto | None = None
-        self._export = WeightExport(self.model)
+        tensor = self._mesh.tensor
+        self._export = WeightExport(self.model, device, tensor)
         self._quantized = None if qat is None else QuantizedForward(self.model, self._export, qat)
-        self._offloads = not trains and fsdp_config.param_offload
-        self._offload()
+        if tensor is not None:
+            if qat is not None:
+                tensor.check_blocks(self.model)
+            tensor.install(self.model)
         self._on_model_loaded()
+        self._offloaded = OffloadedState(
+            self.model,
+            self._optimizer,
+            None if on_host else memory,
+            weights=fsdp_config.param_offload,
+            moments=fsdp_config.optimizer_offload,
+        )
+        self._updating = False
+        self._offloaded.release()
 
     def _lora_options(self, model_config: ModelConfig | CriticModelConfig) -> LoraOptions | None:
         """Return the adapters to train. The critic has none, and neither has the reference policy."""
@@ -121,8 +143,12 @@ class FSDPTrainEngine(TrainEngine):
     @spanned("optimizer", "train")
     def optimizer_step(self) -> OptimizerStep:
         assert self._optimizer is not None and self._lr_at is not None, "this engine has no optimizer"
-        grads = optim.local_grads(self.model.parameters())
-        norm = optim.global_grad_norm(grads, self._group, self._device)
+        self._offloaded.load_moments()
+        counted = grads = optim.local_grads(self.model.parameters())
+        if self._mesh.tensor is not None:
+            self._mesh.tensor.complete_gradients(self.model)
+            counted = optim.local_grads(self._mesh.tensor.counted(self.model))
+        norm = optim.global_grad_norm(counted, self._mesh.shard_group, self._device)
         if not torch.isfinite(torch.tensor(norm)):
             assert self._mini_batch is not None
             self._fail("gradient norm", _uids(self._mini_batch, slice(None)))
@@ -139,6 +165,12 @@ class FSDPTrainEngine(TrainEngine):
 
     def schedule_step(self) -> None:
         self._schedule_step += 1
+        self._updating = False
+        self.release()
+
+    def release(self) -> None:
+        if not self._updating:
+            self._offloaded.release()
 
     def export_units(
         self,
@@ -147,6 +179,7 @@ class FSDPTrainEngine(TrainEngine):
         exceptions: Mapping[str, torch.dtype] | None = None,
         encoder: QuantizationScheme | None = None,
     ) -> Iterator[ExportUnit]:
+        self._offloaded.load_weights()
         encoded = None
         if encoder is not None and self._quantized is not None:
             # The engine receives the bytes with which the trainer computes.
@@ -156,6 +189,7 @@ class FSDPTrainEngine(TrainEngine):
         return self._export.units(dtype=dtype, exceptions=exceptions, encoder=encoder, encoded=encoded)
 
     def save(self, path: str | Path, contents: Sequence[str] = checkpoint.CONTENTS) -> None:
+        self._load_state()
         checkpoint.save_state(
             Path(path),
             contents,
@@ -164,9 +198,12 @@ class FSDPTrainEngine(TrainEngine):
             schedule_step=self._schedule_step,
             device=self._device,
             group=self._group,
+            tensor=self._mesh.tensor,
         )
+        self.release()
 
     def load(self, path: str | Path, contents: Sequence[str] = checkpoint.CONTENTS) -> None:
+        self._load_state()
         step = checkpoint.load_state(
             Path(path),
             contents,
@@ -174,13 +211,17 @@ class FSDPTrainEngine(TrainEngine):
             optimizer=self._optimizer,
             device=self._device,
             group=self._group,
+            tensor=self._mesh.tensor,
         )
         self._note_new_weights()
         if step is not None:
             self._schedule_step = step
+        self.release()
 
     def export_hf(self, path: str | Path, dtype: str = "auto") -> None:
+        self._offloaded.load_weights()
         write_hf_directory(
+            self._export,
             self.model,
             Path(path),
             source=Path(self._path),
@@ -190,6 +231,7 @@ class FSDPTrainEngine(TrainEngine):
             writes=dist.get_rank(self._group) == 0,
             group=self._group,
         )
+        self.release()
 
     def _accumulate(
         self,
@@ -203,9 +245,10 @@ class FSDPTrainEngine(TrainEngine):
             loss and metrics, reduced over micro-batches and ranks, and `padding_fraction`, the share of padding among
             the positions that the model processed.
         """
-        self._mini_batch = mini_batch
+        self._mini_batch, self._updating = mini_batch, True
         self._prepare_weights()
-        aligned = AlignedBatch(mini_batch, self._device, self._layout)
+        self._offloaded.start_loading_moments()
+        aligned = AlignedBatch(mini_batch, self._device, self._layout, self._sequence)
         sums = MetricSums()
         losses, samples = [], []
         for micro_batch in aligned.micro_batches(micro_batching, self._group):
@@ -215,7 +258,10 @@ class FSDPTrainEngine(TrainEngine):
                 loss.backward()
             losses.append(loss.detach())
             samples.append(micro_batch.sample_indices)
-            counts = {_TOKENS: micro_batch.tokens, _POSITIONS: micro_batch.input_ids.numel()}
+            if not self._mesh.counts_samples:
+                continue
+            positions = micro_batch.input_ids.numel() * self._sequence.size
+            counts = {_TOKENS: micro_batch.tokens, _POSITIONS: positions}
             for name, value in {**metrics, "loss": loss, **counts}.items():
                 sums.add(name, value)
         self._raise_if_not_finite(losses, samples)
@@ -238,10 +284,8 @@ class FSDPTrainEngine(TrainEngine):
             forward: returns `count` tensors [b, T] of a micro-batch.
             updating: run the model as `_accumulate` does, with gradients and checkpointing.
         """
-        if self._offloads:
-            move_model(self.model, self._device)
         self._prepare_weights()
-        aligned = AlignedBatch(data, self._device, self._layout)
+        aligned = AlignedBatch(data, self._device, self._layout, self._sequence)
         shape = aligned.response_mask.shape
         columns = [torch.zeros(shape, dtype=torch.float32, device=self._device) for _ in range(count)]
         for micro_batch in aligned.micro_batches(micro_batching, self._group):
@@ -252,22 +296,38 @@ class FSDPTrainEngine(TrainEngine):
                 for column, part in zip(columns, parts, strict=True):
                     column[index] = part.detach().to(column.dtype)
         self._reshard()
-        self._offload()
+        self.release()
         return [column.cpu() for column in columns]
 
+    def _load_state(self) -> None:
+        """Bring weights and optimizer state to the device."""
+        self._offloaded.load_weights()
+        self._offloaded.load_moments()
+
+    def _scatter(
+        self, values: Sequence[torch.Tensor], micro_batch: MicroBatch, aligned: AlignedBatch
+    ) -> tuple[torch.Tensor, ...]:
+        """Return [b, T] tensors with the values at the response tokens and 0 elsewhere.
+
+        Args:
+            values: each [n], of the tokens that this rank's positions predict.
+        """
+        indices, shape = micro_batch.response_indices, (max(len(micro_batch.sample_indices), 1), aligned.response_width)
+        return tuple(
+            flat.new_zeros(shape[0] * shape[1]).index_put((indices,), flat).view(shape)
+            for flat in self._sequence.gather(values, micro_batch.own, len(indices))
+        )
+
     def _note_new_weights(self) -> None:
+        self._offloaded.mark_changed()
         if self._quantized is not None:
             self._quantized.mark_stale()
 
     def _prepare_weights(self) -> None:
-        """Encode the weights for quantized forward passes, if they have changed. Collective."""
+        """Bring the weights to the device, and encode them for quantized passes if they have changed. Collective."""
+        self._offloaded.load_weights()
         if self._quantized is not None:
             self._quantized.refresh()
-
-    def _offload(self) -> None:
-        """Move this rank's shards to the host until the next forward pass, with `fsdp_config.param_offload`."""
-        if self._offloads:
-            move_model(self.model, torch.device("cpu"))
 
     def _reshard(self) -> None:
         """Free the parameters that FSDP keeps gathered for a backward pass, which does not follow here."""
@@ -299,6 +359,8 @@ class FSDPTrainEngine(TrainEngine):
         """Drop the gradients and raise NonFiniteError. Collective: all ranks must call it."""
         assert self._mini_batch is not None and self._optimizer is not None
         self._optimizer.zero_grad(set_to_none=True)
+        self._updating = False
+        self.release()
         by_rank: list[list[str] | None] = [None] * dist.get_world_size(self._group)
         dist.all_gather_object(by_rank, uids, group=self._group)
         all_uids = sorted({uid for rank_uids in by_rank for uid in rank_uids or ()})
@@ -313,7 +375,11 @@ class FSDPEngine(FSDPTrainEngine, PolicyEngine):
         return lora_options(model_config)
 
     def _on_model_loaded(self) -> None:
-        self._head_input = _SelectRows(self.model.get_output_embeddings())
+        assert isinstance(self._model_config, ModelConfig)
+        requested = self._model_config.use_fused_kernels
+        if requested and dist.get_rank(self._group) == 0:
+            try_chunked_head(self.model.config, self._model_config.trust_remote_code)
+        self.output_head = OutputHead(self.model, requested)
 
     def forward_backward(
         self, mini_batch: DataProto, loss_fn: LossFn, micro_batching: MicroBatching, *, entropy_grad: bool = False
@@ -347,6 +413,8 @@ class FSDPEngine(FSDPTrainEngine, PolicyEngine):
         return LogProbs(log_probs, entropy if calculate_entropy else None, squares[0] if squares else None)
 
     def output_errors(self, data: DataProto, micro_batching: MicroBatching, options: QatOptions) -> Errors:
+        if self._mesh.tensor is not None:
+            return {}  # of parts of an output, and of parts of a sum
         with OutputErrors(self.model, self._export, options) as measured:
             self.log_probs(data, micro_batching, calculate_entropy=False)
         return measured.errors
@@ -361,16 +429,10 @@ class FSDPEngine(FSDPTrainEngine, PolicyEngine):
         sum_pi_squared: bool = False,
     ) -> tuple[torch.Tensor, ...]:
         """Return log-probabilities, entropies and, if requested, sums of squares of a micro-batch, [b, T] float32."""
-        logits = self._head_input.logits(self.model, micro_batch)
-        flat = token_log_probs(
-            logits,
-            micro_batch.targets,
-            temperature,
-            entropy_grad=entropy_grad,
-            sum_pi_squared=sum_pi_squared,
-            kept=micro_batch.kept,
+        flat = self.output_head.log_probs(
+            micro_batch, temperature, entropy_grad=entropy_grad, sum_pi_squared=sum_pi_squared
         )
-        return tuple(_scatter(values, micro_batch, aligned) for values in flat if values is not None)
+        return self._scatter([values for values in flat if values is not None], micro_batch, aligned)
 
 
 class FSDPValueEngine(FSDPTrainEngine, ValueEngine):
@@ -395,77 +457,12 @@ class FSDPValueEngine(FSDPTrainEngine, ValueEngine):
     def _forward(self, micro_batch: MicroBatch, aligned: AlignedBatch) -> torch.Tensor:
         """Return the values of a micro-batch, [b, T] float32."""
         flat = call_model(self.model, micro_batch, rows=micro_batch.predictor_indices)
-        return _scatter(flat.squeeze(-1), micro_batch, aligned)
-
-
-class _SelectRows:
-    """Restricts the output head to the hidden states whose logits are needed.
-
-    It is a hook of the head, so the model's own operations around the head (soft-capping, scaling) remain.
-    """
-
-    def __init__(self, head: torch.nn.Module):
-        self._rows: torch.Tensor | None = None
-        head.register_forward_pre_hook(self._select)
-
-    def _select(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        assert self._rows is not None, "only logits() may call the model"
-        hidden, *others = args
-        return hidden.reshape(-1, hidden.shape[-1])[self._rows].unsqueeze(0), *others
-
-    def logits(self, model: PreTrainedModel, micro_batch: MicroBatch) -> torch.Tensor:
-        """Return the logits [N, V] of the positions that predict response tokens."""
-        self._rows = rows = micro_batch.predictor_indices
-        try:
-            logits = call_model(model, micro_batch, attention_mask=None, use_cache=False).logits
-        finally:
-            self._rows = None
-        if logits.shape[:2] != (1, len(rows)):
-            raise NotImplementedError(
-                f"{type(model).__name__} returned logits of shape {list(logits.shape)} for {len(rows)} hidden states, "
-                "so its output head cannot be restricted to the response; this architecture is not supported"
-            )
-        return logits.squeeze(0)
+        return self._scatter([flat.squeeze(-1)], micro_batch, aligned)[0]
 
 
 def _required_path(model_config: ModelConfig | CriticModelConfig) -> str:
     assert model_config.path is not None, "model.path is a required key"
     return model_config.path
-
-
-def _make_optimizer(model: torch.nn.Module, config: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        [parameter for parameter in model.parameters() if parameter.requires_grad],
-        lr=config.lr,
-        betas=(config.betas[0], config.betas[1]),
-        weight_decay=config.weight_decay,
-        fused=device.type in ("cpu", "cuda"),
-    )
-
-
-def _make_schedule(config: OptimConfig, run_steps: int) -> Callable[[int], float]:
-    """Return the learning rate as a function of the training step.
-
-    Args:
-        run_steps: training steps of the run, the length of the schedule unless the config sets another.
-    """
-    configured = config.total_training_steps
-    total = run_steps if configured is None or configured < 0 else configured
-    warmup = optim.warmup_steps(config, total)
-
-    def lr_at(step: int) -> float:
-        factor = optim.lr_factor(
-            step, kind=config.lr_scheduler_type, warmup=warmup, total=total, min_lr_ratio=config.min_lr_ratio or 0.0
-        )
-        return config.lr * factor
-
-    return lr_at
-
-
-def _scatter(flat: torch.Tensor, micro_batch: MicroBatch, aligned: AlignedBatch) -> torch.Tensor:
-    """Return a [b, T] tensor with the values [N] at the response tokens and 0 elsewhere."""
-    shape = (max(len(micro_batch.sample_indices), 1), aligned.response_width)
-    return flat.new_zeros(shape[0] * shape[1]).index_put((micro_batch.response_indices,), flat).view(shape)
 
 
 def _temperature(data: DataProto) -> float:

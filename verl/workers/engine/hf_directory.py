@@ -23,7 +23,7 @@ from verl.utils.dtypes import DTYPE_NAMES
 from verl.utils.model_dir.copy_files import CONFIG_FILE, copy_model_files
 from verl.utils.model_dir.index import SAFETENSORS_INDEX, read_checkpoint_index, read_json_object
 from verl.utils.safetensors_file import save_safetensors
-from verl.workers.engine.export import export_weights
+from verl.workers.engine.export import WeightExport, gather_all
 from verl.workers.engine.rank_errors import RankErrors
 from verl.workers.engine.value_head import HEAD, has_value_head
 
@@ -34,6 +34,7 @@ _DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
 def write_hf_directory(
+    export: WeightExport,
     model: PreTrainedModel,
     path: Path,
     *,
@@ -47,6 +48,7 @@ def write_hf_directory(
     """Write config, weights and the files that the model has in common with its source. Collective.
 
     Args:
+        export: the model's export.
         source: directory that the model was read from.
         tokenizer: directory of its tokenizer.
         override: `override_config` of the model section.
@@ -64,7 +66,7 @@ def write_hf_directory(
             one_dtype = None if dtype == "auto" else DTYPE_NAMES[dtype]
             _write_common_files(model, path, source, tokenizer, override, one_dtype)
             weights = _WeightFiles(path, _ExportDtypes(source, one_dtype))
-    for name, tensor in export_weights(model):
+    for name, tensor in gather_all(export.units()):
         with errors.collect():
             if weights is not None and errors.first is None:
                 weights.add(name, tensor)

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from verl.config import LoraOptions
 from verl.utils.safetensors_file import save_safetensors
+from verl.workers.engine.host_memory import to_device
 from verl.workers.engine.lora_targets import check_peft_keeps, shortest_names, target_names
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,10 @@ class Adapter:
     a: torch.Tensor
     b: torch.Tensor
     scale: float
+
+    def to(self, device: torch.device | None) -> Adapter:
+        """Return the adapter with its tensors on a device; None for where they are."""
+        return Adapter(to_device(self.a, device), to_device(self.b, device), self.scale)
 
     def merged(self, weight: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
         """Return weight [out, in] + scale * b @ a, computed in float32 and rounded once to `dtype`. Collective.
@@ -124,6 +129,11 @@ class LayerAdapter:
         a, b = self._layer.lora_A[_NAME], self._layer.lora_B[_NAME]
         return self._layer.scaling[_NAME] * b(a(x.to(a.weight.dtype))).to(x.dtype)
 
+    def factors(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the factors of the update: scale * A @ x [..., r], and B [out, r], in the dtype of x."""
+        a, b = self._layer.lora_A[_NAME], self._layer.lora_B[_NAME]
+        return (self._layer.scaling[_NAME] * a(x.to(a.weight.dtype))).to(x.dtype), b.weight.to(x.dtype)
+
 
 def adapter_of(module: nn.Module) -> LayerAdapter | None:
     """Return the adapter of a module; None if it has none."""
@@ -146,16 +156,17 @@ def merged_view(state: dict[str, torch.Tensor], model: nn.Module) -> tuple[dict[
     return plain, adapters
 
 
-def gather_adapter(model: nn.Module, *, keep: bool) -> dict[str, torch.Tensor]:
+def gather_adapter(model: nn.Module, device: torch.device, *, keep: bool) -> dict[str, torch.Tensor]:
     """Return the adapters' full tensors on the CPU, by their names in adapter_model.safetensors. Collective.
 
     Args:
+        device: device of collectives.
         keep: False on the ranks that do not write them; they return no tensors.
     """
     tensors = {}
     for name, layer in _lora_layers(model):
         for part, parameter in (("A", layer.lora_A[_NAME].weight), ("B", layer.lora_B[_NAME].weight)):
-            tensor = parameter.detach()
+            tensor = to_device(parameter.detach(), device)
             full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if keep:
                 tensors[_file_key(name, part)] = full.cpu().contiguous()

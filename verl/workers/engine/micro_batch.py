@@ -1,14 +1,15 @@
 """Split a rank's samples into micro-batches, packed without padding or padded to similar lengths.
 
-In the packed layout, the sequences of a micro-batch lie one after another in one row. In the other layouts each
-sequence has its own row, padded on the right. Under causal attention no token attends to the padding after it, so no
-attention mask is needed, and positions count up from 0.
+In the packed layout, the sequences of a micro-batch lie one after another in one row. Ranks that share the row
+(`verl.utils.sequence_ranks`) pad it to a multiple of their number, and each one keeps its part. In the
+other layouts each sequence has its own row, padded on the right. Under causal attention no token attends to the padding
+after it, so no attention mask is needed, and positions count up from 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 from verl.protocol import DataProto
 from verl.utils.sampling_masks import COLUMN as SAMPLING_MASKS
 from verl.utils.sampling_masks import SamplingMasks
+from verl.utils.sequence_ranks import SequenceRanks
 from verl.workers.engine.log_probs import KeptTokens
 from verl.workers.engine.packed_attention import PackedSequences
 
@@ -30,7 +32,7 @@ class MicroBatching:
 
     Attributes:
         size: samples.
-        max_tokens: tokens, including padding.
+        max_tokens: tokens, including padding, over all ranks that share them.
 
     Raises:
         ValueError: both or none are set, or the limit is below 1.
@@ -49,9 +51,18 @@ class MicroBatching:
             raise ValueError(f"micro-batching by size={self.size} or max_tokens={self.max_tokens}: must be positive")
 
 
-def micro_batching(use_dynamic_bsz: bool, micro_batch_size: int | None, max_token_len: int | None) -> MicroBatching:
-    """Return the limit that a config section's three keys define."""
-    return MicroBatching(max_tokens=max_token_len) if use_dynamic_bsz else MicroBatching(size=micro_batch_size)
+def micro_batching(
+    use_dynamic_bsz: bool, micro_batch_size: int | None, max_token_len: int | None, sequence_parallel: int
+) -> MicroBatching:
+    """Return the limit that a config section's three keys define.
+
+    Args:
+        max_token_len: limit of one rank.
+        sequence_parallel: number of ranks that share a micro-batch.
+    """
+    if not use_dynamic_bsz:
+        return MicroBatching(size=micro_batch_size)
+    return MicroBatching(max_tokens=None if max_token_len is None else max_token_len * sequence_parallel)
 
 
 class Layout(Enum):
@@ -66,18 +77,21 @@ class Layout(Enum):
 class MicroBatch:
     """b samples with N response tokens, in R rows of S positions: R = 1 if packed, otherwise R = b.
 
+    Of a row that ranks share, the S positions are those of this rank, which predict n of the N tokens; else n = N.
+
     A micro-batch without samples (b = 0) feeds the model one dummy row, and has no response tokens.
 
     Attributes:
         input_ids: [R, S] int64.
         position_ids: [R, S] int64, from 0 in each sequence.
         sequences: lengths of the packed sequences; None if each sequence has its own row.
-        tokens: number of tokens, without padding.
+        tokens: number of tokens, without padding, over all ranks that share them.
         sample_indices: [b] int64, indices of the samples in the rank's batch.
-        predictor_indices: [N] int64, indices into the flattened [R * S] of the positions that predict response tokens.
-        targets: [N] int64, the response tokens.
+        predictor_indices: [n] int64, indices into the flattened [R * S] of the positions that predict response tokens.
+        targets: [n] int64, the response tokens that these positions predict.
         response_indices: [N] int64, indices of the response tokens in the flattened [b * T] responses.
-        kept: the tokens that each response token was sampled from; None without sampling masks.
+        own: indices of the n tokens among the N.
+        kept: n rows, the tokens that each target was sampled from; None without sampling masks.
     """
 
     input_ids: torch.Tensor
@@ -88,6 +102,7 @@ class MicroBatch:
     predictor_indices: torch.Tensor
     targets: torch.Tensor
     response_indices: torch.Tensor
+    own: slice
     kept: KeptTokens | None = None
 
 
@@ -113,12 +128,22 @@ class AlignedBatch:
         data: input_ids, attention_mask [B, P+T]; responses, response_mask [B, T]; `sampling_masks` [B], optional.
         device: device of the micro-batches.
         layout: layout of the micro-batches.
+        sequence: the ranks that share the micro-batches, which must be packed; all of them have the same samples.
+            None: only this rank.
 
     Raises:
         ValueError: response_mask marks a token that attention_mask hides, or the first token of a sample.
     """
 
-    def __init__(self, data: DataProto, device: torch.device, layout: Layout = Layout.PACKED):
+    def __init__(
+        self,
+        data: DataProto,
+        device: torch.device,
+        layout: Layout = Layout.PACKED,
+        sequence: SequenceRanks | None = None,
+    ):
+        self._sequence = sequence or SequenceRanks()
+        assert self._sequence.size == 1 or layout is Layout.PACKED, "ranks can share packed rows only"
         batch = data.batch
         assert batch is not None, "a batch to train on has tensor columns"
         mask = batch["attention_mask"].to(device).bool()
@@ -156,8 +181,8 @@ class AlignedBatch:
         if len(samples) == 0:
             nothing = torch.empty(0, dtype=torch.int64, device=self._device)
             input_ids, positions = self._input_ids.new_zeros(1, 2), torch.arange(2, device=self._device).unsqueeze(0)
-            sequences = PackedSequences([2]) if packed else None
-            return MicroBatch(input_ids, positions, sequences, 0, nothing, nothing, nothing, nothing)
+            dummy = MicroBatch(input_ids, positions, None, 0, nothing, nothing, nothing, nothing, slice(0, 0))
+            return self._share(dummy, [2]) if packed else dummy
         index = torch.as_tensor(samples, device=self._device)
         lengths = self.lengths[samples]
         length = self._width if self._layout is Layout.FULL_ROWS else int(lengths.max())
@@ -171,16 +196,49 @@ class AlignedBatch:
         sample, column = self.response_mask[index].nonzero(as_tuple=True)
         # indices of the response tokens in the flattened input_ids
         token = torch.as_tensor(starts, device=self._device)[sample] + self._token_index[index][sample, column]
-        return MicroBatch(
+        micro_batch = MicroBatch(
             input_ids=input_ids,
             position_ids=positions,
-            sequences=PackedSequences(lengths.tolist()) if packed else None,
+            sequences=None,
             tokens=int(lengths.sum()),
             sample_indices=index,
             predictor_indices=token - 1,
             targets=input_ids.reshape(-1)[token],
             response_indices=sample * self.response_width + column,
-            kept=None if self._masks is None else self._masks.kept(index[sample], column),
+            own=slice(0, len(token)),
+        )
+        if packed:
+            micro_batch = self._share(micro_batch, lengths.tolist())
+        if self._masks is not None:
+            micro_batch.kept = self._masks.kept(index[sample[micro_batch.own]], column[micro_batch.own])
+        return micro_batch
+
+    def _share(self, whole: MicroBatch, lengths: list[int]) -> MicroBatch:
+        """Return this rank's part of a packed row, which is padded to a multiple of the ranks that share it.
+
+        Args:
+            whole: the row without `sequences`.
+            lengths: tokens of its sequences.
+        """
+        size, tokens = self._sequence.size, whole.input_ids.shape[1]
+        padding = -tokens % size
+        sequences = PackedSequences([*lengths, padding], self._sequence)
+        if size == 1:
+            return replace(whole, sequences=sequences)
+        width = (tokens + padding) // size
+        first = self._sequence.rank * width
+        end = torch.arange(padding, device=self._device).unsqueeze(0)
+        # The predictors ascend, so those of this rank's positions are neighbors.
+        bounds = torch.tensor([first, first + width], device=self._device)
+        own = slice(*torch.searchsorted(whole.predictor_indices, bounds).tolist())
+        return replace(
+            whole,
+            input_ids=torch.cat([whole.input_ids, torch.zeros_like(end)], dim=1)[:, first : first + width],
+            position_ids=torch.cat([whole.position_ids, end], dim=1)[:, first : first + width],
+            sequences=sequences,
+            predictor_indices=whole.predictor_indices[own] - first,
+            targets=whole.targets[own],
+            own=own,
         )
 
 
@@ -231,8 +289,9 @@ def plan_micro_batches(lengths: np.ndarray, limits: MicroBatching, *, packed: bo
     assert limits.max_tokens is not None
     if len(order) and lengths[order[0]] > limits.max_tokens:
         raise ValueError(
-            f"a sequence of {lengths[order[0]]} tokens does not fit into *_max_token_len_per_gpu={limits.max_tokens} "
-            "tokens: set that limit to at least data.max_prompt_length + data.max_response_length"
+            f"a sequence of {lengths[order[0]]} tokens does not fit into a micro-batch of {limits.max_tokens} tokens "
+            "(*_max_token_len_per_gpu x ulysses_sequence_parallel_size): set that limit to at least "
+            "data.max_prompt_length + data.max_response_length"
         )
     plan, start = [], 0
     while start < len(order):

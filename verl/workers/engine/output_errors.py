@@ -16,9 +16,10 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from verl.utils.quantization.encode_report import Errors
+from verl.workers.engine.experts import has_plain_experts, rows_of_experts, sort_by_expert
 from verl.workers.engine.export import WeightExport
 from verl.workers.engine.lora import adapter_of
-from verl.workers.engine.qat import QatOptions, by_module, has_plain_experts, rows_of_experts, sort_by_expert
+from verl.workers.engine.qat import QatOptions, by_module
 
 
 class OutputErrors:

@@ -7,12 +7,15 @@ one call of torch's causal kernel per run, without a mask and without work betwe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from verl.utils.sequence_ranks import SequenceRanks
 
 _NAME = "verl_packed_sdpa"
 _SUPPORTED_LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -23,13 +26,15 @@ class PackedSequences:
 
     Args:
         lengths: tokens of each sequence, in order.
+        sequence: the ranks that share the row, each of which holds a part of its positions; None: only this rank.
 
     Attributes:
         runs: (count, length) of each run of consecutive sequences of equal length.
     """
 
-    def __init__(self, lengths: Sequence[int]):
+    def __init__(self, lengths: Sequence[int], sequence: SequenceRanks | None = None):
         self.runs = [(len(list(same)), length) for length, same in groupby(lengths) if length]
+        self._sequence = sequence or SequenceRanks()
         self._used = False
 
     def check_used(self, model: PreTrainedModel) -> None:
@@ -43,7 +48,7 @@ class PackedSequences:
 
     def attend(
         self,
-        module: torch.nn.Module,
+        module: Any,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -53,13 +58,17 @@ class PackedSequences:
         """Compute the causal attention of each sequence to itself.
 
         Args:
-            query, key, value: [1, heads, N, D]; the heads of key and value divide those of query.
+            query, key, value: [1, heads, n, D], of this rank's positions; the heads of key and value divide those of
+                query.
             sliding_window: number of tokens that each token attends to, itself included; None for all.
 
         Returns:
-            [1, N, heads, D].
+            [1, n, heads, D].
         """
         self._used = True
+        if self._sequence.size > 1:
+            query, key, value = self._sequence.to_heads(query, key, value)
+            module = _LocalHeads(query.shape[1] // key.shape[1], getattr(module, "is_causal", True))
         sizes = [count * length for count, length in self.runs]
         outputs = []
         for (count, length), *parts in zip(
@@ -68,7 +77,15 @@ class PackedSequences:
             q, k, v = (part.squeeze(0).unflatten(1, (count, length)).transpose(0, 1) for part in parts)
             mask = _sliding_window_mask(length, sliding_window, query.device)
             outputs.append(sdpa_attention_forward(module, q, k, v, mask, **options)[0].flatten(0, 1))
-        return torch.cat(outputs).unsqueeze(0)
+        return self._sequence.to_positions(torch.cat(outputs).unsqueeze(0))
+
+
+@dataclass(frozen=True)
+class _LocalHeads:
+    """Attributes of an attention layer that `sdpa_attention_forward` reads, for a part of its heads."""
+
+    num_key_value_groups: int
+    is_causal: bool
 
 
 def pack_attention(model: PreTrainedModel) -> bool:

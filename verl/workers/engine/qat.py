@@ -16,7 +16,7 @@ is kept for the backward pass: it decodes the weights again.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -24,10 +24,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.integrations import moe
 
 from verl.utils.quantization.encode_report import EncodeReport
 from verl.utils.quantization_scheme import QuantizationScheme
+from verl.workers.engine.experts import has_plain_experts, rows_of_experts, sort_by_expert
 from verl.workers.engine.export import RowShardedParam, WeightExport, gather_rows
 from verl.workers.engine.lora import adapter_of
 
@@ -129,7 +129,7 @@ class QuantizedForward:
         """Encode the rows that this rank holds, if the weights have changed. Collective."""
         if not self._stale:
             return
-        for unit in self._export.units(dtype=self._options.dtype, encoder=self._options.scheme):
+        for unit in self._export.units(dtype=self._options.dtype, encoder=self._options.scheme, whole_rows=False):
             if isinstance(unit, RowShardedParam) and unit.name in self._weights:
                 self._weights[unit.name].parts = {suffix: part.contiguous() for suffix, part in unit.parts.items()}
         self._report, self._stale = self._options.scheme.pop_report(), False
@@ -287,28 +287,6 @@ class _StraightThrough(torch.autograd.Function):
         return x, grad_weight, grad.sum(0) if needs_bias else None, None, None, None, None
 
 
-def sort_by_expert(top_k_index: torch.Tensor, experts: int) -> tuple[torch.Tensor, list[int]]:
-    """Return the entries of the flattened `top_k_index` [T, top k], sorted by expert, and their number by expert."""
-    chosen = top_k_index.flatten()
-    order = chosen.argsort(stable=True)
-    # Expert parallelism marks the experts of other ranks with numbers beyond the last one.
-    order = order[chosen[order] < experts]
-    return order, torch.bincount(chosen[order], minlength=experts).tolist()
-
-
-def rows_of_experts(x: torch.Tensor, counts: Sequence[int] | None) -> Iterator[tuple[int | None, torch.Tensor]]:
-    """Iterate over the experts and their rows of x [T, K]; over None and all rows for a linear layer.
-
-    An expert without rows is left out, but the first one.
-    """
-    if counts is None:
-        yield None, x
-        return
-    for expert, rows in enumerate(x.split(list(counts))):
-        if len(rows) or not expert:
-            yield expert, rows
-
-
 def _parts(ctx: Any, encoded: Sequence[torch.Tensor], expert: int | None) -> dict[str, torch.Tensor]:
     """Return the encoded rows of a linear layer (None) or of an expert, by suffix."""
     rows = encoded if expert is None else [part[expert] for part in encoded]
@@ -346,11 +324,3 @@ def by_module(weights: Mapping[str, T]) -> dict[str, dict[str, T]]:
         owner, _, last = name.rpartition(".")
         modules.setdefault(owner, {})[last] = weight
     return modules
-
-
-def has_plain_experts(module: Any) -> bool:
-    """Return True for transformers' experts whose product `_experts` computes: gate and up in one weight, no biases."""
-    flags = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True}
-    if any(getattr(module, name, None) is not value for name, value in flags.items()):
-        return False
-    return type(module)._apply_gate is moe._default_apply_gate

@@ -17,6 +17,7 @@ from datetime import date, time, timedelta
 from decimal import Decimal
 from enum import Enum
 from pathlib import Path, PurePath
+from types import MappingProxyType
 from typing import Any
 from uuid import UUID
 
@@ -27,6 +28,8 @@ ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
 PATH_KEY = "reward.custom_reward_function.path"
 NAME_KEY = "reward.custom_reward_function.name"
 KWARGS_KEY = "reward.reward_kwargs"
+MODEL_KEY = "reward.reward_model.enable"
+MODEL_ARGUMENTS = ("reward_router_address", "reward_model_tokenizer")
 _TEXT_TYPES = (date, time, timedelta, PurePath, UUID, complex)
 
 
@@ -58,12 +61,20 @@ class ScoreFunction:
     prepare: Callable[[str], None] | None = None
 
 
-def load_function(path: str | None, name: str, reward_kwargs: Mapping[str, Any]) -> ScoreFunction:
+def load_function(
+    path: str | None,
+    name: str,
+    reward_kwargs: Mapping[str, Any],
+    model_kwargs: Mapping[str, Any] = MappingProxyType({}),
+) -> ScoreFunction:
     """Load `name` from the Python file `path`, or the built-in scorers, selected by data source, if `path` is None.
+
+    Args:
+        model_kwargs: values of `MODEL_ARGUMENTS` in a run with a reward model.
 
     Raises:
         RewardFunctionError: the file is missing or does not import, the function is missing, or it cannot be called
-            with the four arguments and `reward_kwargs` as keywords.
+            with the four arguments, `reward_kwargs` and `model_kwargs` as keywords.
     """
     prepare = None
     if path is None:
@@ -73,9 +84,10 @@ def load_function(path: str | None, name: str, reward_kwargs: Mapping[str, Any])
     else:
         function, where = _function_in(_import_file(path), name, path), f"{name} in {path}"
     kwargs = dict(reward_kwargs)
-    clash = sorted(set(kwargs) & set(ARGUMENTS))
+    clash = sorted(set(kwargs) & {*ARGUMENTS, *model_kwargs})
     if clash:
         raise RewardFunctionError(f"{KWARGS_KEY}: {', '.join(clash)} is set for every sample; choose another name")
+    kwargs |= model_kwargs
     _check_signature(function, where, kwargs)
 
     def call(**sample: Any) -> Any:
@@ -132,9 +144,14 @@ def _check_signature(function: Callable[..., Any], where: str, kwargs: Mapping[s
     try:
         signature.bind(**dict.fromkeys(ARGUMENTS), **kwargs)
     except TypeError as error:
+        cure = f"change its arguments or {KWARGS_KEY}"
+        if any(name in signature.parameters and name not in kwargs for name in MODEL_ARGUMENTS):
+            cure = f"{' and '.join(MODEL_ARGUMENTS)} come from a reward model, so set {MODEL_KEY}=True"
+        elif not set(MODEL_ARGUMENTS).isdisjoint(kwargs):
+            cure = f"with {MODEL_KEY}=True it needs the parameters {' and '.join(MODEL_ARGUMENTS)}, or **kwargs"
         raise RewardFunctionError(
             f"{where} takes {signature} and cannot be called with the keywords "
-            f"{', '.join([*ARGUMENTS, *kwargs])}: {error}; change its arguments or {KWARGS_KEY}"
+            f"{', '.join([*ARGUMENTS, *kwargs])}: {error}; {cure}"
         ) from error
 
 

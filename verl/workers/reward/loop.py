@@ -15,10 +15,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from verl.timeline.spans import current_timeline
+from verl.utils.heartbeat import current_beacon
 from verl.workers.reward.function import KWARGS_KEY, RewardFunctionError, check_path
 from verl.workers.reward.managers import ComponentError, make_manager
 from verl.workers.reward.pool import Outcome, RewardError, WorkerPool
-from verl.workers.reward.worker import Setup
+from verl.workers.reward.worker import RewardModelAccess, Setup
 
 if TYPE_CHECKING:
     from verl.config import RewardConfig
@@ -94,6 +95,8 @@ class RewardLoop:
         components: `algorithm.gdpo_reward_keys`, which the gdpo manager requires from every sample.
         data_sources: built-in scorers to import at the start of the workers instead of at their first sample; a source
             without a built-in scorer is reported at once. Unused with a user's function.
+        reward_router_address: address of the reward model (`host:port`) of `config.reward_model`; it need not respond
+            before the first sample. None without a reward model.
 
     Raises:
         RewardFunctionError: wrong file or name of the function, a failed import, or other arguments.
@@ -108,6 +111,7 @@ class RewardLoop:
         num_workers: int | None = None,
         components: Iterable[str] = (),
         data_sources: Iterable[str] = (),
+        reward_router_address: str | None = None,
     ) -> None:
         from verl.config.reward_kwargs import kwargs_problems, scorer_kwargs
 
@@ -119,7 +123,7 @@ class RewardLoop:
         self._manager = make_manager(config, components)
         if problems := kwargs_problems(config):
             raise ValueError("; ".join(problems))
-        timeout = float(config.timeout)
+        timeout = float(config.time_limit)
         if not 0 < timeout < float("inf"):
             raise ValueError(f"reward.timeout={config.timeout}: must be a number of seconds per sample > 0")
         count = config.workers if num_workers is None else num_workers
@@ -133,6 +137,8 @@ class RewardLoop:
             timeout=timeout,
             data_sources=tuple(dict.fromkeys(data_sources)),
             timeline=current_timeline(),
+            reward_model=_access(config, reward_router_address),
+            beacon=current_beacon(),
         )
         self._lock = threading.Lock()
         self._has_failed = False
@@ -152,12 +158,14 @@ class RewardLoop:
         extra_info: Any,
         *,
         response_length: int | None = None,
+        raw_prompt: Any = None,
     ) -> RewardResult:
         """Score one sample: wait for a free worker, then score within `timeout` seconds.
 
         Args:
             data_source, solution_str, ground_truth, extra_info: arguments of the scorer.
             response_length: tokens of the response; required by a manager that uses the length.
+            raw_prompt: messages of the prompt; required if the reward model scores the samples.
 
         Raises:
             RewardError: the loop is closed, its workers cannot be restarted, or the scorer does not return a component
@@ -180,7 +188,8 @@ class RewardLoop:
             except RuntimeError:
                 _LOG.debug("a reward came after its event loop was closed")
 
-        job = self._pool.submit((data_source, solution_str, ground_truth, extra_info), deliver)
+        sample = (data_source, solution_str, ground_truth, extra_info)
+        job = self._pool.submit((*sample, raw_prompt) if self._setup.scored_by_model else sample, deliver)
         try:
             outcome = await future
         except asyncio.CancelledError:
@@ -207,6 +216,8 @@ class RewardLoop:
     @property
     def scorer(self) -> str:
         """Name of the scorer for messages."""
+        if self._setup.scored_by_model:
+            return "the reward model"
         return self._setup.path or "the built-in scorers"
 
     def close(self) -> None:
@@ -248,6 +259,14 @@ class RewardLoop:
                 data_source,
                 detail,
             )
+
+
+def _access(config: RewardConfig, address: str | None) -> RewardModelAccess | None:
+    assert (address is not None) == config.reward_model.enable, "the run serves the reward model that is enabled"
+    if address is None:
+        return None
+    assert config.reward_model.model_path is not None, "preflight checks that it is set"
+    return RewardModelAccess(address, config.reward_model.model_path)
 
 
 def extra_columns(results: Sequence[RewardResult]) -> dict[str, list[Any]]:

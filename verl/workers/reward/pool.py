@@ -16,7 +16,6 @@ import pickle
 import signal
 import socket
 import struct
-import subprocess
 import tempfile
 import threading
 import time
@@ -25,7 +24,9 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
-from verl.utils.child_process import ending, interpreter_command
+import psutil
+
+from verl.utils.child_process import ending, start_child
 from verl.workers.reward.function import RewardFunctionError
 from verl.workers.reward.worker import NOBODY, SLOT, Setup
 
@@ -39,6 +40,10 @@ ASYNC_GRACE_SECONDS = 0.5
 """A responsive event loop reports a timeout itself; a worker that stays silent this much longer is killed."""
 ASYNC_IN_FLIGHT = 256
 """Limit of concurrent coroutines per worker; keeps connections below the usual limit of 1024 open files."""
+FAILED_STARTS = 3
+"""A replacement that ends while it imports the function is tried again this many times in a row."""
+DEATHS_IN_A_ROW = 16
+"""The pool gives up after this many ends of a worker without a single score in between."""
 _GROUP_SECONDS = 0.01
 _GROUP_SAMPLES = 64
 _SOCKET_SECONDS = 10
@@ -67,12 +72,13 @@ Deliver = Callable[[Outcome | BaseException], None]
 
 
 class _Job:
-    __slots__ = ("cancelled", "deliver", "payload")
+    __slots__ = ("again", "cancelled", "deliver", "payload")
 
     def __init__(self, payload: bytes, deliver: Deliver) -> None:
         self.payload = payload
         self.deliver = deliver
         self.cancelled = False
+        self.again = False  # its first worker was stopped or killed
 
 
 class _Worker:
@@ -87,13 +93,7 @@ class _Worker:
             SLOT.pack_into(self.slot, 0, NOBODY)
             for option in (socket.SO_SNDTIMEO, socket.SO_RCVTIMEO):
                 ours.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", _SOCKET_SECONDS, 0))
-            self.process = subprocess.Popen(
-                interpreter_command("verl.workers.reward.worker", number, theirs.fileno(), slot.fileno(), os.getpid()),
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-                pass_fds=(theirs.fileno(), slot.fileno()),
-                start_new_session=True,
-            )
+            self.process = start_child("verl.workers.reward.worker", number, fds=[theirs.fileno(), slot.fileno()])
         self.connection = Connection(ours.detach())
         self.ready = self.is_async = self.receiving = False
         self.running: dict[int, _Job] = {}
@@ -117,6 +117,12 @@ class _Worker:
             return list(self.running)[:1]
         (current,) = SLOT.unpack_from(self.slot, 0)
         return [current] if current in self.running else list(self.running)
+
+    def is_stopped(self) -> bool:
+        """Return True if a signal such as SIGSTOP stopped the process."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return psutil.Process(self.process.pid).status() == psutil.STATUS_STOPPED
+        return False
 
     def kill(self) -> int:
         """Kill the process and all processes that it started. Return its exit code."""
@@ -142,6 +148,7 @@ class WorkerPool:
         self._numbers = itertools.count()
         self._workers: list[_Worker] = []
         self._mean_seconds: float | None = None
+        self._failed_starts = self._deaths = 0
         self._broken: RewardError | None = None
         self._closing = False
         self._lock = threading.Lock()
@@ -157,7 +164,7 @@ class WorkerPool:
             self.close()
             raise RewardFunctionError(str(broken))
 
-    def submit(self, sample: tuple[str, str, Any, Any], deliver: Deliver) -> _Job:
+    def submit(self, sample: tuple[Any, ...], deliver: Deliver) -> _Job:
         """Queue a sample. The pool's thread calls `deliver` once, with an Outcome or a RewardError.
 
         Set `cancelled` on the returned job to drop it.
@@ -271,7 +278,9 @@ class WorkerPool:
             self._replace(worker, "exception", "")
         else:
             code = self._drop(worker)
-            self._break(f"a reward worker ended ({ending(code)}) while loading {self._setup.path}")
+            self._failed_starts += 1
+            if not self._started.is_set() or self._failed_starts > FAILED_STARTS:
+                self._break(f"a reward worker ended ({ending(code)}) while loading {self._setup.path}")
 
     def _handle(self, worker: _Worker, message: tuple[Any, ...]) -> None:
         worker.heard = time.monotonic()
@@ -281,12 +290,14 @@ class WorkerPool:
             result = Outcome(*outcome)
             mean = self._mean_seconds
             self._mean_seconds = result.seconds if mean is None else 0.9 * mean + 0.1 * result.seconds
+            self._deaths = 0
             job = worker.running.pop(number)
             job.deliver(result)
         elif kind == "start":
             worker.receiving = False
         elif kind == "ready":
             worker.ready, (worker.is_async,) = True, rest
+            self._failed_starts = 0
             self._started.set()
         else:
             self._drop(worker)
@@ -304,16 +315,28 @@ class WorkerPool:
                 self._break(f"{self._setup.path} took more than {START_SECONDS:g} s to import")
 
     def _replace(self, worker: _Worker, error: str, detail: str) -> None:
-        """Kill a worker. The sample in computation fails; its other samples return to the head of the queue."""
+        """Kill a worker. The sample in computation fails; its other samples return to the head of the queue.
+
+        If the worker was stopped or killed, perhaps from outside, the sample is scored once more too.
+        """
         seconds = time.monotonic() - worker.heard
         blamed = worker.culprits()
+        stopped = worker.is_stopped()
+        died = error == "exception" and not detail
         code = self._drop(worker)
         if error == "exception":
             detail = detail or f"the reward function ended its process ({ending(code)})"
         for number in blamed:
+            job = worker.running[number]
+            if (stopped or (died and code == -signal.SIGKILL)) and not job.again:
+                job.again = True
+                continue
             worker.running.pop(number).deliver(Outcome(0.0, {}, error, detail, seconds))
         with self._lock:
             self._waiting.extendleft(reversed(worker.running.values()))
+        self._deaths += died
+        if self._deaths >= DEATHS_IN_A_ROW:
+            self._break(f"{self._deaths} reward workers ended in a row without a score; the last time: {detail}")
 
     def _drop(self, worker: _Worker) -> int:
         self._workers.remove(worker)

@@ -28,7 +28,16 @@ from typing import Any
 
 from verl.timeline.spans import Timeline, join_timeline, span, spanned
 from verl.utils.child_process import end_with_parent
-from verl.workers.reward.function import ARGUMENTS, BadReturnError, ScoreFunction, load_function, read_return
+from verl.utils.heartbeat import Beacon, send_heartbeats
+from verl.workers.reward.function import (
+    ARGUMENTS,
+    MODEL_ARGUMENTS,
+    BadReturnError,
+    RewardFunctionError,
+    ScoreFunction,
+    load_function,
+    read_return,
+)
 
 MAX_EXTRA_BYTES = 16 * 2**20
 _DETAIL_CHARACTERS = 8000
@@ -37,8 +46,25 @@ NOBODY = -1
 
 
 @dataclass(frozen=True)
+class RewardModelAccess:
+    """The reward model of a run: the address of its server (`host:port`), and the directory of its tokenizer."""
+
+    address: str
+    path: str
+
+
+@dataclass(frozen=True)
 class Setup:
-    """Settings of a worker. `timeout` is in seconds per sample; `timeline` is the argument of `join_timeline`."""
+    """Settings of a worker.
+
+    Attributes:
+        path, name, reward_kwargs: the user's function; `path` is None without one.
+        timeout: seconds per sample.
+        data_sources: built-in scorers to import at the start.
+        timeline: argument of `join_timeline`.
+        beacon: argument of `send_heartbeats`.
+        reward_model: the reward model, which scores the samples without a function of the user; None without one.
+    """
 
     path: str | None
     name: str
@@ -46,6 +72,13 @@ class Setup:
     timeout: float
     data_sources: tuple[str, ...] = ()
     timeline: Timeline | None = None
+    beacon: Beacon | None = None
+    reward_model: RewardModelAccess | None = None
+
+    @property
+    def scored_by_model(self) -> bool:
+        """True if the reward model scores the samples; a sample then has `raw_prompt` as its fifth argument."""
+        return self.reward_model is not None and self.path is None
 
 
 def main(number: int, socket_fd: int, slot_fd: int, parent_pid: int) -> None:
@@ -59,9 +92,10 @@ def main(number: int, socket_fd: int, slot_fd: int, parent_pid: int) -> None:
         setup = connection.recv()
     except EOFError:
         return
+    send_heartbeats(setup.beacon, f"reward worker {number}")
     join_timeline(setup.timeline, f"reward worker {number}")
     try:
-        function = load_function(setup.path, setup.name, setup.reward_kwargs)
+        function = _load(setup)
         _prepare(function, setup.data_sources)
     except Exception as error:  # noqa: BLE001 - the driver raises it with its text
         connection.send(("failed", str(error)))
@@ -74,6 +108,23 @@ def main(number: int, socket_fd: int, slot_fd: int, parent_pid: int) -> None:
             _serve_sync(connection, function)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the driver is gone or has closed the pool
+
+
+def _load(setup: Setup) -> ScoreFunction:
+    if (model := setup.reward_model) is None:
+        return load_function(setup.path, setup.name, setup.reward_kwargs)
+    from verl.utils.tokenizer import hf_tokenizer
+
+    try:
+        tokenizer = hf_tokenizer(model.path)
+    except (ValueError, OSError) as error:
+        raise RewardFunctionError(f"reward.reward_model.model_path: {error}") from error
+    if setup.scored_by_model:
+        from verl.utils.reward_score.reward_model import RewardModelScorer
+
+        return ScoreFunction(RewardModelScorer(model.address, model.path, tokenizer), is_async=True)
+    given = dict(zip(MODEL_ARGUMENTS, (model.address, tokenizer), strict=True))
+    return load_function(setup.path, setup.name, setup.reward_kwargs, given)
 
 
 def _prepare(function: ScoreFunction, data_sources: Iterable[str]) -> None:
@@ -123,7 +174,8 @@ async def _finish(value: Awaitable[Any]) -> Any:
 
 
 def _arguments(payload: bytes) -> dict[str, Any]:
-    return dict(zip(ARGUMENTS, pickle.loads(payload), strict=True))
+    values = pickle.loads(payload)
+    return dict(zip((*ARGUMENTS, "raw_prompt")[: len(values)], values, strict=True))
 
 
 def _failure(error: BaseException) -> Outcome:

@@ -30,6 +30,7 @@ class LLMServerClient:
     def __init__(self, replicas: ReplicaSet):
         self._replicas = replicas
         self._sessions: OrderedDict[str, vLLMReplica] = OrderedDict()
+        self._warned: dict[int, str] = {}
         self.retries = 0
         self.cuts = 0
 
@@ -48,12 +49,20 @@ class LLMServerClient:
         """
         refused: dict[int, str] = {}
         response = TokenOutput(token_ids=[])
+        recovery = self._replicas.recovery
         while True:
+            changes = 0 if recovery is None else recovery.changes
             replica = self._choose(session, refused)
+            if replica is None:
+                if recovery is None or not await recovery.wait_for_replica(changes):
+                    reasons = "; ".join(refused.values()) or "no replica was started"
+                    raise NoReplicaLeft(f"none of {len(self._replicas.replicas)} replica(s) responds: {reasons}")
+                refused.clear()
+                continue
             try:
                 part = await replica.generate(prompt_ids, sampling_params, uuid.uuid4().hex, response.token_ids)
             except ReplicaUnavailable as error:
-                logger.warning("%s; trying another replica", error)
+                self._warn_once(replica, str(error))
                 refused[replica.rank] = str(error)
                 self.retries += 1
                 if session is not None:
@@ -66,11 +75,20 @@ class LLMServerClient:
             # A replica that refused before the update may serve after it.
             refused.clear()
 
-    def _choose(self, session: str | None, refused: dict[int, str]) -> vLLMReplica:
-        candidates = [replica for replica in self._replicas.alive if replica.rank not in refused]
+    def _warn_once(self, replica: vLLMReplica, reason: str) -> None:
+        """Log the failure of a replica once for all of its requests, unless a recovery reports it."""
+        if self._replicas.recovery is not None or self._warned.get(replica.rank) == reason:
+            return
+        self._warned[replica.rank] = reason
+        if others := len(self._replicas.serving) - replica.alive:
+            logger.warning("%s; its requests are sent to %d other replica(s)", reason, others)
+        else:
+            logger.warning("%s; there is no other replica", reason)
+
+    def _choose(self, session: str | None, refused: dict[int, str]) -> vLLMReplica | None:
+        candidates = [replica for replica in self._replicas.serving if replica.rank not in refused]
         if not candidates:
-            reasons = "; ".join(refused.values()) or "no replica was started"
-            raise NoReplicaLeft(f"none of {len(self._replicas.replicas)} replica(s) responds: {reasons}")
+            return None
         known = self._sessions.get(session) if session is not None else None
         chosen = known if known in candidates else min(candidates, key=lambda replica: replica.in_flight)
         if session is not None:

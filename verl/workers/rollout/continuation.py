@@ -58,6 +58,7 @@ def joined(so_far: TokenOutput, rest: TokenOutput) -> TokenOutput:
     """Join two parts of a response. Every token keeps its log-probability, weight version and mask."""
     return TokenOutput(
         token_ids=so_far.token_ids + rest.token_ids,
+        prompt_log_probs=so_far.prompt_log_probs or rest.prompt_log_probs,
         log_probs=so_far.log_probs + rest.log_probs,
         stop_reason=rest.stop_reason,
         weight_versions=so_far.weight_versions + rest.weight_versions,

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from ray.exceptions import RayTaskError
 
 from verl.single_controller.actor import Actor, ActorDied
+from verl.single_controller.kill import kill_family
 from verl.workers.rollout.request_channel import Request, RequestChannel, Response
-from verl.workers.rollout.types import ReplicaHealth, ReplicaReport, ReplicaUnavailable, TokenOutput
+from verl.workers.rollout.types import EngineDied, ReplicaHealth, ReplicaReport, ReplicaUnavailable, TokenOutput
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer
 from verl.workers.weight_sync.messages import Bucket, BucketReport, EngineReport, ManifestMessage
 from verl.workers.weight_sync.transports.base import Node
@@ -31,6 +33,13 @@ class vLLMReplica:
         server_arguments: keyword arguments of `vLLMHttpServer` except `replica_rank`.
         actor_options: Ray options of the actor: resources, placement.
         environment: environment variables of its process.
+
+    Attributes:
+        alive: the processes run, as far as is known.
+        waits_for_weights: it was restarted, and no update has reached it since.
+        on_death: called once with the reason when a start or a call shows that the replica is dead.
+        pid: process id of the actor of the last start.
+        starts: number of starts; tells one life of the replica from the next one.
     """
 
     def __init__(
@@ -42,22 +51,32 @@ class vLLMReplica:
     ):
         self.rank = rank
         self.environment = dict(environment)
-        self.alive = False
-        self.in_flight = 0
+        self.alive = self.waits_for_weights = False
+        self.on_death: Callable[[vLLMReplica, str], None] | None = None
+        self.in_flight = self.starts = 0
+        self.pid: int | None = None
         self.node: Node | None = None  # of the last start
         self._arguments = server_arguments
         self._options = actor_options
         self._actor: Actor[vLLMHttpServer] | None = None
         self._requests: RequestChannel | None = None
+        self._starting = False
 
     async def start(self) -> ReplicaReport:
         """Start the actor and its engine. Returns and raises as `vLLMHttpServer.start`."""
         options = {**self._options, "runtime_env": {"env_vars": self.environment}}
+        self._starting = True
         self._actor = Actor(vLLMHttpServer, options, **self._arguments, replica_rank=self.rank)
         self._requests = RequestChannel(self._submit_requests, self._next_responses)
+        self.starts += 1
+        self.pid = None
+        try:
+            self.pid = await self._actor.run(_pid_of)
+            self.node = await self._actor.run(node_of, self._arguments["device"])
+        except ActorDied as error:
+            raise ReplicaUnavailable(f"replica {self.rank} died at its start: {error}") from error
         report = await self._call(vLLMHttpServer.start)
-        self.node = await self._actor.run(node_of, self._arguments["device"])
-        self.alive = True
+        self.alive, self._starting = True, False
         return report
 
     async def generate(
@@ -72,7 +91,28 @@ class vLLMReplica:
         try:
             if self._requests is None:
                 raise ReplicaUnavailable(f"replica {self.rank} is not running")
+            life = self.starts
             return await self._requests.request(prompt_ids, sampling_params, request_id, generated)
+        except EngineDied as error:
+            self._mark_dead(life, str(error))
+            raise
+        finally:
+            self.in_flight -= 1
+
+    async def http_request(
+        self, method: str, path: str, headers: dict[str, str], body: bytes
+    ) -> tuple[int, str, bytes]:
+        """Call `vLLMHttpServer.http_request`.
+
+        Raises:
+            ReplicaUnavailable: the replica is dead from now on; no weight update would make it serve again.
+        """
+        self.in_flight += 1
+        try:
+            return await self._call(vLLMHttpServer.http_request, method, path, headers, body)
+        except ReplicaUnavailable:
+            self.alive = False
+            raise
         finally:
             self.in_flight -= 1
 
@@ -99,6 +139,12 @@ class vLLMReplica:
     async def sleep(self) -> None:
         await self._call(vLLMHttpServer.sleep)
 
+    async def start_profile(self, first_step: int) -> None:
+        await self._call(vLLMHttpServer.start_profile, first_step)
+
+    async def stop_profile(self) -> None:
+        await self._call(vLLMHttpServer.stop_profile)
+
     async def health(self) -> ReplicaHealth:
         return await self._call(vLLMHttpServer.health)
 
@@ -114,24 +160,68 @@ class vLLMReplica:
         *arguments: P.args,
         **keywords: P.kwargs,
     ) -> R:
-        if self._actor is None:
+        actor, life = self._actor, self.starts
+        if actor is None:
             raise ReplicaUnavailable(f"replica {self.rank} is not running")
         try:
-            return await self._actor.call(method, *arguments, **keywords)
+            return await actor.call(method, *arguments, **keywords)
+        except EngineDied as error:
+            self._mark_dead(life, str(error))
+            raise
         except ActorDied as error:
+            reason = f"replica {self.rank} died during {method.__name__}: {error}"
+            self._mark_dead(life, reason)
+            raise ReplicaUnavailable(reason) from error
+
+    def _mark_dead(self, life: int, reason: str) -> None:
+        if self.alive and life == self.starts:
             self.alive = False
-            raise ReplicaUnavailable(f"replica {self.rank} died during {method.__name__}: {error}") from error
+            if self.on_death is not None:
+                self.on_death(self, reason)
+
+    async def kill(self, reason: str) -> None:
+        """End every process of the replica at once, also stopped ones. Calls in progress raise ReplicaUnavailable."""
+        actor, self._actor = self._actor, None
+        self._mark_dead(self.starts, reason)
+        if actor is not None:
+            if self.node is not None and self.pid is not None:
+                await kill_family(self.node.id, self.pid)
+            actor.kill()
 
     async def stop(self, timeout_s: float = 20.0) -> None:
-        """Stop the engine with its processes, then kill the actor. No effect on a dead replica."""
+        """Stop the engine with its processes, then kill the actor. No effect on a dead replica.
+
+        While the engine is loading, its actor answers no calls and is killed at once.
+        """
         actor, self._actor, self.alive = self._actor, None, False
         if actor is None:
             return
-        try:
-            await asyncio.wait_for(actor.call(vLLMHttpServer.stop), timeout_s)
-        except (ActorDied, RayTaskError, TimeoutError) as error:
-            logger.warning("replica %d did not stop by itself (%s): killing its process", self.rank, error)
+        if not self._starting:
+            try:
+                await asyncio.wait_for(actor.call(vLLMHttpServer.stop), timeout_s)
+            except (ActorDied, RayTaskError) as error:
+                logger.warning("replica %d did not stop by itself (%s): killing its process", self.rank, error)
+            except TimeoutError:
+                logger.warning("replica %d did not stop within %g s: killing its process", self.rank, timeout_s)
         actor.kill()
+
+
+def _pid_of(_actor: object) -> int:
+    return os.getpid()
+
+
+class Recovery(Protocol):
+    """Restarts dead replicas while the run goes on."""
+
+    changes: int
+    """Number of times that a replica began to serve, or an update ended."""
+
+    async def wait_for_replica(self, changes: int) -> bool:
+        """Wait until `self.changes` is another number than `changes`; False if nothing is in progress that changes it.
+
+        Raises:
+            Exception: no further restart is allowed.
+        """
 
 
 class ReplicaSet:
@@ -140,21 +230,32 @@ class ReplicaSet:
     Args:
         replicas: constructed but not started.
         on_start: called with (rank, report) for each started replica.
+
+    Attributes:
+        recovery: restarts dead replicas; None: only `restart_dead` does.
+        asleep: the replicas gave their memory to the trainer.
     """
 
     def __init__(self, replicas: list[vLLMReplica], on_start: Callable[[int, ReplicaReport], None] | None = None):
         self.replicas = replicas
         self._on_start = on_start
+        self.recovery: Recovery | None = None
+        self.asleep = False
 
     @property
     def alive(self) -> list[vLLMReplica]:
         return [replica for replica in self.replicas if replica.alive]
 
+    @property
+    def serving(self) -> list[vLLMReplica]:
+        """Replicas that take requests: those that are alive, without restarted ones that no update has reached."""
+        return [replica for replica in self.alive if not replica.waits_for_weights]
+
     async def start(self) -> None:
         """Start all replicas concurrently."""
-        await asyncio.gather(*(self._start(replica) for replica in self.replicas))
+        await asyncio.gather(*(self.start_one(replica) for replica in self.replicas))
 
-    async def _start(self, replica: vLLMReplica) -> None:
+    async def start_one(self, replica: vLLMReplica) -> None:
         report = await replica.start()
         if self._on_start is not None:
             self._on_start(replica.rank, report)
@@ -165,12 +266,16 @@ class ReplicaSet:
         for replica in dead:
             logger.warning("replica %d is dead: restarting it", replica.rank)
             await replica.stop(timeout_s=1.0)
-        await asyncio.gather(*(self._start(replica) for replica in dead))
+        await asyncio.gather(*(self.start_one(replica) for replica in dead))
         return len(dead)
 
     async def sleep(self) -> None:
         """Make every replica give its memory to the trainer."""
-        await asyncio.gather(*(replica.sleep() for replica in self.alive))
+        self.asleep = True
+        outcomes = await asyncio.gather(*(replica.sleep() for replica in self.alive), return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException) and not (self.recovery and isinstance(outcome, ReplicaUnavailable)):
+                raise outcome
 
     async def stop(self) -> None:
         """Stop all replicas."""

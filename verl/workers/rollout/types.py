@@ -21,6 +21,8 @@ class TokenOutput:
         weight_versions: version of the weights that generated each token.
         sampling_masks: the tokens that each token was sampled from, with `rollout.replay_sampling_mask` and if
             log-probabilities are requested; otherwise empty.
+        prompt_log_probs: natural log-probability of each prompt token but the first under the model, at temperature 1;
+            empty unless the sampling parameter `prompt_logprobs` is 0.
     """
 
     token_ids: list[int]
@@ -28,6 +30,7 @@ class TokenOutput:
     stop_reason: str = "stop"
     weight_versions: list[int] = field(default_factory=list)
     sampling_masks: SamplingMasks = field(default_factory=lambda: SamplingMasks.full(0))
+    prompt_log_probs: list[float] = field(default_factory=list)
 
 
 class ReplicaReport(TypedDict):
@@ -48,6 +51,10 @@ class ReplicaHealth(TypedDict):
 
 class ReplicaUnavailable(RuntimeError):
     """A replica died or refuses to serve. The request may be sent to another one."""
+
+
+class EngineDied(ReplicaUnavailable):
+    """The engine of a replica died; its server process may still run."""
 
 
 class NoReplicaLeft(RuntimeError):

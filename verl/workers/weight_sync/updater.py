@@ -74,6 +74,11 @@ class WeightUpdater:
             self._base = version
         return metrics
 
+    async def restore(self, sender: Sender, receivers: Sequence[Receiver], version: int) -> Metrics:
+        """Bring some receivers, which have no weights yet, to `version`, or none. The next update is a full one."""
+        self._base = None
+        return (await self._send(sender, receivers, version, None)).metrics
+
     def _evaluate_size(self, share: float) -> None:
         """Schedule full updates if a delta did not pay off."""
         if share > self._pays_below:

@@ -6,6 +6,7 @@ import pytest
 
 from fixtures.header_checkpoint import small_decoder, write_header_checkpoint
 from fixtures.scheme_models import EMBEDDING, Q_PROJ
+from fixtures.tiny import write_tiny_model
 from verl.utils.quantization.schemes import ascend
 
 
@@ -33,6 +34,15 @@ def test_npu_needs_vllm_ascend(dense, make):
 def test_tensor_parallel_cut_inside_a_block_is_rejected(dense, make):
     with pytest.raises(ValueError, match=r"down_proj.*80 inputs, 40 per rank"):
         make("ascend", dense, tensor_model_parallel_size=2).engine_overrides("cpu")
+
+
+@pytest.mark.parametrize("device", ["cpu", "npu"])
+def test_whole_experts_are_not_cut_inside_a_block(tmp_path, make, device):
+    """64 inputs of an expert, 16 on each of four ranks."""
+    directory = write_tiny_model(tmp_path, kind="qwen3_moe", hidden_size=128, moe_intermediate_size=64)
+    with pytest.raises(ValueError, match=r"experts\.0\.down_proj .*16 per rank: use .* or expert_parallel_size=4"):
+        make("ascend", directory, tensor_model_parallel_size=4).validate(device, installed=False)
+    make("ascend", directory, tensor_model_parallel_size=4, expert_parallel_size=4).validate(device, installed=False)
 
 
 @pytest.mark.parametrize(("release", "fits"), [("0.23.0", False), ("0.26.0rc1", False), ("0.28.0rc1", True)])

@@ -37,6 +37,18 @@ def test_experts_on_a_cpu_without_amx_are_rejected(experts, make, monkeypatch):
         make("fp8", experts).engine_overrides("cpu")
 
 
+def test_experts_on_several_ranks(tmp_path, make):
+    """Experts of width 128: two ranks cannot hold half a block of each, but whole ones; vLLM's CPU kernel cannot."""
+    sizes = dict(hidden_size=256, moe_intermediate_size=128, num_attention_heads=4, num_key_value_heads=4, head_dim=64)
+    directory = write_tiny_model(tmp_path, kind="qwen3_moe", **sizes)
+    with pytest.raises(ValueError, match=r"experts\.0\.down_proj \[256, 128\] has 128 inputs"):
+        make("fp8", directory, tensor_model_parallel_size=2).engine_overrides("cuda")
+    whole = make("fp8", directory, tensor_model_parallel_size=2, expert_parallel_size=2)
+    whole.engine_overrides("cuda")
+    with pytest.raises(ValueError, match=r"expert_parallel_size=2: vLLM's experts in fp8 on a CPU .* use 1, or"):
+        whole.validate("cpu", installed=False)
+
+
 def test_packed_layers_that_end_inside_a_block_are_rejected(dense, make):
     with pytest.raises(ValueError, match=r"gate_proj \[80, 96\] has 80 outputs"):
         make("fp8", dense).engine_overrides("cpu")

@@ -21,8 +21,11 @@ BOTH = {
 }
 # The environment of the engine's processes names these to verl's plugin.
 IMPORTED = {"external_lib": ["math"]}
-# They change how the trainer computes, or, for LoRA, the weights, which are sent merged.
+# They change how the trainer computes, or, for LoRA, the weights, which are sent merged, or nothing.
 TRAINER = {
+    "use_shm": True,
+    "use_fused_kernels": False,
+    "enable_activation_offload": True,
     "enable_gradient_checkpointing": False,
     "use_remove_padding": False,
     "lora_rank": 8,
@@ -62,7 +65,8 @@ def environment_of(model):
 def test_each_key_of_the_model_reaches_the_sides_that_must_agree(model_dirs):
     plain = ModelConfig(path=model_dirs["model"])
     fields = {field.name: field for field in dataclasses.fields(ModelConfig)}
-    refused = {name for name, field in fields.items() if key_of(field).only is not None} | {"lora"}
+    refused = {name for name, field in fields.items() if key_of(field).only is not None}
+    refused |= {"lora", "fused_kernel_options"}  # sections, which no engine reads
     assert fields.keys() == BOTH.keys() | IMPORTED.keys() | TRAINER.keys() | refused, "where does the new key go?"
     for name, value in (BOTH | IMPORTED | TRAINER).items():
         model = dataclasses.replace(plain, **{name: model_dirs["other"] if name == "path" else value})
@@ -120,6 +124,14 @@ def test_ray_never_runs_the_workers(device, size, executor):
     assert arguments["distributed_executor_backend"] == "external_launcher"
 
 
+@pytest.mark.parametrize("size", [1, 4])
+def test_devices_share_experts_only_on_request(model_dirs, size):
+    rollout = RolloutConfig(tensor_model_parallel_size=4, expert_parallel_size=size)
+    sizes = {"prompt_length": 8, "response_length": 8, "seed": 0}
+    arguments = engine_args(rollout, ModelConfig(path=model_dirs["model"]), device="cpu", dtype="float32", **sizes)
+    assert arguments["enable_expert_parallel"] is (size > 1)
+
+
 def test_only_the_end_ids_of_the_generation_config_act(tmp_path):
     """Its sampling parameters would silently change the samples of requests that do not set them."""
     from vllm import AsyncEngineArgs
@@ -154,3 +166,20 @@ def test_only_models_with_latent_attention_get_the_rl_config(tmp_path, monkeypat
     (directory / "config.json").write_text(json.dumps({**config, "kv_lora_rank": 64}))
     arguments = arguments_of(ModelConfig(path=str(directory)), device="npu")
     assert arguments["additional_config"] == {"weight_nz_mode": 0, "rl_config": {"enabled": True}}
+
+
+def test_nested_settings_of_the_user_are_merged_into_those_of_other_keys(model_dirs):
+    def compilation(given):
+        rollout = RolloutConfig(
+            cudagraph_capture_sizes=[8, 16], engine_kwargs={"vllm": {"compilation_config": given} if given else {}}
+        )
+        sizes = {"prompt_length": 8, "response_length": 8, "seed": 0}
+        model = ModelConfig(path=model_dirs["model"])
+        return engine_args(rollout, model, device="cuda", dtype="float32", **sizes)["compilation_config"]
+
+    mode = {"cudagraph_mode": "FULL_DECODE_ONLY"}
+    assert compilation(mode) == {"cudagraph_capture_sizes": [8, 16]} | mode
+    assert compilation({"cudagraph_capture_sizes": [4]}) == {"cudagraph_capture_sizes": [4]}
+    assert compilation({}) == {"cudagraph_capture_sizes": [8, 16]}
+    with pytest.raises(ValueError, match="replaces the settings cudagraph_capture_sizes of other keys"):
+        compilation(3)

@@ -192,6 +192,7 @@ async def run(transport, sizes, placed, version, base=None):
     return await update_weights(sender, receivers, version, base=base)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("staged", [False, True])
 async def test_every_byte_arrives_once_on_each_node_in_every_update(proxies, staged):
     """`staged` uses two buffers at either end, as on an accelerator."""
@@ -242,6 +243,7 @@ async def test_replicas_on_the_trainer_node_need_no_proxy(proxies):
     assert not proxies
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["killed", "stopped"])
 @pytest.mark.parametrize("when", ["receive", "ready"])
 async def test_lost_proxy_is_named_and_replaced(proxies, monkeypatch, how, when):

@@ -219,9 +219,10 @@ def validate_tensor_parallel(
         # A layer's experts are quantized together, so they are left out together.
         glob = f"{name_pattern(first.experts)}.**" if first.experts else pattern
         regex = re.escape(glob).replace(r"\*\*", ".*").replace(r"\*", r"\d+")
+        whole = f" or expert_parallel_size={tp_size}" if first.experts and first.k % MX_BLOCK_SIZE == 0 else ""
         faults.append(
             f"{first.name} {list(first.info.shape)} ({len(group)} such) has {first.k} inputs, {first.k / tp_size:g} "
-            f"per rank: use tensor_model_parallel_size={' or '.join(map(str, sizes))}, or leave it out: "
+            f"per rank: use tensor_model_parallel_size={' or '.join(map(str, sizes))}{whole}, or leave it out: "
             f"{json.dumps({'ignore': ['re:' + regex]})} in {FIELD}"
         )
     raise ValueError(

@@ -44,6 +44,7 @@ class AscendFormat(ScaledFormat):
             self.settings.quantization_config_file,
             self.settings.tensor_model_parallel_size,
             scheme=self.settings.quantization_scheme,
+            expert_parallel=self.settings.expert_parallel_size > 1,
             padded_shares=True,  # depends on device and release: `_validate_engine`
             index=self._read_index(),
         )
@@ -67,6 +68,7 @@ class AscendFormat(ScaledFormat):
 
     def _validate_engine(self, device: str, installed: bool) -> None:
         tp_size, padded_shares = self.settings.tensor_model_parallel_size, False
+        expert_parallel = self.settings.expert_parallel_size > 1
         if device == "npu":
             release = check_vllm_ascend() if installed else NEWEST_READ
             if untested_release(release) is not None and not self.runs_self_test(device):
@@ -74,12 +76,12 @@ class AscendFormat(ScaledFormat):
                     f"{FIELD}_self_test=False: vllm-ascend {release} is newer than the newest release tested with "
                     f"verl, {NEWEST_TESTED}, and is used only after a self-test; use null, or install {NEWEST_TESTED}"
                 )
-            validate_paired_groups(self.layers, tp_size, release)
-            validate_mxfp4(self.layers, tp_size, release)
+            validate_paired_groups(self.layers, tp_size, release, expert_parallel=expert_parallel)
+            validate_mxfp4(self.layers, tp_size, release, expert_parallel=expert_parallel)
             if not reads_exact_names(release):
                 validate_name_prefixes(self.description.to_json_dict(), release)
             padded_shares = pads_shares(release)
-        validate_tensor_parallel(self.layers, tp_size, padded_shares=padded_shares)
+        validate_tensor_parallel(self.layers, tp_size, expert_parallel=expert_parallel, padded_shares=padded_shares)
         super()._validate_engine(device, installed)
 
     def _engine_arguments(self) -> dict[str, Any]:

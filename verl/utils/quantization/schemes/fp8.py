@@ -50,8 +50,15 @@ class Fp8Format(ScaledFormat):
         self._validate_bfloat16(device)
 
     def _validate_engine(self, device: str, installed: bool) -> None:
-        if installed and device == "cpu" and any(layer.experts for layer in self.layers):
-            _validate_amx()
+        if device == "cpu" and any(layer.experts for layer in self.layers):
+            if self.settings.expert_parallel_size > 1:
+                raise ValueError(
+                    "actor_rollout_ref.rollout.expert_parallel_size="
+                    f"{self.settings.expert_parallel_size}: vLLM's experts in fp8 on a CPU cannot be divided among "
+                    f"ranks; use 1, or {FIELD}=ascend or null"
+                )
+            if installed:
+                _validate_amx()
         super()._validate_engine(device, installed)
         for layer in self.layers:
             if layer.quantized:
@@ -59,7 +66,8 @@ class Fp8Format(ScaledFormat):
 
     def _validate_blocks(self, layer: Layer) -> None:
         """Check that blocks end where vLLM cuts a layer, or where it packs one behind another."""
-        tp_size = self.settings.tensor_model_parallel_size
+        whole = layer.experts and self.settings.expert_parallel_size > 1
+        tp_size = 1 if whole else self.settings.tensor_model_parallel_size
         *_, n, k = layer.info.shape
         if layer.split == ROW and tp_size > 1 and k % (FP8_BLOCK_SIZE * tp_size):
             raise ValueError(

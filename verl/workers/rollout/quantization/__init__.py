@@ -21,6 +21,7 @@ class WorkerSettings(TypedDict, total=False):
     quantization_config_file: str | None
     quantization_side: str
     tensor_model_parallel_size: int
+    expert_parallel_size: int
 
 
 def scheme_class(name: str | None) -> type[QuantizationScheme]:
@@ -48,6 +49,7 @@ def worker_settings(rollout: RolloutConfig) -> WorkerSettings:
         "quantization_config_file": rollout.quantization_config_file,
         "quantization_side": rollout.quantization_side,
         "tensor_model_parallel_size": rollout.tensor_model_parallel_size,
+        "expert_parallel_size": rollout.expert_parallel_size,
     }
 
 

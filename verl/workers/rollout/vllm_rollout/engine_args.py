@@ -51,6 +51,7 @@ def engine_args(
         "dtype": dtype,
         "load_format": rollout.load_format,
         "tensor_parallel_size": rollout.tensor_model_parallel_size,
+        "enable_expert_parallel": rollout.expert_parallel_size > 1,
         "max_model_len": length,
         "max_num_seqs": rollout.max_num_seqs,
         "max_num_batched_tokens": max(rollout.max_num_batched_tokens, length),
@@ -68,6 +69,8 @@ def engine_args(
         # vLLM would use Ray for several, and wait forever for the devices that the trainer's ranks reserve.
         "distributed_executor_backend": "uni" if rollout.tensor_model_parallel_size == 1 else "mp",
     }
+    if rollout.prometheus.enable and rollout.prometheus.served_model_name is not None:
+        arguments["served_model_name"] = rollout.prometheus.served_model_name
     if rollout.replay_sampling_mask:
         arguments["max_logprobs"] = candidates_for_top_k(rollout.top_k)
     if device == "cpu":
@@ -98,6 +101,15 @@ def engine_args(
 
 def _merged(arguments: dict[str, Any], required: Mapping[str, Any], user: Mapping[str, Any]) -> dict[str, Any]:
     merged = {**arguments, **required, **user}
+    for key, value in arguments.items():
+        given = user.get(key)
+        if isinstance(value, Mapping) and isinstance(given, Mapping):
+            merged[key] = {**value, **given}
+        elif isinstance(value, Mapping) and given is not None:
+            raise ValueError(
+                f"actor_rollout_ref.rollout.engine_kwargs.vllm.{key}={given!r}: replaces the settings "
+                f"{', '.join(value)} of other keys; give a mapping, or leave these keys out"
+            )
     for key, needed in required.items():
         given = user.get(key)
         if given is None or given == needed:

@@ -11,6 +11,8 @@ import stat
 _LAST_LINE = re.compile(
     r"^\((?!MainProcess)[^)]*\) ERROR .*?\[\w+\.py:\d+\] ((?:\w+\.)*\w*(?:Error|Exception)\b.*)$", re.M
 )
+# References in vLLM's messages to a log that the reader of the message does not see.
+_ABOVE = re.compile(r"\s*See (?:stack trace|root cause) \(?above\)?[^.]*\.")
 _OUTPUTS = (1, 2)
 _READ = 1 << 18
 
@@ -19,10 +21,15 @@ def failure_text(error: BaseException) -> str:
     """Return an error of an engine as text, with the last exception that the engine's processes logged.
 
     They write to the outputs of this process. Ray sends these to files, which can be read; without files, or after a
-    death without a traceback, the text is that of the error.
+    death without a traceback, the text is that of the error. Its reference to a "stack trace above" is left out.
     """
     found = [match for descriptor in _OUTPUTS for match in _LAST_LINE.findall(_tail(descriptor))]
-    return f"{found[-1]} ({error})" if found else str(error)
+    text = _ABOVE.sub("", str(error)) or type(error).__name__
+    if found:
+        return f"{found[-1]} ({text})"
+    if text != str(error):
+        text += " Its processes logged no error: they were killed, for lack of memory or from outside"
+    return text.strip()
 
 
 def _tail(descriptor: int) -> str:

@@ -67,17 +67,22 @@ class HttpEndpoint:
         self._task: asyncio.Task[None] | None = None
 
     async def start(self, engine: Any, engine_arguments: Any) -> str:
-        """Start serving, and return the base address, for example `http://127.0.0.1:34567`."""
+        """Start serving (without `enable_http` the metrics alone), and return the base address, for example `http://127.0.0.1:34567`."""
         import uvicorn
 
-        from verl.utils.vllm.server import openai_app
+        from verl.utils.vllm.server import metrics_app, openai_app
 
-        app = await openai_app(engine, engine_arguments.model, api_key=self.api_key)
-        guarded = RefuseWithoutWeights(app, self._refusal)
-        self._server = uvicorn.Server(uvicorn.Config(guarded, log_level="warning", lifespan="off"))
+        if self._config.enable_http:
+            api = await openai_app(engine, engine_arguments.model, api_key=self.api_key)
+            app: Any = RefuseWithoutWeights(api, self._refusal)
+        else:
+            app = metrics_app()
+        self._server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
         # The actor handles the process's signals.
         # Older uvicorn calls this method; newer ones have none.
         vars(self._server)["install_signal_handlers"] = lambda: None
+        # A request before the first turn of the server waits instead of being refused.
+        self._socket.listen()
         self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]))
         host, port = self._socket.getsockname()[:2]
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"

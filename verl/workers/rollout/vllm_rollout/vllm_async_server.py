@@ -18,21 +18,24 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from verl.config import ModelConfig, RolloutConfig
+from verl.config.profiles import RolloutProfiles
 from verl.timeline.spans import Timeline, join_timeline, spanned
 from verl.utils.heap import freeze_heap
 from verl.utils.quantization.ascend_releases import installed_vllm_ascend, untested_release
 from verl.utils.quantization.schemes import SCHEME_NAMES, weight_format
 from verl.utils.sampling_masks import SamplingMasks
+from verl.utils.vllm.engine_profiler import engine_objects, engine_profiler
 from verl.utils.vllm.npu_settings import check_npu_settings
 from verl.utils.vllm.sampling_replay import SamplingReplay
-from verl.utils.vllm.server import drain
+from verl.utils.vllm.server import call_app, drain, openai_app
 from verl.workers.rollout.quantization import worker_settings
 from verl.workers.rollout.request_channel import Request, RequestDesk, Response
-from verl.workers.rollout.types import ReplicaHealth, ReplicaReport, ReplicaUnavailable, TokenOutput
+from verl.workers.rollout.types import EngineDied, ReplicaHealth, ReplicaReport, ReplicaUnavailable, TokenOutput
 from verl.workers.rollout.vllm_rollout.engine_args import engine_args
 from verl.workers.rollout.vllm_rollout.engine_failure import failure_text
 from verl.workers.rollout.vllm_rollout.sampling_params import vllm_sampling_params
@@ -59,6 +62,7 @@ class vLLMHttpServer:
         dtype: name of the torch dtype in which the engine computes.
         prompt_length, response_length: limits in tokens.
         seed: seed of the engine's sampler; each replica adds its rank.
+        profiles: profiles of the replicas; None without any.
         timeline: argument of `join_timeline`.
     """
 
@@ -73,6 +77,7 @@ class vLLMHttpServer:
         prompt_length: int,
         response_length: int,
         seed: int = 0,
+        profiles: RolloutProfiles | None = None,
         timeline: Timeline | None = None,
     ):
         join_timeline(timeline, f"replica {replica_rank}")
@@ -102,14 +107,18 @@ class vLLMHttpServer:
             seed=seed + replica_rank,
             quantization=chosen.engine_overrides(device),
         )
+        self._profiler = None if profiles is None else engine_profiler(profiles, replica_rank)
+        if self._profiler is not None:
+            self._args["profiler_config"] = self._profiler.config
         self._version: int | None = None
         self._refusal: str | None = None
         self._serving = asyncio.Event()
         self._in_flight: set[str] = set()
         self._engine: Any = None
         self._http: Any = None
+        self._app: asyncio.Future[Any] | None = None
         self._replay: SamplingReplay | None = None
-        self._desk = RequestDesk(self.generate, (ReplicaUnavailable, ValueError))
+        self._desk = RequestDesk(self.generate, (EngineDied, ReplicaUnavailable, ValueError))
 
     async def start(self) -> ReplicaReport:
         """Start the engine, and the HTTP endpoint if it is enabled.
@@ -124,7 +133,7 @@ class vLLMHttpServer:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         started = time.perf_counter()
-        arguments = AsyncEngineArgs(**self._args)
+        arguments = AsyncEngineArgs(**engine_objects(self._args))
         # This blocks for many seconds, during which the actor must respond to health checks.
         try:
             config = await asyncio.to_thread(arguments.create_engine_config)
@@ -147,8 +156,8 @@ class vLLMHttpServer:
             self._replay = SamplingReplay(self._rollout.top_k, config.model_config.get_vocab_size())
         if self._rollout.load_format != "dummy":
             self._commit(0)
-        address = await self._start_http(arguments) if self._rollout.server.enable_http else None
-        key = self._http.api_key if self._http is not None else None
+        address = await self._start_http(arguments) if self._rollout.listens else None
+        key = self._http.api_key if self._http is not None and self._rollout.server.enable_http else None
         freeze_heap()
         return {"seconds": time.perf_counter() - started, "pid": os.getpid(), "http": address, "api_key": key}
 
@@ -162,6 +171,22 @@ class vLLMHttpServer:
         if self._serving.is_set():
             return None
         return self._refusal or "a weight update is in progress"
+
+    async def http_request(
+        self, method: str, path: str, headers: dict[str, str], body: bytes
+    ) -> tuple[int, str, bytes]:
+        """Respond to a request of vLLM's OpenAI-compatible server; arguments and result as for `call_app`.
+
+        Raises:
+            ReplicaUnavailable: the engine died.
+        """
+        if self._app is None:
+            self._app = asyncio.ensure_future(openai_app(self._engine, self._args["model"], api_key=None))
+        response = await call_app(await self._app, method, path, headers, body)
+        if self._engine.errored:
+            self._refuse("its engine died")
+            raise ReplicaUnavailable(f"replica {self._rank}: {self._refusal}")
+        return response
 
     async def submit_requests(self, requests: Sequence[Request]) -> None:
         """Start `generate` for each request."""
@@ -188,25 +213,23 @@ class vLLMHttpServer:
             the new tokens. `stop_reason` is "abort" if an update or `sleep` cut the request.
 
         Raises:
-            ReplicaUnavailable: the replica refuses to serve, or its engine died.
+            EngineDied: the engine died.
+            ReplicaUnavailable: the replica refuses to serve.
             ValueError: the prompt leaves no room for a response, a sampling parameter is unknown or, with
                 `partial_rollout`, does not support a cut, or the sampling masks are not bounded or incomplete.
         """
         from vllm.inputs import TokensPrompt
-        from vllm.v1.engine.exceptions import EngineDeadError
 
         candidates = 0 if self._replay is None else self._replay.candidates(sampling_params)
         parameters = self._sampling_params(len(prompt_ids), sampling_params, len(generated), candidates)
         prompt = TokensPrompt(prompt_token_ids=[*prompt_ids, *generated])
         await self._wait_until_serving()
-        version, final = self._version, None
+        version, final, prompt_log_probs = self._version, None, []
         self._in_flight.add(request_id)
         try:
-            async for output in self._engine.generate(prompt, parameters, request_id):
-                final = output.outputs[0]
-        except EngineDeadError as error:
-            self._refuse(f"its engine died: {failure_text(error)}")
-            raise ReplicaUnavailable(f"replica {self._rank}: {self._refusal}") from error
+            async with self._engine_errors():
+                async for output in self._engine.generate(prompt, parameters, request_id):
+                    final, prompt_log_probs = output.outputs[0], _prompt_log_probs(output)
         finally:
             self._in_flight.discard(request_id)
         assert final is not None and version is not None
@@ -218,6 +241,7 @@ class vLLMHttpServer:
             log_probs=log_probs,
             stop_reason=final.finish_reason or "abort",
             weight_versions=[version] * len(final.token_ids),
+            prompt_log_probs=prompt_log_probs,
             sampling_masks=masks,
         )
 
@@ -270,7 +294,8 @@ class vLLMHttpServer:
             if self._rollout.partial_rollout:
                 await self._cut()
             # HTTP requests cannot be resumed after a cut, so complete them.
-            await drain(self._engine)
+            async with self._engine_errors():
+                await drain(self._engine)
             settings = worker_settings(self._rollout)
             await self._workers(WeightUpdateExtension.verl_begin_update, version, settings, base)
         except BaseException as error:
@@ -304,9 +329,10 @@ class vLLMHttpServer:
         try:
             reports = await self._workers(WeightUpdateExtension.verl_finish_update, manifest)
             # Cached keys and values of the old weights must not be used under the new ones.
-            if not await self._engine.reset_prefix_cache():
-                raise WeightUpdateError("the engine kept its prefix cache: requests are still in flight")
-            await self._engine.resume_generation()
+            async with self._engine_errors():
+                if not await self._engine.reset_prefix_cache():
+                    raise WeightUpdateError("the engine kept its prefix cache: requests are still in flight")
+                await self._engine.resume_generation()
         except BaseException as error:
             self._refuse(str(error))
             raise
@@ -331,7 +357,19 @@ class vLLMHttpServer:
         *arguments: P.args,
         **keywords: P.kwargs,
     ) -> list[R]:
-        return results(await call_workers(self._engine, method, *arguments, **keywords), self._rank)
+        async with self._engine_errors():
+            return results(await call_workers(self._engine, method, *arguments, **keywords), self._rank)
+
+    @asynccontextmanager
+    async def _engine_errors(self) -> AsyncIterator[None]:
+        """Refuse to serve once the engine is dead, and raise `EngineDied` with its own error."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            yield
+        except EngineDeadError as error:
+            self._refuse(f"its engine died: {failure_text(error)}")
+            raise EngineDied(f"replica {self._rank}: {self._refusal}") from error
 
     def _refuse(self, reason: str) -> None:
         self._serving.clear()
@@ -343,9 +381,24 @@ class vLLMHttpServer:
 
     # ---- life ----
 
+    async def start_profile(self, first_step: int) -> None:
+        """Begin the engine's trace with a training step; no effect on a replica that is not profiled."""
+        if self._profiler is not None:
+            await self._profiler.start(self._engine, first_step)
+
+    async def stop_profile(self) -> None:
+        """End the engine's trace and write it."""
+        if self._profiler is not None:
+            await self._profiler.stop(self._engine)
+
     async def health(self) -> ReplicaHealth:
-        """Return the served version, or the reason for a refusal. Raise if the engine is dead."""
-        await self._engine.check_health()
+        """Return the served version, or the reason for a refusal.
+
+        Raises:
+            EngineDied: the engine died.
+        """
+        async with self._engine_errors():
+            await self._engine.check_health()
         return {"version": self._version, "refusal": self._refusal}
 
     @spanned("sleep")
@@ -355,13 +408,15 @@ class vLLMHttpServer:
             self._serving.clear()
             if self._rollout.partial_rollout:
                 await self._cut()
-            await self._engine.sleep(level=1 if self._device == "npu" else 2)
+            async with self._engine_errors():
+                await self._engine.sleep(level=1 if self._device == "npu" else 2)
 
     @spanned("wake up")
     async def wake_up(self, tags: list[str]) -> None:
         """Allocate memory again: `["weights"]` before an update, `["kv_cache"]` after it. No effect on a CPU."""
         if self._device != "cpu" and self._rollout.free_cache_engine:
-            await self._engine.wake_up(tags=tags)
+            async with self._engine_errors():
+                await self._engine.wake_up(tags=tags)
 
     async def stop(self) -> None:
         """Stop the endpoint and the engine with all its processes."""
@@ -371,3 +426,11 @@ class vLLMHttpServer:
         if self._engine is not None:
             engine, self._engine = self._engine, None
             await asyncio.to_thread(engine.shutdown)
+
+
+def _prompt_log_probs(output: Any) -> list[float]:
+    """Return the log-probability of each prompt token but the first, which has none; empty if not requested."""
+    if output.prompt_logprobs is None:
+        return []
+    pairs = zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)
+    return [entry[token].logprob for token, entry in pairs if entry is not None]

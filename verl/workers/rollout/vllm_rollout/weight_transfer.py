@@ -167,12 +167,15 @@ class VerlWeightTransferEngine(base.WeightTransferEngine[VerlInitInfo, VerlUpdat
                 f"init_info.quantization={init_info.quantization!r}: the engine was started with "
                 f"quantization={running!r}; both must be equal"
             )
+        parallel = self.parallel_config
+        ranks = parallel.tensor_parallel_size * parallel.data_parallel_size
         settings: WorkerSettings = {
             "quantization": init_info.quantization,
             "quantization_scheme": init_info.quantization_scheme,
             "quantization_config_file": init_info.quantization_config_file,
             "quantization_side": init_info.quantization_side,
-            "tensor_model_parallel_size": self.parallel_config.tensor_parallel_size,
+            "tensor_model_parallel_size": parallel.tensor_parallel_size,
+            "expert_parallel_size": ranks if parallel.enable_expert_parallel else 1,
         }
         device = torch.device(self.device)
         scheme = worker_scheme(settings, self.model_config.model)

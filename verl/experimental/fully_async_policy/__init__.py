@@ -1,0 +1,1 @@
+"""Runs that generate and train at the same time."""
