@@ -8,6 +8,7 @@ from fixtures.updates import (
     PassThrough,
     buckets_of,
     contiguous,
+    delta_buckets,
     equal,
     flip_bits,
     send_delta,
@@ -17,6 +18,7 @@ from fixtures.updates import (
 from verl.workers.weight_sync.bucket import BucketWriter
 from verl.workers.weight_sync.manifest import WeightUpdateError
 from verl.workers.weight_sync.receiver import WeightReceiver
+from verl.workers.weight_sync.shm import SegmentReader
 
 
 @pytest.mark.parametrize("bucket_bytes", [1, 300, 1024, 5000, 1 << 20])
@@ -91,6 +93,24 @@ def test_spoiled_update_is_refused_by_name_and_the_next_full_update_succeeds(spo
     assert receiver.version is None
     send_full(receiver, tensors, version=2)
     assert receiver.version == 2
+
+
+@pytest.mark.parametrize("is_delta", [False, True], ids=["full", "delta"])
+def test_bytes_that_change_after_the_sender_wrote_them_are_refused(is_delta):
+    tensors = weights()
+    receiver = WeightReceiver(DictSession(tensors))
+    send_full(receiver, tensors, version=1)
+    receiver.begin(2, 1 if is_delta else None)
+    changed = flip_bits(tensors, 1)
+    pairs = list(delta_buckets(tensors, changed, 2, 1) if is_delta else buckets_of(changed, 1 << 20, 2))
+    (bucket, _), *_ = pairs
+    memory = SegmentReader().open(bucket["segment"])
+    memory[bucket["nbytes"] // 2] ^= 1
+    with pytest.raises(WeightUpdateError, match=r"bucket 0 of version 2: its \d+ bytes changed"):
+        receiver.load_bucket(bucket)
+    assert receiver.version is None
+    send_full(receiver, changed, version=3)
+    assert equal(receiver._session.weights, contiguous(changed))
 
 
 def test_unwritten_engine_parameter_is_refused_by_name():

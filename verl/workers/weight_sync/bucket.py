@@ -10,11 +10,28 @@ from verl.workers.weight_sync.shm import SharedSegment
 
 # A multiple of every element size and of the widest vector load, so that any view of the bytes is aligned.
 ALIGNMENT = 256
+_ROW = 1024  # words of a row in `checksum`: long enough for vector instructions
 
 
 def align(nbytes: int) -> int:
     """Round `nbytes` up to a multiple of `ALIGNMENT`."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def checksum(memory: torch.Tensor) -> int:
+    """Return a number that changes if bytes of `memory` change, or if blocks of 8 KiB are exchanged.
+
+    It is the sum of the 64-bit words modulo 2^64, the words of the i-th block weighted with 2 i + 1. It runs at the
+    speed of the memory; it protects against faults, not against an attacker.
+
+    Args:
+        memory: uint8 [n], n a multiple of 8.
+    """
+    words = memory.view(torch.int64)
+    blocks = words.numel() // _ROW
+    sums = words[: blocks * _ROW].view(blocks, _ROW).sum(1)
+    rest = words[blocks * _ROW :].sum() * (2 * blocks + 1)
+    return int((sums * (2 * torch.arange(blocks) + 1)).sum() + rest)
 
 
 class BucketWriter:
@@ -81,6 +98,7 @@ class BucketWriter:
             "last": last,
             "nbytes": self._end,
             "segment": self._segment.handle if self._segment is not None else None,
+            "checksum": 0 if self._segment is None else checksum(self._segment.bytes[: self._end]),
             "entries": list(self._entries),
         }
 
@@ -113,3 +131,22 @@ def read_bucket(memory: torch.Tensor, bucket: Bucket) -> list[tuple[str, torch.T
         view = memory[offset:end].view(dtype).view(spec.shape) if spec.nbytes else torch.empty(spec.shape, dtype=dtype)
         tensors.append((spec.name, view))
     return tensors
+
+
+def check_bytes(memory: torch.Tensor, bucket: Bucket) -> None:
+    """Check that a bucket has the bytes that its sender wrote.
+
+    A receiver calls it after it has read the bucket, so that it also finds bytes that changed meanwhile.
+
+    Args:
+        memory: uint8 [n], n >= `bucket["nbytes"]`.
+
+    Raises:
+        WeightUpdateError: it has other bytes.
+    """
+    nbytes = int(bucket["nbytes"])
+    if checksum(memory[:nbytes]) != int(bucket["checksum"]):
+        raise WeightUpdateError(
+            f"bucket {bucket['index']} of version {bucket['version']}: its {nbytes} bytes changed after the "
+            "sender wrote them: a fault of the memory or of the transport"
+        )

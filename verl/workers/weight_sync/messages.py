@@ -57,7 +57,8 @@ class Bucket(TypedDict):
     """A bucket of a full update.
 
     `segment` is the memory that holds the first `nbytes` bytes; it may be None if `nbytes` is 0. `index` counts the
-    buckets of an update from 0, and `last` is true for the final one.
+    buckets of an update from 0, and `last` is true for the final one. `checksum` is the result of
+    `bucket.checksum` for the bytes.
     """
 
     version: int
@@ -65,6 +66,7 @@ class Bucket(TypedDict):
     last: bool
     nbytes: int
     segment: SegmentHandle | None
+    checksum: int
     entries: list[TensorEntry]
 
 

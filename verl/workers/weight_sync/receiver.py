@@ -10,7 +10,7 @@ import torch
 
 from verl.utils.quantization.encode_report import EncodeReport
 from verl.utils.quantization_scheme import QuantizationScheme
-from verl.workers.weight_sync.bucket import read_bucket
+from verl.workers.weight_sync.bucket import check_bytes, read_bucket
 from verl.workers.weight_sync.delta import DeltaChunk, decode
 from verl.workers.weight_sync.delta_checks import check_bucket_base, check_chunk_spec, check_engine_base, check_totals
 from verl.workers.weight_sync.manifest import Manifest, TensorSpec, WeightUpdateError, check_received, dtype_name
@@ -121,7 +121,8 @@ class WeightReceiver:
             that it holds in another dtype.
 
         Raises:
-            WeightUpdateError: the bucket is out of order, of another version or incomplete, or has a duplicate name.
+            WeightUpdateError: the bucket is out of order, of another version or incomplete, has a duplicate name, or
+                other bytes than the sender wrote.
         """
         update = self._pop_open()
         started = time.perf_counter()
@@ -133,6 +134,7 @@ class WeightReceiver:
             )
         memory = self._reader.open(bucket["segment"]) if bucket["segment"] else torch.empty(0, dtype=torch.uint8)
         report = update.load(memory, bucket)
+        check_bytes(memory, bucket)
         update.num_buckets += 1
         update.last_seen = bool(bucket["last"])
         update.load_s += time.perf_counter() - started

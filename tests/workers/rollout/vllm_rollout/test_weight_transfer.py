@@ -7,7 +7,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine
 
 from verl.workers.rollout.vllm_rollout.weight_transfer import VerlInitInfo, VerlUpdateInfo, check_api, is_exact
 
-BUCKET = {"version": 1, "index": 0, "last": True, "nbytes": 0, "segment": None, "entries": []}
+BUCKET = {"version": 1, "index": 0, "last": True, "nbytes": 0, "segment": None, "checksum": 0, "entries": []}
 MANIFEST = {"version": 1, "num_buckets": 1, "specs": []}
 
 
