@@ -32,22 +32,43 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-class RefuseWithoutWeights:
-    """ASGI middleware: requests for responses get status 503 while `refusal` returns a reason."""
+# Paths that reveal neither weights nor requests and change nothing.
+HARMLESS = frozenset({"/health", "/ping", "/version", "/metrics", "/load"})
 
-    def __init__(self, app: Any, refusal: Callable[[], str | None]):
-        self._app, self._refusal = app, refusal
+
+class Guard:
+    """ASGI middleware in front of vLLM's application.
+
+    Every path except those in `HARMLESS` needs `Authorization: Bearer KEY`, else it gets status 401: vLLM itself checks
+    only some prefixes, and others generate too (`/invocations`, `/generative_scoring`). POST requests get status 503
+    while `refusal` returns a reason. Connections other than HTTP are closed.
+    """
+
+    def __init__(self, app: Any, key: str, refusal: Callable[[], str | None]):
+        self._app, self._authorization, self._refusal = app, f"Bearer {key}".encode(), refusal
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
-        asks = scope["type"] == "http" and scope["method"] == "POST" and scope["path"].startswith("/v1/")
-        reason = self._refusal() if asks else None
-        if reason is None:
+        if scope["type"] != "http":
+            await send({"type": f"{scope['type']}.close", "code": 1008})
+        elif scope["path"] in HARMLESS:
             await self._app(scope, receive, send)
-            return
-        body = json.dumps({"error": {"message": f"the replica serves nothing: {reason}"}}).encode()
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        await send({"type": "http.response.start", "status": 503, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        elif not self._permits(scope):
+            await _error(send, 401, "the key of this replica is missing: send Authorization: Bearer KEY")
+        elif scope["method"] == "POST" and (reason := self._refusal()) is not None:
+            await _error(send, 503, f"the replica serves nothing: {reason}")
+        else:
+            await self._app(scope, receive, send)
+
+    def _permits(self, scope: dict[str, Any]) -> bool:
+        given = [value for name, value in scope["headers"] if name.lower() == b"authorization"]
+        return len(given) == 1 and secrets.compare_digest(given[0], self._authorization)
+
+
+async def _error(send: Any, status: int, message: str) -> None:
+    body = json.dumps({"error": {"message": message}}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 class HttpEndpoint:
@@ -74,7 +95,7 @@ class HttpEndpoint:
 
         if self._config.enable_http:
             api = await openai_app(engine, engine_arguments.model, api_key=self.api_key)
-            app: Any = RefuseWithoutWeights(api, self._refusal)
+            app: Any = Guard(api, self.api_key, self._refusal)
         else:
             app = metrics_app()
         self._server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
