@@ -161,7 +161,8 @@ class vLLMReplica:
         **keywords: P.kwargs,
     ) -> R:
         actor, life = self._actor, self.starts
-        if actor is None:
+        # A call that began in the last life may arrive in a process that is still loading, which has no engine.
+        if actor is None or (self._starting and method is not vLLMHttpServer.start):
             raise ReplicaUnavailable(f"replica {self.rank} is not running")
         try:
             return await actor.call(method, *arguments, **keywords)
