@@ -4,7 +4,7 @@ SHELL := bash
 python := .venv/bin/python
 
 .PHONY: help setup quickstart test test-all unit unit-slow e2e e2e-short e2e-rest browser contract contract-table lint types format \
-	reference docs scripts-table sweep study lock models bench bench-update bench-step bench-overhead bench-growth bench-scale
+	reference docs scripts-table sweep study lock models campaign bench bench-update bench-step bench-overhead bench-growth bench-scale
 
 help: ## print this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 24
@@ -73,6 +73,9 @@ scripts-table: setup ## check upstream verl's scripts in CHECKOUT=folder; writes
 
 docs: setup ## build the documentation into build/site; a broken link is an error
 	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build && echo "open build/site/index.html"
+
+campaign: setup ## faults in real runs until there were 1,000; hours; `ARGS="--faults 50"` for fewer
+	$(python) -m campaign.faults --write docs/reliability.md $(ARGS)
 
 models: setup ## train a tiny model of each architecture; writes the table of docs/models.md, half an hour
 	$(python) benchmarks/model_table.py --write docs/models.md $(ARGS)
