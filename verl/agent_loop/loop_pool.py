@@ -15,9 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import os
 import pickle
-import signal
 import socket
 import subprocess
 import weakref
@@ -215,6 +213,5 @@ class _Worker:
         """Wait for the end of the process, then kill what is left of it and of its children."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(seconds)
-        with contextlib.suppress(ProcessLookupError):  # nothing is left
-            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.kill_family()
         self.process.wait()

@@ -10,8 +10,6 @@ Messages from the child: ("kind", name) and ("step", text) before a kind and bef
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
 import socket
 import subprocess
 import tempfile
@@ -114,7 +112,7 @@ class _Child:
 
     def __init__(self, kinds: tuple[str, ...]):
         ours, theirs = socket.socketpair()
-        self._output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `close`)  # noqa: SIM115 (closed by `close`)
+        self._output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `close`)
         with theirs:
             self._process = start_child("verl.trainer.probes.child", fds=[theirs.fileno()], output=self._output)
         self.connection = Connection(ours.detach())
@@ -129,7 +127,7 @@ class _Child:
         """Wait for the process, which has ended or is about to; kill it if it does not end. Return its exit code."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             return self._process.wait(_EXIT_SECONDS)
-        self._kill_group()
+        self._process.kill_family()
         return self._process.wait()
 
     def close(self, *, graceful: bool) -> None:
@@ -141,10 +139,6 @@ class _Child:
         self.connection.close()
         if graceful:
             self.wait()
-        self._kill_group()
+        self._process.kill_family()
         self._process.wait()
         self._output.close()
-
-    def _kill_group(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)

@@ -126,8 +126,7 @@ class _Worker:
 
     def kill(self) -> int:
         """Kill the process and all processes that it started. Return its exit code."""
-        with contextlib.suppress(ProcessLookupError):  # not yet reaped, so the group id is not reused
-            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.kill_family()
         code = self.process.wait()
         self.connection.close()
         return code
