@@ -115,13 +115,27 @@ def test_a_killed_run_resumes_from_its_last_complete_checkpoint_with_the_same_pr
     check_timeline(trace, run.metrics(), ended=False)
     assert saved >= 3
 
-    text = run.run(**settings)
+    secrets = {"HF_TOKEN": "hf_planted1", "WANDB_API_KEY": "planted2", "AWS_SECRET_ACCESS_KEY": "planted3"}
+    text = run.run(**settings, environment=secrets, actor_rollout_ref__rollout__server__enable_http=True)
+    key_file = run.out / "http_replica_0.json"
+    key = json.loads(key_file.read_text())["api_key"]
+    assert files_with([*secrets.values(), key], tmp_path) == {key_file} and key_file.stat().st_mode & 0o077 == 0
     assert f"at step {saved}" in text
     metrics = run.metrics()
     assert sorted(metrics) == list(range(1, 11))
     assert prompts_of(tmp_path / "dumps") == run.expected_prompts(10)
     kept = sorted(path.name for path in run.out.glob("global_step_*"))
     assert kept == ["global_step_10", "global_step_9"]
+
+
+def files_with(words, directory):
+    """Files below `directory` that contain one of the words."""
+    found = set()
+    for path in directory.rglob("*"):
+        if path.is_file():
+            content = path.read_bytes()
+            found |= {path for word in words if word.encode() in content}
+    return found
 
 
 @pytest.mark.parametrize(
