@@ -4,7 +4,7 @@ SHELL := bash
 python := .venv/bin/python
 
 .PHONY: help setup quickstart test test-all unit unit-slow e2e e2e-short e2e-rest browser contract contract-table lint types format \
-	reference docs scripts-table sweep study lock models campaign bench bench-update bench-step bench-overhead bench-growth bench-scale
+	reference docs scripts-table sweep study lock models campaign soak bench bench-update bench-step bench-overhead bench-growth bench-scale
 
 help: ## print this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 24
@@ -76,6 +76,9 @@ docs: setup ## build the documentation into build/site; a broken link is an erro
 
 campaign: setup ## faults in real runs until there were 1,000; hours; `ARGS="--faults 50"` for fewer
 	$(python) -m campaign.faults --write docs/reliability.md $(ARGS)
+
+soak: setup ## a run of 10,000 steps, hours, and what grows in it; `ARGS="--steps 500"` for fewer
+	$(python) -m campaign.soak --write docs/reliability.md $(ARGS)
 
 models: setup ## train a tiny model of each architecture; writes the table of docs/models.md, half an hour
 	$(python) benchmarks/model_table.py --write docs/models.md $(ARGS)

@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 # in one worker, because each could see files of another: vLLM with tensor parallelism (test_training) may leave one.
 PROCESSES = (
     *("test_start_and_stop", "test_rollout_lag", "test_fully_async", "test_replicas", "test_reliability"),
-    "test_training",
+    *("test_training", "test_campaign"),
 )
 # The next modules, the longest first; the others follow.
 LONGEST = ("test_benchmarks", "test_algorithms", "test_two_nodes", "test_engine_two_ranks")
