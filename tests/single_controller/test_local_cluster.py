@@ -4,8 +4,11 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 
 import pytest
+
+from verl.single_controller import local_cluster
 
 SCRIPT = """
 import json, os, stat
@@ -71,3 +74,15 @@ def test_only_this_user_of_this_host_can_use_the_cluster_of_a_run(niceness):
         "token": "OK",
         "left": False,
     }
+
+
+def test_folders_of_killed_runs_are_removed(tmp_path, monkeypatch):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    kept = [f"verl-ray-{os.getpid()}-abc", "verl-ray-abc", "verl-ray-x-abc", f"other-{ended.pid}-abc"]
+    for name in [*kept, f"verl-ray-{ended.pid}-abc"]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "token").write_text("secret")
+    local_cluster._remove_leftovers()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)

@@ -7,18 +7,29 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import psutil
 import ray
 from ray._private import ray_constants
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]  # compiled
 
 # By default Ray starts its workers at nice 15, so that every other process of the host starves engines and ranks.
 NICENESS = "RAY_worker_niceness"
+_FOLDER = "verl-ray-"
 _TOKENS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+
+
+def _remove_leftovers() -> None:
+    """Remove the folders of this user's runs that were killed (SIGKILL) and could not remove them."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*-*"):
+        pid = folder.name.removeprefix(_FOLDER).partition("-")[0]
+        with suppress(OSError):
+            if pid.isdecimal() and not psutil.pid_exists(int(pid)) and folder.stat().st_uid == os.getuid():
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -32,7 +43,8 @@ def local_cluster(options: dict[str, Any]) -> Iterator[None]:
     Args:
         options: arguments of `ray.init`.
     """
-    folder = Path(tempfile.mkdtemp(prefix="verl-ray-"))
+    _remove_leftovers()
+    folder = Path(tempfile.mkdtemp(prefix=f"{_FOLDER}{os.getpid()}-"))
     environment = {NICENESS: os.environ.get(NICENESS, "0")}
     if not any(os.environ.get(name) for name in _TOKENS):
         token = folder / "token"
