@@ -40,7 +40,6 @@ class Settings:
     lag: int
     delta: str
     quantization: str | None
-    on_save_error: str
 
     @classmethod
     def draw(cls, rng: random.Random) -> Settings:
@@ -52,7 +51,6 @@ class Settings:
             lag=rng.randrange(2),
             delta=rng.choice(["off", "on"]),
             quantization=rng.choice([None, None, "ascend"]),
-            on_save_error="continue",
         )
 
     def overrides(self) -> dict[str, Any]:
@@ -61,7 +59,7 @@ class Settings:
         keys: dict[str, Any] = {
             "trainer__n_gpus_per_node": self.ranks,
             "trainer__rollout_lag": self.lag,
-            "trainer__on_save_error": self.on_save_error,
+            "trainer__on_save_error": "continue",
             f"{rollout}__checkpoint_engine__delta": self.delta,
             f"{rollout}__max_restarts": 1000,
         }
@@ -185,7 +183,7 @@ class FaultedRun:
             if not self.inflict(fault, REACHED_S):
                 row.outcome = "not reached"
             else:
-                self.follow(fault, row, offset)
+                self.follow(fault, row, offset, GOES_ON_S + fault.waits)
         except Violated as violation:
             row.violations.append(str(violation))
         row.seconds = round(time.monotonic() - began, 1)
@@ -207,7 +205,7 @@ class FaultedRun:
             if not reached:
                 row.outcome = "not reached"
             else:
-                self.follow(fault, row, 0)
+                self.follow(fault, row, 0, GOES_ON_S + fault.waits + START_S)
         except Violated as violation:
             row.violations.append(str(violation))
         finally:
@@ -276,23 +274,23 @@ class FaultedRun:
 
     # ---- what has to follow ----
 
-    def follow(self, fault: Fault, row: Row, offset: int) -> None:
-        """Check that the run goes on, or ends as it has to, and that the output names the cause."""
-        reached, limit = self.steps(), GOES_ON_S + fault.waits
+    def follow(self, fault: Fault, row: Row, offset: int, limit: float) -> None:
+        """Check that the run goes on, or ends as it has to, and that the output after `offset` names the cause."""
+        reached = self.steps()
         if fault.survives is False:
-            if not self.wait(lambda: self.process.poll() is not None, limit):
-                raise Violated(f"it did not end within {limit:g} s: {self.tail()}")
+            self.wait(lambda: False, limit)
         else:
-            starting = offset == 0
-            self.wait(lambda: self.steps() >= reached + 3, limit + START_S * starting)
+            self.wait(lambda: self.steps() >= reached + 3, limit)
         ended = self.process.poll() is not None
         row.outcome = "ended" if ended else "survived"
-        if ended:
-            if fault.survives:
-                raise Violated(f"it ended with {self.process.returncode}: {self.tail()}")
-            self.check_end(fault)
-        elif self.steps() < reached + 3:
+        if ended and fault.survives:
+            raise Violated(f"it ended with {self.process.returncode}: {self.tail()}")
+        if not ended and fault.survives is False:
+            raise Violated(f"it did not end within {limit:g} s: {self.tail()}")
+        if not ended and self.steps() < reached + 3:
             raise Violated(f"no 3 steps after step {reached} in {limit:g} s: {self.tail()}")
+        if ended:
+            self.check_end(fault)
         if fault.names is not None and not re.search(fault.names, self.text()[offset:]):
             raise Violated(f"the output does not name the cause ({fault.names}): {self.tail()}")
 
@@ -301,19 +299,21 @@ class FaultedRun:
         status = self.process.returncode
         if status != fault.status:
             raise Violated(f"exit status {status}, not {fault.status}: {self.tail()}")
+        if fault.status in (130, 143) and "Traceback" in self.text():
+            raise Violated(f"a traceback: {self.tail()}")
+        self.check_left(killed=fault.status == -signal.SIGKILL)
+
+    def check_left(self, killed: bool = False) -> None:
+        """Check that no process is left, and nothing in shared memory unless the run was `killed` as a whole."""
         if left := alive(self.family, within=60):
             raise Violated(f"processes are left: {left}")
-        if fault.status in (130, 143) and "Traceback" in self.text():
-            raise Violated(f"a traceback after {fault}: {self.tail()}")
-        killed = fault.status == -signal.SIGKILL
-        # Nobody is left to remove the semaphores of a run that was killed as a whole.
-        if not killed and (shared := orphaned_shared_memory() - self.shared_before):
+        shared = orphaned_shared_memory() - self.shared_before
+        self.shared_before |= shared
+        if shared and not killed:  # nobody is left to remove the semaphores of a killed run
             raise Violated(f"left in shared memory: {sorted(shared)}")
-        self.shared_before |= orphaned_shared_memory()
 
     def finish(self) -> list[str]:
         """Let the run reach its end; return everything that differs from an undisturbed run."""
-        problems = []
         self.kill()
         try:
             last = self.steps() + 3
@@ -321,17 +321,12 @@ class FaultedRun:
             self.wait(lambda: False, START_S)
             if self.process.poll() != 0:
                 raise Violated(f"the last part of the run ended with {self.process.poll()}: {self.tail()}")
-            if left := alive(self.family, within=60):
-                raise Violated(f"processes are left: {left}")
-            problems += [f"left in shared memory: {sorted(orphaned_shared_memory() - self.shared_before)}"] * bool(
-                orphaned_shared_memory() - self.shared_before
-            )
-            problems += self.differences(last)
+            self.check_left()
+            return self.differences(last)
         except Violated as violation:
-            problems.append(str(violation))
+            return [str(violation)]
         finally:
             self.kill()
-        return problems
 
     def differences(self, last: int) -> list[str]:
         """Compare the records with those of an undisturbed run."""

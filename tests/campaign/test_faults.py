@@ -78,7 +78,7 @@ def test_the_schedule_depends_on_the_seed_only():
 @pytest.fixture
 def faulted(tmp_path):
     """A finished run of three steps, made up of its records."""
-    run = FaultedRun(tmp_path, Settings(1, 1, 0, "off", None, "continue"), random.Random(0))
+    run = FaultedRun(tmp_path, Settings(1, 1, 0, "off", None), random.Random(0))
     run.run.out.mkdir()
     run.dumps.mkdir()
     for step, prompts in run.run.expected_prompts(3).items():
