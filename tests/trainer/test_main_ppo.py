@@ -18,11 +18,13 @@ from verl.trainer import main_ppo
 
 def test_arguments_are_split_into_hydra_options_and_overrides(monkeypatch, tmp_path):
     (tmp_path / "conf").mkdir()
+    (tmp_path / "more").mkdir()
     monkeypatch.chdir(tmp_path)
     options, overrides, problems = main_ppo.split_arguments(
-        ["a=1", "--config-path", "conf", "+b=2", "-cn", "mine", "--cfg=job", "~c", "--resolve", "-cd=nowhere"]
+        ["a=1", "--config-path", "conf", "+b=2", "-cn", "mine", "--cfg=job", "~c", "--resolve", "-cd=more"]
     )
-    assert options == ["--config-path", str(tmp_path / "conf"), "-cn", "mine", "--cfg=job", "--resolve", "-cd=nowhere"]
+    config_path, config_dir = ["--config-path", str(tmp_path / "conf")], f"-cd={tmp_path / 'more'}"
+    assert options == [*config_path, "-cn", "mine", "--cfg=job", "--resolve", config_dir]
     assert overrides == ["a=1", "+b=2", "~c"] and problems == {}
 
 

@@ -193,5 +193,5 @@ def _examine(command: Command, target: Target) -> Run:
         except ConfigError as error:
             plan, found = None, Findings(errors=list(error.problems))
         except SystemExit:
-            plan, found = None, Findings(errors=["Hydra cannot compose the config; see its message above"])
+            plan, found = None, Findings(errors=["Hydra cannot read the options; see its message above"])
     return Run(command.words, plan, found)

@@ -10,12 +10,12 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from verl.config import legacy, searchpath, upstream
 from verl.config.build import collect, unknown_key_problem
+from verl.config.config_files import checked_files
 from verl.config.errors import ConfigError
 from verl.config.overrides import Prepared, prepare
 from verl.config.ppo import PPOConfig
@@ -68,10 +68,8 @@ def load_config(
     outer = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
-        with _initialized(config_path):
+        with checked_files(config_name, prepared.problems), _initialized(config_path):
             composed = compose(config_name, overrides=prepared.overrides)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError([*prepared.problems.values(), f"{config_name}: {error}"]) from error
     finally:
         GlobalHydra.instance().hydra = outer
     return read_composed(composed, prepared).valid()
@@ -117,7 +115,7 @@ def read_composed(composed: DictConfig, prepared: Prepared) -> Loaded:
         problems = dict(prepared.problems)
         _judge_unknown(PPOConfig(), prepared.unknown, prepared.old_names, problems)
         place = getattr(error, "full_key", None) or "config"
-        raise ConfigError([*problems.values(), f"{place}: {str(error).splitlines()[0]}"]) from error
+        raise ConfigError([*problems.values(), f"{place}: {str(error).splitlines()[0]}; correct the value"]) from error
     values.pop("hydra", None)
     values = _without_missing(legacy.migrate(values, prepared.given, upstream.at_default))
     config, collected = collect(PPOConfig, values)

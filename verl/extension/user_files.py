@@ -13,6 +13,7 @@ import yaml
 
 from verl.extension.paths import expand_user
 from verl.extension.user_modules import import_path
+from verl.extension.yaml_file import read_node
 
 
 def file_problem(path: str | Path) -> str | None:
@@ -28,17 +29,16 @@ def read_yaml(path: str | Path) -> Any:
     """Return the content of a YAML file.
 
     Raises:
-        ValueError: the file is missing, unreadable or not YAML; the message does not contain its name.
+        ValueError: the file is missing or unreadable, or as `read_node`; the message does not contain its name.
     """
     problem = file_problem(path)
     if problem is not None:
         raise ValueError(f"{problem}; give a YAML file")
     try:
-        return yaml.safe_load(expand_user(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"is not YAML ({' '.join(str(error).split())})") from error
+        node = read_node(expand_user(path))
     except OSError as error:
         raise ValueError(f"cannot be read ({error.strerror})") from error
+    return None if node is None else yaml.SafeLoader("").construct_document(node)
 
 
 def read_yaml_list(path: str, key: str, section: str | None = None, entry: str = "") -> list[tuple[str, Any]]:

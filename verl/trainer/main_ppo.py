@@ -19,11 +19,13 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from itertools import pairwise
 
 import hydra
 from omegaconf import DictConfig
 
 from verl.config import ConfigError, PPOConfig, searchpath
+from verl.config.config_files import checked_files
 from verl.config.entry_points import MAIN_PPO, EntryPoint
 from verl.config.hints import config_name_hint
 from verl.config.load import Loaded, read_composed
@@ -99,7 +101,7 @@ def compose(arguments: list[str], entry: EntryPoint = MAIN_PPO) -> Loaded | None
 
     Raises:
         ConfigError: a file has errors that prevent the composition.
-        SystemExit: Hydra could not compose the config and printed the reason; status 2.
+        SystemExit: Hydra does not know an option and printed the reason; status 2.
     """
     options, overrides, problems = split_arguments(arguments)
     prepared = prepare(overrides)
@@ -114,7 +116,8 @@ def compose(arguments: list[str], entry: EntryPoint = MAIN_PPO) -> Loaded | None
     with_argv = [sys.argv[0], *options, *_quiet(prepared), *entry.overrides(), *prepared.overrides]
     original, sys.argv = sys.argv, with_argv
     try:
-        keep()
+        with checked_files(_config_name(options, entry.config_name), prepared.problems):
+            keep()
     except SystemExit as error:
         raise SystemExit(2 if error.code else 0) from None
     finally:
@@ -146,8 +149,8 @@ def import_external_lib(config: PPOConfig) -> None:
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str], dict[str, str]]:
     """Return Hydra's options, with absolute directories of configs, the overrides, and problems by option.
 
-    A problem is the name of an upstream config for another training engine. The returned options then choose verl's own
-    config, so that the overrides can be checked too.
+    A problem is the name of an upstream config for another training engine, or no directory. The returned options then
+    choose verl's own config, so that the overrides can be checked too.
 
     Raises:
         ConfigError: `--multirun`.
@@ -171,12 +174,23 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str], dic
             value = following or ""
         else:
             options.append([f"{name}={_absolute(name, value)}" if equals else argument])
-        problem = config_name_hint(value) if name in _NAMES else None
+        problem = config_name_hint(value) if name in _NAMES else _directory_problem(name, value)
         if problem is not None:
             problems[name] = problem
     if problems:
         options = [words for words in options if words[0].partition("=")[0] not in (*_NAMES, *_PATHS)]
     return [word for words in options for word in words], overrides, problems
+
+
+def _directory_problem(option: str, value: str) -> str | None:
+    """Return why Hydra cannot read configs from the directory of an option; None if it can."""
+    if option not in _PATHS or value.startswith("pkg://") or os.path.isdir(_absolute(option, value)):
+        return None
+    path = os.path.abspath(os.path.expanduser(value))
+    if os.path.isfile(path):
+        folder, name = os.path.split(value)
+        return f"{option}={value}: is a file; use {option}={folder or '.'} --config-name={name.removesuffix('.yaml')}"
+    return f"{option}={value}: no such directory (looked for {path}); give the directory of your YAML file"
 
 
 def _absolute(option: str, value: str) -> str:
@@ -186,6 +200,12 @@ def _absolute(option: str, value: str) -> str:
     path = os.path.expanduser(value)
     beside = os.path.join(os.path.dirname(__file__), path)
     return next((os.path.abspath(folder) for folder in (path, beside) if os.path.isdir(folder)), value)
+
+
+def _config_name(options: Sequence[str], default: str) -> str:
+    """Return the value of `--config-name` among Hydra's options."""
+    words = [word for option in options for word in option.split("=", 1)]
+    return next((value for name, value in reversed(list(pairwise(words))) if name in _NAMES), default)
 
 
 def _quiet(prepared: Prepared) -> list[str]:
