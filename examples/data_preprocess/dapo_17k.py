@@ -30,14 +30,16 @@ class Distinct:
         if question in self._seen:
             return None
         self._seen.add(question)
-        reward_model = example.get("reward_model")
+        reward_model, info = example.get("reward_model"), example.get("extra_info")
+        if not isinstance(info, dict | None):
+            raise ValueError(f"'extra_info' is a {type(info).__name__}; it must be a dict")
         return {
             "data_source": example.get("data_source"),
             "prompt": example.get("prompt"),
             "ability": example.get("ability") or "MATH",
             # Published styles name other scorers; here only the data source selects the scorer.
             "reward_model": {**reward_model, "style": "rule"} if isinstance(reward_model, dict) else reward_model,
-            "extra_info": {**(example.get("extra_info") or {}), "split": self.split},
+            "extra_info": {**(info or {}), "split": self.split},
         }
 
 

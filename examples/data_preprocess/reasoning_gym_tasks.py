@@ -12,7 +12,8 @@ import json
 import sys
 from typing import Any
 
-from verl.utils.dataset.prepare import add_save_dir, check_row, make_row, write_splits
+from verl.extension.user_files import check_unique
+from verl.utils.dataset.prepare import add_save_dir, check_row, make_row, row_count, write_splits
 from verl.utils.reward_score import GYM_PREFIX
 
 INSTRUCTION = "Think step by step, and give the final answer between <answer> and </answer>."
@@ -61,8 +62,10 @@ def options() -> argparse.ArgumentParser:
         "--tasks", required=True, metavar="A,B", help="names of tasks; each has an equal share of the rows"
     )
     made.add_argument("--task_config", type=json.loads, default={}, metavar="JSON", help="settings of the tasks")
-    made.add_argument("--train_size", type=int, default=1000, metavar="ROWS", help="training rows per task (1000)")
-    made.add_argument("--test_size", type=int, default=100, metavar="ROWS", help="test rows per task (100)")
+    made.add_argument(
+        "--train_size", type=row_count, default=1000, metavar="ROWS", help="training rows per task (1000)"
+    )
+    made.add_argument("--test_size", type=row_count, default=100, metavar="ROWS", help="test rows per task (100)")
     made.add_argument("--seed", type=int, default=1, help="seed of the tasks (1)")
     add_save_dir(made, "~/data/reasoning_gym")
     return made
@@ -72,7 +75,9 @@ def main(arguments: list[str] | None = None) -> None:
     given = options().parse_args(arguments)
     splits: dict[str, list[dict[str, Any]]] = {"test": [], "train": []}
     try:
-        for task in given.tasks.split(","):
+        tasks = given.tasks.split(",")
+        check_unique(tasks, f"--tasks={given.tasks}")
+        for task in tasks:
             items = distinct_items(task, given.train_size + given.test_size, given.seed, given.task_config)
             for split, part in (("test", items[: given.test_size]), ("train", items[given.test_size :])):
                 splits[split] += [row(task, entry, split, len(splits[split]) + i) for i, entry in enumerate(part)]

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from verl.utils.atomic_io import atomic_write_text, fsync_path
+from verl.utils.dataset.prepare import write_splits
 
 TASK = "spell_backward"
 DATA_SOURCE = f"reasoning_gym/{TASK}"
@@ -100,16 +101,15 @@ def row(entry: dict[str, Any], split: str, index: int) -> dict[str, Any]:
 
 def write_data(directory: Path, settings: Settings) -> list[str]:
     """Write train.parquet and test.parquet; return the training words, which demonstrations may use."""
-    import pyarrow
-    import pyarrow.parquet
-
     taken: set[str] = set()
     # The test words are drawn first, so that they do not depend on the number of training rows.
     test = entries(settings, settings.test_rows, settings.seed, taken)
     train = entries(settings, settings.train_rows, settings.seed + 10_000_000, taken)
-    for split, items in (("train", train), ("test", test)):
-        rows = [row(entry, split, index) for index, entry in enumerate(items)]
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), directory / f"{split}.parquet")
+    items = {"train": train, "test": test}
+    write_splits(
+        directory,
+        {split: [row(entry, split, index) for index, entry in enumerate(part)] for split, part in items.items()},
+    )
     return [entry["metadata"]["word"] for entry in train]
 
 
@@ -254,9 +254,12 @@ def prepare(directory: str | Path, settings: Settings, force: bool = False) -> b
         True if the files were written, False if existing ones are used again.
 
     Raises:
-        ValueError: there are too few words of the requested lengths.
+        ValueError: a number of rows is below 1, or there are too few words of the requested lengths.
         OSError: the files cannot be written.
     """
+    for name in ("train_rows", "test_rows"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')}={getattr(settings, name)}: must be at least 1")
     directory = Path(directory)
     reason = "--force" if force else why_not_reusable(directory, settings)
     if reason is None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from verl.utils.atomic_io import atomic_write_text
+from verl.utils.dataset.prepare import write_splits
 
 DATA_SOURCE = "sums"
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
@@ -76,13 +77,12 @@ def row(pair: tuple[int, int], split: str, index: int) -> dict[str, Any]:
 
 def write_data(directory: Path, settings: Settings) -> None:
     """Write train.parquet and test.parquet."""
-    import pyarrow
-    import pyarrow.parquet
-
     drawn = pairs(settings)
-    for split, part in (("test", drawn[: settings.test_rows]), ("train", drawn[settings.test_rows :])):
-        rows = [row(pair, split, index) for index, pair in enumerate(part)]
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), directory / f"{split}.parquet")
+    parts = {"test": drawn[: settings.test_rows], "train": drawn[settings.test_rows :]}
+    write_splits(
+        directory,
+        {split: [row(pair, split, index) for index, pair in enumerate(part)] for split, part in parts.items()},
+    )
 
 
 def make_tokenizer():
@@ -204,6 +204,9 @@ def prepare(directory: str | Path, settings: Settings, force: bool = False) -> b
     """
     from transformers.utils import logging
 
+    for name in ("train_rows", "test_rows"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')}={getattr(settings, name)}: must be at least 1")
     directory = Path(directory)
     if not force and is_prepared(directory, settings):
         print(f"{directory}: using the model and the data prepared earlier")

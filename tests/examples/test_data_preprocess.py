@@ -7,6 +7,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
+from verl.utils.dataset.prepare import write_splits
 from verl.utils.reward_score import default_compute_score
 
 GSM8K = [
@@ -207,3 +208,69 @@ def test_without_a_network_the_error_says_what_to_do(load_example, tmp_path, mon
         load_example("data_preprocess/gsm8k.py").main(["--local_save_dir", str(tmp_path / "out")])
     assert "hf download openai/gsm8k --repo-type dataset --local-dir DIR" in caught.value.code
     assert "--local_dataset_path DIR" in caught.value.code
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([], "the split test has no rows"),
+        ([{"a": 1}, {"a": "x"}], "the split test, column 'a': Parquet cannot hold these values"),
+        ([{"extra_info": {"a": 1}}, {"extra_info": [1]}], "column 'extra_info': Parquet cannot hold these values"),
+        ([{"extra_info": {1: 2}}], "column 'extra_info': Parquet cannot hold these values"),
+        ([{"extra_info": {"a": {}}}], "test.parquet: Parquet cannot hold these values"),
+        ([{"a": 2**70}], "column 'a': Parquet cannot hold these values"),
+        ([{"a": object()}], "column 'a': Parquet cannot hold these values"),
+    ],
+)
+def test_rows_that_cannot_be_written_leave_no_file(tmp_path, rows, words):
+    (tmp_path / "train.parquet").write_text("old")
+    with pytest.raises(ValueError, match=words):
+        write_splits(tmp_path, {"train": [{"a": 1}], "test": rows})
+    assert [path.name for path in tmp_path.iterdir()] == ["train.parquet"]
+    assert (tmp_path / "train.parquet").read_text() == "old"
+
+
+def test_odd_rows_are_written_whole(tmp_path):
+    write_splits(tmp_path, {"train": [{"a": 1, "extra_info": {}}, {"a": 2, "b": "late", "extra_info": {"x": [1]}}]})
+    assert rows_of(tmp_path) == [
+        {"a": 1, "b": None, "extra_info": None},
+        {"a": 2, "b": "late", "extra_info": {"x": [1]}},
+    ]
+
+
+@pytest.mark.parametrize("info", ["text", [1], 5])
+def test_dapo_names_a_row_with_another_extra_info(load_example, tmp_path, info):
+    write(tmp_path / "raw/train.jsonl", [DAPO[0], DAPO[1] | {"extra_info": info}])
+    with pytest.raises(SystemExit, match=r"train.jsonl, row 1 .*'extra_info' is a .*; it must be a dict"):
+        load_example("data_preprocess/dapo_17k.py").main(
+            ["--local_dataset_path", str(tmp_path / "raw"), "--local_save_dir", str(tmp_path / "out")]
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_csv_file_with_a_column_twice_is_refused(load_example, tmp_path):
+    (tmp_path / "train.csv").write_text("question,answer,answer\na,#### 1,#### 2\n")
+    with pytest.raises(SystemExit, match=r"train.csv: several columns have the name answer; rename them"):
+        load_example("data_preprocess/gsm8k.py").main(
+            ["--local_dataset_path", str(tmp_path / "train.csv"), "--local_save_dir", str(tmp_path / "out")]
+        )
+
+
+@pytest.mark.parametrize("option", ["--train_size=0", "--train_size=-3", "--test_size=-1", "--test_size=x"])
+def test_numbers_of_rows_below_one_are_refused(load_example, tmp_path, capsys, option):
+    with pytest.raises(SystemExit):
+        load_example("data_preprocess/reasoning_gym_tasks.py").main(["--tasks=chain_sum", option])
+    assert f"argument {option.partition('=')[0]}: " in capsys.readouterr().err
+
+
+def test_a_task_that_is_given_twice_is_refused(load_example):
+    with pytest.raises(SystemExit, match="duplicate name chain_sum"):
+        load_example("data_preprocess/reasoning_gym_tasks.py").main(["--tasks=chain_sum,chain_sum"])
+
+
+@pytest.mark.parametrize("script", ["quickstart/prepare.py", "tool_agent/prepare.py"])
+@pytest.mark.parametrize("option", ["--train-rows=0", "--test-rows=-1"])
+def test_prepared_examples_need_rows(load_example, tmp_path, script, option):
+    with pytest.raises(SystemExit, match=f"{option}: must be at least 1"):
+        load_example(script).main(["--output", str(tmp_path / "out"), option])
+    assert not (tmp_path / "out").exists()

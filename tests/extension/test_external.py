@@ -90,3 +90,13 @@ def test_modules_are_imported_from_the_environment_by_the_plugin_of_vllm(tmp_pat
     monkeypatch.setenv("VERL_EXTERNAL_LIB", "no_such_module_anywhere")
     with pytest.raises(ExternalLibError, match="no_such_module_anywhere"):
         import_from_environment()
+
+
+@pytest.mark.parametrize("ending", ["exit(3)", "raise KeyboardInterrupt", "raise GeneratorExit"])
+def test_a_module_that_ends_the_process_is_an_error(tmp_path, monkeypatch, ending):
+    name = f"ending_{ending.encode().hex()}"
+    (tmp_path / f"{name}.py").write_text(f"{ending}\n")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    for lib in (name, str(tmp_path / f"{name}.py")):
+        with pytest.raises(ExternalLibError, match=r"external_lib=.* does not import: .*; correct the module"):
+            import_external([lib])

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import pickle
+import signal
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -32,6 +33,21 @@ def test_a_function_is_found_by_another_process(tmp_path, name):
     assert import_file(path) is module and module.__file__ == str(path)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         assert list(pool.map(module.work, [1, 2])) == [3, 5]
+
+
+@pytest.mark.parametrize("name", ["KeyboardInterrupt", "GeneratorExit", "BaseException"])
+def test_an_exception_that_would_end_the_process_becomes_an_import_error(tmp_path, name):
+    path = write(tmp_path, "mine.py", f"x = 1\nraise {name}\n")
+    with pytest.raises(ImportError, match=rf"the module raised {name} in .*mine.py, line 2"):
+        import_file(path)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_during_an_import_remains_an_interrupt(tmp_path):
+    path = write(tmp_path, "mine.py", "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nwhile True: pass\n")
+    with pytest.raises(KeyboardInterrupt):
+        import_file(path)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_module_is_importable_by_its_name_alone(tmp_path):

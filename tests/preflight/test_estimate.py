@@ -1,3 +1,4 @@
+import json
 import shutil
 from pathlib import Path
 
@@ -53,6 +54,9 @@ def test_memory_of_lora_adapters(plan_of, run_files):
         "lm_head.weight": (512, 1024),
     }
     run_files.write_safetensors(run_files.weights, shapes)
+    path = run_files.model / "config.json"
+    sizes = {"hidden_size": 1024, "vocab_size": 512, "num_hidden_layers": 1}
+    path.write_text(json.dumps(json.loads(path.read_text()) | sizes))
     parameters = sum(rows * columns for rows, columns in shapes.values())
     full = plan_of().memory.trainer_bytes
     lora = plan_of(**{MODEL + "lora_rank": 8}).memory.trainer_bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -81,23 +82,19 @@ def _check_modules(name: str, value: str | list[str] | None) -> None:
             raise ValueError(f"{_MODEL}{name}=[]: no layer would be trained; use {ALL_LINEAR}, or a list of names")
     elif value == "":
         raise ValueError(f"{_MODEL}{name}='': matches no layer; use {ALL_LINEAR}, a list of names, or leave it out")
-    elif value is not None and value != ALL_LINEAR:
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise ValueError(f"{_MODEL}{name}={value}: is not a regular expression ({error}); use a list") from None
+    elif value is not None and value != ALL_LINEAR and (error := _pattern_error(value)) is not None:
+        raise ValueError(f"{_MODEL}{name}={value}: is not a regular expression ({error}); use a list")
 
 
 def _of_adapter(path: Path, changed: dict[str, Any]) -> LoraOptions:
     """Return the properties of a saved adapter; `changed` are the LoRA keys that are not at their defaults."""
     location = f"{_MODEL}lora_adapter_path={path}"
     saved = _read_adapter_config(path, location)
-    rank, alpha = saved.get("r"), saved.get("lora_alpha")
-    targets, excluded = saved.get("target_modules"), saved.get("exclude_modules")
-    if type(rank) is not int or not isinstance(alpha, int | float):
-        raise ValueError(f"{location}: {_CONFIG_FILE} has no r or lora_alpha; save the adapter with peft again")
-    if not isinstance(targets, str | list):
-        raise ValueError(f"{location}: {_CONFIG_FILE} has no target_modules; save the adapter with peft again")
+    rank, alpha = saved.get("r", 0), saved.get("lora_alpha", 0)
+    targets, excluded = saved.get("target_modules", []), saved.get("exclude_modules")
+    if (problem := _shape_problem(saved)) is not None:
+        raise ValueError(f"{location}: {_CONFIG_FILE} has {problem}; save the adapter with peft again")
+    _check_ranks(path, location, saved)
     of_key = {"lora_rank": rank, "lora_alpha": alpha, "target_modules": targets, "exclude_modules": excluded}
     for name, value in changed.items():
         if _as_set(value) != _as_set(of_key[name]):
@@ -107,6 +104,65 @@ def _of_adapter(path: Path, changed: dict[str, Any]) -> LoraOptions:
             )
     shaping = {name: saved[name] for name in _SHAPING if saved.get(name)}
     return LoraOptions(rank, alpha, targets, excluded, adapter_path=path, shaping=shaping)
+
+
+def _shape_problem(saved: dict[str, Any]) -> str | None:
+    """Return the first field of a saved adapter's config that no adapter has, and what it must be; None without one."""
+    ranks, scales = saved.get("rank_pattern") or {}, saved.get("alpha_pattern") or {}
+    if not _is_rank(saved.get("r")):
+        return f"r={show(saved.get('r'))}, which must be a whole number of at least 1"
+    if not _is_scale(saved.get("lora_alpha")):
+        return f"lora_alpha={show(saved.get('lora_alpha'))}, which must be a number above 0"
+    for name in ("target_modules", "exclude_modules"):
+        value = saved.get(name)
+        if name == "exclude_modules" and value in (None, []):
+            continue
+        of_text = isinstance(value, list) and value and all(isinstance(item, str) and item for item in value)
+        if not of_text and not (isinstance(value, str) and value):
+            return f"{name}={show(value)}, which must be a list of names, or a regular expression"
+        if isinstance(value, str) and value != ALL_LINEAR and (error := _pattern_error(value)) is not None:
+            return f"{name}={value!r}, which is not a regular expression ({error})"
+    for name, pattern, is_valid in (("rank_pattern", ranks, _is_rank), ("alpha_pattern", scales, _is_scale)):
+        if not isinstance(pattern, dict) or not all(is_valid(value) for value in pattern.values()):
+            return f"{name}={show(pattern)}, which must map names of layers to numbers above 0"
+        for key in pattern:
+            if (error := _pattern_error(key)) is not None:
+                return f"{name}.{key}, which is not a regular expression ({error})"
+    if not isinstance(saved.get("use_rslora", False), bool | None):
+        return f"use_rslora={show(saved['use_rslora'])}, which must be true or false"
+    return None
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _is_scale(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+def _pattern_error(pattern: str) -> str | None:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        return str(error)
+    return None
+
+
+def _check_ranks(path: Path, location: str, saved: dict[str, Any]) -> None:
+    """Check that the weights have the rank of the config.
+
+    Raises:
+        ValueError: names the tensor and both values.
+    """
+    if saved.get("rank_pattern"):
+        return
+    for name, info in read_safetensors_header(path / _WEIGHTS_FILE).items():
+        if name.endswith(".lora_A.weight") and len(info.shape) == 2 and info.shape[0] != saved["r"]:
+            raise ValueError(
+                f"{location}: {_CONFIG_FILE} has r={saved['r']}, but {name} in {_WEIGHTS_FILE} has rank "
+                f"{info.shape[0]}; copy both files from the same adapter"
+            )
 
 
 def _as_set(value: Any) -> Any:
@@ -129,7 +185,7 @@ def _read_adapter_config(path: Path, location: str) -> dict[str, Any]:
         read_safetensors_header(path / _WEIGHTS_FILE)
     except ModelFilesError as error:
         raise ValueError(f"{location}: {error}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{location}: {_CONFIG_FILE} is damaged ({error}); copy it again") from None
     if not isinstance(saved, dict) or saved.get("peft_type") != "LORA":
         kind = saved.get("peft_type") if isinstance(saved, dict) else None

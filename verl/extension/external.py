@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from verl.extension.user_files import file_problem, import_file
+from verl.extension.user_modules import import_named
 
 KEY = "actor_rollout_ref.model.external_lib"
 # Names the modules to the processes of an engine, which read no config.
@@ -39,7 +39,7 @@ def import_external(libs: Sequence[str]) -> None:
         if problem is not None:
             raise ExternalLibError(f"{KEY}={lib}: {problem}; give a Python file, or the name of a module")
         try:
-            import_file(Path(lib)) if is_file_name(lib) else importlib.import_module(lib)
+            import_file(Path(lib)) if is_file_name(lib) else import_named(lib)
         except (Exception, SystemExit) as error:
             raise ExternalLibError(
                 f"{KEY}={lib} does not import: {type(error).__name__}: {error}; correct the module, or leave it out"

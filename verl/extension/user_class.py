@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import sys
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from verl.extension.paths import expand_user
 from verl.extension.source import parse_python
 from verl.extension.user_files import file_problem, import_file, top_level_names
+from verl.extension.user_modules import import_named
 
 
 class UserClassError(ValueError):
@@ -64,7 +64,7 @@ def check_class(spec: str, folder: Path) -> None:
     names, may_define_more = top_level_names(tree)
     if name not in names and not may_define_more:
         present = ", ".join(sorted(set(names))) or "nothing"
-        raise UserClassError(f"{spec}: {source} has no class {name}; it has {present}")
+        raise UserClassError(f"{spec}: {source} has no class {name}; it has {present}; correct the name")
 
 
 def load_class(spec: str, folder: Path, base: type) -> type:
@@ -83,7 +83,7 @@ def load_class(spec: str, folder: Path, base: type) -> type:
     if isinstance(source, Path):
         _check_file(spec, source)
     try:
-        module = importlib.import_module(source) if isinstance(source, str) else import_file(source)
+        module = import_named(source) if isinstance(source, str) else import_file(source)
     except (Exception, SystemExit) as error:  # the user's module may raise any exception
         raise UserClassError(f"{spec} does not import: {type(error).__name__}: {error}") from error
     found = getattr(module, name, None)

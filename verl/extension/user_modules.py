@@ -12,11 +12,15 @@ import importlib.machinery
 import importlib.util
 import os
 import re
+import signal
 import sys
+import threading
+import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 
 from verl.extension.source import parse_python
 
@@ -34,11 +38,55 @@ def import_path(path: Path) -> ModuleType:
         path: an absolute path.
 
     Raises:
-        ImportError: the file imports a neighbor whose name another user's file has already taken.
-        Exception: any exception of the file.
+        ImportError: the file imports a neighbor whose name another user's file has already taken; or see
+            `import_named`.
+        SystemExit, Exception: any exception of the file.
     """
     stem = re.sub(r"\W", "_", path.stem)
-    return importlib.import_module(f"{__name__}.{stem}_{os.fsencode(path).hex()}")
+    return import_named(f"{__name__}.{stem}_{os.fsencode(path).hex()}")
+
+
+def import_named(name: str) -> ModuleType:
+    """Import a module of the user.
+
+    Raises:
+        ImportError: the module raised KeyboardInterrupt, GeneratorExit or another exception that callers do not expect
+            from an import.
+        KeyboardInterrupt: after Ctrl-C.
+        SystemExit, Exception: any exception of the module.
+    """
+    with _recorded_interrupts() as interrupts:
+        try:
+            return importlib.import_module(name)
+        except (Exception, SystemExit):
+            raise
+        except BaseException as error:
+            if interrupts:
+                raise
+            frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
+            place = f" in {frames[-1].filename}, line {frames[-1].lineno}" if frames else ""
+            raise ImportError(f"the module raised {type(error).__name__}{place}") from error
+
+
+@contextmanager
+def _recorded_interrupts() -> Iterator[list[int]]:
+    """Record each Ctrl-C in a list, to tell its KeyboardInterrupt from one that a module raises."""
+    interrupts: list[int] = []
+    default = signal.default_int_handler
+    if signal.getsignal(signal.SIGINT) is not default or threading.current_thread() is not threading.main_thread():
+        yield interrupts  # Ctrl-C raises no KeyboardInterrupt here
+        return
+
+    def record(number: int, frame: FrameType | None) -> None:
+        interrupts.append(number)
+        default(number, frame)
+
+    signal.signal(signal.SIGINT, record)
+    try:
+        yield interrupts
+    finally:
+        if signal.getsignal(signal.SIGINT) is record:
+            signal.signal(signal.SIGINT, default)
 
 
 def imported_files(file: Path) -> list[Path]:

@@ -70,9 +70,12 @@ def test_trust_remote_code_must_also_be_set_for_the_model(problem_of, plan_of):
     plan_of(data__trust_remote_code=True, actor_rollout_ref__model__trust_remote_code=True)
 
 
-def test_a_missing_dataset_class_is_an_error(problems_of, plan_of, run_files):
+def test_a_missing_dataset_class_is_an_error(problems_of, problem_of, plan_of, run_files):
     text = "\n".join(problems_of(data__custom_cls__path="/nowhere.py"))
     assert "data.custom_cls.name is not set" in text and "/nowhere.py: no such file" in text
+    run_files.reward.write_text("class Mine: pass\ndef compute_score(**sample): return 0.0\n")
+    problem = problem_of(data__custom_cls__path=run_files.reward, data__custom_cls__name="Main")
+    assert problem.startswith("data.custom_cls.name=Main: ") and "has no class Main; it has Mine" in problem
     plan = plan_of(data__custom_cls__path=run_files.reward, data__custom_cls__name="Mine", data__train_files="anything")
     assert plan.train_prompts is None and "dataset class" in plan.render()
 

@@ -33,6 +33,8 @@ def check(tmp_path):
         ({"data_source": None}, "data_source=unknown has no built-in scorer"),
         ({"reward_model": {"style": "rule"}}, "reward_model.ground_truth' is missing"),
         ({"reward_model": "4"}, "'reward_model' is a str"),
+        ({"agent_name": "tool_agnt"}, "'agent_name': tool_agnt is unknown .did you mean tool_agent.*or give the file"),
+        ({"agent_name": 5}, "'agent_name' is a int; it must be the name"),
         ({"images": ["a.png"]}, "has images, which are not supported"),
     ],
 )
@@ -52,6 +54,18 @@ def test_a_custom_reward_function_may_use_any_columns(check):
     rows = [row(data_source="mine", reward_model=None)] * 8
     found, lengths = check(rows, reward__custom_reward_function__path=check.script.reward)
     assert found.errors == [] and lengths.measured == 8
+
+
+def test_rows_may_name_loops_that_are_known_or_may_become_known(check, tmp_path):
+    rows = [row(agent_name=name) for name in ("tool_agent", "single_turn_agent")] + [row(agent_name=None)]
+    assert check(rows)[0].errors == []
+    rows = [row(agent_name="mine")]
+    loop, file = "actor_rollout_ref__rollout__agent__default_agent_loop", tmp_path / "loops.yaml"
+    assert check(rows, **{loop: "mine"})[0].errors == []
+    assert check(rows, actor_rollout_ref__rollout__agent__agent_loop_config_path=file)[0].errors == []
+    assert check(rows, actor_rollout_ref__rollout__multi_turn__function_tool_path=file)[0].errors == []
+    (error,) = check(rows)[0].errors
+    assert "agent_loop_config_path" in error
 
 
 def test_validation_rows_are_checked(check, tmp_path):

@@ -16,6 +16,9 @@ LAYERS = {
 @pytest.fixture
 def layers(run_files):
     """Give the tensors of the checkpoint the names of a model's layers."""
+    config = json.loads((run_files.model / "config.json").read_text())
+    config |= {"hidden_size": 16, "vocab_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    (run_files.model / "config.json").write_text(json.dumps(config))
     run_files.write_safetensors(run_files.weights, LAYERS)
 
 
@@ -29,7 +32,7 @@ def adapter(run_files):
         config = {"peft_type": "LORA", "r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "o_proj"]} | over
         config = {name: value for name, value in config.items() if value is not None}
         (path / "adapter_config.json").write_text(json.dumps(config))
-        run_files.write_safetensors(path / "adapter_model.safetensors", {"a": (4, 16)})
+        run_files.write_safetensors(path / "adapter_model.safetensors", {"q_proj.lora_A.weight": (4, 16)})
         return path
 
     return write
@@ -104,7 +107,7 @@ def test_valid_keys_have_a_plan(plan_of, changes):
 
 def test_layer_names_of_a_model_with_experts_are_not_checked(plan_of, run_files):
     """Does not raise."""
-    run_files.write_safetensors(run_files.weights, {"model.layers.0.mlp.experts.0.w1.weight": (8, 16)})
+    run_files.write_safetensors(run_files.weights, {"model.layers.1.mlp.experts.0.w1.weight": (8, 16)})
     plan_of(**{M + "lora_rank": 4, M + "target_modules": "[q_proj]"})
 
 
@@ -160,8 +163,35 @@ def test_keys_that_contradict_an_adapter_are_errors(problem_of, adapter, changes
         ({"bias": "all"}, "has bias=all, which is not supported"),
         ({"modules_to_save": ["lm_head"]}, "has modules_to_save=['lm_head'], which is not supported"),
         ({"init_lora_weights": "pissa"}, "has init_lora_weights=pissa, which requires a modified base model"),
-        ({"r": None}, "has no r or lora_alpha"),
-        ({"target_modules": None}, "has no target_modules"),
+        *(
+            ({"r": value}, f"has r={shown}, which must be a whole number of at least 1; save the adapter")
+            for value, shown in (
+                (None, "null"),
+                (0, "0"),
+                (-1, "-1"),
+                (4.0, "4.0"),
+                ("4", "4"),
+                (True, "True"),
+                ([4], "[4]"),
+            )
+        ),
+        *(
+            ({"lora_alpha": value}, "which must be a number above 0; save the adapter")
+            for value in (None, 0, -1, float("nan"), float("inf"), "12", True, [12])
+        ),
+        *(
+            ({"target_modules": value}, "which must be a list of names, or a regular expression; save")
+            for value in (None, [], "", [1], [""], {"q_proj": 1}, 5)
+        ),
+        ({"target_modules": "q_(proj"}, "target_modules='q_(proj', which is not a regular expression (missing )"),
+        ({"exclude_modules": "*"}, "exclude_modules='*', which is not a regular expression (nothing to repeat"),
+        ({"exclude_modules": 5}, "exclude_modules=5, which must be a list of names"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern={'q_proj': 0}, which must map names of layers"),
+        ({"rank_pattern": [8]}, "rank_pattern=[8], which must map names of layers"),
+        ({"rank_pattern": {"(": 8}}, "rank_pattern.(, which is not a regular expression"),
+        ({"alpha_pattern": {"q_proj": float("nan")}}, "alpha_pattern={'q_proj': nan}, which must map"),
+        ({"use_rslora": "yes"}, "use_rslora=yes, which must be true or false"),
+        ({"r": 8}, "has r=8, but q_proj.lora_A.weight in adapter_model.safetensors has rank 4; copy both"),
     ],
 )
 def test_unsupported_adapters_are_errors(problem_of, adapter, over, text):

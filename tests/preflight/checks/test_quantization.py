@@ -29,7 +29,8 @@ def decoder(run_files):
             tensors[f"{prefix}.mlp.down_proj.weight"] = (hidden, inner)
         run_files.write_safetensors(run_files.weights, tensors | dict(extra))
         path = run_files.model / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | config))
+        sizes = {"hidden_size": hidden, "intermediate_size": inner}
+        path.write_text(json.dumps(json.loads(path.read_text()) | sizes | config))
 
     write()
     return write

@@ -37,6 +37,25 @@ def check_agent(config: PPOConfig, found: Findings) -> None:
     _check_multi_turn(config, found)
 
 
+def agent_name_problem(config: PPOConfig, name: object) -> str | None:
+    """Return why a row cannot have this value in its column agent_name; None if it can, or if it is not known.
+
+    Files of agent loops and tools may register further names when they are imported.
+    """
+    if name is None:
+        return None
+    if not isinstance(name, str):
+        return f"'agent_name' is a {type(name).__name__}; it must be the name of an agent loop"
+    rollout = config.actor_rollout_ref.rollout
+    tools = rollout.multi_turn.tool_config_path, rollout.multi_turn.function_tool_path
+    known = {*names.AGENT_LOOPS, *_registered(), rollout.agent.default_agent_loop}
+    if name in known or rollout.agent.agent_loop_config_path is not None or any(tools):
+        return None
+    return (
+        f"'agent_name': {unknown_value(name, sorted(known))}, or give the file of your agent loop in {AGENT_LOOPS_KEY}"
+    )
+
+
 def _registered() -> list[str]:
     # The registry imports torch. If it is not imported yet, no user module has registered a loop.
     return list(sys.modules[_REGISTRY].agent_loop_names()) if _REGISTRY in sys.modules else []

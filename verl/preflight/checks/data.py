@@ -5,12 +5,15 @@ data_rows.py checks the content of rows and `data.max_prompt_length`.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from verl.config.ppo import PPOConfig
 from verl.config.schema import show
 from verl.config.stream import carries_prompts, carrying_key
+from verl.extension.paths import expand_user
+from verl.extension.user_class import UserClassError, check_class
 from verl.extension.user_files import file_problem
 from verl.preflight.findings import Findings
 from verl.utils.dataset.files import column_names, count_rows, data_paths
@@ -146,3 +149,8 @@ def _check_custom_class(path: str, name: str | None, found: Findings) -> None:
     problem = file_problem(path)
     if problem is not None:
         found.errors.append(f"data.custom_cls.path={path}: {problem}; give the Python file of the dataset class")
+    elif name and path.endswith(".py"):
+        try:
+            check_class(f"{os.path.abspath(expand_user(path))}:{name}", Path.cwd())
+        except UserClassError as error:
+            found.errors.append(f"data.custom_cls.name={name}: {error}")

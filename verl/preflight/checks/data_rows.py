@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from verl.config.ppo import PPOConfig
+from verl.preflight.checks.agent import agent_name_problem
 from verl.preflight.findings import Findings
 from verl.preflight.light_tokenizer import LightTokenizer
 from verl.preflight.plan import PromptLengths
@@ -62,7 +63,8 @@ def check_rows(config: PPOConfig, found: Findings) -> PromptLengths | None:
 def _first_problem(rows: ParquetRows | JsonRows, config: PPOConfig) -> str | None:
     """Return place and problem of the first row that cannot be used, or None."""
     key, source = config.data.prompt_key, config.data.reward_fn_key
-    wanted = [name for name in rows.columns if name in (key, source, "reward_model", "extra_info", *_MEDIA)]
+    columns = (key, source, "reward_model", "extra_info", "agent_name", *_MEDIA)
+    wanted = [name for name in rows.columns if name in columns]
     try:
         rows.require_text((key, source, "reward_model", "agent_name"))
         for number, row in enumerate(rows.read(0, MAX_ROWS, wanted)):
@@ -88,6 +90,8 @@ def _check_columns(row: _Row, config: PPOConfig) -> None:
             raise ValueError(
                 f"{column!r} is a {type(row[column]).__name__}; it must be a dict (a struct column in Parquet)"
             )
+    if (problem := agent_name_problem(config, row.get("agent_name"))) is not None:
+        raise ValueError(problem)
     read_tools_kwargs(row.get("extra_info") or {})
     if config.reward.custom_reward_function.path is not None or config.reward.scored_by_model:
         return

@@ -24,6 +24,7 @@ from verl.preflight.checks.token_ids import check_token_ids
 from verl.preflight.findings import Findings
 from verl.preflight.target import Target
 from verl.utils.model_dir.errors import ModelFilesError
+from verl.utils.model_dir.index import has_weights
 from verl.utils.model_dir.model_files import (
     ModelFiles,
     is_config_alone,
@@ -33,6 +34,7 @@ from verl.utils.model_dir.model_files import (
     with_overrides,
 )
 from verl.utils.model_dir.public_models import public_config
+from verl.utils.model_dir.weight_shapes import contradiction
 
 _MODEL = "actor_rollout_ref.model"
 _PATH = f"{_MODEL}.path"
@@ -190,13 +192,15 @@ def has_tokenizer(folder: str) -> bool:
 
 
 def check_override(section: str, override: dict[str, Any], files: ModelFiles, found: Findings) -> None:
-    """Check that `override_config` changes neither the size of the vocabulary nor fields that other keys set."""
+    """Check that `override_config` contradicts no weights, and changes no fields that other keys set."""
     wanted, rows = override.get("vocab_size"), files.number("vocab_size")
     if wanted is not None and rows is not None and wanted != rows:
         found.errors.append(
             f"{section}.override_config.vocab_size={wanted}: the embeddings of the checkpoint in {files.path} have "
             f"{rows} rows; leave it out"
         )
+    elif has_weights(files.path) and (problem := contradiction({**files.config, **override}, files.shapes)) is not None:
+        found.errors.append(f"{section}.override_config: {problem} of {files.path}; leave the field out")
     for name, use in _SET_BY_OTHER_KEYS.items():
         if name in override:
             found.errors.append(f"{section}.override_config.{name}={override[name]}: not supported; {use}")

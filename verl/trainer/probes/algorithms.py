@@ -48,7 +48,7 @@ def probe(context: Context) -> None:
             batch, _ = batch_advantages(batch, config.algorithm, correction, controller)
         elif "rollout_log_probs" in batch.batch and not correction.bypass_mode:
             batch = drop_rejected(correct_rollout(batch, correction)[0])
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - user code may raise anything
+    except BaseException as error:  # noqa: BLE001 - user code may raise anything
         _report(context, label, error, on_cpu=True)
         return
     if not own_loss(config) or correction.bypass_mode:
@@ -57,7 +57,7 @@ def probe(context: Context) -> None:
     context.step(label)
     try:
         _probe_loss(context, batch, label)
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - user code may raise anything
+    except BaseException as error:  # noqa: BLE001 - user code may raise anything
         _report(context, label, error, on_cpu=context.job.device == "cpu")
 
 

@@ -129,8 +129,11 @@ class Context:
         """Return True for an exception that the run would meet as well.
 
         False for errors of files, network and devices, and for classes of exceptions that are not Python's: they may
-        come from a service that does not run yet. A package that is missing here may exist on another machine.
+        come from a service that does not run yet. A package or a device that is missing here, for which code may end
+        its process, may exist on another machine.
         """
+        if not isinstance(error, Exception):  # exit(), KeyboardInterrupt
+            return not self.job.elsewhere
         if isinstance(error, OSError) or (self.job.elsewhere and isinstance(error, ImportError)):
             return False
         return isinstance(error, _FAULTS_OF_CODE)
@@ -141,7 +144,7 @@ class Context:
         self.step(label)
         try:
             yield
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - user code may raise anything
+        except BaseException as error:  # noqa: BLE001 - user code may raise anything
             self.raised(label, error, certain=certain)
 
 

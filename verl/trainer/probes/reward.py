@@ -131,7 +131,7 @@ def _call(context: Context, function: ScoreFunction, sample: Sample, label: str)
         context.error(f"{label}: {error}")
     except MissingKeyError as error:
         _missing_key(context, error, loop, label)
-    except (Exception, SystemExit) as error:  # noqa: BLE001 - user code may raise anything
+    except BaseException as error:  # noqa: BLE001 - user code may raise anything
         context.raised(label, error, certain=False)
     else:
         seconds = time.monotonic() - started

@@ -27,6 +27,12 @@ _UNREADABLE = (ValueError, OverflowError, RecursionError, pa.ArrowException)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
+def require_unique_names(path: Path, columns: Sequence[str]) -> None:
+    """Check that no two columns have the same name; ValueError otherwise."""
+    if twice := sorted({name for name in columns if columns.count(name) > 1}):
+        raise ValueError(f"data file {path}: several columns have the name {', '.join(twice)}; rename them")
+
+
 def row_name(path: Path, row: int) -> str:
     """Return the name of a row in error messages."""
     return f"{path}, row {row} (counted from 0)"
@@ -52,8 +58,7 @@ class ParquetRows:
         except (pa.ArrowException, OSError) as error:
             raise ValueError(_unreadable_parquet(path, error)) from error
         self.columns = [name for name in table.column_names if not name.startswith("__index_level_")]
-        if twice := sorted({name for name in self.columns if self.columns.count(name) > 1}):
-            raise ValueError(f"data file {path}: several columns have the name {', '.join(twice)}; rename them")
+        require_unique_names(path, self.columns)
         self._table = table.select(self.columns)
         self._converters = {
             field.name: convert

@@ -6,9 +6,9 @@ A script converts one row; `convert` applies it to all rows and checks the resul
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from verl.extension.paths import expand_user
-from verl.utils.dataset.files import read_rows, row_name
+from verl.utils.atomic_io import atomic_file
+from verl.utils.dataset.files import read_rows, require_unique_names, row_name
 from verl.utils.dataset.prompts import check_messages, prefix_errors
 
 Row = dict[str, Any]
@@ -93,30 +94,55 @@ def convert(files: Sequence[Path], convert_row: Callable[[Row, int], Row | None]
 def _examples(path: Path) -> Iterable[Row]:
     if path.suffix == ".csv":
         try:
-            return pyarrow.csv.read_csv(
-                path, parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True)
-            ).to_pylist()
+            table = pyarrow.csv.read_csv(path, parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True))
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"data file {path}: cannot be read as CSV ({error}); write it again") from error
+        require_unique_names(path, table.column_names)
+        return table.to_pylist()
     rows = read_rows(path)
     return (rows[i] for i in range(len(rows)))
 
 
 def write_splits(directory: Path, splits: Mapping[str, Sequence[Row]]) -> None:
-    """Write one Parquet file per split atomically, and print its number of rows."""
+    """Write one Parquet file per split, and print its number of rows. After an error every file is as it was before.
+
+    Raises:
+        ValueError: a split has no rows, or rows that one Parquet file cannot hold; the message names the split.
+    """
+    tables = {split: _table(split, rows) for split, rows in splits.items()}
     directory.mkdir(parents=True, exist_ok=True)
-    for split, rows in splits.items():
-        _write(directory / f"{split}.parquet", rows)
+    with ExitStack() as stack:
+        # All files are complete before the first one gets its name.
+        for split, table in tables.items():
+            unfinished = stack.enter_context(atomic_file(directory / f"{split}.parquet"))
+            with prefix_errors(f"{directory / split}.parquet"), _arrow_errors():
+                pq.write_table(table, unfinished)
+    for split, table in tables.items():
+        sys.stdout.write(f"{directory / split}.parquet: {table.num_rows} rows\n")
 
 
-def _write(path: Path, rows: Sequence[Row]) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+def _table(split: str, rows: Sequence[Row]) -> pa.Table:
+    if not rows:
+        raise ValueError(f"the split {split} has no rows; a run needs at least one")
+    columns = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        # Parquet has no type for a dict without fields.
+        values = [None if row.get(name) == {} else row.get(name) for row in rows]
+        with prefix_errors(f"the split {split}, column {name!r}"), _arrow_errors():
+            columns[name] = pa.array(values)
+    return pa.table(columns)
+
+
+@contextmanager
+def _arrow_errors() -> Iterator[None]:
+    """Turn Arrow's errors about values, which are of several kinds, into a ValueError."""
     try:
-        pq.write_table(pa.Table.from_pylist(list(rows)), unfinished)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    sys.stdout.write(f"{path}: {len(rows)} rows\n")
+        yield
+    except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"Parquet cannot hold these values ({reason}); give all rows values of the same type"
+        ) from error
 
 
 def published_files(
@@ -189,6 +215,14 @@ def make_parser(description: str | None, save_dir: str) -> argparse.ArgumentPars
     )
     add_save_dir(parser, save_dir)
     return parser
+
+
+def row_count(text: str) -> int:
+    """Return the number of rows that a command line gives, for `type` of argparse; at least 1."""
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{count} rows; use at least 1")
+    return count
 
 
 def add_save_dir(parser: argparse.ArgumentParser, save_dir: str) -> None:

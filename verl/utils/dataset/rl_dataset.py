@@ -391,7 +391,11 @@ def load_dataset_class(path: str, name: str | None) -> type[Any]:
         raise ValueError(f"data.custom_cls.path={path} does not import: {type(error).__name__}: {error}") from error
     cls = getattr(module, name, None)
     if not (isinstance(cls, type) and issubclass(cls, Dataset)):
-        given = "is not defined in the file" if cls is None else "is not a subclass of torch.utils.data.Dataset"
+        given = (
+            "is not defined in the file; correct the name"
+            if cls is None
+            else "is not a subclass of torch.utils.data.Dataset"
+        )
         raise ValueError(f"data.custom_cls.name={name} {given} (data.custom_cls.path={path})")
     try:
         refuse_uncalled(cls, RLHFDataset)

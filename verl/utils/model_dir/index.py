@@ -36,6 +36,9 @@ _TORCH_NAMES = {
 }
 
 
+_COPY = "correct the file, or copy it again"
+
+
 @dataclass(frozen=True)
 class CheckpointIndex:
     """Config and tensors of a model directory.
@@ -99,25 +102,45 @@ def read_model_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path, *, unique_keys: bool = False) -> dict[str, Any]:
     """Read a JSON object.
+
+    Args:
+        unique_keys: refuse a key that stands twice in an object, of which only the last value would count.
 
     Raises:
         ValueError: the file is missing, is not JSON, or holds no object; the message names the file, line and column.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8-sig")
+        value = json.loads(text, object_pairs_hook=_unique if unique_keys else None)
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file") from error
+    except IsADirectoryError as error:
+        raise ValueError(f"{path}: is a directory; give a JSON file") from error
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: damaged JSON at line {error.lineno}, column {error.colno}: {error.msg}") from error
+        if not text.strip():
+            raise ValueError(f"{path}: the file is empty; {_COPY}") from error
+        place = f"line {error.lineno}, column {error.colno}"
+        raise ValueError(f"{path}: damaged JSON at {place}: {error.msg}; {_COPY}") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a UTF-8 text file (byte {error.start})") from error
+        raise ValueError(f"{path}: not a UTF-8 text file (byte {error.start}); save it as UTF-8") from error
     except RecursionError as error:
-        raise ValueError(f"{path}: nested too deeply") from error
+        raise ValueError(f"{path}: nested too deeply; {_COPY}") from error
+    except ValueError as error:  # a key that stands twice, or a number with thousands of digits
+        raise ValueError(f"{path}: {error}; {_COPY}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds a JSON {type(value).__name__}, expected an object")
+        raise ValueError(f"{path}: holds a JSON {type(value).__name__}, expected an object; {_COPY}")
     return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return made
 
 
 def weight_files(directory: Path) -> dict[Path, set[str]]:

@@ -17,6 +17,7 @@ from verl.utils.model_dir.hub import download_hint
 from verl.utils.model_dir.index import SAFETENSORS_FILE, SAFETENSORS_INDEX, TORCH_FILE, TORCH_INDEX, has_weights
 from verl.utils.model_dir.safetensors_header import TensorInfo, read_safetensors_header
 from verl.utils.model_dir.shapes_from_config import index_of_config
+from verl.utils.model_dir.weight_shapes import contradiction
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ def read_model(path: str | Path) -> ModelFiles:
     """Read a model directory.
 
     Raises:
-        ModelFilesError: the directory, config.json or the weights are missing, or a file is damaged or truncated.
+        ModelFilesError: the directory, config.json or the weights are missing, a file is damaged or truncated, or
+            config.json contradicts the weights.
     """
     path = Path(path)
     if not path.is_dir():
@@ -85,7 +87,10 @@ def read_model(path: str | Path) -> ModelFiles:
     weights = _read_weights(path)
     if weights is None:
         return ModelFiles(path, config, _text_config(config), None, None, None)
-    return _with_sizes(path, config, weights)
+    files = _with_sizes(path, config, weights)
+    if (problem := contradiction(files.config, files.shapes)) is not None:
+        raise ModelFilesError(f"config.json has {problem}; copy config.json and weights from the same model")
+    return files
 
 
 def with_overrides(files: ModelFiles, override: Mapping[str, Any]) -> ModelFiles:

@@ -67,6 +67,16 @@ def test_given_description_is_used(request, tmp_path, fixture):
         ({"model.layers.0.self_attn.k_proj.kv_cache_scale": FLOAT}, "quantized KV caches are not supported"),
         ({"default_quant_type": MX}, "unknown field default_quant_type"),
         ({"is_rot_used": True}, "unknown field is_rot_used=True"),
+        *(
+            ({name: value}, f"{name}={re.escape(repr(value))} is not supported: must be")
+            for name in ("group_size", "quant_method", "model_quant_type")
+            for value in ([32], {"a": 1}, True, 3, float("nan"))
+        ),
+        *(
+            ({"model.layers.0.mlp.down_proj.weight": value}, "down_proj.weight is .*; only W8A8_MXFP8")
+            for value in ([MX], {"a": 1}, 8, True, float("nan"))
+        ),
+        ({"..": MX}, "unknown field ..='W8A8_MXFP8'; remove it"),
     ],
 )
 def test_given_description_that_does_not_fit_is_rejected(dense, change, message):
@@ -98,6 +108,11 @@ def test_given_description_may_quantize_unknown_layers(tmp_path):
     ("text", "message"),
     [
         ('{"ignore": ["lm_head"', "damaged JSON at line 1, column"),
+        ("", "the file is empty; correct the file"),
+        ("null", "holds a JSON NoneType, expected an object; correct"),
+        ('{"ignore": ["lm_head"], "ignore": []}', "the key 'ignore' stands twice"),
+        ('{"a.b.weight": "FLOAT", "a.b.weight": "W8A8_MXFP8"}', "the key 'a.b.weight' stands twice"),
+        ('{"group_size": ' + "9" * 5000 + "}", "4300 digits"),
         ("[]", "holds a JSON list, expected an object"),
         ('{"ignore": "lm_head"}', "ignore='lm_head', expected a list"),
         ('{"ignore": [], "group_size": 32}', "has group_size next to 'ignore'"),

@@ -21,10 +21,31 @@ def test_config_file_is_required(dense, make):
         make("torchao", dense).engine_overrides("cpu")
 
 
-def test_torchao_must_be_installed(dense, make, monkeypatch):
+def test_torchao_must_be_installed(dense, make, monkeypatch, tmp_path):
     monkeypatch.setattr(torchao_format, "find_spec", lambda name: None)
+    path = tmp_path / "torchao.json"
+    path.write_text('{"_type": "Int8WeightOnlyConfig"}')
     with pytest.raises(ValueError, match="torchao is not installed"):
-        make("torchao", dense, quantization_config_file="x.json").engine_overrides("cpu")
+        make("torchao", dense, quantization_config_file=str(path)).engine_overrides("cpu")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "the file is empty; correct"),
+        ("{", "damaged JSON at line 1"),
+        ("[]", "expected an object; correct"),
+        ('{"_type": 5}', "it has no _type; see"),
+        ('{"_type": "A", "_type": "B"}', "'_type' stands twice"),
+        ('{"_type": "A", "_version": "2"}', "_version='2' must be a whole number"),
+        ('{"_type": "A", "_data": [1]}', r"_data=\[1\] must be an object"),
+    ],
+)
+def test_the_file_is_checked_before_a_run_without_torchao(dense, make, tmp_path, content, words):
+    path = tmp_path / "torchao.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=rf"quantization_config_file=.*torchao\.json: .*{words}"):
+        make("torchao", dense, quantization_config_file=str(path)).validate("cpu", installed=False)
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "{}", UNKNOWN_TYPE, UNKNOWN_FIELD])

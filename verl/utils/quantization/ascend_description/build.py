@@ -68,7 +68,7 @@ def _leave_out(layers: Sequence[Layer], patterns: tuple[str, ...]) -> list[Layer
             try:
                 regex = re.compile(pattern.removeprefix("re:"))
             except re.error as error:
-                raise ValueError(f"ignore {pattern!r}: not a regular expression: {error}") from error
+                raise ValueError(f"ignore {pattern!r}: not a regular expression: {error}; correct it") from error
             found = {name for name in names if regex.fullmatch(name)}
         else:
             found = {pattern.removesuffix(".weight")} & names

@@ -23,10 +23,11 @@ from verl.utils.quantization.formats import ASCEND_METHOD, ASCEND_SCHEMES, FLOAT
 logger = logging.getLogger(__name__)
 
 # Fields that are not about a layer, with their possible values.
-_METADATA: dict[str, set[Any]] = {
-    "quant_method": {ASCEND_METHOD},
-    "group_size": {MX_BLOCK_SIZE},
-    "model_quant_type": {*ASCEND_SCHEMES, FLOAT},
+# Tuples, because a value of the file may be a list, which no set can look for.
+_METADATA: dict[str, tuple[Any, ...]] = {
+    "quant_method": (ASCEND_METHOD,),
+    "group_size": (MX_BLOCK_SIZE,),
+    "model_quant_type": (*ASCEND_SCHEMES, FLOAT),
 }
 _INFORMATIVE = {"version", "metadata"}
 # Each of these switches quantization of the KV cache on.
@@ -52,7 +53,8 @@ def load_description(
             W8A8_MXFP8, W4A8_MXFP and FLOAT, or fails a check of `build_description`.
     """
     index = index or read_checkpoint_index(model_dir)
-    return _load(Path(path), read_json_object(Path(path)), index, tp_size, expert_parallel, padded_shares)
+    raw = read_json_object(Path(path), unique_keys=True)
+    return _load(Path(path), raw, index, tp_size, expert_parallel, padded_shares)
 
 
 def resolve_description(
@@ -80,7 +82,7 @@ def resolve_description(
     own = Path(model_dir) / DESCRIPTION_FILE
     if quantization_config_file is not None:
         path = Path(quantization_config_file)
-        raw = read_json_object(path)
+        raw = read_json_object(path, unique_keys=True)
         if "ignore" not in raw:
             logger.info("per-layer description: %s", path)
             return _load(path, raw, index, tp_size, expert_parallel, padded_shares)
@@ -139,11 +141,11 @@ def _described_types(path: Path, raw: Mapping[str, Any]) -> dict[str, str]:
             raise ValueError(f"{path}: {key}={value!r}: quantized KV caches are not supported; remove the entry")
         elif key in _INFORMATIVE:
             continue
-        elif "." not in key or not isinstance(value, str):
-            raise ValueError(f"{path}: unknown field {key}={value!r}; remove it")
+        elif "." not in key or not key.strip(".") or (not isinstance(value, str) and not key.endswith(".weight")):
+            raise ValueError(f"{path}: unknown field {key}={value!r:.80}; remove it")
         elif value not in (*ASCEND_SCHEMES, FLOAT):
             supported = f"{', '.join(ASCEND_SCHEMES)} and {FLOAT}"
-            raise ValueError(f"{path}: {key} is {value!r}; only {supported} are supported")
+            raise ValueError(f"{path}: {key} is {value!r:.80}; only {supported} are supported")
         else:
             module, _, tensor = key.rpartition(".")
             # Entries for a module's other tensors (bias, weight_scale) repeat the entry of its weight.
