@@ -25,6 +25,7 @@ OTHER_SUBJECTS = {
     "preflight/test_accepted_scripts.py": "scripts/upstream_scripts.py, with scripts of upstream verl",
     "preflight/test_upstream_scripts.py": "docs/migrating.md, with scripts of upstream verl",
     "report/test_browser.py": "a complete report in a browser",
+    "report/test_damaged.py": "the whole report, of damaged and hostile files",
     "report/test_figures.py": "the modules that draw figures, through the text in their SVG",
     "test_check_run.py": ".github/check_run.py",
     "test_docs.py": "README.md and docs/",

@@ -1,8 +1,8 @@
-"""Lone surrogates: half a character, which UTF-8 cannot encode."""
+"""Lone surrogates (half a character, which UTF-8 cannot encode) and control characters."""
 
 import pytest
 
-from verl.utils.text import valid_text, valid_value
+from verl.utils.text import valid_text, valid_value, without_controls
 
 
 @pytest.mark.parametrize(
@@ -26,3 +26,7 @@ def test_text_can_be_encoded_afterwards(text, valid):
 def test_texts_and_keys_inside_of_values():
     value = {"\ud83d": ["\udc80", 1, None, {"a": ("b\ud83d", 2.5)}]}
     assert valid_value(value) == {"\ufffd": ["\ufffd", 1, None, {"a": ["b\ufffd", 2.5]}]}
+
+
+def test_control_characters_become_symbols():
+    assert without_controls("a\x1b[31m\x00\n\t\r\x7f\x9b\ud83d é中") == "a␛[31m␀\n\t␍␡\ufffd\ufffd é中"

@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 
 from verl.report.panels import Panel
 from verl.report.run import Curve, Run, is_number
-from verl.report.style import DASHES, SERIES, SOFT, Drawn, figure, legend, short, step_axis, value_axis
+from verl.report.style import DASHES, SERIES, SOFT, Drawn, figure, legend, number, short, step_axis, value_axis
 
 
 def draw_curves(panel: Panel, runs: Sequence[Run]) -> Drawn | None:
@@ -32,7 +32,7 @@ def draw_curves(panel: Panel, runs: Sequence[Run]) -> Drawn | None:
         entries = _entries(runs, labels)
         if limit := _limit(panel, runs):
             axes.axhline(limit, color=SOFT, linestyle=DASHES[2], linewidth=1)
-            entries.append((Line2D([], [], color=SOFT, linestyle=DASHES[2]), f"limit {limit:,.0f}"))
+            entries.append((Line2D([], [], color=SOFT, linestyle=DASHES[2]), f"limit {number(limit)}"))
         steps = [step for _, _, (steps, _) in curves for step in steps]
         step_axis(axes, min(steps), max(steps))
         if not panel.log:
@@ -79,7 +79,7 @@ def _limit(panel: Panel, runs: Sequence[Run]) -> float | None:
     if not panel.limit:
         return None
     found = [run.config.get(panel.limit) for run in runs]
-    values = {float(value) for value in found if value is not None and is_number(value)}
+    values = {float(value) for value in found if is_number(value)}
     return values.pop() if len(values) == 1 else None
 
 

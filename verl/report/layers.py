@@ -11,8 +11,9 @@ from matplotlib.artist import Artist
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from verl.report.run import Run
+from verl.report.run import Run, as_float
 from verl.report.style import DASHES, GRID, SERIES, SOFT, Drawn, figure, legend, short, step_axis, value_axis
+from verl.report.text import visible
 
 ERROR, LAYER = "weight_update/max_quantization_error", "weight_update/max_quantization_error_layer"
 BY_DEPTH = "weight_update/quantization_errors"
@@ -41,12 +42,17 @@ def worst_layers(run: Run) -> list[LayerError]:
     """Return the weights, largest error first."""
     found: dict[str, list[tuple[int, float]]] = {}
     for step, error in zip(*run.curve(ERROR), strict=True):
-        found.setdefault(str(run.records[step].get(LAYER, "not recorded")), []).append((step, error))
+        found.setdefault(_layer_of(run, step), []).append((step, error))
     rows = [
         LayerError(layer, len(points), points[0][0], points[-1][0], max(error for _, error in points))
         for layer, points in found.items()
     ]
     return sorted(rows, key=lambda row: -math.inf if math.isnan(row.largest) else -row.largest)
+
+
+def _layer_of(run: Run, step: int) -> str:
+    """Return the name of the weight with the largest error in the update of a step."""
+    return visible(str(run.records[step].get(LAYER, "not recorded")), 200)
 
 
 def draw_layers(runs: Sequence[Run]) -> Drawn | None:
@@ -85,7 +91,7 @@ def _points(axes: object, run: Run) -> list[tuple[Artist, str]]:
         chosen = [
             (step, error)
             for step, error in zip(steps, errors, strict=True)
-            if colors.get(str(run.records[step].get(LAYER, "not recorded")), SOFT) == color
+            if colors.get(_layer_of(run, step), SOFT) == color
         ]
         axes.plot(*zip(*chosen, strict=True), "o", color=color)  # type: ignore[attr-defined]
         entries.append((Line2D([], [], color=color, marker="o", linestyle="none"), short(layer, 44)))
@@ -127,9 +133,10 @@ def _last_errors(run: Run) -> dict[str, list[float]]:
     """Return the errors in decoder layers by kind of weight; NaN if a layer has none."""
     for step in sorted(run.records, reverse=True):
         if isinstance(found := run.records[step].get(BY_DEPTH), dict):
-            return {
-                str(kind): [math.nan if value is None else float(value) for value in values]
+            errors = {
+                short(kind, 44): [as_float(value) for value in values]
                 for kind, values in found.items()
-                if len(values) > 1
+                if isinstance(values, list) and len(values) > 1
             }
+            return {kind: values for kind, values in errors.items() if any(map(math.isfinite, values))}
     return {}

@@ -18,6 +18,7 @@ from verl.report.run import Run, read_runs
 from verl.report.style import SERIES, SERIES_DARK, Drawn, write_pngs
 from verl.report.timeline import StepTimeline, draw_timeline
 from verl.utils.atomic_io import atomic_write_text
+from verl.utils.text import without_controls
 
 _NOTHING = "no step is logged yet"
 TEMPLATE = Path(__file__).with_name("page.html.j2")
@@ -127,7 +128,7 @@ def _time(runs: Sequence[Run]) -> Section:
             continue
         try:
             timeline = draw_timeline(run.timeline, title)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             section.absent.append((title, str(error)))
             continue
         key = f"timeline_{number}" if number else "timeline"
@@ -146,13 +147,13 @@ def _says(timeline: StepTimeline) -> str:
 
 
 def render(runs: Sequence[Run], sections: Sequence[Section]) -> str:
-    """Render the page. Every text from a run is escaped."""
+    """Render the page. Every text from a run is escaped, and its control characters become symbols."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     # Samples first, because they add notes about missing files.
     of_runs = [_run_context(run) for run in runs]
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=" and ".join(run.name for run in runs) if len(runs) < 4 else f"{len(runs)} runs",
         runs=of_runs,
         facts=summary.facts(runs),
@@ -162,6 +163,7 @@ def render(runs: Sequence[Run], sections: Sequence[Section]) -> str:
         made=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
         version=__version__,
     )
+    return without_controls(page)
 
 
 def _run_context(run: Run) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from verl.report.run import Run
+from verl.report.style import short
 
 
 @dataclass(frozen=True)
@@ -233,11 +234,11 @@ def validation(runs: Sequence[Run]) -> tuple[Panel, ...]:
         if kind and source and core:
             number = statistic.rpartition("@")[2]
             of = {"mean": f"mean of {number}", "best": f"best of {number}", "majority": f"majority of {number}"}[kind]
-            curves.setdefault(source, {})[name] = f"{variable}, {of if number != '1' else 'one sample'}"
+            curves.setdefault(source, {})[name] = f"{short(variable, 40)}, {of if number != '1' else 'one sample'}"
     return tuple(
         Panel(
             f"validation_{number}" if number else "validation",
-            f"Validation: {source}",
+            f"Validation: {short(source, 200)}",
             "mean over the prompts",
             of_source,
             "On prompts that are not trained on. Trust this curve more than the reward in training.",

@@ -1,22 +1,34 @@
-"""Reader of a run's directory in any state. Missing files become notes with the reason."""
+"""Reader of a run's directory in any state. Missing and damaged files become notes with the reason.
+
+Every value in a `Run` is plain and bounded (`verl.utils.plain_data`), and its text holds no control character. A number
+counts only if `is_number` accepts it, so sums, axes and formats cannot overflow.
+"""
 
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from verl.config.record import CHANGES_FILE, CONFIG_FILE, flat
-from verl.utils.tracking import read_steps
+from verl.report.style import number
+from verl.report.text import visible, visible_value
+from verl.utils.plain_data import parse_yaml
+from verl.utils.text import without_controls
+from verl.utils.tracking.jsonl import MAX_STEP, METRICS_FILE, read_steps
 
-METRICS_FILE = "metrics.jsonl"
 # By kind of dump: the key that names its directory, and the default name.
 DUMPS = {"validation": "trainer.validation_data_dir", "rollouts": "trainer.rollout_data_dir"}
+
+# Figures of larger numbers overflow, and smaller ones are drawn as 0.
+_LARGEST, _SMALLEST = 1e100, 1e-100
+# A config has a few hundred keys; parsing YAML takes about a second for each MiB.
+_MAX_YAML_BYTES = 4 * 2**20
+_NOTE_CHARACTERS = 500
 
 Curve = tuple[list[int], list[float]]
 
@@ -48,13 +60,9 @@ class Run:
     notes: list[str] = field(default_factory=list)
 
     def curve(self, metric: str) -> Curve:
-        """Steps and values of a metric; NaN for values that the run recorded as not finite."""
-        steps, values = [], []
-        for step, data in self.records.items():
-            if metric in data and (data[metric] is None or is_number(data[metric])):
-                steps.append(step)
-                values.append(math.nan if data[metric] is None else float(data[metric]))
-        return steps, values
+        """Steps and values of a metric; NaN for values that are no finite number."""
+        steps = [step for step, data in self.records.items() if metric in data]
+        return steps, [as_float(self.records[step][metric]) for step in steps]
 
     def names(self) -> list[str]:
         """All metrics, in the order of their first record."""
@@ -62,7 +70,15 @@ class Run:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Return True for a finite number that a figure can show."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
+
+
+def as_float(value: Any) -> float:
+    """Return a number of a run for a figure; NaN if it is none."""
+    if not is_number(value):
+        return math.nan
+    return float(value) if abs(value) >= _SMALLEST else 0.0
 
 
 def read_runs(directories: Sequence[str | Path]) -> list[Run]:
@@ -93,38 +109,55 @@ def read_run(directory: Path, name: str) -> Run:
     """
     if not directory.is_dir():
         raise ValueError(f"{directory} is not a directory; give trainer.default_local_dir of a run")
-    run = Run(name, directory)
+    run = Run(without_controls(name), directory)
     _read_config(run)
     _read_metrics(run)
     _find_dumps(run)
     _find_timeline(run)
-    if not (run.records or run.config or any(run.dumps.values()) or (directory / METRICS_FILE).exists()):
+    if not (run.records or run.config or any(run.dumps.values()) or os.path.lexists(directory / METRICS_FILE)):
         raise ValueError(
             f"{directory} contains neither {METRICS_FILE} nor {CONFIG_FILE}; give trainer.default_local_dir of a run"
         )
     return run
 
 
+def read_rows(run: Run, path: Path) -> list[dict[str, Any]]:
+    """Return the records of a file of JSON lines, `{"step": int, ...}`; unusable lines become a note."""
+    try:
+        records = visible_value(read_steps(path))
+        lines = sum(1 for line in path.read_bytes().split(b"\n") if line.strip())
+    except OSError as error:
+        run.notes.append(f"{path.name} cannot be read: {error.strerror}.")
+        return []
+    _note_damaged_lines(run, path.name, lines - len(records))
+    return records
+
+
+def _note_damaged_lines(run: Run, name: str, count: int) -> None:
+    if count > 0:
+        lines = "One line is" if count == 1 else f"{count} lines are"
+        run.notes.append(f"{lines} damaged in {name} and skipped: the run was writing, or was killed.")
+
+
 def _read_metrics(run: Run) -> None:
     path = run.directory / METRICS_FILE
-    if not path.exists():
+    if not os.path.isfile(path):
         logger = run.config.get("trainer.logger")
-        if isinstance(logger, list) and "file" not in logger:
+        if os.path.lexists(path):
+            why = "this path is no file"
+        elif isinstance(logger, list) and "file" not in logger:
             why = "trainer.logger does not list 'file'"
         else:
             why = "the run has no record yet, or failed before the first one: see its output"
         run.notes.append(f"No {METRICS_FILE}, so there are no curves: {why}.")
         return
-    records = read_steps(path)
+    rows = read_rows(run, path)
+    records = [record for record in rows if isinstance(record.get("data"), dict)]
+    _note_damaged_lines(run, METRICS_FILE, len(rows) - len(records))
     for record in records:
-        data = record.get("data")
-        run.records.setdefault(record["step"], {}).update(data if isinstance(data, dict) else {})
+        run.records.setdefault(record["step"], {}).update(record["data"])
     run.records = dict(sorted(run.records.items()))
     run.silent_seconds = max(0.0, time.time() - path.stat().st_mtime)
-    damaged = sum(1 for line in path.read_bytes().split(b"\n") if line.strip()) - len(records)
-    if damaged:
-        lines = "One line is" if damaged == 1 else f"{damaged} lines are"
-        run.notes.append(f"{lines} damaged in {METRICS_FILE} and skipped: the run was writing, or was killed.")
     if not records:
         run.notes.append(f"{METRICS_FILE} has no record yet: the first step, or the validation before it, is running.")
     _note_bad_numbers(run)
@@ -133,45 +166,59 @@ def _read_metrics(run: Run) -> None:
 def _note_bad_numbers(run: Run) -> None:
     """Add notes about values that are not finite, and about failed scorers."""
     bad: dict[str, int] = {}
+    numeric = {name for data in run.records.values() for name, value in data.items() if _is_numeric(value)}
     for step, data in run.records.items():
-        for name in (name for name, value in data.items() if value is None):
+        for name in (name for name, value in data.items() if name in numeric and not is_number(value)):
             bad.setdefault(name, step)
     for name, step in list(bad.items())[:5]:
         run.notes.append(f"{name} is not a finite number in step {step}, and may be in others.")
     for metric, what in (("reward/num_errors", "raised an error"), ("reward/num_timeouts", "took too long")):
         if total := sum(value for value in run.curve(metric)[1] if math.isfinite(value)):
-            run.notes.append(f"The reward function {what} for {total:.0f} samples.")
+            run.notes.append(f"The reward function {what} for {number(total)} samples.")
+
+
+def _is_numeric(value: Any) -> bool:
+    """Return True if a metric with this value should have numbers; None stands for a number that is not finite."""
+    return value is None or isinstance(value, float) or is_number(value)
 
 
 def _read_config(run: Run) -> None:
     values = _yaml(run, CONFIG_FILE)
     run.config = flat(values) if values else {}
+    if os.path.lexists(earlier := run.directory / f"{CONFIG_FILE}.previous"):
+        run.notes.append(
+            f"The run was resumed with another config, which may explain a change in its curves: see {earlier.name}."
+        )
     changes = _yaml(run, CHANGES_FILE)
     if changes is not None:
-        run.changes = {str(key): entry for key, entry in changes.items() if isinstance(entry, dict)}
+        run.changes = {key: entry for key, entry in changes.items() if isinstance(entry, dict)}
 
 
 def _yaml(run: Run, name: str) -> dict[str, Any] | None:
     path = run.directory / name
-    if not path.exists():
+    if not os.path.lexists(path):
         run.notes.append(f"No {name}: an older version wrote the run, or the file was not copied.")
         return None
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
-    except yaml.YAMLError as error:
-        run.notes.append(f"{name} cannot be read: {' '.join(str(error).split())}")
+        if not path.is_file():
+            raise ValueError("it is not a file")
+        if path.stat().st_size > _MAX_YAML_BYTES:
+            raise ValueError(f"it has more than {_MAX_YAML_BYTES >> 20} MiB")
+        values = parse_yaml(path.read_text(encoding="utf-8", errors="replace"))
+        if not isinstance(values, dict):
+            raise ValueError("it contains no keys")
+    except (OSError, ValueError) as error:
+        run.notes.append(visible(f"{name} cannot be read: {error}", _NOTE_CHARACTERS))
         return None
-    return values if isinstance(values, dict) else {}
+    return visible_value(values)
 
 
 def _find_dumps(run: Run) -> None:
     for kind, key in DUMPS.items():
         directory = _place(run, key, kind)
-        found = {int(path.stem): path for path in directory.glob("*.jsonl") if path.stem.isdecimal()}
         # A directory may still hold the later steps of a longer run before this one.
-        last = max(run.records, default=None)
-        kept = {step: path for step, path in sorted(found.items()) if last is None or step <= last}
-        run.dumps[kind] = kept
+        last = max(run.records, default=MAX_STEP)
+        run.dumps[kind] = kept = {step: path for step, path in _numbered_files(directory) if step <= last}
         if kept:
             continue
         if run.config and run.config.get(key) is None:
@@ -181,9 +228,18 @@ def _find_dumps(run: Run) -> None:
         run.notes.append(f"No samples of {'the validation' if kind == 'validation' else 'the training'}: {why}.")
 
 
+def _numbered_files(directory: Path) -> list[tuple[int, Path]]:
+    """Return the files `STEP.jsonl` of a directory in order of their steps; none of a directory that is unreadable."""
+    # Unlike Path's methods, os.path's also return False for names that no file can have.
+    if not os.path.isdir(directory):
+        return []
+    found = [(int(path.stem), path) for path in directory.glob("*.jsonl") if path.stem.isdecimal()]
+    return sorted((step, path) for step, path in found if step <= MAX_STEP and os.path.isfile(path))
+
+
 def _find_timeline(run: Run) -> None:
     path = _place(run, "trainer.timeline", "timeline.json")
-    if path.is_file():
+    if os.path.isfile(path):
         run.timeline = path
     elif run.config and run.config.get("trainer.timeline") is None:
         run.notes.append("No timeline: trainer.timeline is null; with trainer.timeline=FILE the run writes one.")

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from verl.report.run import Run, is_number
+from verl.report.run import Run, is_number, read_rows
 from verl.report.style import number
-from verl.utils.tracking import read_steps
+from verl.report.text import visible
 
 TITLES = {"validation": "Validation", "rollouts": "Training"}
 _COLUMNS = ("input", "output", "gts", "score", "step", "uid")
 _EACH = 4
-_CHARACTERS = 4000
+_MORE = 40
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def read_samples(run: Run) -> list[Samples]:
         if not run.dumps.get(kind):
             continue
         step, path = list(run.dumps[kind].items())[-1]
-        rows = scored_rows(path)
+        rows = [row for row in read_rows(run, path) if is_number(row.get("score"))]
         if not rows:
             run.notes.append(
                 f"{path.name} of the {title.lower()} samples has no sample with a score: is the run writing it?"
@@ -65,11 +64,6 @@ def read_samples(run: Run) -> list[Samples]:
         worst = sorted(rows, key=lambda row: row["score"])
         found.append(Samples(title, step, len(rows), mean, _first(worst[::-1]), _first(worst)))
     return found
-
-
-def scored_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a dump with a numeric score, in order."""
-    return [row for row in read_steps(path) if is_number(row.get("score"))]
 
 
 def _first(rows: list[dict[str, Any]]) -> list[Sample]:
@@ -85,7 +79,7 @@ def _first(rows: list[dict[str, Any]]) -> list[Sample]:
 
 def _sample(row: Mapping[str, Any]) -> Sample:
     more = [
-        (str(name), number(value) if is_number(value) else visible(str(value), 200))
+        (visible(name, 80), number(value) if is_number(value) else visible(str(value), 200))
         for name, value in row.items()
         if name not in _COLUMNS and value is not None
     ]
@@ -94,13 +88,5 @@ def _sample(row: Mapping[str, Any]) -> Sample:
         visible(str(row.get("input", ""))),
         visible(str(row.get("output", ""))),
         visible(str(row.get("gts", ""))),
-        tuple(more),
+        tuple(more[:_MORE]),
     )
-
-
-def visible(text: str, characters: int = _CHARACTERS) -> str:
-    """Return text for the page: truncated, control characters as symbols, no broken characters."""
-    rest = len(text) - characters
-    text = text if rest <= 0 else f"{text[:characters]} … {rest:,} more characters"
-    text = "".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else c for c in text)
-    return text.encode("utf-8", "replace").decode()

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from verl.report.run import Run
-from verl.report.samples import visible
+from verl.report.text import visible
 
 NOT_KNOWN = "not known"
 
@@ -39,7 +39,9 @@ def whole(run: Run) -> str:
 
 
 def _differs(key: str, known: Sequence[Run]) -> bool:
-    return any(run.config.get(key) != known[0].config.get(key) for run in known)
+    # NaN differs from itself.
+    first = known[0].config.get(key)
+    return any(value != first and repr(value) != repr(first) for value in (run.config.get(key) for run in known))
 
 
 def _row(key: str, runs: Sequence[Run], known: Sequence[Run]) -> Row:
@@ -57,5 +59,5 @@ def show(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.10g}"
     if isinstance(value, list):
-        return "[" + ", ".join(show(item) for item in value) + "]"
+        return visible("[" + ", ".join(show(item) for item in value) + "]", 300)
     return visible(str(value), 300)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from verl.report.run import Curve, Run, is_number
-from verl.report.style import number, percent
+from verl.report.style import number, percent, short
+from verl.report.text import visible
 from verl.utils.tracking.progress import duration
 
 # An end of a noisy curve is the mean of at most this number of steps, or of half of a short curve.
@@ -32,7 +33,7 @@ def state(run: Run) -> str:
     if not run.records:
         return "no step is recorded"
     last, total = max(run.records), run.config.get("trainer.total_training_steps")
-    if total is not None and is_number(total) and last >= total:
+    if is_number(total) and last >= total:
         return f"finished, {last:,} steps"
     assert run.silent_seconds is not None
     pace = [seconds for seconds in run.curve("timing_s/step")[1] if math.isfinite(seconds)]
@@ -53,7 +54,7 @@ def about(run: Run) -> str:
         f"advantages {config.get('algorithm.adv_estimator')}",
         f"rollout quantized: {quantization}" if quantization else "rollout not quantized",
     ]
-    return " · ".join(part for part in parts if part) if config else "its config is not recorded"
+    return visible(" · ".join(part for part in parts if part), 400) if config else "its config is not recorded"
 
 
 def facts(runs: Sequence[Run]) -> list[Fact]:
@@ -81,8 +82,8 @@ def _fact(label: str, runs: Sequence[Run], metric: str, say: Callable[[list[floa
 
 
 def _variable(name: str) -> str:
-    source, variable, _ = name.partition("/")[2].rsplit("/", 2)
-    return f"Validation: {variable}, {source.rpartition('/')[2]}"
+    source, _, variable = name.partition("/")[2].rpartition("/")[0].rpartition("/")
+    return f"Validation: {short(variable, 40)}, {short(source.rpartition('/')[2], 40)}"
 
 
 def _finite(curve: Curve) -> list[float]:
@@ -114,7 +115,7 @@ def _seconds(values: list[float]) -> str:
 
 
 def _speed(values: list[float]) -> str:
-    return f"{statistics.median(values):,.0f} tokens/s"
+    return f"{number(round(statistics.median(values)))} tokens/s"
 
 
 def _memory(values: list[float]) -> str:

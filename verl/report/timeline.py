@@ -11,13 +11,15 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from verl.report.style import GRID, INK, SERIES, SOFT, Drawn, figure, legend, number
+from verl.report.style import GRID, INK, SERIES, SOFT, Drawn, figure, legend, number, short
+from verl.report.text import visible
 from verl.timeline.reader import read_events, spans, stage_seconds, step_shares, step_windows
 
 # For a long run the last steps are sufficient.
 READ_BYTES = 32 * 2**20
-# Number of drawn processes per kind.
+# Number of drawn processes per kind, and of rows for stages of the driver that overlap.
 SHOWN_OF_A_KIND = 4
+SHOWN_ROWS = 8
 
 Interval = tuple[float, float]
 STAGE, ENGINE, FORWARD, BACKWARD, WEIGHTS, SCORE = SERIES[7], SERIES[0], SERIES[2], SERIES[1], SERIES[3], SERIES[4]
@@ -63,18 +65,16 @@ def draw_timeline(path: Path, title: str) -> StepTimeline:
     """Draw the last step without a validation, or the last step if all have one.
 
     Raises:
-        ValueError: the file holds no finished step, or is no timeline.
+        ValueError: the file holds no finished step.
+        OSError: the file cannot be read.
     """
-    try:
-        events = read_events(path, READ_BYTES)
-        windows, stages = step_windows(events), stage_seconds(events)
-        if not windows:
-            raise ValueError(f"{path} contains no finished step yet")
-        step = max(windows, key=lambda step: ("testing" not in stages[step], step))
-        lanes, left_out = _lanes(events, windows[step])
-        shares = step_shares(events)[step]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a timeline of a run: {type(error).__name__}: {error}") from error
+    events = read_events(path, READ_BYTES)
+    windows, stages = step_windows(events), stage_seconds(events)
+    if not windows:
+        raise ValueError(f"{path} contains no finished step yet")
+    step = max(windows, key=lambda step: ("testing" not in stages[step], step))
+    lanes, left_out = _lanes(events, windows[step])
+    shares = step_shares(events)[step]
     seconds = (windows[step][1] - windows[step][0]) / 1e6
     with figure(f"{title}: step {step}", width=11.45, height=0.95 + 0.3 * len(lanes)) as (made, drawn):
         axes = made.add_subplot()
@@ -89,13 +89,18 @@ def draw_timeline(path: Path, title: str) -> StepTimeline:
         axes.xaxis.set_major_formatter(FuncFormatter(number))
         axes.set_xlabel("seconds since the step began")
         used = {color for lane in lanes for color, *_ in lane.bars}
-        legend(axes, [(Patch(color=color), name) for name, color in LEGEND.items() if color in used], columns_of=240)
+        if used:
+            legend(
+                axes, [(Patch(color=color), name) for name, color in LEGEND.items() if color in used], columns_of=240
+            )
     return StepTimeline(drawn[0], step, seconds, shares.engine, shares.train, shares.overhead, left_out)
 
 
 def _lanes(events: Sequence[dict[str, Any]], window: Interval) -> tuple[list[Lane], int]:
     """Return the lanes, driver first, and the number of omitted processes."""
-    names = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
+    names = {
+        event["pid"]: short(visible(event["args"]["name"]), 40) for event in events if event["name"] == "process_name"
+    }
     order = sorted(names, key=lambda pid: (_kind(names[pid]), names[pid]))
     drawn: dict[int, int] = {}
     lanes: list[Lane] = []
@@ -117,13 +122,14 @@ def _kind(name: str) -> int:
     """Return the sort key of a process: driver, replicas, their workers, trainer ranks, reward workers."""
     if name.startswith("replica"):
         return 2 if "worker" in name else 1
-    return {"driver": 0, "trainer": 3, "reward": 4}.get(name.split()[0], 5)
+    return {"driver": 0, "trainer": 3, "reward": 4}.get(name.partition(" ")[0], 5)
 
 
 def _of_process(name: str, events: Sequence[dict[str, Any]], window: Interval) -> list[Lane]:
     if _kind(name) == 0:
-        stages = [(e, STAGE, e["name"]) for e in spans(events, "stage") if e["name"] != "step"]
-        return [Lane(name if not row else "", bars, []) for row, bars in enumerate(_rows(_cut(stages, window)))]
+        stages = [(e, STAGE, short(visible(e["name"]), 40)) for e in spans(events, "stage") if e["name"] != "step"]
+        rows = _rows(_cut(stages, window))[:SHOWN_ROWS]
+        return [Lane(name if not row else "", bars, []) for row, bars in enumerate(rows)]
     if _kind(name) == 1:
         level = _in_flight(spans(events, "request"), window)
         return [Lane(f"{name}: requests", [], level)] if any(count for _, count in level) else []

@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 Event = dict[str, Any]
 Interval = tuple[float, float]
 
+# Thirty years in microseconds, and more steps than any run has; larger numbers are damage.
+_MAX_TIME, _MAX_STEP = 1e15, 10**12
+
 
 @dataclass(frozen=True)
 class StepShares:
@@ -47,17 +50,49 @@ def read_events(path: str | Path, at_most: int | None = None) -> list[Event]:
     Args:
         path: the file.
         at_most: bytes to read of a larger file: its start, which names the processes, and its end.
+
+    Returns:
+        events with the fields that `spans` writes, of the right types: name, ph, pid, ts and args; dur or id.
+
+    Raises:
+        OSError: the file cannot be read.
     """
     events = []
-    for number, line in enumerate(_read(Path(path), at_most).decode(errors="replace").splitlines(), start=1):
+    for number, line in enumerate(_read(Path(path), at_most).decode(errors="replace").split("\n"), start=1):
         text = line.strip().rstrip(",")
         if text in ("", "[", "]"):
             continue
         try:
-            events.append(json.loads(text))
-        except ValueError:
+            event = json.loads(text)
+        except (ValueError, RecursionError):
+            event = None
+        if _is_event(event):
+            events.append(event)
+        else:
             logger.warning("%s: line %d is damaged and is skipped", path, number)
     return events
+
+
+def _is_event(value: Any) -> bool:
+    """Return True for an event as `spans` writes it, with times and a step in range."""
+    if not isinstance(value, dict) or not isinstance(value.get("args"), dict):
+        return False
+    if not isinstance(value.get("name"), str) or type(value.get("pid")) is not int or not _is_time(value.get("ts")):
+        return False
+    kind = value.get("ph")
+    if value["name"] == "process_name":
+        return kind == "M" and isinstance(value["args"].get("name"), str)
+    if value.get("cat") == "stage" and kind != "e":
+        step = value["args"].get("step")
+        if value["name"] == "step" if step is None else type(step) is not int or not 0 <= step <= _MAX_STEP:
+            return False
+    if kind == "X":
+        return _is_time(value.get("dur")) and bool(value["dur"] >= 0)
+    return kind == "M" or (kind in ("b", "e") and isinstance(value.get("id"), str))
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _MAX_TIME
 
 
 def _read(path: Path, at_most: int | None) -> bytes:
@@ -72,11 +107,11 @@ def _read(path: Path, at_most: int | None) -> bytes:
 
 
 def step_windows(events: Iterable[Event]) -> dict[int, Interval]:
-    """Start and end of each step, in microseconds."""
+    """Start and end of each step, in microseconds. A step takes at least one."""
     return {
-        int(event["args"]["step"]): (event["ts"], event["ts"] + event["dur"])
+        event["args"]["step"]: (event["ts"], event["ts"] + event["dur"])
         for event in spans(events, "stage")
-        if event["name"] == "step"
+        if event["name"] == "step" and event["dur"] >= 1
     }
 
 
@@ -99,7 +134,7 @@ def step_shares(events: Sequence[Event]) -> dict[int, StepShares]:
     engine, train = spans(events, "engine"), spans(events, "train")
     of_process: dict[str, list[Event]] = {}
     for event in (*engine, *train):
-        of_process.setdefault(names[event["pid"]], []).append(event)
+        of_process.setdefault(names.get(event["pid"], f"process {event['pid']}"), []).append(event)
     return {
         step: StepShares(
             seconds=(window[1] - window[0]) / 1e6,
@@ -140,6 +175,8 @@ def spans(events: Iterable[Event], category: str) -> list[Event]:
             begun[event["id"]] = event
         elif event["ph"] == "e" and event["id"] in begun:
             begin = begun.pop(event["id"])
+            if event["ts"] < begin["ts"]:
+                continue
             found.append({**begin, "ph": "X", "dur": event["ts"] - begin["ts"]})
     return found
 
@@ -148,7 +185,10 @@ def main() -> None:
     """Print the time shares of each step."""
     parser = argparse.ArgumentParser(description="time shares of each step")
     parser.add_argument("timeline", type=Path, nargs="+", help="trainer.timeline of a run; one file per host")
-    events = [event for path in parser.parse_args().timeline for event in read_events(path)]
+    try:
+        events = [event for path in parser.parse_args().timeline for event in read_events(path)]
+    except OSError as error:
+        parser.error(str(error))
     for step, shares in sorted(step_shares(events).items()):
         busy = ", ".join(f"{name} {share:.0%}" for name, share in shares.busy.items())
         sys.stdout.write(

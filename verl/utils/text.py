@@ -1,9 +1,18 @@
-"""Text that every encoder accepts: Python strings may hold lone surrogates, which UTF-8 cannot encode."""
+"""Text that every encoder and terminal accepts: no lone surrogates, which UTF-8 cannot encode, and no escapes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+
+# The symbols of Unicode for the control characters, as far as it has one.
+_SYMBOLS = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
+_SYMBOLS |= {0x7F: "\u2421", **dict.fromkeys(range(0x80, 0xA0), "\ufffd")}
+
+
+def without_controls(text: str) -> str:
+    """Return valid text with control characters, such as the escape of a terminal, as symbols; \\n and \\t stay."""
+    return valid_text(text).translate(_SYMBOLS)
 
 
 def valid_text(text: str) -> str:

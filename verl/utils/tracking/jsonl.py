@@ -1,6 +1,5 @@
 """The `file` backend: metrics as JSON lines, one per step, also after kills and resumes."""
 
-import json
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,16 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from verl.utils.atomic_io import atomic_write_text
+from verl.utils.plain_data import parse_json
 from verl.utils.tracking.plain import to_json
 
 logger = logging.getLogger(__name__)
+
+METRICS_FILE, GENERATIONS_FILE = "metrics.jsonl", "generations.jsonl"
+# No run has more steps; a larger number is damage.
+MAX_STEP = 10**12
 
 
 def read_steps(path: str | Path) -> list[dict[str, Any]]:
     """Read the records of a JSONL file in order; skip an incomplete or damaged line with a warning.
 
     Returns:
-        records `{"step": int, ...}`; empty if the file does not exist.
+        records `{"step": int, ...}` of plain values (`verl.utils.plain_data`); empty if the file does not exist.
     """
     path = Path(path)
     if not path.exists():
@@ -27,10 +31,10 @@ def read_steps(path: str | Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except ValueError:  # a JSONDecodeError, or bytes that are not UTF-8
+            record = parse_json(line)
+        except ValueError:
             record = None
-        if isinstance(record, dict) and type(record.get("step")) is int:
+        if isinstance(record, dict) and type(record.get("step")) is int and 0 <= record["step"] <= MAX_STEP:
             records.append(record)
         else:
             logger.warning("%s: line %d is damaged (killed while writing it?) and is skipped", path, number)
@@ -126,7 +130,7 @@ class FileBackend:
 
     def __init__(self, path: str | Path, resume_step: int | None = None):
         self._metrics = StepFile(path, resume_step)
-        self._generations_path = self._metrics.path.with_name("generations.jsonl")
+        self._generations_path = self._metrics.path.with_name(GENERATIONS_FILE)
         self._resume_step = resume_step
         # A resumed run removes the generations of lost steps even if it never logs one itself.
         self._generations = StepFile(self._generations_path, resume_step) if self._generations_path.exists() else None
