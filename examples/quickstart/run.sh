@@ -5,8 +5,8 @@
 #   examples/quickstart/run.sh [key=value ...]        # any key of verl.trainer.main_ppo, e.g. trainer.n_gpus_per_node=2
 #
 # Later runs use the prepared model and data again. A run starts at step 0; with trainer.resume_mode=auto it continues
-# from the last checkpoint. The metrics of the previous run are kept as metrics.jsonl.previous. At its end, a run writes
-# a report: one HTML file for a browser.
+# from the last checkpoint. The records of the run before it are kept in the directory previous_1. At its end, a run
+# writes a report: one HTML file for a browser.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 

@@ -13,7 +13,16 @@ import pytest
 from fixtures import trace_format
 from verl.timeline import spans as timeline
 from verl.timeline.reader import read_events, stage_seconds
-from verl.timeline.spans import close_timeline, current_timeline, join_timeline, open_timeline, record, span, spanned
+from verl.timeline.spans import (
+    close_timeline,
+    current_timeline,
+    join_timeline,
+    open_timeline,
+    publish_timeline,
+    record,
+    span,
+    spanned,
+)
 from verl.utils.timing import add_stage, marked_timer
 
 
@@ -202,14 +211,32 @@ def test_a_killed_process_loses_only_its_open_spans(trace):
     ]
 
 
-def test_an_existing_timeline_is_renamed(tmp_path):
-    for name in ("first", "second"):
-        open_timeline(tmp_path / "trace.json")
-        with span(name):
+def test_an_existing_timeline_stays_until_the_run_has_begun(tmp_path):
+    path = tmp_path / "trace.json"
+    open_timeline(path)
+    with span("first"):
+        pass
+    close_timeline()
+    before = path.read_bytes()
+    for attempt in ("fails", "begins"):
+        timeline = open_timeline(path)
+        with span(f"start, {attempt}"):
             pass
+        assert path.read_bytes() == before
+        if attempt == "begins":
+            path.rename(tmp_path / "kept")
+            publish_timeline(path)
+            # A process that is restarted later has the name from before.
+            process = child("with span('restarted'): pass", timeline)("replica 0")
+            assert process.wait() == 0
+            with span("step"):
+                pass
         close_timeline()
-    assert [event["name"] for event in events_of(tmp_path / "trace.json", "X")] == ["second"]
-    assert [event["name"] for event in events_of(tmp_path / "trace.json.previous", "X")] == ["first"]
+        if attempt == "fails":
+            starting = events_of(tmp_path / "trace.json.starting", "X")
+            assert [event["name"] for event in starting] == ["start, fails"]
+    assert [event["name"] for event in events_of(path, "X")] == ["start, begins", "restarted", "step"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["kept", "trace.json"]
 
 
 def test_another_host_uses_the_wall_clock(tmp_path):

@@ -1,7 +1,8 @@
 """The record of a run's config: `config.yaml` and `config_changes.yaml` in `trainer.default_local_dir`.
 
-Each checkpoint contains a copy of both files. A run with `trainer.val_only` writes them and its logs into
-`val_only/global_step_N`, because the others belong to the run that trained.
+A run writes them when it begins (`verl.trainer.ppo.run_records`). Each checkpoint contains a copy of both files. A run
+with `trainer.val_only` writes them and its logs into `val_only/global_step_N`, because the others belong to the run
+that trained.
 
 `config.yaml` contains every key with the value that the run uses. `config_changes.yaml` contains the keys whose value
 is not the default, by dotted name, each with its `value` and `default`. Both files contain `***` instead of secrets.
@@ -20,6 +21,7 @@ from verl.config.build import build
 from verl.config.load import load_config
 from verl.config.ppo import PPOConfig
 from verl.utils.atomic_io import atomic_write_text
+from verl.utils.plain_data import parse_yaml
 from verl.utils.tracking.plain import mask_secrets
 
 VAL_ONLY_DIRECTORY = "val_only"  # logs and records of runs with trainer.val_only, by step
@@ -38,8 +40,16 @@ def write_record(config: PPOConfig, directory: str | Path) -> None:
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    for name, values in ((CONFIG_FILE, mask_secrets(config)), (CHANGES_FILE, changes(config))):
-        atomic_write_text(directory / name, yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120))
+    for name, text in record_texts(config).items():
+        atomic_write_text(directory / name, text)
+
+
+def record_texts(config: PPOConfig) -> dict[str, str]:
+    """Return the contents of config.yaml and config_changes.yaml."""
+    return {
+        name: yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+        for name, values in ((CONFIG_FILE, mask_secrets(config)), (CHANGES_FILE, changes(config)))
+    }
 
 
 def read_record(directory: Path) -> PPOConfig:
@@ -52,8 +62,8 @@ def read_record(directory: Path) -> PPOConfig:
     """
     file = directory / CONFIG_FILE
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        values = parse_yaml(file.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{file} is damaged: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file} is damaged: it contains no keys")

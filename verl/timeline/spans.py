@@ -54,7 +54,9 @@ class Timeline(TypedDict):
 
 
 def open_timeline(path: str | Path) -> Timeline:
-    """Start the timeline of a run, with this process as its driver; rename an existing file to PATH.previous.
+    """Start the timeline of a run, with this process as its driver.
+
+    An existing file belongs to another run. Then the spans go to PATH.starting until `publish_timeline`.
 
     Returns:
         The argument of `join_timeline`.
@@ -64,11 +66,34 @@ def open_timeline(path: str | Path) -> Timeline:
     """
     path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        os.replace(path, path.with_name(path.name + ".previous"))
+    if os.path.lexists(path):
+        path = path.with_name(path.name + ".starting")
+        path.unlink(missing_ok=True)
     timeline = Timeline(path=str(path), host=_host(), monotonic_ns=time.monotonic_ns(), wall_ns=time.time_ns())
     join_timeline(timeline, "driver")
     return timeline
+
+
+def timeline_file() -> Path | None:
+    """Return the file that this process joined; None without a timeline."""
+    return None if _recorder is None else Path(_recorder.timeline["path"])
+
+
+def publish_timeline(path: str | Path) -> None:
+    """Rename the driver's timeline to `path`; a process that still opens the earlier name writes to the same file.
+
+    Raises:
+        OSError: the file cannot be renamed.
+    """
+    written, path = timeline_file(), Path(path).absolute()
+    if written is None or written == path:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(written, path)
+    try:
+        written.symlink_to(path)  # `close_timeline` removes it
+    except OSError as error:
+        logger.warning("%s: no link to %s (%s): restarted processes write to a file of their own", written, path, error)
 
 
 def join_timeline(timeline: Timeline | None, process: str) -> None:
@@ -91,6 +116,8 @@ def close_timeline() -> None:
     global _recorder
     if _recorder is not None:
         _recorder.end()
+        if os.path.islink(_recorder.timeline["path"]):
+            os.unlink(_recorder.timeline["path"])
         _recorder = None
 
 

@@ -32,7 +32,7 @@ class Ranks:
 @pytest.fixture
 def trainer(tmp_path):
     made = object.__new__(RayPPOTrainer)
-    made.config, made.store, made.step = PPOConfig(), CheckpointStore(tmp_path), 4
+    made.config, made.store, made.step, made.continues = PPOConfig(), CheckpointStore(tmp_path), 4, False
     made.runtime = SimpleNamespace(
         processes=SimpleNamespace(trainers=Ranks("")),
         config=made.config,

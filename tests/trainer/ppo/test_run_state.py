@@ -131,6 +131,15 @@ async def test_a_state_without_the_later_keys_is_restored(tmp_path):
     assert run.kl_controller.value == 0.1
 
 
+@pytest.mark.parametrize("state", [[1, 2], {"step": 4}, {"_snapshot": {}}])
+async def test_a_state_of_another_program_is_refused(tmp_path, state):
+    save_driver_state(tmp_path, state)
+    run = Run()
+    with pytest.raises(CheckpointError, match=r"data\.pt does not hold the position .* choose another checkpoint"):
+        await load_run(run, tmp_path)
+    assert run.ranks.calls == []
+
+
 async def test_a_fixed_kl_weight_comes_from_the_config(tmp_path):
     save_driver_state(tmp_path, {"step": 4, "train_loader": LOADER, "kl_coef": 0.5})
     run = Run()

@@ -58,7 +58,7 @@ from typing import Any
 
 from verl.agent_loop.metrics import compute_agent_metrics
 from verl.config import PPOConfig
-from verl.config.record import VAL_ONLY_DIRECTORY, write_record
+from verl.config.record import VAL_ONLY_DIRECTORY
 from verl.extension.upstream_names import missing_names
 from verl.preflight import Plan
 from verl.preflight.checks.resume import warn_of_changed_inputs
@@ -85,6 +85,7 @@ from verl.trainer.ppo.rewards_to_advantages import (
     compute_advantage,
     compute_response_mask,
 )
+from verl.trainer.ppo.run_records import begin_records
 from verl.trainer.ppo.run_state import HFExportError, export_run, load_run, save_run
 from verl.trainer.ppo.runtime import Runtime
 from verl.trainer.ppo.validation_run import ValidationRun
@@ -124,11 +125,11 @@ class RayPPOTrainer:
         trainer, runtime = self.config.trainer, self.runtime
         await self.restore()
         async with self.rollouts() as rollouts:
+            await runtime.update_weights(self.step)
+            first_step = self.step + 1
+            if trainer.check_consistency:
+                await check_consistency(runtime, self.step)
             with self.tracking() as tracking, self.progress() as progress:
-                await runtime.update_weights(self.step)
-                first_step = self.step + 1
-                if trainer.check_consistency:
-                    await check_consistency(runtime, self.step)
                 if trainer.val_only or (trainer.val_before_train and self.step == 0):
                     tracking.log(await self.validate(tracking), self.step)
                 if trainer.val_only:
@@ -267,7 +268,15 @@ class RayPPOTrainer:
             warn_of_changed_inputs(checkpoint, self.runtime.inputs)
             self.step = await load_run(self.runtime, checkpoint)
             logger.info("resumed from %s at step %d", checkpoint, self.step)
+            last = self.runtime.data.total_steps
+            if self.step >= last and not trainer.val_only:
+                logger.warning(
+                    "the checkpoint is of step %d and the run ends after step %d: there is nothing left to train; for "
+                    "more steps raise trainer.total_training_steps or trainer.total_epochs",
+                    *(self.step, last),
+                )
         self.resumed = checkpoint is not None
+        self.continues = checkpoint is not None and checkpoint.parent.resolve() == self.store.root.resolve()
 
     async def save_or_continue(self, tracking: Tracking) -> None:
         """Save; if the disk refuses and `trainer.on_save_error` allows it, go on until the next save.
@@ -341,13 +350,13 @@ class RayPPOTrainer:
         return metrics
 
     def tracking(self) -> Tracking:
-        """Open the loggers of `trainer.logger`; with `val_only` they write to files of their own."""
+        """Open the loggers of `trainer.logger` and begin the records; with `val_only` these are files of their own."""
         trainer = self.config.trainer
         directory = Path(trainer.default_local_dir)
-        resume_step = self.step if self.resumed else None
+        resume_step, continued_step = (self.step if self.resumed else None), (self.step if self.continues else None)
         if trainer.val_only:
             directory, resume_step = directory / VAL_ONLY_DIRECTORY / f"global_step_{self.step}", None
-            write_record(self.config, directory)
+            continued_step = None
         return Tracking(
             trainer.project_name,
             trainer.experiment_name,
@@ -356,6 +365,7 @@ class RayPPOTrainer:
             default_local_dir=directory,
             resume_step=resume_step,
             total_steps=self.runtime.data.total_steps,
+            before_files=lambda: begin_records(self.config, directory, resume_step=continued_step),
         )
 
     def progress(self) -> Progress:
@@ -366,8 +376,6 @@ class RayPPOTrainer:
 async def train(config: PPOConfig, plan: Plan) -> None:
     """Start the processes, train, and stop the processes even after an error."""
     store = CheckpointStore(config.trainer.default_local_dir, config.trainer.max_actor_ckpt_to_keep)
-    if not config.trainer.val_only:
-        write_record(config, config.trainer.default_local_dir)
     if config.trainer.timeline is not None:
         open_timeline(config.trainer.timeline)
     async with watching(config) as watchdog:

@@ -9,7 +9,7 @@ from typing import Any, NotRequired, TypedDict, cast
 
 from verl.config.record import write_record
 from verl.preflight.inputs import write_inputs
-from verl.trainer.ppo.checkpoint import CheckpointError, load_driver_state, save_driver_state
+from verl.trainer.ppo.checkpoint import DRIVER_STATE, CheckpointError, load_driver_state, save_driver_state
 from verl.trainer.ppo.quantization_guard import GuardState, restore_guard
 from verl.trainer.ppo.runtime import Runtime
 from verl.trainer.rollouts.prompts import LoaderState, PromptId
@@ -93,6 +93,11 @@ async def load_run(runtime: Runtime, directory: Path) -> int:
         ValueError: the checkpoint belongs to other data.
     """
     state = cast(DriverState, load_driver_state(directory))
+    if not isinstance(state, dict) or not {"step", "train_loader"} <= state.keys():
+        raise CheckpointError(
+            f"{directory / DRIVER_STATE} does not hold the position of a run of this program: choose another "
+            "checkpoint, or start over with trainer.resume_mode=disable"
+        )
     config = runtime.config
     if runtime.with_critic and not (directory / "critic").is_dir():
         raise CheckpointError(

@@ -8,11 +8,14 @@ from typing import Any, Protocol
 
 from verl.utils.tracking.console import ConsoleBackend
 from verl.utils.tracking.external import SwanlabBackend, TensorboardBackend, WandbBackend
-from verl.utils.tracking.jsonl import FileBackend
+from verl.utils.tracking.jsonl import METRICS_FILE, FileBackend
 from verl.utils.tracking.plain import mask_secrets, to_plain
 
 logger = logging.getLogger(__name__)
 
+TENSORBOARD_DIRECTORY = "tensorboard"
+# They have records of their own elsewhere, and may fail to open for many reasons.
+_REMOTE = ("swanlab", "wandb")
 # Backends of upstream verl that are not supported here; other unknown names are misspelled.
 UNSUPPORTED_BACKENDS = ("clearml", "mlflow", "rl_insight", "trackio", "vemlp_wandb")
 
@@ -41,6 +44,8 @@ class Tracking:
         resume_step: step of the checkpoint that the run resumes from, None for a fresh run. Records of later steps,
             written by the process that died, are dropped.
         total_steps: last step of the run, for the console's "3/20" and the time left.
+        before_files: is called once before a backend writes below `default_local_dir`, when those that write elsewhere
+            are open.
 
     Raises:
         ValueError: unknown backend; its package does not import; it cannot be opened.
@@ -60,6 +65,7 @@ class Tracking:
         file_path: str | Path | None = None,
         resume_step: int | None = None,
         total_steps: int | None = None,
+        before_files: Callable[[], None] = lambda: None,
     ):
         backends = [default_backend] if isinstance(default_backend, str) else list(default_backend)
         _check_names(backends, self.BACKENDS)
@@ -67,9 +73,9 @@ class Tracking:
         shown = mask_secrets(config)
         make: dict[str, Callable[[], Backend]] = {
             "console": lambda: ConsoleBackend(total_steps, resume_step or 0),
-            "file": lambda: FileBackend(file_path or directory / "metrics.jsonl", resume_step),
+            "file": lambda: FileBackend(file_path or directory / METRICS_FILE, resume_step),
             "tensorboard": lambda: TensorboardBackend(
-                directory / "tensorboard", json.dumps(shown, indent=2, ensure_ascii=False), resume_step
+                directory / TENSORBOARD_DIRECTORY, json.dumps(shown, indent=2, ensure_ascii=False), resume_step
             ),
             "wandb": lambda: WandbBackend(project_name, experiment_name, shown, directory),
             "swanlab": lambda: SwanlabBackend(project_name, experiment_name, shown, directory / "swanlog"),
@@ -77,8 +83,12 @@ class Tracking:
         self._backends: dict[str, Backend] = {}
         self._failed: set[str] = set()
         try:
-            for name in dict.fromkeys(backends):
+            for name in (name for name in _REMOTE if name in backends):
                 self._backends[name] = _opened(name, make[name])
+            before_files()
+            for name in dict.fromkeys(backends):
+                if name not in _REMOTE:
+                    self._backends[name] = _opened(name, make[name])
         except BaseException:
             self.finish()
             raise
