@@ -119,6 +119,18 @@ def test_an_invalid_manifest_is_damage(checkpoint, text):
     assert find_damage(checkpoint) == f"{checkpoint / MANIFEST} is damaged"
 
 
+def test_a_strange_manifest_is_damage(checkpoint):
+    manifest = checkpoint / MANIFEST
+    for text in ("[" * 100_000, '{"a":' * 3000, "\ufeff{}", json.dumps({"\0": 1}), json.dumps({"x" * 5000: 1})):
+        manifest.write_text(text, encoding="utf-8")
+        assert find_damage(checkpoint).endswith(("is damaged", "is missing"))
+    manifest.write_bytes(b"\xff")
+    assert find_damage(checkpoint) == f"{manifest} is damaged"
+    manifest.unlink()
+    manifest.mkdir()
+    assert find_damage(checkpoint) == f"{manifest} cannot be read (Is a directory)"
+
+
 def test_a_checkpoint_of_another_program_has_no_manifest(tmp_path):
     assert find_damage(tmp_path) is None
     assert find_damage(tmp_path / "missing") == f"{tmp_path / 'missing'} is not a directory"

@@ -30,7 +30,7 @@ from verl.preflight.checks.profiler import check_profiler
 from verl.preflight.checks.qat import check_qat
 from verl.preflight.checks.quantization import check_planned_quantization, check_quantization
 from verl.preflight.checks.quantization_guard import check_quantization_guard
-from verl.preflight.checks.resume import check_contents, check_resume, describe_resume
+from verl.preflight.checks.resume import check_contents, check_resume, check_steps_left, describe_resume
 from verl.preflight.checks.reward import check_reward
 from verl.preflight.checks.reward_model import check_reward_model
 from verl.preflight.checks.rollout import (
@@ -133,6 +133,7 @@ def examine(
     plan.prompt_lengths = inputs.prompt_lengths
     if target.hardware is None:
         plan.resume = describe_resume(config, device)
+        check_steps_left(config, plan.total_steps, found)
     if target.hardware is not None:
         plan.hardware, plan.available_bytes = target.hardware.name, None
         plan.device_memory = _device_memory(config, target.hardware, plan, model, inputs)
@@ -194,7 +195,7 @@ def _check_sections(config: PPOConfig, target: Target, invalid: set[str], found:
         check_loggers(config, found)
         check_directories(config, found)
         check_contents(config, found)
-        check_resume(config, data, found)
+        check_resume(config, data, found, model, critic)
     device = None if "trainer.device" in invalid else check_device(config, target, found)
     if device is not None and model is not None:
         check_latent_attention("actor_rollout_ref.model.path", model, device, found)

@@ -27,6 +27,7 @@ from verl.extension.user_modules import imported_files
 from verl.utils.fingerprint import Fingerprint, fingerprints
 from verl.utils.model_dir.copy_files import CONFIG_FILE, shared_files
 from verl.utils.model_dir.index import weight_files
+from verl.utils.plain_data import parse_json
 
 INPUTS_FILE = "inputs.json"
 _FORMAT = 1
@@ -83,12 +84,21 @@ def write_inputs(inputs: RunInputs, directory: Path) -> None:
 
 
 def read_inputs(directory: Path) -> RunInputs | None:
-    """Return the inputs in a checkpoint; None if it holds none, or in another format."""
+    """Return the inputs in a checkpoint; None if it holds none, in another format, or damaged ones."""
     try:
-        stored = json.loads((directory / INPUTS_FILE).read_text(encoding="utf-8"))
-        return RunInputs(**stored) if stored.pop("format") == _FORMAT else None
+        stored = parse_json((directory / INPUTS_FILE).read_text(encoding="utf-8"))
+        inputs = RunInputs(**stored) if stored.pop("format") == _FORMAT else None
     except (OSError, ValueError, TypeError, AttributeError, KeyError):
         return None
+    return inputs if inputs is not None and _is_valid(inputs) else None
+
+
+def _is_valid(inputs: RunInputs) -> bool:
+    """Return True if the fields have the types that `write_inputs` stores."""
+    parts = [inputs.files, inputs.versions, inputs.data_order]
+    if not all(isinstance(part, dict) for part in parts) or not isinstance(inputs.verl_code, str):
+        return False
+    return all(isinstance(files, dict) for files in inputs.files.values())
 
 
 def changed_inputs(before: RunInputs, now: RunInputs) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from verl.preflight.device_memory import DeviceMemory
 from verl.preflight.estimate import MemoryEstimate
 from verl.utils.byte_size import GB, format_bytes, format_gb
+from verl.utils.text import without_controls
 
 # Smaller parts of a device's memory are left out of the table.
 MIN_SHOWN_BYTES = 5e7
@@ -168,13 +169,13 @@ class Plan:
         return self.trainer_ranks // (self.sequence_parallel * self.layer_parallel)
 
     def render(self) -> str:
-        """Return an aligned table in plain text, followed by notes and warnings."""
+        """Return an aligned table in plain text, followed by notes and warnings; no text in it can steer a terminal."""
         rows = self.rows()
         width = max(len(label) for label, _ in rows)
         lines = ["plan", *(f"  {label:<{width}}  {text}" for label, text in rows)]
         lines += [f"  note: {note}" for note in self.notes]
         lines += [f"  warning: {warning}" for warning in self.warnings]
-        return "\n".join(lines)
+        return without_controls("\n".join(lines))
 
     def rows(self) -> list[Row]:
         """Return label and text of each line of the table; the label is empty on continuation lines."""

@@ -19,6 +19,7 @@ from typing import TypedDict
 
 from verl.utils.atomic_io import fsync_path
 from verl.utils.host import cpu_cores
+from verl.utils.plain_data import parse_json
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
@@ -186,9 +187,12 @@ def find_damage(checkpoint: Path, *, contents: bool = True) -> str | None:
         return None
     except ValueError:
         return f"{manifest} is damaged"
+    except OSError as error:
+        return f"{manifest} cannot be read ({error.strerror})"
     for name, (size, _) in entries.items():
         file = checkpoint / name
-        if not file.is_file():
+        # Unlike Path's methods, os.path's also return False for names that no file can have.
+        if not os.path.isfile(file):
             return f"{file} is missing"
         if file.stat().st_size != size:
             return f"{file} has {file.stat().st_size} bytes instead of {size}"
@@ -214,7 +218,7 @@ def _read_manifest(path: Path) -> Mapping[str, tuple[int, list[int] | None]]:
         ValueError: the file is damaged.
         FileNotFoundError: there is no manifest.
     """
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = parse_json(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict) or not content:
         raise ValueError("not a manifest")
     if all(type(size) is int for size in content.values()):

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from fixtures.dcp_metadata import write_metadata
 from fixtures.run_files import with_overrides
 from verl.config.record import write_record
 from verl.preflight.checks.data import check_data
@@ -18,6 +19,14 @@ SAVE = "actor_rollout_ref__actor__checkpoint__save_contents"
 LOAD = "actor_rollout_ref__actor__checkpoint__load_contents"
 
 
+def write_parts(directory, shapes=None):
+    """Write the parts of a model, of which only the shapes of its tensors matter."""
+    for part in ("model", "optimizer"):
+        (directory / part).mkdir(parents=True)
+        write_metadata(directory / part, shapes or {})
+    (directory / "engine.json").write_text("{}")
+
+
 @pytest.fixture
 def save(run_files):
     """A function that writes the checkpoint of a step of a run with these changes."""
@@ -26,6 +35,9 @@ def save(run_files):
         directory = run_files.out / f"global_step_{step}"
         directory.mkdir(parents=True)
         (directory / "weights").write_text("weights")
+        (directory / "data.pt").write_text("state")
+        for model in ("actor", "critic"):
+            write_parts(directory / model)
         config = with_overrides(run_files.overrides(**changes))
         write_record(config, directory)
         order = {"rows": 40, "shuffle": config.data.shuffle, "seed": data_seed(config)}
@@ -341,3 +353,45 @@ def test_a_resume_with_another_sampler_is_refused(plan_of, problem_of, save, tmp
     save(4)
     problem = problem_of(**mine)
     assert problem.startswith("data.sampler.class_name=Mine: the run that wrote the checkpoint had null")
+
+
+def test_a_run_without_a_step_left_is_a_warning(plan_of, save):
+    directory = save(5)
+    [warning] = [text for text in plan_of(trainer__total_epochs=1).warnings if "nothing is left" in text]
+    assert warning.startswith("trainer.total_epochs=1: the run ends after step 5 and resumes from step 5 (")
+    assert str(directory) in warning and "raise trainer.total_epochs" in warning
+    [warning] = [text for text in plan_of(trainer__total_training_steps=3).warnings if "nothing is left" in text]
+    assert warning.startswith("trainer.total_training_steps=3: the run ends after step 3 and resumes from step 5 (")
+    for keys in ({"trainer__total_epochs": 2}, {"trainer__val_only": True}, {"trainer__resume_mode": "disable"}):
+        plan = plan_of(**{"trainer__total_epochs": 1, **keys})
+        assert not [text for text in plan.warnings if "nothing is left" in text]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", "[" * 5000, '{"format": 1}', '{"format": 1, "files": [], "versions": 3, "verl_code": 1}'],
+)
+def test_damaged_inputs_are_not_compared(plan_of, save, text):
+    directory = save(2)
+    (directory / "inputs.json").write_text(text)
+    write_manifest(directory)
+    assert NOT_COMPARED in plan_of().resume
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a: &me [*me]", "[" * 3000, "trainer: 2026-13-45", "- 1", "trainer: {seed: !!int x}"]
+)
+def test_a_damaged_record_is_not_compared(plan_of, save, text):
+    directory = save(2)
+    (directory / "config.yaml").write_text(text)
+    write_manifest(directory)
+    assert plan_of().resume[1] == "differs from that run:"
+
+
+def test_text_in_a_checkpoint_cannot_steer_the_terminal(plan_of, save):
+    directory = save(2)
+    record = (directory / "config.yaml").read_text().replace("prompt_key: prompt", 'prompt_key: "\\e[2J"')
+    (directory / "config.yaml").write_text(record + '"\\e[31mkey": 1\n')
+    write_manifest(directory)
+    text = plan_of().render()
+    assert "\x1b" not in text and "␛[2J" in text and "␛[31mkey" in text

@@ -194,13 +194,14 @@ def test_a_directory_without_permission_is_an_error(problem_of, run_files):
     assert "is not writable" in problem_of(trainer__default_local_dir=closed / "out")
 
 
-def test_the_checkpoint_to_resume_from_must_exist(problem_of, plan_of, run_files):
+def test_the_checkpoint_to_resume_from_must_exist(problem_of, problems_of, run_files):
     mode = {"trainer__resume_mode": "resume_path"}
     assert "trainer.resume_from_path is not set" in problem_of(**mode)
     assert "no such directory" in problem_of(**mode, trainer__resume_from_path=run_files.root / "global_step_3")
     assert "is not a global_step_N directory" in problem_of(**mode, trainer__resume_from_path=run_files.model)
     (run_files.root / "global_step_3").mkdir()
-    plan_of(**mode, trainer__resume_from_path=run_files.root / "global_step_3")
+    problems = problems_of(**mode, trainer__resume_from_path=run_files.root / "global_step_3")
+    assert "has no data.pt" in problems[0] and "has no model" in problems[1]
 
 
 def test_checkpoints_without_contents_are_an_error(problem_of, problems_of, plan_of, run_files):

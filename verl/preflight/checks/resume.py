@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from verl.config.ppo import PPOConfig
 from verl.config.record import CONFIG_FILE, changes, flat
 from verl.config.roles import needs_critic
 from verl.config.schema import show
 from verl.preflight.checks.data import DataInfo
+from verl.preflight.checks.resume_model import check_resume_model
 from verl.preflight.findings import Findings
 from verl.preflight.inputs import INPUTS_FILE, RunInputs, changed_inputs, collect_inputs, data_seed, read_inputs
 from verl.utils.checkpoint_files import (
@@ -25,6 +24,9 @@ from verl.utils.checkpoint_files import (
     resume_candidates,
     step_of,
 )
+from verl.utils.model_dir.model_files import ModelFiles
+from verl.utils.plain_data import parse_yaml
+from verl.utils.text import without_controls
 from verl.utils.tracking.plain import mask_secrets
 
 logger = logging.getLogger(__name__)
@@ -60,13 +62,20 @@ def describe_resume(config: PPOConfig, device: str) -> list[str]:
     return [*lines, "differs from that run:", *differing[:_MAX_SHOWN], *more]
 
 
-def check_resume(config: PPOConfig, data: DataInfo, found: Findings) -> None:
-    """Check that the checkpoint is complete, and that the prompts continue in the order of the run that wrote it.
+def check_resume(
+    config: PPOConfig,
+    data: DataInfo,
+    found: Findings,
+    model: ModelFiles | None = None,
+    critic: ModelFiles | None = None,
+) -> None:
+    """Check that the checkpoint is complete, fits the models, and that the prompts continue in the order of its run.
 
-    The run would refuse both when it loads the checkpoint, after its processes have started.
+    The run would refuse all of this when it loads the checkpoint, after its processes have started.
 
     Args:
         data: numbers of rows of this run.
+        model, critic: files of the policy's and the critic's model, if they could be read.
     """
     _note_replaced_checkpoints(config, found)
     choice = _choose_checkpoint(config)
@@ -80,9 +89,27 @@ def check_resume(config: PPOConfig, data: DataInfo, found: Findings) -> None:
                 "trainer.resume_from_path), or start a new run with trainer.resume_mode=disable"
             )
         return
+    check_resume_model(config, choice.checkpoint, model, critic, found)
     recorded = read_inputs(choice.checkpoint)
     if recorded is not None:
         _check_data_order(config, data, recorded.data_order, choice.checkpoint, found)
+
+
+def check_steps_left(config: PPOConfig, total_steps: int | None, found: Findings) -> None:
+    """Warn of a run that resumes from its last step, or from a later one.
+
+    Args:
+        total_steps: the last step of the run, or an upper bound; None if it is not known.
+    """
+    checkpoint = None if config.trainer.val_only else _choose_checkpoint(config).checkpoint
+    if checkpoint is None or total_steps is None or step_of(checkpoint) < total_steps:
+        return
+    key = "total_epochs" if config.trainer.total_training_steps is None else "total_training_steps"
+    found.warnings.append(
+        f"trainer.{key}={getattr(config.trainer, key)}: the run ends after step {total_steps} and resumes from step "
+        f"{step_of(checkpoint)} ({checkpoint}), so nothing is left to train; raise trainer.{key}, or start a new run "
+        "with trainer.resume_mode=disable"
+    )
 
 
 def _note_replaced_checkpoints(config: PPOConfig, found: Findings) -> None:
@@ -210,7 +237,7 @@ def _choose_checkpoint(config: PPOConfig) -> _Choice:
         damage = find_damage(path, contents=False)
         if damage is None:
             return _Choice(path, problem, tuple(damaged))
-        damaged.append((path, damage))
+        damaged.append((path, without_controls(damage)))
     return _Choice(None, problem, tuple(damaged))
 
 
@@ -245,8 +272,8 @@ def _read_record(checkpoint: Path) -> dict[str, Any] | None:
     """Return the config in the checkpoint or, for checkpoints of verl 0.1.0, in the directory of the run."""
     for folder in (checkpoint, checkpoint.parent):
         try:
-            recorded = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):
+            recorded = parse_yaml((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
             continue
         if isinstance(recorded, dict):
             return flat(recorded)
