@@ -1,8 +1,10 @@
 """Lone surrogates (half a character, which UTF-8 cannot encode) and control characters."""
 
+import json
+
 import pytest
 
-from verl.utils.text import valid_text, valid_value, without_controls
+from verl.utils.text import valid_text, valid_value, without_controls, without_repeated_keys
 
 
 @pytest.mark.parametrize(
@@ -30,3 +32,14 @@ def test_texts_and_keys_inside_of_values():
 
 def test_control_characters_become_symbols():
     assert without_controls("a\x1b[31m\x00\n\t\r\x7f\x9b\ud83d é中") == "a␛[31m␀\n\t␍␡\ufffd\ufffd é中"
+
+
+@pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', '[{"b": {"a": 1, "c": 0, "a": 1}}]'])
+def test_a_key_that_stands_twice_is_an_error(text):
+    with pytest.raises(ValueError, match="the key 'a' stands twice in one object"):
+        json.loads(text, object_pairs_hook=without_repeated_keys)
+
+
+def test_other_objects_are_as_json_reads_them():
+    text = '{"a": {"a": [{"a": 1}, {}]}, "b": null}'
+    assert json.loads(text, object_pairs_hook=without_repeated_keys) == json.loads(text)

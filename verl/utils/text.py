@@ -37,3 +37,17 @@ def valid_value(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [valid_value(item) for item in value]
     return value
+
+
+def without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the dict of a JSON object, as `object_pairs_hook` of `json.loads`.
+
+    Raises:
+        ValueError: a key stands twice; only its last value would count.
+    """
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return made

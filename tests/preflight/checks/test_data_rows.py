@@ -1,5 +1,7 @@
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from fixtures.script import Script, row
@@ -125,3 +127,11 @@ def test_prompts_are_not_measured_without_a_tokenizer(check):
     (check.script.model / "tokenizer.json").unlink()
     found, lengths = check([row()] * 4)
     assert lengths is None and found.errors == [] and "not measured" in found.notes[0]
+
+
+def test_a_further_column_that_cannot_be_read_is_an_error(check, tmp_path):
+    path = tmp_path / "rows.parquet"
+    table = pa.Table.from_pylist([row()] * 3)
+    pq.write_table(table.append_column("made", pa.array([1, 2, 3], pa.timestamp("us", "Mars/Phobos"))), path)
+    (error,) = check(None, data__train_files=path)[0].errors
+    assert f"{path}, row 0" in error and "column 'made'" in error

@@ -44,6 +44,13 @@ def test_keywords_are_passed(run):
         ("def compute_score(solution_str):\n    return 1", "cannot be called with the keywords"),
         ("x = 1", "compute_score does not exist"),
         ("import nothing_of_this_name", "does not import (my_reward.py, line 1): ModuleNotFoundError"),
+        ("exit(3)", "does not import (my_reward.py, line 1): SystemExit: 3"),
+        ("raise KeyboardInterrupt", "does not import (my_reward.py, line 1): ImportError: the module raised Keyb"),
+        ("compute_score = 5", "compute_score is not a function in"),
+        (
+            "def compute_score(data_source, solution_str, ground_truth, extra_info, /): return 1",
+            "cannot be called with",
+        ),
         (HEAD + "return None", "returned None (NoneType) as the score"),
         (HEAD + "return '1'", "returned '1' (str) as the score"),
         (HEAD + "return [1.0]", "returned [1.0] (list) as the score"),

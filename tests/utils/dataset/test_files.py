@@ -146,3 +146,25 @@ def test_the_head_of_a_parquet_file_has_its_first_rows(tmp_path, monkeypatch):
     head = read_rows(path, head=True)
     assert [head[i]["ability"] for i in range(len(head))] == ["0", "1"]
     assert len(read_rows(path)) == 5
+
+
+@pytest.mark.parametrize("zone", ["Mars/Phobos", "../etc"])
+def test_a_time_of_an_unknown_zone_is_named(tmp_path, zone):
+    path = tmp_path / "data.parquet"
+    times = pa.array([None, 1_000_000], pa.timestamp("us", zone))
+    pq.write_table(pa.table({"prompt": ["a", "b"], "made": times}), path)
+    rows = read_rows(path)
+    with pytest.raises(
+        ValueError, match=r"row 1 .*column 'made' \(timestamp.*cannot be read .*; correct it, or remove"
+    ):
+        list(rows.read(0, 2, rows.columns))
+
+
+@pytest.mark.parametrize(
+    ("text", "place"), [('{"a": 1}\n{"a": 1, "a": 2}\n', "line 2"), ('[{"a": 1, "a": 2}]', "JSON")]
+)
+def test_a_column_that_stands_twice_in_json_is_an_error(tmp_path, text, place):
+    path = tmp_path / "data.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"{place}.*the key 'a' stands twice"):
+        read_rows(path)

@@ -63,11 +63,9 @@ def check_rows(config: PPOConfig, found: Findings) -> PromptLengths | None:
 def _first_problem(rows: ParquetRows | JsonRows, config: PPOConfig) -> str | None:
     """Return place and problem of the first row that cannot be used, or None."""
     key, source = config.data.prompt_key, config.data.reward_fn_key
-    columns = (key, source, "reward_model", "extra_info", "agent_name", *_MEDIA)
-    wanted = [name for name in rows.columns if name in columns]
     try:
         rows.require_text((key, source, "reward_model", "agent_name"))
-        for number, row in enumerate(rows.read(0, MAX_ROWS, wanted)):
+        for number, row in enumerate(rows.read(0, MAX_ROWS, rows.columns)):
             with prefix_errors(row_name(rows.path, number)):
                 check_messages(row.get(key), key)
                 _check_columns(row, config)

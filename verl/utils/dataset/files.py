@@ -15,15 +15,16 @@ import pyarrow.parquet as pq
 
 from verl.extension.paths import expand_user
 from verl.utils.dataset.arrow_values import binary_part, converter, is_json, is_list
-from verl.utils.text import valid_value
+from verl.utils.text import valid_value, without_repeated_keys
 
 logger = logging.getLogger(__name__)
 
 _SUFFIXES = (".parquet", ".json", ".jsonl")
 _ROWS_PER_BATCH = 65536
 _ROWS_PER_CONVERSION = 1024
-# Errors of a single value: text that is not UTF-8 or not JSON, a time that Python cannot represent.
-_UNREADABLE = (ValueError, OverflowError, RecursionError, pa.ArrowException)
+# Errors of a single value: text that is not UTF-8 or not JSON, a time that Python cannot represent, an unknown time
+# zone (LookupError).
+_UNREADABLE = (ValueError, OverflowError, RecursionError, LookupError, pa.ArrowException)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -299,10 +300,10 @@ def _unreadable_parquet(path: Path, error: Exception) -> str:
 
 def _json_array(path: Path, text: str) -> list[Any]:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=without_repeated_keys)
     except json.JSONDecodeError as error:
         raise ValueError(f"data file {path}: invalid JSON at line {error.lineno} ({error.msg})") from error
-    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, thousands of brackets
+    except (ValueError, RecursionError) as error:  # a key twice, an integer of thousands of digits, too many brackets
         raise ValueError(f"data file {path}: Python cannot read this JSON ({error})") from error
 
 
@@ -312,7 +313,7 @@ def _json_lines(path: Path, text: str) -> Iterator[Any]:
         if not line.strip():
             continue
         try:
-            yield json.loads(line)
+            yield json.loads(line, object_pairs_hook=without_repeated_keys)
         except (ValueError, RecursionError) as error:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else error
             raise ValueError(

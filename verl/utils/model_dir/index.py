@@ -15,6 +15,7 @@ from typing import Any
 from verl.utils.model_dir.config_fields import config_problem
 from verl.utils.model_dir.errors import ModelFilesError
 from verl.utils.model_dir.safetensors_header import TensorInfo, read_safetensors_header
+from verl.utils.text import without_repeated_keys
 
 SAFETENSORS_FILE, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 TORCH_FILE, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -113,7 +114,7 @@ def read_json_object(path: Path, *, unique_keys: bool = False) -> dict[str, Any]
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
-        value = json.loads(text, object_pairs_hook=_unique if unique_keys else None)
+        value = json.loads(text, object_pairs_hook=without_repeated_keys if unique_keys else None)
     except FileNotFoundError as error:
         raise ValueError(f"{path}: no such file") from error
     except IsADirectoryError as error:
@@ -132,15 +133,6 @@ def read_json_object(path: Path, *, unique_keys: bool = False) -> dict[str, Any]
     if not isinstance(value, dict):
         raise ValueError(f"{path}: holds a JSON {type(value).__name__}, expected an object; {_COPY}")
     return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
-    return made
 
 
 def weight_files(directory: Path) -> dict[Path, set[str]]:
