@@ -88,6 +88,8 @@ def _survived(watch_s: float) -> Iterator[Fault]:
             yield _fault(f"{process}.{place}", "signal", signal.SIGKILL.value, survives=True, names=RESTART)
             yield _fault(f"{process}.{place}", "delay", 2.0, survives=True)
     yield _fault("engine.generate", "exception", survives=True, names=RESTART)
+    nothing = "finishes none of its requests"
+    yield _fault("engine.generate", "delay", 1e6, survives=True, names=nothing, waits=3 * watch_s)
     yield _fault("reward.score", "signal", signal.SIGKILL.value, survives=True)
     yield _fault("reward.score", "delay", 2.0, survives=True)
     for place in ("log_probs", "update", "begin_export", "next_bucket", "finish_export", "save", "write"):

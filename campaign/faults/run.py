@@ -120,6 +120,7 @@ class FaultedRun:
             trainer__watchdog__heartbeat_s=0.2,
             **{f"trainer__watchdog__{name}_timeout_s": WATCH_S for name in ("reward", "engine", "trainer")},
             trainer__watchdog__phase_timeout_s=2 * WATCH_S,
+            trainer__watchdog__generation_timeout_s=2 * WATCH_S,
         )
 
     def steps(self) -> int:

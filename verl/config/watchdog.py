@@ -27,6 +27,13 @@ class WatchdogConfig(ConfigSection):
         above=0,
         only_with=_ENABLED,
     )
+    generation_timeout_s: float = key(
+        7200.0,
+        "time in which a replica that has requests finishes one of them; else it is stuck, and is restarted",
+        unit="seconds",
+        above=0,
+        only_with=_ENABLED,
+    )
     trainer_timeout_s: float = key(
         300.0,
         "silence after which a trainer rank is stuck; the run ends",

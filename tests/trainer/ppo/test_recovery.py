@@ -1,6 +1,7 @@
 """Restarts of replicas beside stand-ins for them: which weights they get, which requests wait, and when a run ends."""
 
 import asyncio
+import time
 from contextlib import asynccontextmanager
 
 import pytest
@@ -19,6 +20,7 @@ class StubReplica:
     def __init__(self, rank, start_errors=()):
         self.rank, self.version, self.alive, self.waits_for_weights = rank, None, True, False
         self.on_death, self.in_flight, self.starts, self.silent = None, 0, 1, False
+        self.progressed = time.monotonic()
         self.start_errors = list(start_errors)
         self.killed = []
 
@@ -179,6 +181,45 @@ async def test_a_silent_replica_is_killed_and_restarted(make_run):
     await run.until(lambda: run.recovery.restarts[1] == 1 and len(run.pool.serving) == 2)
     assert run.replicas[1].killed[0] == "replica 1 did not answer a health call within 0.05 s"
     assert not run.replicas[0].killed and not run.replicas[1].silent
+
+
+async def test_a_replica_that_finishes_no_request_is_killed_after_all_stacks_are_written(make_run):
+    run = make_run(generation_timeout_s=0.2)
+    events, (idle, stuck) = [], run.replicas
+    await run.recovery.update(1)
+
+    async def write_stacks():
+        events.append(list(stuck.killed))
+
+    run.recovery.write_stacks = write_stacks
+    stuck.in_flight = 3
+    await run.until(lambda: stuck.killed)
+    assert "replica 1 is stuck: it finishes none of its requests" in stuck.killed[0]
+    assert "trainer.watchdog.generation_timeout_s=0.2" in stuck.killed[0]
+    assert events == [[]] and idle.killed == []
+    stuck.in_flight = 0
+    await run.until(lambda: stuck.alive)
+
+
+async def test_requests_that_wait_for_an_update_are_not_stuck(make_run):
+    run = make_run(count=1, generation_timeout_s=0.2)
+    (replica,) = run.replicas
+    await run.recovery.update(1)
+    sending = asyncio.Event()
+    send = run.send
+
+    async def slow(*arguments, **keywords):
+        await sending.wait()
+        return await send(*arguments, **keywords)
+
+    run.recovery._send = slow
+    replica.in_flight = 3
+    update = asyncio.ensure_future(run.recovery.update(2))
+    await asyncio.sleep(0.5)
+    sending.set()
+    await update
+    replica.in_flight = 0
+    assert replica.killed == []
 
 
 async def test_the_run_ends_with_the_first_error_after_the_last_restart(make_run):

@@ -20,7 +20,7 @@ import contextvars
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
@@ -66,6 +66,7 @@ class ReplicaRecovery:
         changes: see `verl.workers.rollout.replica.Recovery`.
         version: of the last update; None before the first one.
         restarts: by rank.
+        write_stacks: writes the stacks of all processes before a replica that generates nothing is killed.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class ReplicaRecovery:
         self.changes = 0
         self.version: int | None = None
         self.restarts: Counter[int] = Counter()
+        self.write_stacks: Callable[[], Awaitable[None]] | None = None
         self._weights_changed = self._updating = False
         self._reasons: dict[int, str] = {}  # the first one of each replica
         self._changed = asyncio.Event()
@@ -128,6 +130,8 @@ class ReplicaRecovery:
                 metrics = await self._update_living(version)
             finally:
                 self._updating = False
+                for replica in self.replicas.replicas:
+                    replica.progressed = time.monotonic()  # requests waited for the update
                 self._notify()
         return metrics
 
@@ -182,11 +186,13 @@ class ReplicaRecovery:
                     self._checking[replica.rank] = self._task(self._check(replica))
 
     async def _check(self, replica: vLLMReplica) -> None:
-        """Declare a replica dead if it says so, or says nothing."""
+        """Declare a replica dead if it says so, says nothing, or finishes no request."""
         life, limit = replica.starts, self._watchdog.engine_timeout_s
         try:
             async with asyncio.timeout(limit):
                 await replica.health()
+            if self._finishes_nothing(replica):
+                await self._kill_stuck(replica, life)
         except ReplicaUnavailable:
             pass  # `_on_death` was called
         except TimeoutError:
@@ -194,6 +200,18 @@ class ReplicaRecovery:
                 await replica.kill(f"replica {replica.rank} did not answer a health call within {limit:g} s")
         finally:
             self._checking.pop(replica.rank, None)
+
+    def _finishes_nothing(self, replica: vLLMReplica) -> bool:
+        waits = self._updating or self.replicas.asleep or replica.waits_for_weights
+        silence = time.monotonic() - replica.progressed
+        return replica.in_flight > 0 and not waits and silence > self._watchdog.generation_timeout_s
+
+    async def _kill_stuck(self, replica: vLLMReplica, life: int) -> None:
+        if self.write_stacks is not None:
+            await self.write_stacks()
+        if _lives_on(replica, life) and self._finishes_nothing(replica):
+            limit = f"trainer.watchdog.generation_timeout_s={self._watchdog.generation_timeout_s:g}"
+            await replica.kill(f"replica {replica.rank} is stuck: it finishes none of its requests ({limit})")
 
     async def _any_died(self, lives: Lives) -> bool:
         """Return True if one of these lives has ended, perhaps without notice so far."""

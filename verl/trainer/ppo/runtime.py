@@ -193,6 +193,7 @@ class Runtime:
         watchdog.kill_replica = self.recovery.kill
         settings = self.config.trainer.watchdog
         if settings.enable:
+            self.recovery.write_stacks = watchdog.write_stacks
             self._trainers.limit_calls(settings.phase_timeout_s, watchdog.on_overdue)
 
     async def stop(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
@@ -40,6 +41,8 @@ class vLLMReplica:
         on_death: called once with the reason when a start or a call shows that the replica is dead.
         pid: process id of the actor of the last start.
         starts: number of starts; tells one life of the replica from the next one.
+        in_flight: number of requests.
+        progressed: time (`time.monotonic`) of the last end of a request, or of the first of the present requests.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class vLLMReplica:
         self.alive = self.waits_for_weights = False
         self.on_death: Callable[[vLLMReplica, str], None] | None = None
         self.in_flight = self.starts = 0
+        self.progressed = 0.0
         self.pid: int | None = None
         self.node: Node | None = None  # of the last start
         self._arguments = server_arguments
@@ -88,6 +92,8 @@ class vLLMReplica:
             ReplicaUnavailable: the replica is dead, or refuses to serve.
         """
         self.in_flight += 1
+        if self.in_flight == 1:
+            self.progressed = time.monotonic()
         try:
             if self._requests is None:
                 raise ReplicaUnavailable(f"replica {self.rank} is not running")
@@ -98,6 +104,7 @@ class vLLMReplica:
             raise
         finally:
             self.in_flight -= 1
+            self.progressed = time.monotonic()
 
     async def http_request(
         self, method: str, path: str, headers: dict[str, str], body: bytes
