@@ -45,7 +45,7 @@ def worker_rank(worker):
 
 @pytest.fixture(scope="module")
 def session():
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 

@@ -29,7 +29,7 @@ LIMIT = 5
 
 @pytest.fixture
 def session():
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
