@@ -83,8 +83,8 @@ def test_the_contract_ignores_no_import():
 
 
 def mirrors_a_module(test):
-    """True if tests/a/test_b.py has verl/a/b.py or the package verl/a/b/; tests/benchmarks mirrors benchmarks/."""
-    folder = ROOT if test.parts[0] == "benchmarks" else ROOT / "verl"
+    """True if tests/a/test_b.py has verl/a/b.py or the package verl/a/b/; two folders mirror others than verl/."""
+    folder = ROOT if test.parts[0] in ("benchmarks", "campaign") else ROOT / "verl"
     module = folder / test.parent / test.stem.removeprefix("test_")
     return module.with_suffix(".py").is_file() or any(module.glob("*.py"))
 

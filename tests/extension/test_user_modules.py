@@ -35,6 +35,15 @@ def test_a_function_is_found_by_another_process(tmp_path, name):
         assert list(pool.map(module.work, [1, 2])) == [3, 5]
 
 
+@pytest.fixture
+def interruptible():
+    """Python's own handler of Ctrl-C, which a background process does not have, because its shell ignores Ctrl-C."""
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, inherited)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("name", ["KeyboardInterrupt", "GeneratorExit", "BaseException"])
 def test_an_exception_that_would_end_the_process_becomes_an_import_error(tmp_path, name):
     path = write(tmp_path, "mine.py", f"x = 1\nraise {name}\n")
@@ -43,8 +52,9 @@ def test_an_exception_that_would_end_the_process_becomes_an_import_error(tmp_pat
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_during_an_import_remains_an_interrupt(tmp_path):
-    path = write(tmp_path, "mine.py", "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nwhile True: pass\n")
+    path = write(tmp_path, "mine.py", "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nimport time; time.sleep(60)\n")
     with pytest.raises(KeyboardInterrupt):
         import_file(path)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
