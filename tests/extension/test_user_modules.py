@@ -54,7 +54,7 @@ def test_an_exception_that_would_end_the_process_becomes_an_import_error(tmp_pat
 
 @pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_during_an_import_remains_an_interrupt(tmp_path):
-    path = write(tmp_path, "mine.py", "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nimport time; time.sleep(60)\n")
+    path = write(tmp_path, "mine.py", "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n")
     with pytest.raises(KeyboardInterrupt):
         import_file(path)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -45,7 +45,7 @@ def test_keywords_are_passed(run):
         ("x = 1", "compute_score does not exist"),
         ("import nothing_of_this_name", "does not import (my_reward.py, line 1): ModuleNotFoundError"),
         ("exit(3)", "does not import (my_reward.py, line 1): SystemExit: 3"),
-        ("raise KeyboardInterrupt", "does not import (my_reward.py): ImportError: the module raised KeyboardInterrupt in"),
+        ("raise KeyboardInterrupt", "does not import (my_reward.py): ImportError: the module raised Keyboard"),
         ("compute_score = 5", "compute_score is not a function in"),
         (
             "def compute_score(data_source, solution_str, ground_truth, extra_info, /): return 1",
