@@ -4,7 +4,7 @@ SHELL := bash
 python := .venv/bin/python
 
 .PHONY: help setup quickstart test test-all unit unit-slow e2e e2e-short e2e-rest browser contract contract-table lint types format \
-	reference docs scripts-table sweep study lock models campaign soak bench bench-update bench-step bench-overhead bench-growth bench-scale
+	reference docs scripts-table sweep study lock models campaign campaign-input soak bench bench-update bench-step bench-overhead bench-growth bench-scale
 
 help: ## print this list
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /  make \1\t/' | expand -t 24
@@ -82,6 +82,9 @@ soak: setup ## a run of 10,000 steps, hours, and what grows in it; `ARGS="--step
 
 models: setup ## train a tiny model of each architecture; writes the table of docs/models.md, half an hour
 	$(python) benchmarks/model_table.py --write docs/models.md $(ARGS)
+
+campaign-input: setup ## give verl bad input of every kind; writes the table of docs/reliability.md, half an hour
+	$(python) -m campaign input --write docs/reliability.md $(ARGS)
 
 bench: setup ## run the benchmarks that take minutes; each prints a table
 	@for benchmark in quantizer weight_update generation overhead scale_model; do \

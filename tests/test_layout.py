@@ -18,6 +18,7 @@ OTHER_SUBJECTS = {
     "algorithms/advantages/test_every_estimator.py": "properties of all estimators",
     "algorithms/losses/test_adding_a_loss.py": "docs/extending.md",
     "algorithms/losses/test_every_loss.py": "properties of all losses",
+    "campaign/test_main.py": "campaign/__main__.py",
     "contract": "releases of vllm-ascend",
     "e2e": "complete runs",
     "examples": "examples/, which has scripts in several languages",

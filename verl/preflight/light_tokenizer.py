@@ -19,6 +19,8 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
+_TEMPLATE_FILE, _SETTINGS_FILE = "chat_template.jinja", "tokenizer_config.json"
+
 
 class LightTokenizer:
     """The `tokenizer.json` of a directory with its chat template.
@@ -39,7 +41,7 @@ class LightTokenizer:
             raise ValueError(f"{folder}: has no tokenizer.json; copy it there")
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
-            settings = _json(Path(folder) / "tokenizer_config.json") | _json(Path(folder) / "special_tokens_map.json")
+            settings = _json(Path(folder) / _SETTINGS_FILE) | _json(Path(folder) / "special_tokens_map.json")
         except Exception as error:  # the tokenizers library raises Exception itself
             raise ValueError(f"{path}: not readable ({error}); copy it again") from error
         self.chat_template = _template(Path(folder), settings)
@@ -89,11 +91,41 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 def read_template(folder: Path) -> str | None:
     """Return the default chat template of a tokenizer; None without one."""
-    return _template(folder, _json(folder / "tokenizer_config.json"))
+    return _template(folder, _json(folder / _SETTINGS_FILE))
+
+
+def template_problem(folder: Path) -> str | None:
+    """Return why the default chat template of a tokenizer cannot be used; None if it can, or if there is none.
+
+    Only its syntax is checked. A damaged `tokenizer_config.json` has other checks.
+    """
+    file = folder / _TEMPLATE_FILE
+    try:
+        settings = _json(folder / _SETTINGS_FILE)
+        template = _template(folder, settings if isinstance(settings, dict) else {})
+    except UnicodeDecodeError as error:
+        damaged = file if file.is_file() else folder / _SETTINGS_FILE
+        return f"{damaged.name} is not a UTF-8 text file (byte {error.start}); copy it again"
+    except (OSError, ValueError, RecursionError):
+        return None
+    except (AttributeError, KeyError):
+        return (
+            f"chat_template in {_SETTINGS_FILE} must be text, or a list of objects with name and template; correct it"
+        )
+    name = _TEMPLATE_FILE if file.is_file() else f"chat_template in {_SETTINGS_FILE}"
+    if template is None:
+        return None
+    if not isinstance(template, str):
+        return f"{name} must be text, and is {template!r:.80}; correct it"
+    try:
+        _environment().parse(template)
+    except jinja2.TemplateSyntaxError as error:
+        return f"{name} is not a valid template, at line {error.lineno}: {error.message}; correct it"
+    return None
 
 
 def _template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    file = folder / "chat_template.jinja"
+    file = folder / _TEMPLATE_FILE
     if file.is_file():
         return file.read_text(encoding="utf-8")
     given = settings.get("chat_template")

@@ -52,6 +52,18 @@ def test_missing_weights_are_an_error(problem_of, run_files):
     assert text.startswith(PATH + str(run_files.model)) and "has no weights" in text
 
 
+@pytest.mark.parametrize(("vocabulary", "works"), [(None, False), ("tiktoken.model", True), ("tekken.json", True)])
+def test_settings_alone_are_no_tokenizer(problems_of, plan_of, run_files, vocabulary, works):
+    (run_files.model / "tokenizer.json").unlink()
+    (run_files.model / "tokenizer_config.json").write_text("{}")
+    if vocabulary is not None:
+        (run_files.model / vocabulary).write_text("")
+    if works:
+        plan_of()
+    else:
+        assert any("no tokenizer found (none of tokenizer.json" in text for text in problems_of())
+
+
 def test_a_missing_tokenizer_is_an_error(problem_of, plan_of, run_files):
     (run_files.model / "tokenizer.json").unlink()
     assert "no tokenizer" in problem_of()

@@ -66,3 +66,27 @@ def test_another_tokenizer_is_checked(problem_of, run_files, write):
     write("tokenizer.json", added(end=50), other)
     write("tokenizer_config.json", {"eos_token": "<end>"}, other)
     assert f"the tokenizer in {other} has '<end>' (50)" in problem_of(actor_rollout_ref__model__tokenizer_path=other)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer.json", {"model": 7}),
+        ("tokenizer.json", {"model": {"vocab": 7}}),
+        ("tokenizer.json", {"model": {"vocab": [[]]}}),
+        ("tokenizer.json", {"added_tokens": [7]}),
+        ("tokenizer.json", {"added_tokens": [{"content": "<a>", "id": None}]}),
+        ("tokenizer_config.json", {"added_tokens_decoder": [7]}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "<a>"}}}),
+        ("generation_config.json", []),
+        ("added_tokens.json", 7),
+    ],
+)
+def test_a_file_of_another_form_is_named(problem_of, run_files, write, file, content):
+    write(file, content)
+    assert str(run_files.model / file) in problem_of()
+
+
+def test_a_number_with_thousands_of_digits_is_an_error_that_names_the_file(problem_of, run_files):
+    (run_files.model / "generation_config.json").write_text('{"eos_token_id": ' + "9" * 5000 + "}")
+    assert f"{run_files.model / 'generation_config.json'}: cannot be read" in problem_of()

@@ -9,6 +9,7 @@ from typing import Any
 
 from verl.config.ppo import PPOConfig
 from verl.preflight.batch_sizes import longest_sample
+from verl.preflight.checks.chat_template import check_chat_template
 from verl.preflight.checks.expert_parallel import check_expert_parallel
 from verl.preflight.checks.same_function import (
     check_attention,
@@ -48,7 +49,9 @@ _SET_BY_OTHER_KEYS = {
     "architectures": "use a checkpoint of that architecture",
     "model_type": "use a checkpoint of that architecture",
 }
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+# Endings of the vocabularies of less usual tokenizers, most of which bring their own Python code.
+_OTHER_VOCABULARIES = (".model", ".tiktoken", ".spm", ".vocab", ".bpe", ".v3", ".v7", "tekken.json")
 
 
 def check_model(config: PPOConfig, target: Target, found: Findings) -> ModelFiles | None:
@@ -61,6 +64,8 @@ def check_model(config: PPOConfig, target: Target, found: Findings) -> ModelFile
         return None
     check_architecture(_PATH, files, model.trust_remote_code, found)
     _check_tokenizer(model.path, model.tokenizer_path, target, found)
+    tokenizer_field = f"{_MODEL}.tokenizer_path" if model.tokenizer_path else _PATH
+    check_chat_template(tokenizer_field, model.tokenizer_path or model.path, found)
     check_override(_MODEL, model.override_config, files, found)
     check_train_mode(_MODEL, model.override_config, files, found)
     files = with_overrides(files, model.override_config)
@@ -187,8 +192,12 @@ def _check_tokenizer(model_path: str, tokenizer_path: str | None, target: Target
 
 
 def has_tokenizer(folder: str) -> bool:
-    """Return True if a directory has one of the `TOKENIZER_FILES`."""
-    return any(os.path.isfile(os.path.join(folder, name)) for name in TOKENIZER_FILES)
+    """Return True if a directory has one of the `TOKENIZER_FILES`, or another vocabulary with its settings."""
+    if any(os.path.isfile(os.path.join(folder, name)) for name in TOKENIZER_FILES):
+        return True
+    if not os.path.isfile(os.path.join(folder, "tokenizer_config.json")):
+        return False
+    return any(entry.is_file() and entry.name.endswith(_OTHER_VOCABULARIES) for entry in os.scandir(folder))
 
 
 def check_override(section: str, override: dict[str, Any], files: ModelFiles, found: Findings) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -33,8 +34,8 @@ def check_token_ids(field: str, files: ModelFiles, tokenizer: str, found: Findin
     try:
         settings, tokens = _read(Path(tokenizer))
         generation = _json(files.path / GENERATION_FILE)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        found.errors.append(f"{field}={files.path}: the tokenizer's or generation's files are damaged ({error!r})")
+    except ValueError as error:
+        found.errors.append(f"{field}={files.path}: a file of the tokenizer or of the generation is damaged: {error}")
         return
     has_rows = f"the embedding of {files.path} has {rows} rows (vocab_size), for the ids 0 to {rows - 1}"
     for name, config in ((GENERATION_FILE, generation), (CONFIG_FILE, files.config)):
@@ -74,7 +75,7 @@ def different_tokens(policy: str, other: str) -> str | None:
     """
     try:
         (_, tokens), (_, others) = _read(Path(policy)), _read(Path(other))
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except ValueError:
         return None  # damaged files are reported where they are used
     if not tokens or not others:
         return None
@@ -87,26 +88,47 @@ def different_tokens(policy: str, other: str) -> str | None:
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """Return the settings of a tokenizer, and the ids of its tokens by text, as far as JSON files show them."""
+    """Return the settings of a tokenizer, and the ids of its tokens by text, as far as JSON files show them.
+
+    Raises:
+        ValueError: a file is damaged or has another form; the message names the file.
+    """
     settings = _json(folder / _SETTINGS) | _json(folder / "special_tokens_map.json")
     main = _json(folder / _TOKENIZER)
-    vocabulary = (main.get("model") or {}).get("vocab") or _json(folder / "vocab.json")
-    if isinstance(vocabulary, list):  # pairs of token and score
-        tokens = {str(entry[0]): number for number, entry in enumerate(vocabulary)}
-    else:
-        tokens = {text: token for text, token in vocabulary.items() if isinstance(token, int)}
-    tokens |= {entry["content"]: entry["id"] for entry in main.get("added_tokens") or []}
+    with _names(folder / _TOKENIZER):
+        vocabulary = (main.get("model") or {}).get("vocab") or _json(folder / "vocab.json")
+        if isinstance(vocabulary, list):  # pairs of token and score
+            tokens = {str(entry[0]): number for number, entry in enumerate(vocabulary)}
+        else:
+            tokens = {text: token for text, token in vocabulary.items() if isinstance(token, int)}
+        tokens |= {str(entry["content"]): _id(entry["id"]) for entry in main.get("added_tokens") or []}
     tokens |= {text: token for text, token in _json(folder / "added_tokens.json").items() if isinstance(token, int)}
-    decoder = settings.get("added_tokens_decoder") or {}
-    tokens |= {entry["content"]: int(token) for token, entry in decoder.items()}
+    with _names(folder / _SETTINGS):
+        decoder = settings.get("added_tokens_decoder") or {}
+        tokens |= {str(entry["content"]): int(token) for token, entry in decoder.items()}
     return settings, tokens
+
+
+@contextlib.contextmanager
+def _names(file: Path) -> Iterator[None]:
+    """Turn errors about the form of a file's content into errors that name the file."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        raise ValueError(f"{file}: has not the form of a tokenizer ({error!r}); copy it again") from error
+
+
+def _id(value: Any) -> int:
+    if not isinstance(value, int):
+        raise TypeError(f"id {value!r} is no whole number")
+    return value
 
 
 def _used_texts(folder: Path, settings: Mapping[str, Any], texts: Mapping[str, int]) -> Iterator[str]:
     """Iterate over the texts that a run uses: the tokenizer's special tokens by name, and those in the template."""
     for name in ("eos_token", "pad_token", "bos_token"):
         value = settings.get(name)
-        yield str(value["content"] if isinstance(value, dict) else value)
+        yield str(value.get("content") if isinstance(value, dict) else value)
     # A text of several characters, so that a letter of the template's code is not taken for a token.
     file = folder / "chat_template.jinja"
     template = file.read_text(encoding="utf-8") if file.is_file() else str(settings.get("chat_template"))

@@ -81,7 +81,8 @@ def read_checkpoint_index(model_dir: str | Path) -> CheckpointIndex:
         missing = sorted(names - stored.keys())
         if missing:
             raise ValueError(
-                f"{file}: does not hold {missing[0]!r} ({len(missing)} such), but the index of the checkpoint lists it"
+                f"{file}: does not hold {missing[0]!r} ({len(missing)} such), but the index lists it "
+                f"({SAFETENSORS_INDEX if file.suffix == '.safetensors' else TORCH_INDEX}); copy both again"
             )
         # With an index only the listed tensors count: a shard may hold others, which no loader reads.
         tensors.update((name, info) for name, info in stored.items() if not names or name in names)
