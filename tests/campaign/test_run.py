@@ -11,7 +11,7 @@ from campaign.cases import Case, accepts_nothing
 from campaign.run import run
 
 CASE = Case("planted", "planted", (), (("the.key",),), outputs=("report",))
-SECONDS = 5.0
+SECONDS, PROCESSOR_SECONDS = 600.0, 2
 
 
 def write_template(root):
@@ -71,9 +71,13 @@ def starts_a_process_and_hangs(root):
     return hangs(root)
 
 
-def violations_of(body, case=CASE):
+def violations_of(body, case=CASE, seconds=SECONDS):
     results = run(
-        [case], 1, limits=(SECONDS, 2), write_template=write_template, command=lambda _, root: lambda: body(root)
+        [case],
+        1,
+        limits=(seconds, PROCESSOR_SECONDS),
+        write_template=write_template,
+        command=lambda _, root: lambda: body(root),
     )
     [(result, _)] = results
     return result.kind, list(result.violations)
@@ -108,9 +112,9 @@ def test_a_planted_fault_is_a_violation(body, expected):
 @pytest.mark.slow
 @pytest.mark.parametrize("body", [hangs, starts_a_process_and_hangs])
 def test_a_hang_is_a_violation(body):
-    kind, [violation] = violations_of(body)
+    kind, [violation] = violations_of(body, seconds=2.0)
     assert kind == "violation"
-    assert violation == f"still running after {SECONDS:.0f} s"
+    assert violation.startswith("still running after ")
 
 
 def test_an_input_that_cannot_work_must_not_be_accepted():

@@ -89,4 +89,4 @@ def test_a_file_of_another_form_is_named(problem_of, run_files, write, file, con
 
 def test_a_number_with_thousands_of_digits_is_an_error_that_names_the_file(problem_of, run_files):
     (run_files.model / "generation_config.json").write_text('{"eos_token_id": ' + "9" * 5000 + "}")
-    assert f"{run_files.model / 'generation_config.json'}: cannot be read" in problem_of()
+    assert f"{run_files.model / 'generation_config.json'}: Exceeds the limit" in problem_of()
