@@ -31,7 +31,12 @@ PER_KEY, PER_UNSUPPORTED_KEY = 5, 2
 _SWITCHES = {
     "critic.": {"algorithm__adv_estimator": "gae", "critic__model__path": "{root}/model"},
     "actor_rollout_ref.ref.": {"actor_rollout_ref__actor__use_kl_loss": True},
-    "async_training.": {"async_training__enable": True, "data__train_batch_size": 16},
+    "async_training.": {
+        "async_training__enable": True,
+        "data__train_batch_size": 16,
+        "actor_rollout_ref__rollout__nnodes": 1,
+        "actor_rollout_ref__rollout__n_gpus_per_node": 1,
+    },
     "algorithm.kl_ctrl.": {"algorithm__use_kl_in_reward": True},
 }
 # Every fortieth case composes as a user's command does.

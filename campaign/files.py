@@ -187,7 +187,9 @@ def _yaml() -> list[Subject]:
 
 def _records() -> list[Subject]:
     area, old = "runs and checkpoints", "old/global_step_2"
-    resume = _train(trainer__default_local_dir="{root}/old")
+    resume = _train(
+        trainer__default_local_dir="{root}/old", actor_rollout_ref__actor__checkpoint__load_contents="[model]"
+    )
     names = ("manifest.json", "config.yaml", "inputs.json", "actor/model/__0_0.distcp", "actor/engine.json")
     checkpoint = [
         Subject(f"checkpoint/{command}/{name}", area, f"{old}/{name}", words, required=False, works=command == "train")

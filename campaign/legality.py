@@ -33,6 +33,8 @@ def why_illegal(name: str, known: Key, hint: Any, value: Any, output: str) -> st
         return None  # YAML reads these words as truth values
     if not any(_has_type(value, option) for option in types):
         return f"accepted {value!r}, which has another type"
+    if known.same_if is not None:
+        return None  # in some runs, every value means the same
     if known.only is not None or known.choices:
         allowed = [_text(choice) for choice in (known.only if known.only is not None else known.choices)]
         wrong = [item for item in items if _text(item) not in allowed]

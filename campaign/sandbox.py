@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -120,15 +121,21 @@ def _write_adapter(folder: Path) -> None:
 
 def _write_run(folder: Path) -> None:
     """Write the directory of a run, with a checkpoint after its second step."""
+    import torch.distributed.checkpoint as dcp
+    from safetensors.torch import load_file
+
     from verl.config import load_config
     from verl.config.record import write_record
     from verl.preflight.inputs import RunInputs, data_seed, write_inputs
     from verl.utils.checkpoint_files import TRACKER, write_manifest
 
     checkpoint = folder / "global_step_2"
-    (checkpoint / "actor" / "model").mkdir(parents=True)
-    (checkpoint / "actor" / "model" / "__0_0.distcp").write_bytes(bytes(range(256)))
+    tensors = load_file(folder.parent / "model" / "model.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a warning about a single process
+        dcp.save(dict(tensors), checkpoint_id=checkpoint / "actor" / "model")
     (checkpoint / "actor" / "engine.json").write_text("{}")
+    (checkpoint / "data.pt").write_bytes(bytes(64))
     words = [word.replace("{root}", str(folder.parent)) for word in overrides(trainer__default_local_dir=folder)]
     config = load_config(words)
     for place in (folder, checkpoint):

@@ -3,7 +3,7 @@
 import pytest
 
 from fixtures.config_error import load_error
-from verl.config import load_config
+from verl.config import ConfigError, load_config
 from verl.config.entry_points import FULLY_ASYNC
 from verl.config.stream import Stream, resolve_stream, training_steps
 from verl.trainer.main_ppo import compose
@@ -106,3 +106,12 @@ def test_colocate_async_is_a_run_with_partial_rollouts():
 def test_a_training_loop_of_upstream_sets_its_keys_itself(mode, key):
     text = load_error(f"trainer.v1.trainer_mode={mode}", key)
     assert text.startswith(f"{key.split('=')[0]} with trainer.v1.trainer_mode={mode}") and f"trainer.v1.{mode}" in text
+
+
+@pytest.mark.parametrize("staleness", ["1e9", "1e308"])
+def test_more_prompts_in_progress_than_a_key_can_hold_are_an_error(staleness):
+    """The number becomes data.gen_batch_size, which the record of the config could not be read with."""
+    with pytest.raises(
+        ConfigError, match=r"async_training\.staleness_threshold=1(e\+308|000000000\.0): .* at most 2147483647"
+    ):
+        run([*SCRIPT, f"async_training.staleness_threshold={staleness}"])

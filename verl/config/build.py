@@ -18,7 +18,7 @@ from verl.extension.paths import path_problem
 from verl.utils.model_dir.hub import cached_model
 
 T = TypeVar("T")
-_MAX_INT = 2**31 - 1
+MAX_INT = 2**31 - 1  # of a key
 _MAX_SHOWN = 200
 _TYPE_NAMES = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
 
@@ -109,8 +109,8 @@ def convert(value: Any, hint: Any) -> Any:
             return _convert_one(value, option)
         except _WrongType:
             continue
-    too_large = int in options and isinstance(value, int) and abs(value) > _MAX_INT
-    raise _WrongType(describe(hint) + (f", at most {_MAX_INT}" if too_large else ""))
+    too_large = int in options and isinstance(value, int) and abs(value) > MAX_INT
+    raise _WrongType(describe(hint) + (f", at most {MAX_INT}" if too_large else ""))
 
 
 def _convert_one(value: Any, hint: Any) -> Any:
@@ -161,7 +161,7 @@ def _to_bool(value: Any) -> bool:
 
 def _to_int(value: Any) -> int:
     number = _to_float(value) if isinstance(value, str | float) else value
-    if not isinstance(number, int | float) or number != int(number) or abs(number) > _MAX_INT:
+    if not isinstance(number, int | float) or number != int(number) or abs(number) > MAX_INT:
         raise _WrongType
     return int(number)
 

@@ -189,7 +189,7 @@ def _read_adapter_config(path: Path, location: str) -> dict[str, Any]:
         raise ValueError(f"{location}: {_CONFIG_FILE} is damaged ({error}); copy it again") from None
     if not isinstance(saved, dict) or saved.get("peft_type") != "LORA":
         kind = saved.get("peft_type") if isinstance(saved, dict) else None
-        raise ValueError(f"{location}: adapters of kind {kind} are not supported; use LORA")
+        raise ValueError(f"{location}: {_CONFIG_FILE} has peft_type={kind}; only adapters of kind LORA are supported")
     for name, value in saved.items():
         if name not in _KNOWN and value not in (None, False, "none") and value != [] and value != {}:
             raise ValueError(f"{location}: {_CONFIG_FILE} has {name}={value}, which is not supported; use plain LoRA")

@@ -9,6 +9,7 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from verl.config.build import MAX_INT
 from verl.config.ppo import PPOConfig
 from verl.config.rollout_correction import resolve
 
@@ -141,7 +142,13 @@ def _apply_async_training(config: PPOConfig, given: Collection[str]) -> dict[str
     data, options = config.data, config.async_training
     # A number below 1 has its own error later.
     step, problems = max(1, prompts_per_step(config)), dict[str, str]()
-    in_progress = int((1 + options.staleness_threshold) * step)
+    in_progress = (1 + options.staleness_threshold) * step
+    if in_progress > MAX_INT:
+        problems[f"{PREFIX}staleness_threshold"] = (
+            f"{PREFIX}staleness_threshold={options.staleness_threshold}: {in_progress:g} prompts in progress at "
+            f"a time, at most {MAX_INT} are possible; lower it"
+        )
+    in_progress = int(min(in_progress, MAX_INT))
     chosen = "data.train_batch_size" in given or data.train_batch_size != type(data)().train_batch_size
     if chosen and data.train_batch_size not in (0, step):
         problems["data.train_batch_size"] = (

@@ -158,7 +158,7 @@ def test_keys_that_contradict_an_adapter_are_errors(problem_of, adapter, changes
 @pytest.mark.parametrize(
     ("over", "text"),
     [
-        ({"peft_type": "IA3"}, "adapters of kind IA3 are not supported; use LORA"),
+        ({"peft_type": "IA3"}, "has peft_type=IA3; only adapters of kind LORA"),
         ({"use_dora": True}, "has use_dora=True, which is not supported"),
         ({"bias": "all"}, "has bias=all, which is not supported"),
         ({"modules_to_save": ["lm_head"]}, "has modules_to_save=['lm_head'], which is not supported"),

@@ -37,6 +37,8 @@ def damage_header(raw):
         (lambda raw: b"\xff" * 8 + raw[8:], "its header should have"),
         (damage_header, "its header is not JSON"),
         (lambda raw: raw.replace(b'"BF16"', b'"BF17"'), "'dtype': 'BF17'"),
+        (lambda raw: raw.replace(b'"shape": [3, 5]', b'"shape":[-3,-5]'), "its header contradicts itself"),
+        (lambda raw: raw.replace(b"[30, 58]", b"[0 , 28]"), "the data of a.weight begins at byte 0, expected 28"),
         (lambda raw: raw.replace(b'"shape"', b'"shope"'), "its header does not describe"),
     ],
 )

@@ -197,7 +197,9 @@ def has_tokenizer(folder: str) -> bool:
         return True
     if not os.path.isfile(os.path.join(folder, "tokenizer_config.json")):
         return False
-    return any(entry.is_file() and entry.name.endswith(_OTHER_VOCABULARIES) for entry in os.scandir(folder))
+    # os.path, because the methods of Path and of directory entries raise for a link to itself.
+    others = (name for name in os.listdir(folder) if name.endswith(_OTHER_VOCABULARIES))
+    return any(os.path.isfile(os.path.join(folder, name)) for name in others)
 
 
 def check_override(section: str, override: dict[str, Any], files: ModelFiles, found: Findings) -> None:

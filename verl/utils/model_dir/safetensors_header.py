@@ -60,27 +60,33 @@ def read_safetensors_header(path: Path) -> dict[str, TensorInfo]:
     if not isinstance(header, dict):
         raise _damaged(path, "its header is not a JSON object")
     header.pop("__metadata__", None)
-    tensors, end = {}, 0
+    tensors, places = {}, []
     for name, entry in header.items():
-        tensors[name], tensor_end = _read_entry(path, name, entry)
-        end = max(end, tensor_end)
+        tensors[name], begin, end = _read_entry(path, name, entry)
+        places.append((begin, end, name))
+    end = 0
+    for begin, tensor_end, name in sorted(places):
+        if begin != end:  # the library refuses such a file too
+            raise _damaged(path, f"the data of {name} begins at byte {begin}, expected {end}")
+        end = tensor_end
     if end != size - 8 - length:
         problem = "truncated" if end > size - 8 - length else "longer than its header says"
         raise _damaged(path, f"{problem}: it has {size} bytes, expected {end + 8 + length}")
     return tensors
 
 
-def _read_entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int]:
-    """Return a tensor, and the end of its data relative to the end of the header."""
+def _read_entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
+    """Return a tensor, and the begin and the end of its data relative to the end of the header."""
     try:
         start, end = entry["data_offsets"]
         info = TensorInfo(tuple(entry["shape"]), entry["dtype"])
-        consistent = 0 <= start <= end and end - start == info.nbytes
+        sizes_fit = all(type(size) is int and size >= 0 for size in info.shape)
+        consistent = sizes_fit and 0 <= start <= end and end - start == info.nbytes
     except (KeyError, TypeError, ValueError):
         raise _damaged(path, f"its header does not describe {name} in a known way: {entry}") from None
     if not consistent:
         raise _damaged(path, f"its header contradicts itself about {name}: {entry}")
-    return info, end
+    return info, start, end
 
 
 def _damaged(path: Path, problem: str) -> ModelFilesError:
