@@ -6,6 +6,8 @@
 - config_keys.py, files.py, records.py: the cases; damage.py: damaged files; legality.py: legal values of a key
 - sandbox.py: the directory in which a case runs; child.py: the process; verdict.py: the rule
 - results.py: the file of results and the table
+
+`python -m campaign.faults` strikes real runs, and `python -m campaign.soak` looks for growth in a long one.
 """
 
 import sys

@@ -53,7 +53,7 @@ BYTES: dict[str, Change] = {
     "html": lambda content, chance: b"<!DOCTYPE html><html><body>404 Not Found</body></html>",
     "pointer": lambda content, chance: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 123\n",
 }
-"""Changes of any file: those of disks and of transfers, and what a server sends in the place of a file."""
+"""Changes of any file: those of disks and of transfers, and what a server sends instead of a file."""
 UNREADABLE = ("empty", "zeros", "noise", "html", "pointer")
 """Changes after which no format can be read."""
 
@@ -69,7 +69,7 @@ def remove(name: str) -> Damage:
 
 
 def replace_by_directory(name: str) -> Damage:
-    """Return a damage that puts a directory in the place of a file."""
+    """Return a damage that puts a directory instead of a file."""
 
     def damage(root: Path, chance: random.Random) -> None:
         (root / name).unlink()
@@ -79,7 +79,7 @@ def replace_by_directory(name: str) -> Damage:
 
 
 def replace_by_link(name: str, target: str) -> Damage:
-    """Return a damage that puts a symbolic link in the place of a file."""
+    """Return a damage that puts a symbolic link instead of a file."""
 
     def damage(root: Path, chance: random.Random) -> None:
         (root / name).unlink()
