@@ -3,7 +3,7 @@
 `python -m campaign input` gives verl bad input; docs/reliability.md has its rule and its last result.
 
 - cases.py: a case, its command and what its error must name
-- config_keys.py, files.py, records.py: the cases; damage.py: damaged files; legality.py: legal values of a key
+- config_keys.py, files.py: the cases; damage.py: damaged files; legality.py: legal values of a key
 - sandbox.py: the directory in which a case runs; child.py: the process; verdict.py: the rule
 - results.py: the file of results and the table
 
