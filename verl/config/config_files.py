@@ -144,7 +144,7 @@ def _included(node: yaml.Node | None, group: str) -> dict[str, int]:
     if not isinstance(defaults, yaml.SequenceNode):
         raise YamlFileError(f"line {line_of(defaults)}: defaults is {describe(defaults)}; it must be a list of names")
     for entry in defaults.value:
-        pairs = list(items_of(entry)) or [(None, entry)]
+        pairs: list[tuple[yaml.ScalarNode | None, yaml.Node]] = [*items_of(entry)] or [(None, entry)]
         folder, value = pairs[0]
         is_name = isinstance(value, yaml.ScalarNode) and (value.tag.endswith(":str") or folder is not None)
         if len(pairs) > 1 or not (is_name or (folder is not None and isinstance(value, yaml.SequenceNode))):

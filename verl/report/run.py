@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from verl.config.record import CHANGES_FILE, CONFIG_FILE, flat
 from verl.report.style import number
@@ -69,7 +69,7 @@ class Run:
         return list(dict.fromkeys(name for data in self.records.values() for name in data))
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[int | float]:
     """Return True for a finite number that a figure can show."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
 

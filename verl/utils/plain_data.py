@@ -83,8 +83,13 @@ def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int | float:
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
-# A date out of range would raise.
-_Loader.add_constructor("tag:yaml.org,2002:timestamp", yaml.SafeLoader.construct_yaml_str)
+
+
+def _construct_date(loader: _Loader, node: yaml.ScalarNode) -> str:
+    return str(loader.construct_scalar(node))  # a date out of range would raise
+
+
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", _construct_date)
 
 
 def _parse_integer(digits: str) -> int | float:

@@ -88,8 +88,8 @@ def read_model(path: str | Path) -> ModelFiles:
     if weights is None:
         return ModelFiles(path, config, _text_config(config), None, None, None)
     files = _with_sizes(path, config, weights)
-    if (problem := contradiction(files.config, files.shapes)) is not None:
-        raise ModelFilesError(f"config.json has {problem}; copy config.json and weights from the same model")
+    if (wrong := contradiction(files.config, files.shapes)) is not None:
+        raise ModelFilesError(f"config.json has {wrong}; copy config.json and weights from the same model")
     return files
 
 
