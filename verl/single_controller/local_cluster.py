@@ -51,7 +51,8 @@ def local_cluster(options: dict[str, Any]) -> Iterator[None]:
         token.touch(mode=0o600)
         token.write_text(secrets.token_hex(32), encoding="ascii")
         environment[_TOKENS[1]] = str(token)
-    options = {"_node_ip_address": "127.0.0.1", **options}
+    # By default Ray would join a cluster of this host that another program has started meanwhile.
+    options = {"_node_ip_address": "127.0.0.1", **options, "address": "local"}
     options["_system_config"] = {"enable_metrics_collection": False, **(options.get("_system_config") or {})}
     try:
         # Restores the environment, in which Ray also writes the mode of authentication.
