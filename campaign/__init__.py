@@ -5,7 +5,7 @@
 - cases.py: a case, its command and what its error must name
 - config_keys.py, files.py: the cases; damage.py: damaged files; legality.py: legal values of a key
 - sandbox.py: the directory in which a case runs; child.py: the process; verdict.py: the rule
-- results.py: the file of results and the table
+- jsonl.py: files of results; results.py: the results of cases and their table
 
 `python -m campaign.faults` strikes real runs, and `python -m campaign.soak` looks for growth in a long one.
 """

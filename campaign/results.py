@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from campaign import jsonl
 from campaign.verdict import ACCEPTED, REFUSED, VIOLATION
 
 
@@ -33,21 +33,14 @@ class Result:
 
 def append(path: Path, result: Result) -> None:
     """Add a result to the file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(result)) + "\n")
+    jsonl.append(path, asdict(result))
 
 
 def read(path: Path) -> dict[str, Result]:
-    """Return the last result of each case; a line that an interrupted campaign cut off does not count."""
-    found = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            fields = json.loads(line)
-        except ValueError:
-            continue
-        found[fields["case"]] = Result(**fields | {"violations": tuple(fields["violations"])})
-    return found
+    """Return the last result of each case."""
+    return {
+        fields["case"]: Result(**fields | {"violations": tuple(fields["violations"])}) for fields in jsonl.read(path)
+    }
 
 
 def rows(results: Iterable[Result]) -> list[list[str]]:

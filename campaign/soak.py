@@ -109,7 +109,7 @@ def soak(root: Path, steps: int, every_s: float) -> Samples:
         while process.poll() is None:
             time.sleep(every_s)
             with contextlib.suppress(psutil.NoSuchProcess):
-                if (step := len(steps_of(log))) > 0:
+                if (step := run.last_step()) > 0:
                     for name, value in observe(process.pid):
                         samples[name].append((step, value))
     finally:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from campaign import ROOT
+from campaign import ROOT, jsonl
 from campaign.faults import results
 from campaign.faults.schedule import run_number
 
@@ -27,11 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"{json.dumps(record, indent=1)}\n{results.summary([record])}\n")
         return int(results.violated([record]))
     file = options.results or ROOT / "build" / "campaign" / f"faults-seed{options.seed}.jsonl"
-    records = results.read(file)
+    records = jsonl.read(file)
     started = time.monotonic()
     while results.count(records) < options.faults and time.monotonic() - started < 60 * options.minutes:
         record = run_number(len(records), options.seed, options.folder)
-        results.append(file, record)
+        jsonl.append(file, record)
         records.append(record)
         sys.stdout.write(f"run {record['run']} of {record['settings']}\n{results.summary([record])}\n\n")
         sys.stdout.flush()

@@ -1,8 +1,7 @@
-"""The file of results, and the table that it becomes."""
+"""Counts of what followed the faults, as text and as the table of the document."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,18 +10,6 @@ from typing import Any
 import tables
 
 Record = dict[str, Any]
-
-
-def read(file: Path) -> list[Record]:
-    """Read the records of a file; empty if there is none."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
-def append(file: Path, record: Record) -> None:
-    """Append a record to a file, which is created if missing."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a") as lines:
-        lines.write(json.dumps(record) + "\n")
 
 
 def counts(records: Iterable[Record]) -> list[tuple[str, int, int, int, int]]:

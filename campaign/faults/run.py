@@ -123,15 +123,6 @@ class FaultedRun:
             trainer__watchdog__generation_timeout_s=2 * WATCH_S,
         )
 
-    def steps(self) -> int:
-        """The last step in the log of metrics; 0 if there is none."""
-        path = self.run.out / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        for line in reversed(lines):
-            with contextlib.suppress(ValueError, KeyError):
-                return int(json.loads(line)["step"])
-        return 0
-
     def text(self) -> str:
         """The output of the present process."""
         return self.run.log.read_text(errors="replace")
@@ -153,8 +144,8 @@ class FaultedRun:
 
     def wait_for_steps(self, count: int, seconds: float) -> None:
         """Wait for `count` further steps."""
-        reached = self.steps()
-        if not self.wait(lambda: self.steps() >= reached + count, seconds):
+        reached = self.run.last_step()
+        if not self.wait(lambda: self.run.last_step() >= reached + count, seconds):
             state = "still runs" if self.process.poll() is None else f"ended with {self.process.returncode}"
             raise Violated(f"no {count} steps after step {reached} in {seconds:g} s; it {state}: {self.tail()}")
 
@@ -178,7 +169,7 @@ class FaultedRun:
 
     def strike(self, fault: Fault) -> Row:
         """Strike the running process, and check what follows."""
-        row, offset = Row(str(fault), fault.process, self.steps()), len(self.text())
+        row, offset = Row(str(fault), fault.process, self.run.last_step()), len(self.text())
         began = time.monotonic()
         try:
             if not self.inflict(fault, REACHED_S):
@@ -192,7 +183,7 @@ class FaultedRun:
 
     def strike_start(self, fault: Fault) -> Row:
         """Start with a fault in the start."""
-        row = Row(f"{fault}, while the run starts", fault.process, self.steps())
+        row = Row(f"{fault}, while the run starts", fault.process, self.run.last_step())
         began = time.monotonic()
         try:
             if fault.inside:
@@ -277,18 +268,18 @@ class FaultedRun:
 
     def follow(self, fault: Fault, row: Row, offset: int, limit: float) -> None:
         """Check that the run goes on, or ends as it has to, and that the output after `offset` names the cause."""
-        reached = self.steps()
+        reached = self.run.last_step()
         if fault.survives is False:
             self.wait(lambda: False, limit)
         else:
-            self.wait(lambda: self.steps() >= reached + 3, limit)
+            self.wait(lambda: self.run.last_step() >= reached + 3, limit)
         ended = self.process.poll() is not None
         row.outcome = "ended" if ended else "survived"
         if ended and fault.survives:
             raise Violated(f"it ended with {self.process.returncode}: {self.tail()}")
         if not ended and fault.survives is False:
             raise Violated(f"it did not end within {limit:g} s: {self.tail()}")
-        if not ended and self.steps() < reached + 3:
+        if not ended and self.run.last_step() < reached + 3:
             raise Violated(f"no 3 steps after step {reached} in {limit:g} s: {self.tail()}")
         if ended:
             self.check_end(fault)
@@ -317,7 +308,7 @@ class FaultedRun:
         """Let the run reach its end; return everything that differs from an undisturbed run."""
         self.kill()
         try:
-            last = self.steps() + 3
+            last = self.run.last_step() + 3
             self.start(last)
             self.wait(lambda: False, START_S)
             if self.process.poll() != 0:

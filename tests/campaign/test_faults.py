@@ -11,6 +11,7 @@ import sys
 import pytest
 
 import campaign.faults
+from campaign import jsonl
 from campaign.faults import results
 from campaign.faults.catalog import catalog
 from campaign.faults.inject.sitecustomize import PLACES
@@ -142,9 +143,9 @@ def test_results_are_read_counted_and_written(tmp_path):
     ]
     record = {"run": 0, "settings": {}, "seconds": 3600, "faults": faults, "violations": [], "directory": None}
     file = tmp_path / "build" / "results.jsonl"
-    assert results.read(file) == []
-    results.append(file, record)
-    records = results.read(file)
+    assert jsonl.read(file) == []
+    jsonl.append(file, record)
+    records = jsonl.read(file)
     assert records == [record]
     assert results.counts(records) == [("engine", 1, 1, 0, 1), ("rank", 1, 0, 1, 0)]
     assert results.count(records) == 2 and results.violated(records)

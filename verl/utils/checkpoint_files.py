@@ -23,6 +23,8 @@ from verl.utils.plain_data import parse_json
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
+DRIVER_STATE = "data.pt"
+ENGINE_STATE = "engine.json"
 CHUNK_BYTES = 64 << 20
 _READ_BYTES = 4 << 20
 _MAX_THREADS = 16

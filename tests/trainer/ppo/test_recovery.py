@@ -119,12 +119,18 @@ async def test_a_restarted_replica_gets_the_published_version(make_run):
     assert run.recovery.metrics() == {"reliability/restarts": 1.0}
 
 
-async def test_beside_serving_replicas_it_waits_for_the_next_version_once_the_weights_changed(make_run):
+async def restarted_once_the_weights_changed(make_run):
+    """Two replicas at version 4; the trainer's weights have changed, and the first replica was restarted since."""
     run = make_run()
     await run.recovery.update(4)
     run.recovery.on_training()
     run.replicas[0].die("killed")
     await run.until(lambda: run.replicas[0].alive and not run.recovery._recovering)
+    return run
+
+
+async def test_beside_serving_replicas_it_waits_for_the_next_version_once_the_weights_changed(make_run):
+    run = await restarted_once_the_weights_changed(make_run)
     assert [replica.rank for replica in run.pool.serving] == [1]
     assert await run.request() == 4
     await run.recovery.update(5)
@@ -141,11 +147,7 @@ async def test_requests_to_the_only_replica_wait_and_get_the_changed_weights_as_
 
 
 async def test_a_waiting_replica_serves_as_soon_as_the_last_other_one_dies(make_run):
-    run = make_run()
-    await run.recovery.update(4)
-    run.recovery.on_training()
-    run.replicas[0].die("killed")
-    await run.until(lambda: run.replicas[0].alive and not run.recovery._recovering)
+    run = await restarted_once_the_weights_changed(make_run)
     run.replicas[1].start = asyncio.Event().wait  # its restart does not end
     run.replicas[1].die("killed too")
     async with asyncio.timeout(20):

@@ -16,13 +16,13 @@ from verl.config.ppo import PPOConfig
 from verl.config.roles import needs_critic, resolve_critic
 from verl.config.schema import show
 from verl.preflight.findings import Findings
+from verl.utils.checkpoint_files import DRIVER_STATE, ENGINE_STATE
 from verl.utils.checkpoint_tensors import saved_shapes
 from verl.utils.model_dir.model_files import ModelFiles
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-_DRIVER_STATE = "data.pt"
-_FILES = {"model": "model", "optimizer": "optimizer", "extra": "engine.json"}
+_FILES = {"model": "model", "optimizer": "optimizer", "extra": ENGINE_STATE}
 _ADAPTER = re.compile(r"(?P<layer>.+)\.lora_(?P<part>[AB])\.[^.]+\.weight")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.")
 # Keys of config.json that describe the parts of a model with several stacks of layers.
@@ -39,9 +39,9 @@ def check_resume_model(
         checkpoint: a complete checkpoint.
         model, critic: files of the policy's and the critic's model; None if they could not be read.
     """
-    if not (checkpoint / _DRIVER_STATE).is_file():
+    if not (checkpoint / DRIVER_STATE).is_file():
         found.errors.append(
-            f"{checkpoint} has no {_DRIVER_STATE}, the position in the data: it is no checkpoint of this program, or a "
+            f"{checkpoint} has no {DRIVER_STATE}, the position in the data: it is no checkpoint of this program, or a "
             f"part of one; choose another checkpoint, {_NEW_RUN}"
         )
     actor = config.actor_rollout_ref

@@ -23,6 +23,7 @@ from typing import Any
 
 from verl.utils.atomic_io import atomic_write_text, fsync_path
 from verl.utils.checkpoint_files import (
+    DRIVER_STATE,
     TRACKER,
     find_damage,
     list_checkpoints,
@@ -33,7 +34,6 @@ from verl.utils.checkpoint_files import (
 
 logger = logging.getLogger(__name__)
 
-DRIVER_STATE = "data.pt"
 RESUME_MODES = ("auto", "disable", "resume_path")
 _UNFINISHED = re.compile(rf"(?P<name>global_step_\d+|\.{re.escape(TRACKER)})\.(?P<kind>tmp|old)-(?P<pid>\d+)")
 

@@ -9,10 +9,11 @@ from typing import Any, NotRequired, TypedDict, cast
 
 from verl.config.record import write_record
 from verl.preflight.inputs import write_inputs
-from verl.trainer.ppo.checkpoint import DRIVER_STATE, CheckpointError, load_driver_state, save_driver_state
+from verl.trainer.ppo.checkpoint import CheckpointError, load_driver_state, save_driver_state
 from verl.trainer.ppo.quantization_guard import GuardState, restore_guard
 from verl.trainer.ppo.runtime import Runtime
 from verl.trainer.rollouts.prompts import LoaderState, PromptId
+from verl.utils.checkpoint_files import DRIVER_STATE
 from verl.utils.dataset.loader import ORDER_KEYS
 from verl.workers.engine.hf_directory import HF_DIRECTORY
 from verl.workers.train_worker import TrainWorker

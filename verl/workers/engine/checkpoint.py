@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
+from verl.utils.checkpoint_files import ENGINE_STATE
 from verl.workers.engine import lora
 from verl.workers.engine.rank_errors import RankErrors, checkpoint_errors
 from verl.workers.engine.tensor_parallel import TensorParallel
@@ -38,7 +39,6 @@ from verl.workers.engine.tensor_parallel import TensorParallel
 logger = logging.getLogger(__name__)
 
 CONTENTS = ("model", "optimizer", "extra")
-_ENGINE_FILE = "engine.json"
 
 
 def save_state(
@@ -90,7 +90,7 @@ def _write_extra(path: Path, device: torch.device, schedule_step: int, group: di
     (path / f"rng_rank_{rank}.pt").write_bytes(state.getvalue())
     if rank == 0:
         engine = {"format": 1, "world_size": dist.get_world_size(group), "schedule_step": schedule_step}
-        (path / _ENGINE_FILE).write_text(json.dumps(engine) + "\n", encoding="utf-8")
+        (path / ENGINE_STATE).write_text(json.dumps(engine) + "\n", encoding="utf-8")
 
 
 def load_state(
@@ -115,7 +115,7 @@ def load_state(
     """
     _check_contents(contents, optimizer)
     for part in contents:
-        file = path / (_ENGINE_FILE if part == "extra" else part)
+        file = path / (ENGINE_STATE if part == "extra" else part)
         if not file.exists():
             raise FileNotFoundError(
                 f"checkpoint {path} has no {file.name}: remove {part!r} from checkpoint.load_contents, or resume from "
@@ -137,7 +137,7 @@ def load_state(
         set_optimizer_state_dict(model, optimizer, _parts_of_optimizer(state, parts))
     if "extra" not in contents:
         return None
-    engine = json.loads((path / _ENGINE_FILE).read_text(encoding="utf-8"))
+    engine = json.loads((path / ENGINE_STATE).read_text(encoding="utf-8"))
     if engine["world_size"] == dist.get_world_size(group):
         file = path / f"rng_rank_{dist.get_rank(group)}.pt"
         _set_rng_state(torch.load(file, weights_only=True), device)

@@ -88,7 +88,11 @@ class HttpEndpoint:
         self._task: asyncio.Task[None] | None = None
 
     async def start(self, engine: Any, engine_arguments: Any) -> str:
-        """Start serving (without `enable_http` the metrics alone), and return the base address, for example `http://127.0.0.1:34567`."""
+        """Start serving; without `enable_http` the metrics alone.
+
+        Returns:
+            The base address, for example `http://127.0.0.1:34567`.
+        """
         import uvicorn
 
         from verl.utils.vllm.server import metrics_app, openai_app
